@@ -1,0 +1,74 @@
+"""How wide should each layer be? EvolveNet prunes and grows a network's widths while it trains."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from evolvenet._torchvision import mend_torchvision
+
+mend_torchvision()
+
+from evolvenet.errors import (  # noqa: E402  torchvision must be mended before anything imports it
+    EvolveNetError,
+    IndexMapError,
+    OptimizerStateError,
+    PolicyError,
+    RecordError,
+    ResizeError,
+    SpectrumError,
+    TraceError,
+    UnsupportedStrategyError,
+)
+from evolvenet.evolver import Evolver  # noqa: E402
+from evolvenet.graph import Tie, Width, WidthGraph  # noqa: E402
+from evolvenet.index_map import IndexMap  # noqa: E402
+from evolvenet.measure import spectra  # noqa: E402
+from evolvenet.policy import Measure, Policy, Proposal, Threshold  # noqa: E402
+from evolvenet.record import Event, History, WidthChange, load  # noqa: E402
+from evolvenet.resize import grow, prune, resize  # noqa: E402
+from evolvenet.trace import trace  # noqa: E402
+
+if TYPE_CHECKING:
+    from evolvenet.callback import WidthEvolution
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Event",
+    "EvolveNetError",
+    "Evolver",
+    "History",
+    "IndexMap",
+    "IndexMapError",
+    "Measure",
+    "OptimizerStateError",
+    "Policy",
+    "PolicyError",
+    "Proposal",
+    "RecordError",
+    "ResizeError",
+    "SpectrumError",
+    "Threshold",
+    "Tie",
+    "TraceError",
+    "UnsupportedStrategyError",
+    "Width",
+    "WidthChange",
+    "WidthEvolution",
+    "WidthGraph",
+    "grow",
+    "load",
+    "prune",
+    "resize",
+    "spectra",
+    "trace",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """`WidthEvolution` imports Lightning, which takes seconds: only when it is asked for."""
+    if name == "WidthEvolution":
+        from evolvenet.callback import WidthEvolution
+
+        return WidthEvolution
+    raise AttributeError(f"module 'evolvenet' has no attribute {name!r}")

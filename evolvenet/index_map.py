@@ -1,0 +1,190 @@
+"""`IndexMap`: one width change, from `n` units to `m`, as one immutable vector of old indices."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from evolvenet.errors import IndexMapError
+
+NEWBORN = -1
+
+
+@dataclass(frozen=True)
+class IndexMap:
+    """For each new unit the old index that it comes from, or −1 for a newborn.
+
+    Pruning is a subset, growing the identity followed by −1s, splitting a unit names its index twice.
+    Build one with `keep`, `grow`, `of` or `identity`; `indices` is stored as a tuple, so that maps can be
+    compared, hashed and kept in a checkpoint.
+
+    Args:
+        indices: old index of each new unit, −1 for a newborn; at least one entry.
+        size: number of old units.
+
+    Raises:
+        IndexMapError: for an index outside −1 … size − 1, or an empty map.
+
+    >>> shrink = IndexMap.keep([0, 2, 5], size=8)
+    >>> shrink.size, shrink.new_size
+    (8, 3)
+    >>> shrink.then(IndexMap.grow(3, 1)).indices
+    (0, 2, 5, -1)
+    """
+
+    indices: tuple[int, ...]
+    size: int
+
+    def __post_init__(self) -> None:
+        if self.size < 1:
+            raise IndexMapError(f"IndexMap: expected an old size of 1 or more, got {self.size}.")
+        if not self.indices:
+            raise IndexMapError(
+                f"IndexMap: expected at least one unit to remain of {self.size}, got an empty map. Keep one unit or more."
+            )
+        low, high = min(self.indices), max(self.indices)
+        if low < NEWBORN or high >= self.size:
+            raise IndexMapError(
+                f"IndexMap: expected old indices in 0 … {self.size - 1}, or −1 for a newborn, got {low if low < NEWBORN else high}."
+            )
+
+    @classmethod
+    def of(cls, indices: Iterable[int] | Tensor, size: int) -> IndexMap:
+        """Any vector of old indices; −1 stands for a newborn.
+
+        >>> IndexMap.of([1, 0, -1], size=2).new_size
+        3
+        """
+        values = indices.tolist() if isinstance(indices, Tensor) else indices
+        return cls(tuple(int(index) for index in values), int(size))
+
+    @classmethod
+    def keep(cls, indices: Iterable[int] | Tensor, size: int) -> IndexMap:
+        """Keep only the named units, in the given order.
+
+        Raises:
+            IndexMapError: for a negative or repeated index.
+
+        >>> IndexMap.keep([0, 2, 5], size=8).indices
+        (0, 2, 5)
+        """
+        made = cls.of(indices, size)
+        if NEWBORN in made.indices or len(set(made.indices)) != len(made.indices):
+            raise IndexMapError(
+                f"IndexMap.keep: expected distinct indices in 0 … {size - 1}, got {list(made.indices)}. "
+                "For newborn or split units use IndexMap.of."
+            )
+        return made
+
+    @classmethod
+    def grow(cls, size: int, count: int) -> IndexMap:
+        """Keep all `size` units and append `count` newborns.
+
+        >>> IndexMap.grow(2, 2).indices
+        (0, 1, -1, -1)
+        """
+        if count < 0:
+            raise IndexMapError(f"IndexMap.grow: expected a count of 0 or more, got {count}. To shrink, use IndexMap.keep.")
+        return cls((*range(size), *[NEWBORN] * count), size)
+
+    @classmethod
+    def identity(cls, size: int) -> IndexMap:
+        """Change nothing."""
+        return cls(tuple(range(size)), size)
+
+    @classmethod
+    def concat(cls, maps: Sequence[IndexMap]) -> IndexMap:
+        """One map for an axis that holds several widths one after the other.
+
+        >>> IndexMap.concat([IndexMap.keep([1], 2), IndexMap.grow(2, 1)]).indices
+        (1, 2, 3, -1)
+        """
+        indices: list[int] = []
+        offset = 0
+        for part in maps:
+            indices.extend(index if index == NEWBORN else index + offset for index in part.indices)
+            offset += part.size
+        return cls(tuple(indices), offset)
+
+    @property
+    def new_size(self) -> int:
+        """Number of units after the change."""
+        return len(self.indices)
+
+    @property
+    def newborns(self) -> tuple[int, ...]:
+        """Positions, in the new order, of the units that come from nowhere."""
+        return tuple(position for position, index in enumerate(self.indices) if index == NEWBORN)
+
+    @property
+    def removed(self) -> tuple[int, ...]:
+        """Old indices that no new unit comes from."""
+        kept = set(self.indices)
+        return tuple(index for index in range(self.size) if index not in kept)
+
+    @property
+    def is_identity(self) -> bool:
+        """Whether the map changes nothing."""
+        return self.indices == tuple(range(self.size))
+
+    def then(self, later: IndexMap) -> IndexMap:
+        """The one map that does this change and `later` after it.
+
+        Raises:
+            IndexMapError: if `later` does not start at this map's `new_size`.
+        """
+        if later.size != self.new_size:
+            raise IndexMapError(
+                f"IndexMap.then: expected a map from {self.new_size} units, got one from {later.size}. "
+                "The second map starts where the first one ends."
+            )
+        return IndexMap(tuple(NEWBORN if i == NEWBORN else self.indices[i] for i in later.indices), self.size)
+
+    def repeat(self, inner: int) -> IndexMap:
+        """The map for an axis on which every unit occupies `inner` consecutive places (a flattened channel).
+
+        >>> IndexMap.of([1, -1], size=2).repeat(2).indices
+        (2, 3, -1, -1)
+        """
+        if inner == 1:
+            return self
+        indices = (
+            NEWBORN if index == NEWBORN else index * inner + place for index in self.indices for place in range(inner)
+        )
+        return IndexMap(tuple(indices), self.size * inner)
+
+    def tensor(self, device: torch.device | str | None = None) -> Tensor:
+        """The vector as an int64 tensor `[new_size]`."""
+        return torch.tensor(self.indices, dtype=torch.int64, device=device)
+
+    def apply(self, tensor: Tensor, dim: int, newborn: float = 0.0) -> Tensor:
+        """Rewrite axis `dim` of a tensor; newborn entries are filled with `newborn`.
+
+        Args:
+            tensor: any shape with `tensor.shape[dim] == size`.
+            dim: the axis.
+            newborn: value of the newborn entries.
+
+        Returns:
+            A new tensor, in the memory format of the old one; never a view.
+
+        Raises:
+            IndexMapError: if the axis is not `size` long.
+
+        >>> IndexMap.of([1, -1], size=2).apply(torch.tensor([3., 4.]), 0)
+        tensor([4., 0.])
+        """
+        if tensor.shape[dim] != self.size:
+            raise IndexMapError(
+                f"IndexMap.apply: expected axis {dim} to have {self.size} entries, got a tensor of shape {tuple(tensor.shape)}."
+            )
+        index = self.tensor(tensor.device)
+        out = tensor.index_select(dim, index.clamp(min=0))
+        if self.newborns:
+            out.index_fill_(dim, torch.tensor(self.newborns, device=tensor.device), newborn)
+        if tensor.dim() == 4 and not tensor.is_contiguous() and tensor.is_contiguous(memory_format=torch.channels_last):
+            out = out.contiguous(memory_format=torch.channels_last)
+        return out

@@ -1,0 +1,171 @@
+"""Label layers: which unit every element of a tensor belongs to, and the ledger of what was found tied to what.
+
+A *unit* is one place of one axis of one parameter or buffer; it has an id. A *layer* is an int64 tensor that says, for
+each element of some tensor, the unit it belongs to; it is stored at size 1 along the dimensions in which it is constant.
+A weight `[out, in]` has two layers, its activations usually one. Id −1 means "no unit here" (padding, data).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+from torch import Tensor
+
+from evolvenet.graph import CONSUMES, PRODUCES
+
+DATA = "data"
+CONSTANT = "constant"
+LABELLED = "labelled"
+KERNEL = "counts positions of a kernel, not units"
+
+
+@dataclass(frozen=True)
+class Label:
+    """What is known of one tensor.
+
+    Args:
+        layers: its label layers, each with the tensor's number of dimensions.
+        kind: "labelled"; "data" (comes from outside or has lost its labels: it will not follow a resize);
+            "constant" (made by the model's own code during the run from current shapes: it may well follow).
+        origin: the parameter or buffer that the tensor is a mere rearrangement of, or None.
+    """
+
+    layers: tuple[Tensor, ...] = ()
+    kind: str = DATA
+    origin: str | None = None
+
+
+@dataclass(frozen=True)
+class AxisIds:
+    """Ids `start … start + size − 1` belong to the places of axis `dim` of a tensor."""
+
+    tensor: str
+    dim: int
+    start: int
+    size: int
+
+
+@dataclass
+class Ledger:
+    """What one or several runs of the model have shown. Filled by the rules, read once by `components`."""
+
+    axes: list[AxisIds] = field(default_factory=list)
+    units: int = 0
+    edges: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    frozen: list[tuple[Tensor, str]] = field(default_factory=list)
+    mixed: list[tuple[Tensor, str]] = field(default_factory=list)
+    whole_groups: list[Tensor] = field(default_factory=list)
+    roles: dict[tuple[str, int], str] = field(default_factory=dict)
+    order: dict[str, int] = field(default_factory=dict)
+    outputs: list[tuple[int, ...]] = field(default_factory=list)
+
+    def enroll(self, name: str, shape: Sequence[int]) -> tuple[Tensor, ...]:
+        """Give ids to every axis longer than 1 of a parameter or buffer; a size-1 axis is a broadcast, not a width."""
+        layers = []
+        for dim, size in enumerate(shape):
+            if size > 1:
+                ids = torch.arange(self.units, self.units + size)
+                layers.append(ids.view([size if d == dim else 1 for d in range(len(shape))]))
+                self.axes.append(AxisIds(name, dim, self.units, size))
+                self.units += size
+        return tuple(layers)
+
+    def union(self, first: Tensor, second: Tensor) -> None:
+        """Corresponding elements (after broadcasting) are one unit; a partner without a unit freezes the other."""
+        one, two = (part.reshape(-1) for part in torch.broadcast_tensors(first, second))
+        real = (one >= 0) & (two >= 0)
+        if not bool(real.all()):
+            lonely = torch.cat([one[(two < 0) & (one >= 0)], two[(one < 0) & (two >= 0)]])
+            self.freeze(lonely, "tied to places that belong to no unit (padding or data)")
+        pairs = torch.unique(torch.stack([one[real], two[real]], dim=1), dim=0)
+        if len(pairs):
+            self.edges.append((pairs[:, 0], pairs[:, 1]))
+
+    def freeze(self, labels: Tensor, reason: str) -> None:
+        """These units keep their number; the first reason given is the one reported."""
+        self._note(self.frozen, labels, reason)
+
+    def mix(self, labels: Tensor, reason: str) -> None:
+        """These units influence each other there: growing cannot keep the function exactly."""
+        self._note(self.mixed, labels, reason)
+
+    @staticmethod
+    def _note(book: list[tuple[Tensor, str]], labels: Tensor, reason: str) -> None:
+        found = torch.unique(labels)
+        found = found[found >= 0]
+        if len(found):
+            book.append((found, reason))
+
+    def role(self, origin: str | None, layer: Tensor, consumed: bool) -> None:
+        """Remember whether an axis of a weight makes units or reads them; a consumer stays one."""
+        if origin is None or layer.numel() == 0:
+            return
+        label = int(layer.reshape(-1)[0])
+        for axis in self.axes:
+            if axis.tensor == origin and axis.start <= label < axis.start + axis.size:
+                if consumed or (origin, axis.dim) not in self.roles:
+                    self.roles[origin, axis.dim] = CONSUMES if consumed else PRODUCES
+
+    def components(self) -> np.ndarray:
+        """Component of every id, int array `[units]`."""
+        if not self.edges:
+            return np.arange(self.units)
+        rows = torch.cat([first for first, _ in self.edges]).numpy()
+        columns = torch.cat([second for _, second in self.edges]).numpy()
+        matrix = coo_array((np.ones(len(rows), np.int8), (rows, columns)), shape=(self.units, self.units))
+        return connected_components(matrix, directed=False)[1]
+
+
+def varying(layer: Tensor) -> tuple[int, ...]:
+    """Dimensions along which a layer's unit changes."""
+    return tuple(dim for dim, size in enumerate(layer.shape) if size > 1)
+
+
+def compress(labels: Tensor) -> Tensor:
+    """Store a layer at size 1 along every dimension in which it is constant."""
+    for dim, size in enumerate(labels.shape):
+        if size > 1:
+            first = labels.narrow(dim, 0, 1)
+            if labels.stride(dim) == 0 or bool((labels == first).all()):
+                labels = first
+    return labels.contiguous()
+
+
+def useful(layers: Iterable[Tensor]) -> tuple[Tensor, ...]:
+    """Layers that still tell units apart; one without any variation or any unit is dropped."""
+    return tuple(layer for layer in layers if layer.numel() > 1 and bool((layer >= 0).any()))
+
+
+def align(layer: Tensor, dims: int) -> Tensor:
+    """Prepend axes of size 1, as broadcasting does."""
+    return layer.view((1,) * (dims - layer.dim()) + tuple(layer.shape))
+
+
+def merge(ledger: Ledger, groups: Sequence[Sequence[Tensor]]) -> tuple[Tensor, ...]:
+    """Join the layers of several aligned tensors that are combined element by element.
+
+    Layers that vary along a common dimension describe the same units and are united; the smaller one stays.
+    """
+    merged: list[Tensor] = []
+    for layers in groups:
+        for layer in layers:
+            shared = [k for k, other in enumerate(merged) if set(varying(other)) & set(varying(layer))]
+            for k in shared:
+                ledger.union(merged[k], layer)
+            smallest = min([layer, *(merged[k] for k in shared)], key=lambda each: each.numel())
+            merged = [other for k, other in enumerate(merged) if k not in shared] + [smallest]
+    return tuple(merged)
+
+
+def place(layer: Tensor, names: Sequence[str], target: Mapping[str, int]) -> Tensor:
+    """Rearrange a layer whose dimensions are `names` onto a grid in which name `n` is dimension `target[n]`."""
+    grid = [1] * len(target)
+    order = sorted(range(len(names)), key=lambda dim: target[names[dim]])
+    for dim in order:
+        grid[target[names[dim]]] = layer.shape[dim]
+    return layer.permute(order).reshape(grid)

@@ -1,0 +1,158 @@
+"""What a module type must have updated when a width changes: one registration per type, no ladder.
+
+`attributes` says which Python numbers a module keeps about its shapes (`in_features`, `groups`, …) and what they become;
+`newborn_value` what a newborn entry of a tensor starts from; `refresh` what else must be renewed once the tensors have
+changed. A type that is not registered keeps no such numbers as far as we know: the proof of every width, by running
+the resized model, shows whether that is true, and freezes the width if it is not.
+
+To teach EvolveNet a module of your own::
+
+    @evolvenet.layers.attributes.register
+    def _(module: MyLayer, shapes):
+        return {"hidden": shapes["weight"][0]}
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import singledispatch
+from typing import Any
+
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+
+from evolvenet.errors import ResizeError
+
+Shapes = Mapping[str, tuple[int, ...]]
+"""New shape of each of a module's own tensors, by local name ("weight", "bias", …)."""
+
+
+@singledispatch
+def attributes(module: nn.Module, shapes: Shapes) -> dict[str, Any]:
+    """The Python attributes of `module` once its tensors have these shapes.
+
+    Args:
+        module: the module as it is now, before the change.
+        shapes: the shapes that its own tensors will have.
+
+    Returns:
+        {attribute: new value}; empty for a type that keeps none.
+
+    Raises:
+        ResizeError: if the type cannot have these shapes.
+
+    >>> attributes(nn.Linear(4, 3), {"weight": (2, 4), "bias": (2,)})
+    {'in_features': 4, 'out_features': 2}
+    """
+    return {}
+
+
+@attributes.register
+def _(module: nn.Linear, shapes: Shapes) -> dict[str, Any]:
+    out_features, in_features = shapes["weight"]
+    return {"in_features": in_features, "out_features": out_features}
+
+
+@attributes.register
+def _(module: nn.Bilinear, shapes: Shapes) -> dict[str, Any]:
+    out_features, in1_features, in2_features = shapes["weight"]
+    return {"in1_features": in1_features, "in2_features": in2_features, "out_features": out_features}
+
+
+@attributes.register
+def _(module: _ConvNd, shapes: Shapes) -> dict[str, Any]:
+    rows, columns = shapes["weight"][:2]
+    groups = _groups(module, module.groups, module.out_channels, rows)
+    return {"in_channels": columns * groups, "out_channels": rows, "groups": groups}
+
+
+@attributes.register
+def _(module: _ConvTransposeNd, shapes: Shapes) -> dict[str, Any]:
+    rows, columns = shapes["weight"][:2]
+    groups = _groups(module, module.groups, module.in_channels, rows)
+    return {"in_channels": rows, "out_channels": columns * groups, "groups": groups}
+
+
+@attributes.register
+def _(module: _NormBase, shapes: Shapes) -> dict[str, Any]:
+    known = next(iter(shapes.values()), (module.num_features,))
+    return {"num_features": known[0]}
+
+
+@attributes.register
+def _(module: nn.GroupNorm, shapes: Shapes) -> dict[str, Any]:
+    channels = shapes["weight"][0] if "weight" in shapes else module.num_channels
+    groups = _groups(module, module.num_groups, module.num_channels, channels)
+    return {"num_channels": channels, "num_groups": groups}
+
+
+@attributes.register
+def _(module: nn.LayerNorm, shapes: Shapes) -> dict[str, Any]:
+    return {"normalized_shape": tuple(shapes["weight"])} if "weight" in shapes else {}
+
+
+@attributes.register
+def _(module: nn.RMSNorm, shapes: Shapes) -> dict[str, Any]:
+    return {"normalized_shape": tuple(shapes["weight"])} if "weight" in shapes else {}
+
+
+@attributes.register
+def _(module: nn.Embedding, shapes: Shapes) -> dict[str, Any]:
+    count, width = shapes["weight"]
+    return {"num_embeddings": count, "embedding_dim": width}
+
+
+@attributes.register
+def _(module: nn.PReLU, shapes: Shapes) -> dict[str, Any]:
+    return {"num_parameters": shapes["weight"][0]}
+
+
+@attributes.register
+def _(module: nn.RNNBase, shapes: Shapes) -> dict[str, Any]:
+    return {"input_size": shapes["weight_ih_l0"][1], "hidden_size": shapes["weight_hh_l0"][1]}
+
+
+@attributes.register
+def _(module: nn.RNNCellBase, shapes: Shapes) -> dict[str, Any]:
+    return {"input_size": shapes["weight_ih"][1], "hidden_size": shapes["weight_hh"][1]}
+
+
+def _groups(module: nn.Module, groups: int, channels: int, new_channels: int) -> int:
+    """Whole groups come and go, so the channels of one group stay as many as they are."""
+    if groups == 1:
+        return 1
+    each = channels // groups
+    if new_channels % each or new_channels // each < 2:
+        raise ResizeError(
+            f"{type(module).__name__} with {groups} groups of {each} channels: expected a new size of at least two whole "
+            f"groups, got {new_channels} channels. Take a multiple of {each}, {2 * each} or more."
+        )
+    return new_channels // each
+
+
+@singledispatch
+def newborn_value(module: nn.Module, name: str) -> float:
+    """What a newborn entry of the module's tensor `name` starts from: 0, so that nothing changes yet."""
+    return 0.0
+
+
+@newborn_value.register(_NormBase)
+@newborn_value.register(nn.GroupNorm)
+@newborn_value.register(nn.LayerNorm)
+@newborn_value.register(nn.RMSNorm)
+def _(module: nn.Module, name: str) -> float:
+    return 1.0 if name in ("weight", "running_var") else 0.0
+
+
+@singledispatch
+def refresh(module: nn.Module) -> None:
+    """Renew what a module derives from its tensors; nothing for most types."""
+
+
+@refresh.register
+def _(module: nn.RNNBase) -> None:
+    # _flat_weights is a plain list: a parameter that was exchanged would leave stale numbers in it, silently.
+    module._flat_weights = [getattr(module, name, None) for name in module._flat_weights_names]
+    if all(weight is None or weight.device.type != "meta" for weight in module._flat_weights):
+        module.flatten_parameters()

@@ -1,0 +1,114 @@
+"""The singular spectrum of every width: of its producers' weights, or of what its consumers read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from evolvenet.graph import Tie, Width, WidthGraph
+from evolvenet.spectrum import joint_spectrum, matricize
+from evolvenet.statistics import Moments, Statistics, collect
+
+
+def spectra(model: nn.Module, graph: WidthGraph, batches: Iterable[Any] | None = None) -> dict[str, Tensor]:
+    """Singular values of every resizable width.
+
+    Without batches, those of the producers' matricized weights, several producers side by side. With batches, those of
+    what the consumers read, see `measure`.
+
+    Args:
+        model: the model of the graph.
+        graph: its widths.
+        batches: None, or an iterable of model inputs: tensors, tuples or lists of arguments, dicts of keywords.
+
+    Returns:
+        {width: `[width.size]` float64 values on the CPU, descending}; frozen widths are left out.
+
+    Raises:
+        SpectrumError: for NaN or infinite weights or activations.
+        TraceError: if there is no batch in `batches`.
+    """
+    return measure(model, graph, None if batches is None else collect(model, graph, batches))
+
+
+def measure(model: nn.Module, graph: WidthGraph, statistics: Statistics | None = None) -> dict[str, Tensor]:
+    """Singular values of every resizable width, from statistics already gathered.
+
+    With statistics, each consumer gives the centred covariance of what it reads, every unit weighted by the norm of
+    the columns that read it (a unit that nobody reads counts for nothing), divided by its trace; the singular values
+    are the square roots of the eigenvalues of the average over the consumers, so that their squares add up to 1, or
+    to 0 if nothing varies. A width without a measured consumer falls back to the weights.
+
+    Args:
+        model: the model of the graph.
+        graph: its widths.
+        statistics: None, or from `collect`.
+
+    Returns:
+        {width: `[width.size]` float64 values on the CPU, descending}; widths that show in no weight are left out.
+
+    Raises:
+        SpectrumError: for NaN or infinite weights.
+    """
+    gathered: Mapping[Tie, Moments] = {} if statistics is None else statistics
+    found: dict[str, Tensor] = {}
+    for width in graph.resizable:
+        parts = {tie: gathered[tie].covariance for tie in width.consumers if tie in gathered}
+        values = _of_reads(model, width, parts) if parts else _of_weights(model, graph, width)
+        if values is not None:
+            found[width.name] = values
+    return found
+
+
+def unit_rows(model: nn.Module, width: Width, tie: Tie) -> Tensor:
+    """What one tensor holds for each unit of the width, one row a unit: `[width.size, places]`, float64, on the CPU.
+
+    For a producer the rows that make the unit, for a consumer the columns that read it; a unit that takes `repeat`
+    places of the axis has them one after the other.
+
+    Raises:
+        SpectrumError: for NaN or infinite entries.
+    """
+    tensor = matricize(model.get_parameter(tie.tensor), tie.dim, tie.tensor)
+    return tensor[tie.start : tie.start + width.size * tie.repeat].to("cpu", torch.float64).reshape(width.size, -1)
+
+
+def consumer_weighted(model: nn.Module, width: Width, parts: Mapping[Tie, Tensor]) -> Tensor:
+    """The average over consumers of D·S·D / trace, D the norms of the columns that read each unit.
+
+    Args:
+        model: the model of the width.
+        width: `n` units.
+        parts: {consumer tie: second moment or covariance `[n, n]`}.
+
+    Returns:
+        `[n, n]` with a trace of 1, or of 0 if no consumer reads anything.
+    """
+    weighted = []
+    for tie, moment in parts.items():
+        norms = unit_rows(model, width, tie).norm(dim=1)
+        scaled = norms[:, None] * moment * norms
+        trace = scaled.trace()
+        if trace > 0:
+            weighted.append(scaled / trace)
+    if not weighted:
+        return torch.zeros(width.size, width.size, dtype=torch.float64)
+    return torch.stack(weighted).mean(0)
+
+
+def _of_reads(model: nn.Module, width: Width, parts: Mapping[Tie, Tensor]) -> Tensor:
+    eigenvalues = torch.linalg.eigvalsh(consumer_weighted(model, width, parts))
+    return eigenvalues.flip(0).clamp_min(0).sqrt()
+
+
+def _of_weights(model: nn.Module, graph: WidthGraph, width: Width) -> Tensor | None:
+    weights = [tie for tie in width.ties if tie.tensor in graph.trainable and len(graph.shapes[tie.tensor]) > 1]
+    made = [tie for tie in weights if tie in width.producers] or weights
+    if not made:
+        return None
+    values = joint_spectrum([unit_rows(model, width, tie) for tie in made], width.name)
+    # Fewer columns than units: the missing directions carry nothing.
+    return torch.cat([values, values.new_zeros(width.size - len(values))])

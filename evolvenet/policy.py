@@ -1,0 +1,158 @@
+"""Which widths change, and to what size: from their spectra, pure and without the model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+from evolvenet.errors import PolicyError
+from evolvenet.graph import WidthGraph
+from evolvenet.spectrum import effective_rank, energy_shares, units_for_energy
+
+
+@dataclass(frozen=True)
+class Measure:
+    """What is known about one width at an event.
+
+    Args:
+        width: its name.
+        size: its number of units.
+        step: how many units must come and go together.
+        spectrum: its `size` singular values, descending.
+        idle: events since its last change, 1 at the event right after it; a large number if it never changed.
+        growable: whether growing keeps the function.
+        last: units of its last change, negative if it was pruned; 0 if that is not known, or it never changed.
+    """
+
+    width: str
+    size: int
+    step: int
+    spectrum: tuple[float, ...]
+    idle: int
+    growable: bool
+    last: int = 0
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """A new size for a width, and why, for a person to read."""
+
+    size: int
+    reason: str
+
+
+class Policy(Protocol):
+    """Anything that proposes sizes: a pure function of what was measured."""
+
+    def propose(self, measures: Mapping[str, Measure], graph: WidthGraph) -> dict[str, Proposal]:
+        """New sizes for the widths that should change; the others are left out."""
+        ...
+
+
+@dataclass(frozen=True)
+class Threshold:
+    """Prune what carries no energy, grow what is saturated.
+
+    A width shrinks by as many directions as carry together at most the share `prune` of its energy (the sum of its
+    squared singular values), and grows when its saturation, effective rank (Roy and Vetterli 2007) over size, reaches
+    `grow`.
+    Between the two it stays; a saturated width is never pruned.
+
+    Args:
+        prune: share of the energy that may go in one event, 0 … 1, below `grow`.
+        grow: saturation from which a width grows, 0 … 1; 1 practically never.
+        largest_step: largest share of a width's units that goes in one event, 0 … 1.
+        growth: units added at a growth as a share of the size, 0 … 1, rounded up to the width's step; 0 for never.
+        cooldown: events for which a width that grew is not pruned, and one that was pruned does not grow.
+        smallest: fewest units that a width keeps.
+        max_parameters: a growth that would take the network above it is left out; None for no limit.
+
+    Raises:
+        PolicyError: for a value outside its range, or `prune` not below `grow`.
+
+    >>> Threshold(prune=0.01, grow=0.9).prune
+    0.01
+    """
+
+    prune: float
+    grow: float
+    largest_step: float = 0.5
+    growth: float = 0.25
+    cooldown: int = 2
+    smallest: int = 2
+    max_parameters: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("prune", "grow", "largest_step", "growth"):
+            _check_number(name, getattr(self, name), 0, 1)
+        for name, low in (("cooldown", 0), ("smallest", 1), ("max_parameters", 1)):
+            if name != "max_parameters" or self.max_parameters is not None:
+                _check_number(name, getattr(self, name), low, math.inf)
+        if self.prune >= self.grow:
+            raise PolicyError(
+                f"Threshold: expected prune below grow, got prune={self.prune} and grow={self.grow}. "
+                "Widths settle in the gap between the two: take for example prune=0.01, grow=0.9."
+            )
+
+    def propose(self, measures: Mapping[str, Measure], graph: WidthGraph) -> dict[str, Proposal]:
+        """New sizes for the widths that should change; prunings first, then growths, the most saturated first.
+
+        Raises:
+            SpectrumError: for a spectrum with negative or NaN values.
+        """
+        found: dict[str, Proposal] = {}
+        saturated: list[tuple[float, Measure]] = []
+        for measure in measures.values():
+            saturation = effective_rank(measure.spectrum) / measure.size
+            if saturation >= self.grow:
+                saturated.append((saturation, measure))
+            elif (shrink := self._shrink(measure, graph)) is not None:
+                found[measure.width] = shrink
+        for _, measure in sorted(saturated, key=lambda pair: -pair[0]):
+            if (expand := self._expand(measure, graph, found)) is not None:
+                found[measure.width] = expand
+        return found
+
+    def _shrink(self, measure: Measure, graph: WidthGraph) -> Proposal | None:
+        """The pruning of one width, if there is enough to prune."""
+        if measure.idle <= self.cooldown and measure.last >= 0:
+            return None
+        kept = units_for_energy(measure.spectrum, self.prune)
+        slowest = measure.size - math.floor(self.largest_step * measure.size)
+        least = max(kept, slowest, self.smallest, graph.widths[measure.width].smallest)
+        size = math.ceil(least / measure.step) * measure.step
+        if size >= measure.size:
+            return None
+        gone = measure.size - kept
+        carried = float(energy_shares(measure.spectrum).sort().values[:gone].sum())
+        reason = (
+            f"{gone} direction{'s carry' if gone > 1 else ' carries'} {carried:.1%} of the energy "
+            f"(threshold {self.prune:.1%})"
+        ).replace("%", " %")
+        return Proposal(size, reason)
+
+    def _expand(self, measure: Measure, graph: WidthGraph, found: Mapping[str, Proposal]) -> Proposal | None:
+        """The growth of one width, if it may grow and fits beside what was already proposed."""
+        if not measure.growable or (measure.idle <= self.cooldown and measure.last <= 0):
+            return None
+        size = measure.size + math.ceil(math.ceil(self.growth * measure.size) / measure.step) * measure.step
+        if size == measure.size:
+            return None
+        if self.max_parameters is not None:
+            sizes = {name: proposal.size for name, proposal in found.items()} | {measure.width: size}
+            if graph.proposed_parameters(sizes) > self.max_parameters:
+                return None
+        rank = effective_rank(measure.spectrum)
+        return Proposal(
+            size,
+            f"effective rank {rank:.1f} of {measure.size} = {rank / measure.size:.2f} (threshold {self.grow:.2f})",
+        )
+
+
+def _check_number(name: str, value: object, low: float, high: float) -> None:
+    """Refuse what is not a number in `low … high`; NaN is in no range."""
+    if not isinstance(value, int | float) or isinstance(value, bool) or not low <= value <= high:
+        expected = f"a number in {low} … {high}" if high < math.inf else f"a number of {low} or more"
+        raise PolicyError(f"Threshold: expected {name} to be {expected}, got {value!r}.")

@@ -1,0 +1,152 @@
+"""What happened to the widths, as plain data, and a model reshaped to fit a checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from evolvenet.errors import RecordError
+from evolvenet.layers import attributes, refresh
+from evolvenet.surgery import exchange
+
+
+@dataclass(frozen=True)
+class WidthChange:
+    """One width that changed at an event, from how many units to how many, and why."""
+
+    width: str
+    before: int
+    after: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Event:
+    """The network after an event.
+
+    Args:
+        step: optimizer steps done before it.
+        changes: the widths that changed.
+        sizes: every resizable width's units after it.
+        parameters_before: parameters of the network before it.
+        parameters: parameters after it.
+        macs: multiply-accumulates of one sample's forward pass after it.
+        seconds: what the event took.
+        skipped: None, or why nothing was changed although it was due.
+    """
+
+    step: int
+    changes: tuple[WidthChange, ...]
+    sizes: dict[str, int]
+    parameters_before: int
+    parameters: int
+    macs: int
+    seconds: float
+    skipped: str | None = None
+
+
+@dataclass
+class History:
+    """A run's events. `initial` is the network before the first one."""
+
+    initial: Event
+    events: list[Event] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain dicts, lists, numbers and strings, fit for JSON and for `weights_only` checkpoints."""
+        plain = asdict(self)
+        for event in (plain["initial"], *plain["events"]):
+            event["changes"] = list(event["changes"])
+        return plain
+
+    @classmethod
+    def from_dict(cls, plain: Mapping[str, Any]) -> History:
+        """The history that `to_dict` was called on."""
+
+        def event(entry: Mapping[str, Any]) -> Event:
+            changes = tuple(WidthChange(**change) for change in entry["changes"])
+            return Event(**{**entry, "changes": changes, "sizes": dict(entry["sizes"])})
+
+        return cls(event(plain["initial"]), [event(entry) for entry in plain["events"]])
+
+
+def load(model: nn.Module, path: str | Path, map_location: Any = "cpu") -> nn.Module:
+    """Reshape a freshly built model to a checkpoint's widths and load its weights.
+
+    Args:
+        model: the model as it is built, of whatever widths.
+        path: a Lightning checkpoint or a plain state dict saved with `torch.save`.
+        map_location: as in `torch.load`.
+
+    Returns:
+        The same model.
+
+    Raises:
+        RecordError: if the checkpoint is of another model; the message names what differs, and nothing has changed.
+    """
+    found = torch.load(path, map_location=map_location, weights_only=True)
+    state = found["state_dict"] if isinstance(found, dict) and "state_dict" in found else found
+    own = set(model.state_dict())
+    if not own & set(state) and all("." in name for name in state):
+        # A LightningModule's checkpoint, loaded into the network that it holds as one attribute.
+        state = {name.partition(".")[2]: value for name, value in state.items()}
+    missing, unexpected = sorted(own - set(state)), sorted(set(state) - own)
+    if missing or unexpected:
+        raise RecordError(
+            f"{path} is a checkpoint of another model: expected entries that it lacks {missing[:5]}, and it has entries "
+            f"unknown here {unexpected[:5]} ({len(missing)} and {len(unexpected)} in all). Build the model as it was built "
+            "for that run; only its widths may differ."
+        )
+    fit_shapes(model, state)
+    model.load_state_dict(state)
+    return model
+
+
+def fit_shapes(model: nn.Module, state: Mapping[str, Any], prefix: str = "") -> None:
+    """Give every parameter and buffer the shape that it has in a state dict, and update the modules' attributes.
+
+    Contents are undefined afterwards, until the state is loaded. Shapes that already fit are left alone.
+
+    Args:
+        model: the model to reshape.
+        state: a state dict; other entries are passed over.
+        prefix: of the model's names in it.
+
+    Raises:
+        RecordError: if a tensor has another number of axes there; nothing has changed then.
+    """
+    exchanges: dict[Tensor, Tensor] = {}
+    updates: list[tuple[nn.Module, dict[str, Any]]] = []
+    for path, module in model.named_modules():
+        start = f"{prefix}{path}." if path else prefix
+        local = {k: t for table in (module._parameters, module._buffers) for k, t in table.items() if t is not None}
+        shapes = {name: tuple(state[start + name].shape) if start + name in state else tuple(t.shape) for name, t in local.items()}
+        for name, tensor in local.items():
+            if len(shapes[name]) != tensor.dim():
+                raise RecordError(
+                    f"The checkpoint is of another model: expected {start + name} with {tensor.dim()} axes, like "
+                    f"{tuple(tensor.shape)}, got {shapes[name]}. Only widths may differ."
+                )
+            if shapes[name] != tuple(tensor.shape):
+                exchanges[tensor] = tensor.detach().new_empty(shapes[name])
+        if any(tensor in exchanges for tensor in local.values()):
+            updates.append((module, attributes(module, shapes)))
+    for tensor, value in exchanges.items():
+        exchange(tensor, value, None)
+    for module, found in updates:
+        for name, value in found.items():
+            setattr(module, name, value)
+        refresh(module)
+
+
+def reshape_before_load(module: nn.Module, state: Mapping[str, Any], prefix: str, *unused: Any) -> None:
+    """A `register_load_state_dict_pre_hook`: the model takes the widths of whatever is loaded into it.
+
+    A top-level function, so that a model that carries it can still be pickled and copied.
+    """
+    fit_shapes(module, state, prefix)

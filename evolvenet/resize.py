@@ -1,0 +1,125 @@
+"""`resize`, `prune`, `grow`: a model and its optimizers changed together, all or nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from evolvenet.graph import WidthGraph
+from evolvenet.grow import plan_growth
+from evolvenet.index_map import IndexMap
+from evolvenet.optim import StatePlan, apply_state, compile_state, validate_state
+from evolvenet.prune import plan_prune
+from evolvenet.statistics import collect
+from evolvenet.surgery import Surgery, compile_surgery, install
+
+
+def resize(
+    model: nn.Module, graph: WidthGraph, maps: Mapping[str, IndexMap], optimizers: Sequence[Optimizer] = ()
+) -> WidthGraph:
+    """Change widths in place through index maps, with every optimizer's state, all or nothing.
+
+    Args:
+        model: the traced model.
+        graph: its widths as they are now.
+        maps: {width: map}. Newborns are zeros: they neither do nor learn anything yet. `grow` gives them a start.
+        optimizers: those that hold the model's parameters.
+
+    Returns:
+        The graph of the changed model. The old one no longer fits it.
+
+    Raises:
+        ResizeError: if a width is unknown, frozen, or cannot take its map. Nothing has changed then.
+        OptimizerStateError: if an optimizer's state is not understood. Nothing has changed then.
+
+    >>> from evolvenet import IndexMap, trace
+    >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    >>> graph = resize(model, trace(model, torch.zeros(1, 4)), {"0": IndexMap.keep([0, 2, 5], size=8)})
+    >>> model[0], model[2].weight.shape
+    (Linear(in_features=4, out_features=3, bias=True), torch.Size([2, 3]))
+    """
+    return commit(model, compile_surgery(model, graph, maps), optimizers)
+
+
+def prune(
+    model: nn.Module,
+    graph: WidthGraph,
+    sizes: Mapping[str, int],
+    batches: Iterable[Any] | None = None,
+    optimizers: Sequence[Optimizer] = (),
+) -> WidthGraph:
+    """Shrink widths: choose the units that stay, let their consumers make up for the others, resize.
+
+    Args:
+        model: the traced model.
+        graph: its widths as they are now.
+        sizes: {width: new number of units}.
+        batches: inputs of the model (tensors, tuples, dicts) to measure activations on; without them the choice is by
+            weights alone and nothing is made up for.
+        optimizers: those that hold the model's parameters.
+
+    Returns:
+        The graph of the changed model.
+
+    Raises:
+        ResizeError, OptimizerStateError: as `resize`.
+    """
+    statistics = None if batches is None else collect(model, graph, batches)
+    return commit(model, plan_prune(model, graph, sizes, statistics), optimizers)
+
+
+def grow(
+    model: nn.Module,
+    graph: WidthGraph,
+    sizes: Mapping[str, int],
+    method: str = "orthogonal",
+    optimizers: Sequence[Optimizer] = (),
+    generator: torch.Generator | None = None,
+) -> WidthGraph:
+    """Widen widths without changing what the model computes.
+
+    Args:
+        model: the traced model.
+        graph: its widths as they are now.
+        sizes: {width: new number of units}.
+        method: how newborns start, see `evolvenet.grow`.
+        optimizers: those that hold the model's parameters.
+        generator: source of the newborns' random directions.
+
+    Returns:
+        The graph of the changed model.
+
+    Raises:
+        ResizeError, OptimizerStateError: as `resize`; also for a width whose units are mixed (layer norm), where no
+            newborn could leave the function as it is.
+    """
+    return commit(model, plan_growth(model, graph, sizes, method, generator), optimizers)
+
+
+def commit(model: nn.Module, surgery: Surgery, optimizers: Sequence[Optimizer] = ()) -> WidthGraph:
+    """Apply a compiled surgery to a model and its optimizers; on any failure everything is as before.
+
+    Returns:
+        The graph of the changed model.
+
+    Raises:
+        OptimizerStateError: if a state does not fit, before or after.
+    """
+    plans = [compile_state(optimizer, surgery.changes) for optimizer in optimizers]
+    undo_model = install(model, surgery)
+    undo_states: list[StatePlan] = []
+    try:
+        for plan in plans:
+            undo_states.append(apply_state(plan))
+        for optimizer in optimizers:
+            validate_state(optimizer)
+    except BaseException:
+        for plan in undo_states:
+            apply_state(plan)
+        undo_model()
+        raise
+    return surgery.graph

@@ -1,0 +1,290 @@
+"""How label layers pass through an operation: one table from ATen op to rule, an uncovered op freezes its widths.
+
+Four families cover most of ATen: *movement* (the op itself, run on the labels), *elementwise* (corresponding elements
+are one unit), *contraction* (units along the contracted dimension are one unit) and *reduction*. What is recognised by
+the op's own schema or tags needs no entry; the rest is registered by name with `rule`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._ops import OpOverload
+from torch.utils._pytree import tree_flatten, tree_map_only
+
+from evolvenet.labels import CONSTANT, DATA, LABELLED, Label, Ledger, align, compress, merge, useful, varying
+
+
+@dataclass(frozen=True)
+class Call:
+    """One operation as it ran: what a rule may look at."""
+
+    func: OpOverload
+    args: Sequence[Any]
+    kwargs: dict[str, Any]
+    out: Any
+    where: str
+    ledger: Ledger
+    read: Callable[[Tensor], Label]
+    write: Callable[[Tensor, Label], None]
+
+    @property
+    def op(self) -> str:
+        """The op's name without overload, "aten::add"."""
+        return self.func._schema.name
+
+    @property
+    def outputs(self) -> list[Tensor]:
+        """Every tensor that the op returned."""
+        return [leaf for leaf in tree_flatten(self.out)[0] if isinstance(leaf, Tensor)]
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """Every tensor that the op was given, in order."""
+        return [leaf for leaf in tree_flatten((self.args, self.kwargs))[0] if isinstance(leaf, Tensor)]
+
+    @property
+    def place(self) -> str:
+        """Where in the model, for a reason that a person reads."""
+        return f"{self.op} in {self.where}"
+
+    def bound(self, name: str, default: Any = None) -> Any:
+        """An argument by its schema name."""
+        for position, argument in enumerate(self.func._schema.arguments):
+            if argument.name == name:
+                if position < len(self.args):
+                    return self.args[position]
+                return self.kwargs.get(name, argument.default_value)
+        return default
+
+    def put(self, tensor: Tensor, layers: Sequence[Tensor], fallback: str = DATA, origin: str | None = None) -> None:
+        """Label an output; without any useful layer it becomes `fallback`."""
+        kept = useful(layers)
+        self.write(tensor, Label(kept, LABELLED if kept else fallback, origin))
+
+    def freeze_all(self, reason: str) -> None:
+        """Freeze every unit that reaches this op."""
+        for tensor in self.tensors:
+            for layer in self.read(tensor).layers:
+                self.ledger.freeze(layer, reason)
+
+
+Rule = Callable[[Call], None]
+RULES: dict[str, Rule] = {}
+
+
+def rule(*ops: str) -> Callable[[Rule], Rule]:
+    """Register a rule for ATen ops, named without namespace and overload."""
+
+    def register(function: Rule) -> Rule:
+        for op in ops:
+            RULES[f"aten::{op}"] = function
+        return function
+
+    return register
+
+
+def apply_rule(call: Call) -> None:
+    """Let labels pass through one op that has run."""
+    if not call.outputs:
+        return
+    found = RULES.get(call.op) or _by_schema(call)
+    if found is not None:
+        found(call)
+    elif any(call.read(tensor).layers for tensor in call.tensors):
+        call.freeze_all(f"{call.place} has no rule")
+
+
+def _by_schema(call: Call) -> Rule | None:
+    returns = call.func._schema.returns
+    if any(item.alias_info is not None and not item.alias_info.is_write for item in returns):
+        return movement
+    if torch.Tag.pointwise in call.func.tags:
+        return elementwise
+    name = call.op.rpartition("::")[2]
+    if not call.tensors or name.startswith("new_") or name.endswith("_like"):
+        return constant
+    return None
+
+
+def constant(call: Call) -> None:
+    """Made by the code from shapes at hand: it is free to follow a resize."""
+    for out in call.outputs:
+        call.write(out, Label((), CONSTANT))
+
+
+@rule("uniform_", "normal_", "bernoulli_", "zero_", "fill_", "exponential_", "random_")
+def unchanged(call: Call) -> None:
+    """Filled in place: the units stay what they were."""
+
+
+@rule("unsafe_split", "unsafe_split_with_sizes", "unsafe_chunk", "_unsafe_view", "index", "index_select", "roll", "flip")
+@rule("repeat", "pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "_reshape_copy", "repeat_interleave", "take")
+def movement(call: Call) -> None:
+    """Elements are only rearranged: run the same op on the labels."""
+    source = call.args[0]
+    label = call.read(source)
+    results: list[list[Tensor]] = [[] for _ in call.outputs]
+    for layer in label.layers:
+        whole = layer.expand(source.shape)
+        if call.op in ("aten::view", "aten::_unsafe_view", "aten::as_strided", "aten::_reshape_alias"):
+            whole = whole.contiguous()
+        moved = call.func(whole, *call.args[1:], **call.kwargs)
+        for result, part in zip(results, tree_flatten(moved)[0], strict=True):
+            result.append(compress(part))
+    for out, layers in zip(call.outputs, results, strict=True):
+        call.put(out, layers, label.kind if label.kind == CONSTANT else DATA, label.origin)
+
+
+@rule("constant_pad_nd")
+def pad(call: Call) -> None:
+    """Padding adds places that belong to no unit."""
+    source, widths = call.args[0], call.args[1]
+    label = call.read(source)
+    padded = {source.dim() - 1 - k // 2 for k, amount in enumerate(widths) if amount}
+    layers = []
+    for layer in label.layers:
+        if padded & set(varying(layer)):
+            layer = compress(torch.constant_pad_nd(layer.expand(source.shape), widths, -1))
+        layers.append(layer)
+    call.put(call.out, layers)
+
+
+@rule("clone", "_to_copy", "copy_", "hardswish", "hardswish_", "cumsum", "cumprod", "tril", "triu", "_prelu_kernel")
+@rule("masked_fill", "masked_fill_", "native_dropout", "lift_fresh", "silu_", "elu_", "leaky_relu_", "hardtanh_")
+@rule("hardtanh", "log_sigmoid_forward", "rrelu_with_noise", "softplus", "mish", "hardsigmoid", "celu", "hardshrink")
+def elementwise(call: Call) -> None:
+    """Corresponding elements are one unit; what does not carry units along a unit's axis holds its number fixed."""
+    tensors = call.tensors
+    dims = max(tensor.dim() for tensor in tensors)
+    labels = [call.read(tensor) for tensor in tensors]
+    _check_partners(call, tensors, labels, dims)
+    layers = merge(call.ledger, [[align(layer, dims) for layer in label.layers] for label in labels])
+    target = call.args[0] if call.op.endswith("_") else None
+    if isinstance(target, Tensor) and target._base is not None and not labels[0].layers:
+        for layer in layers:
+            call.ledger.freeze(layer, f"{call.place} writes it into a part of another tensor")
+    all_constant = all(label.kind == CONSTANT for label in labels)
+    copied = call.op in ("aten::clone", "aten::_to_copy", "aten::lift_fresh")
+    for out in call.outputs:
+        if out.dim() == dims:
+            call.put(out, layers, CONSTANT if all_constant else DATA, labels[0].origin if copied else None)
+
+
+def _check_partners(call: Call, tensors: Sequence[Tensor], labels: Sequence[Label], dims: int) -> None:
+    for label in labels:
+        for layer in label.layers:
+            axes = set(varying(align(layer, dims)))
+            for tensor, other in zip(tensors, labels, strict=True):
+                sizes = (1,) * (dims - tensor.dim()) + tuple(tensor.shape)
+                known = {axis for each in other.layers for axis in varying(align(each, dims))}
+                if other.kind != CONSTANT and not known & axes and any(sizes[axis] > 1 for axis in axes):
+                    call.ledger.freeze(layer, f"{call.place} combines it with data that has a fixed size")
+
+
+@rule("cat", "concat", "concatenate")
+def cat(call: Call) -> None:
+    """Side by side along one dimension; along the others the tensors must agree, so their units are one."""
+    tensors = [t for t in call.args[0] if not (t.dim() == 1 and t.numel() == 0)]
+    axis = (call.bound("dim") or 0) % tensors[0].dim()
+    along = [[layer for layer in call.read(t).layers if axis in varying(layer)] for t in tensors]
+    across = [[layer for layer in call.read(t).layers if axis not in varying(layer)] for t in tensors]
+    count = max(len(layers) for layers in (*along, [])) if along else 0
+    joined = list(merge(call.ledger, across))
+    for k in range(count):
+        parts = [
+            layers[k].expand(t.shape) if k < len(layers) else torch.full(t.shape, -1)
+            for t, layers in zip(tensors, along, strict=True)
+        ]
+        joined.append(compress(torch.cat(parts, axis)))
+    all_constant = all(call.read(t).kind == CONSTANT for t in tensors)
+    call.put(call.out, joined, CONSTANT if all_constant else DATA)
+
+
+@rule("stack")
+def stack(call: Call) -> None:
+    """The tensors agree in all their dimensions, so their units are one."""
+    tensors = call.args[0]
+    axis = (call.bound("dim") or 0) % call.out.dim()
+    layers = merge(call.ledger, [call.read(t).layers for t in tensors])
+    call.put(call.out, [layer.unsqueeze(axis) for layer in layers])
+
+
+@rule("glu")
+def glu(call: Call) -> None:
+    """The first half gated by the second: unit i of one half is unit i of the other."""
+    source = call.args[0]
+    axis = call.bound("dim") % source.dim()
+    halves = [[], []]
+    for layer in call.read(source).layers:
+        for half, part in zip(halves, layer.expand(source.shape).chunk(2, axis), strict=True):
+            half.append(compress(part))
+    call.put(call.out, merge(call.ledger, halves))
+
+
+@rule("sum", "mean", "amax", "amin", "prod", "var", "std", "norm", "linalg_vector_norm", "logsumexp", "any", "all")
+@rule("max", "min", "argmax", "argmin", "var_mean", "std_mean", "median", "_logcumsumexp", "count_nonzero")
+def reduction(call: Call) -> None:
+    """Reduced dimensions go; units along them are mixed, or frozen where the op answers with their position."""
+    source = call.args[0]
+    if len(call.tensors) > 1:
+        return elementwise(call)
+    given = call.bound("dim")
+    dims = range(source.dim()) if given is None or given == [] else ([given] if isinstance(given, int) else given)
+    reduced = {dim % source.dim() for dim in dims} if source.dim() else set()
+    positions = "arg" in call.op or (call.op in ("aten::max", "aten::min", "aten::median") and given is not None)
+    kept = []
+    for layer in call.read(source).layers:
+        if reduced & set(varying(layer)):
+            note = call.ledger.freeze if positions else call.ledger.mix
+            note(layer, f"{call.place} runs over its units")
+        else:
+            kept.append(layer)
+    for out in call.outputs:
+        shrunk = out.dim() != source.dim()
+        call.put(out, [_squeeze(layer, reduced) if shrunk else layer for layer in kept])
+    return None
+
+
+def _squeeze(layer: Tensor, dims: set[int]) -> Tensor:
+    return layer.reshape([size for dim, size in enumerate(layer.shape) if dim not in dims])
+
+
+@rule("_softmax", "_log_softmax", "_safe_softmax", "softmax", "log_softmax")
+def softmax(call: Call) -> None:
+    """Elementwise across the other dimensions; units that compete for a share cannot be added without changing it."""
+    source = call.args[0]
+    axis = call.bound("dim") % max(source.dim(), 1)
+    layers = call.read(source).layers
+    for layer in layers:
+        if axis in varying(layer):
+            call.ledger.freeze(layer, f"{call.place} makes its units compete")
+    call.put(call.out, layers)
+
+
+SPATIAL = {"1d": 1, "2d": 2, "3d": 3}
+
+
+@rule("max_pool2d_with_indices", "max_pool3d_with_indices", "avg_pool1d", "avg_pool2d", "avg_pool3d")
+@rule("_adaptive_avg_pool2d", "_adaptive_avg_pool3d", "adaptive_max_pool2d", "adaptive_max_pool3d")
+@rule("adaptive_avg_pool1d", "max_pool1d", "max_pool2d", "max_pool3d", "reflection_pad1d", "reflection_pad2d")
+@rule("reflection_pad3d", "replication_pad1d", "replication_pad2d", "replication_pad3d", "upsample_linear1d")
+@rule("upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d", "upsample_bilinear2d", "upsample_bicubic2d")
+@rule("upsample_trilinear3d", "_upsample_nearest_exact1d", "_upsample_nearest_exact2d", "_upsample_bilinear2d_aa")
+def spatial(call: Call) -> None:
+    """Works along the last one to three dimensions and leaves the others alone."""
+    source = call.args[0]
+    last = next((count for mark, count in SPATIAL.items() if mark in call.op), 2)
+    worked = set(range(source.dim() - last, source.dim()))
+    kept = []
+    for layer in call.read(source).layers:
+        if worked & set(varying(layer)):
+            call.ledger.freeze(layer, f"{call.place} works along its units")
+        else:
+            kept.append(layer)
+    for out in call.outputs:
+        call.put(out, kept)

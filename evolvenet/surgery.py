@@ -1,0 +1,173 @@
+"""Width changes on a model: compiled into frozen data by a pure function, then installed by one that mutates."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from evolvenet.components import named_tensors
+from evolvenet.errors import ResizeError
+from evolvenet.graph import WidthGraph
+from evolvenet.index_map import NEWBORN, IndexMap
+from evolvenet.layers import attributes, newborn_value, refresh
+
+
+@dataclass(frozen=True)
+class TensorChange:
+    """One tensor's new value.
+
+    Args:
+        tensor: the live parameter or buffer, whose identity is kept.
+        name: its name in the model.
+        axes: for each axis that changes, its map.
+        value: the new value, of the new shape.
+    """
+
+    tensor: Tensor
+    name: str
+    axes: Mapping[int, IndexMap]
+    value: Tensor
+
+
+@dataclass(frozen=True)
+class AttributeChange:
+    """One Python attribute's new value (`in_features`, `groups`, …)."""
+
+    module: nn.Module
+    name: str
+    value: Any
+
+
+@dataclass(frozen=True)
+class Surgery:
+    """Everything that a width change does to a model, and the graph after it."""
+
+    changes: tuple[TensorChange, ...]
+    attributes: tuple[AttributeChange, ...]
+    maps: Mapping[str, IndexMap]
+    graph: WidthGraph
+
+
+def compile_surgery(model: nn.Module, graph: WidthGraph, maps: Mapping[str, IndexMap]) -> Surgery:
+    """Work out all new tensors and attributes; nothing is changed.
+
+    Args:
+        model: the traced model.
+        graph: its widths as they are now.
+        maps: {width: map}. Newborn entries are 0 (1 for norm weights and running variances), so that a
+            newborn neither does nor learns anything yet; `grow` gives them a start.
+
+    Raises:
+        ResizeError: if a width is unknown, frozen or cannot take the map, or the graph is not this model's.
+    """
+    tensors, _, _ = named_tensors(model)
+    axis_maps = graph.axis_maps(maps)
+    changes = []
+    for name, axes in axis_maps.items():
+        tensor = tensors.get(name)
+        if not isinstance(tensor, Tensor) or tuple(tensor.shape) != graph.shapes[name]:
+            got = "nothing of that name" if tensor is None else f"the shape {tuple(tensor.shape)}"  # type: ignore[attr-defined]
+            raise ResizeError(
+                f"Expected {name!r} of shape {graph.shapes[name]} in the model, got {got}. The graph is of another model "
+                "or an older state of this one: trace it again, and keep the graph that each resize returns."
+            )
+        owner = model.get_submodule(name.rpartition(".")[0])
+        fill = newborn_value(owner, name.rpartition(".")[2])
+        value = tensor.detach()
+        for dim, index_map in axes.items():
+            value = index_map.apply(value, dim, fill)
+        changes.append(TensorChange(tensor, name, axes, value))
+    after = graph.resized(maps)
+    return Surgery(tuple(changes), _attribute_changes(model, after, set(axis_maps)), dict(maps), after)
+
+
+def _attribute_changes(model: nn.Module, after: WidthGraph, touched: set[str]) -> tuple[AttributeChange, ...]:
+    found = []
+    for path, module in model.named_modules():
+        prefix = f"{path}." if path else ""
+        local: dict[str, tuple[int, ...]] = {}
+        changed = False
+        for table in (module._parameters, module._buffers):
+            for name in table:
+                full = after.aliases.get(prefix + name, prefix + name)
+                if table[name] is not None and full in after.shapes:
+                    local[name] = after.shapes[full]
+                    changed |= full in touched
+        if changed:
+            for name, value in attributes(module, local).items():
+                if getattr(module, name) != value:
+                    found.append(AttributeChange(module, name, value))
+    return tuple(found)
+
+
+def install(model: nn.Module, surgery: Surgery) -> Callable[[], None]:
+    """Put the compiled values into the model, all or nothing.
+
+    Every parameter stays the object that it was, so optimizer groups, schedulers, hooks and tied weights stay right.
+
+    Returns:
+        A function that puts everything back.
+    """
+    before = [(c.tensor, c.tensor.data, c.tensor.grad) for c in surgery.changes]
+    attributes_before = [(c.module, c.name, getattr(c.module, c.name)) for c in surgery.attributes]
+    modules = list(model.modules())
+
+    def undo() -> None:
+        for tensor, data, grad in before:
+            exchange(tensor, data, grad)
+        for module, name, value in attributes_before:
+            setattr(module, name, value)
+        for module in modules:
+            refresh(module)
+
+    try:
+        gradients = [_gradient(change) for change in surgery.changes]
+        for change, grad in zip(surgery.changes, gradients, strict=True):
+            exchange(change.tensor, change.value, grad)
+        for change in surgery.attributes:
+            setattr(change.module, change.name, change.value)
+        for module in modules:
+            refresh(module)
+    except BaseException:
+        undo()
+        raise
+    torch.clear_autocast_cache()
+    return undo
+
+
+def _gradient(change: TensorChange) -> Tensor | None:
+    grad = change.tensor.grad
+    if grad is None:
+        return None
+    for dim, index_map in change.axes.items():
+        grad = index_map.apply(grad, dim)
+    return grad
+
+
+def exchange(tensor: Tensor, value: Tensor, grad: Tensor | None) -> None:
+    """Give a parameter new data of another shape under its old identity.
+
+    Passing through another dtype drops the gradient accumulator that an old graph may keep alive; without it the next
+    backward fails with "invalid gradient".
+    """
+    with torch.inference_mode(False), torch.no_grad():
+        tensor.grad = None
+        other = torch.float64 if tensor.dtype != torch.float64 else torch.float32
+        tensor.data = torch.empty(0, dtype=other, device=tensor.device)
+        tensor.data = value
+        tensor.grad = grad
+
+
+def moved(change: TensorChange) -> Tensor:
+    """Boolean tensor of the new shape: which entries come from an old one (the others are newborn)."""
+    kept = torch.ones(change.value.shape, dtype=torch.bool)
+    for dim, index_map in change.axes.items():
+        alive = torch.tensor([index != NEWBORN for index in index_map.indices])
+        kept &= alive.view([-1 if d == dim else 1 for d in range(kept.dim())])
+    return kept
+
+

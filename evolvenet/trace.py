@@ -1,0 +1,177 @@
+"""`trace`: run a model once and find out which widths it has and what each one is tied to.
+
+The model runs eagerly under a dispatch mode that passes unit labels (`labels`) beside the tensors, in eval and in train
+mode, on shadows without data where its code allows that and on copies where it does not. What comes out is proved
+(`prove`) before it is offered.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_map_only
+from torch.utils.weak import WeakTensorKeyDictionary
+
+import evolvenet.weight_rules  # noqa: F401  registers its rules
+from evolvenet.components import build_graph, named_tensors
+from evolvenet.errors import TraceError
+from evolvenet.graph import WidthGraph
+from evolvenet.inputs import arguments
+from evolvenet.labels import DATA, LABELLED, Label, Ledger
+from evolvenet.prove import prove
+from evolvenet.rules import Call, apply_rule
+from evolvenet.sandbox import sandbox
+
+
+def trace(model: nn.Module, example_inputs: Any) -> WidthGraph:
+    """Find every width of a model and prove which ones can be resized.
+
+    Args:
+        model: any module; it is left as it was, bit for bit.
+        example_inputs: what it is called with: a tensor, a tuple of arguments or a dict of keyword arguments.
+
+    Returns:
+        The graph, with a reason for each frozen width.
+
+    Raises:
+        TraceError: if the model does not run on the example inputs or has no parameters.
+
+    >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    >>> graph = trace(model, torch.zeros(1, 4))
+    >>> graph.widths["0"].size, graph.widths["2"].frozen
+    (8, "is the model's output")
+    """
+    if next(model.parameters(), None) is None:
+        raise TraceError(f"Expected a model with parameters, got a {type(model).__name__} without any.")
+    first_error: Exception | None = None
+    for device in ("meta", None):
+        try:
+            with sandbox(model, device):
+                ledger = read_labels(model, example_inputs, device)
+                graph = build_graph(model, ledger)
+        except TraceError:
+            raise
+        except Exception as error:  # noqa: BLE001  the model's own code may raise anything
+            first_error = error
+            continue
+        return prove(
+            model, graph, ledger, device, lambda shadowed, device=device: read_labels(shadowed, example_inputs, device)
+        )
+    raise TraceError(
+        f"The model does not run on the example inputs: {type(first_error).__name__}: {first_error}. Give example_inputs "
+        "exactly as the model is called: a tensor, a tuple of arguments, or a dict of keyword arguments."
+    ) from first_error
+
+
+def read_labels(model: nn.Module, example_inputs: Any, device: str | None) -> Ledger:
+    """Run the (shadowed) model in eval and in train mode and write down all ties.
+
+    Auxiliary heads run in train mode only. A train mode that refuses a batch of one is given the batch twice; one that
+    fails all the same counts as not run.
+    """
+    ledger = Ledger()
+    tensors, _, _ = named_tensors(model)
+    args, kwargs = arguments(example_inputs, device)
+    enrolled = {name: ledger.enroll(name, tensor.shape) for name, tensor in tensors.items()}
+    for training in (False, True):
+        model.train(training)
+        mode = LabelMode(ledger)
+        for name, tensor in tensors.items():
+            mode.write(tensor, Label(enrolled[name], LABELLED if enrolled[name] else DATA, name))
+        try:
+            with quiet_run(mode):
+                result = model(*args, **kwargs)
+        except ValueError:
+            if not training:
+                raise
+            with quiet_run(mode):
+                result = model(*_twice(args), **_twice(kwargs))
+        for leaf in _leaves(result):
+            if not training:
+                ledger.outputs.append(tuple(leaf.shape))
+            for layer in mode.read(leaf).layers:
+                ledger.freeze(layer, "is the model's output")
+    return ledger
+
+
+def _twice(inputs: Any) -> Any:
+    return tree_map_only(Tensor, lambda t: torch.cat([t, t]) if t.dim() else t, inputs)
+
+
+def _leaves(result: Any) -> list[Tensor]:
+    if hasattr(result, "__dataclass_fields__"):
+        result = {name: getattr(result, name) for name in result.__dataclass_fields__}
+    return [leaf for leaf in tree_flatten(result)[0] if isinstance(leaf, Tensor)]
+
+
+@contextmanager
+def quiet_run(mode: LabelMode) -> Iterator[None]:
+    """Eager, without gradients, and with every fused kernel that would hide its steps switched off."""
+    fast_path = torch.backends.mha.get_fastpath_enabled()
+    with ExitStack() as stack:
+        stack.callback(torch.backends.mha.set_fastpath_enabled, fast_path)
+        torch.backends.mha.set_fastpath_enabled(False)
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
+        stack.callback(torch.backends.mkldnn.set_flags, torch.backends.mkldnn.set_flags(False)[0])
+        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(mode.follow_modules())
+        stack.enter_context(mode)
+        yield
+
+
+class LabelMode(TorchDispatchMode):
+    """Lets every op run as it is and passes the labels of its inputs on to its outputs."""
+
+    def __init__(self, ledger: Ledger) -> None:
+        super().__init__()
+        self.ledger = ledger
+        self.labels = WeakTensorKeyDictionary()
+        self.path: list[str] = []
+
+    def read(self, tensor: Tensor) -> Label:
+        """What is known of a tensor; one never seen before is data."""
+        return self.labels.get(tensor, Label())
+
+    def write(self, tensor: Tensor, label: Label) -> None:
+        """Remember what a tensor carries."""
+        self.labels[tensor] = label
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run the op, then its rule."""
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        where = self.path[-1] if self.path else "the model"
+        call = Call(func, args, kwargs, out, where, self.ledger, self.read, self.write)
+        for tensor in call.tensors:
+            origin = self.read(tensor).origin
+            if origin is not None:
+                self.ledger.order.setdefault(origin, len(self.ledger.order))
+        apply_rule(call)
+        return out
+
+    @contextmanager
+    def follow_modules(self) -> Iterator[None]:
+        """Keep the type and path of the module that is running, for reasons that a person reads."""
+
+        def enter(module: nn.Module, inputs: Any) -> None:
+            self.path.append(type(module).__name__)
+
+        def leave(module: nn.Module, inputs: Any, output: Any) -> None:
+            self.path.pop()
+
+        handles = [register_module_forward_pre_hook(enter), register_module_forward_hook(leave, always_call=True)]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+

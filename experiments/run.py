@@ -1,0 +1,144 @@
+"""One experiment from start to end: fit, one look at the test split, the result file, the report."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import time
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import lightning
+from hydra.errors import InstantiationException
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+from torch import Tensor, nn
+
+from evolvenet.callback import WidthEvolution
+from evolvenet.cost import macs
+from evolvenet.errors import EvolveNetError
+from evolvenet.record import Event, History
+from evolvenet.report import summary_table, write_report
+from experiments.classifier import Classifier
+from experiments.data import ImageData
+from experiments.progress import Progress
+
+RESULT = "result.json"
+
+# Each of these is right in general and says nothing here.
+_KNOWN_WARNINGS = (
+    "The number of training batches .* is smaller than the logging interval",  # short trial runs
+    "GPU available but not used",  # trainer.accelerator=cpu is a choice
+    ".*isinstance\\(treespec, LeafSpec\\)",  # Lightning's own use of a torch function
+)
+
+
+class Curve(lightning.Callback):
+    """Validation accuracy over the run, as (optimizer step, share of right answers)."""
+
+    def __init__(self) -> None:
+        self.points: list[tuple[int, float]] = []
+
+    def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Note one value."""
+        self.points.append((trainer.global_step, float(trainer.callback_metrics["val/acc"])))
+
+
+@contextlib.contextmanager
+def readable_errors() -> Iterator[None]:
+    """End with the message alone, without a traceback, on an error that is the user's to mend.
+
+    Raises:
+        SystemExit: in place of an `EvolveNetError`, also of one that Hydra wrapped while it built an object.
+    """
+    try:
+        yield
+    except (EvolveNetError, InstantiationException) as error:
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, EvolveNetError):
+            cause = cause.__cause__
+        if cause is None:
+            raise
+        raise SystemExit(f"error: {cause}") from None
+
+
+def run(
+    config: DictConfig,
+    data: ImageData,
+    classifier: Classifier,
+    trainer: Any,
+    evolution: WidthEvolution | None = None,
+) -> float:
+    """Train, test once, and leave `result.json`, `report.html` and `last.ckpt` in `config.output`.
+
+    Args:
+        config: what the other arguments were built from; kept in the result file.
+        data: the data set.
+        classifier: the LightningModule.
+        trainer: callbacks → Trainer.
+        evolution: the callback that changes the widths, None for fixed widths.
+
+    Returns:
+        The last validation accuracy.
+    """
+    for message in _KNOWN_WARNINGS:
+        warnings.filterwarnings("ignore", message)
+    output = Path(config.output)
+    output.mkdir(parents=True, exist_ok=True)
+    data.prepare_data()
+    data.setup()
+    start = _size(classifier.model, data.example)
+    curve = Curve()
+    fitting = trainer(callbacks=[Progress(), curve, *([evolution] if evolution else [])])
+    began = time.perf_counter()
+    fitting.fit(classifier, datamodule=data)
+    seconds = time.perf_counter() - began
+    fitting.save_checkpoint(output / "last.ckpt")
+    tested = fitting.test(classifier, datamodule=data, verbose=False)[0]
+    history = (evolution and evolution.history) or _unchanged(start)
+    result = {
+        "title": config.title,
+        "start": start,
+        "end": _size(classifier.model, data.example),
+        "sizes": {"start": history.initial.sizes, "end": [history.initial, *history.events][-1].sizes},
+        "val_acc": curve.points[-1][1] if curve.points else None,
+        "test_acc": tested["test/acc"],
+        "seconds": seconds,
+        "steps": fitting.global_step,
+        "curve": curve.points,
+        "history": history.to_dict(),
+        "config": OmegaConf.to_container(config, resolve=True),
+    }
+    (output / RESULT).write_text(json.dumps(result, indent=1))
+    _present(result, history, output)
+    return result["val_acc"] or 0.0
+
+
+def _present(result: Mapping[str, Any], history: History, output: Path) -> None:
+    facts = {
+        "test accuracy": f"{result['test_acc']:.2%}",
+        "time": f"{result['seconds']:.0f} s for {result['steps']:,} steps",
+    }
+    report = write_report(history, output, result["title"], {"validation accuracy": result["curve"]}, facts)
+    console = Console()
+    console.print(summary_table(history, result["title"], facts))
+    console.print(f"report: {report}", soft_wrap=True)
+
+
+def _size(model: nn.Module, example: Tensor) -> dict[str, int]:
+    return {
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "macs": macs(model, example),
+    }
+
+
+def _unchanged(start: Mapping[str, int]) -> History:
+    count = start["parameters"]
+    snapshot = Event(
+        step=0, changes=(), sizes={}, parameters_before=count, parameters=count, macs=start["macs"], seconds=0.0,
+        skipped=None,
+    )  # fmt: skip
+    return History(initial=snapshot, events=[])
