@@ -88,9 +88,9 @@ def _means(entry: Tensor, axes: Mapping[int, IndexMap], change: Change, group: M
         if index_map.newborns:
             survivors = [index for index in index_map.indices if index != NEWBORN] or list(range(index_map.size))
             kept = entry.index_select(dim, torch.tensor(survivors, device=entry.device))
-            mean = kept.mean(dim, keepdim=True, dtype=torch.promote_types(kept.dtype, torch.float32)).to(kept.dtype)
+            mean = kept.mean(dim, keepdim=True)
             born = torch.tensor(index_map.newborns, device=entry.device)
-            moved.index_copy_(dim, born, mean.repeat_interleave(len(born), dim)*1.001)
+            moved.index_copy_(dim, born, mean.repeat_interleave(len(born), dim))
         entry = moved
     return entry
 

@@ -13,11 +13,13 @@ from torch import Tensor, nn
 
 from evolvenet.errors import SpectrumError, TraceError
 from evolvenet.graph import Tie, Width, WidthGraph
+from evolvenet.inputs import arguments
 
 CAP = 16_384
 """Most samples taken for one consumer from one batch; more positions are sampled evenly."""
 
 GOLDEN = 0.6180339887498949
+"""Multiples of the golden ratio, modulo 1, fall in step with no grid."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -159,7 +161,8 @@ def collect(model: nn.Module, graph: WidthGraph, batches: Iterable[Any]) -> Stat
             hook = module.register_forward_pre_hook(_Reader(ties), with_kwargs=True)
             hooks.callback(hook.remove)
         for batch in batches:
-            call(model, batch)
+            args, kwargs = arguments(batch)
+            model(*args, **kwargs)
             seen += 1
     if not seen:
         raise TraceError("Batches: expected at least one batch of model inputs, got none.")
@@ -167,17 +170,6 @@ def collect(model: nn.Module, graph: WidthGraph, batches: Iterable[Any]) -> Stat
     for tie, halves in run.items():
         halves.check(tie)
     return Statistics({tie: h.moments[0] for tie, h in run.items()}, {tie: h.moments[1] for tie, h in run.items()})
-
-
-def call(model: nn.Module, batch: Any) -> Any:
-    """Call the model with a batch: `model(x)` for a tensor, `model(*x)` for a tuple or list, `model(**x)` for a dict.
-
-    >>> call(nn.Identity(), (torch.ones(1),))
-    tensor([1.])
-    """
-    if isinstance(batch, Mapping):
-        return model(**batch)
-    return model(*batch) if isinstance(batch, tuple | list) else model(batch)
 
 
 @contextmanager
@@ -260,8 +252,9 @@ def _evenly(count: int, cap: int) -> Tensor:
     """At most `cap` of `count` indices, one in each of equal parts, shifted so as not to fall in step with a grid."""
     if count <= cap:
         return torch.arange(count)
-    part = torch.arange(cap, dtype=torch.float64)
-    return ((part + (part * GOLDEN) % 1) * (count / cap)).long().clamp_(max=count - 1)
+    edges = torch.arange(cap + 1) * count // cap
+    shift = (torch.arange(cap, dtype=torch.float64) * GOLDEN) % 1
+    return edges[:-1] + (shift * edges.diff()).long()
 
 
 def _measured(model: nn.Module, graph: WidthGraph) -> Iterator[tuple[Tie, Width]]:

@@ -31,10 +31,16 @@ class Progress(TQDMProgressBar):
     def get_metrics(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> dict[str, Any]:
         """What stands at the end of the bar."""
         metrics = {
-            name.rpartition("/")[2]: f"{float(value):.4f}" for name, value in trainer.progress_bar_metrics.items()
+            name.replace("/", " "): f"{float(value):.4f}"
+            for name, value in trainer.progress_bar_metrics.items()
             if not name.startswith("evolve/")
         }
         return {**metrics, "parameters": f"{_parameters(pl_module):,}"}
+
+    def on_train_epoch_start(self, trainer: lightning.Trainer, *unused: Any) -> None:
+        """Number the epochs as a person does."""
+        super().on_train_epoch_start(trainer, *unused)
+        self.train_progress_bar.set_description(f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}")
 
     def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """The line of one epoch."""

@@ -123,9 +123,8 @@ def _present(result: Mapping[str, Any], history: History, output: Path) -> None:
         "time": f"{result['seconds']:.0f} s for {result['steps']:,} steps",
     }
     report = write_report(history, output, result["title"], {"validation accuracy": result["curve"]}, facts)
-    console = Console()
-    console.print(summary_table(history, result["title"], facts))
-    console.print(f"report: {report}", soft_wrap=True)
+    Console().print(summary_table(history, result["title"], facts))
+    print(f"report: {report}")
 
 
 def _size(model: nn.Module, example: Tensor) -> dict[str, int]:

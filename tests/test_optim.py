@@ -70,7 +70,7 @@ CHANNELS = IndexMap.of([5, 1, 1, -1], size=6)
 class Swap:
     """What `compile_state` needs to know of a change."""
 
-    tensor: Tensor
+    tensor: nn.Parameter
     name: str
     axes: Mapping[int, IndexMap]
     value: Tensor
@@ -137,18 +137,18 @@ def resize(model: Hidden | Table, optimizer: Optimizer, index_map: IndexMap) -> 
 def train(model: Hidden | Table, optimizer: Optimizer, steps: int, seed: int = 0) -> float:
     """A few steps; the last loss."""
     generator = torch.Generator().manual_seed(seed)
-    loss = torch.tensor(0.0)
+    losses = []
 
-    def closure() -> Tensor:
-        nonlocal loss
+    def closure() -> float:
         optimizer.zero_grad()
         loss = model.loss(torch.randn(16, 5, generator=generator, dtype=next(model.parameters()).dtype))
         loss.backward()
-        return loss
+        losses.append(float(loss.detach()))
+        return losses[-1]
 
     for _ in range(steps):
         optimizer.step(closure)
-    return float(loss.detach())
+    return losses[-1]
 
 
 def slow(key: str, old: Tensor, dim: int, index_map: IndexMap, value: Tensor) -> Tensor:

@@ -68,6 +68,12 @@ def test_float32_resolves_no_less_than_an_svd_in_float32() -> None:
     assert ours <= max(float(plain), 6e-8)
 
 
+def test_float64_resolves_what_a_gram_matrix_would_not() -> None:
+    left, right = (torch.linalg.qr(torch.randn(8, 8, dtype=torch.float64)).Q for _ in range(2))
+    truth = torch.logspace(0, -11, 8, dtype=torch.float64)
+    torch.testing.assert_close(singular_values((left * truth) @ right), truth, rtol=1e-3, atol=0)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_types_are_computed_in_float32(dtype: torch.dtype) -> None:
     weight = torch.randn(12, 5, 3, 3).to(dtype)
