@@ -88,7 +88,10 @@ class WidthEvolution(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse what cannot work, and let the model take a checkpoint's widths when one is loaded."""
-        if trainer.world_size > 1 or type(trainer.strategy).__name__ not in ("SingleDeviceStrategy", "SingleDeviceXLAStrategy"):
+        if trainer.world_size > 1 or type(trainer.strategy).__name__ not in (
+            "SingleDeviceStrategy",
+            "SingleDeviceXLAStrategy",
+        ):
             raise UnsupportedStrategyError(
                 f"WidthEvolution changes parameters of one process, got {type(trainer.strategy).__name__} with "
                 f"{trainer.world_size} processes, where the others would keep the old shapes. Take devices=1."

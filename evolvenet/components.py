@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
-from torch import nn
+from torch import Tensor, nn
 
 from evolvenet.graph import CONSUMES, FOLLOWS, PRODUCES, Segment, Width, WidthGraph, assemble
 from evolvenet.labels import KERNEL, AxisIds, Ledger
@@ -23,7 +23,7 @@ class Group:
     smallest: int
 
 
-def named_tensors(model: nn.Module) -> tuple[dict[str, object], dict[str, str], frozenset[str]]:
+def named_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str], frozenset[str]]:
     """Every parameter and floating-point buffer once by its first name, the other names, and which are parameters."""
     first: dict[int, str] = {}
     tensors, aliases, trainable = {}, {}, set()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,14 +14,15 @@ from torch.optim import Optimizer
 
 from evolvenet.cost import macs, parameters
 from evolvenet.errors import EvolveNetError, TraceError
+from evolvenet.grow import plan_growth
 from evolvenet.inputs import first_samples
 from evolvenet.measure import measure
 from evolvenet.policy import Measure, Policy, Proposal
 from evolvenet.prune import plan_prune
-from evolvenet.grow import plan_growth
 from evolvenet.record import Event, History, WidthChange
 from evolvenet.resize import commit
-from evolvenet.statistics import collect
+from evolvenet.statistics import Statistics, collect
+from evolvenet.surgery import Surgery
 from evolvenet.trace import trace
 
 _NEVER = 1_000_000
@@ -105,17 +106,18 @@ class Evolver:
         """
         started = time.perf_counter()
         before = parameters(self.model)
-        at = self._observed if at is None else at
+        moment = self._observed if at is None else at
         self._events += 1
-        skipped, changes = None, ()
+        skipped, changes = None, []
         try:
-            changes = self._evolve()
-        except (EvolveNetError, torch.linalg.LinAlgError) as problem:
+            self._evolve(changes)
+        except (EvolveNetError, RuntimeError) as problem:
+            # Each change is all or nothing, so the run can go on with whatever widths it has now.
             skipped = str(problem)
-            log.warning("step %d: no width was changed: %s", at, problem)
+            log.warning("step %d: widths are left as they are: %s", moment, problem)
         for change in changes:
-            log.info("step %d: %s %d → %d: %s", at, change.width, change.before, change.after, change.reason)
-        event = self._snapshot(at, changes, before, time.perf_counter() - started, skipped)
+            log.info("step %d: %s %d → %d: %s", moment, change.width, change.before, change.after, change.reason)
+        event = self._snapshot(moment, tuple(changes), before, time.perf_counter() - started, skipped)
         self.history.events.append(event)
         return event
 
@@ -134,31 +136,32 @@ class Evolver:
         self._observed, self._events = state["observed"], state["events"]
         self._changed = {name: (entry[0], entry[1]) for name, entry in state["changed"].items()}
 
-    def _evolve(self) -> tuple[WidthChange, ...]:
-        """One event: prune first, so that growth is paid for, then grow."""
+    def _evolve(self, changes: list[WidthChange]) -> None:
+        """One event: prune first, so that growth is paid for, then grow. What is done is added to `changes`."""
         self._check_finite()
         if not self._batches:
             raise TraceError("Expected at least one observed batch to measure on, got none. Call observe(batch) first.")
         statistics = collect(self.model, self.graph, list(self._batches))
         proposals = self.policy.propose(self._measures(statistics), self.graph)
         sizes = self.graph.sizes
-        down = {name: p.size for name, p in proposals.items() if p.size < sizes[name]}
-        up = {name: p.size for name, p in proposals.items() if p.size > sizes[name]}
+        down = {name: proposal for name, proposal in proposals.items() if proposal.size < sizes[name]}
+        up = {name: proposal for name, proposal in proposals.items() if proposal.size > sizes[name]}
         if down:
-            self.graph = commit(self.model, plan_prune(self.model, self.graph, down, statistics), self.optimizers)
+            surgery = plan_prune(self.model, self.graph, _sizes(down), statistics)
+            changes.extend(self._commit(surgery, down))
         if up:
             generator = torch.Generator().manual_seed(self._seed + self._events)
-            growth = plan_growth(self.model, self.graph, up, generator=generator)
-            self.graph = commit(self.model, growth, self.optimizers)
-        return self._note(proposals, sizes)
+            surgery = plan_growth(self.model, self.graph, _sizes(up), generator=generator)
+            changes.extend(self._commit(surgery, up))
 
-    def _note(self, proposals: dict[str, Proposal], sizes: dict[str, int]) -> tuple[WidthChange, ...]:
-        now = self.graph.sizes
-        changed = [name for name in proposals if now[name] != sizes[name]]
-        self._changed.update({name: (self._events, now[name] - sizes[name]) for name in changed})
-        return tuple(WidthChange(name, sizes[name], now[name], proposals[name].reason) for name in changed)
+    def _commit(self, surgery: Surgery, proposals: Mapping[str, Proposal]) -> list[WidthChange]:
+        before = self.graph.sizes
+        self.graph = commit(self.model, surgery, self.optimizers)
+        after = self.graph.sizes
+        self._changed.update({name: (self._events, after[name] - before[name]) for name in proposals})
+        return [WidthChange(name, before[name], after[name], each.reason) for name, each in proposals.items()]
 
-    def _measures(self, statistics: Any) -> dict[str, Measure]:
+    def _measures(self, statistics: Statistics) -> dict[str, Measure]:
         found = {}
         for name, spectrum in measure(self.model, self.graph, statistics).items():
             width = self.graph.widths[name]
@@ -183,6 +186,10 @@ class Evolver:
             self._macs = macs(self.model, self.example_inputs)
         count = parameters(self.model)
         return Event(at, changes, dict(self.graph.sizes), before, count, self._macs, seconds, skipped)
+
+
+def _sizes(proposals: Mapping[str, Proposal]) -> dict[str, int]:
+    return {name: proposal.size for name, proposal in proposals.items()}
 
 
 def _as_list(optimizer: Optimizer | Sequence[Optimizer] | None) -> list[Optimizer]:

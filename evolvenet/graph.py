@@ -91,7 +91,7 @@ class Widths(Mapping[str, Width]):
 
     def __init__(self, widths: Mapping[str, Width]) -> None:
         self._widths = dict(widths)
-        self._aliases = {tie.module: name for name, width in reversed(widths.items()) for tie in width.producers}
+        self._aliases = {tie.module: name for name, width in reversed(list(widths.items())) for tie in width.producers}
 
     def __getitem__(self, name: str) -> Width:
         found = self._widths.get(name) or self._widths.get(self._aliases.get(name, ""))
@@ -179,7 +179,9 @@ class WidthGraph:
                     f"Width {width.name!r} needs {width.smallest} units or more, got a new size of {index_map.new_size}."
                 )
             if width.name in checked:
-                raise ResizeError(f"Width {width.name!r} was named twice ({asked!r} is another name of it). Name it once.")
+                raise ResizeError(
+                    f"Width {width.name!r} was named twice ({asked!r} is another name of it). Name it once."
+                )
             if index_map.new_size % width.step:
                 raise ResizeError(
                     f"Width {width.name!r} changes in steps of {width.step}, got a new size of {index_map.new_size}. "
@@ -245,13 +247,7 @@ class WidthGraph:
             count = 1
             for dim, length in enumerate(self.shapes[name]):
                 segments = self.layouts[name].get(dim)
-                count *= (
-                    length
-                    if segments is None
-                    else sum(
-                        part.length if part.width not in sizes else sizes[part.width] * part.repeat for part in segments
-                    )
-                )
+                count *= length if segments is None else sum(_proposed(part, sizes) for part in segments)
             total += count
         return total
 
@@ -278,9 +274,16 @@ class WidthGraph:
             for w in self.widths.values()
         ]
         columns = [max(len(row[i]) for row in rows) for i in range(5)]
-        lines = ["  ".join([*(cell.ljust(size) for cell, size in zip(row, columns, strict=False)), row[5]]) for row in rows]
+        lines = [
+            "  ".join([*(cell.ljust(size) for cell, size in zip(row, columns, strict=False)), row[5]]) for row in rows
+        ]
         lines.append(f"coverage {self.coverage:.1%} of {self.parameters:,} parameters")
         return "\n".join(line.rstrip() for line in lines)
+
+
+def _proposed(part: Segment, sizes: Mapping[str, int]) -> int:
+    size = None if part.width is None else sizes.get(part.width)
+    return part.length if size is None else size * part.repeat
 
 
 def assemble(
@@ -309,7 +312,10 @@ def assemble(
         aliases,
     )
     counted = {
-        name: replace(width, parameters=sum(graph._inside(tensor, {name}) for tensor in {t.tensor for t in width.ties} & trainable))
+        name: replace(
+            width,
+            parameters=sum(graph._inside(tensor, {name}) for tensor in {t.tensor for t in width.ties} & trainable),
+        )
         for name, width in graph.widths.items()
     }
     return replace(graph, widths=Widths(counted))

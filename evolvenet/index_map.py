@@ -48,7 +48,8 @@ class IndexMap:
         low, high = min(self.indices), max(self.indices)
         if low < NEWBORN or high >= self.size:
             raise IndexMapError(
-                f"IndexMap: expected old indices in 0 … {self.size - 1}, or −1 for a newborn, got {low if low < NEWBORN else high}."
+                f"IndexMap: expected old indices in 0 … {self.size - 1}, or −1 for a newborn, "
+                f"got {low if low < NEWBORN else high}."
             )
 
     @classmethod
@@ -87,7 +88,9 @@ class IndexMap:
         (0, 1, -1, -1)
         """
         if count < 0:
-            raise IndexMapError(f"IndexMap.grow: expected a count of 0 or more, got {count}. To shrink, use IndexMap.keep.")
+            raise IndexMapError(
+                f"IndexMap.grow: expected a count of 0 or more, got {count}. To shrink, use IndexMap.keep."
+            )
         return cls((*range(size), *[NEWBORN] * count), size)
 
     @classmethod

@@ -107,9 +107,9 @@ class Ledger:
             return
         label = int(layer.reshape(-1)[0])
         for axis in self.axes:
-            if axis.tensor == origin and axis.start <= label < axis.start + axis.size:
-                if consumed or (origin, axis.dim) not in self.roles:
-                    self.roles[origin, axis.dim] = CONSUMES if consumed else PRODUCES
+            here = axis.tensor == origin and axis.start <= label < axis.start + axis.size
+            if here and (consumed or (origin, axis.dim) not in self.roles):
+                self.roles[origin, axis.dim] = CONSUMES if consumed else PRODUCES
 
     def components(self) -> np.ndarray:
         """Component of every id, int array `[units]`."""

@@ -125,7 +125,10 @@ def fit_shapes(model: nn.Module, state: Mapping[str, Any], prefix: str = "") -> 
     for path, module in model.named_modules():
         start = f"{prefix}{path}." if path else prefix
         local = {k: t for table in (module._parameters, module._buffers) for k, t in table.items() if t is not None}
-        shapes = {name: tuple(state[start + name].shape) if start + name in state else tuple(t.shape) for name, t in local.items()}
+        shapes = {
+            name: tuple(state[start + name].shape) if start + name in state else tuple(t.shape)
+            for name, t in local.items()
+        }
         for name, tensor in local.items():
             if len(shapes[name]) != tensor.dim():
                 raise RecordError(

@@ -26,7 +26,13 @@ if TYPE_CHECKING:
 Curve = Sequence[tuple[int, float]]
 
 _SHRUNK, _GREW, _SKIPPED = "#c0392b", "#1e8449", "#7f8c8d"
-_BESIDE: dict[str, Any] = {"loc": "upper left", "bbox_to_anchor": (1.01, 1.03), "frameon": False, "fontsize": 9, "alignment": "left"}
+_BESIDE: dict[str, Any] = {
+    "loc": "upper left",
+    "bbox_to_anchor": (1.01, 1.03),
+    "frameon": False,
+    "fontsize": 9,
+    "alignment": "left",
+}
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
 table { border-collapse: collapse; margin: 1rem 0 2rem; } th { text-align: left; }
@@ -155,7 +161,15 @@ def _draw_parameters(panel: Axes, history: History, end: int) -> None:
         if chosen:
             at, counted = [event.step for event in chosen], [event.parameters for event in chosen]
             placed = _lifted(panel, lift)
-            panel.plot(at, counted, marker, color=color, markersize=6, label=f"{label} (events: {len(chosen)})", transform=placed)
+            panel.plot(
+                at,
+                counted,
+                marker,
+                color=color,
+                markersize=6,
+                label=f"{label} (events: {len(chosen)})",
+                transform=placed,
+            )
     for step, count, align in ((steps[0], counts[0], "left"), (end, counts[-1], "right")):
         panel.annotate(f"{count:,}", (step, count), (0, 7), textcoords="offset points", ha=align, weight="bold")
     panel.set_ylabel("parameters")

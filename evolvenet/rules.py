@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._ops import OpOverload
-from torch.utils._pytree import tree_flatten, tree_map_only
+from torch.utils._pytree import tree_flatten
 
 from evolvenet.labels import CONSTANT, DATA, LABELLED, Label, Ledger, align, compress, merge, useful, varying
 
@@ -122,7 +122,9 @@ def unchanged(call: Call) -> None:
     """Filled in place: the units stay what they were."""
 
 
-@rule("unsafe_split", "unsafe_split_with_sizes", "unsafe_chunk", "_unsafe_view", "index", "index_select", "roll", "flip")
+@rule(
+    "unsafe_split", "unsafe_split_with_sizes", "unsafe_chunk", "_unsafe_view", "index", "index_select", "roll", "flip"
+)
 @rule("repeat", "pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "_reshape_copy", "repeat_interleave", "take")
 def movement(call: Call) -> None:
     """Elements are only rearranged: run the same op on the labels."""

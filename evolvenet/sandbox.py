@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from evolvenet.errors import TraceError
 from evolvenet.layers import refresh
@@ -31,7 +33,7 @@ def sandbox(model: nn.Module, device: torch.device | str | None = None) -> Itera
     shadows: dict[int, Tensor] = {}
     try:
         for module in modules:
-            for table in (module._parameters, module._buffers):
+            for table in _tables(module):
                 for name, tensor in table.items():
                     if tensor is not None:
                         table[name] = shadows.setdefault(id(tensor), _shadow(tensor, device))
@@ -43,13 +45,17 @@ def sandbox(model: nn.Module, device: torch.device | str | None = None) -> Itera
             for name in set(module.__dict__) - set(attributes):
                 del module.__dict__[name]
             module.__dict__.update(attributes)
-            for table, entries in ((module._parameters, parameters), (module._buffers, buffers)):
+            for table, entries in zip(_tables(module), (parameters, buffers), strict=True):
                 table.clear()
                 table.update(entries)
 
 
+def _tables(module: nn.Module) -> tuple[dict[str, Any], dict[str, Any]]:
+    return module._parameters, module._buffers
+
+
 def _shadow(tensor: Tensor, device: torch.device | str | None) -> Tensor:
-    if isinstance(tensor, nn.parameter.UninitializedTensorMixin):
+    if is_lazy(tensor):
         raise TraceError(
             "Expected parameters with shapes, got a lazy one. Run the model once on a batch before tracing it."
         )

@@ -70,7 +70,7 @@ def compile_surgery(model: nn.Module, graph: WidthGraph, maps: Mapping[str, Inde
     for name, axes in axis_maps.items():
         tensor = tensors.get(name)
         if not isinstance(tensor, Tensor) or tuple(tensor.shape) != graph.shapes[name]:
-            got = "nothing of that name" if tensor is None else f"the shape {tuple(tensor.shape)}"  # type: ignore[attr-defined]
+            got = "nothing of that name" if tensor is None else f"the shape {tuple(tensor.shape)}"
             raise ResizeError(
                 f"Expected {name!r} of shape {graph.shapes[name]} in the model, got {got}. The graph is of another model "
                 "or an older state of this one: trace it again, and keep the graph that each resize returns."
@@ -169,5 +169,3 @@ def moved(change: TensorChange) -> Tensor:
         alive = torch.tensor([index != NEWBORN for index in index_map.indices])
         kept &= alive.view([-1 if d == dim else 1 for d in range(kept.dim())])
     return kept
-
-

@@ -138,7 +138,7 @@ class LabelMode(TorchDispatchMode):
 
     def read(self, tensor: Tensor) -> Label:
         """What is known of a tensor; one never seen before is data."""
-        return self.labels.get(tensor, Label())
+        return self.labels.get(tensor) or Label()
 
     def write(self, tensor: Tensor, label: Label) -> None:
         """Remember what a tensor carries."""
@@ -173,5 +173,3 @@ class LabelMode(TorchDispatchMode):
         finally:
             for handle in handles:
                 handle.remove()
-
-

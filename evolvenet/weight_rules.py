@@ -56,7 +56,11 @@ def layer_norm(call: Call) -> None:
     normalised = set(range(source.dim() - len(call.args[1]), source.dim()))
     layers = merge(
         call.ledger,
-        [[align(layer, source.dim()) for layer in call.read(t).layers] for t in call.tensors if t.dim() <= source.dim()],
+        [
+            [align(layer, source.dim()) for layer in call.read(t).layers]
+            for t in call.tensors
+            if t.dim() <= source.dim()
+        ],
     )
     for layer in layers:
         if normalised & set(varying(layer)):
@@ -97,7 +101,9 @@ def matrix_product(call: Call) -> None:
     call.put(call.out, layers)
 
 
-def contract(call: Call, one: Tensor, one_names: str, two: Tensor, two_names: str, out_names: str) -> tuple[Tensor, ...]:
+def contract(
+    call: Call, one: Tensor, one_names: str, two: Tensor, two_names: str, out_names: str
+) -> tuple[Tensor, ...]:
     """Labels through a sum over the names that the output lacks; returns the output's layers."""
     every = {name: position for position, name in enumerate(dict.fromkeys(one_names + two_names))}
     summed = {name for name in every if name not in out_names}

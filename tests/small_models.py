@@ -1,20 +1,26 @@
-"""Small models that the tests of measuring, pruning and growing share, all in float64."""
+"""Small models that the tests of measuring, pruning and growing share, all in float64.
+
+The builders return Any: the type of a part of an `nn.Sequential` is not known to a type checker.
+"""
 
 from __future__ import annotations
+
+import itertools
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 
-def mlp(*sizes: int, activation: type[nn.Module] = nn.ReLU) -> nn.Sequential:
+def mlp(*sizes: int, activation: type[nn.Module] = nn.ReLU) -> Any:
     """Dense layers with an activation after each but the last."""
     layers: list[nn.Module] = []
-    for fan_in, fan_out in zip(sizes, sizes[1:], strict=False):
+    for fan_in, fan_out in itertools.pairwise(sizes):
         layers += [nn.Linear(fan_in, fan_out), activation()]
     return nn.Sequential(*layers[:-1]).double()
 
 
-def convnet(bias: bool = False) -> nn.Sequential:
+def convnet(bias: bool = False) -> Any:
     """Convolution, batch norm, ReLU, unpadded convolution, ReLU, flatten, dense; input `[b, 3, 6, 6]`."""
     return used(
         nn.Sequential(
@@ -75,7 +81,7 @@ class Recurrent(nn.Module):
         return self.head(self.cell(x)[0])
 
 
-def mobile() -> nn.Sequential:
+def mobile() -> Any:
     """A depthwise and a grouped convolution between pointwise ones; input `[b, 3, 6, 6]`."""
     return used(
         nn.Sequential(
@@ -91,11 +97,11 @@ def mobile() -> nn.Sequential:
     )
 
 
-def used(model: nn.Module) -> nn.Module:
+def used(model: Any) -> Any:
     """In float64 and eval mode, every norm with scales, shifts and running moments as after some training."""
     model.double()
     for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
+        if isinstance(module, nn.BatchNorm2d) and module.running_mean is not None and module.running_var is not None:
             nn.init.uniform_(module.weight, 0.5, 1.5)
             nn.init.normal_(module.bias, std=0.3)
             nn.init.normal_(module.running_mean, std=0.2)

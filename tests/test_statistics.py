@@ -212,7 +212,7 @@ def test_the_model_is_afterwards_as_it_was(fails: bool) -> None:
     batches = [torch.randn(4, 3), torch.randn(4, 7 if fails else 3)]
     torch.set_rng_state(random)
     if fails:
-        with pytest.raises(RuntimeError, match="size of tensor|shapes cannot be multiplied"):
+        with pytest.raises(RuntimeError, match=r"size of tensor|shapes cannot be multiplied"):
             collect(model, graph, batches)
     else:
         collect(model, graph, batches)
@@ -263,7 +263,7 @@ def test_nan_and_infinite_inputs_are_refused_with_the_layer(bad: float) -> None:
     graph = trace(model, torch.zeros(2, 3).double())
     x = torch.randn(4, 3, dtype=torch.float64)
     x[2, 1] = bad
-    with pytest.raises(SpectrumError, match="^2: expected finite inputs"):
+    with pytest.raises(SpectrumError, match=r"^2: expected finite inputs"):
         collect(model, graph, [x])
 
 

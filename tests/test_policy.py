@@ -1,0 +1,214 @@
+"""Decisions from spectra: what goes, what grows, what is left alone, and what is said about it."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from small_models import mlp
+
+import evolvenet
+from evolvenet.errors import PolicyError
+from evolvenet.policy import Measure, Proposal, Threshold
+from evolvenet.spectrum import effective_rank
+from evolvenet.trace import trace
+
+LONG_AGO = 1000
+GRAPH = trace(mlp(6, 8, 8, 3), torch.zeros(1, 6).double())
+
+
+def measured(spectrum: list[float], width: str = "0", **rest: Any) -> Measure:
+    """A width that may change in any way, of as many units as its spectrum has values."""
+    defaults = {"size": len(spectrum), "step": 1, "idle": LONG_AGO, "growable": True}
+    return Measure(width, spectrum=tuple(spectrum), **{**defaults, **rest})
+
+
+def decide(policy: Threshold, *measures: Measure) -> dict[str, Proposal]:
+    """What the policy proposes for these widths."""
+    return policy.propose({measure.width: measure for measure in measures}, GRAPH)
+
+
+def flat(size: int, **rest: Any) -> Measure:
+    """A saturated width."""
+    return measured([1.0] * size, **rest)
+
+
+def low(size: int, rank: int, **rest: Any) -> Measure:
+    """A width of which only `rank` directions, all equally strong, carry anything."""
+    return measured([1.0] * rank + [0.0] * (size - rank), **rest)
+
+
+def test_directions_without_energy_go() -> None:
+    found = decide(Threshold(prune=0.01, grow=0.9), measured([5.0, 4.0, 3.0, 2.0, 0.2, 0.1, 0.1, 0.05]))
+    energy = [value**2 for value in (5.0, 4.0, 3.0, 2.0, 0.2, 0.1, 0.1, 0.05)]
+    share = 100 * sum(energy[4:]) / sum(energy)
+    assert found == {"0": Proposal(4, f"4 directions carry {share:.1f} % of the energy (threshold 1.0 %)")}
+
+
+def test_one_direction_is_spoken_of_in_the_singular() -> None:
+    found = decide(Threshold(prune=0.01, grow=0.9), measured([5.0, 4.0, 3.0, 0.2]))
+    assert found["0"].reason.startswith("1 direction carries 0.1 % of the energy")
+
+
+def test_a_saturated_width_grows() -> None:
+    found = decide(Threshold(prune=0.01, grow=0.9), flat(8))
+    assert found == {"0": Proposal(10, "effective rank 8.0 of 8 = 1.00 (threshold 0.90)")}
+
+
+def test_between_the_thresholds_nothing_happens() -> None:
+    spectrum = [1.0, 0.9, 0.6, 0.5, 0.4, 0.3, 0.25, 0.2]
+    saturation = effective_rank(spectrum) / 8
+    assert 0.5 < saturation < 0.9
+    assert decide(Threshold(prune=0.005, grow=0.9), measured(spectrum)) == {}
+
+
+def test_a_saturated_width_is_not_pruned_even_if_it_may_not_grow() -> None:
+    policy = Threshold(prune=0.3, grow=0.9)
+    assert decide(policy, flat(8, growable=False)) == {}
+    assert decide(policy, measured([1.0, 1.0, 0.1, 0.1]))["0"].size == 2
+
+
+@pytest.mark.parametrize(("largest_step", "size"), [(0.5, 5), (0.25, 8), (0.05, 10), (1.0, 2), (0.0, 10)])
+def test_no_more_than_the_largest_step_goes_at_once(largest_step: float, size: int) -> None:
+    found = decide(Threshold(prune=0.01, grow=0.9, largest_step=largest_step), low(10, 1))
+    assert (found["0"].size if found else 10) == size
+
+
+@pytest.mark.parametrize(("smallest", "size"), [(1, 1), (2, 2), (6, 6), (10, None), (20, None)])
+def test_no_width_falls_below_the_smallest(smallest: int, size: int | None) -> None:
+    found = decide(Threshold(prune=0.01, grow=0.9, largest_step=1, smallest=smallest), low(10, 1))
+    assert (found["0"].size if found else None) == size
+
+
+def test_no_width_falls_below_what_its_layers_need() -> None:
+    groups = evolvenet.trace(
+        torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Unflatten(1, (8, 1)), torch.nn.Conv1d(8, 8, 1, groups=4)),
+        torch.zeros(2, 4),
+    )
+    for width in groups.resizable:
+        measure = low(width.size, 1, width=width.name)
+        found = Threshold(prune=0.01, grow=0.9, largest_step=1, smallest=1).propose({width.name: measure}, groups)
+        assert found[width.name].size >= width.smallest
+
+
+@given(
+    st.lists(st.floats(0, 10), min_size=1, max_size=24),
+    st.sampled_from([1, 2, 3, 4]),
+    st.floats(0, 0.5),
+    st.floats(0.51, 1),
+    st.floats(0, 1),
+    st.floats(0, 1),
+)
+def test_every_proposal_is_a_size_that_the_width_can_take(
+    values: list[float], step: int, prune: float, grow: float, largest_step: float, growth: float
+) -> None:
+    spectrum = sorted(values * step, reverse=True)
+    size = len(spectrum)
+    policy = Threshold(prune=prune, grow=grow, largest_step=largest_step, growth=growth)
+    for proposal in decide(policy, measured(spectrum, step=step)).values():
+        assert proposal.size % step == 0
+        assert proposal.size != size
+        if proposal.size < size:
+            assert proposal.size >= 2
+            assert size - proposal.size <= largest_step * size
+            energy = sum(value**2 for value in spectrum)
+            assert sum(value**2 for value in spectrum[proposal.size :]) <= prune * energy * (1 + 1e-9)
+        else:
+            assert 0 < proposal.size - size < math.ceil(growth * size) + step
+
+
+def test_growth_is_rounded_up_to_the_step() -> None:
+    assert decide(Threshold(prune=0.01, grow=0.9, growth=0.1), flat(8, step=4))["0"].size == 12
+    assert decide(Threshold(prune=0.01, grow=0.9, growth=0.01), flat(8))["0"].size == 9
+    assert decide(Threshold(prune=0.01, grow=0.9, growth=0), flat(8)) == {}
+
+
+@pytest.mark.parametrize("idle", [1, 2, 3])
+@pytest.mark.parametrize("last", [-3, 0, 3])
+def test_a_change_of_direction_waits_for_the_cooldown(idle: int, last: int) -> None:
+    policy = Threshold(prune=0.01, grow=0.9, cooldown=2)
+    shrinks = bool(decide(policy, low(8, 2, idle=idle, last=last)))
+    grows = bool(decide(policy, flat(8, idle=idle, last=last)))
+    assert shrinks == (idle > 2 or last < 0)
+    assert grows == (idle > 2 or last > 0)
+
+
+def test_without_a_cooldown_nothing_waits() -> None:
+    policy = Threshold(prune=0.01, grow=0.9, cooldown=0)
+    assert decide(policy, low(8, 2, idle=1, last=3))
+    assert decide(policy, flat(8, idle=1, last=-3))
+
+
+def test_what_is_mixed_does_not_grow_but_shrinks() -> None:
+    policy = Threshold(prune=0.01, grow=0.9)
+    assert decide(policy, flat(8, growable=False)) == {}
+    assert decide(policy, low(8, 2, growable=False))
+
+
+def test_growth_above_the_largest_number_of_parameters_is_left_out() -> None:
+    one = GRAPH.proposed_parameters({"0": 10})
+    both = GRAPH.proposed_parameters({"0": 10, "2": 10})
+    assert GRAPH.parameters < one < both
+    measures = flat(8), flat(8, width="2")
+    sizes = {
+        limit: {name: p.size for name, p in decide(Threshold(0.01, 0.9, max_parameters=limit), *measures).items()}
+        for limit in (one - 1, one, both - 1, both)
+    }
+    assert sizes[both] == {"0": 10, "2": 10}
+    assert sizes[both - 1] == sizes[one] == {"0": 10}
+    assert "0" not in sizes[one - 1]
+
+
+def test_pruning_makes_room_for_growth_in_the_same_event() -> None:
+    limit = GRAPH.parameters
+    policy = Threshold(prune=0.01, grow=0.9, max_parameters=limit)
+    assert decide(policy, flat(8)) == {}
+    assert {name: p.size for name, p in decide(policy, flat(8), low(8, 2, width="2")).items()} == {"0": 10, "2": 4}
+
+
+def test_the_most_saturated_width_grows_first() -> None:
+    nearly = measured([1.0] * 7 + [0.3], width="0")
+    limit = max(GRAPH.proposed_parameters({"0": 10}), GRAPH.proposed_parameters({"2": 10}))
+    found = decide(Threshold(prune=0.01, grow=0.9, max_parameters=limit), nearly, flat(8, width="2"))
+    assert list(found) == ["2"]
+
+
+def test_a_width_without_any_energy_shrinks() -> None:
+    found = decide(Threshold(prune=0.01, grow=0.9), measured([0.0] * 8))
+    assert found["0"].size == 4
+    assert "0.0 % of the energy" in found["0"].reason
+
+
+def test_proposing_is_pure() -> None:
+    policy = Threshold(prune=0.01, grow=0.9)
+    measures = {"0": flat(8), "2": low(8, 2, width="2")}
+    before = copy.deepcopy(measures)
+    assert policy.propose(measures, GRAPH) == policy.propose(measures, GRAPH)
+    assert measures == before
+    assert policy == Threshold(prune=0.01, grow=0.9)
+
+
+@pytest.mark.parametrize("name", ["prune", "grow", "largest_step", "growth"])
+@pytest.mark.parametrize("value", [-0.1, 1.5, float("nan"), float("inf"), "0.5", None, True])
+def test_values_outside_0_to_1_are_refused(name: str, value: Any) -> None:
+    with pytest.raises(PolicyError, match=rf"expected {name} to be a number in 0 … 1, got {value!r}"):
+        Threshold(**{"prune": 0.01, "grow": 0.9, name: value})
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "least"), [("cooldown", -1, 0), ("smallest", 0, 1), ("max_parameters", 0, 1)]
+)
+def test_counts_out_of_range_are_refused(name: str, value: int, least: int) -> None:
+    with pytest.raises(PolicyError, match=rf"expected {name} to be a number of {least} or more, got {value}"):
+        Threshold(**{"prune": 0.01, "grow": 0.9, name: value})
+
+
+@pytest.mark.parametrize(("prune", "grow"), [(0.9, 0.9), (0.95, 0.9), (1, 0)])
+def test_a_prune_threshold_that_is_not_below_the_grow_threshold_is_refused(prune: float, grow: float) -> None:
+    with pytest.raises(PolicyError, match=rf"prune below grow, got prune={prune} and grow={grow}.*prune=0.01"):
+        Threshold(prune=prune, grow=grow)

@@ -1,0 +1,150 @@
+"""Every experiment in `conf/experiment`, run through what `train.py` does, on a few batches."""
+
+import json
+import logging
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
+
+import evolvenet
+from evolvenet.record import History
+from experiments.run import readable_errors, run
+from experiments.sweep import sweep_table
+from tests.test_data import write_npz
+
+ROOT = Path(__file__).parent.parent
+EXPERIMENTS = sorted(path.stem for path in (ROOT / "conf" / "experiment").glob("*.yaml"))
+TINY = ["trainer.max_epochs=2", "trainer.limit_train_batches=2", "trainer.accelerator=cpu", "trainer.log_every_n_steps=1"]
+EAGER = ["evolve.every_n_steps=1", "evolve.start_step=1", "evolve.stop=1.0"]
+
+
+@pytest.fixture()
+def data(tmp_path):
+    """Made-up mnist.npz and cifar10.npz, and the overrides that use them."""
+    write_npz(tmp_path / "mnist.npz", (28, 28))
+    write_npz(tmp_path / "cifar10.npz", (32, 32, 3))
+    return [f"data.root={tmp_path}", "data.batch_size=12", "data.val_size=10"]
+
+
+def train(tmp_path, overrides):
+    """What `train.py` does with these overrides; returns the result file's content."""
+    output = tmp_path / "run"
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        config = compose("train", [*overrides, f"output={output}"])
+    with readable_errors():
+        run(
+            config,
+            data=instantiate(config.data),
+            classifier=instantiate(config.classifier),
+            trainer=instantiate(config.trainer),
+            evolution=instantiate(config.evolve),
+        )
+    return json.loads((output / "result.json").read_text())
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_every_experiment_runs_and_leaves_its_results(tmp_path, data, experiment, capsys):
+    result = train(tmp_path, [f"+experiment={experiment}", "model.widths=[8,12,16]", *data, *TINY, *EAGER])
+    events = History.from_dict(result["history"]).events
+    assert result["steps"] == 4 and len(events) == 3 and all(event.skipped is None for event in events)
+    assert 0 <= result["test_acc"] <= 1 and len(result["curve"]) == 2
+    assert result["end"]["parameters"] == events[-1].parameters and result["end"]["macs"] == events[-1].macs
+    assert result["sizes"]["end"] == events[-1].sizes
+    assert result["config"]["evolve"]["policy"]["prune"] > 0
+    written = {path.name for path in (tmp_path / "run").iterdir()}
+    assert {"result.json", "report.html", "history.png", "last.ckpt"} <= written
+    assert str(tmp_path / "run" / "report.html") in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_every_experiment_builds_at_full_size(experiment):
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        config = compose("train", [f"+experiment={experiment}", "output=unused"])
+    model = instantiate(config.classifier).model
+    assert sum(parameter.numel() for parameter in model.parameters()) >= 2_000_000
+    assert isinstance(instantiate(config.evolve), evolvenet.WidthEvolution)
+
+
+def test_digits_learn_while_widths_change(tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    small = ["model.widths=[16,16,16]", "trainer.max_epochs=6", "trainer.accelerator=cpu", "evolve.every_n_steps=20"]
+    result = train(tmp_path, [*small, "evolve.start_step=20", "evolve.policy.prune=0.02"])
+    assert result["test_acc"] > 0.5 and result["val_acc"] > 0.5
+    assert result["end"]["parameters"] < result["start"]["parameters"]
+    changed = [change for event in result["history"]["events"] for change in event["changes"]]
+    lines = [record.getMessage() for record in caplog.records if record.name == "evolvenet"]
+    for change in changed:
+        assert any(f"{change['width']} {change['before']} → {change['after']}" in line for line in lines)
+    epochs = [record.getMessage() for record in caplog.records if record.name == "experiments.progress"]
+    assert len(epochs) == 6 and "val acc" in epochs[-1] and f"parameters {result['end']['parameters']:,}" in epochs[-1]
+
+
+def test_the_saved_model_is_the_evolved_one(tmp_path):
+    overrides = ["model.widths=[16,16,16]", *TINY, *EAGER]
+    result = train(tmp_path, overrides)
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        model = instantiate(compose("train", [*overrides, "output=unused"]).model)
+    evolvenet.load(model, tmp_path / "run" / "last.ckpt")
+    assert sum(parameter.numel() for parameter in model.parameters()) == result["end"]["parameters"]
+    assert model(torch.zeros(1, 1, 8, 8)).shape == (1, 10)
+
+
+def test_without_the_callback_widths_stay(tmp_path):
+    result = train(tmp_path, ["evolve=none", "model.widths=[8,8,8]", "optimizer=sgd", *TINY])
+    assert result["start"] == result["end"] and result["history"]["events"] == []
+
+
+@pytest.mark.parametrize(
+    "overrides, message",
+    [
+        (["evolve.policy.prune=1.5"], "prune"),
+        (["evolve.policy.prune=0.9", "evolve.policy.grow=0.5"], "prune below grow"),
+        (["evolve.every_n_steps=0"], "every_n_steps"),
+        (["data.batch_size=99999"], "batch size"),
+        (["data.val_size=0"], "val_size"),
+    ],
+)
+def test_bad_settings_end_with_one_line(tmp_path, overrides, message):
+    with pytest.raises(SystemExit) as caught:
+        train(tmp_path, [*overrides, "model.widths=[4,4,4]", *TINY])
+    assert str(caught.value).startswith("error: ") and message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_other_errors_keep_their_traceback():
+    with pytest.raises(ZeroDivisionError), readable_errors():
+        _ = 1 / 0
+
+
+def command(cwd, *overrides):
+    return subprocess.run(
+        [sys.executable, str(ROOT / "train.py"), *overrides], cwd=cwd, capture_output=True, text=True, timeout=300
+    )
+
+
+def test_command_line_without_data_says_so_in_one_line(tmp_path):
+    (tmp_path / "mnist.npz").write_text("no archive")
+    done = command(tmp_path, "+experiment=mnist_resnet", f"data.root={tmp_path}")
+    assert done.returncode == 1 and "Traceback" not in done.stderr + done.stdout
+    assert done.stderr.strip().startswith("error: Data: ") and "\n" not in done.stderr.strip()
+
+
+def test_a_sweep_leaves_a_result_for_each_run_and_one_table(tmp_path, data):
+    done = command(
+        tmp_path, "-m", "+experiment=mnist_resnet", "evolve.policy.prune=0.005,0.02", "evolve.policy.grow=0.9",
+        "trainer.limit_train_batches=2", "trainer.max_epochs=1", "model.widths=[4,4,4]", "evolve.every_n_steps=1",
+        "evolve.start_step=1", *data,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    [directory] = (tmp_path / "multirun").glob("*/*")
+    results = [json.loads((directory / number / "result.json").read_text()) for number in ("0", "1")]
+    assert [result["config"]["evolve"]["policy"]["prune"] for result in results] == [0.005, 0.02]
+    table = sweep_table(directory)
+    assert (directory / "sweep.md").read_text() == table and table in done.stdout
+    assert table.count("evolve.policy.prune=") == 2
+    assert "Warning" not in done.stdout + done.stderr
