@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,15 +12,44 @@ from torch import Tensor, nn
 from evolvenet.graph import CONSUMES, FOLLOWS, PRODUCES, Segment, Width, WidthGraph, assemble
 from evolvenet.labels import KERNEL, AxisIds, Ledger
 
+Parts = tuple[tuple[int | None, int, int], ...]
+"""An axis as runs of (group or None, length, repeat)."""
+
 
 @dataclass(frozen=True)
 class Group:
-    """Units with one and the same structure, before they have a name. `members` are component numbers, in order."""
+    """Units with one and the same structure, before they have a name.
+
+    Args:
+        members: their component numbers, in order.
+        anchor: the first id of the first member; it stays the same when units are joined further.
+        frozen: why they must stay, or None.
+        mixed: which op mixes them, or None.
+        smallest: the fewest that may remain.
+    """
 
     members: tuple[int, ...]
+    anchor: int
     frozen: str | None
     mixed: str | None
     smallest: int
+
+
+@dataclass(frozen=True)
+class Built:
+    """A graph with what later steps need to find its widths in the ledger again.
+
+    Args:
+        graph: the graph.
+        component: component of every id, `[units]`.
+        anchors: name of every width → its anchor.
+        members: name of every width → its components, in order.
+    """
+
+    graph: WidthGraph
+    component: np.ndarray
+    anchors: Mapping[str, int]
+    members: Mapping[str, tuple[int, ...]]
 
 
 def named_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str], frozenset[str]]:
@@ -40,28 +69,19 @@ def named_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str], 
     return tensors, aliases, frozenset(trainable)
 
 
-def build_graph(model: nn.Module, ledger: Ledger) -> WidthGraph:
+def build_graph(model: nn.Module, ledger: Ledger) -> Built:
     """Group units into widths and lay every axis out as segments of them."""
     component = ledger.components()
     groups = _groups(ledger, component)
     where = {member: (g, u) for g, group in enumerate(groups) for u, member in enumerate(group.members)}
-    layouts: dict[str, dict[int, tuple[tuple[int | None, int, int], ...]]] = defaultdict(dict)
+    layouts: dict[str, dict[int, Parts]] = defaultdict(dict)
     disordered: dict[int, str] = {}
     for axis in ledger.axes:
-        places = [where.get(int(c)) for c in component[axis.start : axis.start + axis.size]]
+        places = [where[int(c)] for c in component[axis.start : axis.start + axis.size]]
         layouts[axis.tensor][axis.dim] = _segments(places, groups, axis, disordered)
     tensors, aliases, trainable = named_tensors(model)
     names = _names(groups, layouts, ledger, trainable)
-    widths = {
-        name: Width(
-            name,
-            len(groups[g].members),
-            frozen=groups[g].frozen or disordered.get(g),
-            mixed=groups[g].mixed,
-            smallest=groups[g].smallest,
-        )
-        for g, name in names.items()
-    }
+    widths = {name: _width(name, groups[g], disordered.get(g)) for g, name in names.items()}
     named = {
         tensor: {
             dim: tuple(Segment(None if g is None else names.get(g), length, repeat) for g, length, repeat in parts)
@@ -70,7 +90,14 @@ def build_graph(model: nn.Module, ledger: Ledger) -> WidthGraph:
         for tensor in tensors
     }
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    return assemble(widths, named, shapes, trainable, aliases, ledger.roles)
+    graph = assemble(widths, named, shapes, trainable, aliases, ledger.roles)
+    anchors = {name: groups[g].anchor for g, name in names.items()}
+    return Built(graph, component, anchors, {name: groups[g].members for g, name in names.items()})
+
+
+def _width(name: str, group: Group, disorder: str | None) -> Width:
+    frozen = group.frozen or disorder
+    return Width(name, len(group.members), frozen=frozen, mixed=group.mixed, smallest=group.smallest)
 
 
 def _groups(ledger: Ledger, component: np.ndarray) -> list[Group]:
@@ -86,16 +113,16 @@ def _groups(ledger: Ledger, component: np.ndarray) -> list[Group]:
             for member in members.tolist():
                 frozen.setdefault(member, "never ran on the example inputs")
     _, first = np.unique(component, return_index=True)
-    together: dict[object, list[int]] = defaultdict(list)
+    together: dict[tuple[object, str | None, str | None, bool], list[int]] = defaultdict(list)
     for member in sorted(shows, key=lambda m: first[m]):
         together[tuple(shows[member]), frozen.get(member), mixed.get(member), member in whole].append(member)
     return [
-        Group(tuple(members), frozen=key[1], mixed=key[2], smallest=2 if key[3] else 1)  # type: ignore[index]
+        Group(tuple(members), int(first[members[0]]), frozen=key[1], mixed=key[2], smallest=2 if key[3] else 1)
         for key, members in together.items()
     ]
 
 
-def _notes(book: list, component: np.ndarray) -> dict[int, str]:
+def _notes(book: Sequence[tuple[Tensor, str]], component: np.ndarray) -> dict[int, str]:
     found: dict[int, str] = {}
     for labels, reason in book:
         for member in np.unique(component[labels.numpy()]).tolist():
@@ -103,9 +130,7 @@ def _notes(book: list, component: np.ndarray) -> dict[int, str]:
     return found
 
 
-def _segments(
-    places: list[tuple[int, int] | None], groups: list[Group], axis: AxisIds, disordered: dict[int, str]
-) -> tuple[tuple[int | None, int, int], ...]:
+def _segments(places: list[tuple[int, int]], groups: list[Group], axis: AxisIds, disordered: dict[int, str]) -> Parts:
     """Cut an axis into (group, length, repeat) runs that hold all units of a group in order.
 
     A group whose units stand in another order anywhere is noted in `disordered`: how its newborns would have to be
@@ -114,21 +139,13 @@ def _segments(
     parts: list[tuple[int | None, int, int]] = []
     start = 0
     while start < len(places):
-        at = places[start]
-        stop = start + 1
-        if at is None:
-            while stop < len(places) and places[stop] is None:
-                stop += 1
-            parts.append((None, stop - start, 1))
-            start = stop
-            continue
-        group, size = at[0], len(groups[at[0]].members)
+        group = places[start][0]
+        size = len(groups[group].members)
         repeat = 1
-        while start + repeat < len(places) and places[start + repeat] == at:
+        while start + repeat < len(places) and places[start + repeat] == places[start]:
             repeat += 1
         stop = start + size * repeat
-        expected = [(group, unit) for unit in range(size) for _ in range(repeat)]
-        if places[start:stop] == expected:
+        if places[start:stop] == [(group, unit) for unit in range(size) for _ in range(repeat)]:
             parts.append((group, size * repeat, repeat))
         else:
             stop = start + 1
@@ -139,10 +156,7 @@ def _segments(
 
 
 def _names(
-    groups: list[Group],
-    layouts: Mapping[str, Mapping[int, tuple[tuple[int | None, int, int], ...]]],
-    ledger: Ledger,
-    trainable: frozenset[str],
+    groups: list[Group], layouts: Mapping[str, Mapping[int, Parts]], ledger: Ledger, trainable: frozenset[str]
 ) -> dict[int, str]:
     """Name every group that holds parameters after its first producer, in execution order."""
     late = len(ledger.order)
@@ -153,6 +167,7 @@ def _names(
             for group in {part[0] for part in parts if part[0] is not None}:
                 shows[group].append((role != PRODUCES, ledger.order.get(tensor, late), tensor, dim))
     names: dict[int, str] = {}
+    taken: set[str] = set()
     for group in sorted(shows, key=lambda g: min((show[1], show[0]) for show in shows[g])):
         if groups[group].frozen == KERNEL or not any(show[2] in trainable for show in shows[group]):
             continue
@@ -161,7 +176,8 @@ def _names(
         reads = ledger.roles.get((tensor, dim)) == CONSUMES
         base = module if not not_produced else f"{module}:in" if reads else f"{tensor}[{dim}]"
         name, count = base, 2
-        while name in names.values():
+        while name in taken:
             name, count = f"{base}#{count}", count + 1
+        taken.add(name)
         names[group] = name
     return names

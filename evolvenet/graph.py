@@ -60,6 +60,7 @@ class Width:
         mixed: None, or the op that mixes units with each other (layer norm, a mean over the units); growing then
             cannot keep the function exactly.
         smallest: the fewest units it can have (two where the units are the groups of a grouped layer).
+        patches: (module path, attribute) of the Python numbers that follow its size, in proportion.
     """
 
     name: str
@@ -70,6 +71,7 @@ class Width:
     ties: tuple[Tie, ...] = ()
     mixed: str | None = None
     smallest: int = 1
+    patches: tuple[tuple[str, str], ...] = ()
 
     @property
     def producers(self) -> tuple[Tie, ...]:

@@ -188,6 +188,7 @@ class IndexMap:
         out = tensor.index_select(dim, index.clamp(min=0))
         if self.newborns:
             out.index_fill_(dim, torch.tensor(self.newborns, device=tensor.device), newborn)
-        if tensor.dim() == 4 and not tensor.is_contiguous() and tensor.is_contiguous(memory_format=torch.channels_last):
-            out = out.contiguous(memory_format=torch.channels_last)
+        last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(tensor.dim())
+        if last is not None and not tensor.is_contiguous() and tensor.is_contiguous(memory_format=last):
+            out = out.contiguous(memory_format=last)
         return out

@@ -12,8 +12,6 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
 from evolvenet.graph import CONSUMES, PRODUCES
@@ -63,6 +61,8 @@ class Ledger:
     roles: dict[tuple[str, int], str] = field(default_factory=dict)
     order: dict[str, int] = field(default_factory=dict)
     outputs: list[tuple[int, ...]] = field(default_factory=list)
+    grids: dict[bytes, Tensor] = field(default_factory=dict)
+    modes: list[bool] = field(default_factory=list)
 
     def enroll(self, name: str, shape: Sequence[int]) -> tuple[Tensor, ...]:
         """Give ids to every axis longer than 1 of a parameter or buffer; a size-1 axis is a broadcast, not a width."""
@@ -77,14 +77,27 @@ class Ledger:
 
     def union(self, first: Tensor, second: Tensor) -> None:
         """Corresponding elements (after broadcasting) are one unit; a partner without a unit freezes the other."""
+        if first.shape == second.shape and torch.equal(first, second):
+            return
         one, two = (part.reshape(-1) for part in torch.broadcast_tensors(first, second))
         real = (one >= 0) & (two >= 0)
         if not bool(real.all()):
             lonely = torch.cat([one[(two < 0) & (one >= 0)], two[(one < 0) & (two >= 0)]])
             self.freeze(lonely, "tied to places that belong to no unit (padding or data)")
-        pairs = torch.unique(torch.stack([one[real], two[real]], dim=1), dim=0)
-        if len(pairs):
-            self.edges.append((pairs[:, 0], pairs[:, 1]))
+            one, two = one[real], two[real]
+        if len(one) > 4096:
+            pairs = torch.unique(one * self.units + two)
+            one, two = pairs // self.units, pairs % self.units
+        if len(one):
+            self.edges.append((one, two))
+
+    def grid(self, layer: Tensor) -> None:
+        """Remember a layer whose units vary along two dimensions: the model's code sees them as rows × columns."""
+        if len(varying(layer)) == 2 and layer.numel() <= self.units:
+            rows = layer.squeeze()
+            first = dict.fromkeys(map(tuple, rows.tolist()))
+            kept = torch.tensor(list(first))
+            self.grids.setdefault(kept.numpy().tobytes(), kept)
 
     def freeze(self, labels: Tensor, reason: str) -> None:
         """These units keep their number; the first reason given is the one reported."""
@@ -113,6 +126,10 @@ class Ledger:
 
     def components(self) -> np.ndarray:
         """Component of every id, int array `[units]`."""
+        # Imported here because it is most of what importing this package would cost.
+        from scipy.sparse import coo_array
+        from scipy.sparse.csgraph import connected_components
+
         if not self.edges:
             return np.arange(self.units)
         rows = torch.cat([first for first, _ in self.edges]).numpy()

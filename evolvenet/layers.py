@@ -110,7 +110,16 @@ def _(module: nn.PReLU, shapes: Shapes) -> dict[str, Any]:
 
 @attributes.register
 def _(module: nn.RNNBase, shapes: Shapes) -> dict[str, Any]:
-    return {"input_size": shapes["weight_ih_l0"][1], "hidden_size": shapes["weight_hh_l0"][1]}
+    rows, columns = shapes["weight_ih_l0"]
+    hidden = rows // {"LSTM": 4, "GRU": 3}.get(module.mode, 1)
+    projected = shapes["weight_hr_l0"][0] if "weight_hr_l0" in shapes else 0
+    if projected >= hidden:
+        # Equal sizes look to torch like no projection at all.
+        raise ResizeError(
+            f"{type(module).__name__} projects {hidden} hidden units onto {projected}: expected more hidden units than "
+            "projected ones. Resize the other of the two first."
+        )
+    return {"input_size": columns, "hidden_size": hidden, "proj_size": projected}
 
 
 @attributes.register

@@ -1,74 +1,167 @@
 """Every width is tried, up and down, on shadows of the model before it is offered.
 
 A trial resizes, runs the model again under labels and compares: the outputs must have their old shapes, and what is tied
-to what must be what the graph says, since a slice at a hard-coded place can pass by its shapes alone.
+to what must be what the graph says, since a slice at a hard-coded place can pass by its shapes alone. Widths that fail
+are tried again with each of the `remedies`; what then still fails is frozen, with what its trial raised and where.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
 import numpy as np
-from torch import nn
+from torch import Tensor, nn
 
+from evolvenet.components import Built, build_graph
 from evolvenet.graph import WidthGraph, Widths
 from evolvenet.index_map import IndexMap
 from evolvenet.labels import Ledger
+from evolvenet.remedies import REMEDIES, Proposal, patches, structure
 from evolvenet.sandbox import sandbox
 from evolvenet.surgery import compile_surgery, install
 
+Item = TypeVar("Item")
 Rerun = Callable[[nn.Module], Ledger]
 
 
-def prove(model: nn.Module, graph: WidthGraph, ledger: Ledger, device: str | None, rerun: Rerun) -> WidthGraph:
-    """Freeze the widths that do not survive a trial.
-
-    Two trials try all widths at once: every second one a unit down while the others go a unit up, and the reverse.
-    Only where they fail, halves are tried, down to the widths that fail.
+def prove(model: nn.Module, ledger: Ledger, device: str | None, rerun: Rerun) -> WidthGraph:
+    """The graph of a traced model in which every width that is not frozen has survived its trials.
 
     Args:
         model: the traced model.
-        graph: what the trace found.
-        ledger: the run that the graph was made from.
+        ledger: what its run has shown.
         device: where the shadows live, "meta" or None for copies.
         rerun: runs the shadowed model under labels.
     """
+    proof = Proof(model, ledger, device, rerun)
+    built = proof.build([])
+    failed = proof.failures(built, [width.name for width in built.graph.resizable])
+    accepted: list[Proposal] = []
+    reasons = {built.anchors[name]: reason for name, reason in failed.items()}
+    for remedy in REMEDIES:
+        if not reasons:
+            break
+        names = [name for name, anchor in built.anchors.items() if anchor in reasons]
+        helped = proof.accept(accepted, remedy(built, proof.ledger, names))
+        if helped:
+            accepted += helped
+            built = proof.build(accepted)
+            for proposal in helped:
+                for anchor in proposal.anchors:
+                    reasons.pop(anchor, None)
+    return _settle(proof, built, reasons)
 
-    def trial(names: Sequence[str]) -> str | None:
-        for turn in (0, 1):
-            maps = {n: _nudge(graph, n, (k + turn) % 2 == 0) for k, n in enumerate(names)}
-            reason = _failure(model, graph, ledger, device, rerun, maps)
-            if reason is not None:
-                return reason
-        return None
 
-    reasons = _search([width.name for width in graph.resizable], trial)
+def _settle(proof: Proof, built: Built, reasons: Mapping[int, str]) -> WidthGraph:
+    """Freeze what no remedy mended, then try all the rest once more, together."""
+    graph = _frozen(built.graph, {n: reasons[a] for n, a in built.anchors.items() if a in reasons})
+    if reasons:
+        together = replace(built, graph=graph)
+        graph = _frozen(graph, proof.failures(together, [width.name for width in graph.resizable]))
+    return graph
+
+
+def _frozen(graph: WidthGraph, reasons: Mapping[str, str]) -> WidthGraph:
     widths = {
-        name: replace(width, frozen=reasons[name]) if name in reasons else width for name, width in graph.widths.items()
+        name: replace(width, frozen=reasons[name], patches=()) if name in reasons else width
+        for name, width in graph.widths.items()
     }
     return replace(graph, widths=Widths(widths))
 
 
-def _search(names: Sequence[str], trial: Callable[[Sequence[str]], str | None]) -> dict[str, str]:
-    """Names that fail, with the reason, by bisection; those that only fail together are added one by one."""
-    reason = trial(names) if names else None
+@dataclass
+class Proof:
+    """Trials of one model."""
+
+    model: nn.Module
+    ledger: Ledger
+    device: str | None
+    rerun: Rerun
+    trials: int = field(default=0)
+
+    def build(self, accepted: Sequence[Proposal]) -> Built:
+        """The graph with the units that the proposals join, and the attributes that follow."""
+        edges: list[tuple[Tensor, Tensor]] = [p.edges for p in accepted if len(p.edges[0])]
+        built = build_graph(self.model, replace(self.ledger, edges=[*self.ledger.edges, *edges]))
+        kinds = {min(p.anchors): p.kind for p in accepted}
+        widths = {
+            name: replace(width, patches=patches(self.model, width, kinds[built.anchors[name]]))
+            if built.anchors[name] in kinds
+            else width
+            for name, width in built.graph.widths.items()
+        }
+        return replace(built, graph=replace(built.graph, widths=Widths(widths)))
+
+    def accept(self, accepted: Sequence[Proposal], proposals: Sequence[Proposal]) -> list[Proposal]:
+        """The proposals that work."""
+
+        def attempt(chosen: Sequence[Proposal]) -> str | None:
+            built = self.build([*accepted, *chosen])
+            anchors = {min(p.anchors) for p in chosen}
+            names = [name for name, anchor in built.anchors.items() if anchor in anchors]
+            if any(built.graph.widths[name].frozen for name in names):
+                return "joins what cannot be joined"
+            return self.trial(built, names)
+
+        failed = _search(_classes(proposals, lambda proposal: (proposal.key, proposal.kind)), attempt)
+        return [proposal for k, proposal in enumerate(proposals) if k not in failed]
+
+    def failures(self, built: Built, names: Sequence[str]) -> dict[str, str]:
+        """Names of the widths that fail, with the reason; alike widths are tried together."""
+        graph = built.graph
+        classes = _classes(names, lambda name: structure(graph.widths[name]))
+        return {names[k]: reason for k, reason in _search(classes, lambda chosen: self.trial(built, chosen)).items()}
+
+    def trial(self, built: Built, names: Sequence[str]) -> str | None:
+        """Every second one a step down while the others go a step up, then the reverse; None if all is well."""
+        graph = built.graph
+        for turn in (0, 1):
+            maps = {name: _nudge(graph, name, (k + turn) % 2 == 0) for k, name in enumerate(names)}
+            self.trials += 1
+            reason = _failure(self.model, graph, self.ledger, self.device, self.rerun, maps)
+            if reason is not None:
+                return reason
+        return None
+
+
+def _classes(items: Sequence[Item], key: Callable[[Item], object]) -> list[list[tuple[int, Item]]]:
+    found: dict[object, list[tuple[int, Item]]] = {}
+    for number, item in enumerate(items):
+        found.setdefault(key(item), []).append((number, item))
+    return list(found.values())
+
+
+def _search(
+    classes: Sequence[Sequence[tuple[int, Item]]], trial: Callable[[Sequence[Item]], str | None]
+) -> dict[int, str]:
+    """Numbers of the items that fail, by bisection: first over classes, then within a class that fails.
+
+    A class of which the first member fails as well is given up whole: its members are alike.
+    """
+    items = [entry for members in classes for entry in members]
+    reason = trial([item for _, item in items]) if items else None
     if reason is None:
         return {}
-    if len(names) == 1:
-        return {names[0]: reason}
-    half = len(names) // 2
-    failed = {**_search(names[:half], trial), **_search(names[half:], trial)}
-    passed: list[str] = []
-    rest = [name for name in names if name not in failed]
-    if failed and trial(rest) is None:
+    if len(classes) == 1:
+        if len(items) == 1 or trial([items[0][1]]) is not None:
+            return {number: reason for number, _ in items}
+        return _search([[entry] for entry in items], trial)
+    half = len(classes) // 2
+    failed = {**_search(classes[:half], trial), **_search(classes[half:], trial)}
+    rest = [kept for members in classes if (kept := [entry for entry in members if entry[0] not in failed])]
+    if failed and trial([item for members in rest for _, item in members]) is None:
         return failed
-    for name in rest:
-        reason = trial([*passed, name])
+    passed: list[Item] = []
+    for members in rest:
+        chosen = [item for _, item in members]
+        reason = trial([*passed, *chosen])
         if reason is None:
-            passed.append(name)
+            passed += chosen
         else:
-            failed[name] = reason
+            failed.update({number: reason for number, _ in members})
     return failed
 
 
@@ -91,7 +184,7 @@ def _failure(
             install(model, surgery)
             again = rerun(model)
     except Exception as error:  # noqa: BLE001  the model's own code may raise anything on a shape it does not expect
-        return f"a trial raised {type(error).__name__}: {_first_line(error)}"
+        return f"a trial raised {type(error).__name__}: {_first_line(error)}{_source_line(error)}"
     if again.outputs != ledger.outputs:
         return f"a trial changed the output's shape from {ledger.outputs} to {again.outputs}"
     place = _disagreement(surgery.graph, again)
@@ -103,11 +196,22 @@ def _first_line(error: Exception) -> str:
     return lines[0] if lines else "no message"
 
 
+def _source_line(error: Exception) -> str:
+    """The line of the model's code that raised: the innermost one outside torch and this package."""
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        parts = frame.filename.replace("\\", "/").split("/")
+        if "torch" not in parts and "evolvenet" not in parts[-2:]:
+            return f" at {'/'.join(parts[-2:])}:{frame.lineno}: {frame.line}"
+    return ""
+
+
 def _disagreement(graph: WidthGraph, again: Ledger) -> str | None:
-    """Where the re-traced ties differ from what the graph predicts, or None."""
+    """Where the re-traced ties differ from what the graph predicts, or None.
+
+    What the graph holds for one unit may be several in the re-trace (units were joined on purpose), never the reverse.
+    """
     component = again.components()
     predicted = {name: k for k, name in enumerate(graph.widths)}
-    to_component: dict[tuple[int, int], int] = {}
     to_unit: dict[int, tuple[int, int]] = {}
     for axis in again.axes:
         at = axis.start
@@ -116,7 +220,7 @@ def _disagreement(graph: WidthGraph, again: Ledger) -> str | None:
                 units = np.repeat(np.arange(part.length // part.repeat), part.repeat)
                 for unit, found in zip(units.tolist(), component[at : at + part.length].tolist(), strict=True):
                     key = (predicted[part.width], unit)
-                    if to_component.setdefault(key, found) != found or to_unit.setdefault(found, key) != key:
+                    if to_unit.setdefault(found, key) != key:
                         return f"axis {axis.dim} of {axis.tensor}"
             at += part.length
     return None

@@ -117,9 +117,9 @@ def constant(call: Call) -> None:
         call.write(out, Label((), CONSTANT))
 
 
-@rule("uniform_", "normal_", "bernoulli_", "zero_", "fill_", "exponential_", "random_")
+@rule("uniform_", "normal_", "bernoulli_", "zero_", "fill_", "exponential_", "random_", "as_strided_")
 def unchanged(call: Call) -> None:
-    """Filled in place: the units stay what they were."""
+    """Filled or laid out anew in place: the units stay what they were."""
 
 
 @rule(
@@ -138,6 +138,7 @@ def movement(call: Call) -> None:
         moved = call.func(whole, *call.args[1:], **call.kwargs)
         for result, part in zip(results, tree_flatten(moved)[0], strict=True):
             result.append(compress(part))
+            call.ledger.grid(result[-1])
     for out, layers in zip(call.outputs, results, strict=True):
         call.put(out, layers, label.kind if label.kind == CONSTANT else DATA, label.origin)
 

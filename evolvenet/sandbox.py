@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+import random
+from collections import OrderedDict, defaultdict, deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
@@ -13,23 +17,27 @@ from torch.nn.parameter import is_lazy
 from evolvenet.errors import TraceError
 from evolvenet.layers import refresh
 
+_CONTAINERS = frozenset({list, dict, OrderedDict, defaultdict, set, deque})
+
 
 @contextmanager
 def sandbox(model: nn.Module, device: torch.device | str | None = None) -> Iterator[None]:
     """Exchange every parameter and buffer for a shadow; on leaving, put back all attributes of all modules.
 
     A deep copy would fail on modules that hold what cannot be copied (a trainer, locks, files) and doubles the memory;
-    an undo log does neither.
+    an undo log does neither. Lists, dicts and sets that a module holds get their own entries back; what those entries
+    hold in turn is not looked into. The random generators of torch, numpy and Python continue as if nothing had run.
 
     Args:
         model: any module.
         device: "meta" for shadows without data, None for copies on the tensors' own devices.
 
     Raises:
-        TraceError: if the model still has lazy parameters.
+        TraceError: if the model still has lazy parameters, or holds a scripted module.
     """
     modules = list(model.modules())
-    saved = [(m, dict(m.__dict__), dict(m._parameters), dict(m._buffers)) for m in modules]
+    _refuse_scripted(modules)
+    saved = [(module, dict(module.__dict__), _contents(module)) for module in modules]
     shadows: dict[int, Tensor] = {}
     try:
         for module in modules:
@@ -38,20 +46,45 @@ def sandbox(model: nn.Module, device: torch.device | str | None = None) -> Itera
                     if tensor is not None:
                         table[name] = shadows.setdefault(id(tensor), _shadow(tensor, device))
             refresh(module)
-        with torch.random.fork_rng(devices=[]):
+        with _same_random_numbers(model):
             yield
     finally:
-        for module, attributes, parameters, buffers in saved:
-            for name in set(module.__dict__) - set(attributes):
-                del module.__dict__[name]
+        for module, attributes, contents in saved:
+            module.__dict__.clear()
             module.__dict__.update(attributes)
-            for table, entries in zip(_tables(module), (parameters, buffers), strict=True):
-                table.clear()
-                table.update(entries)
+            for container, entries in contents:
+                container.clear()
+                (container.extend if isinstance(container, (list, deque)) else container.update)(entries)
 
 
 def _tables(module: nn.Module) -> tuple[dict[str, Any], dict[str, Any]]:
     return module._parameters, module._buffers
+
+
+def _contents(module: nn.Module) -> list[tuple[Any, Any]]:
+    """Every plain container among a module's attributes, its tables of parameters included, with a copy of it."""
+    return [(value, copy.copy(value)) for value in module.__dict__.values() if type(value) in _CONTAINERS]
+
+
+@contextmanager
+def _same_random_numbers(model: nn.Module) -> Iterator[None]:
+    devices = {tensor.device for tensor in (*model.parameters(), *model.buffers()) if tensor.is_cuda}
+    python, numpy = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=sorted(devices, key=str)):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+
+
+def _refuse_scripted(modules: list[nn.Module]) -> None:
+    for module in modules:
+        if isinstance(module, torch.jit.ScriptModule):
+            raise TraceError(
+                f"Expected modules in Python, got a scripted {module.original_name}: its code cannot take other widths. "
+                "Build the network from the Python modules and script it once its widths are settled."
+            )
 
 
 def _shadow(tensor: Tensor, device: torch.device | str | None) -> Tensor:

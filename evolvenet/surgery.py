@@ -82,7 +82,8 @@ def compile_surgery(model: nn.Module, graph: WidthGraph, maps: Mapping[str, Inde
             value = index_map.apply(value, dim, fill)
         changes.append(TensorChange(tensor, name, axes, value))
     after = graph.resized(maps)
-    return Surgery(tuple(changes), _attribute_changes(model, after, set(axis_maps)), dict(maps), after)
+    numbers = _attribute_changes(model, after, set(axis_maps)) + _patches(model, graph, after)
+    return Surgery(tuple(changes), numbers, dict(maps), after)
 
 
 def _attribute_changes(model: nn.Module, after: WidthGraph, touched: set[str]) -> tuple[AttributeChange, ...]:
@@ -102,6 +103,18 @@ def _attribute_changes(model: nn.Module, after: WidthGraph, touched: set[str]) -
                 if getattr(module, name) != value:
                     found.append(AttributeChange(module, name, value))
     return tuple(found)
+
+
+def _patches(model: nn.Module, before: WidthGraph, after: WidthGraph) -> tuple[AttributeChange, ...]:
+    """Numbers of the model's own code that follow a width in proportion, see `remedies`."""
+    found: dict[tuple[str, str], AttributeChange] = {}
+    for name, width in before.widths.items():
+        new = after.widths[name].size
+        for path, attribute in width.patches if new != width.size else ():
+            module = model.get_submodule(path)
+            value = getattr(module, attribute) * new // width.size
+            found[path, attribute] = AttributeChange(module, attribute, value)
+    return tuple(found.values())
 
 
 def install(model: nn.Module, surgery: Surgery) -> Callable[[], None]:

@@ -7,7 +7,7 @@ mode, on shadows without data where its code allows that and on copies where it 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_flatten, tree_map_only
 from torch.utils.weak import WeakTensorKeyDictionary
 
 import evolvenet.weight_rules  # noqa: F401  registers its rules
-from evolvenet.components import build_graph, named_tensors
+from evolvenet.components import named_tensors
 from evolvenet.errors import TraceError
 from evolvenet.graph import WidthGraph
 from evolvenet.inputs import arguments
@@ -55,14 +55,14 @@ def trace(model: nn.Module, example_inputs: Any) -> WidthGraph:
         try:
             with sandbox(model, device):
                 ledger = read_labels(model, example_inputs, device)
-                graph = build_graph(model, ledger)
         except TraceError:
             raise
         except Exception as error:  # noqa: BLE001  the model's own code may raise anything
             first_error = error
             continue
+        modes = _telling_modes(ledger)
         return prove(
-            model, graph, ledger, device, lambda shadowed, device=device: read_labels(shadowed, example_inputs, device)
+            model, ledger, device, lambda shadowed, device=device: read_labels(shadowed, example_inputs, device, modes)
         )
     raise TraceError(
         f"The model does not run on the example inputs: {type(first_error).__name__}: {first_error}. Give example_inputs "
@@ -70,7 +70,9 @@ def trace(model: nn.Module, example_inputs: Any) -> WidthGraph:
     ) from first_error
 
 
-def read_labels(model: nn.Module, example_inputs: Any, device: str | None) -> Ledger:
+def read_labels(
+    model: nn.Module, example_inputs: Any, device: str | None, modes: Sequence[bool] = (False, True)
+) -> Ledger:
     """Run the (shadowed) model in eval and in train mode and write down all ties.
 
     Auxiliary heads run in train mode only. A train mode that refuses a batch of one is given the batch twice; one that
@@ -80,9 +82,10 @@ def read_labels(model: nn.Module, example_inputs: Any, device: str | None) -> Le
     tensors, _, _ = named_tensors(model)
     args, kwargs = arguments(example_inputs, device)
     enrolled = {name: ledger.enroll(name, tensor.shape) for name, tensor in tensors.items()}
-    for training in (False, True):
+    for training in modes:
         model.train(training)
         mode = LabelMode(ledger)
+        ran = len(ledger.order)
         for name, tensor in tensors.items():
             mode.write(tensor, Label(enrolled[name], LABELLED if enrolled[name] else DATA, name))
         try:
@@ -94,11 +97,17 @@ def read_labels(model: nn.Module, example_inputs: Any, device: str | None) -> Le
             with quiet_run(mode):
                 result = model(*_twice(args), **_twice(kwargs))
         for leaf in _leaves(result):
-            if not training:
+            if training == modes[0]:
                 ledger.outputs.append(tuple(leaf.shape))
             for layer in mode.read(leaf).layers:
                 ledger.freeze(layer, "is the model's output")
+        ledger.modes.append(len(ledger.order) > ran)
     return ledger
+
+
+def _telling_modes(ledger: Ledger) -> tuple[bool, ...]:
+    """The modes that a trial must run: train mode only where it reaches parameters that eval mode does not."""
+    return (False, True) if ledger.modes[1] else (False,)
 
 
 def _twice(inputs: Any) -> Any:

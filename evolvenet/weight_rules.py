@@ -169,11 +169,12 @@ def convolution(call: Call) -> None:
 
 
 def _set_kernel_aside(call: Call, weight: Tensor) -> None:
-    """The kernel's extent is counted in positions, not in units: it is no width."""
+    """A kernel's extent counts positions, and with groups its second axis counts within one group: no widths."""
     label = call.read(weight)
-    kept = tuple(layer for layer in label.layers if min(varying(layer)) < 2)
+    units = 2 if call.bound("groups", 1) == 1 else 1
+    kept = tuple(layer for layer in label.layers if min(varying(layer)) < units)
     for layer in label.layers:
-        if min(varying(layer)) >= 2:
+        if min(varying(layer)) >= units:
             call.ledger.freeze(layer, KERNEL)
     call.write(weight, replace(label, layers=kept))
 
@@ -186,9 +187,6 @@ def grouped(call: Call, inputs: Sequence[Tensor], weight: Tensor, groups: int, o
     """
     label = call.read(weight)
     rows = next((layer for layer in label.layers if 0 in varying(layer)), None)
-    for layer in label.layers:
-        if layer is not rows:
-            call.ledger.freeze(layer, f"{call.place} counts these channels within each of {groups} groups")
     if rows is None:
         return ()
     channels = rows.reshape(-1)

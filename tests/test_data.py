@@ -140,7 +140,10 @@ def test_shift_moves_every_image_by_whole_pixels_of_its_own():
     found = set()
     for moved, frame in zip(shifted, padded, strict=True):
         offsets = [
-            (y, x) for y in range(3) for x in range(3) if torch.allclose(moved, frame[:, y : y + 6, x : x + 6], atol=1e-5)
+            (y, x)
+            for y in range(3)
+            for x in range(3)
+            if torch.allclose(moved, frame[:, y : y + 6, x : x + 6], atol=1e-5)
         ]
         assert len(offsets) == 1
         found.update(offsets)
@@ -207,7 +210,10 @@ def test_falls_back_to_torchvisions_download(tmp_path, monkeypatch):
     [
         ({"x_train": np.zeros((4, 28, 28), np.uint8)}, "y_train"),
         (
-            {name: np.zeros((4, 28, 28) if name[0] == "x" else 4) for name in ("x_train", "y_train", "x_test", "y_test")},
+            {
+                name: np.zeros((4, 28, 28) if name[0] == "x" else 4)
+                for name in ("x_train", "y_train", "x_test", "y_test")
+            },
             "float64",
         ),
     ],

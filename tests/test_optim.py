@@ -63,6 +63,7 @@ OPTIMIZERS = {
 SHRINK = IndexMap.keep([0, 2, 3, 6, 7], size=8)
 GROW = IndexMap.of([0, -1, 1, 2, 3, 4, -1, -1], size=5)
 SPLIT = IndexMap.of([7, 1, 1, 4], size=8)
+AXES = {"w1": 0, "b1": 0, "w2": 1, "rows": 1}
 CHANNELS = IndexMap.of([5, 1, 1, -1], size=6)
 
 
@@ -79,8 +80,6 @@ class Swap:
 class Hidden(nn.Module):
     """One hidden width of 8: rows of `w1`, all of `b1`, columns of `w2`."""
 
-    AXES = {"w1": 0, "b1": 0, "w2": 1}
-
     def __init__(self, biases: bool = True) -> None:
         super().__init__()
         self.w1 = nn.Parameter(torch.randn(8, 5))
@@ -93,8 +92,6 @@ class Hidden(nn.Module):
 
 class Table(nn.Module):
     """A sparse embedding whose second axis is the width."""
-
-    AXES = {"rows": 1}
 
     def __init__(self) -> None:
         super().__init__()
@@ -114,7 +111,7 @@ def swaps(model: Hidden | Table, index_map: IndexMap) -> list[Swap]:
     """The change of the width, with random values for newborns."""
     made = []
     for name, parameter in model.named_parameters():
-        dim = model.AXES[name]
+        dim = AXES[name]
         value = index_map.apply(parameter.detach(), dim)
         for born in index_map.newborns:
             value.select(dim, born).normal_()
@@ -181,7 +178,9 @@ def test_state_follows_shrink_grow_and_split(name: str) -> None:
                     assert after[key] == old
                     continue
                 want = slow(key, old, dim, index_map, change.value)
-                torch.testing.assert_close(after[key], want, rtol=1e-6, atol=0, msg=lambda text, key=key: f"{key}: {text}")
+                torch.testing.assert_close(
+                    after[key], want, rtol=1e-6, atol=0, msg=lambda text, key=key: f"{key}: {text}"
+                )
                 if key not in NUMBERS and not index_map.newborns:
                     assert torch.equal(after[key], want), f"{key} of survivors must be the same to the bit"
     assert train(model, optimizer, 3) < float("inf")
@@ -225,7 +224,9 @@ def test_without_the_carry_fused_adam_would_be_wrong_and_validate_says_so() -> N
     optimizer = torch.optim.Adam(model.parameters(), lr=LR, fused=True)
     train(model, optimizer, 2)
     model.w1.grad, model.w1.data = None, torch.randn(40, 5)
-    with pytest.raises(OptimizerStateError, match=r"Adam: expected 'exp_avg' to fit parameter 0 of group 0, shape \(40, 5\)"):
+    with pytest.raises(
+        OptimizerStateError, match=r"Adam: expected 'exp_avg' to fit parameter 0 of group 0, shape \(40, 5\)"
+    ):
         validate_state(optimizer)
 
 
@@ -275,7 +276,7 @@ def test_a_plan_can_be_undone(make: Callable[..., Optimizer]) -> None:
     model = Hidden()
     optimizer = make(model.parameters())
     train(model, optimizer, 2)
-    before = {parameter: state for parameter, state in optimizer.state.items()}
+    before = dict(optimizer.state)
     contents = deepcopy(optimizer.state_dict())
     cache = getattr(optimizer, "_numel_cache", None)
     undo = apply_state(compile_state(optimizer, swaps(model, SHRINK)))
@@ -331,7 +332,9 @@ def test_any_maps_on_both_axes(rows: IndexMap, columns: IndexMap, both: tuple[in
     assert after["step"] is optimizer.state[weight]["step"]
 
 
-@pytest.mark.parametrize(("shape", "dim"), [((1, 6), 0), ((6, 1), 1), ((1, 1), 0), ((4, 1, 3, 3), 1), ((4, 2, 1, 3), 0)])
+@pytest.mark.parametrize(
+    ("shape", "dim"), [((1, 6), 0), ((6, 1), 1), ((1, 1), 0), ((4, 1, 3, 3), 1), ((4, 2, 1, 3), 0)]
+)
 def test_adafactor_factors_of_width_one_do_not_grow_along_the_wrong_axis(shape: tuple[int, ...], dim: int) -> None:
     weight = nn.Parameter(torch.randn(shape))
     optimizer = torch.optim.Adafactor([weight], lr=LR)
@@ -392,7 +395,9 @@ def carried(shape: tuple[int, ...], **kept: Any) -> dict[str, Any]:
 
 def test_keys_that_nobody_named_are_carried_by_their_sign_and_shape() -> None:
     signed, positive = torch.randn(4, 3) - 9.0, torch.rand(4, 3) + 1.0
-    after = carried((4, 3), slow=signed, curvature=positive, rows=positive[:, :1], gain=torch.tensor([2.0]), note="x", n=3)
+    after = carried(
+        (4, 3), slow=signed, curvature=positive, rows=positive[:, :1], gain=torch.tensor([2.0]), note="x", n=3
+    )
     assert torch.equal(after["slow"], torch.stack([signed[2], torch.zeros(3), signed[3]]))
     torch.testing.assert_close(after["curvature"], torch.stack([positive[2], positive[2:].mean(0), positive[3]]))
     torch.testing.assert_close(after["rows"], after["curvature"][:, :1])
@@ -402,7 +407,10 @@ def test_keys_that_nobody_named_are_carried_by_their_sign_and_shape() -> None:
 @pytest.mark.parametrize(
     ("kept", "text"),
     [
-        ({"projector": torch.zeros(12)}, r"Odd: expected 'projector' to fit body.weight, shape \(4, 3\), got \(12,\).*register"),
+        (
+            {"projector": torch.zeros(12)},
+            r"Odd: expected 'projector' to fit body.weight, shape \(4, 3\), got \(12,\).*register",
+        ),
         ({"preconditioner": torch.zeros(4, 4)}, r"'preconditioner'.*\(4, 4\)"),
         ({"exp_avg": torch.zeros(4, 1)}, r"'exp_avg'.*\(4, 1\)"),
         ({"row_var": torch.zeros(4, 3)}, r"'row_var'.*\(4, 3\)"),

@@ -36,7 +36,11 @@ def run(script: str, package: Path | None = None) -> list[str]:
     """The lines that a fresh interpreter prints; `package` is a folder that comes first on its path."""
     path = os.pathsep.join(str(part) for part in (package, os.environ.get("PYTHONPATH")) if part)
     done = subprocess.run(
-        [sys.executable, "-c", script], env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, timeout=300
+        [sys.executable, "-c", script],
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr
     return done.stdout.split("\n")[:-1]
