@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -75,7 +75,7 @@ def build_graph(model: nn.Module, ledger: Ledger) -> Built:
     groups = _groups(ledger, component)
     where = {member: (g, u) for g, group in enumerate(groups) for u, member in enumerate(group.members)}
     layouts: dict[str, dict[int, Parts]] = defaultdict(dict)
-    disordered: dict[int, str] = {}
+    disordered = _partly_treated(ledger, component, groups, where)
     for axis in ledger.axes:
         places = [where[int(c)] for c in component[axis.start : axis.start + axis.size]]
         layouts[axis.tensor][axis.dim] = _segments(places, groups, axis, disordered)
@@ -93,6 +93,20 @@ def build_graph(model: nn.Module, ledger: Ledger) -> Built:
     graph = assemble(widths, named, shapes, trainable, aliases, ledger.roles)
     anchors = {name: groups[g].anchor for g, name in names.items()}
     return Built(graph, component, anchors, {name: groups[g].members for g, name in names.items()})
+
+
+def _partly_treated(
+    ledger: Ledger, component: np.ndarray, groups: Sequence[Group], where: Mapping[int, tuple[int, int]]
+) -> dict[int, str]:
+    """Groups of which an op has changed some units and not the others, `h[:, :4] *= 2`: they differ by their place."""
+    found: dict[int, str] = {}
+    for ids, reason in ledger.treated.items():
+        members = np.unique(component[np.frombuffer(ids, np.int64)])
+        inside = Counter(where[member][0] for member in members.tolist() if member in where)
+        for group, count in inside.items():
+            if count < len(groups[group].members):
+                found.setdefault(group, reason)
+    return found
 
 
 def _width(name: str, group: Group, disorder: str | None) -> Width:

@@ -62,6 +62,7 @@ class Ledger:
     order: dict[str, int] = field(default_factory=dict)
     outputs: list[tuple[int, ...]] = field(default_factory=list)
     grids: dict[bytes, Tensor] = field(default_factory=dict)
+    treated: dict[bytes, str] = field(default_factory=dict)
     modes: list[bool] = field(default_factory=list)
 
     def enroll(self, name: str, shape: Sequence[int]) -> tuple[Tensor, ...]:
@@ -102,6 +103,11 @@ class Ledger:
     def freeze(self, labels: Tensor, reason: str) -> None:
         """These units keep their number; the first reason given is the one reported."""
         self._note(self.frozen, labels, reason)
+
+    def treat(self, labels: Tensor, reason: str) -> None:
+        """These units are changed by an op: if others of their width are not, they differ and must stay."""
+        found = torch.unique(labels)
+        self.treated.setdefault(found[found >= 0].numpy().tobytes(), reason)
 
     def mix(self, labels: Tensor, reason: str) -> None:
         """These units influence each other there: growing cannot keep the function exactly."""

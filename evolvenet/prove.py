@@ -139,7 +139,8 @@ def _search(
 ) -> dict[int, str]:
     """Numbers of the items that fail, by bisection: first over classes, then within a class that fails.
 
-    A class of which the first member fails as well is given up whole: its members are alike.
+    A class of which the first member fails as well is given up whole: its members are alike. Whether all that passed
+    in parts also passes together is for the caller to try; parts that only fail together are added one by one.
     """
     items = [entry for members in classes for entry in members]
     reason = trial([item for _, item in items]) if items else None
@@ -151,11 +152,10 @@ def _search(
         return _search([[entry] for entry in items], trial)
     half = len(classes) // 2
     failed = {**_search(classes[:half], trial), **_search(classes[half:], trial)}
-    rest = [kept for members in classes if (kept := [entry for entry in members if entry[0] not in failed])]
-    if failed and trial([item for members in rest for _, item in members]) is None:
+    if failed:
         return failed
     passed: list[Item] = []
-    for members in rest:
+    for members in classes:
         chosen = [item for _, item in members]
         reason = trial([*passed, *chosen])
         if reason is None:

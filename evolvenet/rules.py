@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._ops import OpOverload
-from torch.utils._pytree import tree_flatten
+from torch.utils._pytree import tree_flatten, tree_map_only
 
 from evolvenet.labels import CONSTANT, DATA, LABELLED, Label, Ledger, align, compress, merge, useful, varying
 
@@ -66,6 +66,11 @@ class Call:
         kept = useful(layers)
         self.write(tensor, Label(kept, LABELLED if kept else fallback, origin))
 
+    def treat(self, tensor: Tensor) -> None:
+        """Note that the op changes every unit that this tensor holds, so a width is changed as a whole or not at all."""
+        for layer in self.read(tensor).layers:
+            self.ledger.treat(layer, f"{self.place} works on a part of its units")
+
     def freeze_all(self, reason: str) -> None:
         """Freeze every unit that reaches this op."""
         for tensor in self.tensors:
@@ -73,8 +78,14 @@ class Call:
                 self.ledger.freeze(layer, reason)
 
 
+class NeedsDataError(RuntimeError):
+    """A rule needs the values of a tensor that has none in this run; the model must be run on copies."""
+
+
 Rule = Callable[[Call], None]
 RULES: dict[str, Rule] = {}
+REINTERPRETING = frozenset({"aten::view_as_real", "aten::view_as_complex", "aten::_conj", "aten::_neg_view"})
+"""Views of the same memory as other numbers, which no rearrangement of labels follows."""
 
 
 def rule(*ops: str) -> Callable[[Rule], Rule]:
@@ -95,12 +106,17 @@ def apply_rule(call: Call) -> None:
     found = RULES.get(call.op) or _by_schema(call)
     if found is not None:
         found(call)
-    elif any(call.read(tensor).layers for tensor in call.tensors):
+    else:
         call.freeze_all(f"{call.place} has no rule")
+        for out in call.outputs:
+            # One written in place may have another shape now.
+            call.write(out, Label())
 
 
 def _by_schema(call: Call) -> Rule | None:
     returns = call.func._schema.returns
+    if call.op in REINTERPRETING or call.func._schema.overload_name == "dtype":
+        return None
     if any(item.alias_info is not None and not item.alias_info.is_write for item in returns):
         return movement
     if torch.Tag.pointwise in call.func.tags:
@@ -117,19 +133,32 @@ def constant(call: Call) -> None:
         call.write(out, Label((), CONSTANT))
 
 
-@rule("uniform_", "normal_", "bernoulli_", "zero_", "fill_", "exponential_", "random_", "as_strided_")
+@rule("arange", "linspace", "logspace", "eye", "tril_indices", "triu_indices", "randperm")
+@rule("hann_window", "hamming_window", "blackman_window", "bartlett_window", "kaiser_window")
+def positional(call: Call) -> None:
+    """Made by the code, but another number at every place: units that meet it must keep theirs, as with data."""
+    for out in call.outputs:
+        call.write(out, Label())
+
+
+@rule("uniform_", "normal_", "bernoulli_", "zero_", "fill_", "exponential_", "random_")
 def unchanged(call: Call) -> None:
-    """Filled or laid out anew in place: the units stay what they were."""
+    """Filled in place: the units stay what they were."""
+    call.treat(call.args[0])
 
 
-@rule(
-    "unsafe_split", "unsafe_split_with_sizes", "unsafe_chunk", "_unsafe_view", "index", "index_select", "roll", "flip"
-)
-@rule("repeat", "pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "_reshape_copy", "repeat_interleave", "take")
+@rule("unsafe_split", "unsafe_split_with_sizes", "unsafe_chunk", "_unsafe_view", "roll", "flip", "repeat")
+@rule("pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "_reshape_copy")
 def movement(call: Call) -> None:
     """Elements are only rearranged: run the same op on the labels."""
     source = call.args[0]
     label = call.read(source)
+    strided = call.op in ("aten::as_strided", "aten::_reshape_alias")
+    if strided and not (source.is_contiguous() and source.storage_offset() == 0):
+        call.freeze_all(f"{call.place} reads memory that is laid out in another way than it looks")
+        label = Label()
+    if label.layers and any(tensor.device.type == "meta" for tensor in call.tensors[1:]):
+        raise NeedsDataError(f"{call.place} moves units to places that only data can tell")
     results: list[list[Tensor]] = [[] for _ in call.outputs]
     for layer in label.layers:
         whole = layer.expand(source.shape)
@@ -141,6 +170,36 @@ def movement(call: Call) -> None:
             call.ledger.grid(result[-1])
     for out, layers in zip(call.outputs, results, strict=True):
         call.put(out, layers, label.kind if label.kind == CONSTANT else DATA, label.origin)
+
+
+@rule("index", "index_select")
+def pick(call: Call) -> None:
+    """Places picked by an index: the other dimensions' units pass."""
+    source, label = call.args[0], call.read(call.args[0])
+    picked = _picked(call)
+    # Without data there is no index to read; where the units do not vary, any will do.
+    rest = tree_map_only(Tensor, lambda t: torch.zeros(t.shape, dtype=t.dtype) if t.is_meta else t.cpu(), call.args[1:])
+    layers = []
+    for layer in label.layers:
+        if picked & set(varying(layer)):
+            call.ledger.freeze(layer, f"{call.place} picks them by an index")
+        else:
+            layers.append(compress(call.func(layer.expand(source.shape), *rest)))
+    call.put(call.out, layers, origin=label.origin)
+
+
+def _picked(call: Call) -> set[int]:
+    """Dimensions of the source that an index picks along; a mask covers as many as it has."""
+    if call.op == "aten::index_select":
+        return {call.args[1] % max(call.args[0].dim(), 1)}
+    picked: set[int] = set()
+    position = 0
+    for index in call.args[1]:
+        covered = index.dim() if index is not None and index.dtype in (torch.bool, torch.uint8) else 1
+        if index is not None:
+            picked |= set(range(position, position + covered))
+        position += covered
+    return picked
 
 
 @rule("constant_pad_nd")
@@ -157,7 +216,7 @@ def pad(call: Call) -> None:
     call.put(call.out, layers)
 
 
-@rule("clone", "_to_copy", "copy_", "hardswish", "hardswish_", "cumsum", "cumprod", "tril", "triu", "_prelu_kernel")
+@rule("clone", "_to_copy", "copy_", "hardswish", "hardswish_", "_prelu_kernel")
 @rule("masked_fill", "masked_fill_", "native_dropout", "lift_fresh", "silu_", "elu_", "leaky_relu_", "hardtanh_")
 @rule("hardtanh", "log_sigmoid_forward", "rrelu_with_noise", "softplus", "mish", "hardsigmoid", "celu", "hardshrink")
 def elementwise(call: Call) -> None:
@@ -165,6 +224,8 @@ def elementwise(call: Call) -> None:
     tensors = call.tensors
     dims = max(tensor.dim() for tensor in tensors)
     labels = [call.read(tensor) for tensor in tensors]
+    for tensor in tensors:
+        call.treat(tensor)
     _check_partners(call, tensors, labels, dims)
     layers = merge(call.ledger, [[align(layer, dims) for layer in label.layers] for label in labels])
     target = call.args[0] if call.op.endswith("_") else None
@@ -183,10 +244,15 @@ def _check_partners(call: Call, tensors: Sequence[Tensor], labels: Sequence[Labe
         for layer in label.layers:
             axes = set(varying(align(layer, dims)))
             for tensor, other in zip(tensors, labels, strict=True):
-                sizes = (1,) * (dims - tensor.dim()) + tuple(tensor.shape)
+                sizes = (1,) * (dims - tensor.dim()) + _real_sizes(tensor)
                 known = {axis for each in other.layers for axis in varying(align(each, dims))}
                 if other.kind != CONSTANT and not known & axes and any(sizes[axis] > 1 for axis in axes):
                     call.ledger.freeze(layer, f"{call.place} combines it with data that has a fixed size")
+
+
+def _real_sizes(tensor: Tensor) -> tuple[int, ...]:
+    """The shape, with 1 where `expand` repeats one place: the code took that number from somewhere, and a trial tells."""
+    return tuple(size if stride else 1 for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
 
 
 @rule("cat", "concat", "concatenate")
@@ -282,7 +348,22 @@ def spatial(call: Call) -> None:
     """Works along the last one to three dimensions and leaves the others alone."""
     source = call.args[0]
     last = next((count for mark, count in SPATIAL.items() if mark in call.op), 2)
-    worked = set(range(source.dim() - last, source.dim()))
+    call.treat(source)
+    _along(call, set(range(source.dim() - last, source.dim())))
+
+
+@rule("cumsum", "cumprod", "logcumsumexp", "cummax", "cummin", "sort", "topk", "tril", "triu")
+def by_place(call: Call) -> None:
+    """What comes out at a place depends on where it stands along a dimension: units must not lie there."""
+    source = call.args[0]
+    matrix = call.op in ("aten::tril", "aten::triu")
+    dims = (-2, -1) if matrix else (call.bound("dim"),)
+    call.treat(source)
+    _along(call, {dim % max(source.dim(), 1) for dim in dims})
+
+
+def _along(call: Call, worked: set[int]) -> None:
+    source = call.args[0]
     kept = []
     for layer in call.read(source).layers:
         if worked & set(varying(layer)):

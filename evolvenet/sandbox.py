@@ -92,6 +92,8 @@ def _shadow(tensor: Tensor, device: torch.device | str | None) -> Tensor:
         raise TraceError(
             "Expected parameters with shapes, got a lazy one. Run the model once on a batch before tracing it."
         )
+    # Whole numbers are indices, whose values decide what is tied to what.
+    without_data = device is not None and tensor.is_floating_point()
     with torch.no_grad():
-        value = tensor.detach().to(device) if device is not None else tensor.detach().clone()
+        value = tensor.detach().to(device) if without_data else tensor.detach().clone()
     return nn.Parameter(value, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else value

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -62,7 +63,7 @@ def trace(model: nn.Module, example_inputs: Any) -> WidthGraph:
             continue
         modes = _telling_modes(ledger)
         return prove(
-            model, ledger, device, lambda shadowed, device=device: read_labels(shadowed, example_inputs, device, modes)
+            model, ledger, device, partial(read_labels, example_inputs=example_inputs, device=device, modes=modes)
         )
     raise TraceError(
         f"The model does not run on the example inputs: {type(first_error).__name__}: {first_error}. Give example_inputs "
@@ -156,6 +157,8 @@ class LabelMode(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the op, then its rule."""
         kwargs = kwargs or {}
+        if torch.Tag.inplace_view in func.tags:
+            return self._view_in_place(func, args, kwargs)
         out = func(*args, **kwargs)
         where = self.path[-1] if self.path else "the model"
         call = Call(func, args, kwargs, out, where, self.ledger, self.read, self.write)
@@ -164,6 +167,14 @@ class LabelMode(TorchDispatchMode):
             if origin is not None:
                 self.ledger.order.setdefault(origin, len(self.ledger.order))
         apply_rule(call)
+        return out
+
+    def _view_in_place(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """`transpose_` and its kin: what `transpose` makes carries the labels that the tensor itself will."""
+        with self:
+            view = getattr(torch.ops.aten, func._schema.name.rpartition("::")[2].removesuffix("_"))(*args, **kwargs)
+        out = func(*args, **kwargs)
+        self.write(out, self.read(view))
         return out
 
     @contextmanager

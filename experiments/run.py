@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import logging
 import time
 import warnings
 from collections.abc import Iterator, Mapping

@@ -18,7 +18,7 @@ def parameters(model):
 
 
 @pytest.mark.parametrize(
-    "name, images, blocks, at_least",
+    ("name", "images", "blocks", "at_least"),
     [
         ("digits_resnet", (2, 1, 8, 8), 3, 250_000),
         ("mnist_resnet", (2, 1, 28, 28), 6, 2_000_000),
@@ -28,7 +28,8 @@ def parameters(model):
 def test_configured_models(name, images, blocks, at_least):
     model = instantiate(OmegaConf.load(CONF / f"{name}.yaml"))
     assert model(torch.randn(images)).shape == (2, 10)
-    assert len(model.blocks) == blocks and parameters(model) >= at_least
+    assert len(model.blocks) == blocks
+    assert parameters(model) >= at_least
 
 
 def test_every_width_is_an_argument():
@@ -41,7 +42,7 @@ def test_every_width_is_an_argument():
     assert model(torch.randn(6, 2, 12, 12)).shape == (6, 3)
 
 
-@pytest.mark.parametrize("inputs, width, stride, size", [(3, 3, 1, 8), (3, 5, 1, 8), (3, 3, 2, 4)])
+@pytest.mark.parametrize(("inputs", "width", "stride", "size"), [(3, 3, 1, 8), (3, 5, 1, 8), (3, 3, 2, 4)])
 def test_a_block_adds_its_shortcut(inputs, width, stride, size):
     block = BasicBlock(inputs, width, stride).eval()
     x = torch.randn(2, inputs, 8, 8)
@@ -59,4 +60,5 @@ def test_stages_of_different_number_are_refused():
 @pytest.mark.parametrize("module", [models, classifier])
 def test_model_and_module_know_nothing_of_evolvenet(module):
     imports = [line for line in Path(module.__file__).read_text().splitlines() if line.startswith(("import", "from"))]
-    assert imports and not any("evolvenet" in line for line in imports)
+    assert imports
+    assert not any("evolvenet" in line for line in imports)

@@ -31,7 +31,7 @@ def history():
 
 def many(count):
     sizes = {f"features.denseblock{place}.conv1": 64 for place in range(count)}
-    halved = {name: 32 for name in sizes}
+    halved = dict.fromkeys(sizes, 32)
     changes = tuple(WidthChange(name, 64, 32, "no energy") for name in sizes)
     return History(event(0, (), sizes, 9000, 9000, 1000), [event(10, changes, halved, 9000, 4000, 500)])
 
@@ -48,7 +48,8 @@ def test_page_holds_summary_picture_and_every_event(tmp_path):
         "24 directions carry &lt; 1 % of the energy", "effective rank 15.8 of 16", "skipped: NaN in stem.weight",
     ):  # fmt: skip
         assert text in page
-    assert "src='http" not in page and "<script" not in page
+    assert "src='http" not in page
+    assert "<script" not in page
     assert (path.parent / "history.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -63,25 +64,39 @@ def test_rows_go_from_start_to_end():
 
 
 def test_table_prints_every_row():
-    console = Console(file=io.StringIO(), width=120)
+    out = io.StringIO()
+    console = Console(file=out, width=120)
     console.print(summary_table(history(), "Digits", {"test accuracy": "98.76 %"}))
-    text = console.file.getvalue()
+    text = out.getvalue()
     for row in summary_rows(history(), {"test accuracy": "98.76 %"}):
         assert all(cell in text for cell in row)
+
+
+def points(line):
+    return line.get_xydata().tolist()
+
+
+def labelled(panel):
+    return {line.get_label(): points(line) for line in panel.lines if not line.get_label().startswith("_")}
 
 
 def test_picture_shows_what_the_record_says():
     parameters, metric, widths = draw(history(), CURVE).axes
     assert parameters.get_yscale() == "log"
-    steps, counts = parameters.lines[0].get_data()
-    assert list(steps) == [0, 100, 200, 300, 400] and list(counts) == [5000, 3000, 2500, 2500, 2500]
-    marks = {line.get_label(): list(line.get_xdata()) for line in parameters.lines[1:] if line.get_label()[0] != "_"}
-    assert marks == {"pruned (events: 2)": [100, 200], "grown (events: 1)": [200], "skipped (events: 1)": [300]}
-    assert list(metric.lines[0].get_ydata()) == [0.5, 0.8, 0.9]
-    drawn = {line.get_label(): list(line.get_ydata()) for line in widths.lines if line.get_label()[0] != "_"}
-    assert drawn == {"stem  64 → 30": [64, 40, 30, 30, 30], "hidden  16 → 20": [16, 16, 20, 20, 20]}
+    assert points(parameters.lines[0]) == [[0, 5000], [100, 3000], [200, 2500], [300, 2500], [400, 2500]]
+    assert {name: [step for step, _ in at] for name, at in labelled(parameters).items()} == {
+        "pruned (events: 2)": [100, 200],
+        "grown (events: 1)": [200],
+        "skipped (events: 1)": [300],
+    }
+    assert points(metric.lines[0]) == [[150, 0.5], [250, 0.8], [400, 0.9]]
+    assert {name: [size for _, size in at] for name, at in labelled(widths).items()} == {
+        "stem  64 → 30": [64, 40, 30, 30, 30],
+        "hidden  16 → 20": [16, 16, 20, 20, 20],
+    }
     low, high = widths.get_ylim()
-    assert low < 16 and high > 64
+    assert low < 16
+    assert high > 64
 
 
 @pytest.mark.parametrize("count", [13, 40])
@@ -89,7 +104,8 @@ def test_legend_of_many_widths_covers_no_panel(count):
     figure = draw(many(count), CURVE)
     figure.savefig(io.BytesIO(), format="png")
     boxes = [panel.get_window_extent() for panel in figure.axes]
-    legends = [panel.get_legend().get_window_extent() for panel in figure.axes if panel.get_legend()]
+    found = [panel.get_legend() for panel in figure.axes]
+    legends = [legend.get_window_extent() for legend in found if legend is not None]
     assert len(legends) == 3
     assert not any(legend.overlaps(box) for legend in legends for box in boxes)
     assert all(figure.bbox.x1 >= legend.x1 and legend.y0 >= 0 for legend in legends)

@@ -28,7 +28,7 @@ TINY = [
 EAGER = ["evolve.every_n_steps=1", "evolve.start_step=2", "evolve.stop=1.0"]
 
 
-@pytest.fixture()
+@pytest.fixture
 def data(tmp_path):
     """Made-up mnist.npz and cifar10.npz, and the overrides that use them."""
     write_npz(tmp_path / "mnist.npz", (28, 28))
@@ -56,9 +56,13 @@ def train(tmp_path, overrides):
 def test_every_experiment_runs_and_leaves_its_results(tmp_path, data, experiment, capsys):
     result = train(tmp_path, [f"+experiment={experiment}", "model.widths=[8,12,16]", *data, *TINY, *EAGER])
     events = History.from_dict(result["history"]).events
-    assert result["steps"] == 4 and len(events) == 2 and all(event.skipped is None for event in events)
-    assert 0 <= result["test_acc"] <= 1 and len(result["curve"]) == 2
-    assert result["end"]["parameters"] == events[-1].parameters and result["end"]["macs"] == events[-1].macs
+    assert result["steps"] == 4
+    assert len(events) == 2
+    assert all(event.skipped is None for event in events)
+    assert 0 <= result["test_acc"] <= 1
+    assert len(result["curve"]) == 2
+    assert result["end"]["parameters"] == events[-1].parameters
+    assert result["end"]["macs"] == events[-1].macs
     assert result["sizes"]["end"] == events[-1].sizes
     assert result["config"]["evolve"]["policy"]["prune"] > 0
     written = {path.name for path in (tmp_path / "run").iterdir()}
@@ -79,14 +83,17 @@ def test_digits_learn_while_widths_change(tmp_path, caplog):
     caplog.set_level(logging.INFO)
     small = ["model.widths=[12,12,12]", "trainer.max_epochs=4", "trainer.accelerator=cpu", "evolve.every_n_steps=20"]
     result = train(tmp_path, [*small, "evolve.start_step=20", "evolve.policy.prune=0.02"])
-    assert result["test_acc"] > 0.5 and result["val_acc"] > 0.5
+    assert result["test_acc"] > 0.5
+    assert result["val_acc"] > 0.5
     assert result["end"]["parameters"] < result["start"]["parameters"]
     changed = [change for event in result["history"]["events"] for change in event["changes"]]
     lines = [record.getMessage() for record in caplog.records if record.name == "evolvenet"]
     for change in changed:
         assert any(f"{change['width']} {change['before']} → {change['after']}" in line for line in lines)
     epochs = [record.getMessage() for record in caplog.records if record.name == "experiments.progress"]
-    assert len(epochs) == 4 and "val acc" in epochs[-1] and f"parameters {result['end']['parameters']:,}" in epochs[-1]
+    assert len(epochs) == 4
+    assert "val acc" in epochs[-1]
+    assert f"parameters {result['end']['parameters']:,}" in epochs[-1]
 
 
 def test_the_saved_model_is_the_evolved_one(tmp_path):
@@ -101,11 +108,12 @@ def test_the_saved_model_is_the_evolved_one(tmp_path):
 
 def test_without_the_callback_widths_stay(tmp_path):
     result = train(tmp_path, ["evolve=none", "model.widths=[8,8,8]", "optimizer=sgd", *TINY])
-    assert result["start"] == result["end"] and result["history"]["events"] == []
+    assert result["start"] == result["end"]
+    assert result["history"]["events"] == []
 
 
 @pytest.mark.parametrize(
-    "overrides, message",
+    ("overrides", "message"),
     [
         (["evolve.policy.prune=1.5"], "prune"),
         (["evolve.policy.prune=0.9", "evolve.policy.grow=0.5"], "prune below grow"),
@@ -117,7 +125,8 @@ def test_without_the_callback_widths_stay(tmp_path):
 def test_bad_settings_end_with_one_line(tmp_path, overrides, message):
     with pytest.raises(SystemExit) as caught:
         train(tmp_path, [*overrides, "model.widths=[4,4,4]", *TINY])
-    assert str(caught.value).startswith("error: ") and message in str(caught.value)
+    assert str(caught.value).startswith("error: ")
+    assert message in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
@@ -135,8 +144,10 @@ def command(cwd, *overrides):
 def test_command_line_without_data_says_so_in_one_line(tmp_path):
     (tmp_path / "mnist.npz").write_text("no archive")
     done = command(tmp_path, "+experiment=mnist_resnet", f"data.root={tmp_path}")
-    assert done.returncode == 1 and "Traceback" not in done.stderr + done.stdout
-    assert done.stderr.strip().startswith("error: Data: ") and "\n" not in done.stderr.strip()
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr + done.stdout
+    assert done.stderr.strip().startswith("error: Data: ")
+    assert "\n" not in done.stderr.strip()
 
 
 def test_a_sweep_leaves_a_result_for_each_run_and_one_table(tmp_path, data):
@@ -150,6 +161,7 @@ def test_a_sweep_leaves_a_result_for_each_run_and_one_table(tmp_path, data):
     results = [json.loads((directory / number / "result.json").read_text()) for number in ("0", "1")]
     assert [result["config"]["evolve"]["policy"]["prune"] for result in results] == [0.005, 0.02]
     table = sweep_table(directory)
-    assert (directory / "sweep.md").read_text() == table and table in done.stdout
+    assert (directory / "sweep.md").read_text() == table
+    assert table in done.stdout
     assert table.count("evolve.policy.prune=") == 2
     assert "Warning" not in done.stdout + done.stderr
