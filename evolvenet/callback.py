@@ -80,6 +80,8 @@ class WidthEvolution(Callback):
         self._calls: dict[str, Any] = {}
         self._handles: list[RemovableHandle] = []
         self._last_step = -1
+        self._waited = False
+        self._owed = False
 
     @property
     def history(self) -> History | None:
@@ -102,6 +104,7 @@ class WidthEvolution(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Listen to what the training step calls the model with."""
+        self._waited = False
         self._handles = [
             module.register_forward_pre_hook(self._listener(path), with_kwargs=True)
             for path, module in (("", pl_module), *pl_module.named_children())
@@ -112,15 +115,17 @@ class WidthEvolution(Callback):
         if self.evolver is None:
             self._begin(trainer, pl_module)
         if self.evolver is None:
+            # A resumed run may start right at an event, before its first batch: it is made up for after that.
+            self._owed = self._due(trainer, batch_idx)
             return
-        if self._due(trainer, batch_idx):
+        if self._due(trainer, batch_idx) or (self._owed and self._at_boundary(trainer, batch_idx)):
+            self._owed = False
             self._last_step = trainer.global_step
             self.evolver.step(at=trainer.global_step)
             torch._dynamo.reset()
         latest = [self.evolver.history.initial, *self.evolver.history.events][-1]
-        values = {"evolve/parameters": float(latest.parameters), "evolve/macs": float(latest.macs)}
-        pl_module.log("evolve/parameters", values["evolve/parameters"], prog_bar=True)
-        pl_module.log("evolve/macs", values["evolve/macs"])
+        pl_module.log("evolve/parameters", float(latest.parameters), prog_bar=True)
+        pl_module.log("evolve/macs", float(latest.macs))
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Leave no hook behind."""
@@ -143,7 +148,8 @@ class WidthEvolution(Callback):
             root, inputs = pl_module, self.example_inputs
         elif self._calls:
             root, inputs = self._root(pl_module)
-        elif trainer.global_step == 0 and trainer.fit_loop.epoch_loop.batch_idx == 0 and trainer.current_epoch == 0:
+        elif not self._waited:
+            self._waited = True
             return
         else:
             raise TraceError(
@@ -152,6 +158,8 @@ class WidthEvolution(Callback):
                 "WidthEvolution(example_inputs=...)."
             )
         self.evolver = Evolver(root, trainer.optimizers, self.policy, inputs, self.calibration_batches, self.seed)
+        self.evolver.observe(inputs)
+        self._calls = {}
         if self._resumed is not None:
             self.evolver.load_state_dict(self._resumed)
         frozen = [width for width in self.evolver.graph.widths.values() if width.frozen is not None]
@@ -191,7 +199,7 @@ class WidthEvolution(Callback):
 
     def _due(self, trainer: Trainer, batch_idx: int) -> bool:
         step = trainer.global_step
-        if step == self._last_step or step < max(self.start_step, 1) or batch_idx % trainer.accumulate_grad_batches:
+        if step == self._last_step or step < max(self.start_step, 1) or not self._at_boundary(trainer, batch_idx):
             return False
         total = trainer.estimated_stepping_batches
         if step > self.stop * total:
@@ -200,6 +208,11 @@ class WidthEvolution(Callback):
             return step % self.every_n_steps == 0
         assert self.every_n_epochs is not None
         return batch_idx == 0 and trainer.current_epoch > 0 and trainer.current_epoch % self.every_n_epochs == 0
+
+    @staticmethod
+    def _at_boundary(trainer: Trainer, batch_idx: int) -> bool:
+        """Between two optimizer steps, not within the batches of one."""
+        return batch_idx % trainer.accumulate_grad_batches == 0
 
     def _deafen(self) -> None:
         for handle in self._handles:

@@ -70,7 +70,7 @@ def plan_growth(
     Newborns come last. Their rows in every producer follow the method, with the mean norm of the existing rows; what
     is added to them (biases, running means) is 0, what scales them (norm weights, running variances) the mean magnitude
     of the survivors, depthwise kernels are random of the mean norm; the columns that read them are 0 and get a
-    gradient at once. Weights that several modules share keep zeros there: one of them may read what another makes.
+    gradient at once. A weight that both makes and reads the units counts as a reader: zeros.
 
     Args:
         model: the model of the graph.
@@ -99,8 +99,7 @@ def plan_growth(
     changes = {change.name: change for change in surgery.changes}
     for name, index_map in maps.items():
         for tie in graph.widths[name].ties:
-            if tie.tensor not in graph.aliases.values():
-                changes[tie.tensor] = _start(changes[tie.tensor], tie, index_map, METHODS[method], generator)
+            changes[tie.tensor] = _start(changes[tie.tensor], tie, index_map, METHODS[method], generator)
     return replace(surgery, changes=tuple(changes.values()))
 
 

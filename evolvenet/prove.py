@@ -27,16 +27,17 @@ Item = TypeVar("Item")
 Rerun = Callable[[nn.Module], Ledger]
 
 
-def prove(model: nn.Module, ledger: Ledger, device: str | None, rerun: Rerun) -> WidthGraph:
+def prove(model: nn.Module, ledger: Ledger, device: str | None, runs: Sequence[Rerun]) -> WidthGraph:
     """The graph of a traced model in which every width that is not frozen has survived its trials.
 
     Args:
         model: the traced model.
         ledger: what its run has shown.
         device: where the shadows live, "meta" or None for copies.
-        rerun: runs the shadowed model under labels.
+        runs: what runs the shadowed model under labels, the quickest way first. The last one, which runs all of it, has
+            the last word: if it fails where the others did not, all is proved anew with it alone.
     """
-    proof = Proof(model, ledger, device, rerun)
+    proof = Proof(model, ledger, device, runs[0])
     built = proof.build([])
     failed = proof.failures(built, [width.name for width in built.graph.resizable])
     accepted: list[Proposal] = []
@@ -52,7 +53,10 @@ def prove(model: nn.Module, ledger: Ledger, device: str | None, rerun: Rerun) ->
             for proposal in helped:
                 for anchor in proposal.anchors:
                     reasons.pop(anchor, None)
-    return _settle(proof, built, reasons)
+    graph = _settle(proof, built, reasons)
+    if len(runs) > 1 and replace(proof, rerun=runs[-1]).trial(graph, list(graph.sizes), turns=(0,)):
+        return prove(model, ledger, device, runs[-1:])
+    return graph
 
 
 def _settle(proof: Proof, built: Built, reasons: Mapping[int, str]) -> WidthGraph:
@@ -104,7 +108,7 @@ class Proof:
             names = [name for name, anchor in built.anchors.items() if anchor in anchors]
             if any(built.graph.widths[name].frozen for name in names):
                 return "joins what cannot be joined"
-            return self.trial(built, names)
+            return self.trial(built.graph, names)
 
         failed = _search(_classes(proposals, lambda proposal: (proposal.key, proposal.kind)), attempt)
         return [proposal for k, proposal in enumerate(proposals) if k not in failed]
@@ -113,12 +117,11 @@ class Proof:
         """Names of the widths that fail, with the reason; alike widths are tried together."""
         graph = built.graph
         classes = _classes(names, lambda name: structure(graph.widths[name]))
-        return {names[k]: reason for k, reason in _search(classes, lambda chosen: self.trial(built, chosen)).items()}
+        return {names[k]: reason for k, reason in _search(classes, lambda chosen: self.trial(graph, chosen)).items()}
 
-    def trial(self, built: Built, names: Sequence[str]) -> str | None:
+    def trial(self, graph: WidthGraph, names: Sequence[str], turns: Sequence[int] = (0, 1)) -> str | None:
         """Every second one a step down while the others go a step up, then the reverse; None if all is well."""
-        graph = built.graph
-        for turn in (0, 1):
+        for turn in turns:
             maps = {name: _nudge(graph, name, (k + turn) % 2 == 0) for k, name in enumerate(names)}
             self.trials += 1
             reason = _failure(self.model, graph, self.ledger, self.device, self.rerun, maps)

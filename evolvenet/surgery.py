@@ -13,7 +13,7 @@ from evolvenet.components import named_tensors
 from evolvenet.errors import ResizeError
 from evolvenet.graph import WidthGraph
 from evolvenet.index_map import NEWBORN, IndexMap
-from evolvenet.layers import attributes, newborn_value, refresh
+from evolvenet.layers import Shapes, attributes, newborn_value, refresh
 
 
 @dataclass(frozen=True)
@@ -99,10 +99,20 @@ def _attribute_changes(model: nn.Module, after: WidthGraph, touched: set[str]) -
                     local[name] = after.shapes[full]
                     changed |= full in touched
         if changed:
-            for name, value in attributes(module, local).items():
+            for name, value in _numbers(path, module, local).items():
                 if getattr(module, name) != value:
                     found.append(AttributeChange(module, name, value))
     return tuple(found)
+
+
+def _numbers(path: str, module: nn.Module, shapes: Shapes) -> dict[str, Any]:
+    try:
+        return attributes(module, shapes)
+    except KeyError as missing:
+        raise ResizeError(
+            f"Expected the {type(module).__name__} {path!r} to hold {missing}, but it makes it from other tensors (a "
+            "parametrization), so what it keeps about its shape cannot be known. Remove the parametrization first."
+        ) from missing
 
 
 def _patches(model: nn.Module, before: WidthGraph, after: WidthGraph) -> tuple[AttributeChange, ...]:

@@ -30,6 +30,9 @@ from evolvenet.prove import prove
 from evolvenet.rules import Call, apply_rule
 from evolvenet.sandbox import sandbox
 
+ATTEMPTS = (("meta", (False, True)), (None, (False, True)), ("meta", (False,)), (None, (False,)))
+"""(device, modes) to trace in, in order, until the model runs: a train mode that cannot run counts as not run."""
+
 
 def trace(model: nn.Module, example_inputs: Any) -> WidthGraph:
     """Find every width of a model and prove which ones can be resized.
@@ -51,37 +54,39 @@ def trace(model: nn.Module, example_inputs: Any) -> WidthGraph:
     """
     if next(model.parameters(), None) is None:
         raise TraceError(f"Expected a model with parameters, got a {type(model).__name__} without any.")
-    first_error: Exception | None = None
-    for device in ("meta", None):
+    last_error: Exception | None = None
+    for device, modes in ATTEMPTS:
         try:
             with sandbox(model, device):
-                ledger = read_labels(model, example_inputs, device)
+                ledger = read_labels(model, example_inputs, device, modes)
         except TraceError:
             raise
         except Exception as error:  # noqa: BLE001  the model's own code may raise anything
-            first_error = error
+            last_error = error
             continue
-        modes = _telling_modes(ledger)
-        return prove(
-            model, ledger, device, partial(read_labels, example_inputs=example_inputs, device=device, modes=modes)
-        )
+        runs = [
+            partial(read_labels, example_inputs=example_inputs, device=device, modes=each)
+            for each in dict.fromkeys((_telling_modes(ledger), modes))
+        ]
+        return prove(model, ledger, device, runs)
     raise TraceError(
-        f"The model does not run on the example inputs: {type(first_error).__name__}: {first_error}. Give example_inputs "
+        f"The model does not run on the example inputs: {type(last_error).__name__}: {last_error}. Give example_inputs "
         "exactly as the model is called: a tensor, a tuple of arguments, or a dict of keyword arguments."
-    ) from first_error
+    ) from last_error
 
 
 def read_labels(
     model: nn.Module, example_inputs: Any, device: str | None, modes: Sequence[bool] = (False, True)
 ) -> Ledger:
-    """Run the (shadowed) model in eval and in train mode and write down all ties.
+    """Run the (shadowed) model in eval mode (False) and in train mode (True) and write down all ties.
 
-    Auxiliary heads run in train mode only. A train mode that refuses a batch of one is given the batch twice; one that
-    fails all the same counts as not run.
+    Auxiliary heads run in train mode only. A train mode that refuses a batch of one is given the batch twice.
     """
     ledger = Ledger()
     tensors, _, _ = named_tensors(model)
-    args, kwargs = arguments(example_inputs, device)
+    # A model may write into its inputs; those on another device are copies anyway.
+    inputs = tree_map_only(Tensor, lambda t: t.detach().clone(), example_inputs) if device is None else example_inputs
+    args, kwargs = arguments(inputs, device)
     enrolled = {name: ledger.enroll(name, tensor.shape) for name, tensor in tensors.items()}
     for training in modes:
         model.train(training)
@@ -107,8 +112,8 @@ def read_labels(
 
 
 def _telling_modes(ledger: Ledger) -> tuple[bool, ...]:
-    """The modes that a trial must run: train mode only where it reaches parameters that eval mode does not."""
-    return (False, True) if ledger.modes[1] else (False,)
+    """The modes that each trial must run: train mode only where it reaches parameters that eval mode does not."""
+    return (False, True) if ledger.modes[1:] == [True] else (False,)
 
 
 def _twice(inputs: Any) -> Any:

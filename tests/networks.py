@@ -381,14 +381,15 @@ class InPlace(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.one, self.two = nn.Linear(5, 8), nn.Linear(5, 8)
-        self.gate = nn.Linear(8, 8)
-        self.head = nn.Linear(8, 3)
+        self.gate = nn.Linear(8, 7)
+        self.head = nn.Linear(7, 3)
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.one(x).relu_()
         y.add_(self.two(x)).mul_(2.0)
-        total = y.new_zeros(y.shape)
-        total += torch.sigmoid(self.gate(y))
+        gate = self.gate(y).unsqueeze_(1).transpose_(1, 2).squeeze_(2)
+        total = torch.zeros_like(gate)
+        total += torch.sigmoid(gate)
         return self.head(total)
 
 

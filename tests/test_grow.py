@@ -230,7 +230,7 @@ def test_a_width_under_a_layer_norm_is_refused_with_the_reason() -> None:
         plan_growth(model, graph, {"0": 8})
 
 
-def test_shared_weights_get_zeros() -> None:
+def test_a_weight_that_makes_and_reads_the_units_gets_zeros() -> None:
     class Tied(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -247,6 +247,24 @@ def test_shared_weights_get_zeros() -> None:
     before = model(x).detach()
     install(model, plan_growth(model, graph, {width.name: 6}))
     torch.testing.assert_close(model(x).detach(), before, rtol=1e-12, atol=1e-12)
+
+
+def test_a_weight_that_two_layers_make_the_units_with_gets_newborns() -> None:
+    class Twins(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.left, self.right, self.head = nn.Linear(5, 3), nn.Linear(5, 3), nn.Linear(3, 2)
+            self.right.weight = self.left.weight
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head((self.left(x) - self.right(x.square())).tanh())
+
+    model, x = Twins().double(), torch.randn(9, 5, dtype=torch.float64)
+    before = model(x).detach()
+    install(model, plan_growth(model, trace(model, x), {"left": 5}))
+    torch.testing.assert_close(model(x).detach(), before, rtol=1e-12, atol=1e-12)
+    assert model.right.weight is model.left.weight
+    assert (model.left.weight[3:].norm(dim=1) > 0.1).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from small_models import mlp
 
-import evolvenet
 from evolvenet.errors import PolicyError
+from evolvenet.graph import Widths
 from evolvenet.policy import Measure, Proposal, Threshold
 from evolvenet.spectrum import effective_rank
 from evolvenet.trace import trace
@@ -86,14 +87,10 @@ def test_no_width_falls_below_the_smallest(smallest: int, size: int | None) -> N
 
 
 def test_no_width_falls_below_what_its_layers_need() -> None:
-    groups = evolvenet.trace(
-        torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Unflatten(1, (8, 1)), torch.nn.Conv1d(8, 8, 1, groups=4)),
-        torch.zeros(2, 4),
-    )
-    for width in groups.resizable:
-        measure = low(width.size, 1, width=width.name)
-        found = Threshold(prune=0.01, grow=0.9, largest_step=1, smallest=1).propose({width.name: measure}, groups)
-        assert found[width.name].size >= width.smallest
+    needs = replace(GRAPH, widths=Widths({**GRAPH.widths, "0": replace(GRAPH.widths["0"], smallest=3)}))
+    policy = Threshold(prune=0.01, grow=0.9, largest_step=1, smallest=1)
+    assert policy.propose({"0": low(8, 1)}, GRAPH)["0"].size == 1
+    assert policy.propose({"0": low(8, 1)}, needs)["0"].size == 3
 
 
 @given(

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_models import Branches, Recurrent, Residual, convnet, images, mlp, mobile, used
 from torch import Tensor, nn
@@ -185,11 +185,20 @@ def test_the_error_is_that_of_the_samples(seed: int, bias: bool) -> None:
     torch.testing.assert_close(got, float(expected))
 
 
-@given(st.integers(1, 40), st.integers(1, 10), st.booleans(), st.booleans(), st.integers(0, 10_000))
+@given(
+    st.integers(1, 40),
+    st.integers(1, 10),
+    st.booleans(),
+    st.booleans(),
+    st.sampled_from([1, 5]),
+    st.integers(0, 10_000),
+)
+@settings(max_examples=200)
 def test_compensation_never_raises_the_error_of_either_half(
-    count: int, rank: int, bias: bool, constant: bool, seed: int
+    count: int, rank: int, bias: bool, constant: bool, louder: int, seed: int
 ) -> None:
     even, odd = random_moments(count, 10, rank, seed, constant)
+    even = replace(even, mean=louder * even.mean, covariance=louder**2 * even.covariance)
     order = torch.randperm(10, generator=torch.Generator().manual_seed(seed))
     kept, removed = order[:6].sort().values, order[6:].sort().values
     columns = torch.randn(4, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
@@ -226,6 +235,31 @@ def test_one_half_alone_cannot_be_judged() -> None:
         absorb(even, Moments.empty(4), torch.tensor([0, 1]), torch.tensor([2, 3]), torch.eye(2).double(), bias=True)
         is None
     )
+
+
+def test_moments_too_rough_for_the_ridge_give_no_fit() -> None:
+    rough = Moments(10, torch.zeros(3).double(), torch.diag(torch.tensor([1.0, -1e-6, 1.0], dtype=torch.float64)))
+    assert fit(rough, torch.tensor([0, 1]), torch.tensor([2]), 1e-10, bias=True) is None
+    assert fit(rough, torch.tensor([0, 1]), torch.tensor([2]), 1e-3, bias=True) is not None
+
+
+def test_dead_units_leave_the_mean_to_the_bias() -> None:
+    rows = torch.tensor([[0.0, 3.0], [0.0, 5.0]], dtype=torch.float64)
+    made = fit(Moments.of(rows), torch.tensor([0]), torch.tensor([1]), 1e-10, bias=True)
+    assert made is not None
+    assert made.matrix.item() == 0
+    assert made.offset.item() == 4
+
+
+def test_a_constant_unit_goes_first_where_a_bias_can_take_it() -> None:
+    for bias, stays in ((True, False), (False, True)):
+        model, x = mlp(4, 5, 3), torch.randn(100, 4, dtype=torch.float64)
+        with torch.no_grad():
+            model[0].weight[2], model[0].bias[2] = 0, 10
+        if not bias:
+            model[2].bias = None
+        graph = trace(model, x)
+        assert (2 in choose(model, graph, {"0": 4}, collect(model, graph, [x]))["0"].indices) == stays
 
 
 # Compensating

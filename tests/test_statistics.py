@@ -121,6 +121,14 @@ def test_every_position_of_a_sample_goes_to_the_same_half() -> None:
     torch.testing.assert_close(statistics.even[tie].second, slow_moments(rows)[1])
 
 
+def test_every_place_of_a_flattened_sample_goes_to_the_same_half() -> None:
+    model, x = convnet(), images(4)
+    graph = trace(model, x)
+    statistics = collect(model, graph, [x])
+    rows = model[:6](x[1::2]).detach().reshape(2, 6, 16).mT.reshape(-1, 6)
+    torch.testing.assert_close(statistics.odd[tie_of(graph, "6.weight")].second, slow_moments(rows)[1])
+
+
 def test_both_reads_of_a_residual_stream_are_measured() -> None:
     model = Residual().double().eval()
     graph = trace(model, images(2))
