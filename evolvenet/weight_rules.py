@@ -124,8 +124,20 @@ def contract(
     target = {name: position for position, name in enumerate(out_names)}
     return merge(
         call.ledger,
-        [list(_onto(layers, names, target)) for layers, (_, names, _) in zip(passed, sides, strict=True)],
+        _finest([list(_onto(layers, names, target)) for layers, (_, names, _) in zip(passed, sides, strict=True)]),
     )
+
+
+def _finest(sides: Sequence[list[Tensor]]) -> list[list[Tensor]]:
+    """Of a batch dimension's units and finer ones along it (heads, and places in every head), the finer ones.
+
+    A product of two batches pairs batch with batch; it does not make one unit of all that lies in one batch.
+    """
+    one, two = (
+        [layer for layer in layers if not any(set(varying(layer)) < set(varying(finer)) for finer in others)]
+        for layers, others in (sides, sides[::-1])
+    )
+    return [one, two]
 
 
 def _tie(call: Call, layer: Tensor, partners: Sequence[Tensor], other: Label) -> None:

@@ -231,7 +231,7 @@ class Recurrent(nn.Module):
     def __init__(self, kind: type[nn.RNNBase], outputs: int, **options: Any) -> None:
         super().__init__()
         self.embed = nn.Linear(3, 4)
-        self.cell = kind(4, 5, batch_first=True, **options)
+        self.cell = kind(4, **{"hidden_size": 5, "batch_first": True, **options})
         self.head = nn.Linear(outputs, 2)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -400,13 +400,13 @@ class Locked(nn.Module):
         super().__init__()
         self.lock = threading.Lock()
         self.calls = 0
-        self.seen: list[Tensor] = []
+        self.seen: list[torch.Size] = []
         self.body = nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 3))
 
     def forward(self, x: Tensor) -> Tensor:
         with self.lock:
             self.calls += 1
-            self.seen.append(x)
+            self.seen.append(x.shape)
         return self.body(x)
 
 
@@ -438,3 +438,10 @@ class Attention(nn.Module):
         x = self.embed(x)
         x = x + self.attend(x, x, x, need_weights=False)[0]
         return self.head(F.relu(self.hidden(x)).mean(1))
+
+
+def transformer() -> nn.Module:
+    """An encoder layer between dense ones."""
+    return nn.Sequential(
+        nn.Linear(5, 8), nn.TransformerEncoderLayer(8, 2, 12, dropout=0.1, batch_first=True), nn.Linear(8, 3)
+    )
