@@ -44,12 +44,14 @@ class Built:
         component: component of every id, `[units]`.
         anchors: name of every width → its anchor.
         members: name of every width → its components, in order.
+        joined: names of the widths whose units were joined beyond what the ledger says.
     """
 
     graph: WidthGraph
     component: np.ndarray
     anchors: Mapping[str, int]
     members: Mapping[str, tuple[int, ...]]
+    joined: frozenset[str] = frozenset()
 
 
 def named_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str], frozenset[str]]:

@@ -243,7 +243,12 @@ class WidthGraph:
         return assemble(bare, layouts, shapes, self.trainable, self.aliases, roles)
 
     def proposed_parameters(self, sizes: Mapping[str, int]) -> int:
-        """Number of parameters of the model if the named widths had these sizes."""
+        """Number of parameters of the model if the named widths had these sizes.
+
+        Raises:
+            ResizeError: if no width has one of the names.
+        """
+        sizes = {self.widths[name].name: size for name, size in sizes.items()}
         total = 0
         for name in self.trainable:
             count = 1

@@ -86,6 +86,13 @@ def plan_growth(
         ResizeError: for an unknown method, an unknown or frozen width, a size that it cannot take, or a width
             of which an op mixes the units.
         SpectrumError: for NaN or infinite weights.
+
+    >>> from evolvenet.trace import trace
+    >>> model = nn.Sequential(nn.Linear(4, 2), nn.ReLU(), nn.Linear(2, 2))
+    >>> surgery = plan_growth(model, trace(model, torch.zeros(1, 4)), {"0": 3})
+    >>> values = {change.name: change.value for change in surgery.changes}
+    >>> values["0.weight"].shape, values["2.weight"][:, 2].tolist()
+    (torch.Size([3, 4]), [0.0, 0.0])
     """
     if method not in METHODS:
         raise ResizeError(f"Grow: expected a method out of {', '.join(sorted(METHODS))}, got {method!r}.")

@@ -30,6 +30,12 @@ def spectra(model: nn.Module, graph: WidthGraph, batches: Iterable[Any] | None =
     Raises:
         SpectrumError: for NaN or infinite weights or activations.
         TraceError: if there is no batch in `batches`.
+
+    >>> from evolvenet.trace import trace
+    >>> model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
+    >>> _ = nn.init.eye_(model[0].weight)
+    >>> spectra(model, trace(model, torch.zeros(1, 4)))
+    {'0': tensor([1., 1., 1.], dtype=torch.float64)}
     """
     return measure(model, graph, None if batches is None else collect(model, graph, batches))
 
@@ -71,6 +77,10 @@ def unit_rows(model: nn.Module, width: Width, tie: Tie) -> Tensor:
 
     Raises:
         SpectrumError: for NaN or infinite entries.
+
+    >>> width = Width("0", size=3)
+    >>> unit_rows(nn.Sequential(nn.Conv2d(3, 8, 5)), width, Tie("0.weight", 1, 0, 1, "consumes")).shape
+    torch.Size([3, 200])
     """
     return _native_rows(model, width, tie).to("cpu", torch.float64)
 
@@ -85,6 +95,11 @@ def consumer_weighted(model: nn.Module, width: Width, parts: Mapping[Tie, Tensor
 
     Returns:
         `[n, n]` with a trace of 1, or of 0 if no consumer reads anything.
+
+    >>> model, tie = nn.Sequential(nn.Linear(2, 1)), Tie("0.weight", 1, 0, 1, "consumes")
+    >>> _ = nn.init.constant_(model[0].weight, 7.0)
+    >>> consumer_weighted(model, Width("0", size=2), {tie: torch.eye(2)}).diagonal()
+    tensor([0.5000, 0.5000], dtype=torch.float64)
     """
     weighted = []
     for tie, moment in parts.items():

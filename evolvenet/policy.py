@@ -72,8 +72,12 @@ class Threshold:
     Raises:
         PolicyError: for a value outside its range, or `prune` not below `grow`.
 
-    >>> Threshold(prune=0.01, grow=0.9).prune
-    0.01
+    >>> from torch import nn, zeros
+    >>> from evolvenet.trace import trace
+    >>> graph = trace(nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2)), zeros(1, 4))
+    >>> measure = Measure("0", 3, step=1, spectrum=(2.0, 1.0, 0.1), idle=9, growable=True)
+    >>> Threshold(prune=0.01, grow=0.9).propose({"0": measure}, graph)["0"]
+    Proposal(size=2, reason='1 direction carries 0.2 % of the energy (threshold 1.0 %)')
     """
 
     prune: float

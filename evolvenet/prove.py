@@ -19,7 +19,7 @@ from evolvenet.components import Built, build_graph
 from evolvenet.graph import WidthGraph, Widths
 from evolvenet.index_map import IndexMap
 from evolvenet.labels import Ledger
-from evolvenet.remedies import REMEDIES, Proposal, patches, structure
+from evolvenet.remedies import HEAD, REMEDIES, SLICE, Proposal, patches, structure
 from evolvenet.sandbox import sandbox
 from evolvenet.surgery import compile_surgery, install
 
@@ -54,7 +54,7 @@ def prove(model: nn.Module, ledger: Ledger, device: str | None, runs: Sequence[R
                 for anchor in proposal.anchors:
                     reasons.pop(anchor, None)
     graph = _settle(proof, built, reasons)
-    if len(runs) > 1 and replace(proof, rerun=runs[-1]).trial(graph, list(graph.sizes), turns=(0,)):
+    if len(runs) > 1 and replace(proof, rerun=runs[-1]).trial(replace(built, graph=graph), list(graph.sizes), (0,)):
         return prove(model, ledger, device, runs[-1:])
     return graph
 
@@ -97,7 +97,8 @@ class Proof:
             else width
             for name, width in built.graph.widths.items()
         }
-        return replace(built, graph=replace(built.graph, widths=Widths(widths)))
+        joined = frozenset(name for name, a in built.anchors.items() if kinds.get(a) in (SLICE, HEAD))
+        return replace(built, graph=replace(built.graph, widths=Widths(widths)), joined=joined)
 
     def accept(self, accepted: Sequence[Proposal], proposals: Sequence[Proposal]) -> list[Proposal]:
         """The proposals that work."""
@@ -108,7 +109,7 @@ class Proof:
             names = [name for name, anchor in built.anchors.items() if anchor in anchors]
             if any(built.graph.widths[name].frozen for name in names):
                 return "joins what cannot be joined"
-            return self.trial(built.graph, names)
+            return self.trial(built, names)
 
         failed = _search(_classes(proposals, lambda proposal: (proposal.key, proposal.kind)), attempt)
         return [proposal for k, proposal in enumerate(proposals) if k not in failed]
@@ -117,14 +118,15 @@ class Proof:
         """Names of the widths that fail, with the reason; alike widths are tried together."""
         graph = built.graph
         classes = _classes(names, lambda name: structure(graph.widths[name]))
-        return {names[k]: reason for k, reason in _search(classes, lambda chosen: self.trial(graph, chosen)).items()}
+        return {names[k]: reason for k, reason in _search(classes, lambda chosen: self.trial(built, chosen)).items()}
 
-    def trial(self, graph: WidthGraph, names: Sequence[str], turns: Sequence[int] = (0, 1)) -> str | None:
+    def trial(self, built: Built, names: Sequence[str], turns: Sequence[int] = (0, 1)) -> str | None:
         """Every second one a step down while the others go a step up, then the reverse; None if all is well."""
+        graph = built.graph
         for turn in turns:
             maps = {name: _nudge(graph, name, (k + turn) % 2 == 0) for k, name in enumerate(names)}
             self.trials += 1
-            reason = _failure(self.model, graph, self.ledger, self.device, self.rerun, maps)
+            reason = _failure(self, graph, maps, built.joined)
             if reason is not None:
                 return reason
         return None
@@ -178,19 +180,17 @@ def _nudge(graph: WidthGraph, name: str, down: bool) -> IndexMap:
     return IndexMap.keep([unit for unit in range(width.size) if unit not in gone], width.size)
 
 
-def _failure(
-    model: nn.Module, graph: WidthGraph, ledger: Ledger, device: str | None, rerun: Rerun, maps: dict[str, IndexMap]
-) -> str | None:
+def _failure(proof: Proof, graph: WidthGraph, maps: dict[str, IndexMap], joined: frozenset[str]) -> str | None:
     try:
-        with sandbox(model, device):
-            surgery = compile_surgery(model, graph, maps)
-            install(model, surgery)
-            again = rerun(model)
+        with sandbox(proof.model, proof.device):
+            surgery = compile_surgery(proof.model, graph, maps)
+            install(proof.model, surgery)
+            again = proof.rerun(proof.model)
     except Exception as error:  # noqa: BLE001  the model's own code may raise anything on a shape it does not expect
         return f"a trial raised {type(error).__name__}: {_first_line(error)}{_source_line(error)}"
-    if again.outputs != ledger.outputs:
-        return f"a trial changed the output's shape from {ledger.outputs} to {again.outputs}"
-    place = _disagreement(surgery.graph, again)
+    if again.outputs != proof.ledger.outputs:
+        return f"a trial changed the output's shape from {proof.ledger.outputs} to {again.outputs}"
+    place = _disagreement(surgery.graph, again) or _torn_heads(surgery.graph, again, joined)
     return f"a trial tied its units differently on {place}" if place else None
 
 
@@ -213,17 +213,44 @@ def _disagreement(graph: WidthGraph, again: Ledger) -> str | None:
 
     What the graph holds for one unit may be several in the re-trace (units were joined on purpose), never the reverse.
     """
-    component = again.components()
-    predicted = {name: k for k, name in enumerate(graph.widths)}
-    to_unit: dict[int, tuple[int, int]] = {}
+    component, predicted = again.components(), _predicted(graph, again)
+    owner: dict[int, tuple[int, int]] = {}
+    for axis in again.axes:
+        places = slice(axis.start, axis.start + axis.size)
+        units = map(tuple, predicted[places].tolist())
+        for unit, found in zip(units, component[places].tolist(), strict=True):
+            if unit[0] >= 0 and owner.setdefault(found, unit) != unit:
+                return f"axis {axis.dim} of {axis.tensor}"
+    return None
+
+
+def _torn_heads(graph: WidthGraph, again: Ledger, joined: frozenset[str]) -> str | None:
+    """Where the re-traced code sees rows × columns that cut through joined units, or None.
+
+    Joined units are whole rows or whole columns of what the code treats as heads × places; if they are no longer, the
+    boundaries of the heads have shifted, which no shape shows.
+    """
+    predicted = _predicted(graph, again)
+    numbers = {k for k, name in enumerate(graph.widths) if name in joined}
+    for ids in again.grids.values():
+        grid = predicted[ids.numpy()]
+        if int(ids.min()) < 0 or len(np.unique(grid[..., 0])) > 1 or int(grid[0, 0, 0]) not in numbers:
+            continue
+        units = grid[..., 1]
+        if not ((units == units[:1]).all() or (units == units[:, :1]).all()):
+            return "heads whose boundaries have moved"
+    return None
+
+
+def _predicted(graph: WidthGraph, again: Ledger) -> np.ndarray:
+    """(number of the width, unit) that the graph foresees for every id of a re-trace, −1 where none; `[units, 2]`."""
+    found = np.full((again.units, 2), -1)
+    numbers = {name: k for k, name in enumerate(graph.widths)}
     for axis in again.axes:
         at = axis.start
         for part in graph.layouts.get(axis.tensor, {}).get(axis.dim, ()):
             if part.width is not None:
-                units = np.repeat(np.arange(part.length // part.repeat), part.repeat)
-                for unit, found in zip(units.tolist(), component[at : at + part.length].tolist(), strict=True):
-                    key = (predicted[part.width], unit)
-                    if to_unit.setdefault(found, key) != key:
-                        return f"axis {axis.dim} of {axis.tensor}"
+                found[at : at + part.length, 0] = numbers[part.width]
+                found[at : at + part.length, 1] = np.repeat(np.arange(part.length // part.repeat), part.repeat)
             at += part.length
-    return None
+    return found

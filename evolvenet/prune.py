@@ -75,6 +75,13 @@ def choose(
     Raises:
         ResizeError: for an unknown or frozen width, or a size that it cannot take.
         SpectrumError: for NaN or infinite weights.
+
+    >>> from evolvenet.trace import trace
+    >>> model = nn.Sequential(nn.Linear(2, 4), nn.ReLU(), nn.Linear(4, 2))
+    >>> model[0].weight.data = torch.tensor([[3.0, 0.0], [0.0, 0.1], [0.0, 4.0], [0.1, 0.0]])
+    >>> _ = nn.init.ones_(model[2].weight)
+    >>> choose(model, trace(model, torch.zeros(1, 2)), {"0": 2})["0"].indices
+    (0, 2)
     """
     maps: dict[str, IndexMap] = {}
     for asked, size in sizes.items():
@@ -115,6 +122,14 @@ def plan_prune(
     Raises:
         ResizeError: as `choose`.
         SpectrumError: as `choose`.
+
+    >>> from evolvenet.statistics import collect
+    >>> from evolvenet.trace import trace
+    >>> model = nn.Sequential(nn.Linear(2, 4), nn.ReLU(), nn.Linear(4, 2))
+    >>> graph = trace(model, torch.zeros(1, 2))
+    >>> surgery = plan_prune(model, graph, {"0": 3}, collect(model, graph, [torch.randn(50, 2)]))
+    >>> {change.name: tuple(change.value.shape) for change in surgery.changes}
+    {'0.weight': (3, 2), '0.bias': (3,), '2.weight': (2, 3), '2.bias': (2,)}
     """
     maps = {name: kept for name, kept in choose(model, graph, sizes, statistics).items() if not kept.is_identity}
     surgery = compile_surgery(model, graph, maps)
@@ -144,6 +159,12 @@ def absorb(
 
     Returns:
         The fit on all samples, with the ridge that did best; its error is not above that of the bare cut on either half.
+
+    >>> x = torch.tensor([[1.0, 2.0], [-2.0, -4.0], [4.0, 8.0], [3.0, 6.0]], dtype=torch.float64)
+    >>> even, odd = Moments.of(x[::2]), Moments.of(x[1::2])
+    >>> made = absorb(even, odd, torch.tensor([0]), torch.tensor([1]), torch.ones(1, 1), bias=True)
+    >>> round(made.matrix.item(), 6), round(made.offset.item(), 6) + 0.0
+    (2.0, 0.0)
     """
     if not even.count or not odd.count:
         return None

@@ -73,21 +73,27 @@ def write_report(
     draw(history, metrics).savefig(buffer, format="png", dpi=130)
     picture = buffer.getvalue()
     (folder / "history.png").write_bytes(picture)
-    encoded = base64.b64encode(picture).decode()
-    rows = [("", "start", "end", "change"), *summary_rows(history, facts)]
-    page = [
-        "<!doctype html>",
-        f"<html lang='en'><meta charset='utf-8'><title>{html.escape(title)}</title><style>{_STYLE}</style>",
-        f"<h1>{html.escape(title)}</h1>",
-        _html_table(rows, numbers=(1, 2, 3)),
-        f"<img alt='Parameters, metrics and widths over the training steps' src='data:image/png;base64,{encoded}'>",
-        "<h2>Events</h2>",
-        _html_table([("step", "width", "from", "to", "why"), *_event_rows(history)], numbers=(0, 2, 3)),
-        "</html>",
-    ]
     path = folder / "report.html"
-    path.write_text("\n".join(page), encoding="utf-8")
+    path.write_text(_page(history, title, picture, facts), encoding="utf-8")
     return path
+
+
+def _page(history: History, title: str, picture: bytes, facts: Mapping[str, str] | None) -> str:
+    encoded = base64.b64encode(picture).decode()
+    summary = [("", "start", "end", "change"), *summary_rows(history, facts)]
+    events = [("step", "width", "from", "to", "why"), *_event_rows(history)]
+    return "\n".join(
+        [
+            "<!doctype html>",
+            f"<html lang='en'><meta charset='utf-8'><title>{html.escape(title)}</title><style>{_STYLE}</style>",
+            f"<h1>{html.escape(title)}</h1>",
+            _html_table(summary, numbers=(1, 2, 3)),
+            f"<img alt='Parameters, metrics and widths over the training steps' src='data:image/png;base64,{encoded}'>",
+            "<h2>Events</h2>",
+            _html_table(events, numbers=(0, 2, 3)),
+            "</html>",
+        ]
+    )
 
 
 def summary_rows(history: History, facts: Mapping[str, str] | None = None) -> list[tuple[str, str, str, str]]:
@@ -155,6 +161,7 @@ def _draw_parameters(panel: Axes, history: History, end: int) -> None:
     counts = [event.parameters for event in timeline] + [timeline[-1].parameters]
     panel.step(steps, counts, where="post", color="#2c3e50", linewidth=1.8)
     panel.set_yscale("log")
+    panel.yaxis.set_major_locator(_need("matplotlib.ticker").LogLocator(subs=(1.0, 2.0, 5.0)))
     _plain_ticks(panel)
     panel.margins(y=0.15)
     for label, marker, color, lift, chosen in _kinds(history.events):

@@ -151,6 +151,12 @@ def collect(model: nn.Module, graph: WidthGraph, batches: Iterable[Any]) -> Stat
     Raises:
         TraceError: if there is no batch.
         SpectrumError: if a consumer reads NaN or infinite values.
+
+    >>> from evolvenet.trace import trace
+    >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    >>> statistics = collect(model, trace(model, torch.zeros(1, 4)), [torch.randn(10, 4), torch.randn(6, 4)])
+    >>> [(tie.tensor, moments.count, moments.mean.shape) for tie, moments in statistics.items()]
+    [('2.weight', 16, torch.Size([8]))]
     """
     if isinstance(batches, Tensor):
         raise TraceError("Batches: expected an iterable of model inputs, got one tensor. Wrap it in a list: [inputs].")
@@ -174,7 +180,15 @@ def collect(model: nn.Module, graph: WidthGraph, batches: Iterable[Any]) -> Stat
 
 @contextmanager
 def quiet(model: nn.Module) -> Iterator[None]:
-    """Eval mode without gradients; on leaving, training flags, buffers and random states are as before."""
+    """Eval mode without gradients; on leaving, training flags, buffers and random states are as before.
+
+    >>> model = nn.Dropout()
+    >>> with quiet(model):
+    ...     model.training
+    False
+    >>> model.training
+    True
+    """
     flags = [(module, module.training) for module in model.modules()]
     buffers = [
         (module, name, buffer, buffer._version, buffer.clone())

@@ -94,26 +94,31 @@ def run(
     fitting = trainer(callbacks=[Progress(), curve, *([evolution] if evolution else [])])
     began = time.perf_counter()
     fitting.fit(classifier, datamodule=data)
-    seconds = time.perf_counter() - began
+    measured = {"seconds": time.perf_counter() - began, "steps": fitting.global_step}
     fitting.save_checkpoint(output / "last.ckpt")
-    tested = fitting.test(classifier, datamodule=data, verbose=False)[0]
+    measured["test_acc"] = fitting.test(classifier, datamodule=data, verbose=False)[0]["test/acc"]
     history = (evolution and evolution.history) or _unchanged(start)
-    result = {
+    ends = {"start": start, "end": _size(classifier.model, data.example)}
+    result = _result(config, ends, measured, curve, history)
+    (output / RESULT).write_text(json.dumps(result, indent=1), encoding="utf-8")
+    _present(result, history, output)
+    return result["val_acc"] or 0.0
+
+
+def _result(
+    config: DictConfig, ends: Mapping[str, Any], measured: Mapping[str, float], curve: Curve, history: History
+) -> dict[str, Any]:
+    last = [history.initial, *history.events][-1]
+    return {
         "title": config.title,
-        "start": start,
-        "end": _size(classifier.model, data.example),
-        "sizes": {"start": history.initial.sizes, "end": [history.initial, *history.events][-1].sizes},
+        **ends,
+        "sizes": {"start": history.initial.sizes, "end": last.sizes},
         "val_acc": curve.points[-1][1] if curve.points else None,
-        "test_acc": tested["test/acc"],
-        "seconds": seconds,
-        "steps": fitting.global_step,
+        **measured,
         "curve": curve.points,
         "history": history.to_dict(),
         "config": OmegaConf.to_container(config, resolve=True),
     }
-    (output / RESULT).write_text(json.dumps(result, indent=1))
-    _present(result, history, output)
-    return result["val_acc"] or 0.0
 
 
 def _present(result: Mapping[str, Any], history: History, output: Path) -> None:

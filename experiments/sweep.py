@@ -26,19 +26,26 @@ def sweep_table(directory: Path) -> str:
     """The results under a sweep's directory as a Markdown table, the highest validation accuracy first."""
     runs = [(path.parent, json.loads(path.read_text(encoding="utf-8"))) for path in directory.glob("*/result.json")]
     runs.sort(key=lambda run: -(run[1]["val_acc"] or 0.0))
+    settings = {folder: _overrides(folder) for folder, _ in runs}
+    shared = set.intersection(*map(set, settings.values())) if len(runs) > 1 else set()
     lines = [
         "| run | settings | parameters | MACs | validation | test | seconds |",
         "| --- | --- | ---: | ---: | ---: | ---: | ---: |",
     ]
-    lines += [_row(folder, result) for folder, result in runs]
+    for folder, result in runs:
+        own = " ".join(setting for setting in settings[folder] if setting not in shared)
+        lines.append(_row(folder.name, own, result))
     return "\n".join(lines) + "\n"
 
 
-def _row(folder: Path, result: Mapping[str, Any]) -> str:
-    overrides = OmegaConf.load(folder / ".hydra" / "overrides.yaml")
+def _overrides(folder: Path) -> list[str]:
+    return [str(override) for override in OmegaConf.load(folder / ".hydra" / "overrides.yaml")]
+
+
+def _row(name: str, settings: str, result: Mapping[str, Any]) -> str:
     cells = [
-        folder.name,
-        " ".join(str(override) for override in overrides),
+        name,
+        settings,
         f"{result['end']['parameters']:,}",
         f"{result['end']['macs']:,}",
         f"{result['val_acc']:.2%}" if result["val_acc"] is not None else "",

@@ -9,12 +9,13 @@ from typing import Any
 
 import networks
 import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten
+
 from evolvenet.graph import WidthGraph
 from evolvenet.index_map import IndexMap
 from evolvenet.inputs import arguments
 from evolvenet.trace import trace
-from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten
 
 FLOAT = torch.float64
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -228,10 +229,10 @@ class TiedLanguageModel(nn.Module):
 class Recurrent(nn.Module):
     """A recurrent layer over the steps and a dense head on the last one."""
 
-    def __init__(self, kind: type[nn.RNNBase], outputs: int, **options: Any) -> None:
+    def __init__(self, kind: Callable[..., nn.Module], outputs: int, **options: Any) -> None:
         super().__init__()
         self.embed = nn.Linear(3, 4)
-        self.cell = kind(4, **{"hidden_size": 5, "batch_first": True, **options})
+        self.cell = kind(input_size=4, batch_first=True, **{"hidden_size": 5, **options})
         self.head = nn.Linear(outputs, 2)
 
     def forward(self, x: Tensor) -> Tensor:

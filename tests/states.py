@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,65 +13,70 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_flatten
 
-_TABLES = ("_parameters", "_buffers", "_modules")
+
+@dataclass(frozen=True, eq=False)
+class Seen:
+    """A tensor as it was: the object itself, its values and its strides."""
+
+    tensor: Tensor
+    values: Tensor
+    strides: tuple[int, ...]
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> Seen:
+        return cls(tensor, tensor.detach().clone(), tensor.stride())
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class State:
     """A model, its optimizers and the random generators at one moment.
 
     Args:
-        tensors: (where, the object itself, its values, its strides) of every tensor that belongs to the model.
-        plain: (where, repr) of everything else that can be read.
+        tensors: every tensor that belongs to the model or an optimizer, by where it is.
+        plain: the repr of everything else that can be read, by where it is.
     """
 
-    tensors: tuple[tuple[str, Tensor, Tensor, tuple[int, ...]], ...]
-    plain: tuple[tuple[str, str], ...]
+    tensors: Mapping[str, Seen]
+    plain: Mapping[str, str]
 
     @classmethod
     def of(cls, model: nn.Module, optimizers: Sequence[Optimizer] = ()) -> State:
-        tensors: list[tuple[str, Tensor, Tensor, tuple[int, ...]]] = []
-        plain: list[tuple[str, str]] = []
+        tensors: dict[str, Seen] = {}
+        plain: dict[str, str] = {}
 
         def note(where: str, value: Any) -> None:
             leaves, structure = tree_flatten(value)
-            plain.append((f"{where} structure", str(structure)))
+            plain[f"{where} structure"] = str(structure)
             for k, leaf in enumerate(leaves):
                 if isinstance(leaf, Tensor):
-                    tensors.append((f"{where}.{k}", leaf, leaf.detach().clone(), leaf.stride()))
+                    tensors[f"{where}.{k}"] = Seen.of(leaf)
                     if leaf.is_leaf and leaf.grad is not None:
-                        tensors.append((f"{where}.{k}.grad", leaf.grad, leaf.grad.clone(), leaf.grad.stride()))
+                        tensors[f"{where}.{k}.grad"] = Seen.of(leaf.grad)
                 elif not isinstance(leaf, nn.Module) and " at 0x" not in repr(leaf):
-                    plain.append((f"{where}.{k}", repr(leaf)))
+                    plain[f"{where}.{k}"] = repr(leaf)
 
         for path, module in model.named_modules():
             for name, value in vars(module).items():
                 if name != "_modules":
-                    note(f"{path}.{name}", dict(value) if name in _TABLES else value)
-            plain.append((f"{path} children", str(list(module._modules))))
+                    note(f"{path}.{name}", value)
+            plain[f"{path} children"] = str(list(module._modules))
         for k, optimizer in enumerate(optimizers):
             note(f"optimizer {k} groups", [dict(group) for group in optimizer.param_groups])
             note(f"optimizer {k} state", [optimizer.state[p] for p in optimizer.state])
-            plain.append((f"optimizer {k} keys", str([id(p) for p in optimizer.state])))
-        tensors.append(("torch generator", torch.get_rng_state(), torch.get_rng_state(), (1,)))
-        plain.append(("numpy generator", str(np.random.get_state())))
-        plain.append(("python generator", str(random.getstate())))
-        return cls(tuple(tensors), tuple(plain))
+            plain[f"optimizer {k} keys"] = str([id(p) for p in optimizer.state])
+        plain["generators"] = f"{torch.get_rng_state().tolist()} {np.random.get_state()} {random.getstate()}"
+        return cls(tensors, plain)
 
     def differences(self, model: nn.Module, optimizers: Sequence[Optimizer] = ()) -> list[str]:
         """What is not as it was, by name; the tensors must be the same objects too."""
         now = State.of(model, optimizers)
-        found = [where for where in dict(self.plain).keys() ^ dict(now.plain).keys()]
-        found += [w for w, value in self.plain if dict(now.plain).get(w, value) != value]
-        here = {where: entry for where, *entry in now.tensors}
-        for where, tensor, values, strides in self.tensors:
-            if where not in here:
-                found.append(f"{where} is gone")
-            elif where == "torch generator":
-                found += [where] * (not torch.equal(values, here[where][1]))
-            elif here[where][0] is not tensor:
+        found = sorted(self.tensors.keys() ^ now.tensors.keys()) + sorted(self.plain.keys() ^ now.plain.keys())
+        found += [where for where in self.plain.keys() & now.plain.keys() if self.plain[where] != now.plain[where]]
+        for where in self.tensors.keys() & now.tensors.keys():
+            one, two = self.tensors[where], now.tensors[where]
+            if one.tensor is not two.tensor:
                 found.append(f"{where} is another object")
-            elif not same_bits(values, here[where][1]) or strides != here[where][2]:
+            elif not same_bits(one.values, two.values) or one.strides != two.strides:
                 found.append(where)
         return found
 
@@ -80,8 +84,3 @@ class State:
 def same_bits(one: Tensor, two: Tensor) -> bool:
     """Whether two tensors have the same type, shape and entries, NaN included."""
     return one.dtype == two.dtype and one.shape == two.shape and torch.equal(one.nan_to_num(), two.nan_to_num())
-
-
-def twin(model: nn.Module) -> dict[str, Tensor]:
-    """A copy of the state dict."""
-    return copy.deepcopy(model.state_dict())

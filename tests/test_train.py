@@ -163,5 +163,6 @@ def test_a_sweep_leaves_a_result_for_each_run_and_one_table(tmp_path, data):
     table = sweep_table(directory)
     assert (directory / "sweep.md").read_text() == table
     assert table in done.stdout
-    assert table.count("evolve.policy.prune=") == 2
+    assert table.count("| evolve.policy.prune=") == 2
+    assert "trainer.max_epochs" not in table
     assert "Warning" not in done.stdout + done.stderr
