@@ -166,9 +166,10 @@ class Evolver:
         for name, spectrum in measure(self.model, self.graph, statistics).items():
             width = self.graph.widths[name]
             event, last = self._changed.get(name, (-_NEVER, 0))
-            found[name] = Measure(
-                name, width.size, width.step, tuple(spectrum.tolist()), self._events - event, width.mixed is None, last
-            )
+            # Without a row of its own a newborn would stay dead, and where units mix it would change the function.
+            growable = width.mixed is None and bool(width.producers)
+            idle = self._events - event
+            found[name] = Measure(name, width.size, width.step, tuple(spectrum.tolist()), idle, growable, last)
         return found
 
     def _check_finite(self) -> None:

@@ -17,8 +17,8 @@ from evolvenet.surgery import Surgery, TensorChange, compile_surgery
 Initialiser = Callable[[Tensor, int, torch.Generator | None], Tensor]
 """(rows `[n, d]` float64, count, generator) → directions of the newborns, `[count, d]`, each of norm 1."""
 
-RANK_TOLERANCE = 1e-10
-"""Singular values below this share of the largest count as rounding, not as part of the row space."""
+RANK_TOLERANCE = 1e-12
+"""Squared singular values below this share of the largest count as rounding, not as part of the row space."""
 
 FRESH_NORM = 3**-0.5
 """Mean norm of a row that PyTorch's own initialisation makes; for a layer whose rows are all 0."""
@@ -40,17 +40,16 @@ def orthogonal(rows: Tensor, count: int, generator: torch.Generator | None = Non
     (True, 0.0)
     """
     drawn = torch.randn(count, rows.shape[1], dtype=torch.float64, generator=generator)
-    # The thin QR first, so that the SVD that finds the rank is of a small square.
-    basis, triangle = torch.linalg.qr(rows.T)
-    left, values, _ = torch.linalg.svd(triangle, full_matrices=False)
-    space = basis @ left[:, values > RANK_TOLERANCE * values[0].clamp_min(torch.finfo(torch.float64).tiny)]
-    free = min(count, rows.shape[1] - space.shape[1])
+    # By the Gram matrix, twice as fast as QR and SVD of wide rows; projecting three times makes up for its rounding.
+    values, vectors = torch.linalg.eigh(rows @ rows.T)
+    alive = values > RANK_TOLERANCE * values[-1].clamp_min(torch.finfo(torch.float64).tiny)
+    inverse = (vectors[:, alive] / values[alive]) @ vectors[:, alive].T
+    free = min(count, rows.shape[1] - int(alive.sum()))
     if free > 0:
         part = drawn[:free].T
-        for _ in range(2):
-            # Twice is enough (Giraud et al. 2005): once leaves the rounding of a nearly parallel draw.
-            part = torch.linalg.qr(part - space @ (space.T @ part)).Q
-        drawn = torch.cat([part.T, drawn[free:]])
+        for _ in range(3):
+            part = part - rows.T @ (inverse @ (rows @ part))
+        drawn = torch.cat([torch.linalg.qr(part).Q.T, drawn[free:]])
     return drawn / drawn.norm(dim=1, keepdim=True)
 
 

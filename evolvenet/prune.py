@@ -128,8 +128,8 @@ def plan_prune(
     >>> model = nn.Sequential(nn.Linear(2, 4), nn.ReLU(), nn.Linear(4, 2))
     >>> graph = trace(model, torch.zeros(1, 2))
     >>> surgery = plan_prune(model, graph, {"0": 3}, collect(model, graph, [torch.randn(50, 2)]))
-    >>> {change.name: tuple(change.value.shape) for change in surgery.changes}
-    {'0.weight': (3, 2), '0.bias': (3,), '2.weight': (2, 3), '2.bias': (2,)}
+    >>> {change.name: tuple(change.value.shape) for change in surgery.changes if "weight" in change.name}
+    {'0.weight': (3, 2), '2.weight': (2, 3)}
     """
     maps = {name: kept for name, kept in choose(model, graph, sizes, statistics).items() if not kept.is_identity}
     surgery = compile_surgery(model, graph, maps)

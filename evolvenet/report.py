@@ -100,6 +100,11 @@ def summary_rows(history: History, facts: Mapping[str, str] | None = None) -> li
     """What a run came to, line by line: name, start, end, change.
 
     Parameters and multiply-accumulates first, then every width, then `facts` (in the column of the end).
+
+    >>> start = Event(0, (), {"hidden": 64}, 900, 900, 800, 0.0)
+    >>> end = Event(100, (), {"hidden": 16}, 900, 250, 200, 0.1)
+    >>> summary_rows(History(start, [end]))[2]
+    ('width hidden', '64', '16', '÷ 4.0')
     """
     first, last = _timeline(history)[0], _timeline(history)[-1]
     rows = [

@@ -109,7 +109,8 @@ def commit(model: nn.Module, surgery: Surgery, optimizers: Sequence[Optimizer] =
     Raises:
         OptimizerStateError: if a state does not fit, before or after.
     """
-    plans = [compile_state(optimizer, surgery.changes) for optimizer in optimizers]
+    with torch.inference_mode(False):
+        plans = [compile_state(optimizer, surgery.changes) for optimizer in optimizers]
     undo_model = install(model, surgery)
     undo_states: list[StatePlan] = []
     try:

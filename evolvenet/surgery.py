@@ -181,8 +181,13 @@ def exchange(tensor: Tensor, value: Tensor, grad: Tensor | None) -> None:
         tensor.grad = None
         other = torch.float64 if tensor.dtype != torch.float64 else torch.float32
         tensor.data = torch.empty(0, dtype=other, device=tensor.device)
-        tensor.data = value
-        tensor.grad = grad
+        tensor.data = _ordinary(value)
+        tensor.grad = None if grad is None else _ordinary(grad)
+
+
+def _ordinary(tensor: Tensor) -> Tensor:
+    """What was made under inference mode could never be trained: a clone outside of it can."""
+    return tensor.clone() if tensor.is_inference() else tensor
 
 
 def moved(change: TensorChange) -> Tensor:

@@ -158,7 +158,7 @@ CASES = (
     ),
     _recurrent("rnn", nn.RNN, 5, {"cell": 5}),
     _recurrent("lstm", nn.LSTM, 5, {"cell": 5}),
-    _recurrent("lstm_projected", nn.LSTM, 3, {"cell": 7, "cell#2": 3}, hidden_size=7, proj_size=3),
+    _recurrent("lstm_projected", nn.LSTM, 3, {"cell": 12, "cell#2": 3}, hidden_size=12, proj_size=3),
     _recurrent("lstm_deep", nn.LSTM, 10, {"cell": 5}, num_layers=2, bidirectional=True, dropout=0.1),
     _recurrent("gru", nn.GRU, 5, {"cell": 5}),
     _recurrent("gru_deep", nn.GRU, 10, {"cell": 5}, num_layers=2, bidirectional=True),

@@ -386,8 +386,8 @@ class InPlace(nn.Module):
         self.head = nn.Linear(7, 3)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.one(x).relu_()
-        y.add_(self.two(x)).mul_(2.0)
+        y = self.one(x)
+        y.add_(self.two(x)).mul_(2.0).relu_()
         gate = self.gate(y).unsqueeze_(1).transpose_(1, 2).squeeze_(2)
         total = torch.zeros_like(gate)
         total += torch.sigmoid(gate)

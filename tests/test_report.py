@@ -48,6 +48,7 @@ def test_page_holds_summary_picture_and_every_event(tmp_path):
         "24 directions carry &lt; 1 % of the energy", "effective rank 15.8 of 16", "skipped: NaN in stem.weight",
     ):  # fmt: skip
         assert text in page
+    assert "A <run>" not in page
     assert "src='http" not in page
     assert "<script" not in page
     assert (path.parent / "history.png").read_bytes().startswith(b"\x89PNG")

@@ -112,6 +112,14 @@ def test_without_the_callback_widths_stay(tmp_path):
     assert result["history"]["events"] == []
 
 
+def test_a_terminal_gets_a_bar_with_epoch_accuracy_and_parameters(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    result = train(tmp_path, ["evolve=none", "model.widths=[8,8,8]", *TINY])
+    shown = capsys.readouterr().out
+    assert "epoch 2/2: 100%" in shown
+    assert f"val acc={result['val_acc']:.4f}, parameters={result['end']['parameters']:,}" in shown
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
