@@ -51,12 +51,14 @@ def attributes(module: nn.Module, shapes: Shapes) -> dict[str, Any]:
 @attributes.register
 def _(module: nn.Linear, shapes: Shapes) -> dict[str, Any]:
     out_features, in_features = shapes["weight"]
+    _agree(module, shapes, {"bias": (out_features,)})
     return {"in_features": in_features, "out_features": out_features}
 
 
 @attributes.register
 def _(module: nn.Bilinear, shapes: Shapes) -> dict[str, Any]:
     out_features, in1_features, in2_features = shapes["weight"]
+    _agree(module, shapes, {"bias": (out_features,)})
     return {"in1_features": in1_features, "in2_features": in2_features, "out_features": out_features}
 
 
@@ -64,6 +66,8 @@ def _(module: nn.Bilinear, shapes: Shapes) -> dict[str, Any]:
 def _(module: _ConvNd, shapes: Shapes) -> dict[str, Any]:
     rows, columns = shapes["weight"][:2]
     groups = _groups(module, module.groups, module.out_channels, rows)
+    each = columns if groups == 1 else module.in_channels // module.groups
+    _agree(module, shapes, {"weight": (rows, each, *module.kernel_size), "bias": (rows,)})
     return {"in_channels": columns * groups, "out_channels": rows, "groups": groups}
 
 
@@ -71,30 +75,33 @@ def _(module: _ConvNd, shapes: Shapes) -> dict[str, Any]:
 def _(module: _ConvTransposeNd, shapes: Shapes) -> dict[str, Any]:
     rows, columns = shapes["weight"][:2]
     groups = _groups(module, module.groups, module.in_channels, rows)
+    each = columns if groups == 1 else module.out_channels // module.groups
+    _agree(module, shapes, {"weight": (rows, each, *module.kernel_size), "bias": (columns * groups,)})
     return {"in_channels": rows, "out_channels": columns * groups, "groups": groups}
 
 
 @attributes.register
 def _(module: _NormBase, shapes: Shapes) -> dict[str, Any]:
-    known = next(iter(shapes.values()), (module.num_features,))
-    return {"num_features": known[0]}
+    known = [shape for shape in shapes.values() if shape] or [(module.num_features,)]
+    _agree(module, shapes, dict.fromkeys(("weight", "bias", "running_mean", "running_var"), known[0]))
+    return {"num_features": known[0][0]}
 
 
 @attributes.register
 def _(module: nn.GroupNorm, shapes: Shapes) -> dict[str, Any]:
     channels = shapes["weight"][0] if "weight" in shapes else module.num_channels
+    _agree(module, shapes, {"bias": (channels,)})
     groups = _groups(module, module.num_groups, module.num_channels, channels)
     return {"num_channels": channels, "num_groups": groups}
 
 
-@attributes.register
-def _(module: nn.LayerNorm, shapes: Shapes) -> dict[str, Any]:
-    return {"normalized_shape": tuple(shapes["weight"])} if "weight" in shapes else {}
-
-
-@attributes.register
-def _(module: nn.RMSNorm, shapes: Shapes) -> dict[str, Any]:
-    return {"normalized_shape": tuple(shapes["weight"])} if "weight" in shapes else {}
+@attributes.register(nn.LayerNorm)
+@attributes.register(nn.RMSNorm)
+def _(module: nn.LayerNorm | nn.RMSNorm, shapes: Shapes) -> dict[str, Any]:
+    if "weight" not in shapes:
+        return {}
+    _agree(module, shapes, {"bias": shapes["weight"]})
+    return {"normalized_shape": tuple(shapes["weight"])}
 
 
 @attributes.register
@@ -110,21 +117,57 @@ def _(module: nn.PReLU, shapes: Shapes) -> dict[str, Any]:
 
 @attributes.register
 def _(module: nn.RNNBase, shapes: Shapes) -> dict[str, Any]:
-    rows, columns = shapes["weight_ih_l0"]
-    hidden = rows // {"LSTM": 4, "GRU": 3}.get(module.mode, 1)
-    projected = shapes["weight_hr_l0"][0] if "weight_hr_l0" in shapes else 0
+    hidden = shapes["weight_hr_l0" if module.proj_size else "weight_hh_l0"][1]
+    projected = shapes["weight_hr_l0"][0] if module.proj_size else 0
     if projected >= hidden:
         # Equal sizes look to torch like no projection at all.
         raise ResizeError(
             f"{type(module).__name__} projects {hidden} hidden units onto {projected}: expected more hidden units than "
             "projected ones. Resize the other of the two first."
         )
-    return {"input_size": columns, "hidden_size": hidden, "proj_size": projected}
+    size = shapes["weight_ih_l0"][1]
+    rows, state = GATES[module.mode] * hidden, projected or hidden
+    for layer in range(module.num_layers):
+        reads = state * (1 + module.bidirectional) if layer else size
+        for end in (f"_l{layer}", f"_l{layer}_reverse"):
+            expected = {"weight_ih": (rows, reads), "weight_hh": (rows, state), "weight_hr": (projected, hidden)}
+            expected |= {"bias_ih": (rows,), "bias_hh": (rows,)}
+            _agree(module, shapes, {name + end: shape for name, shape in expected.items()})
+    return {"input_size": size, "hidden_size": hidden, "proj_size": projected}
 
 
 @attributes.register
 def _(module: nn.RNNCellBase, shapes: Shapes) -> dict[str, Any]:
-    return {"input_size": shapes["weight_ih"][1], "hidden_size": shapes["weight_hh"][1]}
+    hidden, size = shapes["weight_hh"][1], shapes["weight_ih"][1]
+    gates = module.get_parameter("weight_hh").shape[0] // module.hidden_size
+    rows = gates * hidden
+    expected = {"weight_hh": (rows, hidden), "weight_ih": (rows, size), "bias_hh": (rows,), "bias_ih": (rows,)}
+    _agree(module, shapes, expected)
+    return {"input_size": size, "hidden_size": hidden}
+
+
+@attributes.register
+def _(module: nn.MultiheadAttention, shapes: Shapes) -> dict[str, Any]:
+    if "in_proj_weight" in shapes:
+        width = shapes["in_proj_weight"][1]
+        _agree(module, shapes, {"in_proj_weight": (3 * width, width), "in_proj_bias": (3 * width,)})
+        return {"embed_dim": width, "kdim": width, "vdim": width}
+    width = shapes["q_proj_weight"][0]
+    return {"embed_dim": width, "kdim": shapes["k_proj_weight"][1], "vdim": shapes["v_proj_weight"][1]}
+
+
+GATES = {"LSTM": 4, "GRU": 3, "RNN_TANH": 1, "RNN_RELU": 1}
+"""Rows of a recurrent weight for each hidden unit, by `module.mode`."""
+
+
+def _agree(module: nn.Module, shapes: Shapes, expected: Shapes) -> None:
+    """Refuse tensors that no module of this type has beside each other."""
+    for name, shape in expected.items():
+        if name in shapes and tuple(shapes[name]) != tuple(shape):
+            raise ResizeError(
+                f"{type(module).__name__}: expected {name} of shape {tuple(shape)} beside its other tensors, got "
+                f"{tuple(shapes[name])}. Only widths can change, and all that carries one must change with it."
+            )
 
 
 def _groups(module: nn.Module, groups: int, channels: int, new_channels: int) -> int:

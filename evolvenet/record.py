@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from evolvenet.errors import RecordError
+from evolvenet.errors import RecordError, ResizeError
 from evolvenet.layers import attributes, refresh
 from evolvenet.surgery import exchange
 
@@ -80,7 +80,8 @@ def load(model: nn.Module, path: str | Path, map_location: Any = "cpu") -> nn.Mo
 
     Args:
         model: the model as it is built, of whatever widths.
-        path: a Lightning checkpoint or a plain state dict saved with `torch.save`.
+        path: a Lightning checkpoint or a plain state dict saved with `torch.save`. A network inside a LightningModule is
+            found under whatever name it has there.
         map_location: as in `torch.load`.
 
     Returns:
@@ -91,20 +92,32 @@ def load(model: nn.Module, path: str | Path, map_location: Any = "cpu") -> nn.Mo
     """
     found = torch.load(path, map_location=map_location, weights_only=True)
     state = found["state_dict"] if isinstance(found, dict) and "state_dict" in found else found
-    own = set(model.state_dict())
-    if not own & set(state) and all("." in name for name in state):
-        # A LightningModule's checkpoint, loaded into the network that it holds as one attribute.
-        state = {name.partition(".")[2]: value for name, value in state.items()}
+    state = _own_part(set(model.state_dict()), state, path)
+    fit_shapes(model, state)
+    model.load_state_dict(state)
+    return model
+
+
+def _own_part(own: set[str], state: Mapping[str, Any], path: str | Path) -> dict[str, Any]:
+    """The entries of a state dict under the model's own names: all of them, or those behind one prefix."""
+    some = min(own, default="")
+    prefixes = [name.removesuffix(some) for name in state if name.endswith(f".{some}")]
+    inside = [prefix for prefix in prefixes if all(prefix + name in state for name in own)]
+    if own != set(state) and len(inside) == 1:
+        return {name: state[inside[0] + name] for name in own}
     missing, unexpected = sorted(own - set(state)), sorted(set(state) - own)
+    if missing and inside:
+        raise RecordError(
+            f"{path} holds {len(inside)} networks like this one: expected one, got {', '.join(inside)}. Build the module "
+            "that holds them all and load it as a whole."
+        )
     if missing or unexpected:
         raise RecordError(
             f"{path} is a checkpoint of another model: expected entries that it lacks {missing[:5]}, and it has entries "
             f"unknown here {unexpected[:5]} ({len(missing)} and {len(unexpected)} in all). Build the model as it was built "
             "for that run; only its widths may differ."
         )
-    fit_shapes(model, state)
-    model.load_state_dict(state)
-    return model
+    return dict(state)
 
 
 def fit_shapes(model: nn.Module, state: Mapping[str, Any], prefix: str = "") -> None:
@@ -118,33 +131,57 @@ def fit_shapes(model: nn.Module, state: Mapping[str, Any], prefix: str = "") -> 
         prefix: of the model's names in it.
 
     Raises:
-        RecordError: if a tensor has another number of axes there; nothing has changed then.
+        RecordError: if a tensor has another number of axes there, or shapes that no change of widths leads to; nothing
+            has changed then.
     """
-    exchanges: dict[Tensor, Tensor] = {}
+    planned: dict[Tensor, tuple[int, ...]] = {}
     updates: list[tuple[nn.Module, dict[str, Any]]] = []
     for path, module in model.named_modules():
         start = f"{prefix}{path}." if path else prefix
         local = {k: t for table in (module._parameters, module._buffers) for k, t in table.items() if t is not None}
-        shapes = {
-            name: tuple(state[start + name].shape) if start + name in state else tuple(t.shape)
-            for name, t in local.items()
-        }
+        shapes = {name: _shape_there(start + name, tensor, state) for name, tensor in local.items()}
         for name, tensor in local.items():
-            if len(shapes[name]) != tensor.dim():
+            if planned.setdefault(tensor, shapes[name]) != shapes[name]:
                 raise RecordError(
-                    f"The checkpoint is of another model: expected {start + name} with {tensor.dim()} axes, like "
-                    f"{tuple(tensor.shape)}, got {shapes[name]}. Only widths may differ."
+                    f"The checkpoint is of another model: expected {start + name} of shape {planned[tensor]}, since it is "
+                    f"tied to another weight here, got {shapes[name]}."
                 )
-            if shapes[name] != tuple(tensor.shape):
-                exchanges[tensor] = tensor.detach().new_empty(shapes[name])
-        if any(tensor in exchanges for tensor in local.values()):
-            updates.append((module, attributes(module, shapes)))
-    for tensor, value in exchanges.items():
+        if any(shapes[name] != tuple(tensor.shape) for name, tensor in local.items()):
+            updates.append((module, _numbers(start, module, shapes)))
+    exchanges = [(t, _empty(t, shape)) for t, shape in planned.items() if shape != tuple(t.shape)]
+    for tensor, value in exchanges:
         exchange(tensor, value, None)
     for module, found in updates:
         for name, value in found.items():
             setattr(module, name, value)
         refresh(module)
+
+
+def _shape_there(name: str, tensor: Tensor, state: Mapping[str, Any]) -> tuple[int, ...]:
+    shape = tuple(state[name].shape) if name in state else tuple(tensor.shape)
+    if len(shape) != tensor.dim():
+        raise RecordError(
+            f"The checkpoint is of another model: expected {name} with {tensor.dim()} axes, like {tuple(tensor.shape)}, "
+            f"got {shape}. Only widths may differ."
+        )
+    return shape
+
+
+def _numbers(start: str, module: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+    try:
+        return attributes(module, shapes)
+    except (ResizeError, KeyError) as error:
+        raise RecordError(
+            f"The checkpoint is of another model, at {start.removesuffix('.') or 'its root'}: {error}"
+        ) from error
+
+
+def _empty(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """A tensor of another shape in the memory format of this one."""
+    empty = tensor.detach().new_empty(shape)
+    if tensor.dim() == 4 and not tensor.is_contiguous() and tensor.is_contiguous(memory_format=torch.channels_last):
+        return empty.contiguous(memory_format=torch.channels_last)
+    return empty
 
 
 def reshape_before_load(module: nn.Module, state: Mapping[str, Any], prefix: str, *unused: Any) -> None:

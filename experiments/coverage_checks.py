@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import evolvenet
@@ -26,8 +27,8 @@ from experiments.coverage_models import Subject
 LARGEST_DOUBLE = 100_000_000
 """Models with more parameters than this are compared in float32: in float64 they do not fit beside their copies."""
 
-TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3}
-"""Largest relative difference of the output that counts as equal."""
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
+"""Largest relative difference of the output that counts as equal, by the coarsest type that the model computes in."""
 
 SHARE_LEFT, GROWTH, BATCH = 0.7, 1.25, 2
 OUTPUT = "is the model's output"
@@ -178,12 +179,29 @@ def pruned_size(width: evolvenet.Width) -> int:
 def _compared(bench: Bench, change: Callable[[], None]) -> dict[str, Any]:
     torch.manual_seed(1)
     inputs = bench.subject.inputs(BATCH, bench.dtype)
-    before = answers(bench.model.eval(), inputs)
+    with Coarsest(bench.dtype) as coarsest:
+        before = answers(bench.model.eval(), inputs)
     if all(torch.equal(leaf[0], leaf[1]) for leaf in before):
         raise RuntimeError("the output does not depend on the input, so it shows nothing")
     change()
     difference = distance(answers(bench.model, inputs), before)
-    return {"difference": difference, "equal": difference <= TOLERANCE[bench.dtype]}
+    equal = difference <= TOLERANCE[coarsest.dtype]
+    return {"difference": difference, "equal": equal, "computes_in": str(coarsest.dtype).removeprefix("torch.")}
+
+
+class Coarsest(TorchDispatchMode):
+    """Finds the coarsest type that a model computes in: some norms go through float32 whatever they are given."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.dtype = dtype
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run the op and look at what comes out."""
+        out = func(*args, **(kwargs or {}))
+        if any(leaf.dtype == torch.float32 for leaf in _tensors(out)):
+            self.dtype = torch.float32
+        return out
 
 
 def prune(bench: Bench) -> dict[str, Any]:

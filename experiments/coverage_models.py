@@ -26,7 +26,7 @@ class Subject:
 
     Args:
         name: as its library calls it.
-        library: "torchvision", "timm", "transformers" or "own".
+        library: "torchvision" (its classifiers), "torchvision-other", "timm", "transformers" or "own".
         make: builds it with random weights.
         shapes: of its inputs without the batch, in order.
         tokens: 0, or the size of the vocabulary that whole-number inputs are drawn from; one per input.
@@ -87,11 +87,11 @@ def _other_vision() -> list[Subject]:
     """Two segmenters and three models of video, at small inputs."""
     segment = partial(models.get_model, weights=None, weights_backbone=None, aux_loss=True)
     return [
-        Subject("deeplabv3_resnet50", "torchvision", partial(segment, "deeplabv3_resnet50"), ((3, 96, 96),)),
-        Subject("fcn_resnet50", "torchvision", partial(segment, "fcn_resnet50"), ((3, 96, 96),)),
-        Subject("r3d_18", "torchvision", partial(models.get_model, "r3d_18"), ((3, 8, 56, 56),)),
-        Subject("mvit_v2_s", "torchvision", partial(models.get_model, "mvit_v2_s"), ((3, 16, 224, 224),)),
-        Subject("swin3d_t", "torchvision", partial(models.get_model, "swin3d_t"), ((3, 8, 64, 64),)),
+        Subject("deeplabv3_resnet50", "torchvision-other", partial(segment, "deeplabv3_resnet50"), ((3, 96, 96),)),
+        Subject("fcn_resnet50", "torchvision-other", partial(segment, "fcn_resnet50"), ((3, 96, 96),)),
+        Subject("r3d_18", "torchvision-other", partial(models.get_model, "r3d_18"), ((3, 8, 56, 56),)),
+        Subject("mvit_v2_s", "torchvision-other", partial(models.get_model, "mvit_v2_s"), ((3, 16, 224, 224),)),
+        Subject("swin3d_t", "torchvision-other", partial(models.get_model, "swin3d_t"), ((3, 8, 64, 64),)),
     ]
 
 

@@ -38,14 +38,17 @@ PAIRS: dict[str, tuple[nn.Module, nn.Module]] = {
     "lstm": (nn.LSTM(4, 6, 2, bidirectional=True), nn.LSTM(3, 5, 2, bidirectional=True)),
     "lstm projected": (nn.LSTM(4, 6, proj_size=3), nn.LSTM(3, 5, proj_size=2)),
     "gru": (nn.GRU(4, 6, 2), nn.GRU(4, 5, 2)),
+    "attention": (nn.MultiheadAttention(8, 2), nn.MultiheadAttention(6, 2)),
+    "attention of three": (nn.MultiheadAttention(8, 2, kdim=5, vdim=6), nn.MultiheadAttention(6, 2, kdim=4, vdim=5)),
     "lstm cell": (nn.LSTMCell(4, 6), nn.LSTMCell(3, 5)),
     "gru cell": (nn.GRUCell(4, 6), nn.GRUCell(3, 5)),
 }
 
 
 def numbers(module: nn.Module) -> dict[str, Any]:
-    """The plain attributes of a module."""
-    return {k: v for k, v in vars(module).items() if isinstance(v, (int, str, tuple)) and not isinstance(v, bool)}
+    """The plain attributes of a module; attention's `head_dim`, which nothing reads, is left out."""
+    plain = {k: v for k, v in vars(module).items() if isinstance(v, (int, str, tuple)) and not isinstance(v, bool)}
+    return {k: v for k, v in plain.items() if k != "head_dim"}
 
 
 def shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
@@ -83,6 +86,11 @@ def test_subclasses_are_known_and_others_keep_no_numbers() -> None:
         (nn.Conv2d(8, 8, 3, groups=4), {"weight": (7, 2, 3, 3)}, "Conv2d with 4 groups of 2 channels: .* got 7"),
         (nn.Conv2d(8, 8, 3, groups=4), {"weight": (2, 2, 3, 3)}, "at least two whole groups, got 2"),
         (nn.GroupNorm(4, 8), {"weight": (5,)}, "Take a multiple of 2, 4 or more"),
+        (nn.Conv2d(8, 8, 3, groups=4), {"weight": (8, 4, 3, 3)}, "expected weight of shape .8, 2, 3, 3. beside"),
+        (nn.Conv2d(8, 8, 3), {"weight": (8, 4, 5, 5)}, "expected weight of shape .8, 4, 3, 3."),
+        (nn.Linear(4, 3), {"weight": (2, 4), "bias": (3,)}, "expected bias of shape .2,. beside"),
+        (nn.BatchNorm1d(4), {"weight": (2,), "bias": (3,)}, "BatchNorm1d: expected bias of shape .2,."),
+        (nn.GRU(4, 6), shapes(nn.LSTM(4, 6)), "expected weight_ih_l0 of shape .18, 4. beside .* got .24, 4."),
         (
             nn.LSTM(4, 6, proj_size=3),
             shapes(nn.LSTM(4, 3)) | {"weight_hr_l0": (3, 3)},

@@ -113,6 +113,7 @@ KEEP_THEIR_NUMBER: dict[str, tuple[Code, int, str]] = {
     "a part doubled in place": (lambda m, x, h: _doubled(h), 8, "a part of its units"),
     "a part set to zero": (lambda m, x, h: _write(h, slice(4), 0.0), 8, "a part of its units"),
     "two activations": (lambda m, x, h: torch.cat([h[:, :4].sigmoid(), h[:, 4:].tanh()], 1), 8, "a part of its units"),
+    "a weight used without its bias": (lambda m, x, h: F.linear(h, m.c.weight), 8, "expected bias of shape"),
     "written into a part": (
         lambda m, x, h: _write(torch.zeros(2, 12, dtype=FLOAT, device=h.device), slice(8), h),
         12,
@@ -162,7 +163,7 @@ LEAVE_THEM_FREE: dict[str, tuple[Code, int, dict[str, int]]] = {
 @pytest.mark.parametrize("name", LEAVE_THEM_FREE)
 def test_frees_what_it_understands(name: str) -> None:
     code, reads, sizes = LEAVE_THEM_FREE[name]
-    model = Between(code, reads, c=nn.Linear(5, 8), d=nn.Linear(5, 5), e=nn.Linear(8, 7)).double()
+    model = Between(code, reads, c=nn.Linear(5, 8), d=nn.Linear(5, 5), e=nn.Linear(8, 7, bias=False)).double()
     x = torch.randn(2, 5, dtype=FLOAT)
     expected = outputs(model, x)
     graph = trace(model, x)
