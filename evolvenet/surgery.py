@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,12 +82,15 @@ def compile_surgery(model: nn.Module, graph: WidthGraph, maps: Mapping[str, Inde
             value = index_map.apply(value, dim, fill)
         changes.append(TensorChange(tensor, name, axes, value))
     after = graph.resized(maps)
-    numbers = _attribute_changes(model, after, set(axis_maps)) + _patches(model, graph, after)
+    numbers = _attribute_changes(model, graph, after, set(axis_maps))
     return Surgery(tuple(changes), numbers, dict(maps), after)
 
 
-def _attribute_changes(model: nn.Module, after: WidthGraph, touched: set[str]) -> tuple[AttributeChange, ...]:
-    found = []
+def _attribute_changes(
+    model: nn.Module, before: WidthGraph, after: WidthGraph, touched: set[str]
+) -> tuple[AttributeChange, ...]:
+    """What a module's type knows of its numbers goes before the proportion in which they seem to follow a width."""
+    changes = {(id(change.module), change.name): change for change in _patches(model, before, after)}
     for path, module in model.named_modules():
         prefix = f"{path}." if path else ""
         local: dict[str, tuple[int, ...]] = {}
@@ -100,9 +103,8 @@ def _attribute_changes(model: nn.Module, after: WidthGraph, touched: set[str]) -
                     changed |= full in touched
         if changed:
             for name, value in _numbers(path, module, local).items():
-                if getattr(module, name) != value:
-                    found.append(AttributeChange(module, name, value))
-    return tuple(found)
+                changes[id(module), name] = AttributeChange(module, name, value)
+    return tuple(change for change in changes.values() if getattr(change.module, change.name) != change.value)
 
 
 def _numbers(path: str, module: nn.Module, shapes: Shapes) -> dict[str, Any]:
@@ -115,16 +117,13 @@ def _numbers(path: str, module: nn.Module, shapes: Shapes) -> dict[str, Any]:
         ) from missing
 
 
-def _patches(model: nn.Module, before: WidthGraph, after: WidthGraph) -> tuple[AttributeChange, ...]:
+def _patches(model: nn.Module, before: WidthGraph, after: WidthGraph) -> Iterator[AttributeChange]:
     """Numbers of the model's own code that follow a width in proportion, see `remedies`."""
-    found: dict[tuple[str, str], AttributeChange] = {}
     for name, width in before.widths.items():
         new = after.widths[name].size
         for path, attribute in width.patches if new != width.size else ():
             module = model.get_submodule(path)
-            value = getattr(module, attribute) * new // width.size
-            found[path, attribute] = AttributeChange(module, attribute, value)
-    return tuple(found.values())
+            yield AttributeChange(module, attribute, getattr(module, attribute) * new // width.size)
 
 
 def install(model: nn.Module, surgery: Surgery) -> Callable[[], None]:

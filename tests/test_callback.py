@@ -97,7 +97,9 @@ def trainer(tmp_path: Path, callbacks: list[Any], **options: Any) -> lightning.T
 
 
 @pytest.mark.parametrize("kind", [Plain, CallsItsChild, Manual])
-def test_widths_change_while_training(kind: Callable[[], Plain], tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_widths_change_while_training(
+    kind: Callable[[], Plain], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     model = kind()
     prefix = "" if kind is CallsItsChild else "net."
     evolution = WidthEvolution(Fixed({f"{prefix}0": 9, f"{prefix}2": 30}), every_n_epochs=1)

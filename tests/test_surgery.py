@@ -17,6 +17,7 @@ from evolvenet.errors import ResizeError
 from evolvenet.graph import WidthGraph
 from evolvenet.index_map import IndexMap
 from evolvenet.surgery import compile_surgery, exchange, install, moved
+from evolvenet.trace import trace
 
 BY_NAME = {case.name: case for case in CASES}
 
@@ -211,6 +212,33 @@ def test_numbers_that_modules_keep() -> None:
     assert (project.in_channels, project.out_channels) == (2, 5)
     assert model.get_submodule("norm2").num_features == 2
     assert model.get_submodule("head").in_features == 5
+
+
+class Stored(nn.Module):
+    """Keeps the size of one layer in an attribute that its code uses, and reads two layers side by side."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dim = 8
+        self.one, self.two = nn.Linear(5, 8), nn.Linear(5, 8)
+        self.head = nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.cat([self.one(x).view(len(x), self.dim), self.two(x)], 1))
+
+
+def test_numbers_of_the_models_own_code_follow() -> None:
+    """In proportion; where a module's type says what its numbers mean, that counts."""
+    model, x = Stored().double(), torch.randn(2, 5, dtype=torch.float64)
+    graph, expected = trace(model, x), outputs(model, x)
+    assert graph.sizes == {"one": 8, "two": 8}
+    undo = install(model, compile_surgery(model, graph, {"one": IndexMap.grow(8, 1), "two": IndexMap.grow(8, 3)}))
+    assert (model.dim, model.head.in_features, model.one.out_features) == (9, 20, 9)
+    assert distance(outputs(model, x), expected) < 1e-9
+    undo()
+    assert (model.dim, model.head.in_features, model.one.out_features) == (8, 16, 8)
+    install(model, compile_surgery(model, graph, {"two": IndexMap.keep([1, 2], 8)}))
+    assert (model.dim, model.head.in_features) == (8, 10)
 
 
 @pytest.mark.parametrize("change", ["another model", "an older state"])

@@ -113,7 +113,6 @@ KEEP_THEIR_NUMBER: dict[str, tuple[Code, int, str]] = {
     "a part doubled in place": (lambda m, x, h: _doubled(h), 8, "a part of its units"),
     "a part set to zero": (lambda m, x, h: _write(h, slice(4), 0.0), 8, "a part of its units"),
     "two activations": (lambda m, x, h: torch.cat([h[:, :4].sigmoid(), h[:, 4:].tanh()], 1), 8, "a part of its units"),
-    "a weight used without its bias": (lambda m, x, h: F.linear(h, m.c.weight), 8, "expected bias of shape"),
     "written into a part": (
         lambda m, x, h: _write(torch.zeros(2, 12, dtype=FLOAT, device=h.device), slice(8), h),
         12,
@@ -181,6 +180,13 @@ def test_values_of_no_data_decide_nothing() -> None:
     model = Between(lambda m, x, h: torch.index_select(h, 0, h[:, 0].argsort()), 8).double()
     x = torch.randn(2, 5, dtype=FLOAT)
     assert [trace(model, x).sizes for _ in range(3)] == [{"a": 8}] * 3
+
+
+def test_a_layer_of_which_a_part_is_used_stays_whole() -> None:
+    """Its weight could be resized and its idle bias not: nothing could load such a layer again."""
+    graph = trace(Between(lambda m, x, h: F.linear(h, m.c.weight), c=nn.Linear(8, 8)), torch.randn(2, 5))
+    assert graph.sizes == {"a": 8}
+    assert "expected bias of shape (7,)" in (graph.widths["c"].frozen or "")
 
 
 def test_reasons_name_the_place() -> None:
