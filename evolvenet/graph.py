@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 from evolvenet.errors import ResizeError
 from evolvenet.index_map import IndexMap
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 PRODUCES = "produces"
 CONSUMES = "consumes"
@@ -274,6 +279,27 @@ class WidthGraph:
             lines.append(f"  {tie.role:<8} {tie.tensor} axis {tie.dim} [{tie.start}:{stop}]{each}")
         return "\n".join(lines)
 
+    def __rich__(self) -> Table:
+        """The table that rich prints: `rich.print(graph)`. Frozen widths are dim; `str(graph)` is the plain text."""
+        # Imported here because rich is not needed for anything else.
+        from rich.box import SIMPLE_HEAD
+        from rich.table import Table
+        from rich.text import Text
+
+        caption = Text(f"coverage {self.coverage:.1%} of {self.parameters:,} parameters")
+        table = Table(box=SIMPLE_HEAD, pad_edge=False, caption=caption, caption_justify="left")
+        table.add_column("name", overflow="fold", min_width=14)
+        for title in ("size", "step", "parameters"):
+            table.add_column(title, justify="right", no_wrap=True)
+        table.add_column("ties", min_width=11)
+        table.add_column("frozen", overflow="fold", min_width=20)
+        for width in self.widths.values():
+            cells = [width.name, str(width.size), str(width.step), f"{width.parameters:,}", _roles(width)]
+            style = "dim" if width.frozen else ""
+            # As text: a reason may quote code, in which rich would take brackets for its own.
+            table.add_row(*map(Text, [*cells, width.frozen or ""]), style=style)
+        return table
+
     def __str__(self) -> str:
         rows = [("name", "size", "step", "parameters", "ties", "frozen")]
         rows += [
@@ -286,6 +312,13 @@ class WidthGraph:
         ]
         lines.append(f"coverage {self.coverage:.1%} of {self.parameters:,} parameters")
         return "\n".join(line.rstrip() for line in lines)
+
+
+def _roles(width: Width) -> str:
+    """How many axes make, read and follow the units: "3 produce, 1 consumes, 8 follow"."""
+    counts = Counter(tie.role for tie in width.ties)
+    roles = [(counts[role], role) for role in (PRODUCES, CONSUMES, FOLLOWS) if counts[role]]
+    return ", ".join(f"{count} {role if count == 1 else role.removesuffix('s')}" for count, role in roles)
 
 
 def _proposed(part: Segment, sizes: Mapping[str, int]) -> int:

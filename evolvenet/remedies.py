@@ -128,12 +128,22 @@ def patches(model: nn.Module, width: Width, kind: str) -> tuple[tuple[str, str],
         totals[tie.tensor, tie.dim] += tie.repeat * width.size
     values = {width.size} | {total * k for total in totals.values() for k in (1, 2, 3, 4)}
     paths = dict.fromkeys(path for tie in width.ties for path in _upwards(tie.module))
+    others = {path: _other_lengths(model, path, totals) for path in paths}
     return tuple(
         (path, name)
         for path in paths
         for name, value in vars(model.get_submodule(path)).items()
-        if name in NAMES[kind] and type(value) is int and value in values and value > 1
+        if name in NAMES[kind] and type(value) is int and value in values - others[path] and value > 1
     )
+
+
+def _other_lengths(model: nn.Module, path: str, totals: Mapping[tuple[str, int], int]) -> set[int]:
+    """Lengths of a module's own axes that the width does not fill, unless it fills another of that length."""
+    filled, other = set(), set()
+    for name, tensor in model.get_submodule(path).named_parameters(path, recurse=False):
+        for dim, length in enumerate(tensor.shape):
+            (filled if totals.get((name, dim)) == length else other).add(length)
+    return other - filled
 
 
 def _upwards(path: str) -> Iterator[str]:

@@ -68,6 +68,18 @@ def layer_norm(call: Call) -> None:
     call.put(call.outputs[0], layers)
 
 
+@rule("_weight_norm_interface", "_weight_norm")
+def weight_norm(call: Call) -> None:
+    """A direction times a length for each place of one axis: elementwise; the norm over the rest leaves zeros out."""
+    weight = call.args[0]
+    kept = call.bound("dim") % weight.dim()
+    # The direction last: of equal layers the last one stays, and its units are those of the origin.
+    layers = merge(call.ledger, [call.read(tensor).layers for tensor in reversed(call.tensors)])
+    call.put(call.outputs[0], layers, origin=call.read(weight).origin)
+    for norms in call.outputs[1:]:
+        call.put(norms, [layer for layer in layers if set(varying(layer)) <= {kept}])
+
+
 @rule("embedding")
 def embedding(call: Call) -> None:
     """Rows are picked by the data; columns are units."""
@@ -83,7 +95,7 @@ def embedding(call: Call) -> None:
     call.put(call.out, out)
 
 
-@rule("mm", "addmm", "bmm", "baddbmm", "mv", "dot", "addmv", "addbmm")
+@rule("mm", "addmm", "bmm", "baddbmm", "mv", "dot", "vdot", "addmv", "addbmm")
 def matrix_product(call: Call) -> None:
     """Units along the contracted dimension are one; the others pass to the output; a bias is elementwise."""
     operands = call.tensors
@@ -94,6 +106,7 @@ def matrix_product(call: Call) -> None:
         "aten::mv": ("nk", "k", "n"),
         "aten::addmv": ("nk", "k", "n"),
         "aten::dot": ("k", "k", ""),
+        "aten::vdot": ("k", "k", ""),
     }.get(call.op, ("nk", "km", "nm"))
     layers = contract(call, operands[0], names[0], operands[1], names[1], names[2])
     if bias is not None:

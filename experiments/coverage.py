@@ -43,9 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not names:
         raise SystemExit(f"No model of the table is called {' or '.join(options.models)}; try 'torchvision/*'.")
     for number, name in enumerate(names, start=1):
-        for part in (OURS, PEER):
-            if part == PEER and importlib.util.find_spec("torch_pruning") is None:
-                continue
+        for part in _parts(options):
             record = _record_path(options.cache, name, part)
             if not _is_current(record, part, options):
                 print(f"{number:3}/{len(names)} {name} ({part})", flush=True)
@@ -66,8 +64,14 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--cache", type=Path, default=Path("outputs/coverage"), help="folder of the JSON files")
     parser.add_argument("--table", type=Path, default=Path("experiments/coverage.md"), help="what to write")
     parser.add_argument("--keep-old", action="store_true", help="keep results of an older state of the package")
+    parser.add_argument("--only", choices=tuple(CHECKS), help="leave the other one's results as they are")
     parser.add_argument("--child", choices=tuple(CHECKS), help=argparse.SUPPRESS)
     return parser.parse_args(arguments)
+
+
+def _parts(options: argparse.Namespace) -> list[str]:
+    parts = [options.only] if options.only else list(CHECKS)
+    return [part for part in parts if part == OURS or importlib.util.find_spec("torch_pruning") is not None]
 
 
 def _record_path(cache: Path, name: str, part: str) -> Path:
