@@ -67,7 +67,8 @@ class Threshold:
         growth: units added at a growth as a share of the size, 0 … 1, rounded up to the width's step; 0 for never.
         cooldown: events for which a width that grew is not pruned, and one that was pruned does not grow.
         smallest: fewest units that a width keeps.
-        max_parameters: a growth that would take the network above it is left out; None for no limit.
+        max_parameters: a growth that would take the network above it is left out, and while the network is above it
+            and nothing is left below `prune`, what carries least goes all the same; None for no limit.
 
     Raises:
         PolicyError: for a value outside its range, or `prune` not below `grow`.
@@ -112,18 +113,34 @@ class Threshold:
             saturation = effective_rank(measure.spectrum) / measure.size
             if saturation >= self.grow:
                 saturated.append((saturation, measure))
-            elif (shrink := self._shrink(measure, graph)) is not None:
+            elif (shrink := self._shrink(measure, graph, self.prune)) is not None:
                 found[measure.width] = shrink
+        if not found and self.max_parameters is not None and graph.parameters > self.max_parameters:
+            return self._relieve(measures, graph)
         for _, measure in sorted(saturated, key=lambda pair: -pair[0]):
             if (expand := self._expand(measure, graph, found)) is not None:
                 found[measure.width] = expand
         return found
 
-    def _shrink(self, measure: Measure, graph: WidthGraph) -> Proposal | None:
+    def _relieve(self, measures: Mapping[str, Measure], graph: WidthGraph) -> dict[str, Proposal]:
+        """What goes where the network is above `max_parameters` and nothing is below `prune`: what carries least.
+
+        The threshold is doubled until a width has something to give, saturated or not.
+        """
+        share = self.prune or 1e-4
+        while share < 1:
+            share = min(2 * share, 1.0)
+            shrinks = {name: self._shrink(measure, graph, share) for name, measure in measures.items()}
+            found = {name: shrink for name, shrink in shrinks.items() if shrink is not None}
+            if found:
+                return found
+        return {}
+
+    def _shrink(self, measure: Measure, graph: WidthGraph, prune: float) -> Proposal | None:
         """The pruning of one width, if there is enough to prune."""
         if measure.idle <= self.cooldown and measure.last >= 0:
             return None
-        kept = units_for_energy(measure.spectrum, self.prune)
+        kept = units_for_energy(measure.spectrum, prune)
         slowest = measure.size - math.floor(self.largest_step * measure.size)
         least = max(kept, slowest, self.smallest, graph.widths[measure.width].smallest)
         size = math.ceil(least / measure.step) * measure.step
@@ -133,7 +150,7 @@ class Threshold:
         carried = float(energy_shares(measure.spectrum).sort().values[:gone].sum())
         reason = (
             f"{gone} direction{'s carry' if gone > 1 else ' carries'} {carried:.1%} of the energy "
-            f"(threshold {self.prune:.1%})"
+            f"(threshold {prune:.1%})"
         ).replace("%", " %")
         return Proposal(size, reason)
 

@@ -12,6 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from small_models import mlp
+from torch import nn
 
 from evolvenet.errors import PolicyError
 from evolvenet.graph import Widths
@@ -209,3 +210,19 @@ def test_counts_out_of_range_are_refused(name: str, value: int, least: int) -> N
 def test_a_prune_threshold_that_is_not_below_the_grow_threshold_is_refused(prune: float, grow: float) -> None:
     with pytest.raises(PolicyError, match=rf"prune below grow, got prune={prune} and grow={grow}.*prune=0.01"):
         Threshold(prune=prune, grow=grow)
+
+
+def test_above_max_parameters_the_least_energetic_go_even_where_all_is_saturated() -> None:
+    graph = trace(
+        nn.Sequential(nn.Linear(4, 10), nn.ReLU(), nn.Linear(10, 8), nn.ReLU(), nn.Linear(8, 2)), torch.zeros(1, 4)
+    )
+    flat = {
+        "0": Measure("0", 10, 1, (1.0,) * 9 + (0.9,), 1000, True),
+        "2": Measure("2", 8, 1, (1.0,) * 8, 1000, True),
+    }
+    bound = graph.parameters - 1
+    found = Threshold(prune=0.01, grow=0.9, max_parameters=bound).propose(flat, graph)
+    # The last of "0" carries 0.081 / 9.81 = 8.3 % with the doubled thresholds 2, 4, 8, 16 %; one of "2" carries 12.5 %.
+    assert {name: proposal.size for name, proposal in found.items()} == {"0": 9, "2": 7}
+    assert "threshold 16.0 %" in found["0"].reason
+    assert Threshold(prune=0.01, grow=0.9, max_parameters=graph.parameters).propose(flat, graph) == {}
