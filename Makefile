@@ -1,9 +1,10 @@
 # Two commands do all the set-up: `make train` and `make test`. Everything lives in .venv.
 PYTHON ?= python3
 VENV ?= .venv
+COMPARE ?= .venv-compare
 BIN := $(VENV)/bin
 
-.PHONY: train test install lint clean
+.PHONY: train test install lint clean coverage bench-trace compare-install
 
 install: $(VENV)/.installed
 
@@ -25,5 +26,21 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
+# What peers are compared in has an environment of its own: they are no part of the project.
+compare-install: $(COMPARE)/.installed
+
+$(COMPARE)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(COMPARE)
+	$(COMPARE)/bin/pip install --quiet 'torch>=2.8,<2.14'
+	$(COMPARE)/bin/pip install --quiet --editable '.[experiments,compare]'
+	touch $@
+
+# Resumes where it was stopped; hours for all models on 2 CPU cores.
+coverage: compare-install
+	$(COMPARE)/bin/python -m experiments.coverage
+
+bench-trace: compare-install
+	$(COMPARE)/bin/python -m experiments.bench_trace
+
 clean:
-	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis outputs multirun lightning_logs
+	rm -rf $(VENV) $(COMPARE) .pytest_cache .ruff_cache .hypothesis outputs multirun lightning_logs

@@ -288,11 +288,11 @@ class WidthGraph:
 
         caption = Text(f"coverage {self.coverage:.1%} of {self.parameters:,} parameters")
         table = Table(box=SIMPLE_HEAD, pad_edge=False, caption=caption, caption_justify="left")
-        table.add_column("name", overflow="fold", min_width=14)
+        table.add_column("name", overflow="fold")
         for title in ("size", "step", "parameters"):
             table.add_column(title, justify="right", no_wrap=True)
-        table.add_column("ties", min_width=11)
-        table.add_column("frozen", overflow="fold", min_width=20)
+        table.add_column("ties")
+        table.add_column("frozen", overflow="fold")
         for width in self.widths.values():
             cells = [width.name, str(width.size), str(width.step), f"{width.parameters:,}", _roles(width)]
             style = "dim" if width.frozen else ""

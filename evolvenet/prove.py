@@ -190,8 +190,12 @@ def _failure(proof: Proof, graph: WidthGraph, maps: dict[str, IndexMap], joined:
         return f"a trial raised {type(error).__name__}: {_first_line(error)}{_source_line(error)}"
     if again.outputs != proof.ledger.outputs:
         return f"a trial changed the output's shape from {proof.ledger.outputs} to {again.outputs}"
-    place = _disagreement(surgery.graph, again) or _torn_heads(surgery.graph, again, joined)
-    return f"a trial tied its units differently on {place}" if place else None
+    predicted = _predicted(surgery.graph, again)
+    place = _disagreement(predicted, again) or _torn_heads(surgery.graph, predicted, again, joined)
+    if place is not None:
+        return f"a trial tied its units differently on {place}"
+    part = _partly_treated(surgery.graph, predicted, again)
+    return f"in a trial {part}" if part else None
 
 
 def _first_line(error: Exception) -> str:
@@ -208,12 +212,12 @@ def _source_line(error: Exception) -> str:
     return ""
 
 
-def _disagreement(graph: WidthGraph, again: Ledger) -> str | None:
+def _disagreement(predicted: np.ndarray, again: Ledger) -> str | None:
     """Where the re-traced ties differ from what the graph predicts, or None.
 
     What the graph holds for one unit may be several in the re-trace (units were joined on purpose), never the reverse.
     """
-    component, predicted = again.components(), _predicted(graph, again)
+    component = again.components()
     owner: dict[int, tuple[int, int]] = {}
     for axis in again.axes:
         places = slice(axis.start, axis.start + axis.size)
@@ -224,13 +228,12 @@ def _disagreement(graph: WidthGraph, again: Ledger) -> str | None:
     return None
 
 
-def _torn_heads(graph: WidthGraph, again: Ledger, joined: frozenset[str]) -> str | None:
+def _torn_heads(graph: WidthGraph, predicted: np.ndarray, again: Ledger, joined: frozenset[str]) -> str | None:
     """Where the re-traced code sees rows × columns that cut through joined units, or None.
 
     Joined units are whole rows or whole columns of what the code treats as heads × places; if they are no longer, the
     boundaries of the heads have shifted, which no shape shows.
     """
-    predicted = _predicted(graph, again)
     numbers = {k for k, name in enumerate(graph.widths) if name in joined}
     for ids in again.grids.values():
         grid = predicted[ids.numpy()]
@@ -239,6 +242,21 @@ def _torn_heads(graph: WidthGraph, again: Ledger, joined: frozenset[str]) -> str
         units = grid[..., 1]
         if not ((units == units[:1]).all() or (units == units[:, :1]).all()):
             return "heads whose boundaries have moved"
+    return None
+
+
+def _partly_treated(graph: WidthGraph, predicted: np.ndarray, again: Ledger) -> str | None:
+    """What the re-traced code did to some units of a width and not to the others, or None.
+
+    A cut at a number in the code, `h[:, :8].tanh()`, ties nothing and may fit by its shape, but falls between other
+    units than before.
+    """
+    sizes = [0 if width.frozen is not None else width.size for width in graph.widths.values()]
+    for ids, reason in again.treated.items():
+        units = np.unique(predicted[np.frombuffer(ids, np.int64)], axis=0)
+        numbers, counts = np.unique(units[units[:, 0] >= 0, 0], return_counts=True)
+        if any(count < sizes[number] for number, count in zip(numbers, counts, strict=True)):
+            return reason
     return None
 
 

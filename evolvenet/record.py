@@ -179,8 +179,9 @@ def _numbers(start: str, module: nn.Module, shapes: Mapping[str, tuple[int, ...]
 def _empty(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
     """A tensor of another shape in the memory format of this one."""
     empty = tensor.detach().new_empty(shape)
-    if tensor.dim() == 4 and not tensor.is_contiguous() and tensor.is_contiguous(memory_format=torch.channels_last):
-        return empty.contiguous(memory_format=torch.channels_last)
+    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(tensor.dim())
+    if last is not None and not tensor.is_contiguous() and tensor.is_contiguous(memory_format=last):
+        empty = empty.contiguous(memory_format=last)
     return empty
 
 

@@ -9,17 +9,14 @@ from __future__ import annotations
 import argparse
 import fnmatch
 import hashlib
-import importlib.metadata
 import importlib.util
 import json
 import os
-import platform
 import resource
 import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +26,8 @@ import evolvenet
 from experiments.coverage_checks import check_ours, check_torch_pruning
 from experiments.coverage_models import subjects
 from experiments.coverage_table import OURS, PEER, write_table
+from experiments.machine import versions
 
-LIBRARIES = ("torch", "torchvision", "timm", "transformers", "torch-pruning")
 CHECKS = {OURS: check_ours, PEER: check_torch_pruning}
 
 
@@ -123,17 +120,6 @@ def _fresh_record(name: str, part: str) -> dict[str, Any]:
     return {"name": name, "part": part, "state": state(), "versions": versions(), "stages": {}}
 
 
-def versions() -> dict[str, str]:
-    """Versions of Python and of the libraries that matter here."""
-    found = {"python": platform.python_version()}
-    for library in LIBRARIES:
-        try:
-            found[library] = importlib.metadata.version(library)
-        except importlib.metadata.PackageNotFoundError:
-            found[library] = "not installed"
-    return found
-
-
 def _child(options: argparse.Namespace) -> None:
     torch.set_num_threads(options.threads)
     limit = int(options.memory * 2**30)
@@ -164,9 +150,8 @@ def _write(options: argparse.Namespace) -> None:
                 found = json.loads(path.read_text(encoding="utf-8"))
                 if "wall_seconds" in found:
                     records[name, part] = found
-    machine = {"date": date.today().isoformat(), "cores": str(os.cpu_count()), "system": platform.machine()}
     limits = {OURS: options.limit, PEER: options.peer_limit}
-    write_table(options.table, list(subjects()), records, {**machine, **versions()}, limits, state())
+    write_table(options.table, list(subjects()), records, limits, state())
 
 
 if __name__ == "__main__":

@@ -210,11 +210,15 @@ def prune(bench: Bench) -> dict[str, Any]:
     bench.model = build(bench.subject, bench.dtype)
     sizes = {width.name: pruned_size(width) for width in graph.resizable}
     after = evolvenet.prune(bench.model, graph, sizes)
-    return {"parameters": after.parameters, "sizes_changed": len(sizes), **runs(bench.model, bench.subject, bench.dtype)}
+    return {
+        "parameters": after.parameters,
+        "sizes_changed": len(sizes),
+        **runs(bench.model, bench.subject, bench.dtype),
+    }
 
 
 def runs(model: nn.Module, subject: Subject, dtype: torch.dtype) -> dict[str, str]:
-    """ "yes" or what it raised, for a forward pass in eval and in train mode and for a backward pass."""
+    """Forward in eval mode, in train mode, and backward: for each "yes" or what it raised."""
     inputs = subject.inputs(BATCH, dtype)
     loss: list[Tensor] = []
 

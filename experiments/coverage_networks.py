@@ -170,9 +170,10 @@ def spectral_norm() -> nn.Module:
 def lora() -> nn.Module:
     """Frozen weights with trainable low-rank additions."""
     model = _perceptron()
-    for layer in (model[0], model[2], model[4]):
-        layer.weight.requires_grad_(False)
-        parametrize.register_parametrization(layer, "weight", LowRank(*layer.weight.shape))
+    for layer in model:
+        if isinstance(layer, nn.Linear):
+            layer.weight.requires_grad_(False)
+            parametrize.register_parametrization(layer, "weight", LowRank(layer.out_features, layer.in_features))
     return model
 
 

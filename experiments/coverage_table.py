@@ -8,6 +8,8 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
+from experiments.machine import machine_line
+
 OURS, PEER = "evolvenet", "torch-pruning"
 Record = Mapping[str, Any]
 Records = Mapping[tuple[str, str], Record]
@@ -35,25 +37,21 @@ EXPLANATION = """Each model has random weights and runs in a process of its own.
 """
 
 
-def write_table(
-    path: Path, names: Sequence[str], records: Records, versions: Mapping[str, str], limits: Mapping[str, float], state: str
-) -> None:
+def write_table(path: Path, names: Sequence[str], records: Records, limits: Mapping[str, float], state: str) -> None:
     """Write the whole file.
 
     Args:
         path: of the file.
         names: every model, "library/name", in order.
         records: what was found.
-        versions: date, machine and libraries, for the header.
         limits: seconds that a model had, by part.
         state: fingerprint of the package as it is now.
     """
-    machine = ", ".join(f"{name} {value}" for name, value in versions.items() if name not in ("date", "cores", "system"))
     old = [name for name, part in records if part == OURS and records[name, part]["state"] != state]
     lines = [
         "# Which models can be traced, pruned and grown",
         "",
-        f"Written by `make coverage` on {versions['date']} ({versions['cores']} CPU cores, {versions['system']}; {machine}). "
+        f"Written by `make coverage` {machine_line()}. "
         f"Time limits: {limits[OURS]:.0f} s a model, {limits[PEER]:.0f} s for Torch-Pruning.",
         "",
     ]

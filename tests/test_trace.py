@@ -124,7 +124,6 @@ KEEP_THEIR_NUMBER: dict[str, tuple[Code, int, str]] = {
     "a view by a number": (lambda m, x, h: h.view(2, 8), 8, "a trial raised"),
     "halves cut at a number": (lambda m, x, h: h[:, :4].relu() * h[:, 4:], 4, "a trial raised"),
     "a view by a number in training": (lambda m, x, h: h.view(-1, 8) if m.training else h, 8, "a trial raised"),
-    "a parametrized layer": (lambda m, x, h: m.c(h), 8, "fixed size"),
     "through numpy": (lambda m, x, h: torch.from_numpy(h.detach().numpy() * 2), 8, "a trial raised"),
 }
 
@@ -132,9 +131,7 @@ KEEP_THEIR_NUMBER: dict[str, tuple[Code, int, str]] = {
 @pytest.mark.parametrize("name", KEEP_THEIR_NUMBER)
 def test_freezes_rather_than_guesses(name: str) -> None:
     code, reads, reason = KEEP_THEIR_NUMBER[name]
-    normed = nn.utils.parametrizations.weight_norm(nn.Linear(8, 8))
-    model = Between(code, reads, **({"c": normed} if "parametrized" in name else {})).double()
-    graph = trace(model, torch.randn(2, 5, dtype=FLOAT))
+    graph = trace(Between(code, reads).double(), torch.randn(2, 5, dtype=FLOAT))
     assert graph.sizes == {}
     assert any(reason in (width.frozen or "") for width in graph.widths.values()), str(graph)
 
@@ -175,11 +172,36 @@ def test_frees_what_it_understands(name: str) -> None:
     assert without_reasons(graph) == without_reasons(trace(model, x))
 
 
+def test_a_trial_is_compared_beyond_its_shapes() -> None:
+    """Four groups of 16, or two halves cut at 8: other sizes fit as well, but hold other units."""
+    x = torch.randn(2, 5, dtype=FLOAT)
+    grouped = Between(lambda m, x, h: F.group_norm(m.c(x), 4), 16, c=nn.Linear(5, 16)).double()
+    assert "a trial tied its units differently" in (trace(grouped, x).widths["c"].frozen or "")
+
+    def halves(model: nn.Module, x: Tensor, h: Tensor) -> Tensor:
+        joined = torch.cat([h, model.get_submodule("c")(x)], 1)
+        return torch.cat([joined[:, :8].tanh(), joined[:, 8:].sigmoid()], 1)
+
+    graph = trace(Between(halves, 16, c=nn.Linear(5, 8)).double(), x)
+    assert "in a trial aten::tanh in Between works on a part of its units" in (graph.widths["a"].frozen or "")
+
+
 def test_values_of_no_data_decide_nothing() -> None:
     """An index that is computed has no values on shadows without data: it must not be read there."""
     model = Between(lambda m, x, h: torch.index_select(h, 0, h[:, 0].argsort()), 8).double()
     x = torch.randn(2, 5, dtype=FLOAT)
     assert [trace(model, x).sizes for _ in range(3)] == [{"a": 8}] * 3
+
+
+def test_a_parametrized_layer_keeps_its_own_units() -> None:
+    """It makes its weight from other tensors; what it reads can change all the same."""
+    normed = nn.utils.parametrizations.weight_norm(nn.Linear(8, 8))
+    model, x = Between(lambda m, x, h: m.c(h), c=normed).double(), torch.randn(2, 5, dtype=FLOAT)
+    graph, expected = trace(model, x), outputs(model, x)
+    assert graph.sizes == {"a": 8}
+    assert any("(a parametrization)" in (width.frozen or "") for width in graph.widths.values())
+    evolvenet.resize(model, graph, {"a": IndexMap.grow(8, 2)})
+    assert distance(outputs(model, x), expected) < 1e-9
 
 
 def test_a_layer_of_which_a_part_is_used_stays_whole() -> None:
