@@ -4,6 +4,7 @@ import evolvenet  # isort: skip  # noqa: F401  (first: it mends PyPI's torchvisi
 
 import hydra
 import lightning
+import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
@@ -14,6 +15,8 @@ from experiments.run import readable_errors, run
 def main(config: DictConfig) -> float:
     """Build what the configuration names, and run it; returns the validation accuracy."""
     with readable_errors():
+        if config.threads:
+            torch.set_num_threads(config.threads)
         lightning.seed_everything(config.seed, verbose=False)
         return run(
             config,

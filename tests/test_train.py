@@ -28,6 +28,15 @@ TINY = [
 EAGER = ["evolve.every_n_steps=1", "evolve.start_step=2", "evolve.stop=1.0"]
 
 
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """As `train.py` does: on layers this small, threads only wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture
 def data(tmp_path):
     """Made-up mnist.npz and cifar10.npz, and the overrides that use them."""
