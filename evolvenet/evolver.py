@@ -20,7 +20,7 @@ from evolvenet.measure import measure
 from evolvenet.policy import Measure, Policy, Proposal
 from evolvenet.prune import plan_prune
 from evolvenet.record import Event, History, WidthChange
-from evolvenet.resize import commit
+from evolvenet.resize import as_list, commit
 from evolvenet.statistics import Statistics, collect
 from evolvenet.surgery import Surgery
 from evolvenet.trace import trace
@@ -66,7 +66,7 @@ class Evolver:
         seed: int = 0,
     ) -> None:
         self.model = model
-        self.optimizers = _as_list(optimizer)
+        self.optimizers = as_list(optimizer)
         self.policy = policy
         self.example_inputs = first_samples(example_inputs, 2)
         self.graph = trace(model, self.example_inputs)
@@ -191,9 +191,3 @@ class Evolver:
 
 def _sizes(proposals: Mapping[str, Proposal]) -> dict[str, int]:
     return {name: proposal.size for name, proposal in proposals.items()}
-
-
-def _as_list(optimizer: Optimizer | Sequence[Optimizer] | None) -> list[Optimizer]:
-    if optimizer is None:
-        return []
-    return [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)

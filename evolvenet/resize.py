@@ -19,7 +19,7 @@ from evolvenet.surgery import Surgery, compile_surgery, install
 
 
 def resize(
-    model: nn.Module, graph: WidthGraph, maps: Mapping[str, IndexMap], optimizers: Sequence[Optimizer] = ()
+    model: nn.Module, graph: WidthGraph, maps: Mapping[str, IndexMap], optimizers: Optimizer | Sequence[Optimizer] = ()
 ) -> WidthGraph:
     """Change widths in place through index maps, with every optimizer's state, all or nothing.
 
@@ -27,7 +27,7 @@ def resize(
         model: the traced model.
         graph: its widths as they are now.
         maps: {width: map}. Newborns are zeros: they neither do nor learn anything yet. `grow` gives them a start.
-        optimizers: those that hold the model's parameters.
+        optimizers: the one or those that hold the model's parameters.
 
     Returns:
         The graph of the changed model. The old one no longer fits it.
@@ -50,7 +50,7 @@ def prune(
     graph: WidthGraph,
     sizes: Mapping[str, int],
     batches: Iterable[Any] | None = None,
-    optimizers: Sequence[Optimizer] = (),
+    optimizers: Optimizer | Sequence[Optimizer] = (),
 ) -> WidthGraph:
     """Shrink widths: choose the units that stay, let their consumers make up for the others, resize.
 
@@ -60,7 +60,7 @@ def prune(
         sizes: {width: new number of units}.
         batches: inputs of the model (tensors, tuples, dicts) to measure activations on; without them the choice is by
             weights alone and nothing is made up for.
-        optimizers: those that hold the model's parameters.
+        optimizers: the one or those that hold the model's parameters.
 
     Returns:
         The graph of the changed model.
@@ -77,7 +77,7 @@ def grow(
     graph: WidthGraph,
     sizes: Mapping[str, int],
     method: str = "orthogonal",
-    optimizers: Sequence[Optimizer] = (),
+    optimizers: Optimizer | Sequence[Optimizer] = (),
     generator: torch.Generator | None = None,
 ) -> WidthGraph:
     """Widen widths without changing what the model computes.
@@ -87,7 +87,7 @@ def grow(
         graph: its widths as they are now.
         sizes: {width: new number of units}.
         method: how newborns start, see `evolvenet.grow`.
-        optimizers: those that hold the model's parameters.
+        optimizers: the one or those that hold the model's parameters.
         generator: source of the newborns' random directions.
 
     Returns:
@@ -100,7 +100,7 @@ def grow(
     return commit(model, plan_growth(model, graph, sizes, method, generator), optimizers)
 
 
-def commit(model: nn.Module, surgery: Surgery, optimizers: Sequence[Optimizer] = ()) -> WidthGraph:
+def commit(model: nn.Module, surgery: Surgery, optimizers: Optimizer | Sequence[Optimizer] = ()) -> WidthGraph:
     """Apply a compiled surgery to a model and its optimizers; on any failure everything is as before.
 
     Returns:
@@ -110,7 +110,8 @@ def commit(model: nn.Module, surgery: Surgery, optimizers: Sequence[Optimizer] =
         OptimizerStateError: if a state does not fit, before or after.
     """
     with torch.inference_mode(False):
-        plans = [compile_state(optimizer, surgery.changes) for optimizer in optimizers]
+        optimizers = as_list(optimizers)
+    plans = [compile_state(optimizer, surgery.changes) for optimizer in optimizers]
     undo_model = install(model, surgery)
     undo_states: list[StatePlan] = []
     try:
@@ -124,3 +125,10 @@ def commit(model: nn.Module, surgery: Surgery, optimizers: Sequence[Optimizer] =
         undo_model()
         raise
     return surgery.graph
+
+
+def as_list(optimizers: Optimizer | Sequence[Optimizer] | None) -> list[Optimizer]:
+    """One optimizer, several or none, as a list."""
+    if optimizers is None:
+        return []
+    return [optimizers] if isinstance(optimizers, Optimizer) else list(optimizers)

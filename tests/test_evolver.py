@@ -182,3 +182,12 @@ def test_several_optimizers_are_carried() -> None:
 def test_errors_share_one_base() -> None:
     with pytest.raises(EvolveNetError):
         Threshold(prune=0.9, grow=0.1)
+
+
+def test_one_optimizer_may_be_given_bare() -> None:
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    model(batch()).sum().backward()
+    optimizer.step()
+    resize(model, trace(model, batch()[:1]), {"0": IndexMap.keep(range(5), 12)}, optimizers=optimizer)
+    assert optimizer.state[model.get_parameter("0.weight")]["momentum_buffer"].shape == (5, 6)
