@@ -146,7 +146,7 @@ class Threshold:
         size = math.ceil(least / measure.step) * measure.step
         if size >= measure.size:
             return None
-        gone = measure.size - kept
+        gone = measure.size - size
         carried = float(energy_shares(measure.spectrum).sort().values[:gone].sum())
         reason = (
             f"{gone} direction{'s carry' if gone > 1 else ' carries'} {carried:.1%} of the energy "

@@ -226,3 +226,11 @@ def test_above_max_parameters_the_least_energetic_go_even_where_all_is_saturated
     assert {name: proposal.size for name, proposal in found.items()} == {"0": 9, "2": 7}
     assert "threshold 16.0 %" in found["0"].reason
     assert Threshold(prune=0.01, grow=0.9, max_parameters=graph.parameters).propose(flat, graph) == {}
+
+
+def test_the_reason_counts_what_goes_where_the_largest_step_is_less_than_the_threshold_allows() -> None:
+    graph = trace(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), torch.zeros(1, 4))
+    one_direction = {"0": Measure("0", 8, 1, (1.0,) + (0.0,) * 7, 1000, True)}
+    proposal = Threshold(prune=0.01, grow=0.9, largest_step=0.25).propose(one_direction, graph)["0"]
+    assert proposal.size == 6
+    assert proposal.reason.startswith("2 directions carry 0.0 %")
