@@ -109,9 +109,9 @@ def commit(model: nn.Module, surgery: Surgery, optimizers: Optimizer | Sequence[
     Raises:
         OptimizerStateError: if a state does not fit, before or after.
     """
+    optimizers = as_list(optimizers)
     with torch.inference_mode(False):
-        optimizers = as_list(optimizers)
-    plans = [compile_state(optimizer, surgery.changes) for optimizer in optimizers]
+        plans = [compile_state(optimizer, surgery.changes) for optimizer in optimizers]
     undo_model = install(model, surgery)
     undo_states: list[StatePlan] = []
     try:
