@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_flatten
 
+from evolvenet import IndexMap, WidthGraph
+
 
 @dataclass(frozen=True, eq=False)
 class Seen:
@@ -84,3 +86,13 @@ class State:
 def same_bits(one: Tensor, two: Tensor) -> bool:
     """Whether two tensors have the same type, shape and entries, NaN included."""
     return one.dtype == two.dtype and one.shape == two.shape and torch.equal(one.nan_to_num(), two.nan_to_num())
+
+
+def silence(model: nn.Module, graph: WidthGraph, maps: Mapping[str, IndexMap]) -> None:
+    """Set to 0, in place, every entry of the units that the maps remove: what pruning must be equal to."""
+    tensors = model.state_dict()
+    for name, index_map in maps.items():
+        for tie in graph.widths[name].ties:
+            axis = tensors[tie.tensor].movedim(tie.dim, 0)
+            for unit in index_map.removed:
+                axis[tie.start + unit * tie.repeat : tie.start + (unit + 1) * tie.repeat] = 0

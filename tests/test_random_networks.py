@@ -8,6 +8,7 @@ import torch
 from cases import FLOAT, distance, outputs, shuffled, without_reasons
 from hypothesis import event, given, settings
 from hypothesis import strategies as st
+from states import silence
 from torch import Tensor, nn
 
 from evolvenet.graph import WidthGraph
@@ -172,12 +173,7 @@ def test_removing_is_masking(program: list[Instruction]) -> None:
     graph = trace(model, x)
     maps = {name: m for name, m in shrunk(graph).items() if graph.widths[name].mixed is None}
     resize(model, graph, maps)
-    tensors = masked.state_dict()
-    for name, index_map in maps.items():
-        for tie in graph.widths[name].ties:
-            axis = tensors[tie.tensor].movedim(tie.dim, 0)
-            for unit in index_map.removed:
-                axis[tie.start + unit * tie.repeat : tie.start + (unit + 1) * tie.repeat] = 0
+    silence(masked, graph, maps)
     assert distance(outputs(model, x), outputs(masked, x)) < EXACT
 
 

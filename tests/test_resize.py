@@ -9,7 +9,7 @@ from importlib import import_module
 import pytest
 import torch
 from cases import CASES, Case, distance, graph_of, outputs, run, shuffled, without_reasons
-from states import State, same_bits
+from states import State, same_bits, silence
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 
@@ -83,12 +83,7 @@ def test_removing_units_is_masking_them(case: Case) -> None:
     cut, masked = case.model(), case.model()
     maps = {width.name: some(width) for width in graph.resizable if width.mixed is None}
     resize(cut, graph, maps)
-    tensors = masked.state_dict()
-    for name, index_map in maps.items():
-        for tie in graph.widths[name].ties:
-            axis = tensors[tie.tensor].movedim(tie.dim, 0)
-            for unit in index_map.removed:
-                axis[tie.start + unit * tie.repeat : tie.start + (unit + 1) * tie.repeat] = 0
+    silence(masked, graph, maps)
     assert distance(outputs(cut, inputs), outputs(masked, inputs)) < EXACT
 
 
