@@ -40,17 +40,37 @@ def orthogonal(rows: Tensor, count: int, generator: torch.Generator | None = Non
     (True, 0.0)
     """
     drawn = torch.randn(count, rows.shape[1], dtype=torch.float64, generator=generator)
-    # By the Gram matrix, twice as fast as QR and SVD of wide rows; projecting three times makes up for its rounding.
-    values, vectors = torch.linalg.eigh(rows @ rows.T)
-    alive = values > RANK_TOLERANCE * values[-1].clamp_min(torch.finfo(torch.float64).tiny)
-    inverse = (vectors[:, alive] / values[alive]) @ vectors[:, alive].T
-    free = min(count, rows.shape[1] - int(alive.sum()))
+    rank, project = _projection(rows)
+    free = min(count, rows.shape[1] - rank)
     if free > 0:
         part = drawn[:free].T
-        for _ in range(3):
-            part = part - rows.T @ (inverse @ (rows @ part))
+        for _ in range(3):  # once leaves the Gram matrix's rounding behind
+            part = part - project(part)
         drawn = torch.cat([torch.linalg.qr(part).Q.T, drawn[free:]])
     return drawn / drawn.norm(dim=1, keepdim=True)
+
+
+def _projection(rows: Tensor) -> tuple[int, Callable[[Tensor], Tensor]]:
+    """The rank of `rows`, and the projection of columns `[d, k]` onto their span.
+
+    By the smaller Gram matrix, twice as fast as QR and SVD of wide rows; and by its Cholesky factor where that shows
+    full rank, a small part of what `eigh` takes: a layer of 4096 x 4096 would hold a run up for a minute.
+    """
+    count, length = rows.shape
+    gram = rows @ rows.T if count < length else rows.T @ rows
+    least = RANK_TOLERANCE * gram.diagonal().sum().clamp_min(torch.finfo(torch.float64).tiny)
+    shifted = gram - least * torch.eye(len(gram), dtype=gram.dtype)
+    if int(torch.linalg.cholesky_ex(shifted).info) == 0:
+        if count >= length:
+            return length, lambda part: part
+        factor = torch.linalg.cholesky(gram)
+        return count, lambda part: rows.T @ torch.cholesky_solve(rows @ part, factor)
+    values, vectors = torch.linalg.eigh(gram)
+    alive = vectors[:, values > RANK_TOLERANCE * values[-1].clamp_min(torch.finfo(torch.float64).tiny)]
+    if count >= length:
+        return alive.shape[1], lambda part: alive @ (alive.T @ part)
+    basis = torch.linalg.qr(rows.T @ alive).Q
+    return alive.shape[1], lambda part: basis @ (basis.T @ part)
 
 
 METHODS: dict[str, Initialiser] = {"orthogonal": orthogonal}

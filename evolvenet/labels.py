@@ -7,6 +7,7 @@ A weight `[out, in]` has two layers, its activations usually one. Id −1 means 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -30,7 +31,8 @@ class Label:
         layers: its label layers, each with the tensor's number of dimensions.
         kind: "labelled"; "data" (comes from outside or has lost its labels: it will not follow a resize);
             "constant" (made by the model's own code during the run from current shapes: it may well follow).
-        origin: the parameter or buffer that the tensor is a mere rearrangement of, or None.
+        origin: the parameter or buffer that the tensor is a rearrangement of, or that it was made from together with
+            other parameters alone; None for what depends on data.
     """
 
     layers: tuple[Tensor, ...] = ()
@@ -62,6 +64,8 @@ class Ledger:
     order: dict[str, int] = field(default_factory=dict)
     outputs: list[tuple[int, ...]] = field(default_factory=list)
     grids: dict[bytes, Tensor] = field(default_factory=dict)
+    rows: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    row_ids: set[int] = field(default_factory=set)
     treated: dict[bytes, str] = field(default_factory=dict)
     modes: list[bool] = field(default_factory=list)
 
@@ -100,6 +104,28 @@ class Ledger:
             kept = torch.tensor(list(first))
             self.grids.setdefault(kept.numpy().tobytes(), kept)
 
+    def row_units(self, layer: Tensor, dims: set[int]) -> Tensor:
+        """A stand-in for what is left of a grid of units once an op has summed over some of its dimensions.
+
+        A norm over every head leaves one number a head, which need not tie the head's units to each other: they do so
+        only where something else turns out to be tied to that number (`components` finds out).
+        """
+        shape = [1 if dim in dims else size for dim, size in enumerate(layer.shape)]
+        stand_in = torch.arange(self.units, self.units + math.prod(shape)).view(shape)
+        self.units += stand_in.numel()
+        self.row_ids.update(stand_in.reshape(-1).tolist())
+        self.follow_rows(layer, stand_in)
+        return stand_in
+
+    def follow_rows(self, layer: Tensor, stand_in: Tensor) -> None:
+        """The rows of a grid go together if their stand-in turns out to be tied to something."""
+        one, two = torch.broadcast_tensors(layer, stand_in)
+        self.rows.append((one.reshape(-1), two.reshape(-1)))
+
+    def stands_in(self, layer: Tensor) -> bool:
+        """Whether a layer holds stand-ins for rows alone."""
+        return bool(self.row_ids) and int(layer.reshape(-1)[0]) in self.row_ids
+
     def freeze(self, labels: Tensor, reason: str) -> None:
         """These units keep their number; the first reason given is the one reported."""
         self._note(self.frozen, labels, reason)
@@ -131,17 +157,37 @@ class Ledger:
                 self.roles[origin, axis.dim] = CONSUMES if consumed else PRODUCES
 
     def components(self) -> np.ndarray:
-        """Component of every id, int array `[units]`."""
-        # Imported here because it is most of what importing this package would cost.
-        from scipy.sparse import coo_array
-        from scipy.sparse.csgraph import connected_components
+        """Component of every id, int array `[units]`.
 
-        if not self.edges:
-            return np.arange(self.units)
-        rows = torch.cat([first for first, _ in self.edges]).numpy()
-        columns = torch.cat([second for _, second in self.edges]).numpy()
-        matrix = coo_array((np.ones(len(rows), np.int8), (rows, columns)), shape=(self.units, self.units))
-        return connected_components(matrix, directed=False)[1]
+        A row of a grid becomes one unit as soon as its stand-in is tied to a place of a tensor, or must not change.
+        """
+        component = _connected(self.units, self.edges)
+        held = np.concatenate([np.arange(axis.start, axis.start + axis.size) for axis in self.axes] or [[]]).astype(int)
+        held = np.concatenate([held, *(labels.numpy() for labels, _ in (*self.frozen, *self.mixed))])
+        waiting = [pair for pair in self.rows if bool((pair[0] >= 0).all())]
+        joined = list(self.edges)
+        while waiting:
+            real = set(component[held].tolist())
+            due = [pair for pair in waiting if not real.isdisjoint(component[pair[1].numpy()].tolist())]
+            if not due:
+                break
+            waiting = [pair for pair in waiting if not any(pair is each for each in due)]
+            joined += due
+            component = _connected(self.units, joined)
+        return component
+
+
+def _connected(units: int, edges: Sequence[tuple[Tensor, Tensor]]) -> np.ndarray:
+    # Imported here because it is most of what importing this package would cost.
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+
+    if not edges:
+        return np.arange(units)
+    rows = torch.cat([first for first, _ in edges]).numpy()
+    columns = torch.cat([second for _, second in edges]).numpy()
+    matrix = coo_array((np.ones(len(rows), np.int8), (rows, columns)), shape=(units, units))
+    return connected_components(matrix, directed=False)[1]
 
 
 def varying(layer: Tensor) -> tuple[int, ...]:
@@ -175,13 +221,20 @@ def merge(ledger: Ledger, groups: Sequence[Sequence[Tensor]]) -> tuple[Tensor, .
     Layers that vary along a common dimension describe the same units and are united; the smaller one stays.
     """
     merged: list[Tensor] = []
-    for layers in groups:
-        for layer in layers:
-            shared = [k for k, other in enumerate(merged) if set(varying(other)) & set(varying(layer))]
-            for k in shared:
-                ledger.union(merged[k], layer)
-            smallest = min([layer, *(merged[k] for k in shared)], key=lambda each: each.numel())
-            merged = [other for k, other in enumerate(merged) if k not in shared] + [smallest]
+    every = [layer for layers in groups for layer in layers]
+    coarse = [layer for layer in every if ledger.stands_in(layer)]
+    for layer in (*(layer for layer in every if not any(layer is each for each in coarse)), *coarse):
+        axes = set(varying(layer))
+        finer = [other for other in merged if axes < set(varying(other))] if any(layer is c for c in coarse) else []
+        if finer:
+            for other in finer:
+                ledger.follow_rows(other, layer)
+            continue
+        shared = [k for k, other in enumerate(merged) if set(varying(other)) & axes]
+        for k in shared:
+            ledger.union(merged[k], layer)
+        smallest = min([layer, *(merged[k] for k in shared)], key=lambda each: each.numel())
+        merged = [other for k, other in enumerate(merged) if k not in shared] + [smallest]
     return tuple(merged)
 
 

@@ -21,6 +21,8 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.utils.parametrizations import _WeightNorm
+from torch.nn.utils.parametrize import ParametrizationList
 
 from evolvenet.errors import ResizeError
 
@@ -184,8 +186,8 @@ def _groups(module: nn.Module, groups: int, channels: int, new_channels: int) ->
 
 
 @singledispatch
-def newborn_value(module: nn.Module, name: str) -> float:
-    """What a newborn entry of the module's tensor `name` starts from: 0, so that nothing changes yet."""
+def newborn_value(module: nn.Module, name: str, dim: int) -> float:
+    """What newborn places along axis `dim` of the module's tensor `name` start from: 0, so that nothing changes yet."""
     return 0.0
 
 
@@ -193,8 +195,15 @@ def newborn_value(module: nn.Module, name: str) -> float:
 @newborn_value.register(nn.GroupNorm)
 @newborn_value.register(nn.LayerNorm)
 @newborn_value.register(nn.RMSNorm)
-def _(module: nn.Module, name: str) -> float:
+def _(module: nn.Module, name: str, dim: int) -> float:
     return 1.0 if name in ("weight", "running_var") else 0.0
+
+
+@newborn_value.register
+def _(module: ParametrizationList, name: str, dim: int) -> float:
+    # A direction of length 0 has no direction: 0/0. Its own length, original0, is 0, so nothing changes yet.
+    normed = module[0] if len(module) else None
+    return 1.0 if isinstance(normed, _WeightNorm) and name == "original1" and dim == normed.dim else 0.0
 
 
 @singledispatch

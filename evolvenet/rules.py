@@ -227,16 +227,26 @@ def elementwise(call: Call) -> None:
     for tensor in tensors:
         call.treat(tensor)
     _check_partners(call, tensors, labels, dims)
-    layers = merge(call.ledger, [[align(layer, dims) for layer in label.layers] for label in labels])
+    origin = _still(tensors, labels, call.outputs)
+    # Of equal layers the last one stays: the origin's own, by which its axes are known.
+    order = sorted(labels, key=lambda label: label.origin is not None and label.origin == origin)
+    layers = merge(call.ledger, [[align(layer, dims) for layer in label.layers] for label in order])
     target = call.args[0] if call.op.endswith("_") else None
     if isinstance(target, Tensor) and target._base is not None and not labels[0].layers:
         for layer in layers:
             call.ledger.freeze(layer, f"{call.place} writes it into a part of another tensor")
     all_constant = all(label.kind == CONSTANT for label in labels)
-    copied = call.op in ("aten::clone", "aten::_to_copy", "aten::lift_fresh")
     for out in call.outputs:
         if out.dim() == dims:
-            call.put(out, layers, CONSTANT if all_constant else DATA, labels[0].origin if copied else None)
+            call.put(out, layers, CONSTANT if all_constant else DATA, origin)
+
+
+def _still(tensors: Sequence[Tensor], labels: Sequence[Label], outputs: Sequence[Tensor]) -> str | None:
+    """The weight that the output still is: scaled, or added to what comes from weights too (spectral norm, LoRA)."""
+    met = [(t, label) for t, label in zip(tensors, labels, strict=True) if label.kind != CONSTANT]
+    if any(label.origin is None for _, label in met) or not outputs:
+        return None
+    return next((label.origin for tensor, label in met if tensor.shape == outputs[0].shape), None)
 
 
 def _check_partners(call: Call, tensors: Sequence[Tensor], labels: Sequence[Label], dims: int) -> None:
@@ -298,7 +308,10 @@ def glu(call: Call) -> None:
 @rule("sum", "mean", "amax", "amin", "prod", "var", "std", "norm", "linalg_vector_norm", "logsumexp", "any", "all")
 @rule("max", "min", "argmax", "argmin", "var_mean", "std_mean", "median", "_logcumsumexp", "count_nonzero")
 def reduction(call: Call) -> None:
-    """Reduced dimensions go; units along them are mixed, or frozen where the op answers with their position."""
+    """Reduced dimensions go; units along them are mixed, or frozen where the op answers with their position.
+
+    Of units on a grid (heads × places, branches × channels) a stand-in for each remaining row or column stays.
+    """
     source = call.args[0]
     if len(call.tensors) > 1:
         return elementwise(call)
@@ -308,14 +321,19 @@ def reduction(call: Call) -> None:
     positions = "arg" in call.op or (call.op in ("aten::max", "aten::min", "aten::median") and given is not None)
     kept = []
     for layer in call.read(source).layers:
-        if reduced & set(varying(layer)):
+        over = reduced & set(varying(layer))
+        if over:
             note = call.ledger.freeze if positions else call.ledger.mix
             note(layer, f"{call.place} runs over its units")
-        else:
+        if not over:
             kept.append(layer)
+        elif over != set(varying(layer)) and not positions and bool((layer >= 0).all()):
+            kept.append(call.ledger.row_units(layer, over))
     for out in call.outputs:
         shrunk = out.dim() != source.dim()
-        call.put(out, [_squeeze(layer, reduced) if shrunk else layer for layer in kept])
+        call.put(
+            out, [_squeeze(layer, reduced) if shrunk else layer for layer in kept], origin=call.read(source).origin
+        )
     return None
 
 
@@ -325,12 +343,19 @@ def _squeeze(layer: Tensor, dims: set[int]) -> Tensor:
 
 @rule("_softmax", "_log_softmax", "_safe_softmax", "softmax", "log_softmax")
 def softmax(call: Call) -> None:
-    """Elementwise across the other dimensions; units that compete for a share cannot be added without changing it."""
+    """Elementwise across the other dimensions; units that compete for a share cannot be added without changing it.
+
+    Where units lie on a grid (branches × channels), those that compete with each other come and go together.
+    """
     source = call.args[0]
     axis = call.bound("dim") % max(source.dim(), 1)
     layers = call.read(source).layers
     for layer in layers:
-        if axis in varying(layer):
+        if axis not in varying(layer):
+            continue
+        if len(varying(layer)) > 1:
+            call.ledger.union(layer, layer.narrow(axis, 0, 1))
+        else:
             call.ledger.freeze(layer, f"{call.place} makes its units compete")
     call.put(call.out, layers)
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from evolvenet.components import named_tensors
 from evolvenet.errors import ResizeError
@@ -76,10 +77,9 @@ def compile_surgery(model: nn.Module, graph: WidthGraph, maps: Mapping[str, Inde
                 "or an older state of this one: trace it again, and keep the graph that each resize returns."
             )
         owner = model.get_submodule(name.rpartition(".")[0])
-        fill = newborn_value(owner, name.rpartition(".")[2])
         value = tensor.detach()
         for dim, index_map in axes.items():
-            value = index_map.apply(value, dim, fill)
+            value = index_map.apply(value, dim, newborn_value(owner, name.rpartition(".")[2], dim))
         changes.append(TensorChange(tensor, name, axes, value))
     after = graph.resized(maps)
     numbers = _attribute_changes(model, graph, after, set(axis_maps))
@@ -92,19 +92,33 @@ def _attribute_changes(
     """What a module's type knows of its numbers goes before the proportion in which they seem to follow a width."""
     changes = {(id(change.module), change.name): change for change in _patches(model, before, after)}
     for path, module in model.named_modules():
-        prefix = f"{path}." if path else ""
-        local: dict[str, tuple[int, ...]] = {}
-        changed = False
-        for table in (module._parameters, module._buffers):
-            for name in table:
-                full = after.aliases.get(prefix + name, prefix + name)
-                if table[name] is not None and full in after.shapes:
-                    local[name] = after.shapes[full]
-                    changed |= full in touched
-        if changed:
-            for name, value in _numbers(path, module, local).items():
+        local = _local_shapes(path, module, after)
+        if any(full in touched for full in local.values()):
+            shapes = {name: after.shapes[full] for name, full in local.items()}
+            for name, value in _numbers(path, module, shapes).items():
                 changes[id(module), name] = AttributeChange(module, name, value)
     return tuple(change for change in changes.values() if getattr(change.module, change.name) != change.value)
+
+
+def _local_shapes(path: str, module: nn.Module, graph: WidthGraph) -> dict[str, str]:
+    """Name in the module of each of its tensors → name in the graph of the tensor that has its shape."""
+    prefix = f"{path}." if path else ""
+    own = {
+        name: prefix + name
+        for table in (module._parameters, module._buffers)
+        for name in table
+        if table[name] is not None
+    }
+    made = cast(nn.ModuleDict, module.parametrizations).items() if is_parametrized(module) else ()
+    own |= {name: f"{prefix}parametrizations.{name}.{_original(made_by)}" for name, made_by in made}
+    found = {name: graph.aliases.get(full, full) for name, full in own.items()}
+    return {name: full for name, full in found.items() if full in graph.shapes}
+
+
+def _original(made_by: nn.Module) -> str:
+    """The tensor that a parametrized one takes its shape from: of a length and directions, the directions."""
+    sources = [*made_by.named_parameters(recurse=False), *made_by.named_buffers(recurse=False)]
+    return max(sources, key=lambda source: source[1].numel())[0]
 
 
 def _numbers(path: str, module: nn.Module, shapes: Shapes) -> dict[str, Any]:
@@ -112,8 +126,8 @@ def _numbers(path: str, module: nn.Module, shapes: Shapes) -> dict[str, Any]:
         return attributes(module, shapes)
     except KeyError as missing:
         raise ResizeError(
-            f"Expected the {type(module).__name__} {path!r} to hold {missing}, but it makes it from other tensors (a "
-            "parametrization), so what it keeps about its shape cannot be known. Remove the parametrization first."
+            f"Expected the {type(module).__name__} {path!r} to hold {missing}, but it makes it from other tensors, so "
+            "what it keeps about its shape cannot be known. Register evolvenet.layers.attributes for it."
         ) from missing
 
 

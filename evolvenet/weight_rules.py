@@ -111,7 +111,12 @@ def matrix_product(call: Call) -> None:
     layers = contract(call, operands[0], names[0], operands[1], names[1], names[2])
     if bias is not None:
         layers = merge(call.ledger, [layers, [align(layer, len(names[2])) for layer in call.read(bias).layers]])
-    call.put(call.out, layers)
+    call.put(call.out, layers, origin=_of_weights([call.read(operand).origin for operand in call.tensors]))
+
+
+def _of_weights(origins: Sequence[str | None]) -> str | None:
+    """A product of weights alone is a weight; it goes by the first one's name."""
+    return None if None in origins else origins[0]
 
 
 def contract(
@@ -122,11 +127,16 @@ def contract(
     summed = {name for name in every if name not in out_names}
     sides = [(call.read(t), names, t) for t, names in ((one, one_names), (two, two_names))]
     passed: list[list[Tensor]] = [[], []]
+    of_weights = all(label.origin for label, _, _ in sides)
     for side, (label, names, _) in enumerate(sides):
         other, other_names, _ = sides[1 - side]
         for layer in label.layers:
             over = {names[dim] for dim in varying(layer)}
-            call.ledger.role(label.origin, layer, consumed=bool(over & summed))
+            if not of_weights:
+                call.ledger.role(label.origin, layer, consumed=bool(over & summed))
+            elif over & summed and min(len(one_names), len(two_names)) > 1:
+                # W = B A: what A makes is what B reads; which way the ends face, the use of W tells.
+                call.ledger.role(label.origin, layer, consumed=side == 0)
             if not over & summed:
                 passed[side].append(layer)
                 continue

@@ -77,7 +77,7 @@ def test_subclasses_are_known_and_others_keep_no_numbers() -> None:
 
     assert attributes(Mine(4, 6), {"weight": (2, 3)}) == {"in_features": 3, "out_features": 2}
     assert attributes(nn.ReLU(), {}) == {}
-    assert newborn_value(nn.ReLU(), "weight") == 0.0
+    assert newborn_value(nn.ReLU(), "weight", 0) == 0.0
 
 
 @pytest.mark.parametrize(
@@ -108,12 +108,12 @@ def test_newborns_start_as_norms_do(module: nn.Module) -> None:
     """Weight and running variance 1, everything else 0: as the module's own first values."""
     for name, tensor in (*module.named_parameters(), *module.named_buffers()):
         if tensor.dim():
-            assert newborn_value(module, name) == float(tensor.detach()[0])
+            assert newborn_value(module, name, 0) == float(tensor.detach()[0])
 
 
 def test_newborns_elsewhere_are_zero() -> None:
-    assert newborn_value(nn.Linear(2, 2), "weight") == 0.0
-    assert newborn_value(nn.PReLU(2), "weight") == 0.0
+    assert newborn_value(nn.Linear(2, 2), "weight", 0) == 0.0
+    assert newborn_value(nn.PReLU(2), "weight", 0) == 0.0
 
 
 def test_a_recurrent_module_runs_on_its_new_weights() -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import random
+from collections import OrderedDict
 from collections.abc import Callable
+from typing import Any
 
 import networks
 import numpy as np
@@ -13,6 +15,7 @@ from cases import CASES, FLOAT, Case, distance, graph_of, outputs, shuffled, wit
 from states import State
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils import parametrize, prune
 from torch.utils.checkpoint import checkpoint
 
 import evolvenet
@@ -152,6 +155,8 @@ LEAVE_THEM_FREE: dict[str, tuple[Code, int, dict[str, int]]] = {
     "checkpointed": (lambda m, x, h: checkpoint(m.c, x, use_reentrant=False) + h, 8, {"a": 8}),
     "einsum": (lambda m, x, h: torch.einsum("bi,oi->bo", h, m.e.weight), 7, {"a": 8, "e": 7}),
     "mapped over samples": (lambda m, x, h: torch.vmap(m.e)(h), 7, {"a": 8, "e": 7}),
+    "branches compete": (lambda m, x, h: (lambda g: (g.softmax(1) * g).sum(1))(h.view(len(h), 2, -1)), 4, {"a": 4}),
+    "normalised heads": (lambda m, x, h: F.normalize(h.view(len(h), 2, -1), dim=-1).flatten(1), 8, {"a": 4}),
     "gated in place": (lambda m, x, h: (lambda a, b: a.mul_(b.sigmoid_()))(*h.chunk(2, -1)), 4, {"a": 4}),
 }
 
@@ -193,15 +198,56 @@ def test_values_of_no_data_decide_nothing() -> None:
     assert [trace(model, x).sizes for _ in range(3)] == [{"a": 8}] * 3
 
 
-def test_a_parametrized_layer_keeps_its_own_units() -> None:
-    """It makes its weight from other tensors; what it reads can change all the same."""
-    normed = nn.utils.parametrizations.weight_norm(nn.Linear(8, 8))
-    model, x = Between(lambda m, x, h: m.c(h), c=normed).double(), torch.randn(2, 5, dtype=FLOAT)
-    graph, expected = trace(model, x), outputs(model, x)
-    assert graph.sizes == {"a": 8}
-    assert any("(a parametrization)" in (width.frozen or "") for width in graph.widths.values())
-    evolvenet.resize(model, graph, {"a": IndexMap.grow(8, 2)})
+class LowRank(nn.Module):
+    """LoRA: a product of two thin matrices is added to a weight `[out, in]`."""
+
+    def __init__(self, rows: int, columns: int, rank: int) -> None:
+        super().__init__()
+        self.up, self.down = nn.Parameter(torch.randn(rows, rank)), nn.Parameter(torch.randn(rank, columns))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight + 0.5 * self.up @ self.down
+
+
+PARAMETRIZED = {
+    "weight norm": (nn.utils.parametrizations.weight_norm, {"a": 8, "c.parametrizations.weight": 8}),
+    "spectral norm": (nn.utils.parametrizations.spectral_norm, {"a": 8, "c.parametrizations.weight": 8}),
+    "low rank": (
+        lambda layer: parametrize.register_parametrization(layer, "weight", LowRank(8, 8, 3)),
+        {"a": 8, "c.parametrizations.weight": 8, "c.parametrizations.weight.0": 3},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PARAMETRIZED)
+def test_a_parametrized_layer_resizes_with_what_makes_its_weight(name: str) -> None:
+    wrap, sizes = PARAMETRIZED[name]
+    model = nn.Sequential(
+        OrderedDict(a=nn.Linear(5, 8), f=nn.ReLU(), c=wrap(nn.Linear(8, 8)), g=nn.ReLU(), h=nn.Linear(8, 2))
+    )
+    x = torch.randn(2, 5, dtype=FLOAT)
+    graph, expected = trace(model.double().eval(), x), outputs(model, x)
+    assert graph.sizes == sizes
+    (full,) = [n for n, shape in graph.shapes.items() if n.startswith("c.") and shape == (8, 8)]
+    assert full in {tie.tensor for tie in graph.widths["c.parametrizations.weight"].producers}
+    assert full in {tie.tensor for tie in graph.widths["a"].consumers}
+    graph = evolvenet.resize(model, graph, {name: shuffled(size) for name, size in graph.sizes.items()})
     assert distance(outputs(model, x), expected) < 1e-9
+    wider = {width.name: IndexMap.grow(width.size, 3) for width in graph.resizable if width.mixed is None}
+    graph = evolvenet.resize(model, graph, wider)
+    assert distance(outputs(model, x), expected) < 1e-9
+    assert without_reasons(graph) == without_reasons(trace(model, x))
+    layer: Any = model.get_submodule("c")
+    assert (layer.out_features, layer.in_features) == tuple(layer.weight.shape)
+
+
+def test_a_weight_made_in_an_unknown_way_stays() -> None:
+    """`torch.nn.utils.prune` keeps the layer's weight in an attribute; what the layer reads can change all the same."""
+    masked = prune.identity(nn.Linear(8, 8), "weight")
+    model = Between(lambda m, x, h: m.c(h), c=masked).double()
+    graph = trace(model, torch.randn(2, 5, dtype=FLOAT))
+    assert graph.sizes == {}
+    assert any("it makes it from other tensors" in (width.frozen or "") for width in graph.widths.values())
 
 
 def test_a_layer_of_which_a_part_is_used_stays_whole() -> None:
