@@ -104,6 +104,12 @@ class Ledger:
             kept = torch.tensor(list(first))
             self.grids.setdefault(kept.numpy().tobytes(), kept)
 
+    def pieces(self, parts: Sequence[Tensor]) -> None:
+        """Remember equal pieces that the model's code has cut units into, as a grid of pieces × places."""
+        rows = [part.reshape(-1) for part in parts]
+        if len(rows) > 1 and len({len(row) for row in rows}) == 1 and len(rows[0]) > 1:
+            self.grids.setdefault(torch.stack(rows).numpy().tobytes(), torch.stack(rows))
+
     def row_units(self, layer: Tensor, dims: set[int]) -> Tensor:
         """A stand-in for what is left of a grid of units once an op has summed over some of its dimensions.
 
@@ -203,6 +209,30 @@ def compress(labels: Tensor) -> Tensor:
             if labels.stride(dim) == 0 or bool((labels == first).all()):
                 labels = first
     return labels.contiguous()
+
+
+def reshaped(layer: Tensor, old: Sequence[int], new: Sequence[int]) -> Tensor:
+    """The layer of a tensor of shape `old` after a view as `new`, without spreading it over where it is constant.
+
+    Old and new dimensions fall into runs of equal products; where a layer is constant over a run, it stays so.
+    """
+    before: list[int] = []
+    after: list[int] = []
+    i = j = 0
+    while i < len(old) or j < len(new):
+        first, one, two = (i, j), 1, 1
+        while True:
+            if one <= two and i < len(old) and (one < two or i == first[0]):
+                one, i = one * old[i], i + 1
+            elif j < len(new) and (two < one or j == first[1]):
+                two, j = two * new[j], j + 1
+            else:
+                break
+        run = layer.shape[first[0] : i]
+        varies = any(size > 1 for size in run)
+        before += old[first[0] : i] if varies else [1] * (i - first[0])
+        after += new[first[1] : j] if varies else [1] * (j - first[1])
+    return layer.expand(before).reshape(after)
 
 
 def useful(layers: Iterable[Tensor]) -> tuple[Tensor, ...]:

@@ -19,12 +19,24 @@ from evolvenet.components import Built, build_graph
 from evolvenet.graph import WidthGraph, Widths
 from evolvenet.index_map import IndexMap
 from evolvenet.labels import Ledger
-from evolvenet.remedies import HEAD, REMEDIES, SLICE, Proposal, patches, structure
+from evolvenet.remedies import HEAD, REMEDIES, SLICE, Proposal, patches, pieces_of_one_split, structure
 from evolvenet.sandbox import sandbox
 from evolvenet.surgery import compile_surgery, install
 
 Item = TypeVar("Item")
-Rerun = Callable[[nn.Module], Ledger]
+
+
+@dataclass(frozen=True)
+class Rerun:
+    """How to run a shadowed model again.
+
+    Args:
+        labels: under labels, for all that a trace finds.
+        shapes: for the shapes of its outputs alone, several times as quick.
+    """
+
+    labels: Callable[[nn.Module], Ledger]
+    shapes: Callable[[nn.Module], list[tuple[int, ...]]]
 
 
 def prove(model: nn.Module, ledger: Ledger, device: str | None, runs: Sequence[Rerun]) -> WidthGraph:
@@ -38,9 +50,9 @@ def prove(model: nn.Module, ledger: Ledger, device: str | None, runs: Sequence[R
             the last word: if it fails where the others did not, all is proved anew with it alone.
     """
     proof = Proof(model, ledger, device, runs[0])
-    built = proof.build([])
+    accepted = pieces_of_one_split(proof.build([]), ledger)
+    built = proof.build(accepted)
     failed = proof.failures(built, [width.name for width in built.graph.resizable])
-    accepted: list[Proposal] = []
     reasons = {built.anchors[name]: reason for name, reason in failed.items()}
     for remedy in REMEDIES:
         if not reasons:
@@ -53,19 +65,15 @@ def prove(model: nn.Module, ledger: Ledger, device: str | None, runs: Sequence[R
             for proposal in helped:
                 for anchor in proposal.anchors:
                     reasons.pop(anchor, None)
-    graph = _settle(proof, built, reasons)
-    if len(runs) > 1 and replace(proof, rerun=runs[-1]).trial(replace(built, graph=graph), list(graph.sizes), (0,)):
+    graph = _frozen(built.graph, {name: reasons[a] for name, a in built.anchors.items() if a in reasons})
+    together, names = replace(built, graph=graph), [width.name for width in graph.resizable]
+    if not failed and len(runs) == 1:
+        return graph
+    if replace(proof, rerun=runs[-1]).trial(together, names, (0, 1) if failed else (0,)) is None:
+        return graph
+    if len(runs) > 1:
         return prove(model, ledger, device, runs[-1:])
-    return graph
-
-
-def _settle(proof: Proof, built: Built, reasons: Mapping[int, str]) -> WidthGraph:
-    """Freeze what no remedy mended, then try all the rest once more, together."""
-    graph = _frozen(built.graph, {n: reasons[a] for n, a in built.anchors.items() if a in reasons})
-    if reasons:
-        together = replace(built, graph=graph)
-        graph = _frozen(graph, proof.failures(together, [width.name for width in graph.resizable]))
-    return graph
+    return _frozen(graph, proof.failures(together, names))
 
 
 def _frozen(graph: WidthGraph, reasons: Mapping[str, str]) -> WidthGraph:
@@ -103,30 +111,39 @@ class Proof:
     def accept(self, accepted: Sequence[Proposal], proposals: Sequence[Proposal]) -> list[Proposal]:
         """The proposals that work."""
 
-        def attempt(chosen: Sequence[Proposal]) -> str | None:
+        def attempt(chosen: Sequence[Proposal], thorough: bool) -> str | None:
             built = self.build([*accepted, *chosen])
             anchors = {min(p.anchors) for p in chosen}
             names = [name for name, anchor in built.anchors.items() if anchor in anchors]
             if any(built.graph.widths[name].frozen for name in names):
                 return "joins what cannot be joined"
-            return self.trial(built, names)
+            return self.trial(built, names, thorough=thorough)
 
-        failed = _search(_classes(proposals, lambda proposal: (proposal.key, proposal.kind)), attempt)
+        failed = _sieve(_classes(proposals, lambda proposal: (proposal.key, proposal.kind)), attempt)
         return [proposal for k, proposal in enumerate(proposals) if k not in failed]
 
     def failures(self, built: Built, names: Sequence[str]) -> dict[str, str]:
         """Names of the widths that fail, with the reason; alike widths are tried together."""
-        graph = built.graph
-        classes = _classes(names, lambda name: structure(graph.widths[name]))
-        return {names[k]: reason for k, reason in _search(classes, lambda chosen: self.trial(built, chosen)).items()}
+        if self.trial(built, names) is None:
+            return {}
+        classes = _classes(names, lambda name: structure(built.graph.widths[name]))
+        failed = _sieve(classes, lambda chosen, thorough: self.trial(built, chosen, thorough=thorough))
+        return {names[k]: reason for k, reason in failed.items()}
 
-    def trial(self, built: Built, names: Sequence[str], turns: Sequence[int] = (0, 1)) -> str | None:
-        """Every second one a step down while the others go a step up, then the reverse; None if all is well."""
+    def trial(
+        self, built: Built, names: Sequence[str], turns: Sequence[int] = (0, 1), thorough: bool = True
+    ) -> str | None:
+        """Every second one a step down while the others go a step up, then the reverse; None if all is well.
+
+        One that is not thorough looks at the shapes alone.
+        """
+        if not names:
+            return None
         graph = built.graph
         for turn in turns:
             maps = {name: _nudge(graph, name, (k + turn) % 2 == 0) for k, name in enumerate(names)}
             self.trials += 1
-            reason = _failure(self, graph, maps, built.joined)
+            reason = _failure(self, graph, maps, built.joined, thorough)
             if reason is not None:
                 return reason
         return None
@@ -137,6 +154,15 @@ def _classes(items: Sequence[Item], key: Callable[[Item], object]) -> list[list[
     for number, item in enumerate(items):
         found.setdefault(key(item), []).append((number, item))
     return list(found.values())
+
+
+def _sieve(
+    classes: Sequence[Sequence[tuple[int, Item]]], trial: Callable[[Sequence[Item], bool], str | None]
+) -> dict[int, str]:
+    """Numbers of the items that fail: by shapes alone first, which is quick; then what is left, thoroughly."""
+    failed = _search(classes, lambda chosen: trial(chosen, False))
+    left = [kept for members in classes if (kept := [entry for entry in members if entry[0] not in failed])]
+    return {**failed, **_search(left, lambda chosen: trial(chosen, True))}
 
 
 def _search(
@@ -180,16 +206,21 @@ def _nudge(graph: WidthGraph, name: str, down: bool) -> IndexMap:
     return IndexMap.keep([unit for unit in range(width.size) if unit not in gone], width.size)
 
 
-def _failure(proof: Proof, graph: WidthGraph, maps: dict[str, IndexMap], joined: frozenset[str]) -> str | None:
+def _failure(
+    proof: Proof, graph: WidthGraph, maps: dict[str, IndexMap], joined: frozenset[str], thorough: bool
+) -> str | None:
     try:
         with sandbox(proof.model, proof.device):
             surgery = compile_surgery(proof.model, graph, maps)
             install(proof.model, surgery)
-            again = proof.rerun(proof.model)
+            again = proof.rerun.labels(proof.model) if thorough else proof.rerun.shapes(proof.model)
     except Exception as error:  # noqa: BLE001  the model's own code may raise anything on a shape it does not expect
         return f"a trial raised {type(error).__name__}: {_first_line(error)}{_source_line(error)}"
-    if again.outputs != proof.ledger.outputs:
-        return f"a trial changed the output's shape from {proof.ledger.outputs} to {again.outputs}"
+    outputs = again.outputs if isinstance(again, Ledger) else again
+    if outputs != proof.ledger.outputs:
+        return f"a trial changed the output's shape from {proof.ledger.outputs} to {outputs}"
+    if not isinstance(again, Ledger):
+        return None
     predicted = _predicted(surgery.graph, again)
     place = _disagreement(predicted, again) or _torn_heads(surgery.graph, predicted, again, joined)
     if place is not None:

@@ -73,6 +73,25 @@ def attributes_follow(built: Built, ledger: Ledger, failed: Sequence[str]) -> li
     return [Proposal((built.anchors[n],), PLAIN, _none(), structure(built.graph.widths[n])) for n in rest]
 
 
+def pieces_of_one_split(built: Built, ledger: Ledger) -> list[Proposal]:
+    """One place goes of every equal piece that the code cuts a tensor into, where each piece is a width of its own.
+
+    `chunk(3)` and `split(n)` cut elsewhere as soon as one piece has another size than the rest, so this needs no trial
+    to show it.
+    """
+    names = {members: name for name, members in built.members.items()}
+    found: dict[tuple[int, ...], Proposal] = {}
+    for ids in ledger.grids.values():
+        rows = [names.get(tuple(dict.fromkeys(row))) for row in built.component[ids.numpy()].tolist()]
+        widths = [built.graph.widths[row] for row in dict.fromkeys(rows) if row is not None]
+        if len(widths) < len(rows) or all(width.frozen for width in widths):
+            continue
+        anchors = tuple(built.anchors[width.name] for width in widths)
+        if len({width.size for width in widths}) == 1 and not any(set(anchors) & set(taken) for taken in found):
+            found[anchors] = Proposal(anchors, PLAIN, _join_rows(ids), (len(rows), widths[0].size))
+    return list(found.values())
+
+
 def slices(built: Built, ledger: Ledger, failed: Sequence[str]) -> list[Proposal]:
     """One place of every head goes together."""
     return [

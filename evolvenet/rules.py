@@ -16,7 +16,7 @@ from torch import Tensor
 from torch._ops import OpOverload
 from torch.utils._pytree import tree_flatten, tree_map_only
 
-from evolvenet.labels import CONSTANT, DATA, LABELLED, Label, Ledger, align, compress, merge, useful, varying
+from evolvenet.labels import CONSTANT, DATA, LABELLED, Label, Ledger, align, compress, merge, reshaped, useful, varying
 
 
 @dataclass(frozen=True)
@@ -84,6 +84,8 @@ class NeedsDataError(RuntimeError):
 
 Rule = Callable[[Call], None]
 RULES: dict[str, Rule] = {}
+RESHAPING = frozenset({"aten::view", "aten::_unsafe_view", "aten::_reshape_copy"})
+"""Other dimensions for the same elements in the same order."""
 REINTERPRETING = frozenset({"aten::view_as_real", "aten::view_as_complex", "aten::_conj", "aten::_neg_view"})
 """Views of the same memory as other numbers, which no rearrangement of labels follows."""
 
@@ -161,13 +163,16 @@ def movement(call: Call) -> None:
         raise NeedsDataError(f"{call.place} moves units to places that only data can tell")
     results: list[list[Tensor]] = [[] for _ in call.outputs]
     for layer in label.layers:
-        whole = layer.expand(source.shape)
-        if call.op in ("aten::view", "aten::_unsafe_view", "aten::as_strided", "aten::_reshape_alias"):
-            whole = whole.contiguous()
-        moved = call.func(whole, *call.args[1:], **call.kwargs)
+        if call.op in RESHAPING:
+            moved = reshaped(layer, source.shape, call.out.shape)
+        else:
+            whole = layer.expand(source.shape)
+            moved = call.func(whole.contiguous() if strided else whole, *call.args[1:], **call.kwargs)
         for result, part in zip(results, tree_flatten(moved)[0], strict=True):
             result.append(compress(part))
             call.ledger.grid(result[-1])
+        if call.op == "aten::split" and all(len(varying(each[-1])) == 1 for each in results):
+            call.ledger.pieces([each[-1] for each in results])
     for out, layers in zip(call.outputs, results, strict=True):
         call.put(out, layers, label.kind if label.kind == CONSTANT else DATA, label.origin)
 
@@ -275,9 +280,15 @@ def cat(call: Call) -> None:
     count = max(len(layers) for layers in (*along, [])) if along else 0
     joined = list(merge(call.ledger, across))
     for k in range(count):
-        parts = [
-            layers[k].expand(t.shape) if k < len(layers) else torch.full(t.shape, -1)
+        held = [
+            layers[k] if k < len(layers) else torch.full((1,) * t.dim(), -1)
             for t, layers in zip(tensors, along, strict=True)
+        ]
+        # Only as large as they vary: spread over a picture they would be what takes most memory.
+        shape = [max(sizes) for sizes in zip(*(layer.shape for layer in held), strict=True)]
+        parts = [
+            layer.expand([t.shape[axis] if dim == axis else size for dim, size in enumerate(shape)])
+            for layer, t in zip(held, tensors, strict=True)
         ]
         joined.append(compress(torch.cat(parts, axis)))
     all_constant = all(call.read(t).kind == CONSTANT for t in tensors)
