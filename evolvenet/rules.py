@@ -231,11 +231,13 @@ def elementwise(call: Call) -> None:
     labels = [call.read(tensor) for tensor in tensors]
     for tensor in tensors:
         call.treat(tensor)
-    _check_partners(call, tensors, labels, dims)
+    held = _held(call, tensors, labels, dims)
     origin = _still(tensors, labels, call.outputs)
     # Of equal layers the last one stays: the origin's own, by which its axes are known.
     order = sorted(labels, key=lambda label: label.origin is not None and label.origin == origin)
     layers = merge(call.ledger, [[align(layer, dims) for layer in label.layers] for label in order])
+    # Units that have just been frozen are let go, or they would freeze whatever a later reshape lays across them.
+    layers = [layer for layer in layers if not held & set(varying(layer))]
     target = call.args[0] if call.op.endswith("_") else None
     if isinstance(target, Tensor) and target._base is not None and not labels[0].layers:
         for layer in layers:
@@ -254,7 +256,9 @@ def _still(tensors: Sequence[Tensor], labels: Sequence[Label], outputs: Sequence
     return next((label.origin for tensor, label in met if tensor.shape == outputs[0].shape), None)
 
 
-def _check_partners(call: Call, tensors: Sequence[Tensor], labels: Sequence[Label], dims: int) -> None:
+def _held(call: Call, tensors: Sequence[Tensor], labels: Sequence[Label], dims: int) -> set[int]:
+    """Freeze units that meet data along their axes; returns those axes."""
+    held: set[int] = set()
     for label in labels:
         for layer in label.layers:
             axes = set(varying(align(layer, dims)))
@@ -263,6 +267,8 @@ def _check_partners(call: Call, tensors: Sequence[Tensor], labels: Sequence[Labe
                 known = {axis for each in other.layers for axis in varying(align(each, dims))}
                 if other.kind != CONSTANT and not known & axes and any(sizes[axis] > 1 for axis in axes):
                     call.ledger.freeze(layer, f"{call.place} combines it with data that has a fixed size")
+                    held |= axes
+    return held
 
 
 def _real_sizes(tensor: Tensor) -> tuple[int, ...]:

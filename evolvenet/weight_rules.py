@@ -21,7 +21,18 @@ def batch_norm(call: Call) -> None:
     source, outputs = call.args[0], call.outputs
     affine = [t for t in call.tensors[1:] if t.dim() == 1 and t.shape[0] == source.shape[1]]
     shaped = [[layer.view(1, -1, *[1] * (source.dim() - 2)) for layer in call.read(t).layers] for t in affine]
-    call.put(outputs[0], merge(call.ledger, [call.read(source).layers, *shaped]))
+    call.put(outputs[0], _normed(call, source, shaped))
+
+
+def _normed(call: Call, source: Tensor, affine: Sequence[Sequence[Tensor]]) -> tuple[Tensor, ...]:
+    """The layers of what is normalised, joined with those of the norm's own parameters, which data holds fixed."""
+    label = call.read(source)
+    axes = {axis for layer in label.layers for axis in varying(layer)}
+    for layers in affine:
+        for layer in layers:
+            if label.kind != CONSTANT and not axes & set(varying(layer)):
+                call.ledger.freeze(layer, f"{call.place} scales data of a fixed size with it")
+    return merge(call.ledger, [label.layers, *affine])
 
 
 @rule("native_group_norm")
@@ -30,7 +41,7 @@ def group_norm(call: Call) -> None:
     source, groups = call.args[0], call.bound("group")
     affine = [t for t in (call.bound("weight"), call.bound("bias")) if t is not None]
     shaped = [[layer.view(1, -1, *[1] * (source.dim() - 2)) for layer in call.read(t).layers] for t in affine]
-    layers = merge(call.ledger, [call.read(source).layers, *shaped])
+    layers = _normed(call, source, shaped)
     for layer in layers:
         channels = layer.reshape(layer.shape[0], layer.shape[1], -1)[:, :, 0]
         if 1 not in varying(layer):
@@ -54,14 +65,9 @@ def layer_norm(call: Call) -> None:
     """Elementwise with its affine parameters; the normalised dimensions mix their units."""
     source = call.args[0]
     normalised = set(range(source.dim() - len(call.args[1]), source.dim()))
-    layers = merge(
-        call.ledger,
-        [
-            [align(layer, source.dim()) for layer in call.read(t).layers]
-            for t in call.tensors
-            if t.dim() <= source.dim()
-        ],
-    )
+    affine = [t for t in call.tensors[1:] if t.dim() <= source.dim()]
+    shaped = [[align(layer, source.dim()) for layer in call.read(t).layers] for t in affine]
+    layers = _normed(call, source, shaped)
     for layer in layers:
         if normalised & set(varying(layer)):
             call.ledger.mix(layer, f"{call.place} normalises across its units")
