@@ -84,7 +84,7 @@ def pieces_of_one_split(built: Built, ledger: Ledger) -> list[Proposal]:
     for ids in ledger.grids.values():
         rows = [names.get(tuple(dict.fromkeys(row))) for row in built.component[ids.numpy()].tolist()]
         widths = [built.graph.widths[row] for row in dict.fromkeys(rows) if row is not None]
-        if len(widths) < len(rows) or all(width.frozen for width in widths):
+        if None in rows or len(widths) < 2 or all(width.frozen for width in widths):
             continue
         anchors = tuple(built.anchors[width.name] for width in widths)
         if len({width.size for width in widths}) == 1 and not any(set(anchors) & set(taken) for taken in found):

@@ -155,16 +155,26 @@ LEAVE_THEM_FREE: dict[str, tuple[Code, int, dict[str, int]]] = {
     "checkpointed": (lambda m, x, h: checkpoint(m.c, x, use_reentrant=False) + h, 8, {"a": 8}),
     "einsum": (lambda m, x, h: torch.einsum("bi,oi->bo", h, m.e.weight), 7, {"a": 8, "e": 7}),
     "mapped over samples": (lambda m, x, h: torch.vmap(m.e)(h), 7, {"a": 8, "e": 7}),
+    "equal pieces": (
+        lambda m, x, h: (lambda p, q: torch.cat([m.e(p), q], 1))(*h.chunk(2, 1)),
+        8,
+        {"a": 4, "e": 4},
+    ),
     "branches compete": (lambda m, x, h: (lambda g: (g.softmax(1) * g).sum(1))(h.view(len(h), 2, -1)), 4, {"a": 4}),
     "normalised heads": (lambda m, x, h: F.normalize(h.view(len(h), 2, -1), dim=-1).flatten(1), 8, {"a": 4}),
     "gated in place": (lambda m, x, h: (lambda a, b: a.mul_(b.sigmoid_()))(*h.chunk(2, -1)), 4, {"a": 4}),
 }
 
 
+LEAVE_THEM_FREE_WITH = {"equal pieces": {"e": nn.Linear(4, 4, bias=False)}}
+
+
 @pytest.mark.parametrize("name", LEAVE_THEM_FREE)
 def test_frees_what_it_understands(name: str) -> None:
     code, reads, sizes = LEAVE_THEM_FREE[name]
-    model = Between(code, reads, c=nn.Linear(5, 8), d=nn.Linear(5, 5), e=nn.Linear(8, 7, bias=False)).double()
+    layers = {"c": nn.Linear(5, 8), "d": nn.Linear(5, 5), "e": nn.Linear(8, 7, bias=False)}
+    layers |= LEAVE_THEM_FREE_WITH.get(name, {})
+    model = Between(code, reads, **layers).double()
     x = torch.randn(2, 5, dtype=FLOAT)
     expected = outputs(model, x)
     graph = trace(model, x)
@@ -189,6 +199,34 @@ def test_a_trial_is_compared_beyond_its_shapes() -> None:
 
     graph = trace(Between(halves, 16, c=nn.Linear(5, 8)).double(), x)
     assert "in a trial aten::tanh in Between works on a part of its units" in (graph.widths["a"].frozen or "")
+
+
+class Scales(nn.Module):
+    """Res2Net's way: pieces of `width` channels, each convolved together with what the one before has become."""
+
+    def __init__(self, width: int, count: int) -> None:
+        super().__init__()
+        self.width = width
+        self.enter = nn.Conv2d(3, width * count, 1)
+        self.convs = nn.ModuleList(nn.Conv2d(width, width, 3, padding=1) for _ in range(count - 1))
+        self.leave = nn.Conv2d(width * count, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, *rest = self.enter(x).split(self.width, 1)
+        made = [first]
+        for conv, piece in zip(self.convs, rest, strict=True):
+            made.append(conv(made[-1] + piece).relu())
+        return self.leave(torch.cat(made, 1))
+
+
+def test_pieces_of_one_split_change_together_with_the_number_that_cuts_them() -> None:
+    model, x = Scales(4, 3).double(), torch.randn(2, 3, 5, 5, dtype=FLOAT)
+    graph, expected = trace(model, x), outputs(model, x)
+    assert graph.sizes == {"enter": 4, "convs.1": 4}
+    graph = evolvenet.resize(model, graph, {"enter": IndexMap.grow(4, 2)})
+    assert distance(outputs(model, x), expected) < 1e-9
+    assert model.width == 6
+    assert without_reasons(graph) == without_reasons(trace(model, x))
 
 
 def test_values_of_no_data_decide_nothing() -> None:
