@@ -26,7 +26,7 @@ _SIZES = """hidden_dim hidden_size hidden_channels embed_dim embedding_dim emb_d
 split_size nf nx channels num_channels in_channels out_channels in_features out_features num_features features n_embd
 d_inner intermediate_size ssm_state_size time_step_rank conv_dim mlp_dim width attn_dim normalized_shape qkv_dim kdim vdim
 in_chs out_chs mid_chs expand_chs num_1x1_c latent_dim inplanes planes inner_size feature_dim n_state n_units output_size
-input_size num_hiddens"""
+input_size num_hiddens shape"""
 _HEAD_SIZES = """head_dim attention_head_size key_value_proj_dim d_kv dim_head head_size dim_per_head d_head key_dim val_dim
 head_width"""
 _HEAD_COUNTS = "num_heads n_heads num_attention_heads nhead heads n_head num_key_value_heads"
@@ -153,8 +153,16 @@ def patches(model: nn.Module, width: Width, kind: str) -> tuple[tuple[str, str],
         (path, name)
         for path in paths
         for name, value in vars(model.get_submodule(path)).items()
-        if name in NAMES[kind] and type(value) is int and value in values - others[path] and value > 1
+        if name in NAMES[kind] and number_in(value) in values - others[path] and number_in(value) > 1
     )
+
+
+def number_in(value: object) -> int:
+    """The number that an attribute holds, `8` or `(8, 1, 1)`; 0 if it holds anything else."""
+    if type(value) is int:
+        return value
+    longer = [entry for entry in value if entry != 1] if isinstance(value, tuple) else []
+    return longer[0] if len(longer) == 1 and type(longer[0]) is int else 0
 
 
 def _other_lengths(model: nn.Module, path: str, totals: Mapping[tuple[str, int], int]) -> set[int]:

@@ -137,7 +137,15 @@ def _patches(model: nn.Module, before: WidthGraph, after: WidthGraph) -> Iterato
         new = after.widths[name].size
         for path, attribute in width.patches if new != width.size else ():
             module = model.get_submodule(path)
-            yield AttributeChange(module, attribute, getattr(module, attribute) * new // width.size)
+            value = getattr(module, attribute)
+            yield AttributeChange(module, attribute, _scaled(value, new, width.size))
+
+
+def _scaled(value: Any, new: int, old: int) -> Any:
+    """`8` or `(8, 1, 1)` in proportion."""
+    if isinstance(value, tuple):
+        return tuple(entry if entry == 1 else entry * new // old for entry in value)
+    return value * new // old
 
 
 def install(model: nn.Module, surgery: Surgery) -> Callable[[], None]:

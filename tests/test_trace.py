@@ -231,6 +231,28 @@ def test_pieces_of_one_split_change_together_with_the_number_that_cuts_them() ->
     }
 
 
+class Scaled(nn.Module):
+    """MetaFormer's way: the shape of the scale is kept in a tuple."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.shape = (channels, 1, 1)
+        self.enter, self.leave = nn.Conv2d(3, channels, 1), nn.Conv2d(channels, 2, 1)
+        self.scale = nn.Parameter(torch.randn(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.leave(self.enter(x) * self.scale.view(self.shape))
+
+
+def test_a_number_in_a_tuple_follows() -> None:
+    model, x = Scaled(6).double(), torch.randn(2, 3, 5, 5, dtype=FLOAT)
+    graph, expected = trace(model, x), outputs(model, x)
+    graph = evolvenet.resize(model, graph, {"enter": IndexMap.grow(6, 3)})
+    assert distance(outputs(model, x), expected) < 1e-9
+    assert model.shape == (9, 1, 1)
+    assert without_reasons(graph) == without_reasons(trace(model, x))
+
+
 def test_values_of_no_data_decide_nothing() -> None:
     """An index that is computed has no values on shadows without data: it must not be read there."""
     model = Between(lambda m, x, h: torch.index_select(h, 0, h[:, 0].argsort()), 8).double()
