@@ -74,6 +74,7 @@ def named_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str], 
 def build_graph(model: nn.Module, ledger: Ledger) -> Built:
     """Group units into widths and lay every axis out as segments of them."""
     component = ledger.components()
+    ledger.spread_roles()
     groups = _groups(ledger, component)
     where = {member: (g, u) for g, group in enumerate(groups) for u, member in enumerate(group.members)}
     layouts: dict[str, dict[int, Parts]] = defaultdict(dict)
@@ -179,7 +180,8 @@ def _names(
     shows: dict[int, list[tuple[bool, int, str, int]]] = defaultdict(list)
     for tensor, axes in layouts.items():
         for dim, parts in axes.items():
-            role = ledger.roles.get((tensor, dim), FOLLOWS)
+            # A weight's own use names its units, before what is added to it.
+            role = ledger.roles.get((tensor, dim), FOLLOWS) if (tensor, dim) not in ledger.lent else FOLLOWS
             for group in {part[0] for part in parts if part[0] is not None}:
                 shows[group].append((role != PRODUCES, ledger.order.get(tensor, late), tensor, dim))
     names: dict[int, str] = {}

@@ -8,6 +8,7 @@ A weight `[out, in]` has two layers, its activations usually one. Id −1 means 
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -61,6 +62,9 @@ class Ledger:
     mixed: list[tuple[Tensor, str]] = field(default_factory=list)
     whole_groups: list[Tensor] = field(default_factory=list)
     roles: dict[tuple[str, int], str] = field(default_factory=dict)
+    trainable: frozenset[str] = frozenset()
+    equals: list[tuple[tuple[str, int], tuple[str, int]]] = field(default_factory=list)
+    lent: set[tuple[str, int]] = field(default_factory=set)
     order: dict[str, int] = field(default_factory=dict)
     outputs: list[tuple[int, ...]] = field(default_factory=list)
     grids: dict[bytes, Tensor] = field(default_factory=dict)
@@ -154,13 +158,32 @@ class Ledger:
 
     def role(self, origin: str | None, layer: Tensor, consumed: bool) -> None:
         """Remember whether an axis of a weight makes units or reads them; a consumer stays one."""
-        if origin is None or layer.numel() == 0:
-            return
-        label = int(layer.reshape(-1)[0])
-        for axis in self.axes:
-            here = axis.tensor == origin and axis.start <= label < axis.start + axis.size
-            if here and (consumed or (origin, axis.dim) not in self.roles):
-                self.roles[origin, axis.dim] = CONSUMES if consumed else PRODUCES
+        axis = None if origin is None or layer.numel() == 0 else self._axis(int(layer.reshape(-1)[0]))
+        if axis is not None and (consumed or axis not in self.roles):
+            self.roles[axis] = CONSUMES if consumed else PRODUCES
+
+    def alike(self, layers: Sequence[Tensor]) -> None:
+        """Axes of weights that are added to each other make units or read them alike."""
+        axes = {self._axis(int(layer.reshape(-1)[0])) for layer in layers} - {None}
+        self.equals += [
+            (one, two) for one in axes for two in axes if one is not None and two is not None and one != two
+        ]
+
+    def spread_roles(self) -> None:
+        """Give the axes that are alike the role of the one that a use has shown."""
+        for _ in self.equals:
+            found = {two: self.roles[one] for one, two in self.equals if one in self.roles and two not in self.roles}
+            if not found:
+                break
+            self.roles.update(found)
+            self.lent.update(found)
+
+    def _axis(self, label: int) -> tuple[str, int] | None:
+        """(tensor, axis) of a unit's id; None for a stand-in, which has none."""
+        found = bisect_right(self.axes, label, key=lambda axis: axis.start) - 1
+        if found < 0 or label >= self.axes[found].start + self.axes[found].size:
+            return None
+        return self.axes[found].tensor, self.axes[found].dim
 
     def components(self) -> np.ndarray:
         """Component of every id, int array `[units]`.

@@ -49,8 +49,25 @@ def prove(model: nn.Module, ledger: Ledger, device: str | None, runs: Sequence[R
         runs: what runs the shadowed model under labels, the quickest way first. The last one, which runs all of it, has
             the last word: if it fails where the others did not, all is proved anew with it alone.
     """
-    proof = Proof(model, ledger, device, runs[0])
-    accepted = pieces_of_one_split(proof.build([]), ledger)
+    for careful in (False, True):
+        proof = Proof(model, ledger, device, runs[0], careful)
+        built, failed = _mended(proof)
+        names = [width.name for width in built.graph.resizable]
+        if not failed and len(runs) == 1:
+            return built.graph
+        # All of them together, up and down, under labels: this is what proves them, whatever was looked at before.
+        if replace(proof, rerun=runs[-1]).trial(built, names, (0, 1) if failed else (0,)) is None:
+            return built.graph
+        if not failed:
+            break
+    if len(runs) > 1:
+        return prove(model, ledger, device, runs[-1:])
+    return _frozen(built.graph, proof.failures(built, names))
+
+
+def _mended(proof: Proof) -> tuple[Built, bool]:
+    """The graph after trials and remedies, with what nothing helps frozen; and whether any width failed at first."""
+    accepted = pieces_of_one_split(proof.build([]), proof.ledger)
     built = proof.build(accepted)
     failed = proof.failures(built, [width.name for width in built.graph.resizable])
     reasons = {built.anchors[name]: reason for name, reason in failed.items()}
@@ -66,14 +83,7 @@ def prove(model: nn.Module, ledger: Ledger, device: str | None, runs: Sequence[R
                 for anchor in proposal.anchors:
                     reasons.pop(anchor, None)
     graph = _frozen(built.graph, {name: reasons[a] for name, a in built.anchors.items() if a in reasons})
-    together, names = replace(built, graph=graph), [width.name for width in graph.resizable]
-    if not failed and len(runs) == 1:
-        return graph
-    if replace(proof, rerun=runs[-1]).trial(together, names, (0, 1) if failed else (0,)) is None:
-        return graph
-    if len(runs) > 1:
-        return prove(model, ledger, device, runs[-1:])
-    return _frozen(graph, proof.failures(together, names))
+    return replace(built, graph=graph), bool(failed)
 
 
 def _frozen(graph: WidthGraph, reasons: Mapping[str, str]) -> WidthGraph:
@@ -86,12 +96,21 @@ def _frozen(graph: WidthGraph, reasons: Mapping[str, str]) -> WidthGraph:
 
 @dataclass
 class Proof:
-    """Trials of one model."""
+    """Trials of one model.
+
+    Args:
+        model: the model, in a sandbox at every trial.
+        ledger: what its run has shown.
+        device: where its shadows live.
+        rerun: how to run it again.
+        careful: whether every part of a search is run under labels, not for its shapes alone.
+    """
 
     model: nn.Module
     ledger: Ledger
     device: str | None
     rerun: Rerun
+    careful: bool = True
     trials: int = field(default=0)
 
     def build(self, accepted: Sequence[Proposal]) -> Built:
@@ -119,7 +138,7 @@ class Proof:
                 return "joins what cannot be joined"
             return self.trial(built, names, thorough=thorough)
 
-        failed = _sieve(_classes(proposals, lambda proposal: (proposal.key, proposal.kind)), attempt)
+        failed = self._sieve(_classes(proposals, lambda proposal: (proposal.key, proposal.kind)), attempt)
         return [proposal for k, proposal in enumerate(proposals) if k not in failed]
 
     def failures(self, built: Built, names: Sequence[str]) -> dict[str, str]:
@@ -127,8 +146,20 @@ class Proof:
         if self.trial(built, names) is None:
             return {}
         classes = _classes(names, lambda name: structure(built.graph.widths[name]))
-        failed = _sieve(classes, lambda chosen, thorough: self.trial(built, chosen, thorough=thorough))
+        failed = self._sieve(classes, lambda chosen, thorough: self.trial(built, chosen, thorough=thorough))
+        # Something is wrong: where no shape shows it, the ties do.
+        failed = failed or _search(classes, lambda chosen: self.trial(built, chosen))
         return {names[k]: reason for k, reason in failed.items()}
+
+    def _sieve(
+        self, classes: Sequence[Sequence[tuple[int, Item]]], trial: Callable[[Sequence[Item], bool], str | None]
+    ) -> dict[int, str]:
+        """Numbers of the items that fail: by shapes alone first, which is quick; then what is left, under labels."""
+        failed = _search(classes, lambda chosen: trial(chosen, False))
+        if not self.careful:
+            return failed
+        left = [kept for members in classes if (kept := [entry for entry in members if entry[0] not in failed])]
+        return {**failed, **_search(left, lambda chosen: trial(chosen, True))}
 
     def trial(
         self, built: Built, names: Sequence[str], turns: Sequence[int] = (0, 1), thorough: bool = True
@@ -154,15 +185,6 @@ def _classes(items: Sequence[Item], key: Callable[[Item], object]) -> list[list[
     for number, item in enumerate(items):
         found.setdefault(key(item), []).append((number, item))
     return list(found.values())
-
-
-def _sieve(
-    classes: Sequence[Sequence[tuple[int, Item]]], trial: Callable[[Sequence[Item], bool], str | None]
-) -> dict[int, str]:
-    """Numbers of the items that fail: by shapes alone first, which is quick; then what is left, thoroughly."""
-    failed = _search(classes, lambda chosen: trial(chosen, False))
-    left = [kept for members in classes if (kept := [entry for entry in members if entry[0] not in failed])]
-    return {**failed, **_search(left, lambda chosen: trial(chosen, True))}
 
 
 def _search(

@@ -235,7 +235,11 @@ def elementwise(call: Call) -> None:
     origin = _still(tensors, labels, call.outputs)
     # Of equal layers the last one stays: the origin's own, by which its axes are known.
     order = sorted(labels, key=lambda label: label.origin is not None and label.origin == origin)
-    layers = merge(call.ledger, [[align(layer, dims) for layer in label.layers] for label in order])
+    aligned = [[align(layer, dims) for layer in label.layers] for label in order]
+    layers = merge(call.ledger, aligned)
+    if origin is not None:
+        for dim in range(dims):
+            call.ledger.alike([layer for each in aligned for layer in each if varying(layer) == (dim,)])
     # Units that have just been frozen are let go, or they would freeze whatever a later reshape lays across them.
     layers = [layer for layer in layers if not held & set(varying(layer))]
     target = call.args[0] if call.op.endswith("_") else None

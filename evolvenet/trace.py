@@ -85,8 +85,8 @@ def read_labels(
 
     Auxiliary heads run in train mode only.
     """
-    ledger = Ledger()
-    tensors, _, _ = named_tensors(model)
+    tensors, _, trainable = named_tensors(model)
+    ledger = Ledger(trainable=trainable)
     enrolled = {name: ledger.enroll(name, tensor.shape) for name, tensor in tensors.items()}
     for training in modes:
         mode = LabelMode(ledger)

@@ -117,12 +117,17 @@ def matrix_product(call: Call) -> None:
     layers = contract(call, operands[0], names[0], operands[1], names[1], names[2])
     if bias is not None:
         layers = merge(call.ledger, [layers, [align(layer, len(names[2])) for layer in call.read(bias).layers]])
-    call.put(call.out, layers, origin=_of_weights([call.read(operand).origin for operand in call.tensors]))
+    call.put(call.out, layers, origin=call.read(operands[0]).origin if _of_weights(call, operands) else None)
 
 
-def _of_weights(origins: Sequence[str | None]) -> str | None:
-    """A product of weights alone is a weight; it goes by the first one's name."""
-    return None if None in origins else origins[0]
+def _of_weights(call: Call, operands: Sequence[Tensor]) -> bool:
+    """Whether a product is a weight made of weights (LoRA), or one times the vectors of a norm of it (spectral norm).
+
+    A table of coordinates that a dense layer reads is a buffer: that is a product with data.
+    """
+    origins = [call.read(operand).origin for operand in operands]
+    vectors = min(operand.dim() for operand in operands) == 1
+    return None not in origins and (vectors or call.ledger.trainable.issuperset(origins))
 
 
 def contract(
@@ -133,7 +138,7 @@ def contract(
     summed = {name for name in every if name not in out_names}
     sides = [(call.read(t), names, t) for t, names in ((one, one_names), (two, two_names))]
     passed: list[list[Tensor]] = [[], []]
-    of_weights = all(label.origin for label, _, _ in sides)
+    of_weights = _of_weights(call, (one, two))
     for side, (label, names, _) in enumerate(sides):
         other, other_names, _ = sides[1 - side]
         for layer in label.layers:

@@ -131,7 +131,7 @@ def _timm() -> list[Subject]:
 
 
 def _make_timm(name: str) -> nn.Module:
-    return importlib.import_module("timm").create_model(name, pretrained=False)
+    return importlib.import_module("timm").create_model(name, pretrained=False, num_classes=1000)
 
 
 def _own() -> list[Subject]:

@@ -299,8 +299,34 @@ def test_a_parametrized_layer_resizes_with_what_makes_its_weight(name: str) -> N
     graph = evolvenet.resize(model, graph, wider)
     assert distance(outputs(model, x), expected) < 1e-9
     assert without_reasons(graph) == without_reasons(trace(model, x))
+    grown = {width.name: width.size + 2 for width in graph.resizable if width.mixed is None}
+    evolvenet.grow(model, graph, grown)
+    assert distance(outputs(model, x), expected) < 1e-9
     layer: Any = model.get_submodule("c")
     assert (layer.out_features, layer.in_features) == tuple(layer.weight.shape)
+
+
+class Biased(nn.Module):
+    """Swin v2's way: a dense layer reads a table of coordinates, which is a buffer, and makes a bias for each place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("table", torch.randn(4, 2))
+        self.mlp = nn.Sequential(nn.Linear(2, 6), nn.ReLU(), nn.Linear(6, 1))
+        self.a, self.b = nn.Linear(5, 4), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.a(x).relu() + self.mlp(self.table).flatten())
+
+
+def test_a_product_with_a_buffer_is_one_with_data() -> None:
+    """Not a weight made of weights: whichever made the units would count as reading them, and growth change the output."""
+    model, x = Biased().double(), torch.randn(2, 5, dtype=FLOAT)
+    graph, expected = trace(model, x), outputs(model, x)
+    assert [tie.tensor for tie in graph.widths["mlp.0"].producers] == ["mlp.0.weight"]
+    assert [tie.tensor for tie in graph.widths["mlp.0"].consumers] == ["mlp.2.weight"]
+    evolvenet.grow(model, graph, {"mlp.0": 9})
+    assert distance(outputs(model, x), expected) < 1e-9
 
 
 def test_a_weight_made_in_an_unknown_way_stays() -> None:
