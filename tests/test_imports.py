@@ -28,6 +28,7 @@ LAYERS: dict[int, set[str]] = {
         "sandbox",
         "surgery",
         "trace",
+        "axis_rules",
         "weight_rules",
     },
     # decisions, no trainer
