@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from evolvenet.errors import SpectrumError
 
@@ -96,6 +97,75 @@ def joint_spectrum(matrices: Sequence[Tensor], name: str = "matrices") -> Tensor
             "Make them with matricize, along the axis of the width."
         )
     return singular_values(torch.cat(list(matrices), dim=1), name)
+
+
+def output_values(matrix: Tensor, moment: Tensor, name: str = "weight") -> Tensor:
+    """Singular values of a layer's output: those of W·S^½, S being the second moment of its input.
+
+    The spectrum of the weight alone counts directions that the input never takes.
+
+    Args:
+        matrix: `[units, columns]`, from matricize.
+        moment: `[columns, columns]` symmetric, E[x·xᵀ] of the input (patches for a convolution, in the order of the
+            columns) or its covariance.
+        name: what to call the matrix in an error.
+
+    Returns:
+        `[units]` float64, descending: square roots of the eigenvalues of W·S·Wᵀ. Values below 1e-8 of the largest are
+        rounding.
+
+    Raises:
+        SpectrumError: if the shapes do not fit, or entries are NaN or infinite.
+
+    >>> output_values(torch.eye(2), torch.diag(torch.tensor([4.0, 9.0])))
+    tensor([3., 2.], dtype=torch.float64)
+    """
+    if matrix.dim() != 2 or tuple(moment.shape) != (matrix.shape[1],) * 2:
+        raise SpectrumError(
+            f"{name}: expected a matrix [units, columns] and a moment [columns, columns], got {tuple(matrix.shape)} and "
+            f"{tuple(moment.shape)}. Gather the moment of what the layer reads, patches for a convolution."
+        )
+    rows, inner = _computable(matrix, name).double(), _computable(moment, f"{name}'s moment").to(matrix.device).double()
+    gram = rows @ inner @ rows.T
+    return torch.linalg.eigvalsh((gram + gram.T) / 2).flip(0).clamp_min(0).sqrt()
+
+
+def residual_operator(first: Tensor, second: Tensor) -> Tensor:
+    """The weight of the linear part of a residual block, x + B∗(A∗x): the identity is what A and B alone leave out.
+
+    Args:
+        first: A, `[mid, in, k…]` or dense `[mid, in]`; odd extents, stride 1, "same" padding.
+        second: B, `[in, mid, l…]` of as many axes.
+
+    Returns:
+        `[in, in, k + l − 1, …]`: both kernels convolved, with 1 added at the centre of each channel's own place.
+
+    Raises:
+        SpectrumError: if the shapes do not compose, or an extent is even (it has no centre).
+
+    >>> residual_operator(torch.zeros(4, 3), torch.zeros(3, 4)).diagonal()
+    tensor([1., 1., 1.])
+    >>> residual_operator(torch.zeros(4, 3, 3, 3), torch.zeros(3, 4, 3, 3)).shape
+    torch.Size([3, 3, 5, 5])
+    """
+    fits = first.dim() == second.dim() and 2 <= first.dim() <= 5 and second.shape[:2] == first.shape[:2][::-1]
+    if not fits or any(extent % 2 == 0 for extent in (*first.shape[2:], *second.shape[2:])):
+        raise SpectrumError(
+            "Residual block: expected weights [mid, in, k…] and [in, mid, l…] with odd extents, got "
+            f"{tuple(first.shape)} and {tuple(second.shape)}. A block with a projection has no identity to add."
+        )
+    one, two = _computable(first, "first weight"), _computable(second, "second weight")
+    if one.dim() == 2:
+        return two @ one + torch.eye(len(two), dtype=two.dtype, device=two.device)
+    space = tuple(range(2, one.dim()))
+    convolve = (functional.conv1d, functional.conv2d, functional.conv3d)[len(space) - 1]
+    # Every input channel of A is a sample; flipping B makes PyTorch's correlation the convolution of the two kernels.
+    made = convolve(one.transpose(0, 1), two.flip(space), padding=[extent - 1 for extent in two.shape[2:]]).transpose(
+        0, 1
+    )
+    centre = tuple(extent // 2 for extent in made.shape[2:])
+    made[(slice(None), slice(None), *centre)] += torch.eye(len(two), dtype=two.dtype, device=two.device)
+    return made
 
 
 def energy_shares(values: Values) -> Tensor:
@@ -203,8 +273,12 @@ def _computable(weight: Tensor, name: str) -> Tensor:
     return made
 
 
-def _spectrum(values: Values) -> Tensor:
-    """The values as `[n]` float64 on the CPU, checked, and scaled so that squares neither overflow nor vanish."""
+def checked_values(values: Values) -> Tensor:
+    """The values as `[n]` float64 on the CPU.
+
+    Raises:
+        SpectrumError: if they are not one axis of one or more finite numbers of 0 or more.
+    """
     made = values.detach() if isinstance(values, Tensor) else torch.tensor(list(values), dtype=torch.float64)
     made = made.to("cpu", torch.float64)
     if made.dim() != 1 or not made.numel() or not (made.isfinite() & (made >= 0)).all():
@@ -213,6 +287,12 @@ def _spectrum(values: Values) -> Tensor:
             f"got shape {tuple(made.shape)}{f' with a smallest of {made.min()}' if made.numel() else ''}. "
             "Take them from singular_values or joint_spectrum."
         )
+    return made
+
+
+def _spectrum(values: Values) -> Tensor:
+    """The values, scaled so that squares neither overflow nor vanish."""
+    made = checked_values(values)
     largest = made.max()
     return made / largest if largest > 0 else made
 

@@ -55,7 +55,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m experiments.coverage", description=__doc__)
     parser.add_argument("models", nargs="*", help="names or patterns, 'torchvision/*'; all without any")
     parser.add_argument("--limit", type=float, default=300, help="seconds for one model (default %(default)s)")
-    parser.add_argument("--peer-limit", type=float, default=180, help="the same for Torch-Pruning")
+    parser.add_argument("--peer-limit", type=float, default=120, help="the same for Torch-Pruning")
     parser.add_argument("--memory", type=float, default=14, help="GB of address space for one model")
     parser.add_argument("--threads", type=int, default=1, help="of one model's process")
     parser.add_argument("--cache", type=Path, default=Path("outputs/coverage"), help="folder of the JSON files")

@@ -13,7 +13,7 @@ import evolvenet
 
 LAYERS: dict[int, set[str]] = {
     # tensors only
-    0: {"_torchvision", "errors", "index_map", "spectrum"},
+    0: {"_torchvision", "errors", "index_map", "ranks", "spectrum"},
     # modules, no training
     1: {
         "components",

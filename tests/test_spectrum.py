@@ -14,6 +14,8 @@ from evolvenet.spectrum import (
     energy_shares,
     joint_spectrum,
     matricize,
+    output_values,
+    residual_operator,
     singular_values,
     stable_rank,
     units_for_energy,
@@ -176,3 +178,49 @@ def test_broken_weights_are_refused_by_name(bad: float) -> None:
 def test_what_has_no_spectrum_is_refused(call, text: str) -> None:
     with pytest.raises(SpectrumError, match=text):
         call()
+
+
+@given(rows=SIZES, columns=SIZES, samples=st.integers(1, 40), seed=st.integers(0, 999))
+def test_output_values_are_those_of_the_outputs(rows: int, columns: int, samples: int, seed: int) -> None:
+    made = np.random.default_rng(seed)
+    weight, inputs = made.standard_normal((rows, columns)), made.standard_normal((samples, columns))
+    expected = np.zeros(rows)
+    found = np.linalg.svd(weight @ inputs.T / math.sqrt(samples), compute_uv=False)
+    expected[: len(found)] = found
+    moment = torch.from_numpy(inputs.T @ inputs / samples)
+    got = output_values(torch.from_numpy(weight), moment)
+    np.testing.assert_allclose(got, expected, rtol=1e-6, atol=1e-7 * max(expected))
+
+
+@pytest.mark.parametrize("extents", [(), (3,), (3, 5), (1, 3, 3)], ids=str)
+@pytest.mark.parametrize("seconds", [1, 3])
+def test_the_residual_operator_does_what_the_block_does(extents: tuple[int, ...], seconds: int) -> None:
+    torch.manual_seed(0)
+    second = tuple(seconds for _ in extents)
+    first_weight = torch.randn(4, 3, *extents, dtype=torch.float64)
+    second_weight = torch.randn(3, 4, *second, dtype=torch.float64)
+    x = torch.randn(2, 3, *[11 for _ in extents], dtype=torch.float64)
+    whole = residual_operator(first_weight, second_weight)
+    if not extents:
+        torch.testing.assert_close(x @ whole.T, x + x @ first_weight.T @ second_weight.T)
+        return
+    convolve = (torch.conv1d, torch.conv2d, torch.conv3d)[len(extents) - 1]
+    block = x + convolve(
+        convolve(x, first_weight, padding=[k // 2 for k in extents]), second_weight, padding=[k // 2 for k in second]
+    )
+    at_once = convolve(x, whole, padding=[k // 2 for k in whole.shape[2:]])
+    inner = (..., *[slice(4, -4) for _ in extents])  # at the borders the block pads twice
+    torch.testing.assert_close(at_once[inner], block[inner])
+
+
+@pytest.mark.parametrize(("first", "second"), [((4, 3), (5, 4)), ((4, 3, 2, 2), (3, 4, 3, 3)), ((4, 3), (3, 4, 1, 1))])
+def test_blocks_without_an_identity_are_refused(first: tuple[int, ...], second: tuple[int, ...]) -> None:
+    with pytest.raises(SpectrumError, match="odd extents"):
+        residual_operator(torch.zeros(first), torch.zeros(second))
+
+
+def test_output_values_refuse_what_does_not_fit() -> None:
+    with pytest.raises(SpectrumError, match=r"\(2, 3\) and \(2, 2\)"):
+        output_values(torch.zeros(2, 3), torch.zeros(2, 2))
+    with pytest.raises(SpectrumError, match="moment"):
+        output_values(torch.zeros(2, 2), torch.full((2, 2), float("nan")))
