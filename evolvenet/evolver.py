@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from evolvenet.compensate import compensate
 from evolvenet.cost import macs, parameters
 from evolvenet.errors import EvolveNetError, TraceError
 from evolvenet.grow import plan_growth
@@ -148,6 +149,7 @@ class Evolver:
         up = {name: proposal for name, proposal in proposals.items() if proposal.size > sizes[name]}
         if down:
             surgery = plan_prune(self.model, self.graph, _sizes(down), statistics)
+            surgery = compensate(self.model, self.graph, surgery, list(self._batches))
             changes.extend(self._commit(surgery, down))
         if up:
             generator = torch.Generator().manual_seed(self._seed + self._events)

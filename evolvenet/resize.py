@@ -6,9 +6,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from evolvenet.compensate import compensate
 from evolvenet.graph import WidthGraph
 from evolvenet.grow import plan_growth
 from evolvenet.index_map import IndexMap
@@ -68,8 +69,11 @@ def prune(
     Raises:
         ResizeError, OptimizerStateError: as `resize`.
     """
-    statistics = None if batches is None else collect(model, graph, batches)
-    return commit(model, plan_prune(model, graph, sizes, statistics), optimizers)
+    if batches is None:
+        return commit(model, plan_prune(model, graph, sizes), optimizers)
+    batches = batches if isinstance(batches, Tensor) else list(batches)
+    surgery = plan_prune(model, graph, sizes, collect(model, graph, batches))
+    return commit(model, compensate(model, graph, surgery, batches), optimizers)
 
 
 def grow(

@@ -32,7 +32,7 @@ LAYERS: dict[int, set[str]] = {
         "weight_rules",
     },
     # decisions, no trainer
-    2: {"grow", "measure", "policy", "prune", "statistics"},
+    2: {"compensate", "grow", "measure", "policy", "prune", "statistics"},
     # state
     3: {"evolver", "optim", "record", "resize"},
     # edges
