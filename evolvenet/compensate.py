@@ -231,10 +231,10 @@ class _Fit:
         kept = self.change.axes.get(0) if self.change else None
         wanted = self.goal.outputs if kept is None else self.goal.outputs[:, list(kept.indices)]
         made = fit_reader(
-            inputs.double(),
-            wanted.double(),
-            weight.detach().double().flatten(1),
-            None if bias is None else bias.detach().double(),
+            _exact(inputs),
+            _exact(wanted),
+            _exact(weight.detach()).flatten(1),
+            None if bias is None else _exact(bias.detach()),
             self.goal.places.sample % 2 == 1,
         )
         if made is None:
@@ -246,6 +246,11 @@ class _Fit:
             if bias is not None:
                 bias.copy_(made[1])
                 self.fitted[f"{prefix}bias"] = bias.detach().clone()
+
+
+def _exact(tensor: Tensor) -> Tensor:
+    """In float64; on the CPU where the device has none (MPS)."""
+    return tensor.to("cpu", torch.float64) if tensor.device.type == "mps" else tensor.double()
 
 
 def fit_reader(
@@ -273,7 +278,7 @@ def fit_reader(
     >>> weight.round(decimals=2).tolist(), round(bias.item(), 2)
     ([[1.0, 2.0, 3.0]], 4.0)
     """
-    start = torch.zeros(len(weight), dtype=weight.dtype) if bias is None else bias
+    start = weight.new_zeros(len(weight)) if bias is None else bias
     missing = wanted - inputs @ weight.T - start
     if not bool(missing.isfinite().all()) or not bool((~odd).any()) or not bool(odd.any()):
         return None
