@@ -151,7 +151,7 @@ def _write(options: argparse.Namespace) -> None:
                 if "wall_seconds" in found:
                     records[name, part] = found
     limits = {OURS: options.limit, PEER: options.peer_limit}
-    write_table(options.table, list(subjects()), records, limits, state())
+    write_table(options.table, list(subjects()), records, limits, options.memory, state())
 
 
 if __name__ == "__main__":

@@ -37,7 +37,9 @@ EXPLANATION = """Each model has random weights and runs in a process of its own.
 """
 
 
-def write_table(path: Path, names: Sequence[str], records: Records, limits: Mapping[str, float], state: str) -> None:
+def write_table(
+    path: Path, names: Sequence[str], records: Records, limits: Mapping[str, float], memory: float, state: str
+) -> None:
     """Write the whole file.
 
     Args:
@@ -45,14 +47,15 @@ def write_table(path: Path, names: Sequence[str], records: Records, limits: Mapp
         names: every model, "library/name", in order.
         records: what was found.
         limits: seconds that a model had, by part.
+        memory: gigabytes of address space that a model had.
         state: fingerprint of the package as it is now.
     """
     old = [name for name, part in records if part == OURS and records[name, part]["state"] != state]
     lines = [
         "# Which models can be traced, pruned and grown",
         "",
-        f"Written by `make coverage` {machine_line()}. "
-        f"Time limits: {limits[OURS]:.0f} s a model, {limits[PEER]:.0f} s for Torch-Pruning.",
+        f"Written by `make coverage` {machine_line()}, with the package in state {state} (`experiments.coverage.state()`). "
+        f"Limits: {limits[OURS]:.0f} s a model, {limits[PEER]:.0f} s for Torch-Pruning, {memory:.0f} GB of address space.",
         "",
     ]
     if old:
