@@ -184,11 +184,22 @@ class IndexMap:
             raise IndexMapError(
                 f"IndexMap.apply: expected axis {dim} to have {self.size} entries, got a tensor of shape {tuple(tensor.shape)}."
             )
+        if tensor.is_meta:
+            # A trial needs the shape alone, and index ops on tensors without data are a third of what it costs.
+            out = tensor.new_empty(
+                [self.new_size if d == dim % tensor.dim() else n for d, n in enumerate(tensor.shape)]
+            )
+            return _laid_out_as(tensor, out)
         index = self.tensor(tensor.device)
         out = tensor.index_select(dim, index.clamp(min=0))
         if self.newborns:
             out.index_fill_(dim, torch.tensor(self.newborns, device=tensor.device), newborn)
-        last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(tensor.dim())
-        if last is not None and not tensor.is_contiguous() and tensor.is_contiguous(memory_format=last):
-            out = out.contiguous(memory_format=last)
-        return out
+        return _laid_out_as(tensor, out)
+
+
+def _laid_out_as(tensor: Tensor, out: Tensor) -> Tensor:
+    """`out` in the memory format of `tensor`."""
+    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(tensor.dim())
+    if last is not None and not tensor.is_contiguous() and tensor.is_contiguous(memory_format=last):
+        return out.contiguous(memory_format=last)
+    return out

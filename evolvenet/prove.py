@@ -67,8 +67,9 @@ def prove(model: nn.Module, ledger: Ledger, device: str | None, runs: Sequence[R
 
 def _mended(proof: Proof) -> tuple[Built, bool]:
     """The graph after trials and remedies, with what nothing helps frozen; and whether any width failed at first."""
-    accepted = pieces_of_one_split(proof.build([]), proof.ledger)
-    built = proof.build(accepted)
+    built = proof.build([])
+    accepted = pieces_of_one_split(built, proof.ledger)
+    built = proof.build(accepted) if accepted else built
     failed = proof.failures(built, [width.name for width in built.graph.resizable])
     reasons = {built.anchors[name]: reason for name, reason in failed.items()}
     for remedy in REMEDIES:
@@ -270,15 +271,19 @@ def _disagreement(predicted: np.ndarray, again: Ledger) -> str | None:
 
     What the graph holds for one unit may be several in the re-trace (units were joined on purpose), never the reverse.
     """
-    component = again.components()
-    owner: dict[int, tuple[int, int]] = {}
-    for axis in again.axes:
-        places = slice(axis.start, axis.start + axis.size)
-        units = map(tuple, predicted[places].tolist())
-        for unit, found in zip(units, component[places].tolist(), strict=True):
-            if unit[0] >= 0 and owner.setdefault(found, unit) != unit:
-                return f"axis {axis.dim} of {axis.tensor}"
-    return None
+    known = predicted[:, 0] >= 0
+    found, units = again.components()[: len(predicted)][known], predicted[known]
+    if not len(found):
+        return None
+    code = units[:, 0] * (units[:, 1].max() + 1) + units[:, 1]
+    owner = np.full(found.max() + 1, -1)
+    # Backwards, so that the first one that shows a component owns it.
+    owner[found[::-1]] = code[::-1]
+    wrong = np.flatnonzero(known)[owner[found] != code]
+    if not len(wrong):
+        return None
+    axis = next(axis for axis in again.axes if axis.start <= wrong[0] < axis.start + axis.size)
+    return f"axis {axis.dim} of {axis.tensor}"
 
 
 def _torn_heads(graph: WidthGraph, predicted: np.ndarray, again: Ledger, joined: frozenset[str]) -> str | None:
