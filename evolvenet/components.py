@@ -121,22 +121,35 @@ def _groups(ledger: Ledger, component: np.ndarray) -> list[Group]:
     """Components with equal counts on equal axes and equal notes, in order of their first id."""
     frozen, mixed = (_notes(book, component) for book in (ledger.frozen, ledger.mixed))
     whole = {int(c) for labels in ledger.whole_groups for c in component[labels.reshape(-1).numpy()]}
-    shows: dict[int, list[tuple[int, int]]] = defaultdict(list)
-    for number, axis in enumerate(ledger.axes):
-        members, counts = np.unique(component[axis.start : axis.start + axis.size], return_counts=True)
-        for member, count in zip(members.tolist(), counts.tolist(), strict=True):
-            shows[member].append((number, count))
-        if axis.tensor not in ledger.order:
-            for member in members.tolist():
-                frozen.setdefault(member, "never ran on the example inputs")
+    shows = _shows(ledger, component, frozen)
     _, first = np.unique(component, return_index=True)
-    together: dict[tuple[object, str | None, str | None, bool], list[int]] = defaultdict(list)
+    together: dict[tuple[bytes, str | None, str | None, bool], list[int]] = defaultdict(list)
     for member in sorted(shows, key=lambda m: first[m]):
-        together[tuple(shows[member]), frozen.get(member), mixed.get(member), member in whole].append(member)
+        together[shows[member], frozen.get(member), mixed.get(member), member in whole].append(member)
     return [
         Group(tuple(members), int(first[members[0]]), frozen=key[1], mixed=key[2], smallest=2 if key[3] else 1)
         for key, members in together.items()
     ]
+
+
+def _shows(ledger: Ledger, component: np.ndarray, frozen: dict[int, str]) -> dict[int, bytes]:
+    """For every component that a tensor holds, on which axes it shows how often, in a form that compares."""
+    rows = []
+    for number, axis in enumerate(ledger.axes):
+        members, counts = np.unique(component[axis.start : axis.start + axis.size], return_counts=True)
+        rows.append(np.stack([members, np.full_like(members, number), counts], axis=1))
+        if axis.tensor not in ledger.order:
+            for member in members.tolist():
+                frozen.setdefault(member, "never ran on the example inputs")
+    table = np.concatenate(rows) if rows else np.zeros((0, 3), np.int64)
+    table = table[np.argsort(table[:, 0], kind="stable")]
+    members, starts = np.unique(table[:, 0], return_index=True)
+    entries = np.ascontiguousarray(table[:, 1:])
+    stops = [*starts[1:].tolist(), len(table)]
+    return {
+        member: entries[start:stop].tobytes()
+        for member, start, stop in zip(members.tolist(), starts.tolist(), stops, strict=True)
+    }
 
 
 def _notes(book: Sequence[tuple[Tensor, str]], component: np.ndarray) -> dict[int, str]:

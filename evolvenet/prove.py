@@ -50,13 +50,11 @@ def prove(model: nn.Module, ledger: Ledger, device: str | None, runs: Sequence[R
             the last word: if it fails where the others did not, all is proved anew with it alone.
     """
     for careful in (False, True):
-        proof = Proof(model, ledger, device, runs[0], careful)
-        built, failed = _mended(proof)
+        proof = Proof(model, ledger, device, runs[0], runs[-1], careful)
+        built, at_once, failed = _mended(proof)
         names = [width.name for width in built.graph.resizable]
-        if not failed and len(runs) == 1:
-            return built.graph
         # All of them together, up and down, under labels: this is what proves them, whatever was looked at before.
-        if replace(proof, rerun=runs[-1]).trial(built, names, (0, 1) if failed else (0,)) is None:
+        if at_once or proof.whole(built, names) is None:
             return built.graph
         if not failed:
             break
@@ -65,12 +63,19 @@ def prove(model: nn.Module, ledger: Ledger, device: str | None, runs: Sequence[R
     return _frozen(built.graph, proof.failures(built, names))
 
 
-def _mended(proof: Proof) -> tuple[Built, bool]:
-    """The graph after trials and remedies, with what nothing helps frozen; and whether any width failed at first."""
+def _mended(proof: Proof) -> tuple[Built, bool, bool]:
+    """The graph after trials and remedies, with what nothing helps frozen.
+
+    Returns:
+        The graph, whether all of it survived at once, and whether any width failed.
+    """
     built = proof.build([])
     accepted = pieces_of_one_split(built, proof.ledger)
     built = proof.build(accepted) if accepted else built
-    failed = proof.failures(built, [width.name for width in built.graph.resizable])
+    names = [width.name for width in built.graph.resizable]
+    if proof.whole(built, names) is None:
+        return built, True, False
+    failed = proof.failures(built, names)
     reasons = {built.anchors[name]: reason for name, reason in failed.items()}
     for remedy in REMEDIES:
         if not reasons:
@@ -84,7 +89,7 @@ def _mended(proof: Proof) -> tuple[Built, bool]:
                 for anchor in proposal.anchors:
                     reasons.pop(anchor, None)
     graph = _frozen(built.graph, {name: reasons[a] for name, a in built.anchors.items() if a in reasons})
-    return replace(built, graph=graph), bool(failed)
+    return replace(built, graph=graph), False, bool(failed)
 
 
 def _frozen(graph: WidthGraph, reasons: Mapping[str, str]) -> WidthGraph:
@@ -103,7 +108,8 @@ class Proof:
         model: the model, in a sandbox at every trial.
         ledger: what its run has shown.
         device: where its shadows live.
-        rerun: how to run it again.
+        rerun: how to run it again, the quickest way.
+        all_of_it: how to run all of it again, the parts too that run in train mode alone.
         careful: whether every part of a search is run under labels, not for its shapes alone.
     """
 
@@ -111,6 +117,7 @@ class Proof:
     ledger: Ledger
     device: str | None
     rerun: Rerun
+    all_of_it: Rerun
     careful: bool = True
     trials: int = field(default=0)
 
@@ -141,6 +148,11 @@ class Proof:
 
         failed = self._sieve(_classes(proposals, lambda proposal: (proposal.key, proposal.kind)), attempt)
         return [proposal for k, proposal in enumerate(proposals) if k not in failed]
+
+    def whole(self, built: Built, names: Sequence[str]) -> str | None:
+        """All widths together, up and down, and once in everything that the model runs; None if all is well."""
+        everything = replace(self, rerun=self.all_of_it)
+        return everything.trial(built, names, (0,)) or self.trial(built, names, (1,))
 
     def failures(self, built: Built, names: Sequence[str]) -> dict[str, str]:
         """Names of the widths that fail, with the reason; alike widths are tried together."""
