@@ -205,17 +205,14 @@ class WidthGraph:
         """
         checked = self.check(maps)
         found: dict[str, dict[int, IndexMap]] = {}
+        # Most axes of a deep model are laid out alike.
+        made: dict[tuple[Segment, ...], IndexMap] = {}
         for name, axes in self.layouts.items():
             for dim, segments in axes.items():
                 if any(part.width in checked for part in segments):
-                    found.setdefault(name, {})[dim] = IndexMap.concat(
-                        [
-                            checked[part.width].repeat(part.repeat)
-                            if part.width in checked
-                            else IndexMap.identity(part.length)
-                            for part in segments
-                        ]
-                    )
+                    if segments not in made:
+                        made[segments] = IndexMap.concat([_part_map(part, checked) for part in segments])
+                    found.setdefault(name, {})[dim] = made[segments]
         return found
 
     def resized(self, maps: Mapping[str, IndexMap]) -> WidthGraph:
@@ -312,6 +309,11 @@ class WidthGraph:
         ]
         lines.append(f"coverage {self.coverage:.1%} of {self.parameters:,} parameters")
         return "\n".join(line.rstrip() for line in lines)
+
+
+def _part_map(part: Segment, maps: Mapping[str, IndexMap]) -> IndexMap:
+    index_map = None if part.width is None else maps.get(part.width)
+    return IndexMap.identity(part.length) if index_map is None else index_map.repeat(part.repeat)
 
 
 def _roles(width: Width) -> str:
