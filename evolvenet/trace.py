@@ -118,6 +118,7 @@ def _run(model: nn.Module, example_inputs: Any, device: str | None, training: bo
     inputs = tree_map_only(Tensor, lambda t: t.detach().clone(), example_inputs) if device is None else example_inputs
     args, kwargs = arguments(inputs, device)
     model.train(training)
+    mode.names = {id(module): name for name, module in model.named_modules()}
     try:
         with quiet_run(mode):
             return model(*args, **kwargs)
@@ -178,6 +179,7 @@ class PlainMode(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.path: list[str] = []
+        self.names: dict[int, str] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the op."""
@@ -188,10 +190,11 @@ class PlainMode(TorchDispatchMode):
 
     @contextmanager
     def follow_modules(self) -> Iterator[None]:
-        """Keep the type of the module that is running, for reasons that a person reads."""
+        """Keep the path and type of the module that is running, for reasons that a person reads."""
 
         def enter(module: nn.Module, inputs: Any) -> None:
-            self.path.append(type(module).__name__)
+            name = self.names.get(id(module))
+            self.path.append(f"{name} ({type(module).__name__})" if name else type(module).__name__)
 
         def leave(module: nn.Module, inputs: Any, output: Any) -> None:
             self.path.pop()
