@@ -7,7 +7,7 @@ forward pass of the uncut model that remembers outputs, one of the cut model tha
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import singledispatch
@@ -15,16 +15,21 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from evolvenet.graph import CONSUMES, WidthGraph
-from evolvenet.inputs import arguments
+from evolvenet.components import named_tensors
+from evolvenet.graph import WidthGraph
+from evolvenet.inputs import arguments, first_samples
+from evolvenet.prune import is_own
 from evolvenet.sandbox import sandbox
-from evolvenet.statistics import quiet
+from evolvenet.statistics import channel_axis, evenly, quiet
 from evolvenet.surgery import Surgery, TensorChange, compile_surgery, install
 
 SAMPLES = 1024
 """Most samples of the batches that are used; a thousand images were enough on MNIST."""
+
+ENTRIES = 8_000_000
+"""Most entries of the inputs that are used: all run in one pass, and a thousand photographs would not fit in memory."""
 
 ROWS = 8192
 """Most places (samples × positions) that one reader is fitted on."""
@@ -47,12 +52,9 @@ class Places:
 
     @classmethod
     def spread(cls, samples: int, positions: int) -> Places:
-        """At most `ROWS` rows: as many places of every sample, random ones where not all fit; always the same."""
-        each = max(1, min(positions, ROWS // samples))
-        made = torch.Generator().manual_seed(0)
-        chosen = torch.rand(samples, positions, generator=made).argsort(1)[:, :each] if each < positions else None
-        position = torch.arange(positions).expand(samples, -1) if chosen is None else chosen
-        return cls(torch.arange(samples).repeat_interleave(each), position.reshape(-1))
+        """At most `ROWS` places, evenly over all samples and positions; always the same."""
+        row = evenly(samples * positions, ROWS)
+        return cls(row // positions, row % positions)
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,22 +105,20 @@ def _(module: nn.Conv1d | nn.Conv2d | nn.Conv3d, x: Tensor, places: Places) -> T
     return patches.movedim(1, 1 + space)[(places.sample, *at)].flatten(1)
 
 
-@singledispatch
 def outputs_first(module: nn.Module, y: Tensor) -> Tensor:
-    """The module's output as `[samples, positions, out]`."""
-    return y.movedim(1, -1).flatten(1, -2)
-
-
-@outputs_first.register
-def _(module: nn.Linear, y: Tensor) -> Tensor:
-    return y.flatten(1, -2) if y.dim() > 2 else y[:, None]
+    """The output of a module that `reads` knows as `[samples, positions, out]`."""
+    axis = channel_axis(module)
+    assert axis is not None, f"{type(module).__name__} has no channel axis"
+    last = y.movedim(axis, -1)
+    return last.flatten(1, -2) if last.dim() > 2 else last[:, None]
 
 
 def compensate(model: nn.Module, graph: WidthGraph, surgery: Surgery, batches: Iterable[Any]) -> Surgery:
     """The surgery with every reader of a cut width fitted to its original outputs. Nothing is changed yet.
 
     Dense and ungrouped convolution layers that run once in a forward pass and whose weight no other module uses; their
-    weights are fitted by ridge least squares towards what the surgery holds, the bias takes the mean. One half of the
+    weights are fitted by ridge least squares towards what the surgery holds, the bias takes the mean. What it holds is
+    the fit of `plan_prune`, exact where units depend on each other, and all that other readers get. One half of the
     samples chooses the ridge that was fitted on the other half; a reader for which none beats the weights as they are
     keeps them.
 
@@ -126,7 +126,7 @@ def compensate(model: nn.Module, graph: WidthGraph, surgery: Surgery, batches: I
         model: the model, uncut.
         graph: its widths.
         surgery: what is going to be done to it.
-        batches: inputs of the model; at most `SAMPLES` samples of them are used, in one pass.
+        batches: inputs of the model; at most `SAMPLES` samples and `ENTRIES` entries of them are used, in one pass.
 
     Returns:
         The surgery with other values for the readers' weights and biases.
@@ -153,14 +153,14 @@ def compensate(model: nn.Module, graph: WidthGraph, surgery: Surgery, batches: I
     fitted: dict[str, Tensor] = {}
     by_name = {change.name: change for change in surgery.changes}
     with sandbox(model, None):
-        bare = compile_surgery(model, graph, surgery.maps)
-        shadows = dict(model.named_parameters())
-        install(model, replace(bare, changes=tuple(_as_planned(change, by_name) for change in bare.changes)))
-        for name in by_name.keys() - {change.name for change in bare.changes}:
-            shadows[name].data = by_name[name].value.clone()
+        install(model, compile_surgery(model, graph, surgery.maps))
+        shadows, _, _ = named_tensors(model)
+        with torch.no_grad():
+            for name, change in by_name.items():
+                shadows[name].copy_(change.value)
         with quiet(model), ExitStack() as hooks:
             for path in remembered:
-                fit = _Fit(path, remembered[path], by_name.get(f"{path}.weight"), fitted)
+                fit = _Fit(path, remembered[path], by_name.get(_inside(path, "weight")), fitted)
                 hook = model.get_submodule(path).register_forward_pre_hook(fit, with_kwargs=True)
                 hooks.callback(hook.remove)
             model(*args, **kwargs)
@@ -171,23 +171,23 @@ def compensate(model: nn.Module, graph: WidthGraph, surgery: Surgery, batches: I
     return replace(surgery, changes=tuple(by_name.values()))
 
 
-def _as_planned(change: TensorChange, planned: Mapping[str, TensorChange]) -> TensorChange:
-    # A copy: what a shadow holds is fitted in place.
-    return replace(change, value=planned[change.name].value.clone()) if change.name in planned else change
-
-
 def _readers(model: nn.Module, graph: WidthGraph, surgery: Surgery) -> list[str]:
-    """Paths of the modules that read a cut width and can be fitted."""
-    cut = {name for name, index_map in surgery.maps.items() if index_map.removed}
-    shared = set(graph.aliases.values())
-    found = dict.fromkeys(
-        tie.module
-        for name in cut
-        for tie in graph.widths[name].ties
-        if tie.role == CONSUMES and tie.dim == 1 and tie.tensor.endswith("weight") and tie.tensor not in shared
-    )
-    known = reads.dispatch(object)
-    return [path for path in found if reads.dispatch(type(model.get_submodule(path))) is not known]
+    """Paths of the modules that read a cut width and can be fitted: nobody else uses their weight and bias."""
+    ties = [
+        tie for name, index_map in surgery.maps.items() if index_map.removed for tie in graph.widths[name].consumers
+    ]
+    found = []
+    for path in dict.fromkeys(tie.module for tie in ties):
+        module = model.get_submodule(path)
+        known = reads.dispatch(type(module)) is not reads.dispatch(object)
+        held = [_inside(path, name) for name, tensor in module._parameters.items() if tensor is not None]
+        if known and {"weight"} <= module._parameters.keys() <= {"weight", "bias"}:
+            found += [path] if all(is_own(graph, name) for name in held) else []
+    return found
+
+
+def _inside(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name
 
 
 def _remember(model: nn.Module, readers: list[str], args: Any, kwargs: Any) -> dict[str, Remembered]:
@@ -239,13 +239,12 @@ class _Fit:
         )
         if made is None:
             return
-        prefix = f"{self.path}." if self.path else ""
         with torch.no_grad():
             weight.copy_(made[0].reshape(weight.shape))
-            self.fitted[f"{prefix}weight"] = weight.detach().clone()
+            self.fitted[_inside(self.path, "weight")] = weight.detach().clone()
             if bias is not None:
                 bias.copy_(made[1])
-                self.fitted[f"{prefix}bias"] = bias.detach().clone()
+                self.fitted[_inside(self.path, "bias")] = bias.detach().clone()
 
 
 def _exact(tensor: Tensor) -> Tensor:
@@ -347,7 +346,7 @@ class _Sums:
 
 
 def _joined(batches: Iterable[Any]) -> Any:
-    """The batches as one, at most `SAMPLES` samples; the first alone where their leaves cannot be put together."""
+    """The batches as one, or the first alone where their leaves cannot be put together; no more than is to be used."""
     made = list(batches)
     if not made:
         return None
@@ -360,6 +359,13 @@ def _joined(batches: Iterable[Any]) -> Any:
     )
     shapes = [[leaf.shape[1:] for leaf in each] for each in leaves] if alike else []
     if not alike or any(shape != shapes[0] for shape in shapes):
-        return made[0]
-    whole = tree_unflatten([torch.cat(parts) for parts in zip(*leaves, strict=True)], flat[0][1])
-    return tree_map(lambda leaf: leaf[:SAMPLES], whole)
+        return _few(made[0])
+    return _few(tree_unflatten([torch.cat(parts) for parts in zip(*leaves, strict=True)], flat[0][1]))
+
+
+def _few(batch: Any) -> Any:
+    """As many samples as fit the limits."""
+    sizes = [
+        leaf[0].numel() for leaf in tree_flatten(batch)[0] if isinstance(leaf, Tensor) and leaf.dim() and len(leaf)
+    ]
+    return first_samples(batch, max(2, min(SAMPLES, ENTRIES // max([1, *sizes]))))

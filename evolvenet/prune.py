@@ -138,7 +138,7 @@ def plan_prune(
     deltas: dict[str, Tensor] = {}
     for name, index_map in maps.items():
         for tie in graph.widths[name].consumers:
-            if tie in statistics and _is_own(graph, tie.tensor):
+            if tie in statistics and is_own(graph, tie.tensor):
                 for tensor, delta in _refit(model, graph, tie, index_map, statistics):
                     deltas[tensor] = deltas.get(tensor, 0) + delta
     return _with_deltas(model, surgery, deltas)
@@ -292,7 +292,7 @@ def _magnitude(model: nn.Module, graph: WidthGraph, width: Width) -> Tensor:
     return norm(width.producers) * norm(width.consumers)
 
 
-def _is_own(graph: WidthGraph, tensor: str) -> bool:
+def is_own(graph: WidthGraph, tensor: str) -> bool:
     """Whether no other module uses the tensor: a refit for one reader would be wrong for the other."""
     return tensor in graph.shapes and tensor not in graph.aliases.values()
 
@@ -301,7 +301,7 @@ def _bias(model: nn.Module, graph: WidthGraph, tie: Tie) -> str | None:
     """Name of the bias that can take the mean of what the consumer reads."""
     name = f"{tie.module}.bias" if tie.module else "bias"
     has = getattr(model.get_submodule(tie.module), "bias", None) is not None
-    return name if has and _is_own(graph, name) else None
+    return name if has and is_own(graph, name) else None
 
 
 def _refit(

@@ -253,7 +253,7 @@ class _Reader:
             return
         positions = lead[1:].numel()
         for tie, halves in self.ties.items():
-            row = _evenly(lead.numel(), max(1, CAP // tie.repeat)).to(last.device)
+            row = evenly(lead.numel(), max(1, CAP // tie.repeat)).to(last.device)
             features = last[torch.unravel_index(row, lead)] if lead else last[None]
             size = len(halves.moments[0].mean)
             part = features[:, tie.start : tie.start + size * tie.repeat].reshape(len(row), size, tie.repeat)
@@ -262,7 +262,7 @@ class _Reader:
                 halves.add(samples, (row // positions).repeat_interleave(tie.repeat), lead[0] if lead else 1)
 
 
-def _evenly(count: int, cap: int) -> Tensor:
+def evenly(count: int, cap: int) -> Tensor:
     """At most `cap` of `count` indices, one in each of equal parts, shifted so as not to fall in step with a grid."""
     if count <= cap:
         return torch.arange(count)

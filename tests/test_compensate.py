@@ -11,6 +11,7 @@ from states import State
 from torch import Tensor, nn
 
 import evolvenet
+from evolvenet import compensate as compensate_module
 from evolvenet.compensate import Places, compensate, fit_reader, outputs_first, reads
 from evolvenet.index_map import IndexMap
 from evolvenet.surgery import compile_surgery
@@ -150,15 +151,41 @@ class Twice(nn.Module):
         return self.c(self.b(self.b(self.a(x)).relu()))
 
 
+class Gated(nn.Linear):
+    """A dense layer with a weight of its own beside the usual one, which reads the same units."""
+
+    def __init__(self) -> None:
+        super().__init__(6, 2)
+        self.gate_weight = nn.Parameter(torch.randn(2, 6))
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input) * (input @ self.gate_weight.T).sigmoid()
+
+
+class SharedBias(nn.Module):
+    """Two readers with one bias: no fit of one of them may move it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(3, 6), nn.Linear(6, 2), nn.Linear(6, 2)
+        self.c.bias = self.b.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.a(x).relu()
+        return self.b(hidden) + self.c(hidden.square())
+
+
 @pytest.mark.parametrize(
     ("model", "batches"),
     [
+        (nn.Sequential(nn.Linear(3, 6), Gated()), [torch.randn(32, 3)]),
+        (SharedBias(), [torch.randn(32, 3)]),
         (Twice(), [torch.randn(32, 3)]),
         (nn.Sequential(nn.Linear(3, 6), nn.ReLU(), nn.Linear(6, 2)), [torch.randn(1, 3)]),
         (nn.Sequential(nn.Linear(3, 6), nn.ReLU(), nn.Linear(6, 2)), []),
         (nn.Sequential(nn.Linear(3, 6), nn.ReLU(), nn.Linear(6, 2)), [torch.full((8, 3), float("nan"))]),
     ],
-    ids=["runs twice", "one sample", "no batch", "NaN"],
+    ids=["a weight of its own", "a shared bias", "runs twice", "one sample", "no batch", "NaN"],
 )
 def test_without_a_fit_the_cut_is_bare(model: nn.Module, batches: list[Tensor]) -> None:
     graph = trace(model, torch.zeros(2, 3))
@@ -177,3 +204,17 @@ def test_batches_of_other_shapes_are_not_joined() -> None:
     expected = outputs(model, x)
     evolvenet.prune(model, graph, {"0": 5}, batches=[x, torch.randn(4, 2, 3, dtype=FLOAT)])
     assert distance(outputs(model, x), expected) < 1
+
+
+def test_large_samples_are_taken_in_small_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of them run in one pass, so what they hold is bounded and not only their number."""
+    seen: list[int] = []
+    model = nn.Sequential(nn.Linear(3, 6), nn.ReLU(), nn.Linear(6, 2))
+    graph = trace(model, torch.zeros(2, 3))
+    model.register_forward_pre_hook(lambda module, inputs: seen.append(len(inputs[0])))
+    surgery = compile_surgery(model, graph, {"0": IndexMap.keep([0, 2], size=6)})
+    for entries, samples in ((60, 20), (3, 2), (10**9, 50)):
+        monkeypatch.setattr(compensate_module, "ENTRIES", entries)
+        compensate(model, graph, surgery, [torch.randn(25, 3), torch.randn(25, 3)])
+        assert seen == [samples] * 2
+        seen.clear()

@@ -179,7 +179,7 @@ def test_many_positions_are_sampled_evenly_and_always_alike(monkeypatch: pytest.
 
 @given(st.integers(1, 5000), st.integers(1, 300))
 def test_sampled_indices_are_distinct_and_spread(count: int, cap: int) -> None:
-    chosen = module._evenly(count, cap)
+    chosen = module.evenly(count, cap)
     assert len(chosen) == min(count, cap)
     assert len(chosen.unique()) == len(chosen)
     assert 0 <= int(chosen.min()) <= int(chosen.max()) < count
@@ -188,7 +188,7 @@ def test_sampled_indices_are_distinct_and_spread(count: int, cap: int) -> None:
 
 
 def test_sampling_does_not_fall_in_step_with_the_grid() -> None:
-    columns = module._evenly(256 * 256, 4096) % 16
+    columns = module.evenly(256 * 256, 4096) % 16
     assert columns.bincount(minlength=16).min() > 4096 / 16 / 2
 
 
