@@ -11,6 +11,7 @@ import math
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import permutations
 
 import numpy as np
 import torch
@@ -164,10 +165,8 @@ class Ledger:
 
     def alike(self, layers: Sequence[Tensor]) -> None:
         """Axes of weights that are added to each other make units or read them alike."""
-        axes = {self._axis(int(layer.reshape(-1)[0])) for layer in layers} - {None}
-        self.equals += [
-            (one, two) for one in axes for two in axes if one is not None and two is not None and one != two
-        ]
+        axes = dict.fromkeys(self._axis(int(layer.reshape(-1)[0])) for layer in layers)
+        self.equals += permutations([axis for axis in axes if axis is not None], 2)
 
     def spread_roles(self) -> None:
         """Give the axes that are alike the role of the one that a use has shown."""
@@ -193,16 +192,16 @@ class Ledger:
         component = _connected(self.units, self.edges)
         held = np.concatenate([np.arange(axis.start, axis.start + axis.size) for axis in self.axes] or [[]]).astype(int)
         held = np.concatenate([held, *(labels.numpy() for labels, _ in (*self.frozen, *self.mixed))])
-        waiting = [pair for pair in self.rows if bool((pair[0] >= 0).all())]
-        joined = list(self.edges)
-        while waiting:
+        whole = [pair for pair in self.rows if bool((pair[0] >= 0).all())]
+        joined: list[tuple[Tensor, Tensor]] = []
+        # Each pass joins one pair or more that the passes before it made due, or is the last.
+        for _ in whole:
             real = set(component[held].tolist())
-            due = [pair for pair in waiting if not real.isdisjoint(component[pair[1].numpy()].tolist())]
-            if not due:
+            due = [pair for pair in whole if not real.isdisjoint(component[pair[1].numpy()].tolist())]
+            if len(due) == len(joined):
                 break
-            waiting = [pair for pair in waiting if not any(pair is each for each in due)]
-            joined += due
-            component = _connected(self.units, joined)
+            joined = due
+            component = _connected(self.units, [*self.edges, *joined])
         return component
 
 
@@ -281,11 +280,10 @@ def merge(ledger: Ledger, groups: Sequence[Sequence[Tensor]]) -> tuple[Tensor, .
     Layers that vary along a common dimension describe the same units and are united; the smaller one stays.
     """
     merged: list[Tensor] = []
-    every = [layer for layers in groups for layer in layers]
-    coarse = [layer for layer in every if ledger.stands_in(layer)]
-    for layer in (*(layer for layer in every if not any(layer is each for each in coarse)), *coarse):
+    # Stand-ins come last: they follow the finer layers that they stand in for.
+    for layer in sorted((layer for layers in groups for layer in layers), key=ledger.stands_in):
         axes = set(varying(layer))
-        finer = [other for other in merged if axes < set(varying(other))] if any(layer is c for c in coarse) else []
+        finer = [other for other in merged if axes < set(varying(other))] if ledger.stands_in(layer) else []
         if finer:
             for other in finer:
                 ledger.follow_rows(other, layer)

@@ -20,8 +20,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map_only
 from torch.utils.weak import WeakTensorKeyDictionary
 
-import evolvenet.axis_rules
-import evolvenet.weight_rules  # noqa: F401  the same
+import evolvenet.axis_rules  # registers its rules
+import evolvenet.weight_rules  # noqa: F401  registers its rules
 from evolvenet.components import named_tensors
 from evolvenet.errors import TraceError
 from evolvenet.graph import WidthGraph

@@ -1,0 +1,52 @@
+"""Small networks of every kind of structure, for the table in `cases`."""
+
+from __future__ import annotations
+
+from networks.convolutional import (
+    Block,
+    ConvNet,
+    DenseNet,
+    GroupNormNet,
+    MobileNet,
+    ResNet,
+    ResNeXt,
+    Sounds,
+    SqueezeExcite,
+    SuperResolution,
+    UNet,
+    Volumes,
+)
+from networks.dense import Gated, LayerNormMlp, Mlp, Reused
+from networks.sequences import Attention, BagOfWords, Recurrent, TiedLanguageModel, transformer
+from networks.unusual import Auxiliary, HardCoded, InPlace, Locked, OwnParameters, Peeking, TwoInputs
+
+__all__ = [
+    "Attention",
+    "Auxiliary",
+    "BagOfWords",
+    "Block",
+    "ConvNet",
+    "DenseNet",
+    "Gated",
+    "GroupNormNet",
+    "HardCoded",
+    "InPlace",
+    "LayerNormMlp",
+    "Locked",
+    "Mlp",
+    "MobileNet",
+    "OwnParameters",
+    "Peeking",
+    "Recurrent",
+    "ResNeXt",
+    "ResNet",
+    "Reused",
+    "Sounds",
+    "SqueezeExcite",
+    "SuperResolution",
+    "TiedLanguageModel",
+    "TwoInputs",
+    "UNet",
+    "Volumes",
+    "transformer",
+]
