@@ -4,7 +4,7 @@ VENV ?= .venv
 COMPARE ?= .venv-compare
 BIN := $(VENV)/bin
 
-.PHONY: train test install lint clean coverage bench-trace compare-install
+.PHONY: train test install lint clean coverage bench-trace compare compare-install
 
 install: $(VENV)/.installed
 
@@ -32,7 +32,7 @@ compare-install: $(COMPARE)/.installed
 $(COMPARE)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(COMPARE)
 	$(COMPARE)/bin/pip install --quiet 'torch>=2.8,<2.14'
-	$(COMPARE)/bin/pip install --quiet --editable '.[experiments,compare]'
+	$(COMPARE)/bin/pip install --quiet --editable '.[experiments,compare]' 'pytest>=8' 'hypothesis>=6.100'
 	touch $@
 
 # Resumes where it was stopped; hours for all models on 2 CPU cores.
@@ -41,6 +41,12 @@ coverage: compare-install
 
 bench-trace: compare-install
 	$(COMPARE)/bin/python -m experiments.bench_trace
+
+# MNIST and CIFAR-10 from $EVOLVENET_DATA, else ./data. Resumes where it was stopped; hours on 2 CPU cores.
+compare: compare-install
+	$(COMPARE)/bin/python -m pytest tests/compare_torch_pruning.py
+	$(COMPARE)/bin/python -m experiments.compare
+	$(COMPARE)/bin/python -m experiments.compare_growth
 
 clean:
 	rm -rf $(VENV) $(COMPARE) .pytest_cache .ruff_cache .hypothesis outputs multirun lightning_logs

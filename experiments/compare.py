@@ -160,7 +160,7 @@ def run(bench: Bench, seed: int, options: argparse.Namespace) -> Iterator[dict[s
             for name in options.methods:
                 method, path = METHODS[name], folder / f"{allocation}-{ratio}-{name}.json"
                 made_of = {"weights": trained["weights"], "state": options.state if method.ours else None}
-                if not _can(method, allocation) or _is_current(path, made_of, options):
+                if not can(method, allocation) or _is_current(path, made_of, options):
                     continue
                 case = Case(bench, seed, copied(model), graph, target, sizes)
                 found = {"allocation": allocation, "ratio": ratio, "method": name, **made_of}
@@ -169,7 +169,7 @@ def run(bench: Bench, seed: int, options: argparse.Namespace) -> Iterator[dict[s
                 yield found
 
 
-def _can(method: Method, allocation: str) -> bool:
+def can(method: Method, allocation: str) -> bool:
     """Whether what the method needs is installed."""
     if method.ours and allocation == OWN and not hasattr(evolvenet, "allocate"):
         print("ours with its own allocation is left out: there is no evolvenet.allocate", flush=True)

@@ -87,8 +87,13 @@ def random_scores(graph: WidthGraph, seed: int) -> dict[str, Tensor]:
 # Torch-Pruning
 
 
-def importance(kind: str) -> Any:
-    """Torch-Pruning's measure of units: "l2" (Fang et al. 2023, group L2 norm) or "bn" (Liu et al. 2017, BatchNorm's scale)."""
+def importance(kind: str | Any) -> Any:
+    """Torch-Pruning's measure of units: "l2" (group norm, Fang et al. 2023) or "bn" (BatchNorm's scale, Liu et al. 2017).
+
+    A measure of Torch-Pruning is taken as it is.
+    """
+    if not isinstance(kind, str):
+        return kind
     measures: Any = importlib.import_module("torch_pruning").importance
     return measures.GroupMagnitudeImportance(p=2) if kind == "l2" else measures.BNScaleImportance()
 
