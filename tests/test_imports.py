@@ -22,6 +22,7 @@ LAYERS: dict[int, set[str]] = {
         "inputs",
         "labels",
         "layers",
+        "operations",
         "prove",
         "remedies",
         "rules",
@@ -32,7 +33,7 @@ LAYERS: dict[int, set[str]] = {
         "weight_rules",
     },
     # decisions, no trainer
-    2: {"compensate", "grow", "measure", "policy", "prune", "statistics"},
+    2: {"blocks", "compensate", "grow", "measure", "policy", "prune", "statistics"},
     # state
     3: {"evolver", "optim", "record", "resize"},
     # edges
