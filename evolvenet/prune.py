@@ -13,7 +13,7 @@ from evolvenet.graph import Tie, Width, WidthGraph
 from evolvenet.index_map import IndexMap
 from evolvenet.measure import consumer_weighted, unit_rows
 from evolvenet.statistics import Moments, Statistics
-from evolvenet.surgery import Surgery, TensorChange, compile_surgery
+from evolvenet.surgery import Surgery, TensorChange, check_finite, compile_surgery
 
 RIDGES = (1e-10, 1e-7, 1e-5, 1e-3, 1e-1, float("inf"))
 """Ridges tried, relative to the mean energy of a kept unit; an infinite one leaves only the mean, in the bias."""
@@ -132,7 +132,7 @@ def plan_prune(
     {'0.weight': (3, 2), '2.weight': (2, 3)}
     """
     maps = {name: kept for name, kept in choose(model, graph, sizes, statistics).items() if not kept.is_identity}
-    surgery = compile_surgery(model, graph, maps)
+    surgery = check_finite(compile_surgery(model, graph, maps))
     if statistics is None:
         return surgery
     deltas: dict[str, Tensor] = {}
@@ -299,8 +299,10 @@ def is_own(graph: WidthGraph, tensor: str) -> bool:
 
 def _bias(model: nn.Module, graph: WidthGraph, tie: Tie) -> str | None:
     """Name of the bias that can take the mean of what the consumer reads."""
-    name = f"{tie.module}.bias" if tie.module else "bias"
-    has = getattr(model.get_submodule(tie.module), "bias", None) is not None
+    # "weight" has "bias" beside it, "in_proj_weight" has "in_proj_bias".
+    local = tie.tensor.rpartition(".")[2].replace("weight", "bias")
+    name = f"{tie.module}.{local}" if tie.module else local
+    has = getattr(model.get_submodule(tie.module), local, None) is not None
     return name if has and is_own(graph, name) else None
 
 
@@ -313,7 +315,7 @@ def _refit(
     length = index_map.size * tie.repeat
     # [size, repeat, rows, kernel places]: the same place of every unit stands in for the same place.
     reads = weight.narrow(tie.dim, tie.start, length).movedim(tie.dim, 0)
-    places = reads.reshape(index_map.size, tie.repeat, weight.shape[0], -1)
+    places = reads.reshape(index_map.size, tie.repeat, reads.shape[1], -1)
     columns = places[removed].flatten(1)
     bias = _bias(model, graph, tie)
     made = absorb(statistics.even[tie], statistics.odd[tie], kept, removed, columns @ columns.T, bias=bias is not None)

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import singledispatch
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from evolvenet.errors import SpectrumError, TraceError
-from evolvenet.graph import Tie, Width, WidthGraph
+from evolvenet.graph import Tie, WidthGraph
 from evolvenet.inputs import arguments
+from evolvenet.reads import Read, Reading, watched
 
-CAP = 16_384
+CAP = 8192
 """Most samples taken for one consumer from one batch; more positions are sampled evenly."""
 
 GOLDEN = 0.6180339887498949
@@ -109,36 +111,13 @@ class Statistics(Mapping[Tie, Moments]):
         return len(self.even)
 
 
-@singledispatch
-def channel_axis(module: nn.Module) -> int | None:
-    """The axis of the module's input, counted from the end, along which its weight's axis 1 reads; None if not known.
-
-    A consumer of a type that is not registered is left out of the statistics.
-
-    >>> channel_axis(nn.Conv2d(3, 8, 3)), channel_axis(nn.Conv2d(4, 8, 3, groups=2))
-    (-3, None)
-    """
-    return None
-
-
-@channel_axis.register
-def _(module: nn.Linear) -> int | None:
-    return -1
-
-
-@channel_axis.register(nn.Conv1d)
-@channel_axis.register(nn.Conv2d)
-@channel_axis.register(nn.Conv3d)
-def _(module: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> int | None:
-    return -1 - len(module.kernel_size) if module.groups == 1 else None
-
-
 def collect(model: nn.Module, graph: WidthGraph, batches: Iterable[Any]) -> Statistics:
     """Run the model on a few batches and gather the moments of what every consumer of a resizable width reads.
 
     Samples are those of the batch and all positions; a channel that a flatten spread over `repeat` places counts as
-    `repeat` samples. More than `CAP` of them in a batch are sampled evenly, always the same ones. The model runs in
-    eval mode without gradients; training flags, buffers and random states are afterwards as before.
+    `repeat` samples, and so does each group of a grouped convolution. More than `CAP` of them in a batch are sampled
+    evenly, always the same ones. The model runs in eval mode without gradients; training flags, buffers and random
+    states are afterwards as before. Even and odd samples are told apart by the first axis of the model's inputs.
 
     Args:
         model: the model of the graph.
@@ -146,10 +125,11 @@ def collect(model: nn.Module, graph: WidthGraph, batches: Iterable[Any]) -> Stat
         batches: what the model is called with: a tensor, a tuple or list of arguments, a dict of keyword arguments.
 
     Returns:
-        The moments of each consumer that is a dense or an ungrouped convolution layer and was run.
+        The moments of each consumer whose weight was multiplied with data in a dense product or a convolution, whatever
+        module it belongs to.
 
     Raises:
-        TraceError: if there is no batch.
+        TraceError: if there is no batch, or no sample in any.
         SpectrumError: if a consumer reads NaN or infinite values.
 
     >>> from evolvenet.trace import trace
@@ -160,18 +140,21 @@ def collect(model: nn.Module, graph: WidthGraph, batches: Iterable[Any]) -> Stat
     """
     if isinstance(batches, Tensor):
         raise TraceError("Batches: expected an iterable of model inputs, got one tensor. Wrap it in a list: [inputs].")
-    gathered = {tie: _Halves(width.size) for tie, width in _measured(model, graph)}
-    seen = 0
-    with quiet(model), ExitStack() as hooks:
-        for module, ties in _by_module(model, gathered).items():
-            hook = module.register_forward_pre_hook(_Reader(ties), with_kwargs=True)
-            hooks.callback(hook.remove)
+    gathered = {tie: _Halves(width.size) for width in graph.resizable for tie in width.consumers}
+    by_tensor: dict[str, dict[Tie, _Halves]] = {}
+    for tie, halves in gathered.items():
+        by_tensor.setdefault(tie.tensor, {})[tie] = halves
+    seen, ran = 0, False
+    with quiet(model):
         for batch in batches:
             args, kwargs = arguments(batch)
-            model(*args, **kwargs)
-            seen += 1
-    if not seen:
-        raise TraceError("Batches: expected at least one batch of model inputs, got none.")
+            with watched(Reading(model, before=partial(_gather, by_tensor, max(1, samples_in(batch)), seen))):
+                model(*args, **kwargs)
+            seen += samples_in(batch)
+            ran = True
+    if not ran or not seen:
+        got = "batches without a sample" if ran else "none"
+        raise TraceError(f"Batches: expected at least one batch of model inputs, got {got}.")
     run = {tie: halves for tie, halves in gathered.items() if halves.seen}
     for tie, halves in run.items():
         halves.check(tie)
@@ -213,18 +196,17 @@ def quiet(model: nn.Module) -> Iterator[None]:
 
 
 class _Halves:
-    """Growing moments of one tie: even samples, odd samples, and how many samples came before."""
+    """Growing moments of one tie: even samples and odd samples."""
 
     def __init__(self, size: int) -> None:
         self.moments = [Moments.empty(size), Moments.empty(size)]
-        self.seen = 0
+        self.seen = False
 
-    def add(self, rows: Tensor, sample: Tensor, samples: int) -> None:
-        """Add rows `[N, n]`; `sample` `[N]` says which of the batch's `samples` each belongs to."""
-        odd = (sample + self.seen) % 2 == 1
+    def add(self, rows: Tensor, odd: Tensor) -> None:
+        """Add rows `[N, n]`; `odd` `[N]` says which of them belong to odd samples."""
         for half, chosen in enumerate((~odd, odd)):
             self.moments[half] = self.moments[half].merge(Moments.of(rows[chosen]))
-        self.seen += samples
+        self.seen = True
 
     def check(self, tie: Tie) -> None:
         """Refuse NaN and infinite values."""
@@ -235,31 +217,28 @@ class _Halves:
             )
 
 
-class _Reader:
-    """The forward pre-hook of one consumer module: its input goes into the moments of all its ties."""
+def _gather(by_tensor: Mapping[str, Mapping[Tie, _Halves]], samples: int, before: int, read: Read) -> None:
+    """Add what a weight reads to the moments of all its ties; `before` samples came in earlier batches."""
+    for tie, halves in by_tensor.get(read.tensor, {}).items():
+        if tie.dim != read.axis or not read.places:
+            continue
+        row = evenly(read.places, max(1, CAP // (tie.repeat * read.groups))).to(read.inputs.device)
+        size = len(halves.moments[0].mean)
+        features = read.units(row).detach()
+        part = features[:, tie.start : tie.start + size * tie.repeat].reshape(len(features), size, tie.repeat)
+        odd = (row * samples // read.places + before) % 2 == 1
+        with torch.autocast(read.inputs.device.type, enabled=False):
+            halves.add(part.movedim(1, -1).reshape(-1, size), odd.repeat_interleave(read.groups * tie.repeat))
 
-    def __init__(self, ties: Mapping[Tie, _Halves]) -> None:
-        self.ties = ties
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        axis = channel_axis(module)
-        value: Any = args[0] if args else kwargs.get("input")
-        if axis is None or not isinstance(value, Tensor):
-            return
-        # movedim is a view: only the chosen rows are ever copied.
-        last = value.detach().movedim(axis, -1)
-        lead = last.shape[:-1]
-        if not lead.numel():
-            return
-        positions = lead[1:].numel()
-        for tie, halves in self.ties.items():
-            row = evenly(lead.numel(), max(1, CAP // tie.repeat)).to(last.device)
-            features = last[torch.unravel_index(row, lead)] if lead else last[None]
-            size = len(halves.moments[0].mean)
-            part = features[:, tie.start : tie.start + size * tie.repeat].reshape(len(row), size, tie.repeat)
-            samples = part.movedim(1, -1).reshape(-1, size)
-            with torch.autocast(value.device.type, enabled=False):
-                halves.add(samples, (row // positions).repeat_interleave(tie.repeat), lead[0] if lead else 1)
+def samples_in(batch: Any) -> int:
+    """Length of the first axis of the first tensor of a batch, 1 if there is none.
+
+    >>> samples_in({"x": torch.zeros(5, 3)})
+    5
+    """
+    lengths = [len(leaf) for leaf in tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.dim()]
+    return lengths[0] if lengths else 1
 
 
 def evenly(count: int, cap: int) -> Tensor:
@@ -269,18 +248,3 @@ def evenly(count: int, cap: int) -> Tensor:
     edges = torch.arange(cap + 1) * count // cap
     shift = (torch.arange(cap, dtype=torch.float64) * GOLDEN) % 1
     return edges[:-1] + (shift * edges.diff()).long()
-
-
-def _measured(model: nn.Module, graph: WidthGraph) -> Iterator[tuple[Tie, Width]]:
-    """The consumer ties that statistics can be gathered for, each with its width."""
-    for width in graph.resizable:
-        for tie in width.consumers:
-            if tie.dim == 1 and channel_axis(model.get_submodule(tie.module)) is not None:
-                yield tie, width
-
-
-def _by_module(model: nn.Module, gathered: Mapping[Tie, _Halves]) -> dict[nn.Module, dict[Tie, _Halves]]:
-    found: dict[nn.Module, dict[Tie, _Halves]] = {}
-    for tie, halves in gathered.items():
-        found.setdefault(model.get_submodule(tie.module), {})[tie] = halves
-    return found

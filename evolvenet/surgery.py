@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from evolvenet.components import named_tensors
-from evolvenet.errors import ResizeError
+from evolvenet.errors import ResizeError, SpectrumError
 from evolvenet.graph import WidthGraph
 from evolvenet.index_map import NEWBORN, IndexMap
 from evolvenet.layers import Shapes, attributes, newborn_value, refresh
@@ -146,6 +146,21 @@ def _scaled(value: Any, new: int, old: int) -> Any:
     if isinstance(value, tuple):
         return tuple(entry if entry == 1 else entry * new // old for entry in value)
     return value * new // old
+
+
+def check_finite(surgery: Surgery) -> Surgery:
+    """The surgery, after refusing tensors with NaN or infinite entries: what is made from them would spread.
+
+    Raises:
+        SpectrumError: naming the first of them.
+    """
+    for change in surgery.changes:
+        if not bool(change.tensor.isfinite().all()):
+            raise SpectrumError(
+                f"{change.name}: expected finite entries, got NaN or infinite ones. Training has diverged: lower the "
+                "learning rate, clip gradients, or load an earlier checkpoint. resize alone moves them as they are."
+            )
+    return surgery
 
 
 def install(model: nn.Module, surgery: Surgery) -> Callable[[], None]:

@@ -13,7 +13,7 @@ import evolvenet
 
 LAYERS: dict[int, set[str]] = {
     # tensors only
-    0: {"_torchvision", "errors", "index_map", "ranks", "spectrum"},
+    0: {"_torchvision", "errors", "index_map", "ranks", "ridge", "spectrum"},
     # modules, no training
     1: {
         "components",
@@ -24,8 +24,10 @@ LAYERS: dict[int, set[str]] = {
         "layers",
         "operations",
         "prove",
+        "reads",
         "remedies",
         "rules",
+        "sums",
         "sandbox",
         "surgery",
         "trace",
@@ -33,7 +35,19 @@ LAYERS: dict[int, set[str]] = {
         "weight_rules",
     },
     # decisions, no trainer
-    2: {"blocks", "compensate", "grow", "measure", "policy", "prune", "statistics"},
+    2: {
+        "blocks",
+        "bottleneck",
+        "compensate",
+        "gradients",
+        "grow",
+        "measure",
+        "newborns",
+        "nursery",
+        "policy",
+        "prune",
+        "statistics",
+    },
     # state
     3: {"evolver", "optim", "record", "resize"},
     # edges

@@ -116,10 +116,10 @@ def test_unmeasured_consumers_fall_back_to_the_weights() -> None:
         def __init__(self) -> None:
             super().__init__()
             self.make = nn.Conv2d(3, 6, 1)
-            self.read = nn.ConvTranspose2d(6, 4, 2)
+            self.read = nn.Parameter(torch.randn(4, 6))
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.read(self.make(x).relu())
+            return (2 * self.read) @ self.make(x).relu().flatten(2)
 
     model: Any = Last().double()
     graph = trace(model, images(2))

@@ -248,12 +248,10 @@ def test_autocast_around_it_does_not_reach_the_moments() -> None:
     model = mlp(3, 4, 2).float()
     x = torch.randn(64, 3)
     graph = trace(model, x)
-    (tie,) = collect(model, graph, [x])
+    (tie,) = plain = collect(model, graph, [x])
     with torch.autocast("cpu", dtype=torch.bfloat16):
         moments = collect(model, graph, [x])[tie]
-    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
-        read = model[:2](x)
-    torch.testing.assert_close(moments.second, slow_moments(read)[1], rtol=1e-5, atol=1e-6)
+    assert torch.equal(moments.second, plain[tie].second)
 
 
 def test_no_batch_and_a_bare_tensor_are_refused() -> None:
