@@ -23,6 +23,7 @@ LAYERS: dict[int, set[str]] = {
         "labels",
         "layers",
         "operations",
+        "places",
         "prove",
         "reads",
         "remedies",
