@@ -45,6 +45,7 @@ LAYERS: dict[int, set[str]] = {
         "measure",
         "newborns",
         "nursery",
+        "outputs",
         "policy",
         "prune",
         "statistics",
