@@ -79,11 +79,12 @@ def tasks() -> dict[str, Task]:
     cifar10 = Task(
         "cifar10",
         lambda root: Cifar10Data(root=root),
-        lambda: ResNet(3, 10, (32, 64, 128), (1, 1, 1), (1, 2, 2), stem_stride=1, hidden=64),
+        lambda: ResNet(3, 10, (32, 64, 128), (1, 2, 2), (1, 2, 2), stem_stride=1, hidden=64),
         ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
         epochs=12,
         seeds=(0,),
         augment=Augment(shift=3, flip=True),
+        batch=128,
     )
     digits = Task(
         "digits",
