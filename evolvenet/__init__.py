@@ -8,7 +8,8 @@ from evolvenet._torchvision import mend_torchvision
 
 mend_torchvision()
 
-from evolvenet.errors import (  # noqa: E402  torchvision must be mended before anything imports it
+from evolvenet.allocation import allocate  # noqa: E402  torchvision must be mended before anything imports it
+from evolvenet.errors import (  # noqa: E402
     EvolveNetError,
     IndexMapError,
     OptimizerStateError,
@@ -56,6 +57,7 @@ __all__ = [
     "WidthChange",
     "WidthEvolution",
     "WidthGraph",
+    "allocate",
     "grow",
     "load",
     "prune",

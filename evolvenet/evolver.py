@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from evolvenet.compensate import compensate
+from evolvenet.compensate import QUICK, compensate
 from evolvenet.cost import macs, parameters
 from evolvenet.errors import EvolveNetError, TraceError
 from evolvenet.grow import plan_growth
@@ -27,6 +27,10 @@ from evolvenet.surgery import Surgery
 from evolvenet.trace import trace
 
 _NEVER = 1_000_000
+PLACES = 2
+"""Fewest places (samples × positions) seen for each unit: fewer span fewer directions than there are units, and the
+rest would look as if they carried nothing. A width that saw fewer is left as it is."""
+
 log = logging.getLogger("evolvenet")
 
 
@@ -149,7 +153,7 @@ class Evolver:
         up = {name: proposal for name, proposal in proposals.items() if proposal.size > sizes[name]}
         if down:
             surgery = plan_prune(self.model, self.graph, _sizes(down), statistics)
-            surgery = compensate(self.model, self.graph, surgery, list(self._batches))
+            surgery = compensate(self.model, self.graph, surgery, list(self._batches), QUICK)
             changes.extend(self._commit(surgery, down))
         if up:
             generator = torch.Generator().manual_seed(self._seed + self._events)
@@ -164,14 +168,24 @@ class Evolver:
         return [WidthChange(name, before[name], after[name], each.reason) for name, each in proposals.items()]
 
     def _measures(self, statistics: Statistics) -> dict[str, Measure]:
-        found = {}
+        found, few = {}, {}
         for name, spectrum in measure(self.model, self.graph, statistics).items():
             width = self.graph.widths[name]
+            seen = [statistics.count(tie) for tie in width.consumers if tie in statistics]
+            if seen and max(seen) < PLACES * width.size:
+                few[name] = max(seen)
+                continue
             event, last = self._changed.get(name, (-_NEVER, 0))
             # Without a row of its own a newborn would stay dead, and where units mix it would change the function.
             growable = width.mixed is None and bool(width.producers)
             idle = self._events - event
             found[name] = Measure(name, width.size, width.step, tuple(spectrum.tolist()), idle, growable, last)
+        if few and not found:
+            raise TraceError(
+                f"Expected at least {PLACES} places (samples × positions) a unit to measure on, got "
+                + "; ".join(f"{count} for the {self.graph.widths[name].size} of {name}" for name, count in few.items())
+                + ". Observe more or larger batches, or raise calibration_batches."
+            )
         return found
 
     def _check_finite(self) -> None:

@@ -104,6 +104,10 @@ class Statistics(Mapping[Tie, Moments]):
     def __getitem__(self, tie: Tie) -> Moments:
         return self.even[tie].merge(self.odd[tie])
 
+    def count(self, tie: Tie) -> int:
+        """Number of samples of both halves."""
+        return self.even[tie].count + self.odd[tie].count
+
     def __iter__(self) -> Iterator[Tie]:
         return iter(self.even)
 

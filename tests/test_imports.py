@@ -37,6 +37,7 @@ LAYERS: dict[int, set[str]] = {
     },
     # decisions, no trainer
     2: {
+        "allocation",
         "blocks",
         "bottleneck",
         "compensate",
