@@ -8,25 +8,18 @@ output before its bias. So the outputs are gathered and not the inputs: `[out, o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.weak import WeakTensorKeyDictionary
 
-from evolvenet.components import named_tensors
 from evolvenet.errors import SpectrumError, TraceError
-from evolvenet.graph import Tie, WidthGraph
+from evolvenet.graph import Tie, Width, WidthGraph
 from evolvenet.inputs import arguments
-from evolvenet.statistics import CAP, Moments, evenly, quiet
-from evolvenet.trace import PlainMode, quiet_run
-
-Found = Callable[[Tensor], "tuple[str, bool] | None"]
-"""Name of the parameter that a tensor is, and whether it is turned (`weight.t()`); None for any other tensor."""
-
-Made = tuple[str, int, Tensor]
-"""A weight's name, the axis of its units, and what they made without the bias: `[…, units]`."""
+from evolvenet.reads import Read, Reading, out_places, watched
+from evolvenet.statistics import CAP, Moments, evenly, quiet, samples_in
 
 
 def output_spectra(model: nn.Module, graph: WidthGraph, batches: Iterable[Any]) -> dict[str, Tensor]:
@@ -59,107 +52,52 @@ def output_spectra(model: nn.Module, graph: WidthGraph, batches: Iterable[Any]) 
     """
     if isinstance(batches, Tensor):
         raise TraceError("Batches: expected an iterable of model inputs, got one tensor. Wrap it in a list: [inputs].")
-    ties = {tie: width for width in graph.resizable for tie in width.producers if tie.tensor in graph.trainable}
-    moments: dict[Tie, Moments] = {}
-    mode = _Outputs(model, {(tie.tensor, tie.dim): [] for tie in ties})
-    for tie in ties:
-        mode.wanted[tie.tensor, tie.dim].append(_adder(moments, tie, ties[tie].size))
-    device = next(model.parameters()).device.type
-    batch = None
+    gathered = {
+        tie: Moments.empty(width.size)
+        for width in graph.resizable
+        for tie in width.producers
+        if tie.tensor in graph.trainable
+    }
+    seen = 0
     with quiet(model):
         for batch in batches:
             args, kwargs = arguments(batch)
-            with quiet_run(mode), torch.autocast(device, enabled=False):
+            with watched(Reading(model, after=partial(_gather, gathered))):
                 model(*args, **kwargs)
-    if batch is None or (moments and not any(each.count for each in moments.values())):
+            seen += samples_in(batch)
+    if not seen:
         raise TraceError("Batches: expected at least one sample of model inputs, got none.")
-    found: dict[str, Tensor] = {}
-    for width in graph.resizable:
-        parts = [_checked(tie, moments[tie]) * tie.repeat for tie in width.producers if tie in moments]
-        if parts:
-            values = torch.linalg.eigvalsh(torch.stack(parts).sum(0))
-            found[width.name] = values.flip(0).clamp_min(0).sqrt()
-    return found
+    found = {width.name: _values(width, gathered) for width in graph.resizable}
+    return {name: values for name, values in found.items() if values is not None}
 
 
-def _adder(moments: dict[Tie, Moments], tie: Tie, size: int) -> Callable[[Tensor], None]:
-    """Adds outputs `[…, units]` to the moments of one tie, each place of a unit as a sample of its own."""
-
-    def add(outputs: Tensor) -> None:
-        rows = outputs.flatten(0, -2)
-        rows = rows[evenly(len(rows), max(1, CAP // tie.repeat)).to(rows.device)]
-        part = rows[:, tie.start : tie.start + size * tie.repeat].reshape(len(rows), size, tie.repeat)
-        made = Moments.of(part.movedim(1, -1).reshape(-1, size))
-        moments[tie] = moments[tie].merge(made) if tie in moments else made
-
-    return add
-
-
-def _checked(tie: Tie, moments: Moments) -> Tensor:
-    """The second moment, unless it is not finite."""
-    if not bool(moments.second.isfinite().all()):
-        raise SpectrumError(
-            f"{tie.tensor}: expected finite outputs while measuring, got NaN or infinite ones. Training has diverged, or "
-            "the batch holds such values: check both."
-        )
-    return moments.second
+def _gather(gathered: dict[Tie, Moments], read: Read, out: Tensor) -> None:
+    """Add what a weight has made to the moments of its ties, each place of a unit as a sample of its own."""
+    ties = [tie for tie in gathered if tie.tensor == read.tensor and tie.dim == 1 - read.axis]
+    if not ties:
+        return
+    rows = evenly(out_places(read, out), CAP).to(out.device)
+    columns, matrix = (
+        part if part.element_size() >= 4 else part.float() for part in (read.columns(rows), read.matrix())
+    )
+    made = (columns @ matrix.mT).movedim(0, 1).flatten(1)
+    for tie in ties:
+        size, start = len(gathered[tie].mean), tie.start - read.start
+        if 0 <= start <= made.shape[1] - size * tie.repeat:
+            part = made[:, start : start + size * tie.repeat].reshape(len(made), size, tie.repeat)
+            gathered[tie] = gathered[tie].merge(Moments.of(part.movedim(1, -1).reshape(-1, size)))
 
 
-class _Outputs(PlainMode):
-    """Hands what the wanted weights make on to whom it concerns.
-
-    Args:
-        model: whose parameters are the weights.
-        wanted: {(weight, axis of the units): functions to call}.
-    """
-
-    def __init__(self, model: nn.Module, wanted: dict[tuple[str, int], list[Callable[[Tensor], None]]]) -> None:
-        super().__init__()
-        self.wanted = wanted
-        self.known = WeakTensorKeyDictionary()
-        for name, tensor in named_tensors(model)[0].items():
-            self.known[tensor] = (name, False)
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run the op and look whether it is one of a weight."""
-        out = super().__torch_dispatch__(func, types, args, kwargs)
-        name = func._schema.name
-        if name == "aten::t" and args[0] in self.known:
-            weight, turned = self.known[args[0]]
-            self.known[out] = (weight, not turned)
-        made = PRODUCTS[name](self.known.get, args, out) if name in PRODUCTS and not kwargs else None
-        if made is not None:
-            weight, axis, outputs = made
-            for add in self.wanted.get((weight, axis), ()):
-                add(outputs)
-        return out
-
-
-def _product(find: Found, args: Any, out: Tensor) -> Made | None:
-    """`mm(x, weight)`."""
-    weight = find(args[1])
-    return None if weight is None else (weight[0], 0 if weight[1] else 1, out)
-
-
-def _sum(find: Found, args: Any, out: Tensor) -> Made | None:
-    """`addmm(bias, x, weight)`."""
-    weight = find(args[2])
-    return None if weight is None else (weight[0], 0 if weight[1] else 1, out - args[0])
-
-
-def _convolution(find: Found, args: Any, out: Tensor) -> Made | None:
-    """`convolution(x, weight, bias, stride, padding, dilation, transposed, output padding, groups)`."""
-    # Grouped, a layer works on the units that it reads and makes no new ones: nobody waits for what it makes.
-    weight, bias, transposed = find(args[1]), args[2], args[6]
-    if weight is None:
-        return None
-    last = out.movedim(1, -1)
-    return weight[0], int(transposed), last if bias is None else last - bias
-
-
-PRODUCTS: Mapping[str, Callable[[Found, Any, Tensor], Made | None]] = {
-    "aten::mm": _product,
-    "aten::addmm": _sum,
-    "aten::convolution": _convolution,
-}
-"""What makes units out of a weight, by op."""
+def _values(width: Width, gathered: Mapping[Tie, Moments]) -> Tensor | None:
+    """Singular values of all that makes a width side by side; None if nothing of it was seen."""
+    total = torch.zeros(width.size, width.size, dtype=torch.float64)
+    seen = [tie for tie in width.producers if tie in gathered and gathered[tie].count]
+    for tie in seen:
+        second = gathered[tie].second
+        if not bool(second.isfinite().all()):
+            raise SpectrumError(
+                f"{tie.tensor}: expected finite outputs while measuring, got NaN or infinite ones. Training has "
+                "diverged, or the batch holds such values: check both."
+            )
+        total += tie.repeat * second
+    return torch.linalg.eigvalsh(total).flip(0).clamp_min(0).sqrt() if seen else None

@@ -140,6 +140,41 @@ def test_of_attention_all_projections_stand_side_by_side() -> None:
     np.testing.assert_allclose(output_spectra(model, graph, [x])["embed"].numpy(), truth, rtol=1e-6)
 
 
+class Cross(nn.Module):
+    """Queries from one layer, keys and values from another: two products with parts of one weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ask, self.answer = nn.Linear(5, 8), nn.Linear(5, 8)
+        self.attend = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        asked, answers = self.ask(x), self.answer(x)
+        return self.head(self.attend(asked, answers, answers, need_weights=False)[0])
+
+
+def test_a_weight_of_which_parts_are_used_is_seen_part_by_part() -> None:
+    model, x = Cross().double().eval(), torch.randn(3, 4, 5, dtype=FLOAT)
+    graph = trace(model, x)
+    with torch.no_grad(), listening(model) as heard:
+        asked, answers = model.ask(x), model.answer(x)
+        query, rest = model.attend.in_proj_weight[:8], model.attend.in_proj_weight[8:]
+        heard["attend.in_proj_weight"] = [torch.cat([asked @ query.T, answers @ rest.T], -1).flatten(0, 1)]
+        args = (
+            F.linear(asked, query, model.attend.in_proj_bias[:8]),
+            F.linear(answers, rest, model.attend.in_proj_bias[8:]),
+        )
+        heads = [part.unflatten(-1, (-1, 4)).transpose(1, 2) for part in args]
+        weights = (heads[0] @ heads[1][:, :2].mT / 2).softmax(-1)
+        mixed = (weights @ heads[1][:, 2:]).transpose(1, 2).flatten(2)
+        heard["attend.out_proj.weight"] = [(mixed @ model.attend.out_proj.weight.T).flatten(0, 1)]
+    found = output_spectra(model, graph, [x])
+    for name in ("ask", "attend.out_proj"):
+        truth = np.linalg.svd(stacked(model, graph.widths[name], heard), compute_uv=False)
+        np.testing.assert_allclose(found[name].numpy(), truth[: len(found[name])], rtol=1e-6, atol=1e-8)
+
+
 def test_directions_that_the_input_never_takes_do_not_count() -> None:
     model = mlp(4, 3, 2)
     with torch.no_grad():
