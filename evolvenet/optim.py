@@ -103,9 +103,10 @@ def _rates(entry: Tensor, axes: Mapping[int, IndexMap], change: Change, group: M
 
 
 def _values(entry: Tensor, axes: Mapping[int, IndexMap], change: Change, group: Mapping[str, Any]) -> Tensor:
-    """Newborns start at their own new value: ASGD's average of one."""
+    """ASGD's average of weights: newborns start at their own new value, the others move as far as their weight does."""
     entry = _zeros(entry, axes, change, group)
     value = change.value.detach().to(entry.device, entry.dtype)
+    entry += value - _zeros(change.tensor.detach(), axes, change, group).to(entry.device, entry.dtype)
     for dim, index_map in axes.items():
         born = torch.tensor(index_map.newborns, dtype=torch.int64, device=entry.device)
         entry.index_copy_(dim, born, value.index_select(dim, born))
@@ -157,6 +158,11 @@ def compile_state(optimizer: Optimizer, changes: Sequence[Change]) -> StatePlan:
     survivors along the newborn axis, Rprop's step sizes the learning rate, ASGD's averages the new values; step
     counts stay. Keys that `RULES` does not name are treated as second moments if no entry is negative, else as momenta.
     An optimizer that stores its state in another way gets its own function by `compile_state.register(TheClass)`.
+
+    A reader that a compensation has rewritten keeps the slice as well, not the weights' linear map of it: of
+    W' = W_kept + W_removed·M, where x_removed = M·x_kept, the gradient is δ·x_keptᵀ, which is the slice of the old one.
+    What makes the units then learns for the removed ones too, g_kept + Mᵀ·g_removed; that is not carried, since a
+    second moment cannot follow it (tests/test_optim_training.py shows both).
 
     Args:
         optimizer: any `torch.optim.Optimizer`; parameters without state yet, or not its own, are passed over.
