@@ -4,7 +4,7 @@ VENV ?= .venv
 COMPARE ?= .venv-compare
 BIN := $(VENV)/bin
 
-.PHONY: train test install lint clean coverage bench-trace compare compare-install
+.PHONY: train test install lint clean coverage bench-event bench-trace compare compare-install
 
 install: $(VENV)/.installed
 
@@ -41,6 +41,10 @@ coverage: compare-install
 
 bench-trace: compare-install
 	$(COMPARE)/bin/python -m experiments.bench_trace
+
+# Some 20 minutes on 2 CPU cores.
+bench-event: install
+	$(BIN)/python -m experiments.bench_event --out experiments/bench_event.md
 
 # MNIST and CIFAR-10 from $EVOLVENET_DATA, else ./data. Resumes where it was stopped; hours on 2 CPU cores.
 compare: compare-install

@@ -50,7 +50,7 @@ class Effort:
         """Places to fit a matrix of so many columns on.
 
         >>> QUICK.rows_for(100), QUICK.rows_for(2304)
-        (2048, 1041)
+        (2048, 658)
         """
         squared = int((self.work / columns) ** 0.5)
         fitting = squared if squared < 2 * columns else int(self.work / columns**2)
@@ -60,7 +60,7 @@ class Effort:
 THOROUGH = Effort(samples=1024, entries=8_000_000, rows=8192, work=4e10)
 """For one cut: a thousand images were enough on MNIST."""
 
-QUICK = Effort(samples=512, entries=8_000_000, rows=2048, work=2.5e9)
+QUICK = Effort(samples=512, entries=8_000_000, rows=2048, work=1e9)
 """For the cuts of a training run, which comes back to every weight."""
 
 
@@ -178,7 +178,7 @@ class _Goals:
         self._place: WeakKeyDictionary[Read, tuple[str, int]] = WeakKeyDictionary()
 
     def read(self, read: Read, out: Tensor) -> None:
-        bias = None if read.bias is None or read.bias_name is None else (read.bias_name, read.bias.storage_offset())
+        bias = None if read.bias is None or read.bias_name is None else (read.bias_name, int(read.bias.storage_offset()))
         if bias is not None:
             self.biases[bias] += 1
         if read.tensor not in self.readers:

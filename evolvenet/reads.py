@@ -217,7 +217,7 @@ def _dense(mode: Reading, bias: Tensor | None, x: Tensor, right: Tensor) -> Read
     name, whole = found
     if right.stride() == whole.stride() and right.shape == whole.shape and right.stride(0) != right.stride(1):
         return _made(mode, name, 0, 0, right.T, bias, x, None)
-    first, rest = divmod(right.storage_offset() - whole.storage_offset(), whole.stride(0))
+    first, rest = divmod(int(right.storage_offset() - whole.storage_offset()), whole.stride(0))
     if right.stride() == whole.stride()[::-1] and right.shape[0] == whole.shape[1] and not rest:
         return _made(mode, name, 1, first, right.T, bias, x, None)
     return None

@@ -100,7 +100,7 @@ def test_sizes_by_trials_answer_nearer_than_equal_ones() -> None:
     torch.manual_seed(0)
     model, x = net(6, 16, 16, 4), torch.randn(256, 6, dtype=FLOAT)
     with torch.no_grad():
-        for tensor in (model[0].weight, model[0].bias):
+        for tensor in model[0].parameters():
             tensor[4:] = tensor[:4].repeat(3, *[1] * (tensor.dim() - 1))
     graph, expected = trace(model, x[:2]), outputs(model, x)
     sizes = evolvenet.allocate(model, graph, graph.parameters // 2, batches=[x])

@@ -63,7 +63,7 @@ def test_columns_times_matrix_is_what_came_out(name: str, kept: torch.memory_for
     made, shape = READERS[name]
     model, x = made().double(), torch.randn(shape, dtype=FLOAT)
     if kept is torch.channels_last and x.dim() == 4 and name.startswith("conv"):
-        model, x = model.to(memory_format=kept), x.to(memory_format=kept)
+        model, x = model.to(memory_format=kept), x.to(memory_format=kept)  # type: ignore
     ((read, out),) = reads_of(model, x)
     assert read.tensor == "weight"
     rows = torch.tensor([0, out_places(read, out) - 1, out_places(read, out) // 2])
