@@ -16,8 +16,8 @@ from torch import Tensor
 from evolvenet.errors import SpectrumError
 from evolvenet.spectrum import Values, checked_values
 
-EVB_CONSTANT = 2.5129
-"""τ̄/√α of Nakajima et al., equation (25): where the analytic solution leaves zero."""
+SEARCHED = 400
+"""Noise variances that are tried before the best one is refined."""
 
 
 def evbmf_rank(values: Values, rows: int, columns: int) -> int:
@@ -25,7 +25,9 @@ def evbmf_rank(values: Values, rows: int, columns: int) -> int:
 
     The global solution is analytic but for the noise variance, which is found by a bounded search in one dimension. From
     Nakajima, Sugiyama, Babacan and Tomioka, "Global analytic solution of fully-observed variational Bayesian matrix
-    factorization", Journal of Machine Learning Research 14, 2013, theorem 2 and corollary 1.
+    factorization", Journal of Machine Learning Research 14, 2013, in the simpler form and with the bounds of Nakajima,
+    Tomioka, Sugiyama and Babacan, "Condition for perfect dimensionality recovery by variational Bayesian PCA", Journal of
+    Machine Learning Research 16, 2015.
 
     Args:
         values: all `min(rows, columns)` singular values of the matrix, in any order.
@@ -49,32 +51,70 @@ def evbmf_rank(values: Values, rows: int, columns: int) -> int:
         return 0
     short, long = sorted((rows, columns))
     alpha = short / long
-    leaves_zero = (1 + EVB_CONSTANT * math.sqrt(alpha)) * (1 + math.sqrt(alpha) / EVB_CONSTANT)
-    variance = _noise_variance(made.square() / long, alpha, leaves_zero)
-    return int((made.square() > long * variance * leaves_zero).sum())
+    least = signal_bound(alpha)
+    variance = _noise_variance(made.square() / long, alpha, least)
+    return int((made.square() > long * variance * least).sum())
 
 
-def _noise_variance(energies: Tensor, alpha: float, leaves_zero: float) -> float:
-    """The σ² of the least free energy, for energies γ²/M `[L]`, descending (equations 33 to 36)."""
+def signal_bound(alpha: float) -> float:
+    """From which γ²/(M·σ²) on variational Bayes keeps a direction: singular value γ, longer side M, noise variance σ².
 
-    def free_energy(variance: float) -> float:
-        ratios = (energies / variance).clamp_min(torch.finfo(torch.float64).tiny)
-        total = (ratios - ratios.log()).sum()
-        above = ratios[ratios > leaves_zero]
-        apart = above - (1 + alpha)
-        tau = 0.5 * (apart + (apart.square() - 4 * alpha).sqrt())
-        return float(total + ((tau + 1).log() + alpha * (tau / alpha + 1).log() - tau).sum())
+    (1 + τ)(1 + α/τ) with Φ(τ) + Φ(τ/α) = 0 and Φ(z) = log(z + 1)/z − ½, from Nakajima et al. (2015), see `evbmf_rank`.
+    The approximation τ ≈ 2.5129·√α is exact for squares alone.
+
+    Args:
+        alpha: shorter over longer side, above 0 and up to 1.
+
+    Raises:
+        SpectrumError: for another `alpha`.
+
+    >>> round(signal_bound(1.0), 4)
+    4.9108
+    """
+    _check_ratio(alpha)
+
+    def balance(tau: float) -> float:
+        return math.log1p(tau) / tau + math.log1p(tau / alpha) * alpha / tau - 1
+
+    # For a square the root is 2.5129, for anything else it lies between α times that and that.
+    tau = root_scalar(balance, bracket=(2.5 * alpha, 2.6), xtol=1e-13).root
+    return (1 + tau) * (1 + alpha / tau)
+
+
+def _check_ratio(ratio: float) -> None:
+    if not 0 < ratio <= 1:
+        raise SpectrumError(
+            f"Expected a ratio of sides above 0 and up to 1, got {ratio}. Divide the short by the long."
+        )
+
+
+def _noise_variance(energies: Tensor, alpha: float, least: float) -> float:
+    """The σ² of the least free energy, for energies γ²/M `[L]`, descending; its bounds are those of the 2015 paper."""
+
+    def free_energies(variances: Tensor) -> Tensor:
+        ratios = (energies / variances[:, None]).clamp_min(torch.finfo(torch.float64).tiny)
+        apart = ratios - (1 + alpha)
+        tau = 0.5 * (apart + (apart.square() - 4 * alpha).clamp_min(0).sqrt())
+        gained = (tau + 1).log() + alpha * (tau / alpha + 1).log() - tau
+        return (ratios - ratios.log() + torch.where(ratios > least, gained, 0)).sum(1)
 
     count = len(energies)
     most = max(min(math.ceil(count / (1 + alpha)) - 1, count - 1), 0)
     upper = float(energies.mean())
-    lower = max(float(energies[most]) / leaves_zero, float(energies[most:].mean()))
+    lower = max(float(energies[most]) / least, float(energies[most:].mean()))
     # Noise-free input has a flat end of zeros: any small variance says the same.
     lower = max(min(lower, upper), upper * 1e-12)
-    if lower >= upper:
-        return upper
-    found = minimize_scalar(free_energy, bounds=(lower, upper), method="bounded", options={"xatol": 1e-9 * upper})
-    return float(found.x)
+    # There may be several valleys, one for each number of directions, and the upper end may be the deepest.
+    grid = torch.logspace(math.log10(lower), math.log10(upper), SEARCHED, dtype=torch.float64).clamp(lower, upper)
+    deepest = int(free_energies(grid).argmin())
+    first, last = (float(grid[min(max(deepest + step, 0), SEARCHED - 1)]) for step in (-1, 1))
+    if deepest == SEARCHED - 1 or first >= last:
+        return float(grid[deepest])
+
+    def at(place: float) -> float:
+        return float(free_energies(torch.tensor([first + place * (last - first)], dtype=torch.float64))[0])
+
+    return first + float(minimize_scalar(at, bounds=(0, 1), method="bounded").x) * (last - first)
 
 
 def gavish_donoho_threshold(values: Values, rows: int, columns: int) -> float:
@@ -116,10 +156,7 @@ def marchenko_pastur_median(beta: float) -> float:
     >>> round(marchenko_pastur_median(1.0), 4)
     0.6528
     """
-    if not 0 < beta <= 1:
-        raise SpectrumError(
-            f"Marchenko-Pastur: expected beta above 0 and up to 1, got {beta}. Divide short by long side."
-        )
+    _check_ratio(beta)
     low, high = (1 - math.sqrt(beta)) ** 2, (1 + math.sqrt(beta)) ** 2
 
     def below(angle: float) -> float:
