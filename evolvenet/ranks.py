@@ -114,7 +114,8 @@ def _noise_variance(energies: Tensor, alpha: float, least: float) -> float:
     def at(place: float) -> float:
         return float(free_energies(torch.tensor([first + place * (last - first)], dtype=torch.float64))[0])
 
-    return first + float(minimize_scalar(at, bounds=(0, 1), method="bounded").x) * (last - first)
+    found = minimize_scalar(at, bounds=(0, 1), method="bounded")
+    return first + float(found.x) * (last - first)
 
 
 def gavish_donoho_threshold(values: Values, rows: int, columns: int) -> float:

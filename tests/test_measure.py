@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from cases import CASES, Case, graph_of
 from hypothesis import given
 from hypothesis import strategies as st
 from small_models import Recurrent, Residual, convnet, images, mlp, mobile, used
@@ -13,6 +15,7 @@ from torch import Tensor, nn
 
 import evolvenet
 from evolvenet.errors import SpectrumError
+from evolvenet.graph import Tie
 from evolvenet.measure import consumer_weighted, measure, spectra, unit_rows
 from evolvenet.statistics import collect
 from evolvenet.trace import trace
@@ -40,6 +43,33 @@ def test_several_producers_stand_side_by_side() -> None:
     graph = trace(model, images(2))
     joint = torch.cat([model.stem.weight.detach().flatten(1), model.conv2.weight.detach().flatten(1)], dim=1)
     torch.testing.assert_close(spectra(model, graph)["stem"], torch.linalg.svdvals(joint))
+
+
+def entries(model: nn.Module, size: int, tie: Tie) -> np.ndarray:
+    """Everything that a weight holds for each unit, unit by unit and place by place."""
+    tensor = model.get_parameter(tie.tensor).detach()
+    rows = []
+    for unit in range(size):
+        places = [tie.start + unit * tie.repeat + place for place in range(tie.repeat)]
+        rows.append(torch.cat([tensor.select(tie.dim, place).flatten() for place in places]).numpy())
+    return np.stack(rows)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_the_weights_of_every_kind_of_layer_give_their_singular_values(case: Case) -> None:
+    """Dense, convolutions of one to three dimensions, transposed, grouped, recurrent, attention, embeddings."""
+    model, graph = case.model(), graph_of(case)
+    found = spectra(model, graph)
+    for width in graph.resizable:
+        weights = [tie for tie in width.ties if tie.tensor in graph.trainable and len(graph.shapes[tie.tensor]) > 1]
+        rows = {tie: entries(model, width.size, tie) for tie in weights}
+        for tie, expected in rows.items():
+            assert unit_rows(model, width, tie).numpy().tolist() == expected.tolist()
+        chosen = [rows[tie] for tie in weights if tie.role == "produces"] or list(rows.values())
+        truth = np.zeros(width.size)
+        values = np.linalg.svd(np.concatenate(chosen, axis=1), compute_uv=False)
+        truth[: len(values)] = values
+        np.testing.assert_allclose(found[width.name].numpy(), truth, rtol=1e-9, atol=1e-12 * truth[0])
 
 
 def test_fewer_columns_than_units_leave_zeros() -> None:

@@ -1,6 +1,7 @@
 """Spectra against NumPy's SVD in float64, and the rank measures against their formulas written out."""
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -70,6 +71,57 @@ def test_float32_resolves_no_less_than_an_svd_in_float32() -> None:
     assert ours <= max(float(plain), 6e-8)
 
 
+@pytest.mark.parametrize(
+    ("shape", "dtype", "way"),
+    [
+        ((4, 6), torch.float32, "eigvalsh"),
+        ((64, 576), torch.float32, "eigvalsh"),
+        ((576, 64), torch.float32, "eigvalsh"),
+        ((64, 64), torch.float32, "eigvalsh"),
+        ((64, 576), torch.float16, "eigvalsh"),
+        ((64, 576), torch.bfloat16, "eigvalsh"),
+        ((64, 576), torch.float64, "svdvals"),
+        ((4, 6), torch.float64, "svdvals"),
+    ],
+    ids=str,
+)
+def test_the_gram_matrix_is_taken_where_it_is_as_accurate(
+    shape: tuple[int, int], dtype: torch.dtype, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By type alone: for float32 no size was found at which the SVD is much cheaper, for float64 half the digits go."""
+    sides = []
+    for name in ("eigvalsh", "svdvals"):
+        original = getattr(torch.linalg, name)
+
+        def noted(matrix: torch.Tensor, name: str = name, original: Callable = original) -> torch.Tensor:
+            sides.append((name, tuple(matrix.shape), matrix.dtype))
+            return original(matrix)
+
+        monkeypatch.setattr(torch.linalg, name, noted)
+    singular_values(torch.randn(shape).to(dtype))
+    expected = (min(shape),) * 2 if way == "eigvalsh" else shape
+    assert sides == [(way, expected, torch.float64)]
+
+
+@given(
+    rows=SIZES,
+    columns=SIZES,
+    decades=st.floats(0, 12),
+    scale=st.sampled_from([1e-30, 1e-3, 1.0, 1e30]),
+    seed=st.integers(0, 10_000),
+)
+def test_the_gram_matrix_costs_no_digit_of_float32(
+    rows: int, columns: int, decades: float, scale: float, seed: int
+) -> None:
+    """Whatever the spectrum: no value is further from the exact one than float32 itself can say, 6e-8 of the largest."""
+    made = np.random.default_rng(seed)
+    least = min(rows, columns)
+    left, right = (np.linalg.qr(made.standard_normal((side, side)))[0][:, :least] for side in (rows, columns))
+    matrix = torch.from_numpy(scale * (left * np.logspace(0, -decades, least)) @ right.T).float()
+    truth = np.linalg.svd(matrix.double().numpy(), compute_uv=False)
+    np.testing.assert_allclose(singular_values(matrix).double().numpy(), truth, rtol=6e-8, atol=2e-8 * truth[0])
+
+
 def test_float64_resolves_what_a_gram_matrix_would_not() -> None:
     left, right = (torch.linalg.qr(torch.randn(8, 8, dtype=torch.float64)).Q for _ in range(2))
     truth = torch.logspace(0, -11, 8, dtype=torch.float64)
@@ -121,6 +173,20 @@ def test_measures_match_their_formulas(values: list[float]) -> None:
     assert effective_rank(values) == pytest.approx(math.exp(entropy), rel=1e-9)
     assert stable_rank(values) == pytest.approx(energy / max(values) ** 2, rel=1e-9)
     assert 1 - 1e-9 <= effective_rank(torch.tensor(values, dtype=torch.float64)) <= len(values) + 1e-9
+
+
+@given(rows=SIZES, columns=SIZES, seed=st.integers(0, 999))
+def test_measures_of_a_matrix(rows: int, columns: int, seed: int) -> None:
+    """Norms and projections of the matrix itself, without its singular values."""
+    matrix = np.random.default_rng(seed).standard_normal((rows, columns))
+    values = singular_values(torch.from_numpy(matrix))
+    ratio = np.linalg.norm(matrix) ** 2 / np.linalg.norm(matrix, 2) ** 2
+    assert stable_rank(values) == pytest.approx(ratio, rel=1e-9)
+    left = np.linalg.svd(matrix)[0]
+    shares = [np.linalg.norm(left[:, k] @ matrix) ** 2 / np.linalg.norm(matrix) ** 2 for k in range(min(rows, columns))]
+    np.testing.assert_allclose(energy_shares(values), shares, rtol=1e-8, atol=1e-12)
+    p = np.abs(values.numpy()) / np.abs(values.numpy()).sum()
+    assert effective_rank(values) == pytest.approx(np.prod(p**-p), rel=1e-9)
 
 
 @given(values=st.lists(st.integers(0, 1000), min_size=1, max_size=12), lost=st.floats(0, 1))
