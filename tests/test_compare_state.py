@@ -141,10 +141,22 @@ def run(*differences: float, ratio: float) -> compare_state.Run:
 def test_goals_are_judged_by_what_was_measured() -> None:
     good = goal_lines([run(-0.1, -0.11, -0.09, ratio=BOUND)])
     assert good[0].endswith("reset: yes.")
-    assert "in weights yes (largest 1.50), in vectors yes" in good[1]
+    assert good[1].endswith("changed: yes.")
+    assert "in weights yes (largest 1.50), in vectors yes" in good[2]
     bad = goal_lines([run(-0.1, 0.1, 0.0, ratio=1.0), run(0.1, 0.11, 0.09, ratio=1.6)])
-    assert bad[0].endswith("no, worse for SGD, momentum at 0.1 after the cut; SGD, momentum at 0.1 after the growth.")
-    assert "in weights no (largest 1.60), in vectors no" in bad[1]
+    where = "SGD, momentum at 0.1 after the {} (+0.1000 ± 0.0100)"
+    assert bad[0].endswith(f"no, worse for {where.format('cut')}; {where.format('growth')}.")
+    assert bad[1].endswith("changed: yes."), "the control did as badly"
+    assert "in weights no (largest 1.60), in vectors no" in bad[2]
+
+
+def test_a_control_that_does_well_shows_what_the_change_costs() -> None:
+    subject, rate, seeds = run(0.0, 0.01, -0.01, ratio=1.0)
+    _, _, control = run(-0.1, -0.1, -0.1, ratio=1.0)
+    made = [{**found, "no change": other["no change"]} for found, other in zip(seeds, control, strict=True)]
+    lines = goal_lines([(subject, rate, made)])
+    assert lines[0].endswith("yes.")
+    assert "worse for SGD, momentum at 0.1 after the cut (+0.1000 ± 0.0100)" in lines[1]
 
 
 def test_equal_differences_leave_no_doubt() -> None:
