@@ -103,14 +103,21 @@ def consumer_weighted(model: nn.Module, width: Width, parts: Mapping[Tie, Tensor
     """
     weighted = []
     for tie, moment in parts.items():
-        norms = unit_rows(model, width, tie).norm(dim=1)
-        scaled = norms[:, None] * moment * norms
+        # Only the proportions count: scaled first, products neither overflow nor vanish.
+        norms = _scaled(_scaled(unit_rows(model, width, tie)).norm(dim=1))
+        scaled = norms[:, None] * _scaled(moment) * norms
         trace = scaled.trace()
         if trace > 0:
             weighted.append(scaled / trace)
     if not weighted:
         return torch.zeros(width.size, width.size, dtype=torch.float64)
     return torch.stack(weighted).mean(0)
+
+
+def _scaled(matrix: Tensor) -> Tensor:
+    """A matrix with a largest magnitude of 1, or of 0."""
+    largest = matrix.abs().max()
+    return matrix / largest if largest > 0 else matrix
 
 
 def _of_reads(model: nn.Module, width: Width, parts: Mapping[Tie, Tensor]) -> Tensor:

@@ -93,11 +93,10 @@ def _values(width: Width, gathered: Mapping[Tie, Moments]) -> Tensor | None:
     total = torch.zeros(width.size, width.size, dtype=torch.float64)
     seen = [tie for tie in width.producers if tie in gathered and gathered[tie].count]
     for tie in seen:
-        second = gathered[tie].second
-        if not bool(second.isfinite().all()):
+        total += tie.repeat * gathered[tie].second
+        if not bool(total.isfinite().all()):
             raise SpectrumError(
                 f"{tie.tensor}: expected finite outputs while measuring, got NaN or infinite ones. Training has "
                 "diverged, or the batch holds such values: check both."
             )
-        total += tie.repeat * second
     return torch.linalg.eigvalsh(total).flip(0).clamp_min(0).sqrt() if seen else None

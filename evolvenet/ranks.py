@@ -49,6 +49,7 @@ def evbmf_rank(values: Values, rows: int, columns: int) -> int:
     made = _all_values(values, rows, columns)
     if not made.any():
         return 0
+    made = made / made[0]
     short, long = sorted((rows, columns))
     alpha = short / long
     least = signal_bound(alpha)

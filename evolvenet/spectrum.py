@@ -126,8 +126,10 @@ def output_values(matrix: Tensor, moment: Tensor, name: str = "weight") -> Tenso
             f"{tuple(moment.shape)}. Gather the moment of what the layer reads, patches for a convolution."
         )
     rows, inner = _computable(matrix, name).double(), _computable(moment, f"{name}'s moment").to(matrix.device).double()
-    gram = rows @ inner @ rows.T
-    return torch.linalg.eigvalsh((gram + gram.T) / 2).flip(0).clamp_min(0).sqrt()
+    # Scaled first, products neither overflow nor vanish.
+    tall, deep = (part.abs().max().clamp_min(torch.finfo(torch.float64).tiny) for part in (rows, inner))
+    gram = (rows / tall) @ (inner / deep) @ (rows / tall).T
+    return torch.linalg.eigvalsh((gram + gram.T) / 2).flip(0).clamp_min(0).sqrt() * tall * deep.sqrt()
 
 
 def residual_operator(first: Tensor, second: Tensor) -> Tensor:

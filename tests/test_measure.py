@@ -141,6 +141,18 @@ def test_the_scale_of_the_consumer_does_not_matter(scale: float, seed: int) -> N
     torch.testing.assert_close(spectra(model, SMALL, [x])["0"], before, atol=1e-7, rtol=1e-6)
 
 
+@pytest.mark.parametrize(("reads", "makes"), [(1e150, 1.0), (1e-200, 1.0), (1.0, 1e150), (1.0, 1e-150), (1e150, 1e150)])
+def test_extreme_weights_neither_overflow_nor_vanish(reads: float, makes: float) -> None:
+    model, x = mlp(3, 5, 2), torch.randn(20, 3, dtype=torch.float64)
+    with torch.no_grad():
+        model[0].bias.zero_()
+    before = spectra(model, SMALL, [x])["0"]
+    with torch.no_grad():
+        model[2].weight.mul_(reads)
+        model[0].weight.mul_(makes)
+    torch.testing.assert_close(spectra(model, SMALL, [x])["0"], before, atol=1e-7, rtol=1e-6)
+
+
 def test_unmeasured_consumers_fall_back_to_the_weights() -> None:
     class Last(nn.Module):
         def __init__(self) -> None:

@@ -240,5 +240,7 @@ def test_broken_values_are_refused_by_name() -> None:
     graph = trace(model, x)
     with pytest.raises(SpectrumError, match=r"0\.weight: expected finite outputs"):
         output_spectra(model, graph, [x, x / 0])
+    with pytest.raises(SpectrumError, match=r"0\.weight: expected finite outputs"):
+        output_spectra(model, graph, [x * 1e200])
     with pytest.raises(TraceError, match="Wrap it in a list"):
         output_spectra(model, graph, x)

@@ -142,6 +142,13 @@ def test_extreme_scales_neither_overflow_nor_vanish() -> None:
     matrix = torch.diag(torch.tensor([3.0, 2.0, 1.0]))
     for scale in (1e37, 1e-37):
         assert torch.allclose(singular_values(matrix * scale) / scale, torch.tensor([3.0, 2.0, 1.0]), rtol=1e-5)
+    for scale in (1e-300, 1e150):
+        exact = torch.eye(3, dtype=torch.float64) * scale
+        expected = exact.diagonal()
+        torch.testing.assert_close(singular_values(exact), expected, rtol=1e-12, atol=0)
+        torch.testing.assert_close(output_values(exact, torch.eye(3)), expected, rtol=1e-12, atol=0)
+        torch.testing.assert_close(output_values(torch.eye(3), exact), expected.sqrt(), rtol=1e-12, atol=0)
+    assert not output_values(torch.zeros(3, 2), torch.zeros(2, 2)).any()
     assert energy_shares([3e200, 1e200]).tolist() == pytest.approx([0.9, 0.1])
     assert energy_shares([3e-200, 1e-200]).tolist() == pytest.approx([0.9, 0.1])
 
