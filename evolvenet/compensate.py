@@ -73,9 +73,10 @@ def compensate(
     belongs to; grouped and depthwise kernels group by group. It is left as cut if its entries are used twice in a forward
     pass or by any other op. Where what a reader makes is added to something of the same shape, as at the end of a residual
     block, it is fitted at that sum, so that it makes up for the shortcut's errors too. The fit is ridge least squares
-    towards what the surgery holds, the bias takes the mean. What it holds is the fit of `plan_prune`, exact where units
-    depend on each other, and all that other readers get. One half of the samples chooses the ridge that was fitted on the
-    other half; a reader for which none beats the weights as they are keeps them.
+    towards what the surgery holds; the bias takes the mean, or the running mean of a batch norm right after it. What the
+    surgery holds is the fit of `plan_prune`, exact where units depend on each other, and all that other readers get. One
+    half of the samples chooses the ridge that was fitted on the other half; a reader for which none beats the weights as
+    they are keeps them.
 
     Args:
         model: the model, uncut.
@@ -122,8 +123,9 @@ def compensate(
         with quiet(model), watched(Following(model, fits.read, None, fits.sum)):
             model(*args, **kwargs)
         fitted = {name: shadows[name].detach().clone() for name in fits.touched}
+    tensors, _, _ = named_tensors(model)
     for name, value in fitted.items():
-        tensor = model.get_parameter(name)
+        tensor = tensors[name]
         change = changes.get(name) or TensorChange(tensor, name, {}, tensor.detach())
         changes[name] = replace(change, value=value.to(tensor.device, tensor.dtype))
     return replace(surgery, changes=tuple(changes.values()))
@@ -148,12 +150,12 @@ class Goal:
         start: first of its rows in the weight.
         length: their number.
         axis: along which the weight reads.
-        bias: name and place of its bias.
+        bias: name and place of its bias, or of the running mean that can take one off.
         rows: numbers of the output places that are compared.
         places: number of all output places.
         outputs: `[rows, out]`, of the sum that the reader ends in if `summed`.
         summed: whether it is to be fitted at that sum.
-        late: whether the bias is added in an op of its own, and `outputs` are without it.
+        late: the sign with which the bias is added in an op of its own, `outputs` being without it; 0 if it is not.
     """
 
     start: int
@@ -164,7 +166,7 @@ class Goal:
     places: int
     outputs: Tensor
     summed: bool = False
-    late: bool = False
+    late: int = 0
 
 
 class _Goals:
@@ -178,7 +180,9 @@ class _Goals:
         self._place: WeakKeyDictionary[Read, tuple[str, int]] = WeakKeyDictionary()
 
     def read(self, read: Read, out: Tensor) -> None:
-        bias = None if read.bias is None or read.bias_name is None else (read.bias_name, int(read.bias.storage_offset()))
+        bias = (
+            None if read.bias is None or read.bias_name is None else (read.bias_name, int(read.bias.storage_offset()))
+        )
         if bias is not None:
             self.biases[bias] += 1
         if read.tensor not in self.readers:
@@ -197,11 +201,12 @@ class _Goals:
             summed = trail.at(own, goal.rows) + trail.at(other, goal.rows)
             self.found[name][index] = replace(goal, outputs=summed, summed=True)
 
-    def bias(self, read: Read, name: str) -> None:
+    def bias(self, read: Read, name: str, sign: int) -> None:
         self.biases[name, 0] += 1
         if read in self._place:
             tensor, index = self._place[read]
-            self.found[tensor][index] = replace(self.found[tensor][index], bias=(name, 0), late=True)
+            if self.found[tensor][index].bias is None:
+                self.found[tensor][index] = replace(self.found[tensor][index], bias=(name, 0), late=sign)
 
     def usable(self, others: set[str]) -> dict[str, list[Goal]]:
         """The weights that nothing else uses, and no entry of which is used twice."""
@@ -210,7 +215,8 @@ class _Goals:
             spans = sorted((goal.start, goal.start + goal.length) for goal in goals)
             apart = all(one[1] <= two[0] for one, two in pairwise(spans))
             own = all(
-                goal.bias is None or (self.biases[goal.bias] == 1 and goal.bias[0] not in others) for goal in goals
+                goal.bias is None or (self.biases[goal.bias] == 1 and (goal.late < 0 or goal.bias[0] not in others))
+                for goal in goals
             )
             if apart and own and name not in others:
                 found[name] = goals
@@ -253,8 +259,8 @@ class _Fits:
         missing = summed - trail.at(own, goal.rows) - trail.at(other, goal.rows)
         step = missing.masked_fill(off, 0) / trail.scale.masked_fill(off, 1)
         answers = trail.read.answers(trail.again(), goal.rows).movedim(0, 1).flatten(1)
-        if self._fit(trail.read, goal, answers + step):
-            own.copy_(trail.value(own))
+        if (offset := self._fit(trail.read, goal, answers + step)) is not None:
+            own.copy_(trail.value(own, offset if goal.late else 0.0))
 
     def _kept(self, read: Read, goal: Goal) -> Tensor:
         """The goal's outputs of the units that the cut model still has."""
@@ -265,23 +271,24 @@ class _Fits:
         ends = goal.start, goal.start + goal.length
         return goal.outputs[:, [index - goal.start for index in kept.indices if ends[0] <= index < ends[1]]]
 
-    def _fit(self, read: Read, goal: Goal, outputs: Tensor) -> bool:
-        """Fit the weight and the bias in place; whether they moved."""
+    def _fit(self, read: Read, goal: Goal, outputs: Tensor) -> Tensor | None:
+        """Fit the weight and the bias in place; what the bias has gained `[out]`, or None if nothing moved."""
         bias = self.shadows[goal.bias[0]] if goal.late and goal.bias else read.bias
         if outputs.shape[1] != len(read.weight) or (bias is None) != (goal.bias is None):
-            return False
+            return None
         wanted = outputs.reshape(len(outputs), read.groups, -1).movedim(1, 0)
         start = None if bias is None else (bias * (not goal.late)).reshape(read.groups, -1)
         odd = goal.rows * self.samples // goal.places % 2 == 1
         made = fit_reader(read.columns(goal.rows), wanted, read.matrix(), start, odd)
         if made is None:
-            return False
+            return None
         read.put(made[0].to(read.weight.dtype))
         self.touched.add(read.tensor)
-        if bias is not None and start is not None and goal.bias is not None:
-            bias.add_((made[1] - start).flatten())
+        gained = (made[1] if start is None else made[1] - start).flatten()
+        if bias is not None and goal.bias is not None:
+            bias.add_(gained * (goal.late or 1))
             self.touched.add(goal.bias[0])
-        return True
+        return gained.to(read.weight.dtype)
 
 
 def _joined(batches: Iterable[Any], effort: Effort) -> Any:

@@ -15,6 +15,7 @@ from evolvenet.reads import Read, Reading
 aten = torch.ops.aten
 
 SUMS = frozenset({aten.add.Tensor, aten.add_.Tensor})
+NORMS = frozenset({aten.native_batch_norm.default})
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,11 +39,12 @@ class Trail:
         laid = tensor if self.read.geometry else tensor.reshape(-1, tensor.shape[-1])
         return self.read.answers(laid, rows).movedim(0, 1).flatten(1)
 
-    def value(self, like: Tensor) -> Tensor:
-        """What is followed, made once more."""
+    def value(self, like: Tensor, offset: Tensor | float = 0.0) -> Tensor:
+        """What is followed, made once more, `offset` `[out]` added to what came out of the read."""
         made = self.again()
         shape = [1, -1] + [1] * (made.dim() - 2)
-        return (made * self.scale.reshape(shape) + self.shift.reshape(shape)).reshape(like.shape)
+        shift = self.shift + self.scale * offset
+        return (made * self.scale.reshape(shape) + shift.reshape(shape)).reshape(like.shape)
 
 
 class OnSum(Protocol):
@@ -63,7 +65,8 @@ class Following(Reading):
         before: see `Reading`.
         after: see `Reading`.
         on_sum: called before each sum.
-        on_bias: called with a read without a bias, and the name of the whole vector that is added to it in an op after.
+        on_bias: called with a read without a bias, the name of the whole vector that an op after it adds to what it made
+            (1) or takes off (−1, a batch norm's running mean), and that sign.
     """
 
     def __init__(
@@ -72,7 +75,7 @@ class Following(Reading):
         before: Callable[[Read], None] | None = None,
         after: Callable[[Read, Tensor], None] | None = None,
         on_sum: OnSum | None = None,
-        on_bias: Callable[[Read, str], None] | None = None,
+        on_bias: Callable[[Read, str, int], None] | None = None,
     ) -> None:
         super().__init__(model, before, after)
         self.on_sum, self.on_bias = on_sum, on_bias
@@ -91,12 +94,19 @@ class Following(Reading):
         out = func(*args) if biased else super().pass_by(func, args, kwargs)
         made = follow(trail, out, *args) if follow and trail else None
         if made is not None:
+            self._mean(func, made, args)
             self.trails[out[0] if isinstance(out, tuple) else out] = made
         if func._schema.is_mutable:
             for tensor in args:
                 if isinstance(tensor, Tensor):
                     self.trails.pop(tensor, None)
         return out
+
+    def _mean(self, func: Any, trail: Trail, args: Any) -> None:
+        """Tell of a batch norm right after a read without a bias: its running mean can take what a bias would."""
+        mean = self.owner(args[3]) if func in NORMS and trail.read.bias is None else None
+        if mean is not None and mean[1].shape == trail.scale.shape and self.on_bias is not None:
+            self.on_bias(trail.read, mean[0], -1)
 
     def _add(self, one: Any, two: Any) -> bool:
         """Tell of a sum; whether it was a read and its bias."""
@@ -108,7 +118,7 @@ class Following(Reading):
             added = self.owner(other)
             if added is not None and trail.read.bias is None and other.shape == added[1].shape == trail.scale.shape:
                 if self.on_bias is not None:
-                    self.on_bias(trail.read, added[0])
+                    self.on_bias(trail.read, added[0], 1)
                 return True
         if known and one.shape == two.shape and self.on_sum is not None:
             self.on_sum(*max(known, key=lambda end: end[0].read.matrix().shape[-1]))

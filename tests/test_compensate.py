@@ -216,3 +216,23 @@ def test_a_branch_makes_up_for_its_shortcut() -> None:
         errors.append(distance(outputs(model, x), expected))
         undo()
     assert errors[1] < 0.95 * errors[0]
+
+
+def test_a_norm_takes_the_mean_where_there_is_no_bias() -> None:
+    """A lost constant unit is a shift of what comes out, and nothing else."""
+    torch.manual_seed(0)
+    first, read, norm = nn.Conv2d(2, 4, 1), nn.Conv2d(4, 6, 3, bias=False), nn.BatchNorm2d(6)
+    with torch.no_grad():
+        first.weight[3], first.bias[3] = 0, 2  # type: ignore[index]
+    model = nn.Sequential(first, read, norm, nn.Conv2d(6, 2, 1)).double().eval()
+    x = torch.randn(32, 2, 6, 6, dtype=FLOAT)
+    graph, expected = trace(model, x[:2]), outputs(model, x)
+    surgery = compile_surgery(model, graph, {"0": IndexMap.keep([0, 1, 2], size=4)})
+    fitted = compensate(model, graph, surgery, [x])
+    assert "2.running_mean" in {change.name for change in fitted.changes}
+    assert norm.running_mean is not None
+    assert not norm.running_mean.any()
+    undo = install(model, fitted)
+    assert distance(outputs(model, x), expected) < 1e-5
+    undo()
+    assert distance(outputs(model, x), expected) == 0

@@ -87,11 +87,11 @@ def test_units_are_what_the_input_axis_reads(name: str) -> None:
 def test_attention_shows_its_projections() -> None:
     model = nn.MultiheadAttention(8, 2, batch_first=True).double().eval()
     x, y = torch.randn(2, 3, 5, 8, dtype=FLOAT)
-    biases: list[tuple[str, str]] = []
-    following = Following(model, on_bias=lambda read, name: biases.append((read.tensor, name)))
+    biases: list[tuple[str, str, int]] = []
+    following = Following(model, on_bias=lambda read, name, sign: biases.append((read.tensor, name, sign)))
     with watched(following):
         model(x, x, x)
-    assert biases == [("in_proj_weight", "in_proj_bias")]
+    assert biases == [("in_proj_weight", "in_proj_bias", 1)]
     assert not following.others
     own = [(read.tensor, read.start, len(read.weight)) for read, _ in reads_of(model, x, x, x)]
     assert own == [("in_proj_weight", 0, 24), ("out_proj.weight", 0, 8)]
@@ -150,8 +150,12 @@ def test_a_branch_is_followed_to_its_sum(projected: bool) -> None:
         torch.testing.assert_close(trail.value(own), own)
         found.append((trail.read.tensor, own.clone(), other.clone()))
 
-    with watched(Following(model, on_sum=on_sum)):
+    means: list[tuple[str, str, int]] = []
+    with watched(
+        Following(model, on_sum=on_sum, on_bias=lambda read, mean, sign: means.append((read.tensor, mean, sign)))
+    ):
         model(x)
+    assert means == [("conv2.weight", "norm.running_mean", -1)]
     ((name, own, other),) = found
     assert name == "conv2.weight"
     torch.testing.assert_close(own, model.norm(model.conv2(model.conv1(x).relu())))
