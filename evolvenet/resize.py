@@ -13,6 +13,7 @@ from evolvenet.compensate import compensate
 from evolvenet.graph import WidthGraph
 from evolvenet.grow import plan_growth
 from evolvenet.index_map import IndexMap
+from evolvenet.nursery import Loss
 from evolvenet.optim import StatePlan, apply_state, compile_state, validate_state
 from evolvenet.prune import plan_prune
 from evolvenet.statistics import collect
@@ -83,6 +84,8 @@ def grow(
     method: str = "orthogonal",
     optimizers: Optimizer | Sequence[Optimizer] = (),
     generator: torch.Generator | None = None,
+    batches: Iterable[Any] | None = None,
+    loss: Loss | None = None,
 ) -> WidthGraph:
     """Widen widths without changing what the model computes.
 
@@ -90,18 +93,22 @@ def grow(
         model: the traced model.
         graph: its widths as they are now.
         sizes: {width: new number of units}.
-        method: how newborns start, see `evolvenet.grow`.
+        method: how newborns start: "orthogonal", "paired", "gradmax", "tiny", or "random", which does change what the
+            model computes; see `plan_growth`.
         optimizers: the one or those that hold the model's parameters.
         generator: source of the newborns' random directions.
+        batches: model inputs, for "orthogonal" and "paired" where the rows already span everything; with a loss, pairs of
+            (model inputs, targets).
+        loss: (model output, targets) → a scalar; "gradmax" and "tiny" need it and batches.
 
     Returns:
         The graph of the changed model.
 
     Raises:
         ResizeError, OptimizerStateError: as `resize`; also for a width whose units are mixed (layer norm), where no
-            newborn could leave the function as it is.
+            newborn could leave the function as it is, and for batches or a loss that the method needs and lacks.
     """
-    return commit(model, plan_growth(model, graph, sizes, method, generator), optimizers)
+    return commit(model, plan_growth(model, graph, sizes, method, generator, batches, loss), optimizers)
 
 
 def commit(model: nn.Module, surgery: Surgery, optimizers: Optimizer | Sequence[Optimizer] = ()) -> WidthGraph:
