@@ -52,7 +52,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Method:
-    """A way to cut: `cut` changes the case's model and returns its new graph."""
+    """A way to cut: `cut` changes the case's model and returns its new graph; left out where `needs` is not installed."""
 
     cut: Callable[[Case], evolvenet.WidthGraph]
     ours: bool = False
@@ -160,21 +160,13 @@ def run(bench: Bench, seed: int, options: argparse.Namespace) -> Iterator[dict[s
             for name in options.methods:
                 method, path = METHODS[name], folder / f"{allocation}-{ratio}-{name}.json"
                 made_of = {"weights": trained["weights"], "state": options.state if method.ours else None}
-                if not can(method, allocation) or _is_current(path, made_of, options):
+                if importlib.util.find_spec(method.needs) is None or _is_current(path, made_of, options):
                     continue
                 case = Case(bench, seed, copied(model), graph, target, sizes)
                 found = {"allocation": allocation, "ratio": ratio, "method": name, **made_of}
                 found |= measured(case, method, not options.one_shot)
                 save(path, found)
                 yield found
-
-
-def can(method: Method, allocation: str) -> bool:
-    """Whether what the method needs is installed."""
-    if method.ours and allocation == OWN and not hasattr(evolvenet, "allocate"):
-        print("ours with its own allocation is left out: there is no evolvenet.allocate", flush=True)
-        return False
-    return importlib.util.find_spec(method.needs) is not None
 
 
 def _is_current(path: Path, made_of: dict[str, Any], options: argparse.Namespace) -> bool:

@@ -91,7 +91,7 @@ def tasks() -> dict[str, Task]:
         lambda root: DigitsData(),
         lambda: ResNet(1, 10, (16, 48), (1, 1), (1, 2), hidden=24),
         ((0.3053,), (0.3761,)),
-        epochs=4,
+        epochs=2,
         seeds=(0,),
         batch=64,
         default=False,
