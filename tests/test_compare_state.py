@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import evolvenet  # noqa: F401  isort: skip  # its mend comes before torchvision
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.optim import Optimizer
 
 from experiments import compare_state
 from experiments.compare_state import BOUND, goal_lines, main, verdict
@@ -42,7 +44,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_page_has_a_line_for_every_optimizer_rate_event_and_state(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    subjects = replace(SUBJECTS[0], rates=(0.05,)), replace(SUBJECTS[-1], rates=(0.01, 0.003))
+    subjects = replace(SUBJECTS[0], rates=(0.05,)), replace(SUBJECTS[1], network="dense", rates=(0.01, 0.003))
     monkeypatch.setattr(compare_state, "SUBJECTS", subjects)
     page = tmp_path / "page.md"
     main(["--data", str(data), "--out", str(page), "--seeds", "2", "--before", "2", "--after", "2"])
@@ -80,18 +82,21 @@ def compare_state_network() -> nn.Module:
     )
 
 
+@pytest.mark.parametrize("make", [adamw, *([muon] if hasattr(torch.optim, "Muon") else [])])
 @pytest.mark.parametrize(("event", "units"), [("no change", 128), ("cut", 90), ("growth", 160)])
-def test_an_event_changes_every_width_and_the_state_of_both_optimizers(data: Path, event: str, units: int) -> None:
+def test_an_event_changes_every_width_and_the_state_of_every_optimizer(
+    data: Path, make: Callable[[nn.Module, float], list[Optimizer]], event: str, units: int
+) -> None:
     model = compare_state_network()
-    optimizers = muon(model, 1e-3)
-    assert sorted(p.ndim for p in optimizers[0].param_groups[0]["params"]) == [2, 2, 2]
+    optimizers = make(model, 1e-3)
     batches = Batches(data)
     train(model, optimizers, batches(0, 2))
     change(event, model, optimizers, batches, seed=1)
     assert model.get_parameter("3.weight").shape == (units, units)
-    for optimizer, key, name in ((optimizers[0], "momentum_buffer", "3.weight"), (optimizers[1], "exp_avg", "3.bias")):
-        parameter = model.get_parameter(name)
-        assert optimizer.state[parameter][key].shape == parameter.shape
+    states = [optimizer.state[p] for p in model.parameters() for optimizer in optimizers if p in optimizer.state]
+    for parameter, state in zip(model.parameters(), states, strict=True):
+        entry = state["momentum_buffer" if make is muon and parameter.ndim == 2 else "exp_avg"]
+        assert entry.shape == parameter.shape
 
 
 def test_batches_are_the_same_for_the_same_seed(data: Path) -> None:
