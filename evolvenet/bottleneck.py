@@ -133,7 +133,7 @@ def demand(growth: Growth, method: str) -> Demand:
             module.get_parameter("weight").requires_grad_()
             hooks.callback(module.register_forward_hook(module_seen, with_kwargs=True).remove)
         weights = [growth.model.get_submodule(path).get_parameter("weight") for path in seen]
-        for inputs, targets in pairs:
+        for inputs, targets in pairs if weights else ():
             torch.autograd.grad(growth.value(inputs, targets), weights, allow_unused=True)
     scales = {tie: Scale.of(seen[tie.module].second()) for tie in makers if seen[tie.module].records}
     updates = {path: seen[path].update(growth.model.get_submodule(path)) for path in {tie.module for tie in readers}}
@@ -259,7 +259,8 @@ def _(module: _ConvNd, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor
 class Corrections:
     """Forward hooks on the readers of a widened model: what their present columns can do is taken off the gradient.
 
-    Adding `total` to the loss changes the gradients of the newborns alone, their columns' and, through them, their rows'.
+    Adding `total` to the loss changes the gradients of the newborns' columns and of what they read, not those of a
+    reader's other columns.
     """
 
     def __init__(self) -> None:

@@ -46,6 +46,8 @@ def climb(growth: Growth, start: Entries, asked: Demand, method: str) -> dict[Ti
     """
     pairs = growth.pairs(method)
     rows = {tie: start[tie] for width in growth.widths for tie in growth.matrices(width, PRODUCES)}
+    if not rows:
+        return {}
     found = _Found(start, rows)
     with (
         trial(growth, start) as shadows,
@@ -160,7 +162,7 @@ class _Network:
         ties = [tie for tie in self.slots if tie.role == role]
         names = list(dict.fromkeys(tie.tensor for tie in ties))
         total: dict[Tie, Tensor] = {}
-        for inputs, targets in self.pairs:
+        for inputs, targets in self.pairs if ties else ():
             value = self.growth.value(inputs, targets) + self.corrections.total()
             made = torch.autograd.grad(value, [self.shadows[name] for name in names], allow_unused=True)
             for tie in ties:
