@@ -200,6 +200,18 @@ def test_no_random_row_gets_as_large_a_gradient(name: str) -> None:
         assert total("tiny", 3).min() > 0
 
 
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("method", ["gradmax", "tiny"])
+def test_a_row_that_answers_nothing_at_first_is_turned_round(seed: int, method: str) -> None:
+    """Inputs that are all alike: one half of all rows is dead under ReLU, without any gradient to leave it by."""
+    model, x = mlp(6, 4, 3), 1 + 0.1 * torch.rand(40, 6).double()
+    torch.nn.init.constant_(model[0].bias, 0.5)
+    graph, y = trace(model, x[:2]), torch.randn(40, 3).double()
+    made = torch.Generator().manual_seed(seed)
+    install(model, plan_growth(model, graph, {"0": 5}, method, made, [(x, y)], F.mse_loss))
+    assert model[0](x)[:, 4].max() > 0
+
+
 def columns(module: Any, x: Tensor) -> Tensor:
     """What the module's weight multiplies, `[rows, columns]`, by torch's own unfold."""
     if isinstance(module, nn.Linear):
