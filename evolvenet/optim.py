@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import singledispatch
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.optim import LBFGS, Optimizer
+from torch.optim import LBFGS, Adam, AdamW, Optimizer
 
 from evolvenet.errors import OptimizerStateError
 from evolvenet.index_map import NEWBORN, IndexMap
@@ -104,12 +104,21 @@ def _rates(entry: Tensor, axes: Mapping[int, IndexMap], change: Change, group: M
 
 def _values(entry: Tensor, axes: Mapping[int, IndexMap], change: Change, group: Mapping[str, Any]) -> Tensor:
     """ASGD's average of weights: newborns start at their own new value, the others move as far as their weight does."""
-    entry = _zeros(entry, axes, change, group)
     value = change.value.detach().to(entry.device, entry.dtype)
-    entry += value - _zeros(change.tensor.detach(), axes, change, group).to(entry.device, entry.dtype)
+    moved = _zeros(entry, axes, change, group) + (value - _mapped(change).to(entry.device, entry.dtype))
+    return _with_newborns(moved, axes, value)
+
+
+def _mapped(change: Change) -> Tensor:
+    """The parameter's value as the maps alone would make it, newborns 0."""
+    return _zeros(change.tensor.detach(), change.axes, change, {})
+
+
+def _with_newborns(entry: Tensor, axes: Mapping[int, IndexMap], source: Tensor) -> Tensor:
+    """The entry, changed in place, with the newborns of `source`."""
     for dim, index_map in axes.items():
         born = torch.tensor(index_map.newborns, dtype=torch.int64, device=entry.device)
-        entry.index_copy_(dim, born, value.index_select(dim, born))
+        entry.index_copy_(dim, born, source.index_select(dim, born))
     return entry
 
 
@@ -161,8 +170,10 @@ def compile_state(optimizer: Optimizer, changes: Sequence[Change]) -> StatePlan:
 
     A reader that a compensation has rewritten keeps the slice as well, not the weights' linear map of it: of
     W' = W_kept + W_removed·M, where x_removed = M·x_kept, the gradient is δ·x_keptᵀ, which is the slice of the old one.
-    What makes the units then learns for the removed ones too, g_kept + Mᵀ·g_removed; that is not carried, since a
-    second moment cannot follow it (tests/test_optim_training.py shows both).
+    What makes the units then learns for the removed ones too, g_kept + Mᵀ·g_removed: its gradients grow, layer by
+    layer towards the input, and a sliced second moment is too small for them. So after a compensated cut, and after
+    nothing else, Adam and AdamW keep their estimates but count fewer steps behind them, as many as the first moment
+    remembers (10 at β₁ = 0.9): new gradients soon outweigh the old scale. What that is worth: experiments/compare_state.md.
 
     Args:
         optimizer: any `torch.optim.Optimizer`; parameters without state yet, or not its own, are passed over.
@@ -184,6 +195,10 @@ def compile_state(optimizer: Optimizer, changes: Sequence[Change]) -> StatePlan:
     >>> plan.states[weight]["momentum_buffer"].flatten()
     tensor([1., 0., 1.])
     """
+    return _compiled(optimizer, changes)
+
+
+def _compiled(optimizer: Optimizer, changes: Sequence[Change]) -> StatePlan:
     changed = {change.tensor: change for change in changes}
     states = {
         parameter: {key: _carried(optimizer, key, entry, changed[parameter], group) for key, entry in state.items()}
@@ -191,6 +206,42 @@ def compile_state(optimizer: Optimizer, changes: Sequence[Change]) -> StatePlan:
         if parameter in changed
     }
     return StatePlan(optimizer, states)
+
+
+@compile_state.register(Adam)
+@compile_state.register(AdamW)
+def _(optimizer: Adam, changes: Sequence[Change]) -> StatePlan:
+    plan = _compiled(optimizer, changes)
+    if not plan.states or not _compensated(changes):
+        return plan
+    groups = {parameter: group for group in optimizer.param_groups for parameter in group["params"]}
+    return replace(
+        plan, states={parameter: _forgetful(state, groups[parameter]) for parameter, state in plan.states.items()}
+    )
+
+
+def _compensated(changes: Sequence[Change]) -> bool:
+    """Whether units went and what is left was rewritten to make up for them."""
+    cut = any(index_map.removed for change in changes for index_map in change.axes.values())
+    return cut and not all(
+        torch.equal(_with_newborns(_mapped(change).clone(), change.axes, change.value.detach()), change.value)
+        for change in changes
+    )
+
+
+def _forgetful(state: dict[str, Any], group: Mapping[str, Any]) -> dict[str, Any]:
+    """Adam's state with the same estimates of both moments, as if fewer steps had made them."""
+    if not isinstance(state.get("step"), Tensor):
+        return state
+    first, second = (float(beta) for beta in group["betas"])
+    now, memory = float(state["step"]), max(1, round(1 / (1 - first)))
+    if now <= memory:
+        return state
+    # Adam divides the sums by these, so the estimates stay.
+    shares = {key: (1 - beta**memory) / (1 - beta**now) for key, beta in (("exp_avg", first), ("exp_avg_sq", second))}
+    shares["max_exp_avg_sq"] = shares["exp_avg_sq"]
+    made = {key: entry * shares[key] if key in shares else entry for key, entry in state.items()}
+    return {**made, "step": torch.full_like(state["step"], memory)}
 
 
 @compile_state.register

@@ -187,6 +187,88 @@ def test_what_makes_the_units_is_sliced_too_though_it_now_learns_for_the_removed
         assert torch.equal(compile_state(both.optimizers[0], [change]).states[wide][key], old[:4])
 
 
+ADAMS = ["adam", "adam amsgrad foreach", "adam amsgrad fused", "adamw", "adamw fused"]
+CUTS = {
+    "refitted": (Dependent.keep, 0.1, 10),
+    "bias refitted": (None, 0.1, 10),
+    "cut and grown, refitted": (IndexMap.of([0, 1, -1, 3], 6), 0.1, 10),
+    "bare": (Dependent.keep, 0.0, 25),
+    "grown": (IndexMap.grow(6, 2), 0.0, 25),
+    "unit taken apart": (IndexMap.of([*range(6), 0], 6), 0.1, 25),
+}
+"""Map of the reader's columns (None: they stay, another tensor is cut), shift of what survives, Adam's step count then."""
+
+
+@pytest.mark.parametrize("cut", CUTS)
+@pytest.mark.parametrize("name", ADAMS)
+def test_adam_keeps_its_estimates_and_after_a_refitted_cut_forgets_faster(name: str, cut: str) -> None:
+    index_map, shift, steps = CUTS[cut]
+    reader, makers, apart = (nn.Parameter(torch.randn(*shape)) for shape in ((3, 6), (6, 4), (2, 2)))
+    optimizer = OPTIMIZERS[name]([reader, makers, apart], lr=LR)
+    advance(optimizer, [reader, makers, apart], 25)
+    axes = {} if index_map is None else {1: index_map}
+    rows = {0: index_map or Dependent.keep}
+    value = shift + (reader.detach() if index_map is None else index_map.apply(reader.detach(), 1))
+    changes = [Swap(reader, "reader", axes, value), Swap(makers, "makers", rows, rows[0].apply(makers.detach(), 0))]
+    plan = compile_state(optimizer, changes)
+    assert apart not in plan.states
+    for change, dim in zip(changes, (1, 0), strict=True):
+        after, before = plan.states[change.tensor], optimizer.state[change.tensor]
+        assert (float(after["step"]), float(before["step"])) == (steps, 25)
+        for key, beta in (("exp_avg", 0.9), ("exp_avg_sq", 0.999), ("max_exp_avg_sq", 0.999)):
+            if key in before:
+                old = before[key]
+                for each in change.axes.values():
+                    old = each.apply(old, dim)
+                found, wanted = (entry / (1 - beta**count) for entry, count in ((after[key], steps), (old, 25)))
+                torch.testing.assert_close(found[wanted != 0], wanted[wanted != 0], rtol=1e-5, atol=0)
+
+
+def advance(optimizer: Optimizer, parameters: Sequence[nn.Parameter], steps: int, scale: float = 1.0) -> Tensor:
+    """Steps on random gradients of a scale; mean |update| of the first parameter in the last of them."""
+    before = parameters[0].detach()
+    for _ in range(steps):
+        before = parameters[0].detach().clone()
+        for parameter in parameters:
+            parameter.grad = scale * torch.randn_like(parameter)
+        optimizer.step()
+    return (parameters[0].detach() - before).abs().mean()
+
+
+def test_a_young_adam_forgets_nothing() -> None:
+    weight = nn.Parameter(torch.randn(3, 6))
+    optimizer = torch.optim.Adam([weight], lr=LR)
+    advance(optimizer, [weight], 8)
+    value = Dependent.keep.apply(weight.detach(), 1) + 0.1
+    after = compile_state(optimizer, [Swap(weight, "reader", {1: Dependent.keep}, value)]).states[weight]
+    assert float(after["step"]) == 8
+    assert torch.equal(after["exp_avg_sq"], optimizer.state[weight]["exp_avg_sq"][:, :4])
+
+
+@pytest.mark.parametrize(("shift", "low", "high"), [(0.1, 0.8, 1.25), (0.0, 1.5, 5.0)])
+def test_after_a_refitted_cut_adam_soon_knows_larger_gradients(shift: float, low: float, high: float) -> None:
+    weight = nn.Parameter(torch.randn(20, 60))
+    optimizer = torch.optim.Adam([weight], lr=LR)
+    usual = advance(optimizer, [weight], 300)
+    keep = IndexMap.keep(range(40), 60)
+    plan = compile_state(optimizer, [Swap(weight, "w", {1: keep}, value := keep.apply(weight.detach(), 1) + shift)])
+    weight.grad, weight.data = None, value
+    apply_state(plan)
+    validate_state(optimizer)
+    assert low < advance(optimizer, [weight], 40, scale=3.0) / usual < high
+
+
+@pytest.mark.parametrize(("batches", "steps"), [(True, 10), (False, 30)])
+def test_pruning_a_trained_network_with_batches_is_a_refitted_cut(batches: bool, steps: int) -> None:
+    model = dense()
+    optimizers = adamw(model)
+    train(model, optimizers, range(30), (20,))
+    inputs = [batch(seed, 20)[0] for seed in range(3)] if batches else None
+    evolvenet.prune(model, evolvenet.trace(model, batch(0, 20)[0]), {"0": 12}, batches=inputs, optimizers=optimizers)
+    assert float(optimizers[0].state[model.get_parameter("2.weight")]["step"]) == steps
+    train(model, optimizers, range(30, 33), (20,))
+
+
 def test_an_average_of_weights_moves_with_its_refitted_weight() -> None:
     weight = nn.Parameter(torch.randn(3, 6, dtype=torch.float64))
     optimizer = torch.optim.ASGD([weight], lr=LR, t0=2)
