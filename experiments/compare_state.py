@@ -115,12 +115,14 @@ def largest(found: Sequence[Ratios], column: tuple[str, str]) -> float:
 
 def goal_lines(runs: Sequence[Run]) -> list[str]:
     """Whether the goals were reached, in a sentence each."""
+    worse = _worse(runs, less_control=False)
     carried = [found["growth"].ratios["carried"] for _, _, seeds in runs for found in seeds]
     most = {f"{kind}, {who}": f"{largest(carried, (kind, who)):.2f}" for kind, who in RATIO_COLUMNS}
     met = {kind: largest(carried, (kind, "newborns")) <= BOUND for kind in ("weights", "vectors")}
     return [
-        f"- Carried never worse than reset: {_worse(runs, less_control=False)}.",
-        f"- The same less what a reset does where nothing was changed: {_worse(runs, less_control=True)}.",
+        f"- Carried never worse than reset: {f'no, worse for {worse}' if worse else 'yes'}.",
+        "- Beside the control, where nothing was changed, the change took something from the carried state's advantage: "
+        f"{_worse(runs, less_control=True) or 'nowhere'}.",
         f"- Carried, the mean update of the newborns is at most {BOUND} times the survivors': in weights "
         f"{'yes' if met['weights'] else 'no'} (largest {most['weights, newborns']}), in vectors "
         f"{'yes' if met['vectors'] else 'no'} (largest {most['vectors, newborns']}; as many survivors reach "
@@ -131,7 +133,7 @@ def goal_lines(runs: Sequence[Run]) -> list[str]:
 
 
 def _worse(runs: Sequence[Run], less_control: bool) -> str:
-    """The cases in which the carried state did worse."""
+    """The cases in which the carried state did worse, empty for none."""
     found = []
     for subject, rate, seeds in runs:
         control = [each[EVENTS[0]].difference * less_control for each in seeds]
@@ -139,7 +141,7 @@ def _worse(runs: Sequence[Run], less_control: bool) -> str:
             apart = [each[event].difference - other for each, other in zip(seeds, control, strict=True)]
             if verdict(apart) == "worse":
                 found.append(f"{subject.optimizer} at {rate:g} after the {event} ({_signed(apart)})")
-    return f"no, worse for {'; '.join(found)}" if found else "yes"
+    return "; ".join(found)
 
 
 ABOUT = """\
@@ -154,8 +156,8 @@ ABOUT = """\
   confidence interval of the mean (Student's t).
 - A reset alone changes the loss. Without their momentum SGD and Muon take smaller steps for a while, which lowers a loss that
   the noise of the batches holds up; fresh AdamW takes larger steps. The control says by how much; **less the control's** is
-  what the change of widths adds. After a cut the gradients grow with the loss, and carried second moments are too small for
-  them until they have caught up: that part of AdamW's advantage is lost.
+  what the change of widths adds. After a cut the units that are left learn for the removed ones too, and their gradients
+  grow: AdamW's carried second moments are too small at first, which is why `optim.compile_state` lets it forget faster then.
 """
 
 ABOUT_RATIOS = """\

@@ -146,12 +146,12 @@ def run(*differences: float, ratio: float) -> compare_state.Run:
 def test_goals_are_judged_by_what_was_measured() -> None:
     good = goal_lines([run(-0.1, -0.11, -0.09, ratio=BOUND)])
     assert good[0].endswith("reset: yes.")
-    assert good[1].endswith("changed: yes.")
+    assert good[1].endswith("advantage: nowhere.")
     assert "in weights yes (largest 1.50), in vectors yes" in good[2]
     bad = goal_lines([run(-0.1, 0.1, 0.0, ratio=1.0), run(0.1, 0.11, 0.09, ratio=1.6)])
     where = "SGD, momentum at 0.1 after the {} (+0.1000 ± 0.0100)"
     assert bad[0].endswith(f"no, worse for {where.format('cut')}; {where.format('growth')}.")
-    assert bad[1].endswith("changed: yes."), "the control did as badly"
+    assert bad[1].endswith("advantage: nowhere."), "the control did as badly"
     assert "in weights no (largest 1.60), in vectors no" in bad[2]
 
 
@@ -161,7 +161,7 @@ def test_a_control_that_does_well_shows_what_the_change_costs() -> None:
     made = [{**found, "no change": other["no change"]} for found, other in zip(seeds, control, strict=True)]
     lines = goal_lines([(subject, rate, made)])
     assert lines[0].endswith("yes.")
-    assert "worse for SGD, momentum at 0.1 after the cut (+0.1000 ± 0.0100)" in lines[1]
+    assert "advantage: SGD, momentum at 0.1 after the cut (+0.1000 ± 0.0100);" in lines[1]
 
 
 def test_equal_differences_leave_no_doubt() -> None:
