@@ -162,9 +162,8 @@ def residual_operator(first: Tensor, second: Tensor) -> Tensor:
     space = tuple(range(2, one.dim()))
     convolve = (functional.conv1d, functional.conv2d, functional.conv3d)[len(space) - 1]
     # Every input channel of A is a sample; flipping B makes PyTorch's correlation the convolution of the two kernels.
-    made = convolve(one.transpose(0, 1), two.flip(space), padding=[extent - 1 for extent in two.shape[2:]]).transpose(
-        0, 1
-    )
+    made = convolve(one.transpose(0, 1), two.flip(space), padding=[extent - 1 for extent in two.shape[2:]])
+    made = made.transpose(0, 1)
     centre = tuple(extent // 2 for extent in made.shape[2:])
     made[(slice(None), slice(None), *centre)] += torch.eye(len(two), dtype=two.dtype, device=two.device)
     return made
