@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from evolvenet.errors import ResizeError
-from evolvenet.graph import Tie, Width, WidthGraph
+from evolvenet.graph import FOLLOWS, Tie, Width, WidthGraph
 from evolvenet.index_map import IndexMap
 from evolvenet.measure import consumer_weighted, unit_rows
 from evolvenet.statistics import Moments, Statistics
@@ -58,9 +58,9 @@ def choose(
     With statistics by pivoted Cholesky, an interpolative decomposition, of the second moments of what the consumers
     read, weighted by the consumers' column norms: each next unit is the one that those before it predict worst, so that
     the others can be made up for. About the mean where a bias can take the mean. Without statistics, or for a width
-    without a measured consumer, by joint group magnitude: norm of the producers' rows times that of the consumers'
-    columns. From Liberty et al., "Randomized algorithms for the low-rank approximation of matrices", PNAS 104(51),
-    2007, and Harbrecht, Peters and Schneider, "On the low-rank approximation by the pivoted Cholesky decomposition",
+    without a measured consumer, by joint group magnitude: norm of the producers' rows (of the scales, where batch norms
+    follow) times that of the consumers' columns. From Liberty et al., "Randomized algorithms for the low-rank
+    approximation of matrices", PNAS 104(51), 2007, and Harbrecht, Peters and Schneider, "On the low-rank approximation by the pivoted Cholesky decomposition",
     Applied Numerical Mathematics 62(4), 2012.
 
     Args:
@@ -281,7 +281,10 @@ def _choose_units(
 
 
 def _magnitude(model: nn.Module, graph: WidthGraph, width: Width) -> Tensor:
-    """Norm of the producers' rows times norm of the consumers' columns for each unit, `[size]`."""
+    """Norm of the producers' rows times norm of the consumers' columns for each unit, `[size]`.
+
+    What makes a unit that a batch norm scales anew may be of any norm: the norm's own weight takes its place.
+    """
 
     def norm(ties: Sequence[Tie]) -> Tensor:
         weights = [tie for tie in ties if tie.tensor in graph.trainable and len(graph.shapes[tie.tensor]) > 1]
@@ -289,7 +292,16 @@ def _magnitude(model: nn.Module, graph: WidthGraph, width: Width) -> Tensor:
             return torch.ones(width.size, dtype=torch.float64)
         return torch.cat([unit_rows(model, width, tie) for tie in weights], dim=1).norm(dim=1)
 
-    return norm(width.producers) * norm(width.consumers)
+    scales = [
+        model.get_parameter(tie.tensor).detach().to("cpu", torch.float64).narrow(0, tie.start, width.size * tie.repeat)
+        for tie in width.ties
+        if tie.tensor in graph.trainable
+        and tie.role == FOLLOWS
+        and tie.tensor == f"{tie.module}.weight".removeprefix(".")
+        and f"{tie.module}.running_mean".removeprefix(".") in graph.shapes
+    ]
+    made = torch.cat([each.reshape(width.size, -1) for each in scales], dim=1).norm(dim=1) if scales else None
+    return (norm(width.producers) if made is None else made) * norm(width.consumers)
 
 
 def is_own(graph: WidthGraph, tensor: str) -> bool:

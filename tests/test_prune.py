@@ -74,10 +74,17 @@ def test_pivots_stop_where_only_rounding_is_left() -> None:
 def test_without_statistics_the_joint_magnitude_decides() -> None:
     model = used(Residual())
     graph = trace(model, images(2))
-    made = torch.cat([model.stem.weight, model.conv2.weight], dim=1).detach().flatten(1).norm(dim=1)
+    made = torch.stack([model.stem_norm.weight, model.norm2.weight]).detach().norm(dim=0)
     read = (model.conv1.weight.detach().square().sum((0, 2, 3)) + model.head.weight.detach().square().sum(0)).sqrt()
     kept = (made * read).topk(5).indices.sort().values.tolist()
     assert choose(model, graph, {"stem": 5})["stem"] == IndexMap.keep(kept, 8)
+
+
+def test_without_a_norm_the_producers_rows_count() -> None:
+    model = mlp(6, 6, 3)
+    made = torch.cat([model[0].weight], dim=1).detach().norm(dim=1)
+    kept = (made * model[2].weight.detach().norm(dim=0)).topk(4).indices.sort().values.tolist()
+    assert choose(model, trace(model, torch.randn(2, 6).double()), {"0": 4})["0"] == IndexMap.keep(kept, 6)
 
 
 def test_statistics_find_the_copies_that_magnitude_does_not() -> None:
