@@ -13,7 +13,7 @@ from evolvenet.graph import Width, WidthGraph
 from evolvenet.index_map import IndexMap
 from evolvenet.newborns import METHODS
 from evolvenet.nursery import Growth, Loss, place
-from evolvenet.surgery import Surgery, compile_surgery
+from evolvenet.surgery import Surgery, check_finite, compile_surgery
 
 
 def plan_growth(
@@ -76,7 +76,7 @@ def plan_growth(
         _check(width, size)
         if size > width.size:
             maps[width.name] = IndexMap.grow(width.size, size - width.size)
-    surgery = compile_surgery(model, graph, maps)
+    surgery = check_finite(compile_surgery(model, graph, maps))
     growth = Growth(model, graph, surgery, generator, _gathered(batches), loss)
     return place(growth, METHODS[method](growth))
 

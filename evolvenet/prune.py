@@ -60,8 +60,8 @@ def choose(
     the others can be made up for. About the mean where a bias can take the mean. Without statistics, or for a width
     without a measured consumer, by joint group magnitude: norm of the producers' rows (of the scales, where batch norms
     follow) times that of the consumers' columns. From Liberty et al., "Randomized algorithms for the low-rank
-    approximation of matrices", PNAS 104(51), 2007, and Harbrecht, Peters and Schneider, "On the low-rank approximation by the pivoted Cholesky decomposition",
-    Applied Numerical Mathematics 62(4), 2012.
+    approximation of matrices", PNAS 104(51), 2007, and Harbrecht, Peters and Schneider, "On the low-rank approximation by
+    the pivoted Cholesky decomposition", Applied Numerical Mathematics 62(4), 2012.
 
     Args:
         model: the model of the graph.

@@ -140,6 +140,19 @@ def test_broken_weights_are_refused_and_left_alone(
     assert before.differences(model, evolver.optimizers) == []
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("where", BROKEN)
+@pytest.mark.parametrize("case", [case for case in MODELS if case.name != "attention"], ids=str)
+def test_growing_refuses_broken_weights_wherever_they_are(case: Case, where: str, bad: float) -> None:
+    """The first norm weight that is NaN would make every newborn's NaN."""
+    model, graph = case.model(), graph_of(case)
+    BROKEN[where](model).view(-1)[0] = bad
+    before = State.of(model)
+    with pytest.raises(SpectrumError, match="NaN or infinite"):
+        evolvenet.grow(model, graph, doubles(graph))
+    assert before.differences(model) == []
+
+
 FEW: Mapping[str, Callable[[Case], list[Any]]] = {
     "one sample": lambda case: [samples(case, 1)],
     "two samples": lambda case: [samples(case, 2)],
