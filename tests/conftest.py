@@ -1,4 +1,4 @@
-"""What every test starts from: EvolveNet imported first (its mend precedes torchvision), two threads, a seed."""
+"""What every test starts from: EvolveNet imported first (its mend precedes torchvision), one thread, a seed."""
 
 import evolvenet  # noqa: F401  isort: skip
 
@@ -9,7 +9,7 @@ from hypothesis import settings
 # Other work on the machine must not fail a property test, and a failure must come back on the next run.
 settings.register_profile("evolvenet", deadline=None, derandomize=True, max_examples=60)
 settings.load_profile("evolvenet")
-torch.set_num_threads(2)
+torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
