@@ -9,6 +9,7 @@ from evolvenet._torchvision import mend_torchvision
 mend_torchvision()
 
 from evolvenet.allocation import allocate  # noqa: E402  torchvision must be mended before anything imports it
+from evolvenet.blocks import block_spectra  # noqa: E402
 from evolvenet.errors import (  # noqa: E402
     EvolveNetError,
     IndexMapError,
@@ -24,6 +25,7 @@ from evolvenet.evolver import Evolver  # noqa: E402
 from evolvenet.graph import Tie, Width, WidthGraph  # noqa: E402
 from evolvenet.index_map import IndexMap  # noqa: E402
 from evolvenet.measure import spectra  # noqa: E402
+from evolvenet.outputs import output_spectra  # noqa: E402
 from evolvenet.policy import Measure, Policy, Proposal, Threshold  # noqa: E402
 from evolvenet.record import Event, History, WidthChange, load  # noqa: E402
 from evolvenet.resize import grow, prune, resize  # noqa: E402
@@ -58,8 +60,10 @@ __all__ = [
     "WidthEvolution",
     "WidthGraph",
     "allocate",
+    "block_spectra",
     "grow",
     "load",
+    "output_spectra",
     "prune",
     "resize",
     "spectra",
