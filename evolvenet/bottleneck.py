@@ -29,7 +29,7 @@ from evolvenet.statistics import evenly
 ROWS = 4096
 """Most places (samples × positions) of one layer that its inputs' moments and its best update come from."""
 
-RIDGE = 1e-3
+RIDGE = 1e-2
 """Added to the inputs' second moments, relative to their mean: directions that the inputs hardly take are no way out."""
 
 
@@ -41,7 +41,7 @@ class Scale:
         factor: `[places, places]` lower triangular; None for the identity, where the length is the norm.
 
     >>> scale = Scale.of(torch.diag(torch.tensor([4.0, 4.0], dtype=torch.float64)))
-    >>> scale.energy(torch.tensor([[1.0, 0.0]], dtype=torch.float64)).round(decimals=1).tolist()
+    >>> scale.energy(torch.tensor([[1.0, 0.0]], dtype=torch.float64)).round().tolist()
     [4.0]
     """
 

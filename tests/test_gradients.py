@@ -75,8 +75,8 @@ def convolutions() -> Any:
 LINEAR: dict[str, tuple[Callable[[], Any], Callable[[], Tensor], int, str, int]] = {
     "dense": (linear_net, lambda: torch.randn(200, 7).double(), 3, "0", 2),
     "dense, second": (linear_net, lambda: torch.randn(200, 7).double(), 3, "1", 1),
-    "pooled": (pooled, lambda: images(300), 5, "0", 3),
-    "convolutions": (convolutions, lambda: images(200), 18, "0", 3),
+    "pooled": (pooled, lambda: images(150), 5, "0", 3),
+    "convolutions": (convolutions, lambda: images(100), 18, "0", 3),
 }
 """Model, inputs, outputs, which width, and newborns: no more than what the others leave over has directions."""
 
@@ -84,7 +84,7 @@ LINEAR: dict[str, tuple[Callable[[], Any], Callable[[], Tensor], int, str, int]]
 @pytest.fixture
 def exactly(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rounds enough to tell close singular values apart, and least squares as good as without a ridge."""
-    monkeypatch.setattr("evolvenet.gradients.STEPS", 60)
+    monkeypatch.setattr("evolvenet.gradients.STEPS", 80)
     monkeypatch.setattr("evolvenet.ridge.RIDGES", (1e-10,))
     monkeypatch.setattr("evolvenet.bottleneck.ROWS", 100_000)
 
