@@ -93,24 +93,27 @@ class Row:
         method: name of the method, None for the control.
         data: whether it looks at the calibration batches.
         keeps: whether the loss right after has to equal the loss right before.
+        fresh: whether AdamW starts anew, as it has to for gromo.
     """
 
     title: str
     method: str | None
     data: bool = False
     keeps: bool = True
+    fresh: bool = False
 
 
 GROMO = "gromo"
 ROWS = (
     Row("no growth", None),
+    Row("no growth, AdamW anew", None, fresh=True),
     Row("orthogonal", "orthogonal"),
     Row("orthogonal, with data", "orthogonal", data=True),
     Row("paired", "paired"),
     Row("gradmax", "gradmax", data=True),
     Row("tiny", "tiny", data=True),
     Row("random (changes the function)", "random", keeps=False),
-    Row("gromo's TINY (changes the function)", GROMO, data=True, keeps=False),
+    Row("gromo's TINY (changes the function)", GROMO, data=True, keeps=False, fresh=True),
 )
 assert {row.method for row in ROWS} == {None, GROMO, *METHODS}
 
@@ -195,7 +198,8 @@ def follow(subject: Subject, row: Row, start: Trained, data: Images) -> Outcome:
     seed, model = start.seed, copy.deepcopy(start.model)
     torch.manual_seed(seed)
     optimizer = AdamW(model.parameters(), lr=subject.rate)
-    optimizer.load_state_dict(copy.deepcopy(dict(start.state)))
+    if not row.fresh:
+        optimizer.load_state_dict(copy.deepcopy(dict(start.state)))
     pairs = data.batches(1000 + seed, *subject.calibration)
     losses, began = [data.loss(model)], time.perf_counter()
     if row.method == GROMO:
@@ -292,11 +296,15 @@ def run(subject: Subject, data: Images, seeds: int, epochs: float) -> dict[str, 
 def table(found: Mapping[str, Sequence[Outcome]]) -> list[str]:
     """Markdown, one line a method: mean ± standard deviation over the seeds."""
     heads = ["right before", "right after", *(f"{steps:,} steps later" for steps in LATER)]
+    heads.append(f"{LATER[-1]:,} steps later − no growth")
+    control = [outcome.losses[-1] for outcome in found[ROWS[0].title]]
     lines = [f"| newborns | {' | '.join(heads)} | parameters | growth, s |", "| --- |" + " ---: |" * (len(heads) + 2)]
     for title, outcomes in found.items():
         columns = list(zip(*(outcome.losses for outcome in outcomes), strict=True))
+        apart = [outcome.losses[-1] - loss for outcome, loss in zip(outcomes, control, strict=True)]
         cells = [f"{fmean(column):.4f} ± {stdev(column):.4f}" for column in columns]
-        seconds = "" if title == ROWS[0].title else f"{median(outcome.seconds for outcome in outcomes):.2f}"
+        cells.append(f"{fmean(apart):+.4f} ± {stdev(apart):.4f}")
+        seconds = "" if "no growth" in title else f"{median(outcome.seconds for outcome in outcomes):.2f}"
         lines.append(f"| {title} | {' | '.join(cells)} | {outcomes[0].parameters:,} | {seconds} |")
     return lines
 
@@ -320,10 +328,11 @@ widened once by each method and trained on with the same batches, learning rate 
 
 - **with data**, gradmax, tiny, gromo: they look at batches of training images, the same ones for all. Without data, orthogonal
   newborns of a layer whose rows already span everything are random.
-- **no growth**: the control, training goes on.
+- **no growth**: the control, training goes on; also with fresh optimizer state, as gromo's layers make new parameters.
+- **− no growth**: the difference from the control of the same network; negative is better.
 - **gromo's TINY**: gromo {gromo}, `GrowingMLP` with the same weights, layer by layer `compute_optimal_updates` and a line search
-  of its scaling factor on those batches. It also updates the old weights and so is not to keep the function. Its layers make
-  new parameters, so AdamW starts anew.
+  of its scaling factor on those batches. It also updates the old weights, so it is not to keep the function, and AdamW
+  starts anew.
 - **growth, s**: seconds for the growth, gromo's with its statistics and line search; median."""
 
 
@@ -353,7 +362,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m experiments.compare_growth", description=__doc__)
     parser.add_argument("--data", type=Path, default=Path(os.environ.get("EVOLVENET_DATA", "data")), help="folder")
     parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".md"), help="page to write")
-    parser.add_argument("--seeds", type=int, default=3, help="networks of each kind, at least 2")
+    parser.add_argument("--seeds", type=int, default=5, help="networks of each kind, at least 2")
     parser.add_argument("--epochs", type=float, default=1.0, help="training before the growth")
     options = parser.parse_args(arguments)
     if options.seeds < 2:

@@ -62,8 +62,12 @@ def test_a_loss_that_changed_is_told() -> None:
 
 def test_a_line_is_mean_and_deviation() -> None:
     one, two = Outcome((1.0, 1.0, 0.5), 0.25, 1234), Outcome((3.0, 3.0, 0.5), 0.75, 1234)
-    (line,) = table({"paired": [one, two]})[2:]
-    assert line == "| paired | 2.0000 ± 1.4142 | 2.0000 ± 1.4142 | 0.5000 ± 0.0000 | 1,234 | 0.50 |"
+    control = [replace(one, losses=(1.0, 1.0, 0.75)), replace(two, losses=(3.0, 3.0, 1.25))]
+    lines = table({"no growth": control, "paired": [one, two]})[2:]
+    assert lines == [
+        "| no growth | 2.0000 ± 1.4142 | 2.0000 ± 1.4142 | 1.0000 ± 0.3536 | +0.0000 ± 0.0000 | 1,234 |  |",
+        "| paired | 2.0000 ± 1.4142 | 2.0000 ± 1.4142 | 0.5000 ± 0.0000 | -0.5000 ± 0.3536 | 1,234 | 0.50 |",
+    ]
 
 
 def test_batches_are_the_same_for_the_same_seed_and_see_every_image_once_an_epoch() -> None:
