@@ -60,7 +60,7 @@ class Effort:
 THOROUGH = Effort(samples=1024, entries=8_000_000, rows=8192, work=4e10)
 """For one cut: a thousand images were enough on MNIST."""
 
-QUICK = Effort(samples=512, entries=8_000_000, rows=2048, work=1e9)
+QUICK = Effort(samples=256, entries=8_000_000, rows=2048, work=1e9)
 """For the cuts of a training run, which comes back to every weight."""
 
 
