@@ -90,8 +90,9 @@ def start_paired(growth: Growth) -> dict[Tie, Tensor]:
 
     Together they add nothing, but unlike with a fan-out of 0 their rows learn at once; the first step tells the two apart.
     From Chen, Goodfellow and Shlens, "Net2Net: accelerating learning via knowledge transfer", ICLR 2016, with the
-    signs of gromo. The last of an odd number has a fan-out of 0. Rows are those of "orthogonal". So are all of a width
-    that only weights read which also make units (tied embeddings): twins that are read alike would stay alike.
+    signs of gromo. Rows are those of "orthogonal"; the last of an odd number has a fan-out of 0. Readers that also make
+    units (tied embeddings), or are all 0, get zeros; a width without any other reader starts as "orthogonal", because twins
+    that are read alike would stay alike.
     """
     halves = {}
     for width in growth.widths:
@@ -194,23 +195,29 @@ def _outside(growth: Growth, start: dict[Tie, Tensor]) -> dict[Tie, Tensor]:
         statistics = collect(pool.model, pool.surgery.graph, pool.inputs or ())
     found: dict[Tie, Tensor] = {}
     for width in short:
-        reads = pool.surgery.graph.widths[width.name].consumers
-        known = width.size + free[width.name]
-        shares = [unpredicted(statistics[tie].covariance, known) for tie in reads if tie in statistics]
+        room, reads = free[width.name], pool.surgery.graph.widths[width.name].consumers
+        shares = [unpredicted(statistics[tie].covariance, width.size + room) for tie in reads if tie in statistics]
         if shares:
-            share = torch.stack(shares).mean(0)
-            missing = growth.count(width) - free[width.name]
-            taken = pivots(share, [[row] for row in range(len(share))], missing)
-            taken += [row for row in range(len(share)) if row not in taken][: missing - len(taken)]
-            chosen = [*range(free[width.name]), *(free[width.name] + row for row in taken)]
+            added = _chosen(torch.stack(shares).mean(0), growth.count(width) - room, width.step)
+            chosen = [*range(room), *(room + row for row in added)]
             found |= {tie: tried[tie][chosen] for tie in width.ties if tie in tried}
     return found
 
 
+def _chosen(share: Tensor, count: int, step: int) -> list[int]:
+    """Those of the candidates that add most to what comes before them, whole blocks of `step`."""
+    blocks = [range(first, first + step) for first in range(0, len(share), step)]
+    taken = pivots(share, blocks, count // step)
+    # Where nothing adds anything any more, one is as good as another.
+    taken += [block for block in range(len(blocks)) if block not in taken][: count // step - len(taken)]
+    return [row for block in taken for row in blocks[block]]
+
+
 def _room(growth: Growth, width: Width) -> int:
-    """How many of a width's newborns can be orthogonal to the rows of every producer."""
+    """How many of a width's newborns, in whole steps, can be orthogonal to the rows of every producer."""
     rows = [growth.units(tie, width) for tie in growth.matrices(width, PRODUCES)]
-    return min((part.shape[1] - _projection(part)[0] for part in rows), default=growth.count(width))
+    room = min((part.shape[1] - _projection(part)[0] for part in rows), default=growth.count(width))
+    return min(room // width.step * width.step, growth.count(width))
 
 
 def unpredicted(covariance: Tensor, known: int) -> Tensor:
