@@ -50,7 +50,7 @@ class Effort:
         """Places to fit a matrix of so many columns on.
 
         >>> QUICK.rows_for(100), QUICK.rows_for(2304)
-        (2048, 658)
+        (2048, 465)
         """
         squared = int((self.work / columns) ** 0.5)
         fitting = squared if squared < 2 * columns else int(self.work / columns**2)
@@ -60,7 +60,7 @@ class Effort:
 THOROUGH = Effort(samples=1024, entries=8_000_000, rows=8192, work=4e10)
 """For one cut: a thousand images were enough on MNIST."""
 
-QUICK = Effort(samples=256, entries=8_000_000, rows=2048, work=1e9)
+QUICK = Effort(samples=256, entries=8_000_000, rows=2048, work=5e8)
 """For the cuts of a training run, which comes back to every weight."""
 
 
