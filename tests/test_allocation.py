@@ -71,6 +71,15 @@ def test_what_saves_nothing_for_a_loss_is_kept_and_what_is_free_goes() -> None:
     assert share_out(graph, curves, graph.parameters) == graph.sizes
 
 
+def test_the_last_cut_takes_no_more_than_it_must() -> None:
+    """A wide layer loses several units at once, but for the last ones."""
+    graph = trace(net(4, 200, 2), torch.zeros(1, 4, dtype=FLOAT))
+    curves = {"0": [(0, 1.0), (200, 0.0)]}
+    for wanted in range(graph.parameters - 40, graph.parameters, 3):
+        (size,) = share_out(graph, curves, wanted).values()
+        assert graph.proposed_parameters({"0": size}) <= wanted < graph.proposed_parameters({"0": size + 1})
+
+
 def test_fewer_parameters_than_possible_are_refused_with_the_fewest() -> None:
     model = net(8, 8, 2)
     graph = trace(model, torch.zeros(1, 8, dtype=FLOAT))

@@ -80,12 +80,23 @@ def test_nothing_is_changed_yet() -> None:
 class Twice(nn.Module):
     """A layer that runs twice reads two different things: there is no one fit for it."""
 
-    def __init__(self) -> None:
+    def __init__(self, bias: bool = True) -> None:
         super().__init__()
-        self.a, self.b, self.c = nn.Linear(3, 6), nn.Linear(6, 6), nn.Linear(6, 2)
+        self.a, self.b, self.c = nn.Linear(3, 6), nn.Linear(6, 6, bias=bias), nn.Linear(6, 2)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.c(self.b(self.b(self.a(x)).relu()))
+
+
+class Weighed(nn.Module):
+    """A reader whose weight counts in the answer in another way too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(3, 6), nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.a(x).relu()) + self.b.weight.square().mean()
 
 
 class SharedBias(nn.Module):
@@ -106,11 +117,21 @@ class SharedBias(nn.Module):
     [
         (SharedBias(), [torch.randn(32, 3)]),
         (Twice(), [torch.randn(32, 3)]),
+        (Twice(bias=False), [torch.randn(32, 3)]),
+        (Weighed(), [torch.randn(32, 3)]),
         (nn.Sequential(nn.Linear(3, 6), nn.ReLU(), nn.Linear(6, 2)), [torch.randn(1, 3)]),
         (nn.Sequential(nn.Linear(3, 6), nn.ReLU(), nn.Linear(6, 2)), []),
         (nn.Sequential(nn.Linear(3, 6), nn.ReLU(), nn.Linear(6, 2)), [torch.full((8, 3), float("nan"))]),
     ],
-    ids=["a shared bias", "runs twice", "one sample", "no batch", "NaN"],
+    ids=[
+        "a shared bias",
+        "runs twice",
+        "runs twice without a bias",
+        "used by another op",
+        "one sample",
+        "no batch",
+        "NaN",
+    ],
 )
 def test_without_a_fit_the_cut_is_bare(model: nn.Module, batches: list[Tensor]) -> None:
     graph = trace(model, torch.zeros(2, 3))
