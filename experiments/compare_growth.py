@@ -320,7 +320,7 @@ def kept(found: Mapping[str, Sequence[Outcome]]) -> str:
 
 
 ABOUT = """\
-Written by `python -m experiments.compare_growth`{options} {machine}.
+Written by `python -m experiments.compare_growth{options}` {machine}.
 
 Mean cross-entropy on the first {measured:,} training images of MNIST in eval mode, mean ± standard deviation (of a sample)
 over n = {seeds} networks, each trained for {epochs:g} epoch(s) with AdamW, batches of {batch}, constant learning rate, then
