@@ -23,7 +23,6 @@ LAYERS: dict[int, set[str]] = {
         "labels",
         "layers",
         "operations",
-        "places",
         "prove",
         "reads",
         "remedies",
