@@ -10,12 +10,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from evolvenet.compensate import QUICK, compensate
 from evolvenet.errors import ResizeError
 from evolvenet.graph import Width, WidthGraph
-from evolvenet.inputs import arguments, first_samples
+from evolvenet.inputs import arguments, first_samples, tensors_of
 from evolvenet.measure import measure
 from evolvenet.prune import plan_prune
 from evolvenet.spectrum import energy_shares
@@ -197,9 +196,7 @@ def _answers(model: nn.Module, batch: Any) -> list[Tensor]:
     args, kwargs = arguments(batch)
     with quiet(model):
         result = model(*args, **kwargs)
-    if hasattr(result, "__dataclass_fields__"):
-        result = [getattr(result, name) for name in result.__dataclass_fields__]
-    return [leaf.double() for leaf in tree_leaves(result) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+    return [tensor.double() for tensor in tensors_of(result) if tensor.is_floating_point()]
 
 
 def _apart(whole: Sequence[Tensor], moved: Sequence[Tensor]) -> float:

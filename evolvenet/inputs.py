@@ -1,11 +1,11 @@
-"""What a model is called with: a tensor, a tuple of arguments or a dict of keyword arguments."""
+"""What a model is called with, a tensor, a tuple of arguments or a dict of keyword arguments, and what it answers with."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 
 def arguments(inputs: Any, device: str | None = None) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -30,3 +30,14 @@ def first_samples(inputs: Any, count: int) -> Any:
     if not sizes:
         return inputs
     return tree_map_only(Tensor, lambda t: t[:count].detach() if t.dim() and t.shape[0] == sizes[0] else t, inputs)
+
+
+def tensors_of(result: Any) -> list[Tensor]:
+    """Every tensor of what a model answered: nested lists, tuples and dicts, or the fields of a dataclass.
+
+    >>> [tensor.item() for tensor in tensors_of({"loss": Tensor([1.0]), "name": "a"})]
+    [1.0]
+    """
+    if hasattr(result, "__dataclass_fields__"):
+        result = {name: getattr(result, name) for name in result.__dataclass_fields__}
+    return [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from evolvenet.components import named_tensors
+from evolvenet.sandbox import op_by_op
 
 aten = torch.ops.aten
 
@@ -287,10 +288,7 @@ KINDS: Mapping[Any, Callable[..., Read | None]] = {
 def watched(reading: Reading) -> Iterator[None]:
     """Every op of the model goes through `reading`: no compiled code, no autocast, no attention that hides its products."""
     with ExitStack() as stack:
-        stack.callback(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled())
-        torch.backends.mha.set_fastpath_enabled(False)
-        stack.enter_context(torch.compiler.set_stance("force_eager"))
-        stack.enter_context(torch.no_grad())
+        stack.enter_context(op_by_op())
         # Autocast multiplies with a copy of the weight: one could not tell which weight it is.
         for kind in reading.devices:
             stack.enter_context(torch.autocast(kind, enabled=False))

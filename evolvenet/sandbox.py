@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import numpy as np
@@ -54,6 +54,17 @@ def sandbox(model: nn.Module, device: torch.device | str | None = None) -> Itera
             for container, entries in contents:
                 container.clear()
                 (container.extend if isinstance(container, (list, deque)) else container.update)(entries)
+
+
+@contextmanager
+def op_by_op() -> Iterator[None]:
+    """Eager, without gradients, and without attention's fast path: a dispatch mode sees every op of a model."""
+    with ExitStack() as stack:
+        stack.callback(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled())
+        torch.backends.mha.set_fastpath_enabled(False)
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
+        stack.enter_context(torch.no_grad())
+        yield
 
 
 def _tables(module: nn.Module) -> tuple[dict[str, Any], dict[str, Any]]:

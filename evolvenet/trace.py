@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_map_only
+from torch.utils._pytree import tree_map_only
 from torch.utils.weak import WeakTensorKeyDictionary
 
 import evolvenet.axis_rules  # registers its rules
@@ -25,11 +25,11 @@ import evolvenet.weight_rules  # noqa: F401  registers its rules
 from evolvenet.components import named_tensors
 from evolvenet.errors import TraceError
 from evolvenet.graph import WidthGraph
-from evolvenet.inputs import arguments
+from evolvenet.inputs import arguments, tensors_of
 from evolvenet.labels import DATA, LABELLED, Label, Ledger
 from evolvenet.prove import Rerun, prove
 from evolvenet.rules import Call, apply_rule
-from evolvenet.sandbox import sandbox
+from evolvenet.sandbox import op_by_op, sandbox
 
 ATTEMPTS = (("meta", (False, True)), (None, (False, True)), ("meta", (False,)), (None, (False,)))
 """(device, modes) to trace in, in order, until the model runs: a train mode that cannot run counts as not run."""
@@ -95,7 +95,7 @@ def read_labels(
         for name, tensor in tensors.items():
             mode.write(tensor, Label(enrolled[name], LABELLED if enrolled[name] else DATA, name))
         result = _run(model, example_inputs, device, training, mode)
-        for leaf in _leaves(result):
+        for leaf in tensors_of(result):
             if training == modes[0]:
                 ledger.outputs.append(tuple(leaf.shape))
             for layer in mode.read(leaf).layers:
@@ -109,7 +109,7 @@ def read_shapes(
 ) -> list[tuple[int, ...]]:
     """The shapes of the outputs in the first mode, as `read_labels` finds them, in a fraction of its time."""
     results = [_run(model, example_inputs, device, training, PlainMode()) for training in modes]
-    return [tuple(leaf.shape) for leaf in _leaves(results[0])]
+    return [tuple(leaf.shape) for leaf in tensors_of(results[0])]
 
 
 def _run(model: nn.Module, example_inputs: Any, device: str | None, training: bool, mode: PlainMode) -> Any:
@@ -138,23 +138,13 @@ def _twice(inputs: Any) -> Any:
     return tree_map_only(Tensor, lambda t: torch.cat([t, t]) if t.dim() else t, inputs)
 
 
-def _leaves(result: Any) -> list[Tensor]:
-    if hasattr(result, "__dataclass_fields__"):
-        result = {name: getattr(result, name) for name in result.__dataclass_fields__}
-    return [leaf for leaf in tree_flatten(result)[0] if isinstance(leaf, Tensor)]
-
-
 @contextmanager
 def quiet_run(mode: PlainMode) -> Iterator[None]:
     """Eager, without gradients, and with every fused kernel that would hide its steps switched off."""
-    fast_path = torch.backends.mha.get_fastpath_enabled()
     with ExitStack() as stack:
-        stack.callback(torch.backends.mha.set_fastpath_enabled, fast_path)
-        torch.backends.mha.set_fastpath_enabled(False)
-        stack.enter_context(torch.compiler.set_stance("force_eager"))
+        stack.enter_context(op_by_op())
         stack.callback(torch.backends.mkldnn.set_flags, torch.backends.mkldnn.set_flags(False)[0])
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-        stack.enter_context(torch.no_grad())
         stack.enter_context(mode.follow_modules())
         stack.enter_context(mode)
         yield

@@ -17,15 +17,18 @@ Entry = tuple[Callable[[], nn.Module], tuple[tuple[int, ...], ...], tuple[int, .
 class UNet(nn.Module):
     """Down and up, skips concatenated; up once by a transposed convolution, once by interpolation."""
 
-    def __init__(self) -> None:
+    def __init__(
+        self, down: tuple[int, int, int] = (16, 24, 32), up: tuple[int, int] = (20, 16), last: int = 12
+    ) -> None:
         super().__init__()
-        self.down1, self.down2 = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 24, 3, padding=1)
-        self.bottom = nn.Conv2d(24, 32, 3, padding=1)
-        self.up2 = nn.ConvTranspose2d(32, 20, 2, 2)
-        self.merge2 = nn.Conv2d(44, 24, 3, padding=1)
-        self.up1 = nn.Sequential(nn.Upsample(scale_factor=2, mode="bilinear"), nn.Conv2d(24, 16, 1))
-        self.merge1 = nn.Conv2d(32, 12, 3, padding=1)
-        self.head = nn.Conv2d(12, 2, 1)
+        one, two, bottom = down
+        self.down1, self.down2 = nn.Conv2d(3, one, 3, padding=1), nn.Conv2d(one, two, 3, padding=1)
+        self.bottom = nn.Conv2d(two, bottom, 3, padding=1)
+        self.up2 = nn.ConvTranspose2d(bottom, up[0], 2, 2)
+        self.merge2 = nn.Conv2d(up[0] + two, two, 3, padding=1)
+        self.up1 = nn.Sequential(nn.Upsample(scale_factor=2, mode="bilinear"), nn.Conv2d(two, up[1], 1))
+        self.merge1 = nn.Conv2d(up[1] + one, last, 3, padding=1)
+        self.head = nn.Conv2d(last, 2, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         """`[b, 3, h, w]` → `[b, 2, h, w]`."""
@@ -107,11 +110,11 @@ class Encoder(nn.Module):
 class Tied(nn.Module):
     """A language model whose head is its embedding."""
 
-    def __init__(self) -> None:
+    def __init__(self, tokens: int = 50, size: int = 16, inner: int = 32) -> None:
         super().__init__()
-        self.embed = nn.Embedding(50, 16)
-        self.up, self.down = nn.Linear(16, 32), nn.Linear(32, 16)
-        self.head = nn.Linear(16, 50, bias=False)
+        self.embed = nn.Embedding(tokens, size)
+        self.up, self.down = nn.Linear(size, inner), nn.Linear(inner, size)
+        self.head = nn.Linear(size, tokens, bias=False)
         self.head.weight = self.embed.weight
 
     def forward(self, tokens: Tensor) -> Tensor:

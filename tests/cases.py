@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import networks
@@ -16,6 +16,7 @@ from evolvenet.graph import WidthGraph
 from evolvenet.index_map import IndexMap
 from evolvenet.inputs import arguments
 from evolvenet.trace import trace
+from experiments.coverage_networks import Tied, UNet
 
 FLOAT = torch.float64
 
@@ -131,7 +132,7 @@ CASES = (
     Case("densenet", networks.DenseNet, IMAGE, {"stem": 6, "convs.0": 4, "convs.1": 5}),
     Case(
         "unet",
-        networks.UNet,
+        partial(UNet, down=(5, 6, 7), up=(4, 4), last=5),
         IMAGE,
         {"down1": 5, "down2": 6, "bottom": 7, "up2": 4, "merge2": 6, "up1.1": 4, "merge1": 5},
         frozen={"head": OUTPUT},
@@ -150,7 +151,7 @@ CASES = (
     ),
     Case(
         "tied_weights",
-        networks.TiedLanguageModel,
+        partial(Tied, tokens=20, size=6, inner=9),
         WORDS,
         {"down": 6, "up": 9},
         frozen={"embed": "looks its rows up by data"},

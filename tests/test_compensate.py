@@ -166,8 +166,8 @@ def test_large_samples_are_taken_in_small_numbers(entries: int, samples: int) ->
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_every_model_answers_nearer_after_a_fit_than_bare(case: Case) -> None:
-    """Over all samples it may only help; how much depends on the model."""
+def test_a_fit_does_no_harm_to_any_model(case: Case) -> None:
+    """How much it helps depends on the model: the tests around this one say."""
     model, graph = case.model(), graph_of(case)
     sizes = {width.name: max(width.smallest, width.size // 2) for width in graph.resizable if width.step == 1}
     batches = [case.inputs(seed) for seed in range(20, 32)]

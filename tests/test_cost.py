@@ -14,6 +14,7 @@ from evolvenet.cost import macs, parameters, size_in_bytes
 from evolvenet.errors import TraceError
 from evolvenet.index_map import IndexMap
 from evolvenet.resize import resize
+from experiments.coverage_networks import Tied
 
 BY_NAME = {case.name: case for case in CASES}
 OTHER_PRODUCTS = ("own_parameters", "attention", "transformer", "rnn", "lstm", "gru")
@@ -78,7 +79,7 @@ def test_parameters_and_bytes() -> None:
     # Weight, bias, mean and variance of 5, and a count of batches in 8 bytes.
     assert size_in_bytes(nn.BatchNorm1d(5)) == 4 * 5 * 4 + 8
     assert size_in_bytes(nn.BatchNorm1d(5).half()) == 4 * 5 * 2 + 8
-    tied = networks.TiedLanguageModel()
+    tied = Tied(tokens=20, size=6, inner=9)
     assert parameters(tied) == sum(p.numel() for p in tied.parameters()) == 20 * 6 + 6 * 9 + 9 + 9 * 6 + 6
 
 

@@ -13,11 +13,10 @@ from networks.convolutional import (
     Sounds,
     SqueezeExcite,
     SuperResolution,
-    UNet,
     Volumes,
 )
 from networks.dense import Gated, LayerNormMlp, Mlp, Reused
-from networks.sequences import Attention, BagOfWords, Recurrent, TiedLanguageModel, transformer
+from networks.sequences import Attention, BagOfWords, Recurrent, transformer
 from networks.unusual import Auxiliary, HardCoded, InPlace, Locked, OwnParameters, Peeking, TwoInputs
 
 __all__ = [
@@ -44,9 +43,7 @@ __all__ = [
     "Sounds",
     "SqueezeExcite",
     "SuperResolution",
-    "TiedLanguageModel",
     "TwoInputs",
-    "UNet",
     "Volumes",
     "transformer",
 ]

@@ -75,29 +75,6 @@ class DenseNet(nn.Module):
         return self.head(x.mean((2, 3)))
 
 
-class UNet(nn.Module):
-    """Down and up again, once by a transposed convolution and once by interpolation, with concatenated skips."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.down1 = nn.Conv2d(3, 5, 3, padding=1)
-        self.down2 = nn.Conv2d(5, 6, 3, padding=1)
-        self.bottom = nn.Conv2d(6, 7, 3, padding=1)
-        self.up2 = nn.ConvTranspose2d(7, 4, 2, 2)
-        self.merge2 = nn.Conv2d(10, 6, 3, padding=1)
-        self.up1 = nn.Sequential(nn.Upsample(scale_factor=2, mode="bilinear"), nn.Conv2d(6, 4, 1))
-        self.merge1 = nn.Conv2d(9, 5, 3, padding=1)
-        self.head = nn.Conv2d(5, 2, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        one = F.relu(self.down1(x))
-        two = F.relu(self.down2(F.max_pool2d(one, 2)))
-        x = F.relu(self.bottom(F.max_pool2d(two, 2)))
-        x = F.relu(self.merge2(torch.cat([self.up2(x), two], 1)))
-        x = F.relu(self.merge1(torch.cat([self.up1(x), one], 1)))
-        return self.head(x)
-
-
 class SqueezeExcite(nn.Module):
     """Scales every channel by what a small network makes of all channels' means."""
 

@@ -23,21 +23,6 @@ class BagOfWords(nn.Module):
         return self.head(torch.tanh(self.hidden(self.embed(tokens).mean(1))))
 
 
-class TiedLanguageModel(nn.Module):
-    """The embedding's weight is also the output layer's."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(20, 6)
-        self.up, self.down = nn.Linear(6, 9), nn.Linear(9, 6)
-        self.head = nn.Linear(6, 20, bias=False)
-        self.head.weight = self.embed.weight
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        x = self.embed(tokens)
-        return self.head(x + self.down(F.relu(self.up(x))))
-
-
 class Recurrent(nn.Module):
     """A recurrent layer over the steps and a dense head on the last one."""
 
