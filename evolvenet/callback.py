@@ -2,44 +2,65 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
-import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
-from torch import nn
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.plugins import MixedPrecision
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
+from lightning.pytorch.strategies.single_xla import SingleDeviceXLAStrategy
+from torch.optim.swa_utils import AveragedModel
 from torch.utils.hooks import RemovableHandle
 
-from evolvenet.errors import PolicyError, TraceError, UnsupportedStrategyError
+from evolvenet.blueprint import check_fits, from_plain
+from evolvenet.errors import PolicyError, RecordError, TraceError, UnsupportedStrategyError
 from evolvenet.evolver import Evolver
+from evolvenet.lightning_loading import Returning, install
+from evolvenet.listen import Listener
 from evolvenet.policy import Policy
-from evolvenet.record import History, reshape_before_load
+from evolvenet.processes import agree, processes, together
+from evolvenet.record import NOTE, Event, History, Note, fit_shapes, let_load_reshape
 
 log = logging.getLogger("evolvenet")
+install()
+
+STRATEGIES = (SingleDeviceStrategy, SingleDeviceXLAStrategy, DDPStrategy)
+"""Strategies under which every process holds whole parameters. Their subclasses may not."""
 
 
-class WidthEvolution(Callback):
+class WidthEvolution(Returning):
     """Prunes and grows the widths of whatever the trainer trains.
 
-    The model is traced on the first training batch, with the inputs that its own training step gives it. Events happen
-    before a batch, at an accumulation boundary. Each changed width is logged through `logging.getLogger("evolvenet")`;
-    "evolve/parameters" and "evolve/macs" go to the trainer's loggers and progress bar.
+    The model is traced on the first training batch, with the inputs that its own training step gives it. When an event is
+    due, the model's inputs are kept for `calibration_batches` batches; the event measures on them and happens before the
+    next batch, at an accumulation boundary. So nothing has to be kept between events, and a checkpoint holds what a resumed
+    run needs to go on as if nothing had happened, bit for bit.
+
+    Each changed width is logged through `logging.getLogger("evolvenet")`. "evolve/parameters" and "evolve/macs" go to the
+    trainer's loggers and progress bar; after each event, "evolve/size/…", "evolve/effective_rank/…" and
+    "evolve/kept_energy/…" of every width to the loggers.
+
+    Averages of the weights that other callbacks keep (`WeightAveraging`, `EMAWeightAveraging`, `StochasticWeightAveraging`)
+    go through the same changes. Under DDP rank 0 decides from batches of all ranks, and the wrapper is made anew.
 
     Args:
         policy: proposes sizes from spectra, for example `evolvenet.Threshold`.
         every_n_epochs: an event at the start of every n-th epoch; the default, with n = 1, if neither is given.
-        every_n_steps: or an event every n optimizer steps.
+        every_n_steps: or an event every n optimizer steps; it then measures on at most the batches of n steps.
         start_step: no event before this optimizer step.
         stop: share of the run's optimizer steps, 0 … 1, after which widths stay and the network settles.
         example_inputs: what the model is called with, if the first training batch should not be waited for.
-        calibration_batches: how many of the last training batches an event measures on.
+        calibration_batches: how many training batches an event measures on.
         seed: of the newborns' random directions.
 
     Raises:
         PolicyError: for values out of range.
         TraceError: in the first batches, if nothing in the model can be resized.
-        UnsupportedStrategyError: before training starts, under a strategy with several processes.
+        UnsupportedStrategyError: before training starts, under a strategy that shards parameters.
+        RankMismatchError: during training, if the processes of a DDP run do not agree on the model.
 
     >>> from evolvenet import Threshold
     >>> callback = WidthEvolution(policy=Threshold(prune=0.01, grow=0.9), every_n_epochs=1)
@@ -77,77 +98,105 @@ class WidthEvolution(Callback):
         self.seed = seed
         self.evolver: Evolver | None = None
         self._resumed: dict[str, Any] | None = None
-        self._calls: dict[str, Any] = {}
-        self._handles: list[RemovableHandle] = []
-        self._last_step = -1
+        self._listener: Listener | None = None
+        self._note: RemovableHandle | None = None
+        self._root = ""
         self._waited = False
-        self._owed = False
+        self._due_since: int | None = None
+        self._batches = 0
+        self._done_for = -1
 
     @property
     def history(self) -> History | None:
         """The run's events, None before the model is traced."""
-        return self.evolver.history if self.evolver else None
+        if self.evolver is not None:
+            return self.evolver.history
+        return History.from_dict(self._resumed["evolver"]["history"]) if self._resumed else None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse what cannot work, and let the model take a checkpoint's widths when one is loaded."""
-        if trainer.world_size > 1 or type(trainer.strategy).__name__ not in (
-            "SingleDeviceStrategy",
-            "SingleDeviceXLAStrategy",
-        ):
-            raise UnsupportedStrategyError(
-                f"WidthEvolution changes parameters of one process, got {type(trainer.strategy).__name__} with "
-                f"{trainer.world_size} processes, where the others would keep the old shapes. Take devices=1."
-            )
-        hooks = pl_module._load_state_dict_pre_hooks.values()
-        if not any(getattr(hook, "hook", hook) is reshape_before_load for hook in hooks):
-            pl_module.register_load_state_dict_pre_hook(reshape_before_load)
+        refuse_sharding(trainer.strategy)
+        # Other callbacks may have copied the module before this one was asked.
+        for module in (pl_module, *_averages(trainer, pl_module)):
+            let_load_reshape(module)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Listen to what the training step calls the model with."""
         self._waited = False
-        self._handles = [
-            module.register_forward_pre_hook(self._listener(path), with_kwargs=True)
-            for path, module in (("", pl_module), *pl_module.named_children())
-        ]
+        if self.evolver is not None:
+            self._take_up(trainer, pl_module, self.evolver)
+        else:
+            self._listener = Listener({"": pl_module, **dict(pl_module.named_children())})
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Trace once the first inputs are known; from then on change widths when an event is due."""
+        boundary = batch_idx % trainer.accumulate_grad_batches == 0
         if self.evolver is None:
-            self._begin(trainer, pl_module)
-        if self.evolver is None:
-            # A resumed run may start right at an event, before its first batch: it is made up for after that.
-            self._owed = self._due(trainer, batch_idx)
-            return
-        if self._due(trainer, batch_idx) or (self._owed and self._at_boundary(trainer, batch_idx)):
-            self._owed = False
-            self._last_step = trainer.global_step
-            self.evolver.step(at=trainer.global_step)
-            torch._dynamo.reset()
-        latest = [self.evolver.history.initial, *self.evolver.history.events][-1]
-        pl_module.log("evolve/parameters", float(latest.parameters), prog_bar=True)
-        pl_module.log("evolve/macs", float(latest.macs))
+            together(processes(), lambda: self._begin(trainer, pl_module))
+            if self.evolver is not None:
+                agree(processes(), "widths and times of events", f"{self.evolver.graph.sizes}, {self._when()}")
+        if self._due_since is not None:
+            self._batches += 1
+            if self.evolver is not None and boundary and self._batches >= self._wanted(trainer):
+                self._event(trainer, self.evolver)
+        if self._due_since is None and boundary and self._is_due(trainer, batch_idx):
+            self._due_since, self._batches = trainer.global_step, 0
+        if self._due_since is not None and self.evolver is not None and self._listener is None:
+            self._listener = Listener({self._root: self.evolver.model})
+        if self.evolver is not None:
+            latest = [self.evolver.history.initial, *self.evolver.history.events][-1]
+            pl_module.log("evolve/parameters", float(latest.parameters), prog_bar=True)
+            pl_module.log("evolve/macs", float(latest.macs))
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Leave no hook behind."""
-        self._deafen()
+        self._leave()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Leave no hook behind."""
-        self._deafen()
+        self._leave()
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """After the run, when the hook that notes what a state dict does not say is gone."""
+        metadata = getattr(checkpoint["state_dict"], "_metadata", None)
+        if self.evolver is not None and metadata is not None:
+            note = Note.of(self.evolver.model, self.evolver.graph, self._root)
+            metadata.setdefault("", {})[NOTE] = note.read(pl_module)
 
     def state_dict(self) -> dict[str, Any]:
-        """The events so far, for the checkpoint."""
-        return self.evolver.state_dict() if self.evolver else {}
+        """The run's events and what the next ones depend on, for the checkpoint."""
+        if self.evolver is None:
+            return self._resumed or {}
+        self._hear()
+        return {
+            "evolver": self.evolver.state_dict(),
+            "root": self._root,
+            "due_since": self._due_since,
+            "batches": self._batches,
+            "done_for": self._done_for,
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Keep the events of the resumed run until the model is traced."""
+        """Keep the state of the resumed run until its first inputs are known."""
+        self.evolver = None
         self._resumed = state_dict or None
+        self._due_since = state_dict.get("due_since")
+        self._batches = state_dict.get("batches", 0)
+        self._done_for = state_dict.get("done_for", -1)
+
+    def take_back(self, pl_module: LightningModule, state: dict[str, Any]) -> None:
+        """After a run in processes of their own: its events, and the module's numbers that no state dict holds."""
+        self.load_state_dict(state)
+        if self._resumed is not None:
+            fit_shapes(pl_module.get_submodule(self._resumed["root"]), {}, note=self._resumed["evolver"]["note"])
 
     def _begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Make the evolver, once there are inputs to run the model on."""
         if self.example_inputs is not None:
-            root, inputs = pl_module, self.example_inputs
-        elif self._calls:
-            root, inputs = self._root(pl_module)
+            self._root, calls = self._resumed_root() or "", [self.example_inputs]
+        elif self._listener is not None and self._listener.names:
+            self._root = self._resumed_root() or _traced(pl_module, self._listener)
+            calls = self._listener.heard(self._root)
         elif not self._waited:
             self._waited = True
             return
@@ -157,75 +206,165 @@ class WidthEvolution(Callback):
                 "trace. Call the network as a module (self(x) or self.net(x), not self.forward(x)), or give "
                 "WidthEvolution(example_inputs=...)."
             )
-        self.evolver = Evolver(root, trainer.optimizers, self.policy, inputs, self.calibration_batches, self.seed)
-        self.evolver.observe(inputs)
-        self._calls = {}
-        if self._resumed is not None:
-            self.evolver.load_state_dict(self._resumed)
-        frozen = [width for width in self.evolver.graph.widths.values() if width.frozen is not None]
+        heard = self._listener.heard(self._root) if self._listener else []
+        self._silence()
+        root = pl_module.get_submodule(self._root)
+        copies = [copy.get_submodule(self._root) for copy in _averages(trainer, pl_module)]
+        state = self._resumed["evolver"] if self._resumed else None
+        with _default_type(trainer):
+            self.evolver = Evolver(
+                root, trainer.optimizers, self.policy, calls[0], self.calibration_batches, self.seed, copies,
+                after_change=partial(rewrap, trainer.strategy, pl_module),
+                graph=None if state is None else from_plain(state["graph"]),
+            )  # fmt: skip
+        if state is not None:
+            self.evolver.load_state_dict(state)
+            self._resumed = None
+            for copy in copies:
+                fit_shapes(copy, {}, note=state["note"])
+        for inputs in heard if self._due_since is not None else ():
+            self.evolver.observe(inputs)
+        self._note = Note.of(root, self.evolver.graph, self._root).register(pl_module)
+        _log(trainer, self.evolver.history.initial)
         log.info(
             "%d resizable widths hold %.1f %% of the %s parameters; %d frozen",
             len(self.evolver.graph.resizable),
             100 * self.evolver.graph.coverage,
             f"{self.evolver.graph.parameters:,}",
-            len(frozen),
+            sum(width.frozen is not None for width in self.evolver.graph.widths.values()),
         )
 
-    def _root(self, pl_module: LightningModule) -> tuple[nn.Module, Any]:
-        """The module to trace: the LightningModule where it was called itself, else the one child that was."""
-        if "" in self._calls:
-            return pl_module, self._calls[""]
-        count = sum(1 for _ in pl_module.parameters())
-        for path, inputs in self._calls.items():
-            child = pl_module.get_submodule(path)
-            if sum(1 for _ in child.parameters()) == count:
-                return child, inputs
-        raise TraceError(
-            f"{type(pl_module).__name__}'s training step calls several networks ({', '.join(self._calls)}), so its inputs to "
-            "all of them are not known. Define forward and call self(...), or give WidthEvolution(example_inputs=...)."
-        )
+    def _take_up(self, trainer: Trainer, pl_module: LightningModule, evolver: Evolver) -> None:
+        """A second `fit` with this callback: the same network goes on, with whatever optimizers and widths it has now."""
+        self._due_since, self._done_for = None, -1
+        state = evolver.state_dict()
+        self.evolver, self._resumed = None, None
+        known = dict(pl_module.named_modules()).get(self._root) is evolver.model
+        if known and _fits(evolver):
+            self._resumed = {"evolver": {**state, "batches": []}, "root": self._root}
+        self._listener = Listener({"": pl_module, **dict(pl_module.named_children())})
 
-    def _listener(self, path: str) -> Any:
-        def listen(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if not module.training:
-                return
-            inputs = _bound(module, args, kwargs)
-            if self.evolver is None:
-                self._calls.setdefault(path, inputs)
-            elif self.evolver.model is module:
+    def _resumed_root(self) -> str | None:
+        return self._resumed["root"] if self._resumed else None
+
+    def _when(self) -> str:
+        names = ("every_n_epochs", "every_n_steps", "start_step", "stop", "calibration_batches", "seed")
+        return ", ".join(f"{name}={getattr(self, name)}" for name in names)
+
+    def _event(self, trainer: Trainer, evolver: Evolver) -> None:
+        assert self._due_since is not None
+        self._hear()
+        with _default_type(trainer):
+            event = evolver.step(at=trainer.global_step)
+        evolver.forget()
+        self._silence()
+        self._done_for, self._due_since = self._due_since, None
+        _log(trainer, event)
+
+    def _hear(self) -> None:
+        """Hand what was heard to the evolver."""
+        if self.evolver is not None and self._listener is not None:
+            for inputs in self._listener.heard(self._root):
                 self.evolver.observe(inputs)
+            self._silence()
+            if self._due_since is not None:
+                self._listener = Listener({self._root: self.evolver.model})
 
-        return listen
+    def _wanted(self, trainer: Trainer) -> int:
+        """Batches to measure on; not so many that the next event would be due before."""
+        if self.every_n_steps is None:
+            return self.calibration_batches
+        return min(self.calibration_batches, self.every_n_steps * trainer.accumulate_grad_batches)
 
-    def _due(self, trainer: Trainer, batch_idx: int) -> bool:
+    def _is_due(self, trainer: Trainer, batch_idx: int) -> bool:
         step = trainer.global_step
-        if step == self._last_step or step < max(self.start_step, 1) or not self._at_boundary(trainer, batch_idx):
+        if step == self._done_for or step < max(self.start_step, 1):
             return False
-        total = trainer.estimated_stepping_batches
-        if step > self.stop * total:
+        if step > self.stop * trainer.estimated_stepping_batches:
             return False
         if self.every_n_steps is not None:
             return step % self.every_n_steps == 0
         assert self.every_n_epochs is not None
         return batch_idx == 0 and trainer.current_epoch > 0 and trainer.current_epoch % self.every_n_epochs == 0
 
-    @staticmethod
-    def _at_boundary(trainer: Trainer, batch_idx: int) -> bool:
-        """Between two optimizer steps, not within the batches of one."""
-        return batch_idx % trainer.accumulate_grad_batches == 0
+    def _silence(self) -> None:
+        if self._listener is not None:
+            self._listener.close()
+        self._listener = None
 
-    def _deafen(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
-        self._calls = {}
+    def _leave(self) -> None:
+        self._hear()
+        self._silence()
+        if self._note is not None:
+            self._note.remove()
+        self._note = None
 
 
-def _bound(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """A call's inputs as one tensor, tuple or dict."""
-    if not kwargs:
-        return args[0] if len(args) == 1 and isinstance(args[0], torch.Tensor) else args
-    if not args:
-        return kwargs
-    bound = inspect.signature(module.forward).bind(*args, **kwargs)
-    return {**bound.arguments, **bound.arguments.pop("kwargs", {})}
+def _fits(evolver: Evolver) -> bool:
+    """Whether the model still has the widths that its evolver knows."""
+    try:
+        check_fits(evolver.graph, evolver.model)
+    except RecordError:
+        return False
+    return True
+
+
+def refuse_sharding(strategy: Strategy) -> None:
+    """Go on only under strategies known to keep whole parameters on every process.
+
+    Raises:
+        UnsupportedStrategyError: for any other.
+    """
+    if type(strategy) not in STRATEGIES:
+        raise UnsupportedStrategyError(
+            f"WidthEvolution changes the shapes of whole parameters: expected a strategy out of "
+            f"{', '.join(each.__name__ for each in STRATEGIES)}, got {type(strategy).__name__}, which may keep parts of them "
+            'or copies elsewhere that would not change. Take strategy="ddp", or devices=1.'
+        )
+
+
+def rewrap(strategy: Strategy, pl_module: LightningModule) -> None:
+    """Make DDP's wrapper anew: its hooks are gone with the parameters' old shapes, and its buckets are of them."""
+    if isinstance(strategy, DDPStrategy):
+        strategy.model = pl_module
+        strategy.configure_ddp()
+        strategy._pl_static_graph_delay_done = False
+
+
+def _averages(trainer: Trainer, pl_module: LightningModule) -> Iterator[LightningModule]:
+    """Copies of the module that other callbacks keep."""
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        for value in vars(callback).values():
+            kept = value.module if isinstance(value, AveragedModel) else value
+            if type(kept) is type(pl_module) and kept is not pl_module:
+                yield kept
+
+
+def _traced(pl_module: LightningModule, listener: Listener) -> str:
+    """Where the network is: the LightningModule itself if it was called, else the one child that was."""
+    if "" in listener.names:
+        return ""
+    count = sum(1 for _ in pl_module.parameters())
+    for path in listener.names:
+        if sum(1 for _ in pl_module.get_submodule(path).parameters()) == count:
+            return path
+    raise TraceError(
+        f"{type(pl_module).__name__}'s training step calls several networks ({', '.join(listener.names)}), so its inputs to "
+        "all of them are not known. Define forward and call self(...), or give WidthEvolution(example_inputs=...)."
+    )
+
+
+def _default_type(trainer: Trainer) -> AbstractContextManager[Any]:
+    """What the forward makes by itself has the type that training runs in ("64-true"); autocast is not needed here."""
+    plugin = trainer.precision_plugin
+    return nullcontext() if isinstance(plugin, MixedPrecision) else plugin.forward_context()
+
+
+def _log(trainer: Trainer, event: Event) -> None:
+    """An event's widths, ranks and energies to every logger."""
+    values: dict[str, float] = {"evolve/parameters": event.parameters, "evolve/macs": event.macs}
+    tables = {"size": event.sizes, "effective_rank": event.effective_rank, "kept_energy": event.kept_energy}
+    for kind, table in tables.items():
+        values |= {f"evolve/{kind}/{name}": float(value) for name, value in table.items()}
+    for logger in trainer.loggers:
+        logger.log_metrics(values, step=trainer.global_step)

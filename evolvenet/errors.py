@@ -35,3 +35,15 @@ class RecordError(EvolveNetError, RuntimeError):
 
 class UnsupportedStrategyError(EvolveNetError, RuntimeError):
     """The trainer's strategy shards parameters, so widths cannot change under it."""
+
+
+class ValidationError(EvolveNetError, RuntimeError):
+    """A model was not what it should be after a change of its widths; the change was taken back."""
+
+
+class SkippedEvent(EvolveNetError, RuntimeError):
+    """Nothing can be measured at the moment (NaN weights, too few samples): the event is left out, the next may do."""
+
+
+class RankMismatchError(EvolveNetError, RuntimeError):
+    """Processes that train one model do not agree on it. Not survived: they would train different networks."""

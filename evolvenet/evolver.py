@@ -3,33 +3,45 @@
 from __future__ import annotations
 
 import logging
+import sys
 import time
-from collections import deque
-from collections.abc import Mapping, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils._pytree import tree_leaves, tree_map_only
 
+from evolvenet.blueprint import check_fits, from_plain, to_plain
 from evolvenet.compensate import QUICK, compensate
 from evolvenet.cost import macs, parameters
-from evolvenet.errors import EvolveNetError, TraceError
+from evolvenet.errors import RankMismatchError, SkippedEvent, SpectrumError, TraceError
+from evolvenet.follow import follow
+from evolvenet.graph import WidthGraph
 from evolvenet.grow import plan_growth
 from evolvenet.inputs import first_samples
 from evolvenet.measure import measure
 from evolvenet.policy import Measure, Policy, Proposal
+from evolvenet.processes import Processes, agree, decided, fingerprint, pooled, processes, shared, together
 from evolvenet.prune import plan_prune
-from evolvenet.record import Event, History, WidthChange
-from evolvenet.resize import as_list, commit
+from evolvenet.record import Event, History, Note, WidthChange, fit_shapes
+from evolvenet.resize import apply, as_list
+from evolvenet.spectrum import effective_rank, energy_shares
 from evolvenet.statistics import Statistics, collect
 from evolvenet.surgery import Surgery
 from evolvenet.trace import trace
+from evolvenet.validate import Before, validate
 
 _NEVER = 1_000_000
 PLACES = 2
 """Fewest places (samples × positions) seen for each unit: fewer span fewer directions than there are units, and the
 rest would look as if they carried nothing. A width that saw fewer is left as it is."""
+FAILURES = 2
+"""Failures of one stage after which evolution is switched off for the rest of the run."""
 
 log = logging.getLogger("evolvenet")
 
@@ -40,6 +52,10 @@ class Evolver:
     Call `observe` with the model's inputs on some training batches and `step` between two optimizer steps, never between
     a forward and its backward pass.
 
+    Under torch.distributed every process calls both at the same places. Rank 0 measures on batches of all ranks and decides,
+    the others do the same. A `DistributedDataParallel` wrapper must be made anew after a change: `after_change` is called
+    then.
+
     Args:
         model: the model; it keeps its parameters' identity throughout.
         optimizer: the optimizer that holds them, or several; None for none.
@@ -47,6 +63,9 @@ class Evolver:
         example_inputs: what the model is called with: a tensor, a tuple of arguments or a dict of keyword arguments.
         calibration_batches: how many of the last observed batches an event measures on.
         seed: of the newborns' random directions; they do not draw from the global generator.
+        copies: models with the same tensor names and weights of their own, such as a moving average: they go along.
+        after_change: called after widths have changed, on every rank.
+        graph: the model's widths, from `trace` or an earlier run; None to trace the model here.
 
     Raises:
         TraceError: if the model does not run on the example inputs, or nothing in it can be resized.
@@ -69,18 +88,25 @@ class Evolver:
         example_inputs: Any,
         calibration_batches: int = 4,
         seed: int = 0,
+        copies: Sequence[nn.Module] = (),
+        after_change: Callable[[], object] = lambda: None,
+        graph: WidthGraph | None = None,
     ) -> None:
         self.model = model
         self.optimizers = as_list(optimizer)
         self.policy = policy
         self.example_inputs = first_samples(example_inputs, 2)
-        self.graph = trace(model, self.example_inputs)
+        self.copies = copies
+        self.after_change = after_change
+        self.graph = graph or trace(model, self.example_inputs)
         if not self.graph.resizable:
             reasons = "; ".join(f"{width.name}: {width.frozen}" for width in self.graph.widths.values())
             raise TraceError(
                 f"Expected a model with at least one resizable width, got a {type(model).__name__} without any ({reasons}). "
                 "A width is what lies between two layers: a single layer from input to output has none."
             )
+        self.off: str | None = None
+        self._macs = macs(model, self.example_inputs)
         self.history = History(self._snapshot(0, (), parameters(model), 0.0))
         self._inputs = len(example_inputs) if isinstance(example_inputs, (tuple, list)) else None
         self._batches: deque[Any] = deque(maxlen=calibration_batches)
@@ -88,6 +114,13 @@ class Evolver:
         self._events = 0
         self._changed: dict[str, tuple[int, int]] = {}
         self._seed = seed
+        self._stage = ""
+        self._failures: Counter[str] = Counter()
+
+    @property
+    def observed(self) -> int:
+        """Batches that an event would measure on now."""
+        return len(self._batches)
 
     def observe(self, batch: Any) -> None:
         """Remember a batch to measure on. Nothing is computed until `step`.
@@ -100,72 +133,199 @@ class Evolver:
         self._batches.append(batch)
         self._observed += 1
 
+    def forget(self) -> None:
+        """Let go of the batches observed so far."""
+        self._batches.clear()
+
     def step(self, at: int | None = None) -> Event:
-        """Measure, let the policy decide, and change the widths; on a problem nothing changes and training goes on.
+        """Measure, let the policy decide, and change the widths.
+
+        All or nothing: on any problem the model, its copies and the optimizers are as before, and training goes on. Where
+        the same stage fails a second time, evolution is switched off for the rest of the run (`evolver.off` says why).
 
         Args:
             at: the optimizer step to write into the record; by default the number of batches observed.
 
         Returns:
             What happened; `event.skipped` says why nothing did, if it should have.
+
+        Raises:
+            RankMismatchError: if the processes that train the model do not agree on it.
         """
         started = time.perf_counter()
         before = parameters(self.model)
         moment = self._observed if at is None else at
+        if self.off is not None:
+            return self._snapshot(moment, (), before, 0.0, self.off)
+        group = processes()
+        agree(group, "event, step and widths", f"event {self._events} at step {moment}, {self.graph.sizes}")
         self._events += 1
         skipped, changes = None, []
+        ranks, kept = {}, {}
         try:
-            self._evolve(changes)
-        except (EvolveNetError, RuntimeError) as problem:
-            # Each change is all or nothing, so the run can go on with whatever widths it has now.
-            skipped = str(problem)
-            log.warning("step %d: widths are left as they are: %s", moment, problem)
+            with self._all_or_nothing(changes) as undo:
+                ranks, kept = self._evolve(group, changes, undo)
+        except RankMismatchError:
+            raise
+        except Exception as problem:  # noqa: BLE001  whatever it was, everything is as before and the run can go on
+            skipped = self._explain(group, moment, problem)
         for change in changes:
             log.info("step %d: %s %d → %d: %s", moment, change.width, change.before, change.after, change.reason)
-        event = self._snapshot(moment, tuple(changes), before, time.perf_counter() - started, skipped)
+        if changes:
+            agree(group, "weights", fingerprint(self.model) if group.size > 1 else "")
+        event = self._snapshot(moment, tuple(changes), before, time.perf_counter() - started, skipped, ranks, kept)
         self.history.events.append(event)
         return event
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs besides the model, as plain data."""
+        """What a resumed run needs besides the model: plain data, and the tensors of the batches observed so far."""
         return {
             "history": self.history.to_dict(),
             "observed": self._observed,
             "events": self._events,
             "changed": {name: list(entry) for name, entry in self._changed.items()},
+            "graph": to_plain(self.graph),
+            "batches": [batch for batch in self._batches if _is_plain(batch)],
+            "failures": dict(self._failures),
+            "off": self.off,
+            "note": Note.of(self.model, self.graph).read(self.model),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up where `state_dict` was called. The model must already have the widths of that moment."""
+        """Take up where `state_dict` was called.
+
+        Raises:
+            RecordError: if the model does not have the widths of that moment. Nothing has changed then.
+        """
+        graph = from_plain(state["graph"])
+        check_fits(graph, self.model, besides=state["note"]["buffers"])
+        fit_shapes(self.model, {}, note=state["note"])
+        self.graph = graph
         self.history = History.from_dict(state["history"])
         self._observed, self._events = state["observed"], state["events"]
         self._changed = {name: (entry[0], entry[1]) for name, entry in state["changed"].items()}
+        self._batches.clear()
+        self._batches.extend(moved_like(batch, self.example_inputs) for batch in state["batches"])
+        self._failures, self.off = Counter(state["failures"]), state["off"]
 
-    def _evolve(self, changes: list[WidthChange]) -> None:
-        """One event: prune first, so that growth is paid for, then grow. What is done is added to `changes`."""
-        self._check_finite()
-        if not self._batches:
-            raise TraceError("Expected at least one observed batch to measure on, got none. Call observe(batch) first.")
-        statistics = collect(self.model, self.graph, list(self._batches))
-        proposals = self.policy.propose(self._measures(statistics), self.graph)
+    @contextmanager
+    def _all_or_nothing(self, changes: list[WidthChange]) -> Iterator[ExitStack]:
+        """Where the body fails, what it put on the stack is undone, and the evolver is as before."""
+        before = self.graph, dict(self._changed), self._macs
+        undo = ExitStack()
+        try:
+            yield undo
+        except BaseException:
+            touched = bool(changes)
+            undo.close()
+            self.graph, self._changed, self._macs = before
+            changes.clear()
+            if touched:
+                # What wraps the model was made for the shapes that are no more.
+                self.after_change()
+            raise
+        undo.pop_all()
+
+    def _explain(self, group: Processes, moment: int, problem: Exception) -> str:
+        """Warn, and switch off where a stage failed again; the same on every rank."""
+        passing = isinstance(problem, (SkippedEvent, SpectrumError))
+        stage, passing = group.broadcast((self._stage, passing))
+        reason = str(problem) if passing else f"{stage} failed: {problem or type(problem).__name__}"
+        log.debug("step %d: %s", moment, stage, exc_info=problem)
+        if not passing:
+            self._failures[stage] += 1
+            if self._failures[stage] >= FAILURES:
+                self.off = f"{reason}. It was not the first time, so widths stay as they are for the rest of the run."
+                log.error("step %d: %s", moment, self.off)
+                return self.off
+        log.warning("step %d: widths are left as they are: %s", moment, reason)
+        return reason
+
+    def _evolve(
+        self, group: Processes, changes: list[WidthChange], undo: ExitStack
+    ) -> tuple[dict[str, float], dict[str, float]]:
+        """One event: prune first, so that growth is paid for, then grow. What is done is added to `changes`.
+
+        Returns:
+            Of each width measured, the effective rank, and the share of the energy in as many directions as units stay.
+        """
+        self._stage = "gathering batches"
+        batches = pooled(group, self._batches)
+        found: list[Statistics] = []
+        measures, proposals = decided(group, lambda: self._propose(batches, found))
         sizes = self.graph.sizes
         down = {name: proposal for name, proposal in proposals.items() if proposal.size < sizes[name]}
         up = {name: proposal for name, proposal in proposals.items() if proposal.size > sizes[name]}
-        if down:
-            surgery = plan_prune(self.model, self.graph, _sizes(down), statistics)
-            surgery = compensate(self.model, self.graph, surgery, list(self._batches), QUICK)
-            changes.extend(self._commit(surgery, down))
-        if up:
-            generator = torch.Generator().manual_seed(self._seed + self._events)
-            surgery = plan_growth(self.model, self.graph, _sizes(up), generator=generator)
-            changes.extend(self._commit(surgery, up))
+        if down or up:
+            self._stage = "validation"
+            before = together(group, lambda: Before.of(self.model, self.example_inputs))
+            if down:
+                self._change(group, down, lambda: self._pruning(down, found[0], batches), batches, changes, undo)
+            if up:
+                self._change(group, up, lambda: self._growth(up), batches, changes, undo)
+            self._stage = "validation"
+            together(group, lambda: validate(self.model, self.graph, self.optimizers, self.example_inputs, before))
+            self._stage = "counting costs"
+            self._macs = macs(self.model, self.example_inputs)
+            self._stage = "what follows a change"
+            together(group, self.after_change)
+            forget_compiled()
+        ranks = {name: effective_rank(measure.spectrum) for name, measure in measures.items()}
+        return ranks, {name: _kept(measure.spectrum, self.graph.sizes[name]) for name, measure in measures.items()}
 
-    def _commit(self, surgery: Surgery, proposals: Mapping[str, Proposal]) -> list[WidthChange]:
-        before = self.graph.sizes
-        self.graph = commit(self.model, surgery, self.optimizers)
+    def _propose(
+        self, batches: Sequence[Any], found: list[Statistics]
+    ) -> tuple[dict[str, Measure], dict[str, Proposal]]:
+        """What was measured and what the policy makes of it; the statistics are added to `found`."""
+        self._stage = "checking weights"
+        self._check_finite()
+        if not batches:
+            raise SkippedEvent(
+                "Expected at least one observed batch to measure on, got none. Call observe(batch) first."
+            )
+        self._stage = "statistics"
+        statistics = collect(self.model, self.graph, batches)
+        found.append(statistics)
+        self._stage = "spectra"
+        measures = self._measures(statistics)
+        self._stage = "policy"
+        return measures, dict(self.policy.propose(measures, self.graph))
+
+    def _pruning(self, wanted: Mapping[str, Proposal], statistics: Statistics, batches: Sequence[Any]) -> Surgery:
+        self._stage = "choosing units"
+        surgery = plan_prune(self.model, self.graph, _sizes(wanted), statistics)
+        self._stage = "compensation"
+        return compensate(self.model, self.graph, surgery, batches, QUICK)
+
+    def _growth(self, wanted: Mapping[str, Proposal]) -> Surgery:
+        self._stage = "growth"
+        generator = torch.Generator().manual_seed(self._seed + self._events)
+        return plan_growth(self.model, self.graph, _sizes(wanted), generator=generator)
+
+    def _change(
+        self,
+        group: Processes,
+        wanted: Mapping[str, Proposal],
+        decide: Callable[[], Surgery],
+        batches: Sequence[Any],
+        changes: list[WidthChange],
+        undo: ExitStack,
+    ) -> None:
+        graph = self.graph
+        surgery = shared(group, self.model, graph, decide)
+        self._stage = "weight averages"
+        # Of each copy before the model itself changes, which a copy may share buffers with.
+        along = [
+            (copy, shared(group, copy, graph, partial(follow, copy, graph, surgery, batches))) for copy in self.copies
+        ]
+        self._stage = "surgery"
+        changes.extend(_listed(wanted, graph, surgery.graph))
+        together(group, lambda: apply(self.model, surgery, self.optimizers, undo))
+        for copy, own in along:
+            together(group, partial(apply, copy, own, (), undo))
+        self.graph = surgery.graph
         after = self.graph.sizes
-        self._changed.update({name: (self._events, after[name] - before[name]) for name in proposals})
-        return [WidthChange(name, before[name], after[name], each.reason) for name, each in proposals.items()]
+        self._changed.update({name: (self._events, after[name] - graph.widths[name].size) for name in wanted})
 
     def _measures(self, statistics: Statistics) -> dict[str, Measure]:
         found, few = {}, {}
@@ -181,7 +341,7 @@ class Evolver:
             idle = self._events - event
             found[name] = Measure(name, width.size, width.step, tuple(spectrum.tolist()), idle, growable, last)
         if few and not found:
-            raise TraceError(
+            raise SkippedEvent(
                 f"Expected at least {PLACES} places (samples × positions) a unit to measure on, got "
                 + "; ".join(f"{count} for the {self.graph.widths[name].size} of {name}" for name, count in few.items())
                 + ". Observe more or larger batches, or raise calibration_batches."
@@ -191,19 +351,55 @@ class Evolver:
     def _check_finite(self) -> None:
         for name, parameter in self.model.named_parameters():
             if not bool(torch.isfinite(parameter).all()):
-                raise EvolveNetError(
+                raise SkippedEvent(
                     f"Expected finite weights, got NaN or infinite values in {name}. Widths are left alone until they are "
                     "finite again; if they stay so, lower the learning rate or clip the gradients."
                 )
 
     def _snapshot(
-        self, at: int, changes: tuple[WidthChange, ...], before: int, seconds: float, skipped: str | None = None
+        self,
+        at: int,
+        changes: tuple[WidthChange, ...],
+        before: int,
+        seconds: float,
+        skipped: str | None = None,
+        ranks: dict[str, float] | None = None,
+        kept: dict[str, float] | None = None,
     ) -> Event:
-        if changes or not hasattr(self, "_macs"):
-            self._macs = macs(self.model, self.example_inputs)
         count = parameters(self.model)
-        return Event(at, changes, dict(self.graph.sizes), before, count, self._macs, seconds, skipped)
+        sizes = dict(self.graph.sizes)
+        return Event(at, changes, sizes, before, count, self._macs, seconds, skipped, ranks or {}, kept or {})
+
+
+def forget_compiled() -> None:
+    """After some eight shapes a compiled module would run eagerly for good: its compiled code starts anew."""
+    # Importing dynamo takes seconds, and what never imported it has compiled nothing.
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
+
+
+def moved_like(batch: Any, example: Any) -> Any:
+    """A batch on the device of the example inputs."""
+    devices = [leaf.device for leaf in tree_leaves(example) if isinstance(leaf, Tensor)]
+    return tree_map_only(Tensor, lambda tensor: tensor.to(devices[0]), batch) if devices else batch
+
+
+def _is_plain(batch: Any) -> bool:
+    """Whether a `weights_only` checkpoint may hold it."""
+    return all(isinstance(leaf, (Tensor, int, float, bool, str, type(None))) for leaf in tree_leaves(batch))
 
 
 def _sizes(proposals: Mapping[str, Proposal]) -> dict[str, int]:
     return {name: proposal.size for name, proposal in proposals.items()}
+
+
+def _listed(proposals: Mapping[str, Proposal], before: WidthGraph, after: WidthGraph) -> list[WidthChange]:
+    return [
+        WidthChange(name, before.widths[name].size, after.widths[name].size, proposal.reason)
+        for name, proposal in proposals.items()
+    ]
+
+
+def _kept(spectrum: Sequence[float], units: int) -> float:
+    """Share of the energy in the largest directions, as many as there are units now."""
+    return min(1.0, float(energy_shares(spectrum).sort(descending=True).values[:units].sum()))

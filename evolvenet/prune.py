@@ -132,6 +132,24 @@ def plan_prune(
     {'0.weight': (3, 2), '2.weight': (2, 3)}
     """
     maps = {name: kept for name, kept in choose(model, graph, sizes, statistics).items() if not kept.is_identity}
+    return plan_cut(model, graph, maps, statistics)
+
+
+def plan_cut(
+    model: nn.Module, graph: WidthGraph, maps: Mapping[str, IndexMap], statistics: Statistics | None = None
+) -> Surgery:
+    """`plan_prune` for units that are already chosen.
+
+    Args:
+        model: the model of the graph.
+        graph: its widths.
+        maps: {width: the units that stay}.
+        statistics: None for a bare cut, or from `collect`.
+
+    Raises:
+        ResizeError: if a width cannot take its map.
+        SpectrumError: for NaN or infinite weights.
+    """
     surgery = check_finite(compile_surgery(model, graph, maps))
     if statistics is None:
         return surgery

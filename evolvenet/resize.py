@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from evolvenet.graph import WidthGraph
 from evolvenet.grow import plan_growth
 from evolvenet.index_map import IndexMap
 from evolvenet.nursery import Loss
-from evolvenet.optim import StatePlan, apply_state, compile_state, validate_state
+from evolvenet.optim import apply_state, compile_state, validate_state
 from evolvenet.prune import plan_prune
 from evolvenet.statistics import collect
 from evolvenet.surgery import Surgery, compile_surgery, install
@@ -120,22 +121,25 @@ def commit(model: nn.Module, surgery: Surgery, optimizers: Optimizer | Sequence[
     Raises:
         OptimizerStateError: if a state does not fit, before or after.
     """
-    optimizers = as_list(optimizers)
+    with ExitStack() as undo:
+        apply(model, surgery, as_list(optimizers), undo)
+        undo.pop_all()
+    return surgery.graph
+
+
+def apply(model: nn.Module, surgery: Surgery, optimizers: Sequence[Optimizer], undo: ExitStack) -> None:
+    """Apply a compiled surgery; closing `undo` puts everything back, also what was done before a failure.
+
+    Raises:
+        OptimizerStateError: if a state does not fit, before or after.
+    """
     with torch.inference_mode(False):
         plans = [compile_state(optimizer, surgery.changes) for optimizer in optimizers]
-    undo_model = install(model, surgery)
-    undo_states: list[StatePlan] = []
-    try:
-        for plan in plans:
-            undo_states.append(apply_state(plan))
-        for optimizer in optimizers:
-            validate_state(optimizer)
-    except BaseException:
-        for plan in undo_states:
-            apply_state(plan)
-        undo_model()
-        raise
-    return surgery.graph
+    undo.callback(install(model, surgery))
+    for plan in plans:
+        undo.callback(apply_state, apply_state(plan))
+    for optimizer in optimizers:
+        validate_state(optimizer)
 
 
 def as_list(optimizers: Optimizer | Sequence[Optimizer] | None) -> list[Optimizer]:

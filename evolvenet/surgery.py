@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -86,6 +86,11 @@ def compile_surgery(model: nn.Module, graph: WidthGraph, maps: Mapping[str, Inde
     return Surgery(tuple(changes), numbers, dict(maps), after)
 
 
+def stale_attributes(model: nn.Module, graph: WidthGraph) -> tuple[AttributeChange, ...]:
+    """What the modules of a model say about their shapes that is not so, each with the value that it should have."""
+    return _attribute_changes(model, graph, graph, set(graph.shapes))
+
+
 def _attribute_changes(
     model: nn.Module, before: WidthGraph, after: WidthGraph, touched: set[str]
 ) -> tuple[AttributeChange, ...]:
@@ -146,6 +151,23 @@ def _scaled(value: Any, new: int, old: int) -> Any:
     if isinstance(value, tuple):
         return tuple(entry if entry == 1 else entry * new // old for entry in value)
     return value * new // old
+
+
+def with_values(model: nn.Module, surgery: Surgery, values: Mapping[str, Tensor]) -> Surgery:
+    """The surgery with other values.
+
+    Args:
+        model: the surgery's model.
+        surgery: what is going to be done to it.
+        values: {tensor name: new value} of every tensor that changes; one that the surgery leaves alone keeps its shape.
+    """
+    tensors, _, _ = named_tensors(model)
+    axes = {change.name: change.axes for change in surgery.changes}
+    changes = (
+        TensorChange(tensors[name], name, axes.get(name, {}), value.to(tensors[name].device))
+        for name, value in values.items()
+    )
+    return replace(surgery, changes=tuple(changes))
 
 
 def check_finite(surgery: Surgery) -> Surgery:

@@ -40,6 +40,7 @@ LAYERS: dict[int, set[str]] = {
         "blocks",
         "bottleneck",
         "compensate",
+        "follow",
         "gradients",
         "grow",
         "measure",
@@ -47,14 +48,16 @@ LAYERS: dict[int, set[str]] = {
         "nursery",
         "outputs",
         "policy",
+        "processes",
         "prune",
         "statistics",
     },
     # state
-    3: {"evolver", "optim", "record", "resize"},
+    3: {"blueprint", "evolver", "listen", "optim", "record", "resize", "validate"},
     # edges
-    4: {"callback", "report"},
+    4: {"callback", "lightning_loading", "report"},
 }
+LIGHTNING = {"callback", "lightning_loading"}
 EDGE_ONLY = {"lightning", "pytorch_lightning", "lightning_fabric", "torchmetrics"}
 THREADS = {"set_num_threads", "set_num_interop_threads"}
 PACKAGE = Path(evolvenet.__file__).parent
@@ -99,7 +102,7 @@ def complaints(sources: Mapping[str, str], layers: Mapping[int, set[str]]) -> li
         found += [f"{name}: imports the package, not a module of it ({target!r})" for target in inside - set(layer)]
         found += [f"{name}: imports {low} from above" for low in graph[name] if layer[low] > layer.get(name, 0)]
         outside = {target.split(".")[0] for target in targets} & EDGE_ONLY
-        found += [f"{name}: imports {target}" for target in outside if name != "callback"]
+        found += [f"{name}: imports {target}" for target in outside if name not in LIGHTNING]
         calls = {called(node) for node in ast.walk(tree) if isinstance(node, ast.Call)}
         found += [f"{name}: calls {call}" for call in calls & THREADS]
     try:

@@ -1,0 +1,78 @@
+"""What a network is called with while it trains: heard by hooks that are there only as long as they are needed."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+
+class Listener:
+    """Keeps the inputs of training-mode calls of some modules.
+
+    Args:
+        modules: what to listen to, by name.
+
+    >>> layer = nn.Linear(2, 1)
+    >>> listener = Listener({"layer": layer})
+    >>> _ = layer(torch.zeros(3, 2))
+    >>> listener.close()
+    >>> _ = layer(torch.zeros(4, 2))
+    >>> [inputs.shape for inputs in listener.heard("layer")]
+    [torch.Size([3, 2])]
+    """
+
+    def __init__(self, modules: Mapping[str, nn.Module]) -> None:
+        self._modules = dict(modules)
+        self._calls: dict[str, list[tuple[Any, Any]]] = {name: [] for name in modules}
+        self._handles: list[RemovableHandle] = [
+            module.register_forward_pre_hook(_ear(self._calls[name]), with_kwargs=True)
+            for name, module in modules.items()
+        ]
+
+    @property
+    def names(self) -> list[str]:
+        """Those that were called."""
+        return [name for name, calls in self._calls.items() if calls]
+
+    def heard(self, name: str) -> list[Any]:
+        """The inputs of each call, as one tensor, a tuple of arguments or a dict of keyword arguments."""
+        return [bound(self._modules[name], args, kwargs) for args, kwargs in self._calls[name]]
+
+    def close(self) -> None:
+        """Leave no hook behind."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+
+def _ear(calls: list[tuple[Any, Any]]) -> Any:
+    # Nothing but a list is touched, so that compiled code can run it without a break in its graph.
+    def listen(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if module.training and not _redirected(module):
+            calls.append((args, kwargs))
+
+    return listen
+
+
+def _redirected(module: nn.Module) -> bool:
+    """Whether a wrapper calls another method of the module through its forward, as Lightning does with training_step."""
+    return getattr(module.__dict__.get("forward"), "__name__", "") == "wrapped_forward"
+
+
+def bound(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """A call's inputs as one tensor, a tuple or a dict.
+
+    >>> bound(nn.Linear(2, 1), (), {"input": 3})
+    {'input': 3}
+    """
+    if not kwargs:
+        return args[0] if len(args) == 1 and isinstance(args[0], torch.Tensor) else args
+    if not args:
+        return kwargs
+    named = inspect.signature(module.forward).bind(*args, **kwargs)
+    return {**named.arguments, **named.arguments.pop("kwargs", {})}
