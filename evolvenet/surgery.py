@@ -225,8 +225,22 @@ def _gradient(change: TensorChange) -> Tensor | None:
     if grad is None:
         return None
     for dim, index_map in change.axes.items():
-        grad = index_map.apply(grad, dim)
+        grad = _sparse(grad, index_map, dim) if grad.is_sparse else index_map.apply(grad, dim)
     return grad
+
+
+def _sparse(grad: Tensor, index_map: IndexMap, dim: int) -> Tensor:
+    """An embedding's sparse gradient after a change of one axis; it stays sparse, which SparseAdam insists on."""
+    # No sparse tensor can be filled in place: newborns are taken from one more unit, of which nothing is stored.
+    shape = [1 if axis == dim % grad.dim() else size for axis, size in enumerate(grad.shape)]
+    nothing = torch.sparse_coo_tensor(
+        grad._indices().new_empty(grad.sparse_dim(), 0),
+        grad._values().new_empty(0, *shape[grad.sparse_dim() :]),
+        shape,
+        check_invariants=False,
+    )
+    index = index_map.tensor(grad.device)
+    return torch.cat([grad, nothing], dim).index_select(dim, index.where(index != NEWBORN, index_map.size))
 
 
 def exchange(tensor: Tensor, value: Tensor, grad: Tensor | None) -> None:
