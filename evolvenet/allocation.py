@@ -193,7 +193,7 @@ def _trial_sizes(width: Width) -> list[int]:
 
 
 def _answers(model: nn.Module, batch: Any) -> list[Tensor]:
-    args, kwargs = arguments(batch)
+    args, kwargs = arguments(batch, model=model)
     with quiet(model):
         result = model(*args, **kwargs)
     return [tensor.double() for tensor in tensors_of(result) if tensor.is_floating_point()]

@@ -131,7 +131,7 @@ def residual_blocks(
     ({}, {'0': "0.weight reads the width '0:in', 2.weight makes the width '2'"})
     """
     tensors, _, _ = named_tensors(model)
-    args, kwargs = arguments(example_inputs)
+    args, kwargs = arguments(example_inputs, model=model)
     record = Record(tensors)
     with quiet(model), quiet_run(record):
         model(*args, **kwargs)

@@ -105,7 +105,7 @@ def compensate(
     readers = _readers(graph, surgery)
     if batch is None or not readers:
         return surgery
-    args, kwargs = arguments(batch)
+    args, kwargs = arguments(batch, model=model)
     goals = _Goals(readers, effort)
     with quiet(model), watched(reading := Following(model, None, goals.read, goals.sum, goals.bias)):
         model(*args, **kwargs)

@@ -52,7 +52,7 @@ def macs(model: nn.Module, example_inputs: Any) -> int:
     samples = first.shape[0] if first is not None else 1
     failure: Exception | None = None
     for device in ("meta", None):
-        args, kwargs = arguments(tree_map_only(Tensor, lambda t: t.detach().clone(), example_inputs), device)
+        args, kwargs = arguments(tree_map_only(Tensor, lambda t: t.detach().clone(), example_inputs), device, model)
         try:
             with sandbox(model, device), torch.no_grad(), FlopCounterMode(display=False) as counter:
                 model.eval()

@@ -4,16 +4,31 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+_HALF = (torch.bfloat16, torch.float16)
 
-def arguments(inputs: Any, device: str | None = None) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Inputs as positional and keyword arguments, moved to a device if one is named.
+
+def arguments(
+    inputs: Any, device: str | None = None, model: nn.Module | None = None
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Inputs as positional and keyword arguments.
+
+    Args:
+        inputs: a tensor, a tuple of arguments or a dict of keyword arguments.
+        device: where they are moved, if one is named.
+        model: whose type half-precision inputs take, if its parameters are all of one wider type. Autocast lets a float32
+            layer read bfloat16; without it, as a model runs here, the layer would refuse.
 
     >>> arguments({"x": 1})
     ((), {'x': 1})
+    >>> arguments(torch.zeros(1, 2).half(), model=nn.Linear(2, 2))
+    ((tensor([[0., 0.]]),), {})
     """
+    if model is not None:
+        inputs = _widened(inputs, model)
     if device is not None:
         inputs = tree_map_only(Tensor, lambda tensor: tensor.to(device), inputs)
     if isinstance(inputs, dict):
@@ -21,6 +36,17 @@ def arguments(inputs: Any, device: str | None = None) -> tuple[tuple[Any, ...], 
     if isinstance(inputs, (tuple, list)):
         return tuple(inputs), {}
     return (inputs,), {}
+
+
+def _widened(inputs: Any, model: nn.Module) -> Any:
+    """The inputs, half-precision ones in the type of the model's parameters if there is one and it is wider."""
+    if not any(isinstance(leaf, Tensor) and leaf.dtype in _HALF for leaf in tree_leaves(inputs)):
+        return inputs
+    kinds = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
+    if len(kinds) != 1 or kinds <= set(_HALF):
+        return inputs
+    kind = kinds.pop()
+    return tree_map_only(Tensor, lambda tensor: tensor.to(kind) if tensor.dtype in _HALF else tensor, inputs)
 
 
 def first_samples(inputs: Any, count: int) -> Any:

@@ -139,7 +139,7 @@ class Growth:
             ResizeError: if it is no scalar, or has no gradient.
         """
         assert self.loss is not None, "pairs() refuses a growth without a loss"
-        args, kwargs = arguments(inputs)
+        args, kwargs = arguments(inputs, model=self.model)
         value = self.loss(self.model(*args, **kwargs), targets)
         if not isinstance(value, Tensor) or value.numel() != 1:
             got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__

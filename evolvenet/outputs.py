@@ -61,7 +61,7 @@ def output_spectra(model: nn.Module, graph: WidthGraph, batches: Iterable[Any]) 
     seen = 0
     with quiet(model):
         for batch in batches:
-            args, kwargs = arguments(batch)
+            args, kwargs = arguments(batch, model=model)
             with watched(Reading(model, after=partial(_gather, gathered))):
                 model(*args, **kwargs)
             seen += samples_in(batch)

@@ -151,7 +151,7 @@ def collect(model: nn.Module, graph: WidthGraph, batches: Iterable[Any]) -> Stat
     seen, ran = 0, False
     with quiet(model):
         for batch in batches:
-            args, kwargs = arguments(batch)
+            args, kwargs = arguments(batch, model=model)
             with watched(Reading(model, before=partial(_gather, by_tensor, max(1, samples_in(batch)), seen))):
                 model(*args, **kwargs)
             seen += samples_in(batch)

@@ -116,7 +116,7 @@ def _run(model: nn.Module, example_inputs: Any, device: str | None, training: bo
     """One forward pass under `mode`. A train mode that refuses a batch of one is given the batch twice."""
     # A model may write into its inputs; those on another device are copies anyway.
     inputs = tree_map_only(Tensor, lambda t: t.detach().clone(), example_inputs) if device is None else example_inputs
-    args, kwargs = arguments(inputs, device)
+    args, kwargs = arguments(inputs, device, model)
     model.train(training)
     mode.names = {id(module): name for name, module in model.named_modules()}
     try:
