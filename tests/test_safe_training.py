@@ -195,7 +195,7 @@ class Manual(Net):
 @pytest.mark.parametrize("accumulate", [1, 3])
 def test_manual_optimization_with_several_optimizers(accumulate: int, tmp_path: Path) -> None:
     with_events, without = (
-        fit(tmp_path, Manual(accumulate), evolve, every=8, max_steps=48) for evolve in (True, False)
+        fit(tmp_path, Manual(accumulate), evolve, every=8, max_steps=2 * STEPS) for evolve in (True, False)
     )
     assert with_events.settings == without.settings
     assert with_events.settings[0] != with_events.settings[-1]
@@ -212,7 +212,7 @@ def test_an_accumulation_that_changes_on_the_way(tmp_path: Path) -> None:
 
 
 class KeepsGradients(Net):
-    """Empties nothing on its own: what an event finds goes on being added to."""
+    """Zeroes its gradients in place, so that every event finds some."""
 
     def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: Any) -> None:
         optimizer.zero_grad(set_to_none=False)
