@@ -271,6 +271,8 @@ class Loop:
 
     def __init__(self, kind: str) -> None:
         self.kind = kind
+        # A loop that keeps its losses keeps their graphs, which know the parameters of the shapes before.
+        self.kept: list[Tensor] = []
         self.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=3, enabled=kind == "scaler")
 
     def __call__(self, model: nn.Module, optimizers: Sequence[Optimizer], evolver: Evolver, steps: int) -> list[float]:
@@ -287,6 +289,7 @@ class Loop:
             for optimizer in optimizers:
                 self.scaler.step(optimizer)
             self.scaler.update()
+            self.kept.append(loss)
             losses.append(float(loss.detach()))
         return losses
 
