@@ -17,7 +17,7 @@ from torch.utils.hooks import RemovableHandle
 
 from evolvenet.blueprint import check_fits, from_plain
 from evolvenet.errors import PolicyError, RecordError, TraceError, UnsupportedStrategyError
-from evolvenet.evolver import Evolver
+from evolvenet.evolver import Evolver, forget_compiled
 from evolvenet.lightning_loading import Returning, install
 from evolvenet.listen import Listener
 from evolvenet.policy import Policy
@@ -102,9 +102,10 @@ class WidthEvolution(Returning):
         self._note: RemovableHandle | None = None
         self._root = ""
         self._waited = False
+        self._deaf = False
         self._due_since: int | None = None
         self._batches = 0
-        self._done_for = -1
+        self._seen_step: int | None = None
 
     @property
     def history(self) -> History | None:
@@ -138,11 +139,20 @@ class WidthEvolution(Returning):
         if self._due_since is not None:
             self._batches += 1
             if self.evolver is not None and boundary and self._batches >= self._wanted(trainer):
-                self._event(trainer, self.evolver)
-        if self._due_since is None and boundary and self._is_due(trainer, batch_idx):
-            self._due_since, self._batches = trainer.global_step, 0
+                self._hear()
+                if self.evolver.observed or self._deaf:
+                    self._event(trainer, self.evolver)
+                else:
+                    # Code compiled before the hook was there does not run it.
+                    self._deaf, self._batches = True, 0
+                    forget_compiled()
+        if boundary:
+            before = trainer.global_step - 1 if self._seen_step is None else self._seen_step
+            self._seen_step = trainer.global_step
+            if self._due_since is None and self._is_due(trainer, batch_idx, before):
+                self._due_since, self._batches = trainer.global_step, 0
         if self._due_since is not None and self.evolver is not None and self._listener is None:
-            self._listener = Listener({self._root: self.evolver.model})
+            self._listener = Listener({self._root: self.evolver.model}, self.calibration_batches)
         if self.evolver is not None:
             latest = [self.evolver.history.initial, *self.evolver.history.events][-1]
             pl_module.log("evolve/parameters", float(latest.parameters), prog_bar=True)
@@ -173,7 +183,6 @@ class WidthEvolution(Returning):
             "root": self._root,
             "due_since": self._due_since,
             "batches": self._batches,
-            "done_for": self._done_for,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -182,7 +191,7 @@ class WidthEvolution(Returning):
         self._resumed = state_dict or None
         self._due_since = state_dict.get("due_since")
         self._batches = state_dict.get("batches", 0)
-        self._done_for = state_dict.get("done_for", -1)
+        self._seen_step = None
 
     def take_back(self, pl_module: LightningModule, state: dict[str, Any]) -> None:
         """After a run in processes of their own: its events, and the module's numbers that no state dict holds."""
@@ -194,6 +203,10 @@ class WidthEvolution(Returning):
         """Make the evolver, once there are inputs to run the model on."""
         if self.example_inputs is not None:
             self._root, calls = self._resumed_root() or "", [self.example_inputs]
+        elif self._resumed is not None and self._resumed["evolver"]["batches"]:
+            # Interrupted among the batches of an event, which may have to happen before the first batch now.
+            self._root = self._resumed["root"]
+            calls = [trainer.strategy.batch_to_device(each) for each in self._resumed["evolver"]["batches"]]
         elif self._listener is not None and self._listener.names:
             self._root = self._resumed_root() or _traced(pl_module, self._listener)
             calls = self._listener.heard(self._root)
@@ -236,7 +249,7 @@ class WidthEvolution(Returning):
 
     def _take_up(self, trainer: Trainer, pl_module: LightningModule, evolver: Evolver) -> None:
         """A second `fit` with this callback: the same network goes on, with whatever optimizers and widths it has now."""
-        self._due_since, self._done_for = None, -1
+        self._due_since, self._seen_step = None, None
         state = evolver.state_dict()
         self.evolver, self._resumed = None, None
         known = dict(pl_module.named_modules()).get(self._root) is evolver.model
@@ -252,13 +265,14 @@ class WidthEvolution(Returning):
         return ", ".join(f"{name}={getattr(self, name)}" for name in names)
 
     def _event(self, trainer: Trainer, evolver: Evolver) -> None:
-        assert self._due_since is not None
-        self._hear()
         with _default_type(trainer):
             event = evolver.step(at=trainer.global_step)
         evolver.forget()
         self._silence()
-        self._done_for, self._due_since = self._due_since, None
+        if self._deaf:
+            forget_compiled()
+        self._deaf = False
+        self._due_since = None
         _log(trainer, event)
 
     def _hear(self) -> None:
@@ -268,7 +282,7 @@ class WidthEvolution(Returning):
                 self.evolver.observe(inputs)
             self._silence()
             if self._due_since is not None:
-                self._listener = Listener({self._root: self.evolver.model})
+                self._listener = Listener({self._root: self.evolver.model}, self.calibration_batches)
 
     def _wanted(self, trainer: Trainer) -> int:
         """Batches to measure on; not so many that the next event would be due before."""
@@ -276,14 +290,13 @@ class WidthEvolution(Returning):
             return self.calibration_batches
         return min(self.calibration_batches, self.every_n_steps * trainer.accumulate_grad_batches)
 
-    def _is_due(self, trainer: Trainer, batch_idx: int) -> bool:
+    def _is_due(self, trainer: Trainer, batch_idx: int, before: int) -> bool:
         step = trainer.global_step
-        if step == self._done_for or step < max(self.start_step, 1):
-            return False
-        if step > self.stop * trainer.estimated_stepping_batches:
+        if step < max(self.start_step, 1) or self.stop == 0 or _share_done(trainer) > self.stop:
             return False
         if self.every_n_steps is not None:
-            return step % self.every_n_steps == 0
+            # Several optimizers of a manual optimization step over a multiple.
+            return step // self.every_n_steps > before // self.every_n_steps
         assert self.every_n_epochs is not None
         return batch_idx == 0 and trainer.current_epoch > 0 and trainer.current_epoch % self.every_n_epochs == 0
 
@@ -352,6 +365,12 @@ def _traced(pl_module: LightningModule, listener: Listener) -> str:
         f"{type(pl_module).__name__}'s training step calls several networks ({', '.join(listener.names)}), so its inputs to "
         "all of them are not known. Define forward and call self(...), or give WidthEvolution(example_inputs=...)."
     )
+
+
+def _share_done(trainer: Trainer) -> float:
+    """Of the epochs' batches, or of `max_steps`, which counts the steps of every optimizer; 0 … 1."""
+    done = trainer.fit_loop.epoch_loop._batches_that_stepped / trainer.estimated_stepping_batches
+    return max(done, trainer.global_step / trainer.max_steps) if trainer.max_steps > 0 else done
 
 
 def _default_type(trainer: Trainer) -> AbstractContextManager[Any]:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
 from evolvenet.errors import TraceError
 from evolvenet.inputs import arguments
-from evolvenet.sandbox import sandbox
+from evolvenet.sandbox import op_by_op, sandbox
 
 
 def parameters(model: nn.Module) -> int:
@@ -54,7 +53,7 @@ def macs(model: nn.Module, example_inputs: Any) -> int:
     for device in ("meta", None):
         args, kwargs = arguments(tree_map_only(Tensor, lambda t: t.detach().clone(), example_inputs), device, model)
         try:
-            with sandbox(model, device), torch.no_grad(), FlopCounterMode(display=False) as counter:
+            with sandbox(model, device), op_by_op(), FlopCounterMode(display=False) as counter:
                 model.eval()
                 model(*args, **kwargs)
         except Exception as error:  # noqa: BLE001  the model's own code may raise anything

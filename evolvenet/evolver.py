@@ -337,7 +337,12 @@ class Evolver:
                 continue
             event, last = self._changed.get(name, (-_NEVER, 0))
             # Without a row of its own a newborn would stay dead, and where units mix it would change the function.
-            growable = width.mixed is None and bool(width.producers)
+            # What reads it must learn to: nobody would ever read a newborn of a frozen reader.
+            read = [
+                self.model.get_parameter(tie.tensor) for tie in width.consumers if tie.tensor in self.graph.trainable
+            ]
+            learns = not read or any(parameter.requires_grad for parameter in read)
+            growable = width.mixed is None and bool(width.producers) and learns
             idle = self._events - event
             found[name] = Measure(name, width.size, width.step, tuple(spectrum.tolist()), idle, growable, last)
         if few and not found:

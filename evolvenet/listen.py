@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections import deque
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,6 +17,7 @@ class Listener:
 
     Args:
         modules: what to listen to, by name.
+        most: calls that are kept of each, the last ones.
 
     >>> layer = nn.Linear(2, 1)
     >>> listener = Listener({"layer": layer})
@@ -26,9 +28,9 @@ class Listener:
     [torch.Size([3, 2])]
     """
 
-    def __init__(self, modules: Mapping[str, nn.Module]) -> None:
+    def __init__(self, modules: Mapping[str, nn.Module], most: int = 8) -> None:
         self._modules = dict(modules)
-        self._calls: dict[str, list[tuple[Any, Any]]] = {name: [] for name in modules}
+        self._calls: dict[str, deque[tuple[Any, Any]]] = {name: deque(maxlen=most) for name in modules}
         self._handles: list[RemovableHandle] = [
             module.register_forward_pre_hook(_ear(self._calls[name]), with_kwargs=True)
             for name, module in modules.items()
@@ -50,10 +52,10 @@ class Listener:
         self._handles = []
 
 
-def _ear(calls: list[tuple[Any, Any]]) -> Any:
-    # Nothing but a list is touched, so that compiled code can run it without a break in its graph.
+def _ear(calls: deque[tuple[Any, Any]]) -> Any:
+    # Nothing but a queue is touched where code is compiled, so that it runs without a break in its graph.
     def listen(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if module.training and not _redirected(module):
+        if module.training and (torch.compiler.is_compiling() or not _redirected(module)):
             calls.append((args, kwargs))
 
     return listen

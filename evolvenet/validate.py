@@ -96,7 +96,7 @@ def _wrong(expected: str, got: str) -> ValidationError:
 
 
 def _answers(model: nn.Module, example_inputs: Any) -> list[Tensor]:
-    args, kwargs = arguments(example_inputs)
+    args, kwargs = arguments(example_inputs, model=model)
     with quiet(model), torch.compiler.set_stance("force_eager"):
         return tensors_of(model(*args, **kwargs))
 

@@ -25,7 +25,7 @@ TINY = [
     "trainer.accelerator=cpu",
     "trainer.log_every_n_steps=1",
 ]
-EAGER = ["evolve.every_n_steps=1", "evolve.start_step=2", "evolve.stop=1.0"]
+EAGER = ["evolve.every_n_steps=1", "evolve.start_step=1", "evolve.stop=1.0"]
 
 
 @pytest.fixture(autouse=True)
