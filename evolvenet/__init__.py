@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from evolvenet._torchvision import mend_torchvision
@@ -13,6 +14,7 @@ from evolvenet.blocks import block_spectra  # noqa: E402
 from evolvenet.errors import (  # noqa: E402
     EvolveNetError,
     IndexMapError,
+    MissingPackageError,
     OptimizerStateError,
     PolicyError,
     RecordError,
@@ -32,6 +34,7 @@ from evolvenet.resize import grow, prune, resize  # noqa: E402
 from evolvenet.trace import trace  # noqa: E402
 
 if TYPE_CHECKING:
+    from evolvenet import huggingface as huggingface
     from evolvenet.callback import WidthEvolution
 
 __version__ = "0.1.0"
@@ -44,6 +47,7 @@ __all__ = [
     "IndexMap",
     "IndexMapError",
     "Measure",
+    "MissingPackageError",
     "OptimizerStateError",
     "Policy",
     "PolicyError",
@@ -72,9 +76,14 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """`WidthEvolution` imports Lightning, which takes seconds: only when it is asked for."""
+    """Lightning and transformers take seconds to import and may be missing: only when they are asked for."""
     if name == "WidthEvolution":
-        from evolvenet.callback import WidthEvolution
-
-        return WidthEvolution
+        return import_module("evolvenet.callback").WidthEvolution
+    if name == "huggingface":
+        return import_module("evolvenet.huggingface")
     raise AttributeError(f"module 'evolvenet' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    """What is there, and what comes when it is asked for; `huggingface` may need a package that is not installed."""
+    return sorted({*globals(), *__all__})

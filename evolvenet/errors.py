@@ -47,3 +47,7 @@ class SkippedEvent(EvolveNetError, RuntimeError):
 
 class RankMismatchError(EvolveNetError, RuntimeError):
     """Processes that train one model do not agree on it. Not survived: they would train different networks."""
+
+
+class MissingPackageError(EvolveNetError, ImportError):
+    """An optional package that a part of EvolveNet builds on is not installed."""

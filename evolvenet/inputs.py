@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -47,6 +48,22 @@ def _widened(inputs: Any, model: nn.Module) -> Any:
         return inputs
     kind = kinds.pop()
     return tree_map_only(Tensor, lambda tensor: tensor.to(kind) if tensor.dtype in _HALF else tensor, inputs)
+
+
+def bound(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """A call's arguments as inputs: one tensor, a tuple, or a dict where any was given by name.
+
+    >>> bound(nn.Identity(), (1,), {"scale": 2})
+    {'input': 1, 'scale': 2}
+    """
+    if not kwargs:
+        return args[0] if len(args) == 1 and isinstance(args[0], Tensor) else args
+    if not args:
+        return kwargs
+    given = inspect.signature(module.forward).bind(*args, **kwargs)
+    extra = [name for name, each in given.signature.parameters.items() if each.kind is each.VAR_KEYWORD]
+    named = {name: value for name, value in given.arguments.items() if name not in extra}
+    return {**named, **(given.arguments[extra[0]] if extra and extra[0] in given.arguments else {})}
 
 
 def first_samples(inputs: Any, count: int) -> Any:
