@@ -53,8 +53,8 @@ def _widened(inputs: Any, model: nn.Module) -> Any:
 def bound(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """A call's arguments as inputs: one tensor, a tuple, or a dict where any was given by name.
 
-    >>> bound(nn.Identity(), (1,), {"scale": 2})
-    {'input': 1, 'scale': 2}
+    >>> bound(nn.Bilinear(1, 1, 1), (1,), {"input2": 2})
+    {'input1': 1, 'input2': 2}
     """
     if not kwargs:
         return args[0] if len(args) == 1 and isinstance(args[0], Tensor) else args
