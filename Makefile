@@ -12,7 +12,7 @@ install: $(VENV)/.installed
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet 'torch>=2.8,<2.14'
-	$(BIN)/pip install --quiet --editable '.[experiments,dev]'
+	$(BIN)/pip install --quiet --editable '.[experiments,transformers,dev]'
 	touch $@
 
 train: install

@@ -35,17 +35,9 @@ SIZES = {STREAM: 24, HEADS: 5, INNER: 20}
 
 def bert(kind: type[PreTrainedModel] = BertForTokenClassification, seed: int = 0, layers: int = 1) -> Any:
     torch.manual_seed(seed)
-    return kind(
-        BertConfig(
-            vocab_size=40,
-            hidden_size=32,
-            num_hidden_layers=layers,
-            num_attention_heads=4,
-            intermediate_size=48,
-            num_labels=3,
-            max_position_embeddings=16,
-        )
-    )
+    sizes = {"hidden_size": 32, "num_hidden_layers": layers, "num_attention_heads": 4, "intermediate_size": 48}
+    rest: dict[str, Any] = {"vocab_size": 40, "num_labels": 3, "max_position_embeddings": 16}
+    return kind(BertConfig(**sizes, **rest))
 
 
 def sentences(count: int) -> list[dict[str, Tensor]]:
@@ -70,9 +62,7 @@ def trainer(folder: Path, model: nn.Module, *callbacks: TrainerCallback, **optio
         "logging_steps": 2,
     }
     arguments = TrainingArguments(str(folder), **{**settings, **options})
-    return Trainer(
-        model, arguments, train_dataset=sentences(96), eval_dataset=sentences(16), callbacks=list(callbacks)
-    )
+    return Trainer(model, arguments, train_dataset=sentences(96), eval_dataset=sentences(16), callbacks=list(callbacks))
 
 
 def events(callback: WidthEvolutionCallback) -> History:

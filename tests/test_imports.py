@@ -1,4 +1,4 @@
-"""Imports run downward only, through the layers of the design, and Lightning is met at the edge alone."""
+"""Imports run downward only, through the layers of the design, and each trainer library is met at one edge alone."""
 
 from __future__ import annotations
 
@@ -53,12 +53,17 @@ LAYERS: dict[int, set[str]] = {
         "statistics",
     },
     # state
-    3: {"blueprint", "evolver", "listen", "optim", "record", "resize", "validate"},
+    3: {"blueprint", "evolver", "listen", "optim", "record", "resize", "schedule", "validate"},
     # edges
-    4: {"callback", "lightning_loading", "report"},
+    4: {"callback", "huggingface", "lightning_loading", "report"},
 }
-LIGHTNING = {"callback", "lightning_loading"}
-EDGE_ONLY = {"lightning", "pytorch_lightning", "lightning_fabric", "torchmetrics"}
+EDGE_ONLY = {
+    **dict.fromkeys(
+        ("lightning", "pytorch_lightning", "lightning_fabric", "torchmetrics"), {"callback", "lightning_loading"}
+    ),
+    **dict.fromkeys(("transformers", "accelerate"), {"huggingface"}),
+}
+"""Trainer libraries, each with the modules that meet it."""
 THREADS = {"set_num_threads", "set_num_interop_threads"}
 PACKAGE = Path(evolvenet.__file__).parent
 
@@ -101,8 +106,8 @@ def complaints(sources: Mapping[str, str], layers: Mapping[int, set[str]]) -> li
         graph[name] = inside & set(layer)
         found += [f"{name}: imports the package, not a module of it ({target!r})" for target in inside - set(layer)]
         found += [f"{name}: imports {low} from above" for low in graph[name] if layer[low] > layer.get(name, 0)]
-        outside = {target.split(".")[0] for target in targets} & EDGE_ONLY
-        found += [f"{name}: imports {target}" for target in outside if name not in LIGHTNING]
+        outside = {target.split(".")[0] for target in targets} & set(EDGE_ONLY)
+        found += [f"{name}: imports {target}" for target in outside if name not in EDGE_ONLY[target]]
         calls = {called(node) for node in ast.walk(tree) if isinstance(node, ast.Call)}
         found += [f"{name}: calls {call}" for call in calls & THREADS]
     try:
@@ -120,6 +125,7 @@ def test_the_initial_imports_do_not_reach_the_edge() -> None:
     tree = ast.parse((PACKAGE / "__init__.py").read_text("utf-8"))
     top = ast.Module([node for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom))], [])
     assert not {f"evolvenet.{name}" for name in LAYERS[4]} & set(imported(top))
+    assert not EDGE_ONLY.keys() & set(imported(tree)), "the edges are named as strings or under TYPE_CHECKING"
 
 
 @pytest.mark.parametrize(
@@ -137,6 +143,8 @@ def test_the_initial_imports_do_not_reach_the_edge() -> None:
         ("import evolvenet", "low: imports the package, not a module of it ('')"),
         ("import lightning.pytorch as pl", "low: imports lightning"),
         ("def late():\n    from pytorch_lightning import Callback", "low: imports pytorch_lightning"),
+        ("import transformers", "low: imports transformers"),
+        ("from accelerate.optimizer import AcceleratedOptimizer", "low: imports accelerate"),
         ("import torch\ntorch.set_num_threads(1)", "low: calls set_num_threads"),
         ("from evolvenet.other import x", "cycle: low ← other ← low"),
     ],
@@ -153,4 +161,11 @@ def test_modules_and_table_must_agree() -> None:
 
 def test_what_is_allowed_is_left_alone() -> None:
     sources = {"low": "import torch\nimport math", "callback": "import lightning\nfrom evolvenet.low import x"}
-    assert complaints(sources, {0: {"low"}, 4: {"callback"}}) == []
+    sources["huggingface"] = "import transformers"
+    assert complaints(sources, {0: {"low"}, 4: {"callback", "huggingface"}}) == []
+
+
+def test_an_edge_meets_its_own_library_only() -> None:
+    sources = {"callback": "import transformers", "huggingface": "import lightning"}
+    found = complaints(sources, {4: {"callback", "huggingface"}})
+    assert found == ["callback: imports transformers", "huggingface: imports lightning"]
