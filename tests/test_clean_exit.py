@@ -92,7 +92,7 @@ def _names(hooks: Any) -> Any:
         return [_names(getattr(hooks, name)) for name in ("_backward_hooks", "_post_accumulate_grad_hooks")]
     if isinstance(hooks, Mapping):
         return [getattr(getattr(hook, "hook", hook), "__qualname__", str(hook)) for hook in hooks.values()]
-    return str(hooks)
+    return [] if hooks is None else str(hooks)
 
 
 def images(name: str, count: int, seed: int = 1) -> Tensor:
