@@ -101,11 +101,13 @@ def test_widths_change_while_training(options: dict[str, Any], tmp_path: Path) -
     assert model.classifier.in_features == 24
     assert model.bert.encoder.layer[0].attention.self.attention_head_size == 5
     assert history.events[0].parameters == sum(p.numel() for p in model.parameters()) < history.initial.parameters
-    states = run.optimizer.optimizer.state  # type: ignore[attr-defined]
+    bare = run.optimizer.optimizer  # type: ignore[attr-defined]
+    assert callback.evolver is not None
+    assert callback.evolver.optimizers == [bare], "not accelerate's wrapper around it"
+    states = bare.state
     assert all(states[p]["exp_avg"].shape == p.shape for p in model.parameters() if p in states)
     assert {parameter.grad for parameter in model.parameters()} == {None}
     assert watch.gradients == [], "an event must lie between two optimizer steps"
-    assert callback.evolver is not None
     # Of the first step, after which the model is traced, the first batch is kept.
     assert callback.evolver.state_dict()["observed"] == 1 + 5 * options.get("gradient_accumulation_steps", 1)
     assert not model._forward_pre_hooks
@@ -232,6 +234,22 @@ def test_a_model_that_is_not_called_is_refused(tmp_path: Path) -> None:
     run.__class__ = Detour
     with pytest.raises(TraceError, match="without calling the BertForTokenClassification itself"):
         run.train()
+
+
+def test_calls_in_eval_mode_within_a_step_are_not_heard(tmp_path: Path) -> None:
+    class Distils(Trainer):
+        def compute_loss(self, model: Any, inputs: Any, *unused: Any, **options: Any) -> Any:
+            with torch.no_grad():
+                model.eval()(inputs["input_ids"] * 0)
+            return super().compute_loss(model.train(), inputs)
+
+    callback = evolution({})
+    run = trainer(tmp_path, bert(), callback, max_steps=3)
+    run.__class__ = Distils
+    run.train()
+    assert callback.evolver is not None
+    assert callback.evolver.state_dict()["observed"] == 3
+    assert set(callback.evolver.example_inputs) >= {"input_ids", "attention_mask", "labels"}
 
 
 def test_a_failing_event_leaves_the_run_alone(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

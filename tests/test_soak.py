@@ -27,8 +27,9 @@ OF_RECORD = 10
 """Python objects that the record may keep of an event; a graph for each event would be dozens more."""
 MEMORY = 16 * 2**20
 """Bytes that 18,000 steps may add to the process: one network's activations kept for each step would be twice that."""
-SLOWER = 1.5
-"""How much longer a step or an event may take in the end. What grew with the events before it would take ten times as long."""
+SLOWER, SLOWER_EVENT = 1.5, 5.0
+"""How much longer a step and an event may take in the end. An event has fewer chances than a step to run undisturbed by
+other work; one that grew with the events before it would take ten times as long."""
 
 
 class Breathes:
@@ -107,4 +108,4 @@ def test_a_long_run_stays_as_small_and_as_fast_as_it_began() -> None:
     assert late.memory - early.memory < MEMORY
     for width in (0, 1):
         assert _slower(run.phases[width::2]) < SLOWER
-        assert _slower([event.seconds for event in events[width::2]]) < SLOWER
+        assert _slower([event.seconds for event in events[width::2]]) < SLOWER_EVENT
