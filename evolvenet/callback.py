@@ -23,6 +23,7 @@ from evolvenet.listen import Listener
 from evolvenet.policy import Policy
 from evolvenet.processes import agree, processes, together
 from evolvenet.record import NOTE, Event, History, Note, fit_shapes, let_load_reshape
+from evolvenet.schedule import Schedule
 
 log = logging.getLogger("evolvenet")
 install()
@@ -77,22 +78,10 @@ class WidthEvolution(Returning):
         calibration_batches: int = 4,
         seed: int = 0,
     ) -> None:
-        if every_n_epochs is not None and every_n_steps is not None:
-            raise PolicyError("WidthEvolution: expected every_n_epochs or every_n_steps, got both. Give one of them.")
-        if every_n_epochs is None and every_n_steps is None:
-            every_n_epochs = 1
-        for name, value in (("every_n_epochs", every_n_epochs), ("every_n_steps", every_n_steps)):
-            if value is not None and value < 1:
-                raise PolicyError(f"WidthEvolution: expected {name} of 1 or more, got {value}.")
-        if not 0 <= stop <= 1:
-            raise PolicyError(f"WidthEvolution: expected stop as a share of the run in 0 … 1, got {stop}.")
         if calibration_batches < 1:
             raise PolicyError(f"WidthEvolution: expected calibration_batches of 1 or more, got {calibration_batches}.")
         self.policy = policy
-        self.every_n_epochs = every_n_epochs
-        self.every_n_steps = every_n_steps
-        self.start_step = start_step
-        self.stop = stop
+        self.schedule = Schedule(every_n_epochs, every_n_steps, start_step, stop)
         self.example_inputs = example_inputs
         self.calibration_batches = calibration_batches
         self.seed = seed
@@ -146,11 +135,8 @@ class WidthEvolution(Returning):
                     # Code compiled before the hook was there does not run it.
                     self._deaf, self._batches = True, 0
                     forget_compiled()
-        if boundary:
-            before = trainer.global_step - 1 if self._seen_step is None else self._seen_step
-            self._seen_step = trainer.global_step
-            if self._due_since is None and self._is_due(trainer, batch_idx, before):
-                self._due_since, self._batches = trainer.global_step, 0
+        if boundary and self._is_due(trainer, batch_idx) and self._due_since is None:
+            self._due_since, self._batches = trainer.global_step, 0
         if self._due_since is not None and self.evolver is not None and self._listener is None:
             self._listener = Listener({self._root: self.evolver.model}, self.calibration_batches)
         if self.evolver is not None:
@@ -261,8 +247,7 @@ class WidthEvolution(Returning):
         return self._resumed["root"] if self._resumed else None
 
     def _when(self) -> str:
-        names = ("every_n_epochs", "every_n_steps", "start_step", "stop", "calibration_batches", "seed")
-        return ", ".join(f"{name}={getattr(self, name)}" for name in names)
+        return f"{self.schedule}, calibration_batches={self.calibration_batches}, seed={self.seed}"
 
     def _event(self, trainer: Trainer, evolver: Evolver) -> None:
         with _default_type(trainer):
@@ -286,19 +271,15 @@ class WidthEvolution(Returning):
 
     def _wanted(self, trainer: Trainer) -> int:
         """Batches to measure on; not so many that the next event would be due before."""
-        if self.every_n_steps is None:
+        steps = self.schedule.every_n_steps
+        if steps is None:
             return self.calibration_batches
-        return min(self.calibration_batches, self.every_n_steps * trainer.accumulate_grad_batches)
+        return min(self.calibration_batches, steps * trainer.accumulate_grad_batches)
 
-    def _is_due(self, trainer: Trainer, batch_idx: int, before: int) -> bool:
-        step = trainer.global_step
-        if step < max(self.start_step, 1) or self.stop == 0 or _share_done(trainer) > self.stop:
-            return False
-        if self.every_n_steps is not None:
-            # Several optimizers of a manual optimization step over a multiple.
-            return step // self.every_n_steps > before // self.every_n_steps
-        assert self.every_n_epochs is not None
-        return batch_idx == 0 and trainer.current_epoch > 0 and trainer.current_epoch % self.every_n_epochs == 0
+    def _is_due(self, trainer: Trainer, batch_idx: int) -> bool:
+        before, self._seen_step = self._seen_step, trainer.global_step
+        epoch = trainer.current_epoch if batch_idx == 0 else None
+        return self.schedule.due(trainer.global_step, _share_done(trainer), epoch, before)
 
     def _silence(self) -> None:
         if self._listener is not None:

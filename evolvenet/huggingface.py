@@ -11,12 +11,11 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from evolvenet import record
 from evolvenet.errors import MissingPackageError, PolicyError, TraceError, UnsupportedStrategyError
 from evolvenet.evolver import Evolver
 from evolvenet.inputs import bound
 from evolvenet.policy import Policy
-from evolvenet.record import History
+from evolvenet.record import History, let_load_reshape
 from evolvenet.schedule import Schedule
 
 try:
@@ -92,14 +91,14 @@ class WidthEvolutionCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **unused: Any
     ) -> None:
         """Let the model take a checkpoint's widths: the trainer loads one before training begins."""
-        _follow_checkpoints(model)
+        let_load_reshape(model)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **unused: Any
     ) -> None:
         """Refuse what cannot work, and take up where a checkpoint was written."""
         _refuse_several_devices(args)
-        _follow_checkpoints(model)
+        let_load_reshape(model)
         self._deafen()
         self.evolver, self._inputs, self._owed = None, self.example_inputs, False
         self._resumed = _kept(state).get(_KEY)
@@ -123,7 +122,6 @@ class WidthEvolutionCallback(TrainerCallback):
         self._owed = due and self.evolver is None
         if due and self.evolver is not None:
             self.evolver.step(at=state.global_step)
-            torch._dynamo.reset()
             self._remember(self.evolver, state)
         self._handle = model.register_forward_pre_hook(torch.compiler.disable(self._listen), with_kwargs=True)
 
@@ -167,15 +165,16 @@ class WidthEvolutionCallback(TrainerCallback):
     def _begin(self, model: nn.Module, optimizer: Optimizer, state: TrainerState) -> None:
         inner = _unwrapped(optimizer)
         self.evolver = Evolver(model, inner, self.policy, self._inputs, self.calibration_batches, self.seed)
-        self.evolver.observe(self._inputs)
-        self._inputs = None
         if self._resumed is not None:
             self.evolver.load_state_dict(dict(self._resumed["evolver"]))
+        self.evolver.observe(self._inputs)
+        self._inputs = None
         self._remember(self.evolver, state)
 
     def _due(self, state: TrainerState) -> bool:
         epoch = state.epoch or 0.0
-        return self.schedule.due(state.global_step, state.max_steps, int(epoch) if epoch == int(epoch) else None)
+        share = state.global_step / max(state.max_steps, 1)
+        return self.schedule.due(state.global_step, share, int(epoch) if epoch == int(epoch) else None)
 
     def _listen(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not module.training:
@@ -197,26 +196,14 @@ class WidthEvolutionCallback(TrainerCallback):
         for width in evolver.graph.widths.values():
             for path, name in width.patches:
                 numbers.setdefault(path, {})[name] = getattr(evolver.model.get_submodule(path), name)
-        _kept(state)[_KEY] = {"evolver": evolver.state_dict(), "numbers": numbers}
-
-
-def reshape_before_load(module: nn.Module, state: Mapping[str, Any], prefix: str, *unused: Any) -> None:
-    """As `evolvenet.record.reshape_before_load`, for files that hold a tied weight under one of its names only."""
-    named = (*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False))
-    saved = {id(tensor): state[prefix + name] for name, tensor in named if prefix + name in state}
-    tied = {prefix + name: saved[id(tensor)] for name, tensor in named if id(tensor) in saved}
-    record.reshape_before_load(module, {**tied, **state}, prefix)
+        # The trainer's state is JSON: no tensors, and tuples become lists.
+        plain = {**evolver.state_dict(), "batches": [], "note": {"numbers": [], "buffers": {}}}
+        _kept(state)[_KEY] = {"evolver": plain, "numbers": numbers}
 
 
 def _kept(state: TrainerState) -> dict[str, Any]:
     """What a trainer's state keeps for callbacks, by name: a dict, whatever its annotation says."""
     return cast(dict[str, Any], state.stateful_callbacks)
-
-
-def _follow_checkpoints(model: nn.Module) -> None:
-    hooks = model._load_state_dict_pre_hooks.values()
-    if not any(getattr(hook, "hook", hook) is reshape_before_load for hook in hooks):
-        model.register_load_state_dict_pre_hook(reshape_before_load)
 
 
 def _set_numbers(model: nn.Module, numbers: Mapping[str, Mapping[str, Any]]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections import deque
 from collections.abc import Mapping
 from typing import Any
@@ -10,6 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
+
+from evolvenet.inputs import bound
 
 
 class Listener:
@@ -64,17 +65,3 @@ def _ear(calls: deque[tuple[Any, Any]]) -> Any:
 def _redirected(module: nn.Module) -> bool:
     """Whether a wrapper calls another method of the module through its forward, as Lightning does with training_step."""
     return getattr(module.__dict__.get("forward"), "__name__", "") == "wrapped_forward"
-
-
-def bound(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """A call's inputs as one tensor, a tuple or a dict.
-
-    >>> bound(nn.Linear(2, 1), (), {"input": 3})
-    {'input': 3}
-    """
-    if not kwargs:
-        return args[0] if len(args) == 1 and isinstance(args[0], torch.Tensor) else args
-    if not args:
-        return kwargs
-    named = inspect.signature(module.forward).bind(*args, **kwargs)
-    return {**named.arguments, **named.arguments.pop("kwargs", {})}

@@ -223,23 +223,14 @@ def fit_shapes(
         RecordError: if a tensor has another number of axes there, or shapes that no change of widths leads to; nothing
             has changed then.
     """
-    planned: dict[Tensor, tuple[int, ...]] = {}
-    updates: list[tuple[nn.Module, dict[str, Any]]] = []
     hidden = (note or {}).get("buffers", {})
+    planned = _shapes_there(model, prefix, {**state, **{prefix + name: tensor for name, tensor in hidden.items()}})
+    updates: list[tuple[nn.Module, dict[str, Any]]] = []
     for path, module in model.named_modules():
-        start = f"{prefix}{path}." if path else prefix
         local = {k: t for table in (module._parameters, module._buffers) for k, t in table.items() if t is not None}
-        shapes = {name: _shape_there(start + name, tensor, state) for name, tensor in local.items()}
-        inner = f"{path}." if path else ""
-        shapes |= {name: tuple(hidden[inner + name].shape) for name in local if inner + name in hidden}
-        for name, tensor in local.items():
-            if planned.setdefault(tensor, shapes[name]) != shapes[name]:
-                raise RecordError(
-                    f"The checkpoint is of another model: expected {start + name} of shape {planned[tensor]}, since it is "
-                    f"tied to another weight here, got {shapes[name]}."
-                )
+        shapes = {name: planned.get(tensor, tuple(tensor.shape)) for name, tensor in local.items()}
         if any(shapes[name] != tuple(tensor.shape) for name, tensor in local.items()):
-            updates.append((module, _numbers(start, module, shapes)))
+            updates.append((module, _numbers(f"{prefix}{path}." if path else prefix, module, shapes)))
     exchanges = [(t, _empty(t, shape)) for t, shape in planned.items() if shape != tuple(t.shape)]
     _apply_numbers(model, note)
     for tensor, value in exchanges:
@@ -263,14 +254,25 @@ def _apply_numbers(model: nn.Module, note: Mapping[str, Any] | None) -> None:
             setattr(module, name, value)
 
 
-def _shape_there(name: str, tensor: Tensor, state: Mapping[str, Any]) -> tuple[int, ...]:
-    shape = tuple(state[name].shape) if name in state else tuple(tensor.shape)
-    if len(shape) != tensor.dim():
-        raise RecordError(
-            f"The checkpoint is of another model: expected {name} with {tensor.dim()} axes, like {tuple(tensor.shape)}, "
-            f"got {shape}. Only widths may differ."
-        )
-    return shape
+def _shapes_there(model: nn.Module, prefix: str, state: Mapping[str, Any]) -> dict[Tensor, tuple[int, ...]]:
+    """The shape of every tensor that the state dict has; of a tied one under any of its names, as files may drop others."""
+    found: dict[Tensor, tuple[int, ...]] = {}
+    named = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
+    for name, tensor in named:
+        if prefix + name not in state:
+            continue
+        shape = tuple(state[prefix + name].shape)
+        if len(shape) != tensor.dim():
+            raise RecordError(
+                f"The checkpoint is of another model: expected {prefix + name} with {tensor.dim()} axes, like "
+                f"{tuple(tensor.shape)}, got {shape}. Only widths may differ."
+            )
+        if found.setdefault(tensor, shape) != shape:
+            raise RecordError(
+                f"The checkpoint is of another model: expected {prefix + name} of shape {found[tensor]}, since it is "
+                f"tied to another weight here, got {shape}."
+            )
+    return found
 
 
 def _numbers(start: str, module: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
@@ -310,7 +312,11 @@ def reshape_before_load(
     if strict and any(
         tuple(state[prefix + k].shape) != tuple(t.shape) for k, t in own.items() if _both(t, state, prefix + k)
     ):
-        _refuse_others(set(own), {k.removeprefix(prefix) for k in state if k.startswith(prefix)}, "What is loaded")
+        named = (*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False))
+        saved = {id(tensor) for name, tensor in named if prefix + name in state}
+        tied = {name for name, tensor in named if id(tensor) in saved}
+        there = {name.removeprefix(prefix) for name in state if name.startswith(prefix)}
+        _refuse_others(set(own) - (tied - there), there, "What is loaded")
     fit_shapes(module, state, prefix, local_metadata.get(NOTE))
 
 

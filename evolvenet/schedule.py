@@ -21,7 +21,7 @@ class Schedule:
         PolicyError: for values out of range.
 
     >>> schedule = Schedule(every_n_steps=4, stop=0.5)
-    >>> [step for step in range(20) if schedule.due(step, 20)]
+    >>> [step for step in range(20) if schedule.due(step, step / 20)]
     [4, 8]
     """
 
@@ -39,16 +39,17 @@ class Schedule:
         if not 0 <= self.stop <= 1:
             raise PolicyError(f"Expected stop as a share of the run in 0 … 1, got {self.stop}.")
 
-    def due(self, step: int, total: int, epoch: int | None = None) -> bool:
+    def due(self, step: int, share: float, epoch: int | None = None, before: int | None = None) -> bool:
         """Whether an event is due between two optimizer steps.
 
         Args:
             step: optimizer steps done.
-            total: optimizer steps of the whole run.
+            share: of the whole run that is done, 0 … 1.
             epoch: epochs done, where one has just ended; None within an epoch.
+            before: steps that were done when this was last asked; several optimizers step over a multiple.
         """
-        if step < max(self.start_step, 1) or step > self.stop * total:
+        if step < max(self.start_step, 1) or self.stop == 0 or share > self.stop:
             return False
         if self.every_n_steps is not None:
-            return step % self.every_n_steps == 0
+            return step // self.every_n_steps > (step - 1 if before is None else before) // self.every_n_steps
         return bool(epoch) and epoch % (self.every_n_epochs or 1) == 0

@@ -58,10 +58,11 @@ LAYERS: dict[int, set[str]] = {
     4: {"callback", "huggingface", "lightning_loading", "report"},
 }
 EDGE_ONLY = {
-    **dict.fromkeys(
-        ("lightning", "pytorch_lightning", "lightning_fabric", "torchmetrics"), {"callback", "lightning_loading"}
-    ),
-    **dict.fromkeys(("transformers", "accelerate"), {"huggingface"}),
+    **{
+        key: {"callback", "lightning_loading"}
+        for key in ("lightning", "pytorch_lightning", "lightning_fabric", "torchmetrics")
+    },
+    **{key: {"huggingface"} for key in ("transformers", "accelerate")},
 }
 """Trainer libraries, each with the modules that meet it."""
 THREADS = {"set_num_threads", "set_num_interop_threads"}
