@@ -159,6 +159,8 @@ class Evolver:
             return self._snapshot(moment, (), before, 0.0, self.off)
         group = processes()
         agree(group, "event, step and widths", f"event {self._events} at step {moment}, {self.graph.sizes}")
+        # Before anything is done: making DDP's wrapper anew would hide it by sending rank 0's weights to all.
+        agree(group, "weights", fingerprint(self.model) if group.size > 1 else "")
         self._events += 1
         skipped, changes = None, []
         ranks, kept = {}, {}
@@ -171,8 +173,7 @@ class Evolver:
             skipped = self._explain(group, moment, problem)
         for change in changes:
             log.info("step %d: %s %d → %d: %s", moment, change.width, change.before, change.after, change.reason)
-        if changes:
-            agree(group, "weights", fingerprint(self.model) if group.size > 1 else "")
+        agree(group, "weights", fingerprint(self.model) if group.size > 1 else "")
         event = self._snapshot(moment, tuple(changes), before, time.perf_counter() - started, skipped, ranks, kept)
         self.history.events.append(event)
         return event
