@@ -273,8 +273,10 @@ class WidthEvolution(Returning):
         """Batches to measure on; not so many that the next event would be due before."""
         steps = self.schedule.every_n_steps
         if steps is None:
-            return self.calibration_batches
-        return min(self.calibration_batches, steps * trainer.accumulate_grad_batches)
+            until = trainer.num_training_batches * (self.schedule.every_n_epochs or 1)
+        else:
+            until = steps * trainer.accumulate_grad_batches
+        return int(min(self.calibration_batches, until))
 
     def _is_due(self, trainer: Trainer, batch_idx: int) -> bool:
         before, self._seen_step = self._seen_step, trainer.global_step

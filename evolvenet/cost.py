@@ -44,6 +44,7 @@ def macs(model: nn.Module, example_inputs: Any) -> int:
     Raises:
         TraceError: if the model does not run on the example inputs.
 
+    >>> import torch
     >>> macs(nn.Linear(4, 3), torch.zeros(2, 4))
     12
     """

@@ -94,6 +94,7 @@ class Watch(lightning.Callback):
                 pl_module.extra.bias[0] += 1
         elif self.variant == "other widths":
             evolver = self.evolution.evolver
+            assert evolver is not None
             keep = evolvenet.IndexMap.keep(range(5), evolver.graph.widths["net.0"].size)
             evolver.graph = evolvenet.resize(evolver.model, evolver.graph, {"net.0": keep})
 
