@@ -21,6 +21,8 @@ from evolvenet.spectrum import energy_shares
 from evolvenet.statistics import collect, quiet
 from evolvenet.surgery import install
 
+_LEAST = 1e-12
+
 Curve = Sequence[tuple[int, float]]
 """What a width loses at some sizes, as (size, loss) by size, from 0 or its smallest up to its present size, loss 0."""
 
@@ -40,8 +42,8 @@ def allocate(
     """Sizes with which the model has at most so many parameters, cut where it loses least for what is saved.
 
     With batches every width is cut by itself to some of its sizes, its readers make up for it as in `prune`, and its loss
-    is how far the model's outputs move: Σ‖y' − y‖² / Σ‖y − mean‖² over the samples. Without, it is the share of energy of
-    the producers' singular values that goes. Losses of several widths are taken to add up.
+    is how far the model's outputs move: Σ‖y' − y‖² / Σ‖y − mean‖² over the samples. Without, it is −log of the share of
+    energy of the producers' singular values that stays. Losses of several widths are taken to add up.
 
     Args:
         model: the model of the graph.
@@ -69,15 +71,18 @@ def allocate(
 
 
 def energy_curves(model: nn.Module, graph: WidthGraph) -> dict[str, Curve]:
-    """The energy share of the singular values that each size leaves out; a width without a spectrum is left out.
+    """−log of the energy share of the singular values that each size keeps; a width without a spectrum is left out.
+
+    What one width lets through the next one gets, so kept shares multiply, and their logarithms add up: a width that
+    keeps next to nothing costs more than all that others could save.
 
     Raises:
         SpectrumError: for NaN or infinite weights.
     """
     found: dict[str, Curve] = {}
     for name, values in measure(model, graph).items():
-        tails = energy_shares(values).flip(0).cumsum(0).flip(0).tolist()
-        found[name] = [*enumerate(tails), (len(tails), 0.0)]
+        kept = energy_shares(values).cumsum(0).clamp(_LEAST, 1).tolist()
+        found[name] = [(0, -math.log(_LEAST)), *((size, -math.log(share)) for size, share in enumerate(kept, 1))]
     return found
 
 

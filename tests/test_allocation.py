@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from itertools import pairwise, product
 
 import pytest
@@ -13,7 +14,7 @@ from states import State
 from torch import nn
 
 import evolvenet
-from evolvenet.allocation import convex, energy_curves, loss_at, share_out, smallest, trial_curves
+from evolvenet.allocation import allocate, convex, energy_curves, loss_at, share_out, smallest, trial_curves
 from evolvenet.errors import ResizeError, TraceError
 from evolvenet.trace import trace
 
@@ -135,9 +136,21 @@ def test_a_hull_lies_below_and_bends_one_way(losses: list[float]) -> None:
 
 
 def test_energy_curves_fall_to_nothing() -> None:
+    """Their exponentials are the shares of energy kept, which multiply along the network."""
     model = net(6, 8, 4)
     (curve,) = energy_curves(model, trace(model, torch.zeros(1, 6, dtype=FLOAT))).values()
     losses = [loss for _, loss in curve]
-    assert losses[0] == pytest.approx(1)
-    assert losses[-1] == 0
+    assert losses[-1] == pytest.approx(0)
     assert losses == sorted(losses, reverse=True)
+    values = torch.linalg.svdvals(model[0].weight.detach()).square()
+    kept = [math.exp(-loss) for loss in losses]
+    assert kept[1:7] == pytest.approx((values.cumsum(0) / values.sum()).tolist())
+
+
+def test_without_data_no_width_is_emptied_for_the_others() -> None:
+    """A share of energy is at most 1, and wide layers save so much that one of them would be left with a few units."""
+    torch.manual_seed(0)
+    model = nn.Sequential(*(part for _ in range(6) for part in (nn.Linear(64, 64), nn.ReLU())), nn.Linear(64, 4))
+    graph = trace(model, torch.zeros(1, 64))
+    sizes = allocate(model, graph, parameters=graph.parameters // 10)
+    assert min(sizes.values()) >= 8
