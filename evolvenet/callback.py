@@ -49,7 +49,8 @@ class WidthEvolution(Returning):
 
     Args:
         policy: proposes sizes from spectra, for example `evolvenet.Threshold`.
-        every_n_epochs: an event at the start of every n-th epoch; the default, with n = 1, if neither is given.
+        every_n_epochs: an event at the start of every n-th epoch; the default, with n = 1, if neither is given. It measures
+            on at most half of the epoch's batches.
         every_n_steps: or an event every n optimizer steps; it then measures on at most the batches of n steps.
         start_step: no event before this optimizer step.
         stop: share of the run's optimizer steps, 0 … 1, after which widths stay and the network settles.
@@ -270,10 +271,10 @@ class WidthEvolution(Returning):
                 self._listener = Listener({self._root: self.evolver.model}, self.calibration_batches)
 
     def _wanted(self, trainer: Trainer) -> int:
-        """Batches to measure on; not so many that the next event would be due before."""
+        """Batches to measure on; not so many that the next event would be due before, or most of a short epoch gone."""
         steps = self.schedule.every_n_steps
         if steps is None:
-            until = trainer.num_training_batches * (self.schedule.every_n_epochs or 1)
+            until = max(1.0, trainer.num_training_batches * (self.schedule.every_n_epochs or 1) / 2)
         else:
             until = steps * trainer.accumulate_grad_batches
         return int(min(self.calibration_batches, until))

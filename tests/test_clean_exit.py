@@ -104,7 +104,7 @@ def fit(name: str, *callbacks: lightning.Callback) -> Task:
     task = Task(NETWORKS[name][0]())
     options: dict[str, Any] = dict.fromkeys(("logger", "enable_progress_bar", "enable_model_summary"), False)
     fitting = lightning.Trainer(
-        max_epochs=4, accelerator="cpu", enable_checkpointing=False, callbacks=list(callbacks), **options
+        max_epochs=3, accelerator="cpu", enable_checkpointing=False, callbacks=list(callbacks), **options
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
