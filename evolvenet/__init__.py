@@ -11,6 +11,7 @@ mend_torchvision()
 
 from evolvenet.allocation import allocate  # noqa: E402  torchvision must be mended before anything imports it
 from evolvenet.blocks import block_spectra  # noqa: E402
+from evolvenet.budget import Budget  # noqa: E402
 from evolvenet.errors import (  # noqa: E402
     EvolveNetError,
     IndexMapError,
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "Budget",
     "Event",
     "EvolveNetError",
     "Evolver",

@@ -252,7 +252,7 @@ class WidthEvolution(Returning):
 
     def _event(self, trainer: Trainer, evolver: Evolver) -> None:
         with _default_type(trainer):
-            event = evolver.step(at=trainer.global_step)
+            event = evolver.step(at=trainer.global_step, progress=_share_done(trainer))
         evolver.forget()
         self._silence()
         if self._deaf:

@@ -18,14 +18,14 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from evolvenet.blueprint import check_fits, from_plain, to_plain
 from evolvenet.compensate import QUICK, compensate
-from evolvenet.cost import macs, parameters
+from evolvenet.cost import Costs, macs, parameters
 from evolvenet.errors import RankMismatchError, SkippedEvent, SpectrumError, TraceError
 from evolvenet.follow import follow
 from evolvenet.graph import WidthGraph
 from evolvenet.grow import plan_growth
 from evolvenet.inputs import first_samples
 from evolvenet.measure import measure
-from evolvenet.policy import Measure, Policy, Proposal
+from evolvenet.policy import Measure, Moment, Policy, Proposal, Scheduled
 from evolvenet.processes import Processes, agree, decided, fingerprint, pooled, processes, shared, together
 from evolvenet.prune import plan_prune
 from evolvenet.record import Event, History, Note, WidthChange, fit_shapes
@@ -84,7 +84,7 @@ class Evolver:
         self,
         model: nn.Module,
         optimizer: Optimizer | Sequence[Optimizer] | None,
-        policy: Policy,
+        policy: Policy | Scheduled,
         example_inputs: Any,
         calibration_batches: int = 4,
         seed: int = 0,
@@ -137,7 +137,7 @@ class Evolver:
         """Let go of the batches observed so far."""
         self._batches.clear()
 
-    def step(self, at: int | None = None) -> Event:
+    def step(self, at: int | None = None, progress: float = 1.0) -> Event:
         """Measure, let the policy decide, and change the widths.
 
         All or nothing: on any problem the model, its copies and the optimizers are as before, and training goes on. Where
@@ -145,6 +145,7 @@ class Evolver:
 
         Args:
             at: the optimizer step to write into the record; by default the number of batches observed.
+            progress: share of the run that is done, 0 … 1, for policies with a schedule.
 
         Returns:
             What happened; `event.skipped` says why nothing did, if it should have.
@@ -166,7 +167,7 @@ class Evolver:
         ranks, kept = {}, {}
         try:
             with self._all_or_nothing(changes) as undo:
-                ranks, kept = self._evolve(group, changes, undo)
+                ranks, kept = self._evolve(group, changes, undo, progress)
         except RankMismatchError:
             raise
         except Exception as problem:  # noqa: BLE001  whatever it was, everything is as before and the run can go on
@@ -243,7 +244,7 @@ class Evolver:
         return reason
 
     def _evolve(
-        self, group: Processes, changes: list[WidthChange], undo: ExitStack
+        self, group: Processes, changes: list[WidthChange], undo: ExitStack, progress: float
     ) -> tuple[dict[str, float], dict[str, float]]:
         """One event: prune first, so that growth is paid for, then grow. What is done is added to `changes`.
 
@@ -253,7 +254,7 @@ class Evolver:
         self._stage = "gathering batches"
         batches = pooled(group, self._batches)
         found: list[Statistics] = []
-        measures, proposals = decided(group, lambda: self._propose(batches, found))
+        measures, proposals = decided(group, lambda: self._propose(batches, found, progress))
         sizes = self.graph.sizes
         down = {name: proposal for name, proposal in proposals.items() if proposal.size < sizes[name]}
         up = {name: proposal for name, proposal in proposals.items() if proposal.size > sizes[name]}
@@ -275,7 +276,7 @@ class Evolver:
         return ranks, {name: _kept(measure.spectrum, self.graph.sizes[name]) for name, measure in measures.items()}
 
     def _propose(
-        self, batches: Sequence[Any], found: list[Statistics]
+        self, batches: Sequence[Any], found: list[Statistics], progress: float
     ) -> tuple[dict[str, Measure], dict[str, Proposal]]:
         """What was measured and what the policy makes of it; the statistics are added to `found`."""
         self._stage = "checking weights"
@@ -290,7 +291,11 @@ class Evolver:
         self._stage = "spectra"
         measures = self._measures(statistics)
         self._stage = "policy"
-        return measures, dict(self.policy.propose(measures, self.graph))
+        policy = self.policy
+        if isinstance(policy, Scheduled):
+            costs = Costs.of(self.model, self.graph, self.example_inputs)
+            policy = policy.at(Moment(progress, self.history.initial.sizes, costs))
+        return measures, dict(policy.propose(measures, self.graph))
 
     def _pruning(self, wanted: Mapping[str, Proposal], statistics: Statistics, batches: Sequence[Any]) -> Surgery:
         self._stage = "choosing units"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -250,15 +250,26 @@ class WidthGraph:
         Raises:
             ResizeError: if no width has one of the names.
         """
+        return sum(self.proposed_entries(sizes, self.trainable).values())
+
+    def proposed_entries(self, sizes: Mapping[str, int], names: Iterable[str] | None = None) -> dict[str, int]:
+        """Number of entries of tensors, by name, if the named widths had these sizes.
+
+        Args:
+            sizes: {width: size}; the others stay as they are.
+            names: of the tensors, all by default.
+
+        Raises:
+            ResizeError: if no width has one of the names.
+        """
         sizes = {self.widths[name].name: size for name, size in sizes.items()}
-        total = 0
-        for name in self.trainable:
-            count = 1
+        found = {}
+        for name in self.shapes if names is None else names:
+            found[name] = 1
             for dim, length in enumerate(self.shapes[name]):
                 segments = self.layouts[name].get(dim)
-                count *= length if segments is None else sum(_proposed(part, sizes) for part in segments)
-            total += count
-        return total
+                found[name] *= length if segments is None else sum(_proposed(part, sizes) for part in segments)
+        return found
 
     def explain(self, name: str) -> str:
         """Every axis that is tied to a width, one line each.

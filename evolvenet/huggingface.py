@@ -121,7 +121,7 @@ class WidthEvolutionCallback(TrainerCallback):
         # A resumed run may start right at an event, before its first batch: it is made up for after that.
         self._owed = due and self.evolver is None
         if due and self.evolver is not None:
-            self.evolver.step(at=state.global_step)
+            self.evolver.step(at=state.global_step, progress=state.global_step / max(state.max_steps, 1))
             self._remember(self.evolver, state)
         self._handle = model.register_forward_pre_hook(torch.compiler.disable(self._listen), with_kwargs=True)
 

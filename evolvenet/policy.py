@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
+from evolvenet.cost import Costs
 from evolvenet.errors import PolicyError
 from evolvenet.graph import WidthGraph
 from evolvenet.spectrum import effective_rank, energy_shares, units_for_energy
@@ -41,6 +42,30 @@ class Proposal:
 
     size: int
     reason: str
+
+
+@dataclass(frozen=True)
+class Moment:
+    """When an event happens in a run, for policies with a schedule.
+
+    Args:
+        progress: share of the run that is done, 0 … 1.
+        initial: sizes of the widths when the run began.
+        costs: what other sizes would cost.
+    """
+
+    progress: float
+    initial: Mapping[str, int]
+    costs: Costs
+
+
+@runtime_checkable
+class Scheduled(Protocol):
+    """A policy that depends on the moment: it is asked for the policy of the moment, which then proposes."""
+
+    def at(self, moment: Moment) -> Policy:
+        """The policy for one moment of a run."""
+        ...
 
 
 class Policy(Protocol):
@@ -91,10 +116,10 @@ class Threshold:
 
     def __post_init__(self) -> None:
         for name in ("prune", "grow", "largest_step", "growth"):
-            _check_number(name, getattr(self, name), 0, 1)
+            check_number("Threshold", name, getattr(self, name), 0, 1)
         for name, low in (("cooldown", 0), ("smallest", 1), ("max_parameters", 1)):
             if name != "max_parameters" or self.max_parameters is not None:
-                _check_number(name, getattr(self, name), low, math.inf)
+                check_number("Threshold", name, getattr(self, name), low, math.inf)
         if self.prune >= self.grow:
             raise PolicyError(
                 f"Threshold: expected prune below grow, got prune={self.prune} and grow={self.grow}. "
@@ -172,8 +197,12 @@ class Threshold:
         )
 
 
-def _check_number(name: str, value: object, low: float, high: float) -> None:
-    """Refuse what is not a number in `low … high`; NaN is in no range."""
+def check_number(policy: str, name: str, value: object, low: float, high: float) -> None:
+    """Refuse what is not a number in `low … high`; NaN is in no range.
+
+    Raises:
+        PolicyError: with the names of the policy and of the argument.
+    """
     if not isinstance(value, int | float) or isinstance(value, bool) or not low <= value <= high:
         expected = f"a number in {low} … {high}" if high < math.inf else f"a number of {low} or more"
-        raise PolicyError(f"Threshold: expected {name} to be {expected}, got {value!r}.")
+        raise PolicyError(f"{policy}: expected {name} to be {expected}, got {value!r}.")

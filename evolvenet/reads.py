@@ -89,6 +89,14 @@ class Read:
         """Number of places of the input: rows, or samples × space."""
         return self.inputs.shape[0] if self.geometry is None else self.inputs[:, :1].numel()
 
+    @property
+    def products(self) -> int:
+        """How often each entry of the weight is multiplied: once an output place, transposed ones once an input place."""
+        if self.geometry is None or self.axis == 0:
+            return self.places
+        patches = _patches(self.inputs, self.geometry)
+        return patches.shape[0] * patches.shape[2 : 2 + len(self.geometry.kernel)].numel()
+
     def columns(self, rows: Tensor) -> Tensor:
         """The matrix that the weight multiplies at some output places: `[groups, len(rows), columns]`.
 

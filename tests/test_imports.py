@@ -39,6 +39,7 @@ LAYERS: dict[int, set[str]] = {
         "allocation",
         "blocks",
         "bottleneck",
+        "budget",
         "compensate",
         "follow",
         "gradients",

@@ -253,6 +253,9 @@ def test_a_checkpoint_at_an_exception_resumes(tmp_path: Path) -> None:
         trainer(tmp_path, [callback, keeper], enable_checkpointing=True).fit(model, Batches())
     assert not model._forward_pre_hooks
     assert not model._state_dict_hooks
+    # Due at 15: the batches of steps 16 and 17 made the event before 18; due at 20 is yet to come.
+    state = torch.load(tmp_path / "broken.ckpt", weights_only=True)["callbacks"]["WidthEvolution"]
+    assert len(state["evolver"]["history"]["events"]) == 3
     again, fresh_model = evolution(), Breaks()
     fresh_model.fails = False
     run = trainer(tmp_path, [again])
@@ -260,3 +263,27 @@ def test_a_checkpoint_at_an_exception_resumes(tmp_path: Path) -> None:
     # The loader has counted the batch that broke.
     assert run.global_step == 23
     evolved(again)
+
+
+def test_what_was_heard_before_an_exception_is_in_its_checkpoint(tmp_path: Path) -> None:
+    """Whichever of the two callbacks hears of the exception first."""
+    for order in (1, -1):
+        model, folder = Breaks(), tmp_path / str(order)
+        callbacks = [evolution(every_n_steps=17, calibration_batches=8), OnExceptionCheckpoint(folder, filename="broken")]
+        with pytest.raises(RuntimeError, match="out of luck"):
+            trainer(tmp_path, callbacks[::order], enable_checkpointing=True).fit(model, Batches())
+        state = torch.load(folder / "broken.ckpt", weights_only=True)["callbacks"]["WidthEvolution"]
+        assert [state["due_since"], len(state["evolver"]["batches"])] == [17, 2]
+
+
+class MakesItsOwn(Classifier):
+    """Makes tensors of the default type in its forward."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x) @ torch.eye(3, device=x.device)
+
+
+def test_what_a_forward_makes_has_the_run_s_type(tmp_path: Path) -> None:
+    callback = evolution()
+    trainer(tmp_path, [callback], precision="64-true").fit(MakesItsOwn(), Batches())
+    evolved(callback)

@@ -1,0 +1,242 @@
+"""`Budget`: a network of a given cost, its widths shared out by what each unit is worth for what it costs."""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from evolvenet.allocation import Curve, convex, loss_at, smallest
+from evolvenet.cost import Costs
+from evolvenet.errors import PolicyError
+from evolvenet.graph import WidthGraph
+from evolvenet.policy import Measure, Moment, Proposal, check_number
+from evolvenet.spectrum import effective_rank, energy_shares
+
+KINDS = ("params", "macs", "bytes", "latency")
+NEAR = 0.98
+"""Share of the budget from which on widths have settled, once it holds for good."""
+_LEAST = 1e-12
+_STRIDES = 32
+"""Steps in which a width may go at most from its largest to its smallest size of one event."""
+_SEARCH = 6
+"""Halvings in the search for the multiply-accumulates whose latency fits."""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Reach a cost by a share of the run, and stay at it; from above by pruning, from below by growing.
+
+    Every width has one signed curve: −log of the share of energy kept where it shrinks, and where it grows as much again for
+    each newborn as its least direction carries, times `trust`. Units go where they are worth least for what they cost, and
+    come where they are worth most, so growth in one place may be paid by pruning in another. The cost follows
+    budget + (start − budget)·(1 − t)³, t = progress / by (Zhu and Gupta 2017). From `by` on widths stay where the cost lies
+    within 2 % below the budget.
+
+    Args:
+        params: parameters of the network at the end; or one of the next three.
+        macs: multiply-accumulates a sample.
+        bytes: of parameters and buffers.
+        latency: seconds of a forward pass on the example inputs, measured on this machine.
+        by: share of the run, 0 … 1, at which the budget holds.
+        multiple: sizes are multiples of it, for widths that have as many units.
+        largest_step: largest share of a width's units that goes in one event, 0 … 1.
+        growth: largest share of a width's units that comes in one event, 0 … 1; 0 for none.
+        trust: what a newborn is taken to be worth, 0 … 1 of the least direction; below 1 there is a dead band.
+        saturated: a width grows only if its effective rank (Roy and Vetterli 2007) over its size reaches this, 0 … 1.
+        smallest: fewest units that a width keeps.
+
+    Raises:
+        PolicyError: for a value outside its range, or not exactly one cost.
+
+    >>> Budget(params=12_500, by=0.6).target(start=100_000, progress=0.3)
+    23437.5
+    """
+
+    params: float | None = None
+    macs: float | None = None
+    bytes: float | None = None
+    latency: float | None = None
+    by: float = 0.6
+    multiple: int = 1
+    largest_step: float = 0.5
+    growth: float = 0.25
+    trust: float = 0.5
+    saturated: float = 0.7
+    smallest: int = 2
+
+    def __post_init__(self) -> None:
+        given = [kind for kind in KINDS if getattr(self, kind) is not None]
+        if len(given) != 1:
+            raise PolicyError(
+                f"Budget: expected one of {', '.join(KINDS)}, got {', '.join(given) or 'none'}. "
+                "Take for example Budget(params=12_500)."
+            )
+        check_number("Budget", given[0], getattr(self, given[0]), 0, math.inf)
+        for name in ("by", "largest_step", "growth", "trust", "saturated"):
+            check_number("Budget", name, getattr(self, name), 0, 1)
+        for name in ("multiple", "smallest"):
+            check_number("Budget", name, getattr(self, name), 1, math.inf)
+
+    @property
+    def kind(self) -> str:
+        """Which cost is bounded."""
+        return next(kind for kind in KINDS if getattr(self, kind) is not None)
+
+    def target(self, start: float, progress: float) -> float:
+        """What the network may cost now.
+
+        Args:
+            start: what it cost at the beginning of the run.
+            progress: share of the run that is done, 0 … 1.
+        """
+        budget = float(getattr(self, self.kind))
+        left = 1 - min(1.0, progress / self.by) if self.by else 0.0
+        return budget + (start - budget) * left**3
+
+    def at(self, moment: Moment) -> _Now:
+        """The policy for one moment of a run."""
+        start = moment.costs.at(self.kind, moment.initial)
+        return _Now(self, moment.costs, self.target(start, moment.progress), moment.progress >= self.by)
+
+    def propose(self, measures: Mapping[str, Measure], graph: WidthGraph) -> dict[str, Proposal]:
+        """Not without a moment.
+
+        Raises:
+            PolicyError: always; `at` gives a policy that proposes.
+        """
+        raise PolicyError("Budget: expected to be asked through Budget.at(moment), which knows what widths cost.")
+
+
+@dataclass(frozen=True)
+class _Now:
+    """A budget at one moment."""
+
+    budget: Budget
+    costs: Costs
+    target: float
+    final: bool
+
+    def propose(self, measures: Mapping[str, Measure], graph: WidthGraph) -> dict[str, Proposal]:
+        """New sizes with which the network costs what it may now, as near as one event can come."""
+        now = self.costs.at(self.budget.kind, {})
+        if self.final and NEAR * self.target <= now <= self.target:
+            return {}
+        hulls = {name: self._curve(measure, graph) for name, measure in measures.items()}
+        grids = {name: self._grid(measure, graph) for name, measure in measures.items()}
+        if self.budget.kind == "latency":
+            sizes = self._fitting_latency(hulls, grids)
+        else:
+            sizes = self._fitting(hulls, grids, self.budget.kind, self.target)
+        cost = self.costs.at(self.budget.kind, sizes)
+        found = {}
+        for name, size in sizes.items():
+            if size != measures[name].size:
+                loss = loss_at(hulls[name], size)
+                found[name] = Proposal(size, _reason(loss, self.budget.kind, cost, self.target))
+        return found
+
+    def _curve(self, measure: Measure, graph: WidthGraph) -> Curve:
+        shares = energy_shares(measure.spectrum).sort(descending=True).values.cumsum(0).clamp(_LEAST, 1).tolist()
+        down = [(0, -math.log(_LEAST)), *((size, -math.log(share)) for size, share in enumerate(shares, 1))]
+        least = shares[-1] - shares[-2] if len(shares) > 1 else 1.0
+        top = self._most(measure)
+        up = [
+            (size, -math.log1p(self.budget.trust * least * (size - measure.size)))
+            for size in (top,)
+            if top > measure.size
+        ]
+        return [*convex(down), *up]
+
+    def _most(self, measure: Measure) -> int:
+        growth = math.floor(self.budget.growth * measure.size / measure.step) * measure.step
+        may = self.budget.growth and measure.growable
+        if not may or effective_rank(measure.spectrum) < self.budget.saturated * measure.size:
+            return measure.size
+        return measure.size + max(growth, measure.step)
+
+    def _grid(self, measure: Measure, graph: WidthGraph) -> list[int]:
+        """Sizes that the width may take now, ascending."""
+        width = graph.widths[measure.width]
+        least = max(measure.size - math.floor(self.budget.largest_step * measure.size), smallest(width))
+        least = max(least, min(self.budget.smallest, measure.size))
+        unit = math.lcm(measure.step, self.budget.multiple)
+        if measure.size < unit:
+            return [measure.size]
+        sizes = [size for size in range(unit, self._most(measure) + 1, unit) if size >= least]
+        # Between two multiples, where one event cannot reach the next one.
+        return sizes or [measure.size]
+
+    def _fitting(
+        self, hulls: Mapping[str, Curve], grids: Mapping[str, list[int]], kind: str, target: float
+    ) -> dict[str, int]:
+        """Take away from the largest sizes what is worth least, until the cost fits; then fill what is left."""
+        places = {name: len(grid) - 1 for name, grid in grids.items()}
+
+        def cost(changed: Mapping[str, int]) -> float:
+            chosen = {**places, **changed}
+            return self.costs.at(kind, {name: grids[name][place] for name, place in chosen.items()})
+
+        def price(name: str) -> tuple[float, str, int] | None:
+            place = places[name] - min(places[name], max(1, len(grids[name]) // _STRIDES))
+            if place == places[name]:
+                return None
+            lost = loss_at(hulls[name], grids[name][place]) - loss_at(hulls[name], grids[name][places[name]])
+            return lost / max(now - cost({name: place}), _LEAST), name, place
+
+        now = cost({})
+        queue = [entry for entry in map(price, places) if entry is not None]
+        heapq.heapify(queue)
+        while now > target and queue:
+            _, name, _ = heapq.heappop(queue)
+            # Prices only rise while others shrink: what is still the least after a second look is the least.
+            entry = price(name)
+            if entry is not None and queue and entry > queue[0]:
+                heapq.heappush(queue, entry)
+            elif entry is not None:
+                places[name] = entry[2]
+                now = cost({})
+                heapq.heappush(queue, (entry[0], name, entry[2]))
+        return self._filled(hulls, grids, kind, target, places)
+
+    def _filled(
+        self,
+        hulls: Mapping[str, Curve],
+        grids: Mapping[str, list[int]],
+        kind: str,
+        target: float,
+        places: dict[str, int],
+    ) -> dict[str, int]:
+        """Give back single units, those first that are worth most for their cost, while the cost still fits."""
+        while True:
+            sizes = {name: grids[name][place] for name, place in places.items()}
+            now, worth = self.costs.at(kind, sizes), []
+            for name, place in places.items():
+                if place + 1 < len(grids[name]):
+                    more = self.costs.at(kind, {**sizes, name: grids[name][place + 1]})
+                    gain = loss_at(hulls[name], sizes[name]) - loss_at(hulls[name], grids[name][place + 1])
+                    if more <= target:
+                        worth.append((gain / max(more - now, _LEAST), name))
+            if not worth:
+                return sizes
+            places[max(worth)[1]] += 1
+
+    def _fitting_latency(self, hulls: Mapping[str, Curve], grids: Mapping[str, list[int]]) -> dict[str, int]:
+        """The most multiply-accumulates whose measured latency fits: the latency of each candidate is measured."""
+        low = self.costs.at("macs", {name: grid[0] for name, grid in grids.items()})
+        high = self.costs.at("macs", {name: grid[-1] for name, grid in grids.items()})
+        best = self._fitting(hulls, grids, "macs", low)
+        for _ in range(_SEARCH):
+            middle = (low + high) / 2
+            sizes = self._fitting(hulls, grids, "macs", middle)
+            if self.costs.at("latency", sizes) <= self.target:
+                best, low = sizes, middle
+            else:
+                high = middle
+        return best
+
+
+def _reason(loss: float, kind: str, cost: float, target: float) -> str:
+    worth = f"{abs(loss):.2g} of −log energy"
+    return f"{'gives up' if loss > 0 else 'hopes for'} {worth}: {kind} {cost:,.4g} of {target:,.4g} allowed now"

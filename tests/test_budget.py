@@ -1,0 +1,205 @@
+"""`Budget`: met within 2 % and never exceeded, from above and from below, and then left alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from cases import CASES, Case, graph_of
+from torch import nn
+
+from evolvenet import Budget, Evolver, PolicyError, resize, trace
+from evolvenet.cost import Costs, macs, parameters, size_in_bytes
+from evolvenet.index_map import IndexMap
+from evolvenet.measure import measure
+from evolvenet.policy import Measure, Moment, Scheduled
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_costs_of_other_widths_are_those_of_the_resized_model(case: Case) -> None:
+    """Multiply-accumulates that no weight explains (attention's products) are taken as they are now."""
+    model, graph = case.model(), graph_of(case)
+    costs = Costs.of(model, graph, case.inputs())
+    sizes = {width.name: max(width.smallest, width.size - width.step) for width in graph.resizable}
+    resize(model, graph, {name: IndexMap.keep(range(size), graph.widths[name].size) for name, size in sizes.items()})
+    assert costs.at("params", sizes) == parameters(model)
+    assert costs.at("bytes", sizes) == size_in_bytes(model)
+    if not costs.rest["macs"]:
+        assert costs.at("macs", sizes) == macs(model, case.inputs())
+
+
+def wide(width: int = 48) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(1, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Conv2d(width, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU(), nn.Conv2d(width, width, 3, padding=1),
+        nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 5),
+    )  # fmt: skip
+
+
+COST = {
+    "params": lambda model, x: parameters(model),
+    "macs": macs,
+    "bytes": lambda model, x: size_in_bytes(model),
+}
+
+
+def run(policy: Budget, model: nn.Module, events: int = 20) -> tuple[Evolver, list[float]]:
+    """A short training run on random pictures; what the network cost after each event."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    x, y = torch.randn(64, 1, 8, 8), torch.randint(0, 5, (64,))
+    evolver, seen = Evolver(model, optimizer, policy, x[:1]), []
+    for event in range(1, events + 1):
+        for _ in range(3):
+            evolver.observe(x)
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(x), y).backward()
+            optimizer.step()
+        done = evolver.step(progress=event / events)
+        assert done.skipped is None
+        seen.append(COST[policy.kind](model, x[:1]))
+    return evolver, seen
+
+
+@pytest.mark.parametrize("start", [3, 48])
+@pytest.mark.parametrize(("kind", "amount"), [("params", 6_000), ("macs", 120_000), ("bytes", 30_000)])
+def test_a_budget_is_met_by_its_time_from_either_side(kind: str, amount: int, start: int) -> None:
+    evolver, seen = run(Budget(**{kind: amount}, by=0.6, saturated=0.0), wide(start))
+    assert all(0.98 * amount <= cost <= amount for cost in seen[-6:])
+    assert len(set(seen[-6:])) == 1, "widths have settled"
+    falls = [one - two for one, two in pairwise(seen)]
+    assert (
+        all(fall >= -0.01 * amount for fall in falls) if start == 48 else all(fall <= 0.01 * amount for fall in falls)
+    )
+    assert evolver.off is None
+
+
+def test_the_schedule_is_cubic_and_never_undershot() -> None:
+    policy = Budget(params=6_000, by=0.8)
+    model = wide()
+    start = parameters(model)
+    _, seen = run(policy, model)
+    for event, cost in enumerate(seen, 1):
+        target = policy.target(start, event / 20)
+        # One event takes at most half of a width, so the beginning may lag behind.
+        assert cost <= max(target, 0.5 * ([start, *seen][event - 1])) + 1
+        assert cost >= 0.95 * target
+
+
+@pytest.mark.parametrize("multiple", [4, 8])
+def test_sizes_are_multiples_on_request(multiple: int) -> None:
+    evolver, seen = run(Budget(params=12_000, by=0.5, multiple=multiple), wide())
+    assert all(size % multiple == 0 for size in evolver.graph.sizes.values())
+    assert seen[-1] <= 12_000
+
+
+def moment(model: nn.Module, x: Any, timed: Any = None, progress: float = 1.0) -> Moment:
+    graph = trace(model, x)
+    costs = Costs.of(model, graph, x)
+    return Moment(progress, graph.sizes, costs if timed is None else replace(costs, timed=timed))
+
+
+def measures(model: nn.Module, x: Any, spectra: Mapping[str, list[float]] | None = None) -> dict[str, Measure]:
+    graph = trace(model, x)
+    found = spectra or {name: values.tolist() for name, values in measure(model, graph).items()}
+    return {name: Measure(name, graph.sizes[name], 1, tuple(each), 99, True) for name, each in found.items()}
+
+
+def test_latency_is_measured_and_fits() -> None:
+    """A clock that counts multiply-accumulates stands in for the machine's."""
+    model, x = wide(), torch.zeros(1, 1, 8, 8)
+    asked: list[float] = []
+    costs = moment(model, x).costs
+
+    def clock(sizes: Mapping[str, int]) -> float:
+        asked.append(costs.at("macs", sizes) * 1e-9)
+        return asked[-1]
+
+    policy = Budget(latency=0.4 * clock({}), largest_step=1.0)
+    found = policy.at(moment(model, x, clock)).propose(measures(model, x), trace(model, x))
+    cost = clock({name: proposal.size for name, proposal in found.items()})
+    assert 0.35 * clock({}) < cost <= 0.4 * clock({})
+    assert len(asked) < 20
+
+
+def test_the_real_clock_tells_wide_from_narrow() -> None:
+    model, x = wide(), torch.zeros(8, 1, 8, 8)
+    costs = moment(model, x).costs
+    narrow = dict.fromkeys(trace(model, x).sizes, 2)
+    assert 0 < costs.at("latency", narrow) < costs.at("latency", {})
+
+
+def test_growth_in_one_place_is_paid_by_pruning_in_another() -> None:
+    """At the budget already: the width whose directions all count gets what the one with empty ones gives up."""
+    model, x = (
+        nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4)),
+        torch.zeros(1, 8),
+    )
+    spectra = {"0": [1.0] * 16, "2": [1.0] * 4 + [1e-6] * 12}
+    now = moment(model, x, progress=0.5)
+    found = Budget(params=parameters(model), by=0.6).at(now).propose(measures(model, x, spectra), trace(model, x))
+    assert found["0"].size > 16
+    assert found["2"].size < 16
+    assert now.costs.at("params", {name: proposal.size for name, proposal in found.items()}) <= parameters(model)
+    assert "hopes for" in found["0"].reason
+    assert "gives up" in found["2"].reason
+
+
+def test_what_is_least_worth_for_its_cost_goes_first() -> None:
+    """Compared with every choice there is."""
+    model, x = nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 4)), torch.zeros(1, 8)
+    graph = trace(model, x)
+    spectra = {"0": [5.0, 3, 1, 0.5, 0.2, 0.1], "2": [4.0, 4, 1, 0.3, 0.1]}
+    target = 80
+    policy = Budget(params=target, growth=0, largest_step=1.0, smallest=1)
+    found = policy.at(moment(model, x)).propose(measures(model, x, spectra), graph)
+    sizes = {**graph.sizes, **{name: proposal.size for name, proposal in found.items()}}
+
+    def loss(chosen: Mapping[str, int]) -> float:
+        kept = [
+            sum(v**2 for v in spectra[name][:size]) / sum(v**2 for v in spectra[name]) for name, size in chosen.items()
+        ]
+        return -math.log(math.prod(kept))
+
+    best = min(
+        loss({"0": one, "2": two})
+        for one in range(1, 7)
+        for two in range(1, 6)
+        if graph.proposed_parameters({"0": one, "2": two}) <= target
+    )
+    assert graph.proposed_parameters(sizes) <= target
+    assert loss(sizes) <= 1.5 * best
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({}, "got none"),
+        ({"params": 5, "macs": 5}, "got params, macs"),
+        ({"params": -1}, "params to be a number of 0|0 or more"),
+        ({"params": float("nan")}, "params"),
+        ({"params": 5, "by": 1.2}, "by to be a number in 0 … 1"),
+        ({"params": 5, "multiple": 0}, "multiple"),
+        ({"params": 5, "trust": -0.1}, "trust"),
+    ],
+)
+def test_values_out_of_range_are_refused(options: dict[str, Any], text: str) -> None:
+    with pytest.raises(PolicyError, match=text):
+        Budget(**options)
+
+
+def test_a_budget_below_the_smallest_network_goes_as_far_as_it_can() -> None:
+    evolver, seen = run(Budget(params=10, by=0.2), wide(8))
+    assert max(evolver.graph.sizes.values()) == 2
+    assert seen[-1] > 10
+
+
+def test_it_is_asked_through_its_moment() -> None:
+    policy = Budget(params=5)
+    assert isinstance(policy, Scheduled)
+    with pytest.raises(PolicyError, match=r"Budget\.at"):
+        policy.propose({}, trace(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), torch.zeros(1, 2)))
