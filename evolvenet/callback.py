@@ -17,12 +17,13 @@ from torch.utils.hooks import RemovableHandle
 
 from evolvenet.blueprint import check_fits, from_plain
 from evolvenet.errors import PolicyError, RecordError, TraceError, UnsupportedStrategyError
-from evolvenet.evolver import Evolver, forget_compiled
+from evolvenet.evolver import Evolver
 from evolvenet.lightning_loading import Returning, install
 from evolvenet.listen import Listener
 from evolvenet.policy import Policy
 from evolvenet.processes import agree, processes, together
 from evolvenet.record import NOTE, Event, History, Note, fit_shapes, let_load_reshape
+from evolvenet.sandbox import forget_compiled
 from evolvenet.schedule import Schedule
 
 log = logging.getLogger("evolvenet")

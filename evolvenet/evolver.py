@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import sys
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,9 +11,8 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
-from torch.utils._pytree import tree_leaves, tree_map_only
 
 from evolvenet.blueprint import check_fits, from_plain, to_plain
 from evolvenet.compensate import QUICK, compensate
@@ -23,13 +21,14 @@ from evolvenet.errors import RankMismatchError, SkippedEvent, SpectrumError, Tra
 from evolvenet.follow import follow
 from evolvenet.graph import WidthGraph
 from evolvenet.grow import plan_growth
-from evolvenet.inputs import first_samples
+from evolvenet.inputs import first_samples, is_plain, moved_like
 from evolvenet.measure import measure
 from evolvenet.policy import Measure, Moment, Policy, Proposal, Scheduled
 from evolvenet.processes import Processes, agree, decided, fingerprint, pooled, processes, shared, together
 from evolvenet.prune import plan_prune
 from evolvenet.record import Event, History, Note, WidthChange, fit_shapes
 from evolvenet.resize import apply, as_list
+from evolvenet.sandbox import forget_compiled
 from evolvenet.spectrum import effective_rank, energy_shares
 from evolvenet.statistics import Statistics, collect
 from evolvenet.surgery import Surgery
@@ -187,7 +186,7 @@ class Evolver:
             "events": self._events,
             "changed": {name: list(entry) for name, entry in self._changed.items()},
             "graph": to_plain(self.graph),
-            "batches": [batch for batch in self._batches if _is_plain(batch)],
+            "batches": [batch for batch in self._batches if is_plain(batch)],
             "failures": dict(self._failures),
             "off": self.off,
             "note": Note.of(self.model, self.graph).read(self.model),
@@ -380,24 +379,6 @@ class Evolver:
         count = parameters(self.model)
         sizes = dict(self.graph.sizes)
         return Event(at, changes, sizes, before, count, self._macs, seconds, skipped, ranks or {}, kept or {})
-
-
-def forget_compiled() -> None:
-    """After some eight shapes a compiled module would run eagerly for good: its compiled code starts anew."""
-    # Importing dynamo takes seconds, and what never imported it has compiled nothing.
-    if "torch._dynamo" in sys.modules:
-        torch._dynamo.reset()
-
-
-def moved_like(batch: Any, example: Any) -> Any:
-    """A batch on the device of the example inputs."""
-    devices = [leaf.device for leaf in tree_leaves(example) if isinstance(leaf, Tensor)]
-    return tree_map_only(Tensor, lambda tensor: tensor.to(devices[0]), batch) if devices else batch
-
-
-def _is_plain(batch: Any) -> bool:
-    """Whether a `weights_only` checkpoint may hold it."""
-    return all(isinstance(leaf, (Tensor, int, float, bool, str, type(None))) for leaf in tree_leaves(batch))
 
 
 def _sizes(proposals: Mapping[str, Proposal]) -> dict[str, int]:

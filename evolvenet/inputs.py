@@ -84,3 +84,18 @@ def tensors_of(result: Any) -> list[Tensor]:
     if hasattr(result, "__dataclass_fields__"):
         result = {name: getattr(result, name) for name in result.__dataclass_fields__}
     return [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+
+
+def moved_like(batch: Any, example: Any) -> Any:
+    """A batch on the device of other inputs."""
+    devices = [leaf.device for leaf in tree_leaves(example) if isinstance(leaf, Tensor)]
+    return tree_map_only(Tensor, lambda tensor: tensor.to(devices[0]), batch) if devices else batch
+
+
+def is_plain(batch: Any) -> bool:
+    """Whether a `weights_only` checkpoint may hold it: tensors, numbers and strings in lists, tuples and dicts.
+
+    >>> is_plain({"x": Tensor([1.0]), "n": 2}), is_plain(object())
+    (True, False)
+    """
+    return all(isinstance(leaf, (Tensor, int, float, bool, str, type(None))) for leaf in tree_leaves(batch))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import sys
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -65,6 +66,13 @@ def op_by_op() -> Iterator[None]:
         stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(torch.no_grad())
         yield
+
+
+def forget_compiled() -> None:
+    """After some eight shapes a compiled module would run eagerly for good: its compiled code starts anew."""
+    # Importing dynamo takes seconds, and what never imported it has compiled nothing.
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
 
 
 def _tables(module: nn.Module) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -269,7 +269,10 @@ def test_what_was_heard_before_an_exception_is_in_its_checkpoint(tmp_path: Path)
     """Whichever of the two callbacks hears of the exception first."""
     for order in (1, -1):
         model, folder = Breaks(), tmp_path / str(order)
-        callbacks = [evolution(every_n_steps=17, calibration_batches=8), OnExceptionCheckpoint(folder, filename="broken")]
+        callbacks = [
+            evolution(every_n_steps=17, calibration_batches=8),
+            OnExceptionCheckpoint(folder, filename="broken"),
+        ]
         with pytest.raises(RuntimeError, match="out of luck"):
             trainer(tmp_path, callbacks[::order], enable_checkpointing=True).fit(model, Batches())
         state = torch.load(folder / "broken.ckpt", weights_only=True)["callbacks"]["WidthEvolution"]
