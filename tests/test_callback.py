@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import evolvenet
 from evolvenet import PolicyError, Threshold, TraceError, UnsupportedStrategyError, WidthEvolution
+from tests.runs import trainer
 from tests.test_evolver import Fixed
 
 
@@ -86,20 +87,6 @@ class Manual(Plain):
 def loader(count: int = 160) -> DataLoader:
     x = torch.randn(count, 6)
     return DataLoader(TensorDataset(x, (x[:, 0] > 0).long() + (x[:, 1] > 0).long()), batch_size=16)
-
-
-def trainer(tmp_path: Path, callbacks: list[Any], **options: Any) -> lightning.Trainer:
-    settings: dict[str, Any] = {
-        "max_epochs": 3,
-        "accelerator": "cpu",
-        "logger": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "enable_checkpointing": any(isinstance(c, ModelCheckpoint) for c in callbacks),
-        "default_root_dir": tmp_path,
-        "num_sanity_val_steps": 0,
-    }
-    return lightning.Trainer(callbacks=callbacks, **{**settings, **options})
 
 
 @pytest.mark.parametrize("kind", [Plain, CallsItsChild, Manual])
