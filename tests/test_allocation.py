@@ -142,7 +142,7 @@ def test_energy_curves_fall_to_nothing() -> None:
     losses = [loss for _, loss in curve]
     assert losses[-1] == pytest.approx(0)
     assert losses == sorted(losses, reverse=True)
-    values = torch.linalg.svdvals(model[0].weight.detach()).square()
+    values = torch.linalg.svdvals(model.get_parameter("0.weight").detach()).square()
     kept = [math.exp(-loss) for loss in losses]
     assert kept[1:7] == pytest.approx((values.cumsum(0) / values.sum()).tolist())
 
