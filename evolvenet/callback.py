@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
@@ -92,7 +92,6 @@ class WidthEvolution(Returning):
         self._listener: Listener | None = None
         self._note: RemovableHandle | None = None
         self._root = ""
-        self._waited = False
         self._deaf = False
         self._due_since: int | None = None
         self._batches = 0
@@ -114,19 +113,16 @@ class WidthEvolution(Returning):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Listen to what the training step calls the model with."""
-        self._waited = False
         if self.evolver is not None:
             self._take_up(trainer, pl_module, self.evolver)
         else:
             self._listener = Listener({"": pl_module, **dict(pl_module.named_children())})
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Trace once the first inputs are known; from then on change widths when an event is due."""
+        """Change widths when an event is due."""
         boundary = batch_idx % trainer.accumulate_grad_batches == 0
         if self.evolver is None:
-            together(processes(), lambda: self._begin(trainer, pl_module))
-            if self.evolver is not None:
-                agree(processes(), "widths and times of events", f"{self.evolver.graph.sizes}, {self._when()}")
+            self._begin_with(trainer, pl_module, lambda: self._known(trainer))
         if self._due_since is not None:
             self._batches += 1
             if self.evolver is not None and boundary and self._batches >= self._wanted(trainer):
@@ -146,6 +142,13 @@ class WidthEvolution(Returning):
             pl_module.log("evolve/parameters", float(latest.parameters), prog_bar=True)
             pl_module.log("evolve/macs", float(latest.macs))
 
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Trace once the first inputs are known: before a checkpoint is saved, for it must know of an event that is due."""
+        if self.evolver is None:
+            self._begin_with(trainer, pl_module, lambda: self._called(pl_module))
+
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Leave no hook behind."""
         self._leave()
@@ -155,10 +158,10 @@ class WidthEvolution(Returning):
         self._leave()
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """After the run, when the hook that notes what a state dict does not say is gone."""
+        """When the hook that notes what a state dict does not say is not there yet, or gone after the run."""
         metadata = getattr(checkpoint["state_dict"], "_metadata", None)
-        if self.evolver is not None and metadata is not None:
-            note = Note.of(self.evolver.model, self.evolver.graph, self._root)
+        note = self._noted(pl_module)
+        if note is not None and metadata is not None:
             metadata.setdefault("", {})[NOTE] = note.read(pl_module)
 
     def state_dict(self) -> dict[str, Any]:
@@ -171,6 +174,7 @@ class WidthEvolution(Returning):
             "root": self._root,
             "due_since": self._due_since,
             "batches": self._batches,
+            "seen_step": self._seen_step,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -179,7 +183,7 @@ class WidthEvolution(Returning):
         self._resumed = state_dict or None
         self._due_since = state_dict.get("due_since")
         self._batches = state_dict.get("batches", 0)
-        self._seen_step = None
+        self._seen_step = state_dict.get("seen_step")
 
     def take_back(self, pl_module: LightningModule, state: dict[str, Any]) -> None:
         """After a run in processes of their own: its events, and the module's numbers that no state dict holds."""
@@ -187,26 +191,44 @@ class WidthEvolution(Returning):
         if self._resumed is not None:
             fit_shapes(pl_module.get_submodule(self._resumed["root"]), {}, note=self._resumed["evolver"]["note"])
 
-    def _begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Make the evolver, once there are inputs to run the model on."""
+    def _begin_with(
+        self, trainer: Trainer, pl_module: LightningModule, find: Callable[[], tuple[str, list[Any]] | None]
+    ) -> None:
+        """Make the evolver on every process, if what is to be found is there."""
+
+        def begin() -> None:
+            found = find()
+            if found is not None:
+                self._begin(trainer, pl_module, *found)
+
+        together(processes(), begin)
+        if self.evolver is not None:
+            agree(processes(), "widths and times of events", f"{self.evolver.graph.sizes}, {self._when()}")
+
+    def _known(self, trainer: Trainer) -> tuple[str, list[Any]] | None:
+        """The network's path and inputs of its, where some are known before the first batch."""
         if self.example_inputs is not None:
-            self._root, calls = self._resumed_root() or "", [self.example_inputs]
-        elif self._resumed is not None and self._resumed["evolver"]["batches"]:
+            return self._resumed_root() or "", [self.example_inputs]
+        if self._resumed is not None and self._resumed["evolver"]["batches"]:
             # Interrupted among the batches of an event, which may have to happen before the first batch now.
-            self._root = self._resumed["root"]
-            calls = [trainer.strategy.batch_to_device(each) for each in self._resumed["evolver"]["batches"]]
-        elif self._listener is not None and self._listener.names:
-            self._root = self._resumed_root() or _traced(pl_module, self._listener)
-            calls = self._listener.heard(self._root)
-        elif not self._waited:
-            self._waited = True
-            return
-        else:
+            batches = self._resumed["evolver"]["batches"]
+            return self._resumed["root"], [trainer.strategy.batch_to_device(each) for each in batches]
+        return None
+
+    def _called(self, pl_module: LightningModule) -> tuple[str, list[Any]]:
+        """The network's path and what the first batch called it with."""
+        if self._listener is None or not self._listener.names:
             raise TraceError(
                 f"{type(pl_module).__name__}'s training step has run without calling any module, so there is nothing to "
                 "trace. Call the network as a module (self(x) or self.net(x), not self.forward(x)), or give "
                 "WidthEvolution(example_inputs=...)."
             )
+        root = self._resumed_root() or _traced(pl_module, self._listener)
+        return root, self._listener.heard(root)
+
+    def _begin(self, trainer: Trainer, pl_module: LightningModule, path: str, calls: list[Any]) -> None:
+        """Make the evolver of the network there, with inputs to run it on."""
+        self._root = path
         heard = self._listener.heard(self._root) if self._listener else []
         self._silence()
         root = pl_module.get_submodule(self._root)
@@ -244,6 +266,15 @@ class WidthEvolution(Returning):
         if known and _fits(evolver):
             self._resumed = {"evolver": {**state, "batches": []}, "root": self._root}
         self._listener = Listener({"": pl_module, **dict(pl_module.named_children())})
+
+    def _noted(self, pl_module: LightningModule) -> Note | None:
+        """What a checkpoint has to say of the widths besides shapes; None before they are known."""
+        if self.evolver is not None:
+            return Note.of(self.evolver.model, self.evolver.graph, self._root)
+        if self._resumed is None:
+            return None
+        root = self._resumed["root"]
+        return Note.of(pl_module.get_submodule(root), from_plain(self._resumed["evolver"]["graph"]), root)
 
     def _resumed_root(self) -> str | None:
         return self._resumed["root"] if self._resumed else None

@@ -12,14 +12,14 @@ import lightning
 import pytest
 import torch
 from cases import CASES, Case, distance, graph_of, outputs
-from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, OnExceptionCheckpoint
 from states import State
 from torch import Tensor, nn
 
 import evolvenet
 from evolvenet import IndexMap, WidthEvolution, resize
 from evolvenet.errors import RecordError
-from evolvenet.record import Note, let_load_reshape
+from evolvenet.record import NOTE, Note, let_load_reshape
 from tests.runs import Batches, Classifier, Walk, fresh, trainer
 
 WALK = Walk((9, 16), (9, 20), (12, 7), (6, 11))
@@ -109,6 +109,60 @@ def test_the_event_is_measured_on_the_batches_after_it_is_due_and_nothing_is_kep
         kept[step] = len(state["evolver"]["batches"]) if state else 0
     # Due at 5: batches 6, 7 and 8 (the event is before batch 9, when 8 steps are done).
     assert [kept[step] for step in (4, 5, 6, 7, 8, 9)] == [0, 0, 1, 2, 3, 0]
+
+
+class Twice(Classifier):
+    """Two optimizers step on every batch, which counts as two steps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:  # type: ignore[override]
+        optimizers: Any = self.optimizers()
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        self.manual_backward(super().training_step(batch, batch_idx))
+        for optimizer in optimizers:
+            optimizer.step()
+
+    def configure_optimizers(self) -> Any:
+        layers = self.net[:4], self.net[4:]
+        return [torch.optim.AdamW(each.parameters(), lr=1e-2) for each in layers]
+
+
+def test_no_event_is_lost_between_the_steps_of_several_optimizers(tmp_path: Path) -> None:
+    def run(folder: Path, **options: Any) -> tuple[list[int], Tensor]:
+        torch.manual_seed(5)
+        model, callback = Twice(), evolution()
+        keeper = ModelCheckpoint(folder, every_n_train_steps=2, save_top_k=-1, filename="{step}")
+        trainer(folder, [Randomness(), callback, keeper]).fit(model, Batches(), weights_only=True, **options)
+        assert callback.history is not None
+        return [event.step for event in callback.history.events], model.net[0].weight  # type: ignore[return-value]
+
+    steps, weight = run(tmp_path)
+    assert steps == [12, 22, 32, 42]
+    for step in range(2, 48, 2):
+        again, resumed = run(tmp_path / str(step), ckpt_path=tmp_path / f"step={step}.ckpt")
+        assert again == steps
+        assert torch.equal(resumed, weight)
+
+
+class Breaks(lightning.Callback):
+    """The first batch fails."""
+
+    def on_before_backward(self, *args: Any) -> None:
+        raise MemoryError
+
+
+def test_a_checkpoint_in_the_first_batch_after_a_resume_knows_what_shapes_do_not_say(tmp_path: Path) -> None:
+    Run(tmp_path).trainer.save_checkpoint(tmp_path / "end.ckpt")
+    keeper = OnExceptionCheckpoint(tmp_path, "broken")
+    with pytest.raises(MemoryError):
+        Run(tmp_path, [Breaks(), keeper], ckpt=tmp_path / "end.ckpt", max_epochs=4, enable_checkpointing=True)
+    states = [torch.load(tmp_path / name, weights_only=True) for name in ("end.ckpt", "broken.ckpt")]
+    notes = [state["state_dict"]._metadata[""][NOTE] for state in states]
+    assert_same(*notes)
 
 
 def test_every_way_of_loading_takes_the_widths(tmp_path: Path) -> None:
