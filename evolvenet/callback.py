@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.plugins import MixedPrecision
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
-from lightning.pytorch.strategies.single_xla import SingleDeviceXLAStrategy
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.hooks import RemovableHandle
 
 from evolvenet.blueprint import check_fits, from_plain
-from evolvenet.errors import PolicyError, RecordError, TraceError, UnsupportedStrategyError
+from evolvenet.errors import PolicyError, RecordError, TraceError
 from evolvenet.evolver import Evolver
 from evolvenet.lightning_loading import Returning, install
+from evolvenet.lightning_parts import default_type, refuse_sharding, rewrap, share_done
 from evolvenet.listen import Listener
 from evolvenet.policy import Policy
 from evolvenet.processes import agree, processes, together
@@ -28,9 +25,6 @@ from evolvenet.schedule import Schedule
 
 log = logging.getLogger("evolvenet")
 install()
-
-STRATEGIES = (SingleDeviceStrategy, SingleDeviceXLAStrategy, DDPStrategy)
-"""Strategies under which every process holds whole parameters. Their subclasses may not."""
 
 
 class WidthEvolution(Returning):
@@ -234,7 +228,7 @@ class WidthEvolution(Returning):
         root = pl_module.get_submodule(self._root)
         copies = [copy.get_submodule(self._root) for copy in _averages(trainer, pl_module)]
         state = self._resumed["evolver"] if self._resumed else None
-        with _default_type(trainer):
+        with default_type(trainer):
             self.evolver = Evolver(
                 root, trainer.optimizers, self.policy, calls[0], self.calibration_batches, self.seed, copies,
                 after_change=partial(rewrap, trainer.strategy, pl_module),
@@ -283,8 +277,8 @@ class WidthEvolution(Returning):
         return f"{self.schedule}, calibration_batches={self.calibration_batches}, seed={self.seed}"
 
     def _event(self, trainer: Trainer, evolver: Evolver) -> None:
-        with _default_type(trainer):
-            event = evolver.step(at=trainer.global_step, progress=_share_done(trainer))
+        with default_type(trainer):
+            event = evolver.step(at=trainer.global_step, progress=share_done(trainer))
         evolver.forget()
         self._silence()
         if self._deaf:
@@ -314,7 +308,7 @@ class WidthEvolution(Returning):
     def _is_due(self, trainer: Trainer, batch_idx: int) -> bool:
         before, self._seen_step = self._seen_step, trainer.global_step
         epoch = trainer.current_epoch if batch_idx == 0 else None
-        return self.schedule.due(trainer.global_step, _share_done(trainer), epoch, before)
+        return self.schedule.due(trainer.global_step, share_done(trainer), epoch, before)
 
     def _silence(self) -> None:
         if self._listener is not None:
@@ -338,28 +332,6 @@ def _fits(evolver: Evolver) -> bool:
     return True
 
 
-def refuse_sharding(strategy: Strategy) -> None:
-    """Go on only under strategies known to keep whole parameters on every process.
-
-    Raises:
-        UnsupportedStrategyError: for any other.
-    """
-    if type(strategy) not in STRATEGIES:
-        raise UnsupportedStrategyError(
-            f"WidthEvolution changes the shapes of whole parameters: expected a strategy out of "
-            f"{', '.join(each.__name__ for each in STRATEGIES)}, got {type(strategy).__name__}, which may keep parts of them "
-            'or copies elsewhere that would not change. Take strategy="ddp", or devices=1.'
-        )
-
-
-def rewrap(strategy: Strategy, pl_module: LightningModule) -> None:
-    """Make DDP's wrapper anew: its hooks are gone with the parameters' old shapes, and its buckets are of them."""
-    if isinstance(strategy, DDPStrategy):
-        strategy.model = pl_module
-        strategy.configure_ddp()
-        strategy._pl_static_graph_delay_done = False
-
-
 def _averages(trainer: Trainer, pl_module: LightningModule) -> Iterator[LightningModule]:
     """Copies of the module that other callbacks keep."""
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
@@ -381,18 +353,6 @@ def _traced(pl_module: LightningModule, listener: Listener) -> str:
         f"{type(pl_module).__name__}'s training step calls several networks ({', '.join(listener.names)}), so its inputs to "
         "all of them are not known. Define forward and call self(...), or give WidthEvolution(example_inputs=...)."
     )
-
-
-def _share_done(trainer: Trainer) -> float:
-    """Of the epochs' batches, or of `max_steps`, which counts the steps of every optimizer; 0 … 1."""
-    done = trainer.fit_loop.epoch_loop._batches_that_stepped / trainer.estimated_stepping_batches
-    return max(done, trainer.global_step / trainer.max_steps) if trainer.max_steps > 0 else done
-
-
-def _default_type(trainer: Trainer) -> AbstractContextManager[Any]:
-    """What the forward makes by itself has the type that training runs in ("64-true"); autocast is not needed here."""
-    plugin = trainer.precision_plugin
-    return nullcontext() if isinstance(plugin, MixedPrecision) else plugin.forward_context()
 
 
 def _log(trainer: Trainer, event: Event) -> None:

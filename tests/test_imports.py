@@ -56,11 +56,11 @@ LAYERS: dict[int, set[str]] = {
     # state
     3: {"blueprint", "evolver", "listen", "optim", "record", "resize", "schedule", "validate"},
     # edges
-    4: {"callback", "huggingface", "lightning_loading", "report"},
+    4: {"callback", "huggingface", "lightning_loading", "lightning_parts", "report"},
 }
 EDGE_ONLY = {
     **{
-        key: {"callback", "lightning_loading"}
+        key: {"callback", "lightning_loading", "lightning_parts"}
         for key in ("lightning", "pytorch_lightning", "lightning_fabric", "torchmetrics")
     },
     **{key: {"huggingface"} for key in ("transformers", "accelerate")},
