@@ -238,5 +238,7 @@ class _Now:
 
 
 def _reason(loss: float, kind: str, cost: float, target: float) -> str:
-    worth = f"{abs(loss):.2g} of −log energy"
-    return f"{'gives up' if loss > 0 else 'hopes for'} {worth}: {kind} {cost:,.4g} of {target:,.4g} allowed now"
+    worth = f"{'gives up' if loss > 0 else 'hopes for'} {abs(loss):.2g} of −log energy"
+    if kind == "latency":
+        return f"{worth}: {cost:.3g} s of {target:.3g} s allowed now"
+    return f"{worth}: {cost:,.0f} {kind} of {target:,.0f} allowed now"
