@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
-from torch.optim.swa_utils import AveragedModel
 from torch.utils.hooks import RemovableHandle
 
 from evolvenet.blueprint import check_fits, from_plain
 from evolvenet.errors import PolicyError, RecordError, TraceError
 from evolvenet.evolver import Evolver
 from evolvenet.lightning_loading import Returning, install
+from evolvenet.lightning_module import averages, hushed, listening, network, optimizers_of
 from evolvenet.lightning_parts import default_type, refuse_sharding, rewrap, share_done
 from evolvenet.listen import Listener
 from evolvenet.policy import Policy
@@ -25,6 +25,9 @@ from evolvenet.schedule import Schedule
 
 log = logging.getLogger("evolvenet")
 install()
+
+PATIENCE = 8
+"""Batches without a call of any module, since a training step may skip some, before there seems to be no network."""
 
 
 class WidthEvolution(Returning):
@@ -86,6 +89,8 @@ class WidthEvolution(Returning):
         self._listener: Listener | None = None
         self._note: RemovableHandle | None = None
         self._root = ""
+        self._outer: LightningModule | None = None
+        self._silent = 0
         self._deaf = False
         self._due_since: int | None = None
         self._batches = 0
@@ -102,15 +107,16 @@ class WidthEvolution(Returning):
         """Refuse what cannot work, and let the model take a checkpoint's widths when one is loaded."""
         refuse_sharding(trainer.strategy)
         # Other callbacks may have copied the module before this one was asked.
-        for module in (pl_module, *_averages(trainer, pl_module)):
+        for module in (pl_module, *averages(trainer, pl_module)):
             let_load_reshape(module)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Listen to what the training step calls the model with."""
+        self._outer, self._silent = pl_module, 0
         if self.evolver is not None:
             self._take_up(trainer, pl_module, self.evolver)
         else:
-            self._listener = Listener({"": pl_module, **dict(pl_module.named_children())})
+            self._listener = listening(pl_module)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Change widths when an event is due."""
@@ -122,7 +128,7 @@ class WidthEvolution(Returning):
             if self.evolver is not None and boundary and self._batches >= self._wanted(trainer):
                 self._hear()
                 if self.evolver.observed or self._deaf:
-                    self._event(trainer, self.evolver)
+                    self._event(trainer, pl_module, self.evolver)
                 else:
                     # Code compiled before the hook was there does not run it.
                     self._deaf, self._batches = True, 0
@@ -130,7 +136,7 @@ class WidthEvolution(Returning):
         if boundary and self._is_due(trainer, batch_idx) and self._due_since is None:
             self._due_since, self._batches = trainer.global_step, 0
         if self._due_since is not None and self.evolver is not None and self._listener is None:
-            self._listener = Listener({self._root: self.evolver.model}, self.calibration_batches)
+            self._listener = Listener({self._root: self.evolver.model}, self.calibration_batches, self._outer)
         if self.evolver is not None:
             latest = [self.evolver.history.initial, *self.evolver.history.events][-1]
             pl_module.log("evolve/parameters", float(latest.parameters), prog_bar=True)
@@ -141,7 +147,7 @@ class WidthEvolution(Returning):
     ) -> None:
         """Trace once the first inputs are known: before a checkpoint is saved, for it must know of an event that is due."""
         if self.evolver is None:
-            self._begin_with(trainer, pl_module, lambda: self._called(pl_module))
+            self._begin_with(trainer, pl_module, lambda: self._called(trainer, pl_module))
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Leave no hook behind."""
@@ -209,15 +215,18 @@ class WidthEvolution(Returning):
             return self._resumed["root"], [trainer.strategy.batch_to_device(each) for each in batches]
         return None
 
-    def _called(self, pl_module: LightningModule) -> tuple[str, list[Any]]:
-        """The network's path and what the first batch called it with."""
+    def _called(self, trainer: Trainer, pl_module: LightningModule) -> tuple[str, list[Any]] | None:
+        """The network's path and what the first batch that was not skipped called it with."""
         if self._listener is None or not self._listener.names:
+            self._silent += 1
+            if self._silent < PATIENCE:
+                return None
             raise TraceError(
-                f"{type(pl_module).__name__}'s training step has run without calling any module, so there is nothing to "
-                "trace. Call the network as a module (self(x) or self.net(x), not self.forward(x)), or give "
+                f"{type(pl_module).__name__}'s training step has run on {PATIENCE} batches without calling any module, so "
+                "there is nothing to trace. Call the network as a module (self(x) or self.net(x), not self.forward(x)), or give "
                 "WidthEvolution(example_inputs=...)."
             )
-        root = self._resumed_root() or _traced(pl_module, self._listener)
+        root = self._resumed_root() or network(pl_module, self._listener, optimizers_of(trainer, pl_module))
         return root, self._listener.heard(root)
 
     def _begin(self, trainer: Trainer, pl_module: LightningModule, path: str, calls: list[Any]) -> None:
@@ -226,11 +235,11 @@ class WidthEvolution(Returning):
         heard = self._listener.heard(self._root) if self._listener else []
         self._silence()
         root = pl_module.get_submodule(self._root)
-        copies = [copy.get_submodule(self._root) for copy in _averages(trainer, pl_module)]
+        copies = [copy.get_submodule(self._root) for copy in averages(trainer, pl_module)]
         state = self._resumed["evolver"] if self._resumed else None
-        with default_type(trainer):
+        with default_type(trainer), hushed(pl_module):
             self.evolver = Evolver(
-                root, trainer.optimizers, self.policy, calls[0], self.calibration_batches, self.seed, copies,
+                root, optimizers_of(trainer, pl_module), self.policy, calls[0], self.calibration_batches, self.seed, copies,
                 after_change=partial(rewrap, trainer.strategy, pl_module),
                 graph=None if state is None else from_plain(state["graph"]),
             )  # fmt: skip
@@ -259,7 +268,7 @@ class WidthEvolution(Returning):
         known = dict(pl_module.named_modules()).get(self._root) is evolver.model
         if known and _fits(evolver):
             self._resumed = {"evolver": {**state, "batches": []}, "root": self._root}
-        self._listener = Listener({"": pl_module, **dict(pl_module.named_children())})
+        self._listener = listening(pl_module)
 
     def _noted(self, pl_module: LightningModule) -> Note | None:
         """What a checkpoint has to say of the widths besides shapes; None before they are known."""
@@ -276,8 +285,10 @@ class WidthEvolution(Returning):
     def _when(self) -> str:
         return f"{self.schedule}, calibration_batches={self.calibration_batches}, seed={self.seed}"
 
-    def _event(self, trainer: Trainer, evolver: Evolver) -> None:
-        with default_type(trainer):
+    def _event(self, trainer: Trainer, pl_module: LightningModule, evolver: Evolver) -> None:
+        # Some runs make new ones on their way.
+        evolver.optimizers = optimizers_of(trainer, pl_module)
+        with default_type(trainer), hushed(pl_module):
             event = evolver.step(at=trainer.global_step, progress=share_done(trainer))
         evolver.forget()
         self._silence()
@@ -294,7 +305,7 @@ class WidthEvolution(Returning):
                 self.evolver.observe(inputs)
             self._silence()
             if self._due_since is not None:
-                self._listener = Listener({self._root: self.evolver.model}, self.calibration_batches)
+                self._listener = Listener({self._root: self.evolver.model}, self.calibration_batches, self._outer)
 
     def _wanted(self, trainer: Trainer) -> int:
         """Batches to measure on; not so many that the next event would be due before, or most of a short epoch gone."""
@@ -320,7 +331,7 @@ class WidthEvolution(Returning):
         self._silence()
         if self._note is not None:
             self._note.remove()
-        self._note = None
+        self._note, self._outer = None, None
 
 
 def _fits(evolver: Evolver) -> bool:
@@ -330,29 +341,6 @@ def _fits(evolver: Evolver) -> bool:
     except RecordError:
         return False
     return True
-
-
-def _averages(trainer: Trainer, pl_module: LightningModule) -> Iterator[LightningModule]:
-    """Copies of the module that other callbacks keep."""
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        for value in vars(callback).values():
-            kept = value.module if isinstance(value, AveragedModel) else value
-            if type(kept) is type(pl_module) and kept is not pl_module:
-                yield kept
-
-
-def _traced(pl_module: LightningModule, listener: Listener) -> str:
-    """Where the network is: the LightningModule itself if it was called, else the one child that was."""
-    if "" in listener.names:
-        return ""
-    count = sum(1 for _ in pl_module.parameters())
-    for path in listener.names:
-        if sum(1 for _ in pl_module.get_submodule(path).parameters()) == count:
-            return path
-    raise TraceError(
-        f"{type(pl_module).__name__}'s training step calls several networks ({', '.join(listener.names)}), so its inputs to "
-        "all of them are not known. Define forward and call self(...), or give WidthEvolution(example_inputs=...)."
-    )
 
 
 def _log(trainer: Trainer, event: Event) -> None:

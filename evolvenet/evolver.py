@@ -94,7 +94,8 @@ class Evolver:
         self.model = model
         self.optimizers = as_list(optimizer)
         self.policy = policy
-        self.example_inputs = first_samples(example_inputs, 2)
+        # Clones: a view would keep the whole batch in memory.
+        self.example_inputs = tree_map_only(Tensor, torch.clone, first_samples(example_inputs, 2))
         self.copies = copies
         self.after_change = after_change
         self.graph = graph or trace(model, self.example_inputs)

@@ -14,11 +14,15 @@ from evolvenet.inputs import bound
 
 
 class Listener:
-    """Keeps the inputs of training-mode calls of some modules.
+    """Keeps the inputs of the calls of some modules that are made in training.
+
+    Those are the calls in training mode; where `outer` is given, also those of a module in eval mode through which
+    gradients may flow (frozen norms, say), but none while `outer` itself is in eval mode, as in validation.
 
     Args:
         modules: what to listen to, by name.
         most: calls that are kept of each, the last ones.
+        outer: the module whose mode tells training from validation.
 
     >>> layer = nn.Linear(2, 1)
     >>> listener = Listener({"layer": layer})
@@ -29,11 +33,11 @@ class Listener:
     [torch.Size([3, 2])]
     """
 
-    def __init__(self, modules: Mapping[str, nn.Module], most: int = 8) -> None:
+    def __init__(self, modules: Mapping[str, nn.Module], most: int = 8, outer: nn.Module | None = None) -> None:
         self._modules = dict(modules)
         self._calls: dict[str, deque[tuple[Any, Any]]] = {name: deque(maxlen=most) for name in modules}
         self._handles: list[RemovableHandle] = [
-            module.register_forward_pre_hook(_ear(self._calls[name]), with_kwargs=True)
+            module.register_forward_pre_hook(_Ear(self._calls[name], outer), with_kwargs=True)
             for name, module in modules.items()
         ]
 
@@ -53,13 +57,22 @@ class Listener:
         self._handles = []
 
 
-def _ear(calls: deque[tuple[Any, Any]]) -> Any:
-    # Nothing but a queue is touched where code is compiled, so that it runs without a break in its graph.
-    def listen(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if module.training and (torch.compiler.is_compiling() or not _redirected(module)):
-            calls.append((args, kwargs))
+class _Ear:
+    """A forward pre-hook that keeps calls; one that was copied or unpickled with its module keeps none."""
 
-    return listen
+    def __init__(self, calls: deque[tuple[Any, Any]] | None = None, outer: nn.Module | None = None) -> None:
+        self.calls, self.outer = calls, outer
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        training = module.training
+        if self.outer is not None:
+            training = self.outer.training and (training or torch.is_grad_enabled())
+        # Nothing but a queue is touched where code is compiled, so that it runs without a break in its graph.
+        if training and self.calls is not None and (torch.compiler.is_compiling() or not _redirected(module)):
+            self.calls.append((args, kwargs))
+
+    def __reduce__(self) -> tuple[Any, tuple[()]]:
+        return _Ear, ()
 
 
 def _redirected(module: nn.Module) -> bool:

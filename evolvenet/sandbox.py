@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import random
 import sys
-from collections import OrderedDict, defaultdict, deque
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from evolvenet.errors import TraceError
 from evolvenet.layers import refresh
-
-_CONTAINERS = frozenset({list, dict, OrderedDict, defaultdict, set, deque})
+from evolvenet.untouched import untouched
 
 
 @contextmanager
@@ -25,8 +21,7 @@ def sandbox(model: nn.Module, device: torch.device | str | None = None) -> Itera
     """Exchange every parameter and buffer for a shadow; on leaving, put back all attributes of all modules.
 
     A deep copy would fail on modules that hold what cannot be copied (a trainer, locks, files) and doubles the memory;
-    an undo log does neither. Lists, dicts and sets that a module holds get their own entries back; what those entries
-    hold in turn is not looked into. The random generators of torch, numpy and Python continue as if nothing had run.
+    an undo log does neither: see `untouched` for what it covers.
 
     Args:
         model: any module.
@@ -37,24 +32,15 @@ def sandbox(model: nn.Module, device: torch.device | str | None = None) -> Itera
     """
     modules = list(model.modules())
     _refuse_scripted(modules)
-    saved = [(module, dict(module.__dict__), _contents(module)) for module in modules]
     shadows: dict[int, Tensor] = {}
-    try:
+    with untouched(model):
         for module in modules:
             for table in _tables(module):
                 for name, tensor in table.items():
                     if tensor is not None:
                         table[name] = shadows.setdefault(id(tensor), _shadow(tensor, device))
             refresh(module)
-        with _same_random_numbers(model):
-            yield
-    finally:
-        for module, attributes, contents in saved:
-            module.__dict__.clear()
-            module.__dict__.update(attributes)
-            for container, entries in contents:
-                container.clear()
-                (container.extend if isinstance(container, (list, deque)) else container.update)(entries)
+        yield
 
 
 @contextmanager
@@ -77,24 +63,6 @@ def forget_compiled() -> None:
 
 def _tables(module: nn.Module) -> tuple[dict[str, Any], dict[str, Any]]:
     return module._parameters, module._buffers
-
-
-def _contents(module: nn.Module) -> list[tuple[Any, Any]]:
-    """Every plain container among a module's attributes, its tables of parameters included, with a copy of it."""
-    # Their own copy(): copy.copy goes through pickling, a third of a trial for a deep model.
-    return [(value, value.copy()) for value in module.__dict__.values() if type(value) in _CONTAINERS]
-
-
-@contextmanager
-def _same_random_numbers(model: nn.Module) -> Iterator[None]:
-    devices = {tensor.device for tensor in (*model.parameters(), *model.buffers()) if tensor.is_cuda}
-    python, numpy = random.getstate(), np.random.get_state()
-    try:
-        with torch.random.fork_rng(devices=sorted(devices, key=str)):
-            yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)
 
 
 def _refuse_scripted(modules: list[nn.Module]) -> None:

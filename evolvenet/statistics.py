@@ -16,6 +16,7 @@ from evolvenet.errors import SpectrumError, TraceError
 from evolvenet.graph import Tie, WidthGraph
 from evolvenet.inputs import arguments
 from evolvenet.reads import Read, Reading, watched
+from evolvenet.untouched import untouched
 
 CAP = 8192
 """Most samples taken for one consumer from one batch; more positions are sampled evenly."""
@@ -167,7 +168,7 @@ def collect(model: nn.Module, graph: WidthGraph, batches: Iterable[Any]) -> Stat
 
 @contextmanager
 def quiet(model: nn.Module) -> Iterator[None]:
-    """Eval mode without gradients; on leaving, training flags, buffers and random states are as before.
+    """Eval mode without gradients; on leaving, training flags, buffers and all that is `untouched` are as before.
 
     >>> model = nn.Dropout()
     >>> with quiet(model):
@@ -176,23 +177,19 @@ def quiet(model: nn.Module) -> Iterator[None]:
     >>> model.training
     True
     """
-    flags = [(module, module.training) for module in model.modules()]
     buffers = [
-        (module, name, buffer, buffer._version, buffer.clone())
-        for module in model.modules()
-        for name, buffer in module._buffers.items()
-        if buffer is not None
+        (buffer, buffer._version, buffer.clone())
+        for buffer in model.buffers()
+        # One made under inference mode cannot be written to outside of it, and has no version.
+        if not buffer.is_inference()
     ]
-    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
     try:
-        model.eval()
-        with torch.no_grad(), torch.random.fork_rng(devices=sorted(devices, key=str)):
-            yield
+        with untouched(model):
+            model.eval()
+            with torch.no_grad():
+                yield
     finally:
-        for module, flag in flags:
-            module.training = flag
-        for module, name, buffer, version, value in buffers:
-            module._buffers[name] = buffer
+        for buffer, version, value in buffers:
             # Written back only if it changed: a write would spoil a live autograd graph that saved the buffer.
             if buffer._version != version:
                 with torch.no_grad():

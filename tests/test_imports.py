@@ -31,6 +31,7 @@ LAYERS: dict[int, set[str]] = {
         "sandbox",
         "surgery",
         "trace",
+        "untouched",
         "axis_rules",
         "weight_rules",
     },
@@ -56,11 +57,11 @@ LAYERS: dict[int, set[str]] = {
     # state
     3: {"blueprint", "evolver", "listen", "optim", "record", "resize", "schedule", "validate"},
     # edges
-    4: {"callback", "huggingface", "lightning_loading", "lightning_parts", "report"},
+    4: {"callback", "huggingface", "lightning_loading", "lightning_module", "lightning_parts", "report"},
 }
 EDGE_ONLY = {
     **{
-        key: {"callback", "lightning_loading", "lightning_parts"}
+        key: {"callback", "lightning_loading", "lightning_module", "lightning_parts"}
         for key in ("lightning", "pytorch_lightning", "lightning_fabric", "torchmetrics")
     },
     **{key: {"huggingface"} for key in ("transformers", "accelerate")},
