@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
+from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from evolvenet.blueprint import check_fits, from_plain
 from evolvenet.errors import PolicyError, RecordError, TraceError
 from evolvenet.evolver import Evolver
+from evolvenet.graph import WidthGraph
+from evolvenet.inputs import first_samples
 from evolvenet.lightning_loading import Returning, install
-from evolvenet.lightning_module import averages, hushed, listening, network, optimizers_of
+from evolvenet.lightning_module import averages, hushed, listening, network, optimizers_of, places
 from evolvenet.lightning_parts import default_type, refuse_sharding, rewrap, share_done
 from evolvenet.listen import Listener
 from evolvenet.policy import Policy
@@ -22,6 +25,8 @@ from evolvenet.processes import agree, processes, together
 from evolvenet.record import NOTE, Event, History, Note, fit_shapes, let_load_reshape
 from evolvenet.sandbox import forget_compiled
 from evolvenet.schedule import Schedule
+from evolvenet.trace import trace
+from evolvenet.twins import Twins
 
 log = logging.getLogger("evolvenet")
 install()
@@ -43,7 +48,9 @@ class WidthEvolution(Returning):
     "evolve/kept_energy/…" of every width to the loggers.
 
     Averages of the weights that other callbacks keep (`WeightAveraging`, `EMAWeightAveraging`, `StochasticWeightAveraging`)
-    go through the same changes. Under DDP rank 0 decides from batches of all ranks, and the wrapper is made anew.
+    go through the same changes, and so do copies in the module itself (a momentum teacher, a target network) once they have
+    moved; until then events are skipped, since a frozen reference must stay: `copies` settles it. Under DDP rank 0 decides
+    from batches of all ranks, and the wrapper is made anew.
 
     Args:
         policy: proposes sizes from spectra, for example `evolvenet.Threshold`.
@@ -55,6 +62,8 @@ class WidthEvolution(Returning):
         example_inputs: what the model is called with, if the first training batch should not be waited for.
         calibration_batches: how many training batches an event measures on.
         seed: of the newborns' random directions.
+        copies: {name of a submodule that follows another one: name of that one}, no other is taken for a copy then; None
+            to find them.
 
     Raises:
         PolicyError: for values out of range.
@@ -76,6 +85,7 @@ class WidthEvolution(Returning):
         example_inputs: Any = None,
         calibration_batches: int = 4,
         seed: int = 0,
+        copies: Mapping[str, str] | None = None,
     ) -> None:
         if calibration_batches < 1:
             raise PolicyError(f"WidthEvolution: expected calibration_batches of 1 or more, got {calibration_batches}.")
@@ -84,12 +94,15 @@ class WidthEvolution(Returning):
         self.example_inputs = example_inputs
         self.calibration_batches = calibration_batches
         self.seed = seed
+        self.copies = copies
         self.evolver: Evolver | None = None
         self._resumed: dict[str, Any] | None = None
         self._listener: Listener | None = None
         self._note: RemovableHandle | None = None
         self._root = ""
         self._outer: LightningModule | None = None
+        self._twins: Twins | None = None
+        self._averages: list[nn.Module] = []
         self._silent = 0
         self._deaf = False
         self._due_since: int | None = None
@@ -117,10 +130,15 @@ class WidthEvolution(Returning):
             self._take_up(trainer, pl_module, self.evolver)
         else:
             self._listener = listening(pl_module)
+        self._twins = None
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Change widths when an event is due."""
         boundary = batch_idx % trainer.accumulate_grad_batches == 0
+        if self._twins is None:
+            # Only now has everybody made the copies that they need.
+            self._twins = Twins(places(trainer, pl_module), self.copies)
+            self._twins.load_state_dict(self._resumed.get("twins", {}) if self._resumed else {})
         if self.evolver is None:
             self._begin_with(trainer, pl_module, lambda: self._known(trainer))
         if self._due_since is not None:
@@ -172,6 +190,7 @@ class WidthEvolution(Returning):
         return {
             "evolver": self.evolver.state_dict(),
             "root": self._root,
+            "twins": self._twins.state_dict() if self._twins else {},
             "due_since": self._due_since,
             "batches": self._batches,
             "seen_step": self._seen_step,
@@ -235,22 +254,22 @@ class WidthEvolution(Returning):
         heard = self._listener.heard(self._root) if self._listener else []
         self._silence()
         root = pl_module.get_submodule(self._root)
-        copies = [copy.get_submodule(self._root) for copy in averages(trainer, pl_module)]
+        self._averages = [copy.get_submodule(self._root) for copy in averages(trainer, pl_module)]
         state = self._resumed["evolver"] if self._resumed else None
         with default_type(trainer), hushed(pl_module):
             self.evolver = Evolver(
-                root, optimizers_of(trainer, pl_module), self.policy, calls[0], self.calibration_batches, self.seed, copies,
-                after_change=partial(rewrap, trainer.strategy, pl_module),
-                graph=None if state is None else from_plain(state["graph"]),
+                root, optimizers_of(trainer, pl_module), self.policy, calls[0], self.calibration_batches, self.seed,
+                self._along, after_change=partial(rewrap, trainer.strategy, pl_module),
+                graph=self._graph(root, calls[0]) if state is None else from_plain(state["graph"]),
             )  # fmt: skip
         if state is not None:
             self.evolver.load_state_dict(state)
             self._resumed = None
-            for copy in copies:
+            for copy in self._averages:
                 fit_shapes(copy, {}, note=state["note"])
         for inputs in heard if self._due_since is not None else ():
             self.evolver.observe(inputs)
-        self._note = Note.of(root, self.evolver.graph, self._root).register(pl_module)
+        self._note = self._numbers(self.evolver).register(pl_module)
         _log(trainer, self.evolver.history.initial)
         log.info(
             "%d resizable widths hold %.1f %% of the %s parameters; %d frozen",
@@ -267,17 +286,33 @@ class WidthEvolution(Returning):
         self.evolver, self._resumed = None, None
         known = dict(pl_module.named_modules()).get(self._root) is evolver.model
         if known and _fits(evolver):
-            self._resumed = {"evolver": {**state, "batches": []}, "root": self._root}
+            twins = self._twins.state_dict() if self._twins else {}
+            self._resumed = {"evolver": {**state, "batches": []}, "root": self._root, "twins": twins}
         self._listener = listening(pl_module)
 
     def _noted(self, pl_module: LightningModule) -> Note | None:
         """What a checkpoint has to say of the widths besides shapes; None before they are known."""
         if self.evolver is not None:
-            return Note.of(self.evolver.model, self.evolver.graph, self._root)
+            return self._numbers(self.evolver)
         if self._resumed is None:
             return None
         root = self._resumed["root"]
         return Note.of(pl_module.get_submodule(root), from_plain(self._resumed["evolver"]["graph"]), root)
+
+    def _graph(self, root: nn.Module, inputs: Any) -> WidthGraph:
+        graph = trace(root, first_samples(inputs, 2))
+        return self._twins.settle(root, graph) if self._twins else graph
+
+    def _along(self) -> list[nn.Module]:
+        """What goes through an event with the network: copies of its weights."""
+        if self.evolver is None or self._twins is None:
+            return self._averages
+        evolver = self.evolver
+        return [*self._averages, *self._twins.along(evolver.model, evolver.graph, evolver.optimizers)]
+
+    def _numbers(self, evolver: Evolver) -> Note:
+        note = Note.of(evolver.model, evolver.graph, self._root)
+        return note.mirrored(self._twins.pairs(evolver.model, evolver.graph)) if self._twins else note
 
     def _resumed_root(self) -> str | None:
         return self._resumed["root"] if self._resumed else None

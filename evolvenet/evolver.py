@@ -11,14 +11,15 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils._pytree import tree_map_only
 
 from evolvenet.blueprint import check_fits, from_plain, to_plain
 from evolvenet.compensate import QUICK, compensate
 from evolvenet.cost import Costs, macs, parameters
 from evolvenet.errors import RankMismatchError, SkippedEvent, SpectrumError, TraceError
-from evolvenet.follow import follow
+from evolvenet.follow import apart, follow
 from evolvenet.graph import WidthGraph
 from evolvenet.grow import plan_growth
 from evolvenet.inputs import first_samples, is_plain, moved_like
@@ -62,7 +63,8 @@ class Evolver:
         example_inputs: what the model is called with: a tensor, a tuple of arguments or a dict of keyword arguments.
         calibration_batches: how many of the last observed batches an event measures on.
         seed: of the newborns' random directions; they do not draw from the global generator.
-        copies: models with the same tensor names and weights of their own, such as a moving average: they go along.
+        copies: models with the same tensor names and weights of their own, such as a moving average: they go along. Or what
+            gives them when a change is due.
         after_change: called after widths have changed, on every rank.
         graph: the model's widths, from `trace` or an earlier run; None to trace the model here.
 
@@ -87,7 +89,7 @@ class Evolver:
         example_inputs: Any,
         calibration_batches: int = 4,
         seed: int = 0,
-        copies: Sequence[nn.Module] = (),
+        copies: Sequence[nn.Module] | Callable[[], Sequence[nn.Module]] = (),
         after_change: Callable[[], object] = lambda: None,
         graph: WidthGraph | None = None,
     ) -> None:
@@ -261,10 +263,14 @@ class Evolver:
         if down or up:
             self._stage = "validation"
             before = together(group, lambda: Before.of(self.model, self.example_inputs))
+            self._stage = "weight averages"
+            copies = together(group, lambda: self.copies() if callable(self.copies) else self.copies)
             if down:
-                self._change(group, down, lambda: self._pruning(down, found[0], batches), batches, changes, undo)
+                self._change(
+                    group, down, lambda: self._pruning(down, found[0], batches), batches, copies, changes, undo
+                )
             if up:
-                self._change(group, up, lambda: self._growth(up), batches, changes, undo)
+                self._change(group, up, lambda: self._growth(up), batches, copies, changes, undo)
             self._stage = "validation"
             together(group, lambda: validate(self.model, self.graph, self.optimizers, self.example_inputs, before))
             self._stage = "counting costs"
@@ -314,6 +320,7 @@ class Evolver:
         wanted: Mapping[str, Proposal],
         decide: Callable[[], Surgery],
         batches: Sequence[Any],
+        copies: Sequence[nn.Module],
         changes: list[WidthChange],
         undo: ExitStack,
     ) -> None:
@@ -322,7 +329,8 @@ class Evolver:
         self._stage = "weight averages"
         # Of each copy before the model itself changes, which a copy may share buffers with.
         along = [
-            (copy, shared(group, copy, graph, partial(follow, copy, graph, surgery, batches))) for copy in self.copies
+            (copy, apart(shared(group, copy, graph, partial(follow, copy, graph, surgery, batches)), self.model))
+            for copy in copies
         ]
         self._stage = "surgery"
         changes.extend(_listed(wanted, graph, surgery.graph))

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from evolvenet.compensate import QUICK, compensate
+from evolvenet.components import named_tensors
 from evolvenet.graph import WidthGraph
 from evolvenet.prune import plan_cut
 from evolvenet.statistics import collect
@@ -49,6 +50,18 @@ def follow(copy: nn.Module, graph: WidthGraph, surgery: Surgery, batches: Sequen
     own = compile_surgery(copy, graph, surgery.maps)
     values = {change.name: change.value for change in surgery.changes}
     return replace(own, changes=tuple(_born(change, values[change.name]) for change in own.changes))
+
+
+def apart(surgery: Surgery, model: nn.Module) -> Surgery:
+    """A copy's surgery without the tensors that it shares with the model: they go through the model's.
+
+    Args:
+        surgery: from `follow`.
+        model: what the copy is a copy of.
+    """
+    tensors, _, _ = named_tensors(model)
+    own = tuple(change for change in surgery.changes if change.tensor is not tensors.get(change.name))
+    return replace(surgery, changes=own)
 
 
 def _born(change: TensorChange, model_value: torch.Tensor) -> TensorChange:

@@ -62,6 +62,29 @@ def averages(trainer: Trainer, pl_module: LightningModule) -> Iterator[Lightning
                 yield kept
 
 
+def places(trainer: Trainer, pl_module: LightningModule) -> dict[str, nn.Module]:
+    """Where copies of the network may be, beside the `averages`: in the module, in its lists, and in callbacks."""
+    kept = {
+        f"{type(callback).__name__}.{name}": value
+        for callback in trainer.callbacks  # type: ignore[attr-defined]
+        for name, value in vars(callback).items()
+    }
+    for name, value in vars(pl_module).items():
+        kept |= (
+            {f"{name}[{k}]": part for k, part in enumerate(value)}
+            if isinstance(value, (list, tuple))
+            else {name: value}
+        )
+    known = {id(module) for average in averages(trainer, pl_module) for module in average.modules()}
+    known |= {id(module) for module in pl_module.modules()}
+    others = {name: value for name, value in kept.items() if isinstance(value, nn.Module) and id(value) not in known}
+    return {"": pl_module, **{name: each for name, each in others.items() if not _is_average(each, pl_module)}}
+
+
+def _is_average(module: nn.Module, pl_module: LightningModule) -> bool:
+    return isinstance(module, AveragedModel) and type(module.module) is type(pl_module)
+
+
 @contextmanager
 def hushed(pl_module: LightningModule) -> Iterator[None]:
     """`self.log` does nothing: runs of the network beside training are none of the loggers' business."""

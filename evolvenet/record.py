@@ -105,6 +105,16 @@ class Note:
             tuple(start + name for name in graph.layouts if name not in kept),
         )
 
+    def mirrored(self, pairs: Mapping[str, str]) -> Note:
+        """The note with what it says of some modules said of their copies too: {path of the copy: path of its source}."""
+
+        def said(name: str) -> list[str]:
+            return [copy + name[len(own) :] for copy, own in pairs.items() if f"{name}.".startswith(f"{own}.")]
+
+        numbers = [(copy, attribute) for path, attribute in self.numbers for copy in said(path)]
+        buffers = [copy for name in self.buffers for copy in said(name)]
+        return Note((*self.numbers, *numbers), (*self.buffers, *buffers))
+
     def read(self, model: nn.Module) -> dict[str, Any]:
         """The numbers and buffers as they are now, as plain data and tensors."""
         return {

@@ -55,7 +55,7 @@ LAYERS: dict[int, set[str]] = {
         "statistics",
     },
     # state
-    3: {"blueprint", "evolver", "listen", "optim", "record", "resize", "schedule", "validate"},
+    3: {"blueprint", "evolver", "listen", "optim", "record", "resize", "schedule", "twins", "validate"},
     # edges
     4: {"callback", "huggingface", "lightning_loading", "lightning_module", "lightning_parts", "report"},
 }

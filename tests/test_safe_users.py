@@ -253,7 +253,7 @@ def test_two_trained_networks_or_a_shared_weight_are_still_refused(tmp_path: Pat
     both, shared = Perceptual(), User()
     both.judge.requires_grad_(True)
     shared.tied = nn.Linear(16, 3)
-    shared.tied.weight = shared.net[6].weight
+    shared.tied.weight = shared.net[6].weight  # type: ignore[assignment]
     shared.training_step = lambda batch, batch_idx: shared.net(batch[0]).square().mean()  # type: ignore[method-assign]
     for model in (both, shared):
         with pytest.raises(TraceError, match="several networks"):
