@@ -7,7 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import tree_leaves, tree_map_only
+
+from evolvenet.errors import TraceError
 
 _HALF = (torch.bfloat16, torch.float16)
 
@@ -67,12 +70,25 @@ def bound(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> A
 
 
 def first_samples(inputs: Any, count: int) -> Any:
-    """The first samples of a batch: every tensor with the batch's length on its first axis is cut to `count`."""
+    """The first samples of a batch: every tensor with the batch's length on its first axis is cut to `count`.
+
+    Raises:
+        TraceError: for packed sequences, whose samples lie across each other.
+    """
+    if any(_is_packed(leaf) for leaf in tree_leaves(inputs, is_leaf=_is_packed)):
+        raise TraceError(
+            "Expected a model that is called with tensors, got a PackedSequence, of which no sample can be taken. Let the "
+            "network take padded sequences and their lengths, and pack them inside."
+        )
     sizes: list[int] = []
     tree_map_only(Tensor, lambda tensor: sizes.append(tensor.shape[0]) if tensor.dim() else None, inputs)
     if not sizes:
         return inputs
     return tree_map_only(Tensor, lambda t: t[:count].detach() if t.dim() and t.shape[0] == sizes[0] else t, inputs)
+
+
+def _is_packed(leaf: Any) -> bool:
+    return isinstance(leaf, PackedSequence)
 
 
 def tensors_of(result: Any) -> list[Tensor]:

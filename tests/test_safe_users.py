@@ -313,3 +313,10 @@ def test_no_batch_stays_in_memory() -> None:
     evolver.forget()
     gc.collect()
     assert evolver.example_inputs.untyped_storage().nbytes() == 2 * 6 * 4
+
+
+def test_packed_sequences_are_refused_with_the_remedy() -> None:
+    model = nn.LSTM(6, 8, batch_first=True)
+    packed = nn.utils.rnn.pack_sequence([torch.randn(3, 6), torch.randn(2, 6)])
+    with pytest.raises(TraceError, match="got a PackedSequence"):
+        Evolver(model, None, Breathes(), packed)
