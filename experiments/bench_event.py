@@ -3,7 +3,7 @@
 What is measured: an event that cuts every width of the model by a tenth (what a run does between two epochs; the
 classes have none), its stages each by itself: statistics (forward passes that gather second moments), spectra, selection
 (pivoted Cholesky and the one-pass refit), compensation (two forward passes and the sequential fits), surgery (with
-AdamW's state). The unit is a training step (forward, backward, AdamW) of the same model on batches of the same size,
+AdamW's state), checks (what must hold afterwards, with a forward pass before and one after). The unit is a training step (forward, backward, AdamW) of the same model on batches of the same size,
 timed in turns with the stages; each figure is the median of `--rounds` rounds, and ± half the distance between the
 quartiles. An epoch is 60,000 images.
 
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import shlex
 import statistics as numbers
 import sys
 import time
@@ -32,12 +33,13 @@ from evolvenet.measure import measure
 from evolvenet.prune import plan_prune
 from evolvenet.resize import commit
 from evolvenet.statistics import collect
+from evolvenet.validate import Before, validate
 from experiments.machine import machine_line
 from experiments.models import ResNet
 
 EPOCH = 60_000
 CUT = 0.9
-STAGES = ("statistics", "spectra", "selection", "compensation", "surgery")
+STAGES = ("statistics", "spectra", "selection", "compensation", "surgery", "checks")
 
 
 @dataclass(frozen=True)
@@ -101,7 +103,10 @@ def one_round(subject: Subject, model: nn.Module, graph: evolvenet.WidthGraph, s
     found["selection"], surgery = timed(lambda: plan_prune(model, graph, sizes, gathered))
     found["compensation"], surgery = timed(lambda: compensate(model, graph, surgery, batches, QUICK))
     steps += [timed(lambda: training_step(model, optimizer, batches[0], labels))[0] for _ in range(2)]
-    found["surgery"], _ = timed(lambda: commit(model, surgery, optimizer))
+    before_seconds, before = timed(lambda: Before.of(model, batches[0][:2]))
+    found["surgery"], after = timed(lambda: commit(model, surgery, optimizer))
+    after_seconds, _ = timed(lambda: validate(model, after, [optimizer], batches[0][:2], before))
+    found["checks"] = before_seconds + after_seconds
     found["step"] = numbers.median(steps)
     return found
 
@@ -128,7 +133,8 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--out", type=Path, help="a Markdown file; without it the page is printed")
     options = parser.parse_args(arguments)
     lines = ["# What one event costs", "", (__doc__ or "").split("\n\n", 1)[1].rsplit("\n\n", 1)[0], ""]
-    lines += [f"`make bench-event`, {options.rounds} rounds (seeds 0 …), random images, {machine_line()}", ""]
+    command = " ".join(["python -m experiments.bench_event", *map(shlex.quote, arguments)])
+    lines += [f"`{command}`: {options.rounds} rounds (seeds 0 …), random images, {machine_line()}", ""]
     lines += [f"Threads of PyTorch: {torch.get_num_threads()}. Goal: an event costs at most 2 % of an epoch.", ""]
     for name in options.only:
         subject = SUBJECTS[name]
