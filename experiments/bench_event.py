@@ -1,11 +1,12 @@
 """What one event costs beside training: each stage as a share of an epoch and of 100 training steps.
 
 What is measured: an event that cuts every width of the model by a tenth (what a run does between two epochs; the
-classes have none), its stages each by itself: statistics (forward passes that gather second moments), spectra, selection
-(pivoted Cholesky and the one-pass refit), compensation (two forward passes and the sequential fits), surgery (with
-AdamW's state), checks (what must hold afterwards, with a forward pass before and one after). The unit is a training step (forward, backward, AdamW) of the same model on batches of the same size,
-timed in turns with the stages; each figure is the median of `--rounds` rounds, and ± half the distance between the
-quartiles. An epoch is 60,000 images.
+classes have none), its stages each by itself: statistics (forward passes that gather second moments), spectra,
+selection (pivoted Cholesky and the one-pass refit), compensation (two forward passes and the sequential fits), surgery
+(with AdamW's state), checks (what must hold afterwards, with a forward pass before and one after). The unit is a
+training step (forward, backward, AdamW) of the same model on batches of the same size, timed in turns with the stages;
+each figure is the median of `--rounds` rounds, and ± half the distance between the quartiles. An epoch is 60,000
+images.
 
     python -m experiments.bench_event --out experiments/bench_event.md
 """
