@@ -34,7 +34,7 @@ from evolvenet.spectrum import effective_rank, energy_shares
 from evolvenet.statistics import Statistics, collect
 from evolvenet.surgery import Surgery
 from evolvenet.trace import trace
-from evolvenet.validate import Before, validate
+from evolvenet.validate import Before, check_finite_weights, validate
 
 _NEVER = 1_000_000
 PLACES = 2
@@ -286,7 +286,7 @@ class Evolver:
     ) -> tuple[dict[str, Measure], dict[str, Proposal]]:
         """What was measured and what the policy makes of it; the statistics are added to `found`."""
         self._stage = "checking weights"
-        self._check_finite()
+        check_finite_weights(self.model)
         if not batches:
             raise SkippedEvent(
                 "Expected at least one observed batch to measure on, got none. Call observe(batch) first."
@@ -366,14 +366,6 @@ class Evolver:
                 + ". Observe more or larger batches, or raise calibration_batches."
             )
         return found
-
-    def _check_finite(self) -> None:
-        for name, parameter in self.model.named_parameters():
-            if not bool(torch.isfinite(parameter).all()):
-                raise SkippedEvent(
-                    f"Expected finite weights, got NaN or infinite values in {name}. Widths are left alone until they are "
-                    "finite again; if they stay so, lower the learning rate or clip the gradients."
-                )
 
     def _snapshot(
         self,

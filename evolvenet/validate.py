@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from evolvenet.components import named_tensors
-from evolvenet.errors import ValidationError
+from evolvenet.errors import SkippedEvent, ValidationError
 from evolvenet.graph import WidthGraph
 from evolvenet.inputs import arguments, tensors_of
 from evolvenet.optim import validate_state
@@ -87,6 +87,20 @@ def validate(
         raise _wrong(f"outputs of the shapes {before.shapes}", f"{_shapes(answers)}")
     if before.finite and not _finite(answers):
         raise _wrong("finite outputs", "NaN or infinite ones")
+
+
+def check_finite_weights(model: nn.Module) -> None:
+    """Refuse to measure a model whose weights are not numbers any more.
+
+    Raises:
+        SkippedEvent: naming the first parameter with NaN or infinite entries.
+    """
+    for name, parameter in model.named_parameters():
+        if not bool(torch.isfinite(parameter).all()):
+            raise SkippedEvent(
+                f"Expected finite weights, got NaN or infinite values in {name}. Widths are left alone until they are "
+                "finite again; if they stay so, lower the learning rate or clip the gradients."
+            )
 
 
 def _wrong(expected: str, got: str) -> ValidationError:

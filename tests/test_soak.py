@@ -13,6 +13,7 @@ from statistics import median
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.utils.hooks import RemovableHandle
 
 from evolvenet import Evolver, IndexMap, Proposal, Tie, Width, WidthGraph
@@ -54,7 +55,9 @@ class Held:
         alive = gc.get_objects()
         of_kind = {kind.__name__: [each for each in alive if issubclass(type(each), kind)] for kind in COUNTED}
         counts = {name: len(found) for name, found in of_kind.items()}
-        return cls(counts, sum(tensor.numel() for tensor in of_kind["Tensor"]), len(alive), _resident())
+        # Lazy parameters that another test has left have no size.
+        sized = [tensor for tensor in of_kind["Tensor"] if not is_lazy(tensor)]
+        return cls(counts, sum(tensor.numel() for tensor in sized), len(alive), _resident())
 
 
 def _resident() -> int:
