@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from evolvenet.compensate import QUICK, compensate
 from evolvenet.errors import ResizeError
 from evolvenet.graph import Width, WidthGraph
-from evolvenet.inputs import arguments, first_samples, tensors_of
+from evolvenet.inputs import first_samples
 from evolvenet.measure import measure
 from evolvenet.prune import plan_prune
 from evolvenet.spectrum import energy_shares
-from evolvenet.statistics import collect, quiet
+from evolvenet.statistics import answers, collect
 from evolvenet.surgery import install
 
 _LEAST = 1e-12
@@ -198,10 +198,7 @@ def _trial_sizes(width: Width) -> list[int]:
 
 
 def _answers(model: nn.Module, batch: Any) -> list[Tensor]:
-    args, kwargs = arguments(batch, model=model)
-    with quiet(model):
-        result = model(*args, **kwargs)
-    return [tensor.double() for tensor in tensors_of(result) if tensor.is_floating_point()]
+    return [tensor.double() for tensor in answers(model, batch) if tensor.is_floating_point()]
 
 
 def _apart(whole: Sequence[Tensor], moved: Sequence[Tensor]) -> float:

@@ -100,14 +100,6 @@ class Budget:
         start = moment.costs.at(self.kind, moment.initial)
         return _Now(self, moment.costs, self.target(start, moment.progress), moment.progress >= self.by)
 
-    def propose(self, measures: Mapping[str, Measure], graph: WidthGraph) -> dict[str, Proposal]:
-        """Not without a moment.
-
-        Raises:
-            PolicyError: always; `at` gives a policy that proposes.
-        """
-        raise PolicyError("Budget: expected to be asked through Budget.at(moment), which knows what widths cost.")
-
 
 @dataclass(frozen=True)
 class _Now:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
@@ -16,11 +16,11 @@ from evolvenet.errors import PolicyError, RecordError, TraceError
 from evolvenet.evolver import Evolver
 from evolvenet.graph import WidthGraph
 from evolvenet.inputs import first_samples
-from evolvenet.lightning_loading import Returning, install
+from evolvenet.lightning_loading import install
 from evolvenet.lightning_module import averages, hushed, listening, network, optimizers_of, places
 from evolvenet.lightning_parts import default_type, refuse_sharding, rewrap, share_done
 from evolvenet.listen import Listener
-from evolvenet.policy import Policy
+from evolvenet.policy import Policy, Scheduled
 from evolvenet.processes import agree, processes, together
 from evolvenet.record import NOTE, Event, History, Note, fit_shapes, let_load_reshape
 from evolvenet.sandbox import forget_compiled
@@ -35,7 +35,7 @@ PATIENCE = 8
 """Batches without a call of any module, since a training step may skip some, before there seems to be no network."""
 
 
-class WidthEvolution(Returning):
+class WidthEvolution(Callback):
     """Prunes and grows the widths of whatever the trainer trains.
 
     The model is traced on the first training batch, with the inputs that its own training step gives it. When an event is
@@ -77,7 +77,7 @@ class WidthEvolution(Returning):
 
     def __init__(
         self,
-        policy: Policy,
+        policy: Policy | Scheduled,
         every_n_epochs: int | None = None,
         every_n_steps: int | None = None,
         start_step: int = 0,

@@ -274,7 +274,7 @@ class Evolver:
             self._stage = "validation"
             together(group, lambda: validate(self.model, self.graph, self.optimizers, self.example_inputs, before))
             self._stage = "counting costs"
-            self._macs = macs(self.model, self.example_inputs)
+            self._macs = together(group, lambda: macs(self.model, self.example_inputs))
             self._stage = "what follows a change"
             together(group, self.after_change)
             forget_compiled()

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
-import torch
 from torch import nn
 from torch.optim import Optimizer
-from torch.utils.hooks import RemovableHandle
 
 from evolvenet.errors import MissingPackageError, PolicyError, TraceError, UnsupportedStrategyError
 from evolvenet.evolver import Evolver
-from evolvenet.inputs import bound
-from evolvenet.policy import Policy
-from evolvenet.record import History, let_load_reshape
+from evolvenet.listen import Listener
+from evolvenet.policy import Policy, Scheduled
+from evolvenet.record import History, fit_shapes, let_load_reshape
 from evolvenet.schedule import Schedule
 
 try:
@@ -60,7 +57,7 @@ class WidthEvolutionCallback(TrainerCallback):
 
     def __init__(
         self,
-        policy: Policy,
+        policy: Policy | Scheduled,
         every_n_epochs: int | None = None,
         every_n_steps: int | None = None,
         start_step: int = 0,
@@ -77,9 +74,9 @@ class WidthEvolutionCallback(TrainerCallback):
         self.calibration_batches = calibration_batches
         self.seed = seed
         self.evolver: Evolver | None = None
-        self._resumed: Mapping[str, Any] | None = None
+        self._resumed: dict[str, Any] | None = None
         self._inputs: Any = None
-        self._handle: RemovableHandle | None = None
+        self._listener: Listener | None = None
         self._owed = False
 
     @property
@@ -101,9 +98,9 @@ class WidthEvolutionCallback(TrainerCallback):
         let_load_reshape(model)
         self._deafen()
         self.evolver, self._inputs, self._owed = None, self.example_inputs, False
-        self._resumed = _kept(state).get(_KEY)
+        self._resumed = _evolver_state(state)
         if self._resumed is not None:
-            _set_numbers(model, self._resumed["numbers"])
+            fit_shapes(model, {}, note=self._resumed["note"])
 
     def on_step_begin(
         self,
@@ -123,12 +120,17 @@ class WidthEvolutionCallback(TrainerCallback):
         if due and self.evolver is not None:
             self.evolver.step(at=state.global_step, progress=state.global_step / max(state.max_steps, 1))
             self._remember(self.evolver, state)
-        self._handle = model.register_forward_pre_hook(torch.compiler.disable(self._listen), with_kwargs=True)
+        self._listener = Listener({"": model}, self.calibration_batches)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **unused: Any
     ) -> None:
         """Stop listening: nothing of ours is on the model while it is evaluated or saved."""
+        for inputs in self._listener.heard("") if self._listener else ():
+            if self.evolver is not None:
+                self.evolver.observe(inputs)
+            elif self._inputs is None:
+                self._inputs = inputs
         self._deafen()
         if self._inputs is None and self.evolver is None:
             raise TraceError(
@@ -160,13 +162,13 @@ class WidthEvolutionCallback(TrainerCallback):
         self._deafen()
         if args.load_best_model_at_end and state.best_model_checkpoint is not None:
             best = TrainerState.load_from_json(str(Path(state.best_model_checkpoint, "trainer_state.json")))
-            _set_numbers(model, _kept(best).get(_KEY, {}).get("numbers", {}))
+            fit_shapes(model, {}, note=(_evolver_state(best) or {}).get("note"))
 
     def _begin(self, model: nn.Module, optimizer: Optimizer, state: TrainerState) -> None:
         inner = _unwrapped(optimizer)
         self.evolver = Evolver(model, inner, self.policy, self._inputs, self.calibration_batches, self.seed)
         if self._resumed is not None:
-            self.evolver.load_state_dict(dict(self._resumed["evolver"]))
+            self.evolver.load_state_dict(self._resumed)
         self.evolver.observe(self._inputs)
         self._inputs = None
         self._remember(self.evolver, state)
@@ -176,29 +178,17 @@ class WidthEvolutionCallback(TrainerCallback):
         share = state.global_step / max(state.max_steps, 1)
         return self.schedule.due(state.global_step, share, int(epoch) if epoch == int(epoch) else None)
 
-    def _listen(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not module.training:
-            return
-        if self.evolver is not None:
-            self.evolver.observe(bound(module, args, kwargs))
-        elif self._inputs is None:
-            self._inputs = bound(module, args, kwargs)
-
     def _deafen(self) -> None:
-        if self._handle is not None:
-            self._handle.remove()
-            self._handle = None
+        if self._listener is not None:
+            self._listener.close()
+            self._listener = None
 
     @staticmethod
     def _remember(evolver: Evolver, state: TrainerState) -> None:
         """Write into the trainer's state, which goes into every checkpoint, what a resumed run needs."""
-        numbers: dict[str, dict[str, Any]] = {}
-        for width in evolver.graph.widths.values():
-            for path, name in width.patches:
-                numbers.setdefault(path, {})[name] = getattr(evolver.model.get_submodule(path), name)
-        # The trainer's state is JSON: no tensors, and tuples become lists.
-        plain = {**evolver.state_dict(), "batches": [], "note": {"numbers": [], "buffers": {}}}
-        _kept(state)[_KEY] = {"evolver": plain, "numbers": numbers}
+        # The trainer's state is JSON: no tensors.
+        known = evolver.state_dict()
+        _kept(state)[_KEY] = {**known, "batches": [], "note": {**known["note"], "buffers": {}}}
 
 
 def _kept(state: TrainerState) -> dict[str, Any]:
@@ -206,11 +196,13 @@ def _kept(state: TrainerState) -> dict[str, Any]:
     return cast(dict[str, Any], state.stateful_callbacks)
 
 
-def _set_numbers(model: nn.Module, numbers: Mapping[str, Mapping[str, Any]]) -> None:
-    """Set what a model's own code keeps about its widths; JSON has made lists of tuples."""
-    for path, found in numbers.items():
-        for name, value in found.items():
-            setattr(model.get_submodule(path), name, tuple(value) if isinstance(value, list) else value)
+def _evolver_state(state: TrainerState) -> dict[str, Any] | None:
+    """What `_remember` wrote; JSON has made lists of tuples."""
+    kept = _kept(state).get(_KEY)
+    if kept is None:
+        return None
+    numbers = [[path, name, tuple(v) if isinstance(v, list) else v] for path, name, v in kept["note"]["numbers"]]
+    return {**kept, "note": {**kept["note"], "numbers": numbers}}
 
 
 def _refuse_several_devices(args: TrainingArguments) -> None:

@@ -10,10 +10,10 @@ from __future__ import annotations
 import functools
 import io
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.core import saving
 from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
 
@@ -22,12 +22,17 @@ from evolvenet.record import NOTE, fit_shapes, let_load_reshape, note_for
 EXTRA = "evolvenet"
 
 
-class Returning(Callback):
+@runtime_checkable
+class Returning(Protocol):
     """A callback whose state comes back from the process that trained."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What it knows."""
+        ...
 
     def take_back(self, pl_module: LightningModule, state: dict[str, Any]) -> None:
         """Take the state that `state_dict` gave in the other process."""
-        raise NotImplementedError
+        ...
 
 
 def install() -> None:
@@ -67,6 +72,8 @@ def _with_states(get_extra_results: Any) -> Any:
 
     @functools.wraps(get_extra_results)
     def get(self: Any, trainer: Trainer) -> dict[str, Any]:
+        if not _returning(trainer):
+            return get_extra_results(self, trainer)
         buffer = io.BytesIO()
         torch.save([callback.state_dict() for callback in _returning(trainer)], buffer)
         return {**get_extra_results(self, trainer), EXTRA: buffer.getvalue()}
@@ -79,8 +86,10 @@ def _reshaping(recover: Any) -> Any:
 
     @functools.wraps(recover)
     def take(self: Any, worker_output: Any, trainer: Trainer) -> None:
-        if _returning(trainer):
-            let_load_reshape(trainer.lightning_module)
+        if not _returning(trainer):
+            # The other process may never have imported this module.
+            return recover(self, worker_output, trainer)
+        let_load_reshape(trainer.lightning_module)
         recover(self, worker_output, trainer)
         states = torch.load(io.BytesIO(worker_output.extra[EXTRA]), weights_only=True)
         for callback, state in zip(_returning(trainer), states, strict=True):

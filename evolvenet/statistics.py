@@ -14,8 +14,9 @@ from torch.utils._pytree import tree_leaves
 
 from evolvenet.errors import SpectrumError, TraceError
 from evolvenet.graph import Tie, WidthGraph
-from evolvenet.inputs import arguments
+from evolvenet.inputs import arguments, tensors_of
 from evolvenet.reads import Read, Reading, watched
+from evolvenet.sandbox import op_by_op
 from evolvenet.untouched import untouched
 
 CAP = 8192
@@ -194,6 +195,17 @@ def quiet(model: nn.Module) -> Iterator[None]:
             if buffer._version != version:
                 with torch.no_grad():
                     buffer.copy_(value)
+
+
+def answers(model: nn.Module, inputs: Any) -> list[Tensor]:
+    """Every tensor that a model answers with, run `quiet` and uncompiled.
+
+    >>> answers(nn.Linear(2, 3), torch.zeros(4, 2))[0].shape
+    torch.Size([4, 3])
+    """
+    args, kwargs = arguments(inputs, model=model)
+    with quiet(model), op_by_op():
+        return tensors_of(model(*args, **kwargs))
 
 
 class _Halves:

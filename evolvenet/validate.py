@@ -13,9 +13,8 @@ from torch.optim import Optimizer
 from evolvenet.components import named_tensors
 from evolvenet.errors import SkippedEvent, ValidationError
 from evolvenet.graph import WidthGraph
-from evolvenet.inputs import arguments, tensors_of
 from evolvenet.optim import validate_state
-from evolvenet.statistics import quiet
+from evolvenet.statistics import answers
 from evolvenet.surgery import stale_attributes
 
 
@@ -36,8 +35,8 @@ class Before:
     @classmethod
     def of(cls, model: nn.Module, example_inputs: Any) -> Before:
         """Take down a model; it is run once, in eval mode."""
-        answers = _answers(model, example_inputs)
-        return cls(dict(model.named_parameters()), _shapes(answers), _finite(answers))
+        found = answers(model, example_inputs)
+        return cls(dict(model.named_parameters()), _shapes(found), _finite(found))
 
 
 def validate(
@@ -82,10 +81,10 @@ def validate(
         raise _wrong(f"{change.name} of {module} to be {change.value}", f"{getattr(change.module, change.name)}")
     for optimizer in optimizers:
         validate_state(optimizer)
-    answers = _answers(model, example_inputs)
-    if _shapes(answers) != before.shapes:
-        raise _wrong(f"outputs of the shapes {before.shapes}", f"{_shapes(answers)}")
-    if before.finite and not _finite(answers):
+    found = answers(model, example_inputs)
+    if _shapes(found) != before.shapes:
+        raise _wrong(f"outputs of the shapes {before.shapes}", f"{_shapes(found)}")
+    if before.finite and not _finite(found):
         raise _wrong("finite outputs", "NaN or infinite ones")
 
 
@@ -109,15 +108,9 @@ def _wrong(expected: str, got: str) -> ValidationError:
     )
 
 
-def _answers(model: nn.Module, example_inputs: Any) -> list[Tensor]:
-    args, kwargs = arguments(example_inputs, model=model)
-    with quiet(model), torch.compiler.set_stance("force_eager"):
-        return tensors_of(model(*args, **kwargs))
+def _shapes(found: Iterable[Tensor]) -> tuple[tuple[int, ...], ...]:
+    return tuple(tuple(answer.shape) for answer in found)
 
 
-def _shapes(answers: Iterable[Tensor]) -> tuple[tuple[int, ...], ...]:
-    return tuple(tuple(answer.shape) for answer in answers)
-
-
-def _finite(answers: Iterable[Tensor]) -> bool:
-    return all(bool(answer.isfinite().all()) for answer in answers)
+def _finite(found: Iterable[Tensor]) -> bool:
+    return all(bool(answer.isfinite().all()) for answer in found)

@@ -263,12 +263,12 @@ def test_an_interrupt_is_passed_on_and_leaves_all_as_it_was(monkeypatch: pytest.
     assert before[1].differences(run.average) == []
 
 
-def test_a_wrong_policy_is_named(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_wrong_policy_is_named() -> None:
     run = Run()
     run.policy.sizes = {"nowhere": 4}
     run.policy.propose = lambda measures, graph: {"nowhere": None}  # type: ignore[method-assign,assignment,return-value]
     event = run.evolver.step()
-    assert "policy failed" in (event.skipped or "") or "nowhere" in (event.skipped or "")
+    assert (event.skipped or "").startswith("policy failed")
 
 
 def test_copies_keep_their_function_as_the_model_does() -> None:

@@ -199,7 +199,4 @@ def test_a_budget_below_the_smallest_network_goes_as_far_as_it_can() -> None:
 
 
 def test_it_is_asked_through_its_moment() -> None:
-    policy = Budget(params=5)
-    assert isinstance(policy, Scheduled)
-    with pytest.raises(PolicyError, match=r"Budget\.at"):
-        policy.propose({}, trace(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), torch.zeros(1, 2)))
+    assert isinstance(Budget(params=5), Scheduled)

@@ -163,7 +163,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(kind: type[PreTrainedModel], tmp
     for (name, one), (_, other) in zip(whole.named_parameters(), fresh.named_parameters(), strict=True):
         assert torch.equal(one, other), name
     state = json.loads((tmp_path / "checkpoint-6" / "trainer_state.json").read_text())
-    assert History.from_dict(state["stateful_callbacks"]["evolvenet"]["evolver"]["history"]) == events(callback)
+    assert History.from_dict(state["stateful_callbacks"]["evolvenet"]["history"]) == events(callback)
 
 
 def _stream_of_tied() -> str:

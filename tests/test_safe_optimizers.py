@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from walks import Walk, check_fits
+from walks import InTurn, check_fits
 
 from evolvenet import Evolver, IndexMap, resize, trace
 
@@ -112,7 +112,7 @@ def walk(
     model: nn.Module, optimizers: Sequence[Optimizer], advance: Callable[..., list[float]] = train, steps: int = 3
 ) -> list[float]:
     """Shrink, grow and shrink with some steps before, between and after."""
-    evolver = Evolver(model, optimizers, Walk(*SIZES), batch(model)[0])
+    evolver = Evolver(model, optimizers, InTurn(*SIZES), batch(model)[0])
     losses = advance(model, optimizers, evolver, steps)
     for sizes in SIZES:
         evolve(evolver, sizes)
@@ -150,7 +150,7 @@ def test_a_gradient_that_an_event_finds_goes_on_being_added_to() -> None:
         models = [network(sparse), network(sparse)]
         models[1].load_state_dict(models[0].state_dict())
         optimizer = torch.optim.SGD(models[1].parameters(), lr=0.1)
-        evolver = Evolver(models[1], optimizer, Walk({"0": 12, "2": 10}), batch(models[1])[0])
+        evolver = Evolver(models[1], optimizer, InTurn({"0": 12, "2": 10}), batch(models[1])[0])
         for half in range(2):
             inputs, labels = batch(models[0])
             evolver.observe(inputs)
@@ -219,7 +219,7 @@ def test_an_event_takes_frozen_units_over_to_the_bit() -> None:
     model = network()
     first, last = (model.get_submodule(path).requires_grad_(False) for path in ("0", "4"))
     optimizer = torch.optim.SGD([*first.parameters(), *model[2].parameters(), *last.parameters()], lr=0.1)
-    evolver = Evolver(model, optimizer, Walk({"0": 5, "2": 8}, {"0": 5, "2": 11}), batch(model)[0])
+    evolver = Evolver(model, optimizer, InTurn({"0": 5, "2": 8}, {"0": 5, "2": 11}), batch(model)[0])
     rows, reads = (each.get_parameter("weight").detach().clone() for each in (first, last))
     train(model, [optimizer], evolver, 2)
     assert torch.equal(first.get_parameter("weight"), rows)
@@ -242,7 +242,7 @@ def test_parameters_outside_the_model_and_outside_the_optimizer(name: str) -> No
     model, other = network(), nn.Linear(3, 3).double()
     held = [parameter for path, parameter in model.named_parameters() if path != "2.weight"]
     optimizer = classes()[name]([*other.parameters(), *held])
-    evolver = Evolver(model, optimizer, Walk(*SIZES), batch(model)[0])
+    evolver = Evolver(model, optimizer, InTurn(*SIZES), batch(model)[0])
     for sizes in ({}, *SIZES):
         if sizes:
             strangers = [parameter.detach().clone() for parameter in other.parameters()]
@@ -313,7 +313,7 @@ def test_what_loops_do_between_backward_and_step(kind: str, fused: bool) -> None
 def test_an_overflow_at_an_event_is_still_skipped_by_the_scaler() -> None:
     model = network()
     optimizer, scaler = torch.optim.AdamW(model.parameters(), fused=True), torch.amp.GradScaler("cpu", init_scale=8.0)
-    evolver = Evolver(model, optimizer, Walk(*SIZES), batch(model)[0])
+    evolver = Evolver(model, optimizer, InTurn(*SIZES), batch(model)[0])
     for sizes in SIZES:
         inputs, labels = batch(model)
         evolver.observe(inputs)
@@ -346,7 +346,7 @@ def test_events_under_autocast_do_as_those_outside(amsgrad: bool) -> None:
         torch.manual_seed(0)
         model = network().float()
         optimizer = torch.optim.Adam(model.parameters(), lr=0.01, amsgrad=amsgrad)
-        evolver = Evolver(model, optimizer, Walk(*SIZES), batch(model)[0].float())
+        evolver = Evolver(model, optimizer, InTurn(*SIZES), batch(model)[0].float())
         for sizes in SIZES:
             inputs, labels = batch(model)
             evolver.observe(inputs.float())

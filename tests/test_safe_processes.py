@@ -8,18 +8,22 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import lightning
 import pytest
 import torch
 from cases import CASES
 from torch import nn
 
-from evolvenet import trace
+from evolvenet import WidthEvolution, trace
 from evolvenet.errors import EvolveNetError, RankMismatchError
+from evolvenet.lightning_loading import EXTRA, _reshaping, _with_states
 from evolvenet.processes import Alone, agree, decided, fingerprint, pooled, shared, together
 from evolvenet.prune import plan_prune
 from evolvenet.surgery import install
+from tests.test_evolver import Fixed
 
 SCRIPT = Path(__file__).with_name("ddp_run.py")
 HEALTHY = ("plain", "unused", "static", "buckets", "manual", "accumulated")
@@ -72,19 +76,23 @@ def test_two_processes_train_one_network_in_every_kind_of_wrapper(tmp_path: Path
 
 
 def test_four_processes(tmp_path: Path) -> None:
-    ranks = launch(tmp_path, 4, "popen", "plain", "static")
+    ranks = launch(tmp_path, 4, "popen", "plain", "unused", "static")
     assert len(ranks) == 4
     for found in ranks:
-        assert_healthy(found["plain"], 10)
-        assert_healthy(found["static"], 10)
+        for variant in ("plain", "unused", "static"):
+            assert_healthy(found[variant], 10)
         assert found == ranks[0]
 
 
-def test_spawned_processes_hand_weights_and_events_back(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("devices", "variants"), [(2, ("plain", "unused", "static")), (4, ("plain",))])
+def test_spawned_processes_hand_weights_and_events_back(
+    devices: int, variants: tuple[str, ...], tmp_path: Path
+) -> None:
     """The main process, whose module never trained, ends with the trained widths, and its callback with the events."""
-    (found,) = launch(tmp_path, 2, "spawn", "plain")
-    found["plain"]["compared"] = 24  # Counted in the processes, which would have failed.
-    assert_healthy(found["plain"], 10)
+    (found,) = launch(tmp_path, devices, "spawn", *variants)
+    for variant in variants:
+        found[variant]["compared"] = 24  # Counted in the processes, which would have failed.
+        assert_healthy(found[variant], 10)
 
 
 @pytest.mark.parametrize("variant", ["other weights", "other widths", "other times"])
@@ -163,6 +171,18 @@ def test_another_rank_gets_rank_0s_values(case: Any) -> None:
     assert fingerprint(model) == fingerprint(twin)
     assert theirs.graph == surgery.graph
     assert trace(twin, case.inputs()).sizes == theirs.graph.sizes
+
+
+def test_spawned_runs_without_evolution_are_left_alone() -> None:
+    """Their processes may never have imported what is wrapped here, so nothing of ours comes back from them."""
+    other = SimpleNamespace(callbacks=[lightning.Callback()])
+    wrapped = _with_states(lambda self, trainer: {"metrics": b""})
+    assert wrapped(None, other) == {"metrics": b""}
+    seen: list[Any] = []
+    _reshaping(lambda self, output, trainer: seen.append(output))(None, SimpleNamespace(extra={"metrics": b""}), other)
+    assert len(seen) == 1
+    evolving = SimpleNamespace(callbacks=[WidthEvolution(Fixed({}))])
+    assert wrapped(None, evolving).keys() == {"metrics", EXTRA}
 
 
 def test_a_fingerprint_changes_with_any_bit() -> None:

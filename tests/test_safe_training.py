@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim import lr_scheduler as schedules
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader, TensorDataset
-from walks import Walk, check_fits
+from walks import InTurn, check_fits
 
 from evolvenet import WidthEvolution
 
@@ -71,7 +71,7 @@ def fit(tmp_path: Path, model: Net, evolve: bool = True, every: int = 5, prefix:
     """Train through all sizes, or without any event."""
     torch.manual_seed(3)
     sizes = [{name.replace("net.", prefix): size for name, size in each.items()} for each in SIZES]
-    evolution = WidthEvolution(Walk(*sizes), every_n_steps=every, stop=1.0)
+    evolution = WidthEvolution(InTurn(*sizes), every_n_steps=every, stop=1.0)
     settings: dict[str, Any] = {
         "max_steps": STEPS,
         "accelerator": "cpu",

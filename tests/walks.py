@@ -1,4 +1,4 @@
-"""A policy that walks through given sizes, one entry an event, and what must be right after every one of them."""
+"""A policy that asks for given sizes in turn, one entry an event, and what must be right after every one of them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ REDUCED = {"row_var": -1, "col_var": -2}
 """Adafactor's factors hold one value for all of an axis."""
 
 
-class Walk:
+class InTurn:
     """Asks for the next sizes at every event, then for nothing more."""
 
     def __init__(self, *sizes: Mapping[str, int]) -> None:
