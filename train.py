@@ -24,6 +24,7 @@ def main(config: DictConfig) -> float:
             classifier=instantiate(config.classifier),
             trainer=instantiate(config.trainer),
             evolution=instantiate(config.evolve),
+            points=instantiate(config.points),
         )
 
 

@@ -25,6 +25,7 @@ from evolvenet.errors import (  # noqa: E402
     UnsupportedStrategyError,
 )
 from evolvenet.evolver import Evolver  # noqa: E402
+from evolvenet.front import Front  # noqa: E402
 from evolvenet.graph import Tie, Width, WidthGraph  # noqa: E402
 from evolvenet.index_map import IndexMap  # noqa: E402
 from evolvenet.measure import spectra  # noqa: E402
@@ -45,6 +46,7 @@ __all__ = [
     "Event",
     "EvolveNetError",
     "Evolver",
+    "Front",
     "History",
     "IndexMap",
     "IndexMapError",

@@ -11,7 +11,7 @@ from evolvenet.allocation import Curve, convex, loss_at, smallest
 from evolvenet.cost import Costs
 from evolvenet.errors import PolicyError
 from evolvenet.graph import WidthGraph
-from evolvenet.policy import Measure, Moment, Proposal, check_number
+from evolvenet.policy import Measure, Moment, Policy, Proposal, check_number
 from evolvenet.spectrum import effective_rank, energy_shares
 
 KINDS = ("params", "macs", "bytes", "latency")
@@ -32,7 +32,7 @@ class Budget:
     each newborn as its least direction carries, times `trust`. Units go where they are worth least for what they cost, and
     come where they are worth most, so growth in one place may be paid by pruning in another. The cost follows
     budget + (start − budget)·(1 − t)³, t = progress / by (Zhu and Gupta 2017). From `by` on widths stay where the cost lies
-    within 2 % below the budget.
+    within 2 % below the budget, or where no width that may grow has room to.
 
     Args:
         params: parameters of the network at the end; or one of the next three.
@@ -46,6 +46,8 @@ class Budget:
         trust: what a newborn is taken to be worth, 0 … 1 of the least direction; below 1 there is a dead band.
         saturated: a width grows only if its effective rank (Roy and Vetterli 2007) over its size reaches this, 0 … 1.
         smallest: fewest units that a width keeps.
+        trials: losses are not −log of energies but measured, as by `allocate` with batches: how far the network's outputs
+            move if one width is cut and its readers make up for it. Sees what a unit is worth to the task, and takes longer.
 
     Raises:
         PolicyError: for a value outside its range, or not exactly one cost.
@@ -65,6 +67,7 @@ class Budget:
     trust: float = 0.5
     saturated: float = 0.7
     smallest: int = 2
+    trials: bool = False
 
     def __post_init__(self) -> None:
         given = [kind for kind in KINDS if getattr(self, kind) is not None]
@@ -97,8 +100,11 @@ class Budget:
 
     def at(self, moment: Moment) -> _Now:
         """The policy for one moment of a run."""
-        start = moment.costs.at(self.kind, moment.initial)
-        return _Now(self, moment.costs, self.target(start, moment.progress), moment.progress >= self.by)
+        return self.on_the_way(moment, moment.costs.at(self.kind, moment.initial), moment.progress)
+
+    def on_the_way(self, moment: Moment, start: float, progress: float) -> Policy:
+        """The policy for a share `progress` of the way, 0 … 1, from a network that cost `start`."""
+        return _Now(self, moment, self.target(start, progress), progress >= self.by)
 
 
 @dataclass(frozen=True)
@@ -106,16 +112,24 @@ class _Now:
     """A budget at one moment."""
 
     budget: Budget
-    costs: Costs
+    moment: Moment
     target: float
     final: bool
+
+    @property
+    def costs(self) -> Costs:
+        """What other sizes would cost."""
+        return self.moment.costs
 
     def propose(self, measures: Mapping[str, Measure], graph: WidthGraph) -> dict[str, Proposal]:
         """New sizes with which the network costs what it may now, as near as one event can come."""
         now = self.costs.at(self.budget.kind, {})
         if self.final and NEAR * self.target <= now <= self.target:
             return {}
-        hulls = {name: self._curve(measure, graph) for name, measure in measures.items()}
+        if self.final and now <= self.target and not self._room(measures, graph):
+            return {}
+        tried = self.moment.trials() if self.budget.trials else {}
+        hulls = {name: self._curve(measure, tried.get(name)) for name, measure in measures.items()}
         grids = {name: self._grid(measure, graph) for name, measure in measures.items()}
         if self.budget.kind == "latency":
             sizes = self._fitting_latency(hulls, grids)
@@ -126,20 +140,26 @@ class _Now:
         for name, size in sizes.items():
             if size != measures[name].size:
                 loss = loss_at(hulls[name], size)
-                found[name] = Proposal(size, _reason(loss, self.budget.kind, cost, self.target))
+                found[name] = Proposal(size, _reason(loss, self.budget.trials, self.budget.kind, cost, self.target))
         return found
 
-    def _curve(self, measure: Measure, graph: WidthGraph) -> Curve:
+    def _room(self, measures: Mapping[str, Measure], graph: WidthGraph) -> bool:
+        """Whether any width could have its next size and the network still cost what it may."""
+        larger = ((name, size) for name, measure in measures.items() for size in self._grid(measure, graph))
+        return any(
+            size > measures[name].size and self.costs.at(self.budget.kind, {name: size}) <= self.target
+            for name, size in larger
+        )
+
+    def _curve(self, measure: Measure, tried: Curve | None) -> Curve:
         shares = energy_shares(measure.spectrum).sort(descending=True).values.cumsum(0).clamp(_LEAST, 1).tolist()
-        down = [(0, -math.log(_LEAST)), *((size, -math.log(share)) for size, share in enumerate(shares, 1))]
-        least = shares[-1] - shares[-2] if len(shares) > 1 else 1.0
-        top = self._most(measure)
-        up = [
-            (size, -math.log1p(self.budget.trust * least * (size - measure.size)))
-            for size in (top,)
-            if top > measure.size
-        ]
-        return [*convex(down), *up]
+        down = tried or [(0, -math.log(_LEAST)), *((size, -math.log(share)) for size, share in enumerate(shares, 1))]
+        hull, top = convex(down), self._most(measure)
+        if top == measure.size:
+            return hull
+        (low, above), (high, below) = hull[-2:]
+        least = (above - below) / (high - low)
+        return [*hull, (top, below - math.log1p(self.budget.trust * least * (top - measure.size)))]
 
     def _most(self, measure: Measure) -> int:
         growth = math.floor(self.budget.growth * measure.size / measure.step) * measure.step
@@ -229,8 +249,9 @@ class _Now:
         return best
 
 
-def _reason(loss: float, kind: str, cost: float, target: float) -> str:
-    worth = f"{'gives up' if loss > 0 else 'hopes for'} {abs(loss):.2g} of −log energy"
+def _reason(loss: float, tried: bool, kind: str, cost: float, target: float) -> str:
+    what = "the outputs' variance" if tried else "−log energy"
+    worth = f"{'gives up' if loss > 0 else 'hopes for'} {abs(loss):.2g} of {what}"
     if kind == "latency":
         return f"{worth}: {cost:.3g} s of {target:.3g} s allowed now"
     return f"{worth}: {cost:,.0f} {kind} of {target:,.0f} allowed now"

@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from torch.utils._pytree import tree_map_only
 
 from evolvenet.blueprint import check_fits, from_plain, to_plain
+from evolvenet.allocation import trial_curves
 from evolvenet.compensate import QUICK, compensate
 from evolvenet.cost import Costs, macs, parameters
 from evolvenet.errors import RankMismatchError, SkippedEvent, SpectrumError, TraceError
@@ -300,7 +301,8 @@ class Evolver:
         policy = self.policy
         if isinstance(policy, Scheduled):
             costs = Costs.of(self.model, self.graph, self.example_inputs)
-            policy = policy.at(Moment(progress, self.history.initial.sizes, costs))
+            trials = partial(trial_curves, self.model, self.graph, batches)
+            policy = policy.at(Moment(progress, self.history.initial.sizes, costs, trials))
         return measures, dict(policy.propose(measures, self.graph))
 
     def _pruning(self, wanted: Mapping[str, Proposal], statistics: Statistics, batches: Sequence[Any]) -> Surgery:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -52,11 +52,14 @@ class Moment:
         progress: share of the run that is done, 0 … 1.
         initial: sizes of the widths when the run began.
         costs: what other sizes would cost.
+        trials: cuts every width by itself to some sizes, and tells how far the outputs move: {width: [(size, loss)]}, by
+            size. It takes a while, so it is done only when it is called.
     """
 
     progress: float
     initial: Mapping[str, int]
     costs: Costs
+    trials: Callable[[], Mapping[str, Sequence[tuple[int, float]]]] = dict
 
 
 @runtime_checkable

@@ -51,6 +51,7 @@ def write_report(
     title: str,
     metrics: Mapping[str, Curve] | None = None,
     facts: Mapping[str, str] | None = None,
+    pictures: Mapping[str, Figure] | None = None,
 ) -> Path:
     """Write `report.html`, self-contained, and `history.png` into a directory.
 
@@ -60,6 +61,7 @@ def write_report(
         title: heading of the page.
         metrics: curves to draw under the parameters, each a list of (training step, value).
         facts: further lines of the table, name → text, such as a test accuracy.
+        pictures: further ones, heading → figure.
 
     Returns:
         The path of `report.html`.
@@ -69,17 +71,27 @@ def write_report(
     """
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
-    buffer = io.BytesIO()
-    draw(history, metrics).savefig(buffer, format="png", dpi=130)
-    picture = buffer.getvalue()
+    picture = _png(draw(history, metrics))
     (folder / "history.png").write_bytes(picture)
     path = folder / "report.html"
-    path.write_text(_page(history, title, picture, facts), encoding="utf-8")
+    more = {heading: _png(figure) for heading, figure in (pictures or {}).items()}
+    path.write_text(_page(history, title, picture, facts, more), encoding="utf-8")
     return path
 
 
-def _page(history: History, title: str, picture: bytes, facts: Mapping[str, str] | None) -> str:
-    encoded = base64.b64encode(picture).decode()
+def _png(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=130)
+    return buffer.getvalue()
+
+
+def _image(picture: bytes, words: str) -> str:
+    return f"<img alt='{html.escape(words)}' src='data:image/png;base64,{base64.b64encode(picture).decode()}'>"
+
+
+def _page(
+    history: History, title: str, picture: bytes, facts: Mapping[str, str] | None, more: Mapping[str, bytes]
+) -> str:
     summary = [("", "start", "end", "change"), *summary_rows(history, facts)]
     events = [("step", "width", "from", "to", "why"), *_event_rows(history)]
     return "\n".join(
@@ -88,7 +100,8 @@ def _page(history: History, title: str, picture: bytes, facts: Mapping[str, str]
             f"<html lang='en'><meta charset='utf-8'><title>{html.escape(title)}</title><style>{_STYLE}</style>",
             f"<h1>{html.escape(title)}</h1>",
             _html_table(summary, numbers=(1, 2, 3)),
-            f"<img alt='Parameters, metrics and widths over the training steps' src='data:image/png;base64,{encoded}'>",
+            *(f"<h2>{html.escape(heading)}</h2>{_image(each, heading)}" for heading, each in more.items()),
+            _image(picture, "Parameters, metrics and widths over the training steps"),
             "<h2>Events</h2>",
             _html_table(events, numbers=(0, 2, 3)),
             "</html>",

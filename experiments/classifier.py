@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable, Iterable, Sequence
+from itertools import accumulate, pairwise
 from typing import Any
 
 import lightning
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import OneCycleLR
+from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics.classification import MulticlassAccuracy
 
 
@@ -20,7 +23,10 @@ class Classifier(lightning.LightningModule):
         optimizer: parameters → optimizer; its learning rate is the highest of the run.
         classes: number of classes.
         label_smoothing: share of the target spread over all classes (training only), 0 … 1.
-        warmup: share of the run in which the learning rate rises, 0 … 1.
+        warmup: share of each cycle in which the learning rate rises, 0 … 1.
+        cycles: relative lengths of the cycles of the learning rate, one after the other; one over the whole run by default.
+        soft: share of the loss that asks for the teacher's outputs instead of the labels, once there is a teacher, 0 … 1.
+        temperature: by which both outputs are divided there (Hinton et al. 2015).
     """
 
     def __init__(
@@ -30,9 +36,15 @@ class Classifier(lightning.LightningModule):
         classes: int = 10,
         label_smoothing: float = 0.0,
         warmup: float = 0.15,
+        cycles: Sequence[float] = (1,),
+        soft: float = 0.0,
+        temperature: float = 1.0,
     ) -> None:
         super().__init__()
         self.model = model
+        self.cycles, self.soft, self.temperature = cycles, soft, temperature
+        # Outside of the module: it is not trained, not saved, and no copy of the network that should follow it.
+        self.teacher: Callable[[Tensor], Tensor] | None = None
         self.optimizer, self.warmup = optimizer, warmup
         self.train_loss = nn.CrossEntropyLoss(label_smoothing=label_smoothing)
         self.loss = nn.CrossEntropyLoss()
@@ -46,9 +58,17 @@ class Classifier(lightning.LightningModule):
     def training_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> Tensor:
         """The loss of one batch."""
         images, labels = batch
-        loss = self.train_loss(self.model(images), labels)
+        logits = self.model(images)
+        loss = self.train_loss(logits, labels)
+        if self.teacher is not None and self.soft:
+            loss = (1 - self.soft) * loss + self.soft * self._distance(logits, self.teacher(images))
         self.log("train/loss", loss, prog_bar=True)
         return loss
+
+    def _distance(self, logits: Tensor, wanted: Tensor) -> Tensor:
+        """The Kullback-Leibler divergence of softened outputs `[N, classes]`, times the temperature squared."""
+        ours, theirs = (functional.log_softmax(each / self.temperature, dim=1) for each in (logits, wanted))
+        return functional.kl_div(ours, theirs, reduction="batchmean", log_target=True) * self.temperature**2
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> None:
         """Logs `val/loss` and `val/acc`, over the whole split."""
@@ -65,13 +85,37 @@ class Classifier(lightning.LightningModule):
         self.log("test/acc", self.test_accuracy)
 
     def configure_optimizers(self) -> Any:
-        """The optimizer, and a one-cycle schedule (Smith & Topin 2018) over the whole run, stepped every batch."""
+        """The optimizer, and in each cycle a rise and a cosine's fall of the learning rate, stepped every batch.
+
+        The shape of a cycle is that of Smith and Topin (2018); the cycles are warm restarts (Loshchilov and Hutter 2017).
+        """
         optimizer = self.optimizer(self.parameters())
-        schedule = OneCycleLR(
-            optimizer,
-            max_lr=[group["lr"] for group in optimizer.param_groups],
-            total_steps=int(self.trainer.estimated_stepping_batches),
-            pct_start=self.warmup,
-            cycle_momentum=False,
-        )
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        shape = Cycles(int(self.trainer.estimated_stepping_batches), self.cycles, self.warmup)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": LambdaLR(optimizer, shape), "interval": "step"}}
+
+
+class Cycles:
+    """The factor of the learning rate by step: in each cycle it rises from 1/25 to 1, and falls to nearly 0.
+
+    Args:
+        steps: of the whole run.
+        lengths: of the cycles, relative to each other.
+        warmup: share of a cycle in which it rises, 0 … 1.
+
+    >>> cycles = Cycles(steps=100, lengths=(1, 3), warmup=0.2)
+    >>> [round(cycles(step), 3) for step in (0, 5, 24, 25, 40, 99)]
+    [0.04, 1.0, 0.0, 0.04, 1.0, 0.0]
+    """
+
+    def __init__(self, steps: int, lengths: Sequence[float], warmup: float) -> None:
+        ends = [round(steps * done / sum(lengths)) for done in accumulate(lengths)]
+        self.spans, self.warmup = list(pairwise([0, *ends])), warmup
+
+    def __call__(self, step: int) -> float:
+        """The factor of one step."""
+        begin, end = next((span for span in self.spans if step < span[1]), self.spans[-1])
+        rise = max(1, round(self.warmup * (end - begin)))
+        done = step - begin
+        if done < rise:
+            return 0.04 + 0.96 * done / rise
+        return 0.5 * (1 + math.cos(math.pi * min(1.0, (done - rise) / max(1, end - begin - 1 - rise)))) + 1e-6

@@ -7,11 +7,13 @@ import json
 import time
 import warnings
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import lightning
 from hydra.errors import InstantiationException
+from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from torch import Tensor, nn
@@ -19,10 +21,11 @@ from torch import Tensor, nn
 from evolvenet.callback import WidthEvolution
 from evolvenet.cost import macs
 from evolvenet.errors import EvolveNetError
-from evolvenet.record import Event, History
+from evolvenet.record import Event, History, load
 from evolvenet.report import summary_table, write_report
 from experiments.classifier import Classifier
 from experiments.data import ImageData
+from experiments.points import Points, draw_front, front_table, tested
 from experiments.progress import Progress
 
 RESULT = "result.json"
@@ -70,6 +73,7 @@ def run(
     classifier: Classifier,
     trainer: Any,
     evolution: WidthEvolution | None = None,
+    points: Points | None = None,
 ) -> float:
     """Train, test once, and leave `result.json`, `report.html` and `last.ckpt` in `config.output`.
 
@@ -79,6 +83,7 @@ def run(
         classifier: the LightningModule.
         trainer: callbacks → Trainer.
         evolution: the callback that changes the widths, None for fixed widths.
+        points: what saves the points of a front on the way, None for a run with one end.
 
     Returns:
         The last validation accuracy.
@@ -91,18 +96,36 @@ def run(
     data.setup()
     start = _size(classifier.model, data.example)
     curve = Curve()
-    fitting = trainer(callbacks=[Progress(), curve, *([evolution] if evolution else [])])
+    fitting = trainer(callbacks=[Progress(), curve, *filter(None, (points, evolution))])
     began = time.perf_counter()
     fitting.fit(classifier, datamodule=data)
     measured = {"seconds": time.perf_counter() - began, "steps": fitting.global_step}
     fitting.save_checkpoint(output / "last.ckpt")
-    measured["test_acc"] = fitting.test(classifier, datamodule=data, verbose=False)[0]["test/acc"]
+    test = partial(_tested, fitting, classifier, data)
+    front = tested(points.found, lambda path: test(_saved(classifier.model, config, path))) if points else []
+    measured["test_acc"] = front[-1]["test_acc"] if front else test(classifier.model)
     history = (evolution and evolution.history) or _unchanged(start)
     ends = {"start": start, "end": _size(classifier.model, data.example)}
-    result = _result(config, ends, measured, curve, history)
+    result = _result(config, ends, measured, curve, history) | {"front": front}
     (output / RESULT).write_text(json.dumps(result, indent=1), encoding="utf-8")
     _present(result, history, output)
     return result["val_acc"] or 0.0
+
+
+def _tested(fitting: lightning.Trainer, classifier: Classifier, data: ImageData, model: nn.Module) -> float:
+    """The accuracy of a network on the test split."""
+    present, classifier.model = classifier.model, model
+    try:
+        return fitting.test(classifier, datamodule=data, verbose=False)[0]["test/acc"]
+    finally:
+        classifier.model = present
+
+
+def _saved(like: nn.Module, config: DictConfig, path: str) -> nn.Module:
+    """The network of a checkpoint: built as the run began, then given the checkpoint's widths."""
+    classifier = instantiate(config.classifier)
+    load(classifier, path)
+    return classifier.model.to(next(like.parameters()).device)
 
 
 def _result(
@@ -122,12 +145,17 @@ def _result(
 
 
 def _present(result: Mapping[str, Any], history: History, output: Path) -> None:
+    front = result["front"]
     facts = {
+        **{f"test accuracy at {point['parameters']:,}": f"{point['test_acc']:.2%}" for point in front[:-1]},
         "test accuracy": f"{result['test_acc']:.2%}",
         "time": f"{result['seconds']:.0f} s for {result['steps']:,} steps",
     }
-    report = write_report(history, output, result["title"], {"validation accuracy": result["curve"]}, facts)
+    pictures = {"The front": draw_front(front)} if front else {}
+    report = write_report(history, output, result["title"], {"validation accuracy": result["curve"]}, facts, pictures)
     Console().print(summary_table(history, result["title"], facts))
+    if front:
+        Console().print(front_table(front))
     print(f"report: {report}")
 
 

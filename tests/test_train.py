@@ -57,6 +57,7 @@ def train(tmp_path, overrides):
             classifier=instantiate(config.classifier),
             trainer=instantiate(config.trainer),
             evolution=instantiate(config.evolve),
+            points=instantiate(config.points),
         )
     return json.loads((output / "result.json").read_text())
 

@@ -1,0 +1,133 @@
+"""The points of a front: the network as it is at the end of each span of the run."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter
+from rich.table import Table
+from torch import Tensor, nn
+
+from evolvenet.cost import macs
+from experiments.classifier import Classifier
+
+
+@dataclass(frozen=True)
+class Point:
+    """One network of the front; accuracies are shares, the time is that since the beginning of the run."""
+
+    parameters: int
+    macs: int
+    epoch: int
+    seconds: float
+    val_acc: float
+    path: str
+    test_acc: float | None = None
+
+
+class Points(lightning.Callback):
+    """Saves the network at the end of each span, and makes that of the first one the teacher of the others.
+
+    Args:
+        spans: their relative lengths; each ends at the end of the nearest epoch.
+        directory: where the checkpoints go; `evolvenet.load(model, path)` reads them.
+    """
+
+    def __init__(self, spans: Sequence[float], directory: str | Path) -> None:
+        self.spans, self.directory = spans, Path(directory)
+        self.found: list[Point] = []
+        self._began = 0.0
+
+    def ends(self, epochs: int) -> list[int]:
+        """The numbers of the epochs, from 1, after which the spans end.
+
+        >>> Points([1, 2, 2], "").ends(10)
+        [2, 6, 10]
+        """
+        return [round(epochs * sum(self.spans[: place + 1]) / sum(self.spans)) for place in range(len(self.spans))]
+
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Start the clock."""
+        self._began = time.perf_counter()
+
+    def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Where a span ends: save, and the first time take the network as teacher."""
+        assert isinstance(pl_module, Classifier)
+        done = trainer.current_epoch + 1
+        if done not in self.ends(trainer.max_epochs or done):
+            return
+        images = next(iter(trainer.datamodule.val_dataloader()))[0][:1]  # pyright: ignore[reportAttributeAccessIssue]
+        count = sum(parameter.numel() for parameter in pl_module.model.parameters())
+        path = self.directory / f"{len(self.found)}-{count}.ckpt"
+        trainer.save_checkpoint(path)
+        point = Point(
+            count, macs(pl_module.model, images.to(pl_module.device)), done, time.perf_counter() - self._began,
+            float(trainer.callback_metrics["val/acc"]), str(path),
+        )  # fmt: skip
+        self.found.append(point)
+        if pl_module.teacher is None:
+            pl_module.teacher = teacher(pl_module.model)
+
+
+def teacher(model: nn.Module) -> Callable[[Tensor], Tensor]:
+    """The outputs of the network as it is now, for good."""
+    past = copy.deepcopy(model).eval().requires_grad_(False)
+
+    def answer(images: Tensor) -> Tensor:
+        with torch.no_grad():
+            return past(images)
+
+    return answer
+
+
+def tested(points: Sequence[Point], test: Callable[[str], float]) -> list[dict[str, Any]]:
+    """The points as plain data, each with its accuracy on the test split, looked at once."""
+    return [{**asdict(point), "test_acc": test(point.path)} for point in points]
+
+
+def front_table(points: Sequence[Mapping[str, Any]]) -> Table:
+    """The points, one a line, for a terminal."""
+    table = Table(title="The front", title_justify="left")
+    for heading in ("parameters", "MACs", "validation", "test", "errors of 10,000", "epoch", "minutes"):
+        table.add_column(heading, justify="right")
+    for point in points:
+        table.add_row(
+            f"{point['parameters']:,}", f"{point['macs']:,}", f"{point['val_acc']:.2%}", f"{point['test_acc']:.2%}",
+            f"{1e4 * (1 - point['test_acc']):.0f}", str(point["epoch"]), f"{point['seconds'] / 60:.1f}",
+        )  # fmt: skip
+    return table
+
+
+def draw_front(points: Sequence[Mapping[str, Any]]) -> Figure:
+    """Errors against parameters, both on log scales."""
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    panel = figure.subplots()
+    counts = [point["parameters"] for point in points]
+    for name, color in (("val_acc", "#7f8c8d"), ("test_acc", "#2c3e50")):
+        errors = [max(100 * (1 - point[name]), 1e-2) for point in points]
+        panel.plot(counts, errors, "o-", color=color, label={"val_acc": "validation", "test_acc": "test"}[name])
+    for point in points:
+        at = (point["parameters"], max(100 * (1 - point["test_acc"]), 1e-2))
+        panel.annotate(
+            f"{point['parameters']:,}\n{point['test_acc']:.2%}", at, (0, 8), textcoords="offset points", ha="center"
+        )
+    panel.set_xscale("log")
+    panel.set_yscale("log")
+    panel.margins(x=0.08, y=0.25)
+    for axis in (panel.xaxis, panel.yaxis):
+        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.4g}"))
+    panel.yaxis.set_minor_formatter(FuncFormatter(lambda value, _: f"{value:,.2g}"))
+    panel.set_xlabel("parameters")
+    panel.set_ylabel("wrong answers, %")
+    panel.grid(alpha=0.25, which="both")
+    panel.spines[["top", "right"]].set_visible(False)
+    panel.legend(frameon=False)
+    return figure
