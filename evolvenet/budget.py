@@ -98,13 +98,16 @@ class Budget:
         left = 1 - min(1.0, progress / self.by) if self.by else 0.0
         return budget + (start - budget) * left**3
 
-    def at(self, moment: Moment) -> _Now:
-        """The policy for one moment of a run."""
+    def at(self, moment: Moment) -> Policy | None:
+        """The policy for one moment of a run; None once the budget holds."""
         return self.on_the_way(moment, moment.costs.at(self.kind, moment.initial), moment.progress)
 
-    def on_the_way(self, moment: Moment, start: float, progress: float) -> Policy:
+    def on_the_way(self, moment: Moment, start: float, progress: float) -> Policy | None:
         """The policy for a share `progress` of the way, 0 … 1, from a network that cost `start`."""
-        return _Now(self, moment, self.target(start, progress), progress >= self.by)
+        target, final = self.target(start, progress), progress >= self.by
+        if final and NEAR * target <= moment.costs.at(self.kind, {}) <= target:
+            return None
+        return _Now(self, moment, target, final)
 
 
 @dataclass(frozen=True)
@@ -124,8 +127,6 @@ class _Now:
     def propose(self, measures: Mapping[str, Measure], graph: WidthGraph) -> dict[str, Proposal]:
         """New sizes with which the network costs what it may now, as near as one event can come."""
         now = self.costs.at(self.budget.kind, {})
-        if self.final and NEAR * self.target <= now <= self.target:
-            return {}
         if self.final and now <= self.target and not self._room(measures, graph):
             return {}
         tried = self.moment.trials() if self.budget.trials else {}

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_map_only
 
-from evolvenet.blueprint import check_fits, from_plain, to_plain
 from evolvenet.allocation import trial_curves
+from evolvenet.blueprint import check_fits, from_plain, to_plain
 from evolvenet.compensate import QUICK, compensate
 from evolvenet.cost import Costs, macs, parameters
 from evolvenet.errors import RankMismatchError, SkippedEvent, SpectrumError, TraceError
@@ -24,7 +24,7 @@ from evolvenet.follow import apart, follow
 from evolvenet.graph import WidthGraph
 from evolvenet.grow import plan_growth
 from evolvenet.inputs import first_samples, is_plain, moved_like
-from evolvenet.measure import measure
+from evolvenet.measure import measures_of
 from evolvenet.policy import Measure, Moment, Policy, Proposal, Scheduled
 from evolvenet.processes import Processes, agree, decided, fingerprint, pooled, processes, shared, together
 from evolvenet.prune import plan_prune
@@ -37,10 +37,6 @@ from evolvenet.surgery import Surgery
 from evolvenet.trace import trace
 from evolvenet.validate import Before, check_finite_weights, validate
 
-_NEVER = 1_000_000
-PLACES = 2
-"""Fewest places (samples × positions) seen for each unit: fewer span fewer directions than there are units, and the
-rest would look as if they carried nothing. A width that saw fewer is left as it is."""
 FAILURES = 2
 """Failures of one stage after which evolution is switched off for the rest of the run."""
 
@@ -292,17 +288,20 @@ class Evolver:
             raise SkippedEvent(
                 "Expected at least one observed batch to measure on, got none. Call observe(batch) first."
             )
+        policy = self.policy
+        if isinstance(policy, Scheduled):
+            self._stage = "policy"
+            costs = Costs.of(self.model, self.graph, self.example_inputs)
+            trials = partial(trial_curves, self.model, self.graph, batches)
+            policy = policy.at(Moment(progress, self.history.initial.sizes, costs, trials))
+            if policy is None:
+                return {}, {}
         self._stage = "statistics"
         statistics = collect(self.model, self.graph, batches)
         found.append(statistics)
         self._stage = "spectra"
-        measures = self._measures(statistics)
+        measures = measures_of(self.model, self.graph, statistics, self._changed, self._events)
         self._stage = "policy"
-        policy = self.policy
-        if isinstance(policy, Scheduled):
-            costs = Costs.of(self.model, self.graph, self.example_inputs)
-            trials = partial(trial_curves, self.model, self.graph, batches)
-            policy = policy.at(Moment(progress, self.history.initial.sizes, costs, trials))
         return measures, dict(policy.propose(measures, self.graph))
 
     def _pruning(self, wanted: Mapping[str, Proposal], statistics: Statistics, batches: Sequence[Any]) -> Surgery:
@@ -342,32 +341,6 @@ class Evolver:
         self.graph = surgery.graph
         after = self.graph.sizes
         self._changed.update({name: (self._events, after[name] - graph.widths[name].size) for name in wanted})
-
-    def _measures(self, statistics: Statistics) -> dict[str, Measure]:
-        found, few = {}, {}
-        for name, spectrum in measure(self.model, self.graph, statistics).items():
-            width = self.graph.widths[name]
-            seen = [statistics.count(tie) for tie in width.consumers if tie in statistics]
-            if seen and max(seen) < PLACES * width.size:
-                few[name] = max(seen)
-                continue
-            event, last = self._changed.get(name, (-_NEVER, 0))
-            # Without a row of its own a newborn would stay dead, and where units mix it would change the function.
-            # What reads it must learn to: nobody would ever read a newborn of a frozen reader.
-            read = [
-                self.model.get_parameter(tie.tensor) for tie in width.consumers if tie.tensor in self.graph.trainable
-            ]
-            learns = not read or any(parameter.requires_grad for parameter in read)
-            growable = width.mixed is None and bool(width.producers) and learns
-            idle = self._events - event
-            found[name] = Measure(name, width.size, width.step, tuple(spectrum.tolist()), idle, growable, last)
-        if few and not found:
-            raise SkippedEvent(
-                f"Expected at least {PLACES} places (samples × positions) a unit to measure on, got "
-                + "; ".join(f"{count} for the {self.graph.widths[name].size} of {name}" for name, count in few.items())
-                + ". Observe more or larger batches, or raise calibration_batches."
-            )
-        return found
 
     def _snapshot(
         self,

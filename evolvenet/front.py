@@ -56,13 +56,11 @@ class Front:
         spans = self.spans or [1] * len(self.points)
         return tuple(done / sum(spans) for done in accumulate(spans))
 
-    def at(self, moment: Moment) -> Policy:
+    def at(self, moment: Moment) -> Policy | None:
         """The policy for one moment of a run: that of the budget whose span it lies in."""
         ends = self.ends
         place = next((place for place, end in enumerate(ends) if moment.progress < end), len(ends) - 1)
         point, begin = self.points[place], ends[place - 1] if place else 0.0
-        if place:
-            start = float(getattr(self.points[place - 1], point.kind))
-        else:
-            start = moment.costs.at(point.kind, moment.initial)
+        before = getattr(self.points[place - 1], point.kind)
+        start = float(before) if place else moment.costs.at(point.kind, moment.initial)
         return point.on_the_way(moment, start, (moment.progress - begin) / (ends[place] - begin))

@@ -8,9 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from evolvenet.errors import SkippedEvent
 from evolvenet.graph import Tie, Width, WidthGraph
+from evolvenet.policy import Measure
 from evolvenet.spectrum import joint_spectrum, matricize
 from evolvenet.statistics import Moments, Statistics, collect
+
+PLACES = 2
+"""Fewest places (samples × positions) seen for each unit: fewer span fewer directions than there are units, and the
+rest would look as if they carried nothing. A width that saw fewer is left as it is."""
+_NEVER = 1_000_000
 
 
 def spectra(model: nn.Module, graph: WidthGraph, batches: Iterable[Any] | None = None) -> dict[str, Tensor]:
@@ -66,6 +73,49 @@ def measure(model: nn.Module, graph: WidthGraph, statistics: Statistics | None =
         values = _of_reads(model, width, parts) if parts else _of_weights(model, graph, width)
         if values is not None:
             found[width.name] = values
+    return found
+
+
+def measures_of(
+    model: nn.Module,
+    graph: WidthGraph,
+    statistics: Statistics,
+    changed: Mapping[str, tuple[int, int]],
+    event: int,
+) -> dict[str, Measure]:
+    """What a policy is told of every width on which enough was measured.
+
+    Args:
+        model: the model of the graph.
+        graph: its widths.
+        statistics: from `collect`.
+        changed: of widths that changed, the number of the event and by how many units.
+        event: the number of this one.
+
+    Raises:
+        SkippedEvent: if there is not enough for any width.
+        SpectrumError: for NaN or infinite weights.
+    """
+    found, few = {}, {}
+    for name, spectrum in measure(model, graph, statistics).items():
+        width = graph.widths[name]
+        seen = [statistics.count(tie) for tie in width.consumers if tie in statistics]
+        if seen and max(seen) < PLACES * width.size:
+            few[name] = max(seen)
+            continue
+        at, last = changed.get(name, (-_NEVER, 0))
+        # Without a row of its own a newborn would stay dead, and where units mix it would change the function.
+        # What reads it must learn to: nobody would ever read a newborn of a frozen reader.
+        read = [model.get_parameter(tie.tensor) for tie in width.consumers if tie.tensor in graph.trainable]
+        learns = not read or any(parameter.requires_grad for parameter in read)
+        growable = width.mixed is None and bool(width.producers) and learns
+        found[name] = Measure(name, width.size, width.step, tuple(spectrum.tolist()), event - at, growable, last)
+    if few and not found:
+        raise SkippedEvent(
+            f"Expected at least {PLACES} places (samples × positions) a unit to measure on, got "
+            + "; ".join(f"{count} for the {graph.widths[name].size} of {name}" for name, count in few.items())
+            + ". Observe more or larger batches, or raise calibration_batches."
+        )
     return found
 
 

@@ -66,8 +66,8 @@ class Moment:
 class Scheduled(Protocol):
     """A policy that depends on the moment: it is asked for the policy of the moment, which then proposes."""
 
-    def at(self, moment: Moment) -> Policy:
-        """The policy for one moment of a run."""
+    def at(self, moment: Moment) -> Policy | None:
+        """The policy for one moment of a run; None if nothing is to change, so that nothing needs to be measured."""
         ...
 
 

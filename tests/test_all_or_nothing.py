@@ -77,7 +77,7 @@ def inject(monkeypatch: pytest.MonkeyPatch, where: str, at: int = 1, error: Exce
 
 STAGES = {
     "evolvenet.evolver:collect": "statistics",
-    "evolvenet.evolver:measure": "spectra",
+    "evolvenet.evolver:measures_of": "spectra",
     "evolvenet.evolver:plan_prune": "choosing units",
     "evolvenet.evolver:compensate": "compensation",
     "evolvenet.evolver:follow": "weight averages",

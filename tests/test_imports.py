@@ -43,6 +43,7 @@ LAYERS: dict[int, set[str]] = {
         "budget",
         "compensate",
         "follow",
+        "front",
         "gradients",
         "grow",
         "measure",
