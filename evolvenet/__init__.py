@@ -33,6 +33,7 @@ from evolvenet.outputs import output_spectra  # noqa: E402
 from evolvenet.policy import Measure, Policy, Proposal, Threshold  # noqa: E402
 from evolvenet.record import Event, History, WidthChange, load  # noqa: E402
 from evolvenet.resize import grow, prune, resize  # noqa: E402
+from evolvenet.tolerance import Tolerance  # noqa: E402
 from evolvenet.trace import trace  # noqa: E402
 
 if TYPE_CHECKING:
@@ -61,6 +62,7 @@ __all__ = [
     "SpectrumError",
     "Threshold",
     "Tie",
+    "Tolerance",
     "TraceError",
     "UnsupportedStrategyError",
     "Width",

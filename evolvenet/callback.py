@@ -18,11 +18,11 @@ from evolvenet.graph import WidthGraph
 from evolvenet.inputs import first_samples
 from evolvenet.lightning_loading import install
 from evolvenet.lightning_module import averages, hushed, listening, network, optimizers_of, places
-from evolvenet.lightning_parts import default_type, refuse_sharding, rewrap, share_done
+from evolvenet.lightning_parts import default_type, log_event, metric_of, refuse_sharding, rewrap, share_done
 from evolvenet.listen import Listener
-from evolvenet.policy import Policy, Scheduled
+from evolvenet.policy import Judging, Policy, Scheduled
 from evolvenet.processes import agree, processes, together
-from evolvenet.record import NOTE, Event, History, Note, fit_shapes, let_load_reshape
+from evolvenet.record import NOTE, History, Note, fit_shapes, let_load_reshape
 from evolvenet.sandbox import forget_compiled
 from evolvenet.schedule import Schedule
 from evolvenet.trace import trace
@@ -108,6 +108,7 @@ class WidthEvolution(Callback):
         self._due_since: int | None = None
         self._batches = 0
         self._seen_step: int | None = None
+        self._metric: float | None = None
 
     @property
     def history(self) -> History | None:
@@ -141,6 +142,8 @@ class WidthEvolution(Callback):
             self._twins.load_state_dict(self._resumed.get("twins", {}) if self._resumed else {})
         if self.evolver is None:
             self._begin_with(trainer, pl_module, lambda: self._known(trainer))
+        if boundary:
+            self._judge(trainer, pl_module)
         if self._due_since is not None:
             self._batches += 1
             if self.evolver is not None and boundary and self._batches >= self._wanted(trainer):
@@ -167,8 +170,14 @@ class WidthEvolution(Callback):
         if self.evolver is None:
             self._begin_with(trainer, pl_module, lambda: self._called(trainer, pl_module))
 
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Keep the metric that the policy judges by, until widths may change again."""
+        if isinstance(self.policy, Judging) and not trainer.sanity_checking:
+            self._metric = metric_of(trainer, self.policy.metric)
+
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Leave no hook behind."""
+        """Judge the last cut, and leave no hook behind."""
+        self._judge(trainer, pl_module)
         self._leave()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -194,6 +203,7 @@ class WidthEvolution(Callback):
             "due_since": self._due_since,
             "batches": self._batches,
             "seen_step": self._seen_step,
+            "metric": self._metric,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -203,6 +213,7 @@ class WidthEvolution(Callback):
         self._due_since = state_dict.get("due_since")
         self._batches = state_dict.get("batches", 0)
         self._seen_step = state_dict.get("seen_step")
+        self._metric = state_dict.get("metric")
 
     def take_back(self, pl_module: LightningModule, state: dict[str, Any]) -> None:
         """After a run in processes of their own: its events, and the module's numbers that no state dict holds."""
@@ -270,7 +281,7 @@ class WidthEvolution(Callback):
         for inputs in heard if self._due_since is not None else ():
             self.evolver.observe(inputs)
         self._note = self._numbers(self.evolver).register(pl_module)
-        _log(trainer, self.evolver.history.initial)
+        log_event(trainer, self.evolver.history.initial)
         log.info(
             "%d resizable widths hold %.1f %% of the %s parameters; %d frozen",
             len(self.evolver.graph.resizable),
@@ -331,7 +342,18 @@ class WidthEvolution(Callback):
             forget_compiled()
         self._deaf = False
         self._due_since = None
-        _log(trainer, event)
+        log_event(trainer, event)
+
+    def _judge(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """What the last validation means for the last cut."""
+        if self._metric is None or self.evolver is None:
+            return
+        self.evolver.optimizers = optimizers_of(trainer, pl_module)
+        with default_type(trainer), hushed(pl_module):
+            event = self.evolver.judge(self._metric, at=trainer.global_step)
+        self._metric = None
+        if event is not None:
+            log_event(trainer, event)
 
     def _hear(self) -> None:
         """Hand what was heard to the evolver."""
@@ -376,13 +398,3 @@ def _fits(evolver: Evolver) -> bool:
     except RecordError:
         return False
     return True
-
-
-def _log(trainer: Trainer, event: Event) -> None:
-    """An event's widths, ranks and energies to every logger."""
-    values: dict[str, float] = {"evolve/parameters": event.parameters, "evolve/macs": event.macs}
-    tables = {"size": event.sizes, "effective_rank": event.effective_rank, "kept_energy": event.kept_energy}
-    for kind, table in tables.items():
-        values |= {f"evolve/{kind}/{name}": float(value) for name, value in table.items()}
-    for logger in trainer.loggers:
-        logger.log_metrics(values, step=trainer.global_step)

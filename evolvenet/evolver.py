@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -19,26 +19,24 @@ from evolvenet.allocation import trial_curves
 from evolvenet.blueprint import check_fits, from_plain, to_plain
 from evolvenet.compensate import QUICK, compensate
 from evolvenet.cost import Costs, macs, parameters
-from evolvenet.errors import RankMismatchError, SkippedEvent, SpectrumError, TraceError
+from evolvenet.errors import RankMismatchError, SkippedEvent
+from evolvenet.failures import Failures
 from evolvenet.follow import apart, follow
 from evolvenet.graph import WidthGraph
 from evolvenet.grow import plan_growth
 from evolvenet.inputs import first_samples, is_plain, moved_like
-from evolvenet.measure import measures_of
-from evolvenet.policy import Measure, Moment, Policy, Proposal, Scheduled
+from evolvenet.measure import measures_of, ranks_and_energies
+from evolvenet.policy import Judging, Measure, Moment, Policy, Proposal, Scheduled
 from evolvenet.processes import Processes, agree, decided, fingerprint, pooled, processes, shared, together
 from evolvenet.prune import plan_prune
-from evolvenet.record import Event, History, Note, WidthChange, fit_shapes
+from evolvenet.record import Event, History, Note, WidthChange, changed, fit_shapes
 from evolvenet.resize import apply, as_list
+from evolvenet.rollback import Probation, Snapshot, go_back
 from evolvenet.sandbox import forget_compiled
-from evolvenet.spectrum import effective_rank, energy_shares
 from evolvenet.statistics import Statistics, collect
 from evolvenet.surgery import Surgery
 from evolvenet.trace import trace
-from evolvenet.validate import Before, check_finite_weights, validate
-
-FAILURES = 2
-"""Failures of one stage after which evolution is switched off for the rest of the run."""
+from evolvenet.validate import Before, check_finite_weights, refuse_fixed, validate
 
 log = logging.getLogger("evolvenet")
 
@@ -98,13 +96,7 @@ class Evolver:
         self.copies = copies
         self.after_change = after_change
         self.graph = graph or trace(model, self.example_inputs)
-        if not self.graph.resizable:
-            reasons = "; ".join(f"{width.name}: {width.frozen}" for width in self.graph.widths.values())
-            raise TraceError(
-                f"Expected a model with at least one resizable width, got a {type(model).__name__} without any ({reasons}). "
-                "A width is what lies between two layers: a single layer from input to output has none."
-            )
-        self.off: str | None = None
+        refuse_fixed(model, self.graph)
         self._macs = macs(model, self.example_inputs)
         self.history = History(self._snapshot(0, (), parameters(model), 0.0))
         self._inputs = len(example_inputs) if isinstance(example_inputs, (tuple, list)) else None
@@ -114,7 +106,13 @@ class Evolver:
         self._changed: dict[str, tuple[int, int]] = {}
         self._seed = seed
         self._stage = ""
-        self._failures: Counter[str] = Counter()
+        self._failures = Failures()
+        self._probation = Probation(policy) if isinstance(policy, Judging) else None
+
+    @property
+    def off(self) -> str | None:
+        """Why widths stay as they are for the rest of the run; None while they may change."""
+        return self._failures.off
 
     @property
     def observed(self) -> int:
@@ -170,13 +168,50 @@ class Evolver:
         except RankMismatchError:
             raise
         except Exception as problem:  # noqa: BLE001  whatever it was, everything is as before and the run can go on
-            skipped = self._explain(group, moment, problem)
-        for change in changes:
-            log.info("step %d: %s %d → %d: %s", moment, change.width, change.before, change.after, change.reason)
+            skipped = self._failures.explain(group, self._stage, moment, problem)
+        _tell(moment, changes)
         agree(group, "weights", fingerprint(self.model) if group.size > 1 else "")
         event = self._snapshot(moment, tuple(changes), before, time.perf_counter() - started, skipped, ranks, kept)
         self.history.events.append(event)
         return event
+
+    def judge(self, value: float, at: int | None = None) -> Event | None:
+        """Tell a policy that judges its cuts, such as `Tolerance`, the value of its metric, after a validation.
+
+        Where the last cut cost too much, the model, its copies and the optimizers' state are as before it again, and training
+        goes on from there. Call it where `step` could be called. Every rank takes rank 0's value.
+
+        Returns:
+            The event, where a cut was taken back.
+        """
+        group, started = processes(), time.perf_counter()
+        value = group.broadcast(value)
+        past = self._probation.judge(value) if self._probation else None
+        if self._probation is None or past is None:
+            return None
+        moment, sizes, count = self._observed if at is None else at, self.graph.sizes, parameters(self.model)
+        skipped, reason = None, f"taken back: {value:.6g} after the cut, {self._probation.standing.best:.6g} before"
+        self._stage = "taking back"
+        try:
+            copies = together(group, self._copies)
+            go_back(group, past, self._present(copies), self, copies)
+            self.graph = past.graph
+        except RankMismatchError:
+            raise
+        except Exception as problem:  # noqa: BLE001  the cut then stays, and the run can go on
+            skipped = self._failures.explain(group, self._stage, moment, problem)
+        self._macs = macs(self.model, self.example_inputs)
+        changes = changed(sizes, self.graph.sizes, dict.fromkeys(sizes, reason))
+        _tell(moment, changes)
+        event = self._snapshot(moment, tuple(changes), count, time.perf_counter() - started, skipped)
+        self.history.events.append(event)
+        return event
+
+    def _present(self, copies: Sequence[nn.Module]) -> Snapshot:
+        return Snapshot.of(self.model, self.graph, self.optimizers, copies)
+
+    def _copies(self) -> Sequence[nn.Module]:
+        return self.copies() if callable(self.copies) else self.copies
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs besides the model: plain data, and the tensors of the batches observed so far."""
@@ -187,9 +222,9 @@ class Evolver:
             "changed": {name: list(entry) for name, entry in self._changed.items()},
             "graph": to_plain(self.graph),
             "batches": [batch for batch in self._batches if is_plain(batch)],
-            "failures": dict(self._failures),
-            "off": self.off,
+            **self._failures.state_dict(),
             "note": Note.of(self.model, self.graph).read(self.model),
+            "probation": self._probation.state_dict() if self._probation else None,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -207,7 +242,9 @@ class Evolver:
         self._changed = {name: (entry[0], entry[1]) for name, entry in state["changed"].items()}
         self._batches.clear()
         self._batches.extend(moved_like(batch, self.example_inputs) for batch in state["batches"])
-        self._failures, self.off = Counter(state["failures"]), state["off"]
+        self._failures.load_state_dict(state)
+        if self._probation and state.get("probation"):
+            self._probation.load_state_dict(state["probation"])
 
     @contextmanager
     def _all_or_nothing(self, changes: list[WidthChange]) -> Iterator[ExitStack]:
@@ -227,21 +264,6 @@ class Evolver:
             raise
         undo.pop_all()
 
-    def _explain(self, group: Processes, moment: int, problem: Exception) -> str:
-        """Warn, and switch off where a stage failed again; the same on every rank."""
-        passing = isinstance(problem, (SkippedEvent, SpectrumError))
-        stage, passing = group.broadcast((self._stage, passing))
-        reason = str(problem) if passing else f"{stage} failed: {problem or type(problem).__name__}"
-        log.debug("step %d: %s", moment, stage, exc_info=problem)
-        if not passing:
-            self._failures[stage] += 1
-            if self._failures[stage] >= FAILURES:
-                self.off = f"{reason}. It was not the first time, so widths stay as they are for the rest of the run."
-                log.error("step %d: %s", moment, self.off)
-                return self.off
-        log.warning("step %d: widths are left as they are: %s", moment, reason)
-        return reason
-
     def _evolve(
         self, group: Processes, changes: list[WidthChange], undo: ExitStack, progress: float
     ) -> tuple[dict[str, float], dict[str, float]]:
@@ -250,6 +272,7 @@ class Evolver:
         Returns:
             Of each width measured, the effective rank, and the share of the energy in as many directions as units stay.
         """
+        past: Snapshot | None = None
         self._stage = "gathering batches"
         batches = pooled(group, self._batches)
         found: list[Statistics] = []
@@ -261,7 +284,9 @@ class Evolver:
             self._stage = "validation"
             before = together(group, lambda: Before.of(self.model, self.example_inputs))
             self._stage = "weight averages"
-            copies = together(group, lambda: self.copies() if callable(self.copies) else self.copies)
+            copies = together(group, self._copies)
+            self._stage = "keeping what may be taken back"
+            past = together(group, lambda: self._present(copies)) if self._probation else None
             if down:
                 self._change(
                     group, down, lambda: self._pruning(down, found[0], batches), batches, copies, changes, undo
@@ -275,8 +300,9 @@ class Evolver:
             self._stage = "what follows a change"
             together(group, self.after_change)
             forget_compiled()
-        ranks = {name: effective_rank(measure.spectrum) for name, measure in measures.items()}
-        return ranks, {name: _kept(measure.spectrum, self.graph.sizes[name]) for name, measure in measures.items()}
+        if self._probation:
+            self._probation.cut(past, [change.width for change in changes])
+        return ranks_and_energies(measures, self.graph.sizes)
 
     def _propose(
         self, batches: Sequence[Any], found: list[Statistics], progress: float
@@ -293,7 +319,8 @@ class Evolver:
             self._stage = "policy"
             costs = Costs.of(self.model, self.graph, self.example_inputs)
             trials = partial(trial_curves, self.model, self.graph, batches)
-            policy = policy.at(Moment(progress, self.history.initial.sizes, costs, trials))
+            standing = self._probation and self._probation.standing
+            policy = policy.at(Moment(progress, self.history.initial.sizes, costs, trials, standing))
             if policy is None:
                 return {}, {}
         self._stage = "statistics"
@@ -306,14 +333,16 @@ class Evolver:
 
     def _pruning(self, wanted: Mapping[str, Proposal], statistics: Statistics, batches: Sequence[Any]) -> Surgery:
         self._stage = "choosing units"
-        surgery = plan_prune(self.model, self.graph, _sizes(wanted), statistics)
+        surgery = plan_prune(self.model, self.graph, {name: each.size for name, each in wanted.items()}, statistics)
         self._stage = "compensation"
         return compensate(self.model, self.graph, surgery, batches, QUICK)
 
     def _growth(self, wanted: Mapping[str, Proposal]) -> Surgery:
         self._stage = "growth"
         generator = torch.Generator().manual_seed(self._seed + self._events)
-        return plan_growth(self.model, self.graph, _sizes(wanted), generator=generator)
+        return plan_growth(
+            self.model, self.graph, {name: each.size for name, each in wanted.items()}, generator=generator
+        )
 
     def _change(
         self,
@@ -334,7 +363,8 @@ class Evolver:
             for copy in copies
         ]
         self._stage = "surgery"
-        changes.extend(_listed(wanted, graph, surgery.graph))
+        reasons = {name: proposal.reason for name, proposal in wanted.items()}
+        changes.extend(changed(graph.sizes, surgery.graph.sizes, reasons))
         together(group, lambda: apply(self.model, surgery, self.optimizers, undo))
         for copy, own in along:
             together(group, partial(apply, copy, own, (), undo))
@@ -357,17 +387,6 @@ class Evolver:
         return Event(at, changes, sizes, before, count, self._macs, seconds, skipped, ranks or {}, kept or {})
 
 
-def _sizes(proposals: Mapping[str, Proposal]) -> dict[str, int]:
-    return {name: proposal.size for name, proposal in proposals.items()}
-
-
-def _listed(proposals: Mapping[str, Proposal], before: WidthGraph, after: WidthGraph) -> list[WidthChange]:
-    return [
-        WidthChange(name, before.widths[name].size, after.widths[name].size, proposal.reason)
-        for name, proposal in proposals.items()
-    ]
-
-
-def _kept(spectrum: Sequence[float], units: int) -> float:
-    """Share of the energy in the largest directions, as many as there are units now."""
-    return min(1.0, float(energy_shares(spectrum).sort(descending=True).values[:units].sum()))
+def _tell(moment: int, changes: Iterable[WidthChange]) -> None:
+    for change in changes:
+        log.info("step %d: %s %d → %d: %s", moment, change.width, change.before, change.after, change.reason)

@@ -10,7 +10,8 @@ from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
 from lightning.pytorch.strategies.single_xla import SingleDeviceXLAStrategy
 
-from evolvenet.errors import UnsupportedStrategyError
+from evolvenet.errors import PolicyError, UnsupportedStrategyError
+from evolvenet.record import Event
 
 STRATEGIES = (SingleDeviceStrategy, SingleDeviceXLAStrategy, DDPStrategy)
 """Strategies under which every process holds whole parameters. Their subclasses may not."""
@@ -48,3 +49,28 @@ def default_type(trainer: Trainer) -> AbstractContextManager[Any]:
     """What the forward makes by itself has the type that training runs in ("64-true"); autocast is not needed here."""
     plugin = trainer.precision_plugin
     return nullcontext() if isinstance(plugin, MixedPrecision) else plugin.forward_context()
+
+
+def metric_of(trainer: Trainer, name: str) -> float:
+    """A metric that was logged in the validation that just ended.
+
+    Raises:
+        PolicyError: if there is none of that name.
+    """
+    known = trainer.callback_metrics
+    if name not in known:
+        raise PolicyError(
+            f"Expected the validation to log {name!r}, by which cuts are judged, got {', '.join(sorted(known)) or 'nothing'}. "
+            f"Log it with self.log({name!r}, ...) in validation_step, or name another metric."
+        )
+    return float(known[name])
+
+
+def log_event(trainer: Trainer, event: Event) -> None:
+    """An event's widths, ranks and energies to every logger."""
+    values: dict[str, float] = {"evolve/parameters": event.parameters, "evolve/macs": event.macs}
+    tables = {"size": event.sizes, "effective_rank": event.effective_rank, "kept_energy": event.kept_energy}
+    for kind, table in tables.items():
+        values |= {f"evolve/{kind}/{name}": float(value) for name, value in table.items()}
+    for logger in trainer.loggers:
+        logger.log_metrics(values, step=trainer.global_step)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from evolvenet.errors import SkippedEvent
 from evolvenet.graph import Tie, Width, WidthGraph
 from evolvenet.policy import Measure
-from evolvenet.spectrum import joint_spectrum, matricize
+from evolvenet.spectrum import effective_rank, energy_shares, joint_spectrum, matricize
 from evolvenet.statistics import Moments, Statistics, collect
 
 PLACES = 2
@@ -117,6 +117,15 @@ def measures_of(
             + ". Observe more or larger batches, or raise calibration_batches."
         )
     return found
+
+
+def ranks_and_energies(
+    measures: Mapping[str, Measure], sizes: Mapping[str, int]
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Of each width the effective rank, and the share of the energy in as many directions as units stay."""
+    shares = {name: energy_shares(measure.spectrum).sort(descending=True).values for name, measure in measures.items()}
+    ranks = {name: effective_rank(measure.spectrum) for name, measure in measures.items()}
+    return ranks, {name: min(1.0, float(values[: sizes[name]].sum())) for name, values in shares.items()}
 
 
 def unit_rows(model: nn.Module, width: Width, tie: Tie) -> Tensor:

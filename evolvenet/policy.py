@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from evolvenet.cost import Costs
 from evolvenet.errors import PolicyError
@@ -54,12 +54,14 @@ class Moment:
         costs: what other sizes would cost.
         trials: cuts every width by itself to some sizes, and tells how far the outputs move: {width: [(size, loss)]}, by
             size. It takes a while, so it is done only when it is called.
+        standing: how far the run has come under a policy that judges its cuts, see `Judging`.
     """
 
     progress: float
     initial: Mapping[str, int]
     costs: Costs
     trials: Callable[[], Mapping[str, Sequence[tuple[int, float]]]] = dict
+    standing: Any = None
 
 
 @runtime_checkable
@@ -68,6 +70,35 @@ class Scheduled(Protocol):
 
     def at(self, moment: Moment) -> Policy | None:
         """The policy for one moment of a run; None if nothing is to change, so that nothing needs to be measured."""
+        ...
+
+
+@runtime_checkable
+class Judging(Scheduled, Protocol):
+    """A policy whose cuts are judged by a validation metric afterwards, and taken back where they cost too much.
+
+    Its standing is of its own kind and immutable; the evolver keeps it and puts it into checkpoints.
+    """
+
+    @property
+    def metric(self) -> str:
+        """The metric's name, as the module logs it."""
+        ...
+
+    def begin(self, state: Mapping[str, Any] | None = None) -> Any:
+        """The standing at the start of a run, or what `plain` made of one."""
+        ...
+
+    def plain(self, standing: Any) -> dict[str, Any]:
+        """A standing as plain data, for a checkpoint."""
+        ...
+
+    def after(self, standing: Any, widths: Iterable[str]) -> Any:
+        """The standing after an event that cut these widths, which now wait for their judgement; none if it found nothing."""
+        ...
+
+    def judged(self, standing: Any, value: float) -> tuple[str, Any]:
+        """Whether the last cut is to "keep", "undo" or "wait", and the standing after that."""
         ...
 
 

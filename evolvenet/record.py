@@ -82,6 +82,19 @@ class History:
         return cls(event(plain["initial"]), [event(entry) for entry in plain["events"]])
 
 
+def changed(before: Mapping[str, int], after: Mapping[str, int], reasons: Mapping[str, str]) -> list[WidthChange]:
+    """The widths among `reasons` that have another size after than before.
+
+    >>> changed({"0": 8, "2": 4}, {"0": 6, "2": 4}, {"0": "too wide", "2": "too wide"})
+    [WidthChange(width='0', before=8, after=6, reason='too wide')]
+    """
+    return [
+        WidthChange(name, before[name], after[name], reason)
+        for name, reason in reasons.items()
+        if before[name] != after[name]
+    ]
+
+
 @dataclass(frozen=True)
 class Note:
     """What a state dict does not say about a model's widths. It is written into the state dict's metadata.

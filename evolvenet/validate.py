@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from evolvenet.components import named_tensors
-from evolvenet.errors import SkippedEvent, ValidationError
+from evolvenet.errors import SkippedEvent, TraceError, ValidationError
 from evolvenet.graph import WidthGraph
 from evolvenet.optim import validate_state
 from evolvenet.statistics import answers
@@ -86,6 +86,20 @@ def validate(
         raise _wrong(f"outputs of the shapes {before.shapes}", f"{_shapes(found)}")
     if before.finite and not _finite(found):
         raise _wrong("finite outputs", "NaN or infinite ones")
+
+
+def refuse_fixed(model: nn.Module, graph: WidthGraph) -> None:
+    """Go on only with a model in which something can be resized.
+
+    Raises:
+        TraceError: with the reason why each width is frozen.
+    """
+    if not graph.resizable:
+        reasons = "; ".join(f"{width.name}: {width.frozen}" for width in graph.widths.values())
+        raise TraceError(
+            f"Expected a model with at least one resizable width, got a {type(model).__name__} without any ({reasons}). "
+            "A width is what lies between two layers: a single layer from input to output has none."
+        )
 
 
 def check_finite_weights(model: nn.Module) -> None:

@@ -99,17 +99,17 @@ def run(
     fitting = trainer(callbacks=[Progress(), curve, *filter(None, (points, evolution))])
     began = time.perf_counter()
     fitting.fit(classifier, datamodule=data)
-    measured = {"seconds": time.perf_counter() - began, "steps": fitting.global_step}
+    measured: dict[str, Any] = {"seconds": time.perf_counter() - began, "steps": fitting.global_step}
     fitting.save_checkpoint(output / "last.ckpt")
     test = partial(_tested, fitting, classifier, data)
     front = tested(points.found, lambda path: test(_saved(classifier.model, config, path))) if points else []
     measured["test_acc"] = front[-1]["test_acc"] if front else test(classifier.model)
     history = (evolution and evolution.history) or _unchanged(start)
     ends = {"start": start, "end": _size(classifier.model, data.example)}
-    result = _result(config, ends, measured, curve, history) | {"front": front}
+    result: dict[str, Any] = {**_result(config, ends, measured, curve, history), "front": front}
     (output / RESULT).write_text(json.dumps(result, indent=1), encoding="utf-8")
     _present(result, history, output)
-    return result["val_acc"] or 0.0
+    return float(result["val_acc"] or 0.0)
 
 
 def _tested(fitting: lightning.Trainer, classifier: Classifier, data: ImageData, model: nn.Module) -> float:

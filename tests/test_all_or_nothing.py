@@ -139,7 +139,7 @@ def test_a_failure_at_any_tensor_leaves_all_as_it_was(
     before, graph = run.states(), run.evolver.graph
     for at in range(1, total + 1):
         caplog.clear()
-        run.evolver._failures.clear()
+        run.evolver._failures.counts.clear()
         with monkeypatch.context() as context:
             inject(context, where, at)
             run.evolver.step()

@@ -42,6 +42,7 @@ LAYERS: dict[int, set[str]] = {
         "bottleneck",
         "budget",
         "compensate",
+        "failures",
         "follow",
         "front",
         "gradients",
@@ -54,9 +55,10 @@ LAYERS: dict[int, set[str]] = {
         "processes",
         "prune",
         "statistics",
+        "tolerance",
     },
     # state
-    3: {"blueprint", "evolver", "listen", "optim", "record", "resize", "schedule", "twins", "validate"},
+    3: {"blueprint", "evolver", "listen", "optim", "record", "resize", "rollback", "schedule", "twins", "validate"},
     # edges
     4: {"callback", "huggingface", "lightning_loading", "lightning_module", "lightning_parts", "report"},
 }
