@@ -239,10 +239,10 @@ class WidthEvolution(Callback):
         """The network's path and inputs of its, where some are known before the first batch."""
         if self.example_inputs is not None:
             return self._resumed_root() or "", [self.example_inputs]
-        if self._resumed is not None and self._resumed["evolver"]["batches"]:
-            # Interrupted among the batches of an event, which may have to happen before the first batch now.
-            batches = self._resumed["evolver"]["batches"]
-            return self._resumed["root"], [trainer.strategy.batch_to_device(each) for each in batches]
+        state = self._resumed["evolver"] if self._resumed else {}
+        if self._resumed and (kept := state["batches"] or state.get("example")):
+            # Interrupted among the batches of an event, or between a validation and what it means for the last cut.
+            return self._resumed["root"], [trainer.strategy.batch_to_device(each) for each in kept]
         return None
 
     def _called(self, trainer: Trainer, pl_module: LightningModule) -> tuple[str, list[Any]] | None:

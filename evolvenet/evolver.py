@@ -225,6 +225,8 @@ class Evolver:
             **self._failures.state_dict(),
             "note": Note.of(self.model, self.graph).read(self.model),
             "probation": self._probation.state_dict() if self._probation else None,
+            # A cut may have to be taken back before the first batch of a resumed run.
+            "example": [x for x in (self.example_inputs,) if self._probation and self._probation.past and is_plain(x)],
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
