@@ -8,7 +8,7 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 from experiments import classifier, models
-from experiments.models import BasicBlock, ResNet
+from experiments.models import BasicBlock, ResNet, SeparableBlock, SeparableResNet
 
 CONF = Path(__file__).parent.parent / "conf" / "model"
 
@@ -22,6 +22,7 @@ def parameters(model):
     [
         ("digits_resnet", (2, 1, 8, 8), 3, 250_000),
         ("mnist_resnet", (2, 1, 28, 28), 6, 2_000_000),
+        ("mnist_separable", (2, 1, 28, 28), 4, 2_000_000),
         ("cifar10_resnet", (2, 3, 32, 32), 6, 2_000_000),
     ],
 )
@@ -52,9 +53,22 @@ def test_a_block_adds_its_shortcut(inputs, width, stride, size):
     assert isinstance(block.shortcut, torch.nn.Identity) == (inputs == width and stride == 1)
 
 
+@pytest.mark.parametrize(
+    ("inputs", "width", "stride", "size"), [(3, 3, 1, 8), (3, 5, 1, 8), (3, 3, 2, 4), (3, 5, 2, 4)]
+)
+def test_a_separable_block_adds_its_shortcut(inputs, width, stride, size):
+    block = SeparableBlock(inputs, 7, width, stride).eval()
+    x = torch.randn(2, inputs, 8, 8)
+    torch.nn.init.zeros_(block.norm3.weight)
+    torch.testing.assert_close(block(x), block.shortcut(x))
+    assert block(x).shape == (2, width, size, size)
+
+
 def test_stages_of_different_number_are_refused():
     with pytest.raises(ValueError, match="3, 2 and 3"):
         ResNet(blocks=(2, 2))
+    with pytest.raises(ValueError, match="2 and 1"):
+        SeparableResNet(blocks=(2,))
 
 
 @pytest.mark.parametrize("module", [models, classifier])

@@ -64,7 +64,8 @@ def train(tmp_path, overrides):
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_every_experiment_runs_and_leaves_its_results(tmp_path, data, experiment, capsys):
-    result = train(tmp_path, [f"+experiment={experiment}", "model.widths=[8,12,16]", *data, *TINY, *EAGER])
+    widths = "model.widths=[8,12]" if experiment == "mnist_resnet" else "model.widths=[8,12,16]"
+    result = train(tmp_path, [f"+experiment={experiment}", widths, *data, *TINY, *EAGER])
     events = History.from_dict(result["history"]).events
     assert result["steps"] == 4
     assert len(events) == 2
@@ -74,7 +75,7 @@ def test_every_experiment_runs_and_leaves_its_results(tmp_path, data, experiment
     assert result["end"]["parameters"] == events[-1].parameters
     assert result["end"]["macs"] == events[-1].macs
     assert result["sizes"]["end"] == events[-1].sizes
-    assert result["config"]["evolve"]["policy"]["prune"] > 0
+    assert result["config"]["evolve"]["policy"]["_target_"].startswith("evolvenet.")
     written = {path.name for path in (tmp_path / "run").iterdir()}
     assert {"result.json", "report.html", "history.png", "last.ckpt"} <= written
     assert str(tmp_path / "run" / "report.html") in capsys.readouterr().out
@@ -120,6 +121,32 @@ def test_without_the_callback_widths_stay(tmp_path):
     result = train(tmp_path, ["evolve=none", "model.widths=[8,8,8]", "optimizer=sgd", *TINY])
     assert result["start"] == result["end"]
     assert result["history"]["events"] == []
+
+
+def test_a_front_is_saved_tested_and_shown_point_by_point(tmp_path, data, capsys):
+    result = train(
+        tmp_path,
+        [
+            "+experiment=mnist_resnet",
+            "model.widths=[8,12]",
+            *data,
+            *TINY,
+            *EAGER,
+            "trainer.max_epochs=5",
+            "spans=[1,1,1,1,1]",
+        ],
+    )
+    front = result["front"]
+    assert [point["epoch"] for point in front] == [1, 2, 3, 4, 5]
+    assert all(0 <= point["test_acc"] <= 1 for point in front)
+    assert front[-1]["parameters"] == result["end"]["parameters"]
+    assert front[-1]["test_acc"] == result["test_acc"]
+    assert front[-1]["parameters"] <= 1_500
+    for point in front:
+        model = evolvenet.load(instantiate(result["config"]["model"]), point["path"])
+        assert sum(parameter.numel() for parameter in model.parameters()) == point["parameters"]
+    assert "The front" in capsys.readouterr().out
+    assert "<h2>The front</h2>" in (tmp_path / "run" / "report.html").read_text()
 
 
 def test_a_terminal_gets_a_bar_with_epoch_accuracy_and_parameters(tmp_path, monkeypatch, capsys):
@@ -170,7 +197,7 @@ def test_command_line_without_data_says_so_in_one_line(tmp_path):
 
 def test_a_sweep_leaves_a_result_for_each_run_and_one_table(tmp_path, data):
     done = command(
-        tmp_path, "-m", "+experiment=mnist_resnet", "evolve.policy.prune=0.005,0.02", "evolve.policy.grow=0.9",
+        tmp_path, "-m", "+experiment=mnist_threshold", "evolve.policy.prune=0.005,0.02", "evolve.policy.grow=0.9",
         "trainer.limit_train_batches=2", "trainer.max_epochs=1", "model.widths=[4,4,4]", "evolve.every_n_steps=1",
         "evolve.start_step=1", *data,
     )  # fmt: skip
