@@ -103,7 +103,7 @@ class Evolver:
         self._batches: deque[Any] = deque(maxlen=calibration_batches)
         self._observed = 0
         self._events = 0
-        self._changed: dict[str, tuple[int, int]] = {}
+        self._changed: dict[str, list[int]] = {}
         self._seed = seed
         self._stage = ""
         self._failures = Failures()
@@ -241,7 +241,7 @@ class Evolver:
         self.graph = graph
         self.history = History.from_dict(state["history"])
         self._observed, self._events = state["observed"], state["events"]
-        self._changed = {name: (entry[0], entry[1]) for name, entry in state["changed"].items()}
+        self._changed = {name: list(entry) for name, entry in state["changed"].items()}
         self._batches.clear()
         self._batches.extend(moved_like(batch, self.example_inputs) for batch in state["batches"])
         self._failures.load_state_dict(state)
@@ -372,7 +372,10 @@ class Evolver:
             together(group, partial(apply, copy, own, (), undo))
         self.graph = surgery.graph
         after = self.graph.sizes
-        self._changed.update({name: (self._events, after[name] - graph.widths[name].size) for name in wanted})
+        for name in wanted:
+            units = after[name] - graph.widths[name].size
+            _, last, turns = self._changed.get(name, (0, 0, 0))
+            self._changed[name] = [self._events, units, turns + (units * last < 0)]
 
     def _snapshot(
         self,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -80,7 +80,7 @@ def measures_of(
     model: nn.Module,
     graph: WidthGraph,
     statistics: Statistics,
-    changed: Mapping[str, tuple[int, int]],
+    changed: Mapping[str, Sequence[int]],
     event: int,
 ) -> dict[str, Measure]:
     """What a policy is told of every width on which enough was measured.
@@ -89,7 +89,7 @@ def measures_of(
         model: the model of the graph.
         graph: its widths.
         statistics: from `collect`.
-        changed: of widths that changed, the number of the event and by how many units.
+        changed: of widths that changed, the number of the event, by how many units, and the turns so far.
         event: the number of this one.
 
     Raises:
@@ -103,13 +103,13 @@ def measures_of(
         if seen and max(seen) < PLACES * width.size:
             few[name] = max(seen)
             continue
-        at, last = changed.get(name, (-_NEVER, 0))
+        at, last, turns = changed.get(name, (-_NEVER, 0, 0))
         # Without a row of its own a newborn would stay dead, and where units mix it would change the function.
         # What reads it must learn to: nobody would ever read a newborn of a frozen reader.
         read = [model.get_parameter(tie.tensor) for tie in width.consumers if tie.tensor in graph.trainable]
         learns = not read or any(parameter.requires_grad for parameter in read)
         growable = width.mixed is None and bool(width.producers) and learns
-        found[name] = Measure(name, width.size, width.step, tuple(spectrum.tolist()), event - at, growable, last)
+        found[name] = Measure(name, width.size, width.step, tuple(spectrum.tolist()), event - at, growable, last, turns)
     if few and not found:
         raise SkippedEvent(
             f"Expected at least {PLACES} places (samples × positions) a unit to measure on, got "

@@ -25,6 +25,7 @@ class Measure:
         idle: events since its last change, 1 at the event right after it; a large number if it never changed.
         growable: whether growing keeps the function.
         last: units of its last change, negative if it was pruned; 0 if that is not known, or it never changed.
+        turns: how often it grew after it was pruned, or was pruned after it grew.
     """
 
     width: str
@@ -34,6 +35,7 @@ class Measure:
     idle: int
     growable: bool
     last: int = 0
+    turns: int = 0
 
 
 @dataclass(frozen=True)
@@ -124,7 +126,9 @@ class Threshold:
         grow: saturation from which a width grows, 0 … 1; 1 practically never.
         largest_step: largest share of a width's units that goes in one event, 0 … 1.
         growth: units added at a growth as a share of the size, 0 … 1, rounded up to the width's step; 0 for never.
-        cooldown: events for which a width that grew is not pruned, and one that was pruned does not grow.
+        cooldown: events for which a width that grew is not pruned, and one that was pruned does not grow; twice as many
+            with each turn that it has made before, so that widths settle: a growth whose units did not come to carry
+            anything is tried again later and later.
         smallest: fewest units that a width keeps.
         max_parameters: a growth that would take the network above it is left out, and while the network is above it
             and nothing is left below `prune`, what carries least goes all the same; None for no limit.
@@ -197,7 +201,7 @@ class Threshold:
 
     def _shrink(self, measure: Measure, graph: WidthGraph, prune: float) -> Proposal | None:
         """The pruning of one width, if there is enough to prune."""
-        if measure.idle <= self.cooldown and measure.last >= 0:
+        if measure.last >= 0 and self._rests(measure):
             return None
         kept = units_for_energy(measure.spectrum, prune)
         slowest = measure.size - math.floor(self.largest_step * measure.size)
@@ -213,9 +217,13 @@ class Threshold:
         ).replace("%", " %")
         return Proposal(size, reason)
 
+    def _rests(self, measure: Measure) -> bool:
+        # Beyond 2⁶⁰ events it rests for good.
+        return measure.idle <= self.cooldown * 2 ** min(measure.turns, 60)
+
     def _expand(self, measure: Measure, graph: WidthGraph, found: Mapping[str, Proposal]) -> Proposal | None:
         """The growth of one width, if it may grow and fits beside what was already proposed."""
-        if not measure.growable or (measure.idle <= self.cooldown and measure.last <= 0):
+        if not measure.growable or (measure.last <= 0 and self._rests(measure)):
             return None
         size = measure.size + math.ceil(math.ceil(self.growth * measure.size) / measure.step) * measure.step
         if size == measure.size:

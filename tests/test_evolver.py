@@ -197,3 +197,29 @@ def test_one_optimizer_may_be_given_bare() -> None:
     optimizer.step()
     resize(model, trace(model, batch()[:1]), {"0": IndexMap.keep(range(5), 12)}, optimizers=optimizer)
     assert optimizer.state[model.get_parameter("0.weight")]["momentum_buffer"].shape == (5, 6)
+
+
+def test_a_growth_that_is_pruned_again_is_tried_later_and_later() -> None:
+    """What the evolver tells the policy of turns, in a run where nothing that grows comes to carry anything."""
+
+    class Flaps:
+        def __init__(self) -> None:
+            self.turns: list[int] = []
+
+        def propose(self, measures: Mapping[str, Measure], graph: object) -> dict[str, Proposal]:
+            measure = measures["0"]
+            self.turns.append(measure.turns)
+            return {"0": Proposal(14 if measure.size == 12 else 12, "to and fro")}
+
+    model, policy = network(), Flaps()
+    evolver = Evolver(model, None, policy, batch()[:1])
+    for _ in range(5):
+        evolver.observe(batch())
+        evolver.step()
+    assert policy.turns == [0, 0, 1, 2, 3]
+    other = Evolver(network(), None, Flaps(), batch()[:1])
+    resize(other.model, other.graph, {"0": IndexMap.grow(12, 2)})
+    other.load_state_dict(evolver.state_dict())
+    other.observe(batch())
+    other.step()
+    assert other.policy.turns == [4]  # type: ignore[union-attr]

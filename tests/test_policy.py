@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -134,6 +135,35 @@ def test_a_change_of_direction_waits_for_the_cooldown(idle: int, last: int) -> N
     grows = bool(decide(policy, flat(8, idle=idle, last=last)))
     assert shrinks == (idle > 2 or last < 0)
     assert grows == (idle > 2 or last > 0)
+
+
+def flapping(policy: Threshold, events: int) -> list[int]:
+    """The events at which a width changed that looks saturated at 8 units, and whose every further unit carries nothing."""
+    size, turns, last, at, seen = 8, 0, 0, -LONG_AGO, []
+    for event in range(events):
+        spectrum = [1.0] * 8 + [1e-4] * (size - 8)
+        measure = measured(spectrum, size=size, idle=event - at, last=last, turns=turns)
+        for proposal in decide(policy, measure).values():
+            turns += last * (proposal.size - size) < 0
+            size, last, at = proposal.size, proposal.size - size, event
+            seen.append(event)
+    return seen
+
+
+def test_widths_settle_instead_of_flapping() -> None:
+    """Each turn waits twice as long as the one before, so there are about log2 of the events, not a share of them."""
+    settles = flapping(Threshold(prune=0.01, grow=0.9, cooldown=2), 1000)
+    assert 4 < len(settles) <= 2 + math.log2(1000 / 2)
+    waits = [two - one for one, two in pairwise(settles)]
+    assert all(later >= 2 * sooner - 1 for sooner, later in pairwise(waits))
+    assert len(flapping(Threshold(prune=0.01, grow=0.9, cooldown=0), 1000)) > 300, "without it they do flap"
+
+
+def test_growth_in_one_direction_is_not_held_back_by_turns() -> None:
+    policy = Threshold(prune=0.01, grow=0.9, cooldown=2)
+    assert decide(policy, flat(8, idle=1, last=2, turns=9))
+    assert not decide(policy, flat(8, idle=500, last=-2, turns=9))
+    assert decide(policy, low(8, 2, idle=1, last=-2, turns=9))
 
 
 def test_without_a_cooldown_nothing_waits() -> None:
