@@ -43,9 +43,13 @@ class Tolerance:
     """Cut while the validation metric allows it; take back what costs too much.
 
     Each cut takes a share of the network's cost, from the widths where that loses least. It is judged by the metric at the
-    validation after it: within `drop` of the best value that a network had which was kept, it stays; else weights, widths and
-    optimizer state are again as they were before the cut, its widths are left alone for `patience` events, longer each
-    time, and the next cut is half as large. Nothing is cut before the first validation.
+    next `validations`: once one of them is within `drop` of the best value that a network had which was kept, it stays; where
+    none is, weights, widths and optimizer state are again as they were before the cut, its widths are left alone for `patience`
+    events, longer each time, and the next cut is half as large. Nothing is cut before the first validation.
+
+    The best value is the largest of several, so it is luck in part; a cut gets several validations to reach it too. And training
+    between a cut and its being taken back is lost, so cut where the metric is near what it will be at the end: late, or in the
+    fine-tuning of a trained network.
 
     Args:
         metric: its name, as the module logs it in validation, for example "val/acc".
@@ -53,7 +57,7 @@ class Tolerance:
         mode: "max" if larger is better, "min" if smaller is.
         cost: what is to become small: "params", "macs" or "bytes".
         share: of the cost that one cut takes at most, 0 … 1.
-        validations: how many a cut waits for until it is judged by the last of them.
+        validations: how many a cut may take until the metric is back.
         patience: events for which a width is left alone after its cut was taken back, times how often it was.
         smallest: fewest units that a width keeps.
         trials: choose by trials on the network's outputs, see `Budget`.
@@ -61,7 +65,7 @@ class Tolerance:
     Raises:
         PolicyError: for a value outside its range.
 
-    >>> policy = Tolerance(metric="val/acc", drop=0.002)
+    >>> policy = Tolerance(metric="val/acc", drop=0.002, validations=1)
     >>> standing = policy.after(policy.judged(policy.begin(), 0.99)[1], ["fc1"])
     >>> policy.judged(standing, 0.989)[0], policy.judged(standing, 0.98)[0]
     ('keep', 'undo')
@@ -72,7 +76,7 @@ class Tolerance:
     mode: Literal["max", "min"] = "max"
     cost: Literal["params", "macs", "bytes"] = "params"
     share: float = 0.2
-    validations: int = 1
+    validations: int = 3
     patience: int = 3
     smallest: int = 1
     trials: bool = False
@@ -117,11 +121,11 @@ class Tolerance:
         better = replace(standing, best=self._sign * max(best, mine)) if max(best, mine) > -math.inf else standing
         if not standing.waiting:
             return "keep", better
-        if standing.heard + 1 < self.validations:
-            return "wait", replace(standing, heard=standing.heard + 1)
         if mine >= best - self.drop:
             # Towards the share that it began with, where a failure had made it small.
             return "keep", replace(better, waiting=(), share=min(self.share, 1.5 * standing.share))
+        if standing.heard + 1 < self.validations:
+            return "wait", replace(standing, heard=standing.heard + 1)
         failed = {**standing.failed, **{name: standing.failed.get(name, 0) + 1 for name in standing.waiting}}
         until = {name: standing.cuts + self.patience * failed[name] for name in standing.waiting}
         return "undo", replace(

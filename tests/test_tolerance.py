@@ -76,7 +76,7 @@ OPTIMIZERS = [
 
 @pytest.mark.parametrize(("make", "options"), OPTIMIZERS)
 def test_a_cut_that_costs_too_much_is_taken_back_bit_for_bit(make: Any, options: dict[str, Any]) -> None:
-    loop = Loop(Tolerance(metric="acc", drop=0.01, share=0.4), make, **options)
+    loop = Loop(Tolerance(metric="acc", drop=0.01, share=0.4, validations=1), make, **options)
     loop.train()
     assert loop.evolver.step().changes == (), "nothing is cut before the first validation"
     assert loop.evolver.judge(0.9) is None
@@ -98,7 +98,7 @@ def test_a_cut_that_costs_too_much_is_taken_back_bit_for_bit(make: Any, options:
 
 
 def test_a_cut_within_the_tolerance_stays_and_the_best_is_that_of_kept_networks() -> None:
-    loop = Loop(Tolerance(metric="acc", drop=0.01))
+    loop = Loop(Tolerance(metric="acc", drop=0.01, validations=1))
     loop.train()
     assert loop.evolver.judge(0.9) is None
     first = loop.evolver.step()
@@ -111,7 +111,7 @@ def test_a_cut_within_the_tolerance_stays_and_the_best_is_that_of_kept_networks(
 
 def test_widths_that_failed_are_left_alone_for_longer_each_time_and_cuts_get_smaller() -> None:
     """Whatever is cut costs too much: attempts become rare, the network stays what it was, and nothing flaps."""
-    loop = Loop(Tolerance(metric="acc", drop=0.0, patience=2))
+    loop = Loop(Tolerance(metric="acc", drop=0.0, patience=2, validations=1))
     loop.train()
     loop.evolver.judge(0.9)
     size, tried, saved = parameters(loop.model), [], []
@@ -131,7 +131,7 @@ def test_widths_that_failed_are_left_alone_for_longer_each_time_and_cuts_get_sma
 
 @pytest.mark.parametrize("mode", ["max", "min"])
 def test_the_direction_of_the_metric(mode: Any) -> None:
-    policy = Tolerance(metric="loss", drop=0.1, mode=mode)
+    policy = Tolerance(metric="loss", drop=0.1, mode=mode, validations=1)
     standing = policy.judged(policy.begin(), 1.0)[1]
     waiting = policy.after(standing, ["a"])
     worse = 0.85 if mode == "max" else 1.15
@@ -162,12 +162,14 @@ def test_a_kept_network_is_never_worse_than_the_best_by_more_than_the_tolerance(
         assert policy.begin(policy.plain(standing)) == standing
 
 
-def test_the_last_of_several_validations_judges() -> None:
+def test_a_cut_has_several_validations_to_come_back() -> None:
     policy = Tolerance(metric="acc", drop=0.0, validations=3)
-    standing = policy.after(policy.judged(policy.begin(), 0.9)[1], ["a"])
-    for value, verdict in ((0.1, "wait"), (0.2, "wait"), (0.9, "keep")):
-        found, standing = policy.judged(standing, value)
-        assert found == verdict
+    begun = policy.after(policy.judged(policy.begin(), 0.9)[1], ["a"])
+    for values in ([(0.1, "wait"), (0.2, "wait"), (0.8, "undo")], [(0.1, "wait"), (0.9, "keep")], [(0.95, "keep")]):
+        standing = begun
+        for value, verdict in values:
+            found, standing = policy.judged(standing, value)
+            assert found == verdict
 
 
 @pytest.mark.parametrize(
@@ -188,7 +190,7 @@ def test_arguments_out_of_range_are_refused(wrong: dict[str, Any]) -> None:
 
 
 def test_what_cannot_be_taken_back_stays_and_the_run_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    loop = Loop(Tolerance(metric="acc", drop=0.0, share=0.4))
+    loop = Loop(Tolerance(metric="acc", drop=0.0, share=0.4, validations=1))
     loop.train()
     loop.evolver.judge(0.9)
     loop.evolver.step()
@@ -242,7 +244,7 @@ class Judged(Classifier):
 
 
 def evolution() -> WidthEvolution:
-    policy = Tolerance(metric="val/acc", drop=0.01, share=0.3)
+    policy = Tolerance(metric="val/acc", drop=0.01, share=0.3, validations=1)
     return WidthEvolution(policy, every_n_epochs=1, calibration_batches=2, stop=1.0)
 
 
