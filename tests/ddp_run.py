@@ -22,7 +22,7 @@ import torch  # noqa: E402
 from lightning.pytorch.strategies import DDPStrategy  # noqa: E402
 from torch import Tensor, distributed, nn  # noqa: E402
 
-from evolvenet import WidthEvolution, processes  # noqa: E402
+from evolvenet import Tolerance, WidthEvolution, processes  # noqa: E402
 from evolvenet.errors import RankMismatchError  # noqa: E402
 from tests.runs import Batches, Classifier, Walk, trainer  # noqa: E402
 
@@ -34,6 +34,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "buckets": {"gradient_as_bucket_view": True, "broadcast_buffers": False},
     "manual": {},
     "accumulated": {},
+    "judged": {},
     "fails on one rank": {},
     "fails on rank 0": {},
     "other weights": {},
@@ -64,6 +65,14 @@ class Distributed(Classifier):
         optimizer.zero_grad()
         self.manual_backward(loss)
         return optimizer.step()
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        """The last epoch is a bad one; each rank has a value of its own, of which that of rank 0 counts."""
+        bad = self.current_epoch == 2
+        self.log("val/acc", (0.5 if bad else 0.9) if self.global_rank == 0 else 0.7)
+
+    def val_dataloader(self) -> Batches:
+        return Batches(1)
 
     def train_dataloader(self) -> Batches:
         return Batches(8, self.trainer.global_rank, self.trainer.world_size)
@@ -138,6 +147,9 @@ def run(variant: str, options: argparse.Namespace) -> dict[str, Any]:
     model = Distributed(variant)
     steps = 3 if variant == "other times" and int(os.environ.get("LOCAL_RANK", "0")) else 2
     evolution = WidthEvolution(Walk(*SIZES), every_n_steps=steps, calibration_batches=1, stop=1.0)
+    if variant == "judged":
+        judging = Tolerance("val/acc", drop=0.01, validations=1, share=0.3)
+        evolution = WidthEvolution(judging, every_n_epochs=1, calibration_batches=1, stop=1.0)
     watch = Watch(variant, evolution)
     strategy = DDPStrategy(
         start_method=options.start, process_group_backend="gloo", timeout=timedelta(seconds=60), **VARIANTS[variant]

@@ -95,6 +95,17 @@ def test_spawned_processes_hand_weights_and_events_back(
         assert_healthy(found[variant], 10)
 
 
+def test_cuts_are_judged_and_taken_back_on_every_process(tmp_path: Path) -> None:
+    ranks = launch(tmp_path, 2, "popen", "judged")
+    for rank in ranks:
+        found = rank["judged"]
+        assert found["compared"] == 24
+        kinds = [(changes > 0, skipped) for _, changes, skipped in found["events"]]
+        assert kinds == [(True, None)] * 3, "a cut, a cut, taken back"
+        assert found["layers"] == list(found["sizes"].values())
+    assert ranks[0] == ranks[1]
+
+
 @pytest.mark.parametrize("variant", ["other weights", "other widths", "other times"])
 def test_ranks_that_disagree_stop_with_a_clear_error(variant: str, tmp_path: Path) -> None:
     ranks = launch(tmp_path, 2, "popen", variant)
