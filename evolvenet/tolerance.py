@@ -116,8 +116,9 @@ class Tolerance:
 
     def judged(self, standing: Standing, value: float) -> tuple[Verdict, Standing]:
         """What a value of the metric means for the cut that waits, and the standing after it. NaN is worse than anything."""
+        # NaN is not larger than anything, so it is never the best, and never within the drop.
         best = -math.inf if standing.best is None else standing.best * self._sign
-        mine = -math.inf if math.isnan(value) else value * self._sign
+        mine = value * self._sign
         better = replace(standing, best=self._sign * max(best, mine)) if max(best, mine) > -math.inf else standing
         if not standing.waiting:
             return "keep", better

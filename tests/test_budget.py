@@ -140,6 +140,36 @@ def test_the_real_clock_tells_wide_from_narrow() -> None:
     assert 0 < costs.at("latency", narrow) < costs.at("latency", {})
 
 
+def test_trials_say_what_a_cut_does_to_the_outputs_and_energies_do_not() -> None:
+    """Both widths have the same spectrum; cutting one of them does nothing to the outputs."""
+    model, x = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4)), torch.zeros(1, 8)
+    now = moment(model, x)
+    seen = measures(model, x, {"0": [1.0] * 8, "2": [1.0] * 8})
+    for idle, used in (("0", "2"), ("2", "0")):
+        curves = {idle: [(0, 9.0), (2, 0.0), (8, 0.0)], used: [(0, 9.0), (2, 3.0), (8, 0.0)]}
+        budget = Budget(params=130, by=0, growth=0, trials=True)
+        found = proposals(budget, replace(now, trials=lambda curves=curves: curves), seen, trace(model, x))
+        assert set(found) == {idle}
+        assert "of the outputs' variance" in found[idle].reason
+
+
+def test_an_event_makes_the_trials_on_its_batches() -> None:
+    evolver, seen = run(Budget(params=6_000, by=0.5, trials=True), wide(), events=8)
+    assert 0.98 * 6_000 <= seen[-1] <= 6_000
+    reasons = [change.reason for event in evolver.history.events for change in event.changes]
+    assert reasons
+    assert all("of the outputs' variance" in reason for reason in reasons)
+
+
+def test_a_network_whose_units_are_larger_than_the_margin_settles_too() -> None:
+    """One unit more would be too many, one less misses 2 %: nothing is changed any more."""
+    evolver, seen = run(Budget(params=330, by=0.5, saturated=0.0, smallest=1), wide(3), events=24)
+    assert all(cost <= 330 for cost in seen[-11:])
+    changed = [event for event in evolver.history.events[-10:] if event.changes]
+    assert not changed
+    assert seen[-1] < 0.98 * 330, "else it says nothing"
+
+
 def test_growth_in_one_place_is_paid_by_pruning_in_another() -> None:
     """At the budget already: the width whose directions all count gets what the one with empty ones gives up."""
     model, x = (
