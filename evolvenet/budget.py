@@ -196,7 +196,8 @@ class _Now:
             if place == places[name]:
                 return None
             lost = loss_at(hulls[name], grids[name][place]) - loss_at(hulls[name], grids[name][places[name]])
-            return lost / max(now - cost({name: place}), _LEAST), name, place
+            # What is saved beyond the target is worth nothing: the last cut takes no more than it must.
+            return lost / max(min(now - cost({name: place}), now - target), _LEAST), name, place
 
         now = cost({})
         queue = [entry for entry in map(price, places) if entry is not None]

@@ -75,7 +75,7 @@ def test_a_budget_is_met_by_its_time_from_either_side(kind: str, amount: int, st
     assert len(set(seen[-6:])) == 1, "widths have settled"
     falls = [one - two for one, two in pairwise(seen)]
     assert (
-        all(fall >= -0.01 * amount for fall in falls) if start == 48 else all(fall <= 0.01 * amount for fall in falls)
+        all(fall >= -0.02 * amount for fall in falls) if start == 48 else all(fall <= 0.02 * amount for fall in falls)
     )
     assert evolver.off is None
 
@@ -163,11 +163,11 @@ def test_an_event_makes_the_trials_on_its_batches() -> None:
 
 def test_a_network_whose_units_are_larger_than_the_margin_settles_too() -> None:
     """One unit more would be too many, one less misses 2 %: nothing is changed any more."""
-    evolver, seen = run(Budget(params=330, by=0.5, saturated=0.0, smallest=1), wide(3), events=24)
-    assert all(cost <= 330 for cost in seen[-11:])
+    evolver, seen = run(Budget(params=300, by=0.5, saturated=0.0, smallest=1), wide(3), events=24)
+    assert all(cost <= 300 for cost in seen[-11:])
     changed = [event for event in evolver.history.events[-10:] if event.changes]
     assert not changed
-    assert seen[-1] < 0.98 * 330, "else it says nothing"
+    assert seen[-1] < 0.98 * 300, "else it says nothing"
 
 
 def test_growth_in_one_place_is_paid_by_pruning_in_another() -> None:
@@ -184,6 +184,21 @@ def test_growth_in_one_place_is_paid_by_pruning_in_another() -> None:
     assert now.costs.at("params", {name: proposal.size for name, proposal in found.items()}) <= parameters(model)
     assert "hopes for" in found["0"].reason
     assert "gives up" in found["2"].reason
+
+
+def test_the_last_cut_takes_no_more_than_it_must() -> None:
+    """A unit of the second width saves more for what it loses, but far more than is asked for."""
+    model, x = (
+        nn.Sequential(nn.Linear(2, 6), nn.ReLU(), nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 40)),
+        torch.zeros(1, 2),
+    )
+    now = moment(model, x)
+    curves = {"0": [(0, 9.0), (5, 0.1), (6, 0.0)], "2": [(0, 9.0), (4, 0.2), (5, 0.0)]}
+    seen = measures(model, x, {"0": [1.0] * 6, "2": [1.0] * 5})
+    for asked, cut in ((5, "0"), (40, "2")):
+        budget = Budget(params=parameters(model) - asked, by=0, growth=0, trials=True)
+        found = proposals(budget, replace(now, trials=lambda: curves), seen, trace(model, x))
+        assert set(found) == {cut}, asked
 
 
 def test_what_is_least_worth_for_its_cost_goes_first() -> None:
