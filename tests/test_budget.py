@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import replace
-from itertools import pairwise
+from itertools import pairwise, product
 from typing import Any
 
 import pytest
@@ -163,11 +163,14 @@ def test_an_event_makes_the_trials_on_its_batches() -> None:
 
 def test_a_network_whose_units_are_larger_than_the_margin_settles_too() -> None:
     """One unit more would be too many, one less misses 2 %: nothing is changed any more."""
-    evolver, seen = run(Budget(params=300, by=0.5, saturated=0.0, smallest=1), wide(3), events=24)
-    assert all(cost <= 300 for cost in seen[-11:])
-    changed = [event for event in evolver.history.events[-10:] if event.changes]
-    assert not changed
-    assert seen[-1] < 0.98 * 300, "else it says nothing"
+    near = []
+    for seed, budget in product(range(3), (290, 300, 315)):
+        torch.manual_seed(seed)
+        evolver, seen = run(Budget(params=budget, by=0.5, saturated=0.0, smallest=1), wide(3), events=16)
+        assert all(cost <= budget for cost in seen[-7:])
+        assert not [event for event in evolver.history.events[-6:] if event.changes]
+        near.append(seen[-1] / budget)
+    assert min(near) < 0.98, "else it says nothing"
 
 
 def test_growth_in_one_place_is_paid_by_pruning_in_another() -> None:
