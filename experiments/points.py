@@ -122,9 +122,9 @@ def draw_front(points: Sequence[Mapping[str, Any]]) -> Figure:
     panel.set_xscale("log")
     panel.set_yscale("log")
     panel.margins(x=0.08, y=0.25)
-    for axis in (panel.xaxis, panel.yaxis):
-        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.4g}"))
-    panel.yaxis.set_minor_formatter(FuncFormatter(lambda value, _: f"{value:,.2g}"))
+    panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    for set_formatter in (panel.yaxis.set_major_formatter, panel.yaxis.set_minor_formatter):
+        set_formatter(FuncFormatter(lambda value, _: f"{value:.2g}"))
     panel.set_xlabel("parameters")
     panel.set_ylabel("wrong answers, %")
     panel.grid(alpha=0.25, which="both")
