@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -13,6 +14,8 @@ from evolvenet.graph import Tie, Width, WidthGraph
 from evolvenet.policy import Measure
 from evolvenet.spectrum import effective_rank, energy_shares, joint_spectrum, matricize
 from evolvenet.statistics import Moments, Statistics, collect
+
+log = logging.getLogger("evolvenet")
 
 PLACES = 2
 """Fewest places (samples × positions) seen for each unit: fewer span fewer directions than there are units, and the
@@ -110,12 +113,16 @@ def measures_of(
         learns = not read or any(parameter.requires_grad for parameter in read)
         growable = width.mixed is None and bool(width.producers) and learns
         found[name] = Measure(name, width.size, width.step, tuple(spectrum.tolist()), event - at, growable, last, turns)
-    if few and not found:
-        raise SkippedEvent(
+    if few:
+        problem = (
             f"Expected at least {PLACES} places (samples × positions) a unit to measure on, got "
             + "; ".join(f"{count} for the {graph.widths[name].size} of {name}" for name, count in few.items())
             + ". Observe more or larger batches, or raise calibration_batches."
         )
+        if not found:
+            raise SkippedEvent(problem)
+        if event == 1:
+            log.warning("%s Until then those widths stay as they are.", problem)
     return found
 
 

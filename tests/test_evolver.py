@@ -223,3 +223,17 @@ def test_a_growth_that_is_pruned_again_is_tried_later_and_later() -> None:
     other.observe(batch())
     other.step()
     assert other.policy.turns == [4]  # type: ignore[union-attr]
+
+
+def test_a_width_that_sees_too_little_is_named_once(caplog: pytest.LogCaptureFixture) -> None:
+    """It stays as it is, which nobody would notice otherwise."""
+    model = nn.Sequential(nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 40), nn.Tanh(), nn.Linear(40, 3)).double()
+    evolver = Evolver(model, None, Threshold(prune=0.5, grow=0.95), batch()[:1])
+    for _ in range(3):
+        evolver.observe(batch())
+        assert evolver.step().skipped is None
+        evolver.forget()
+    told = [record.message for record in caplog.records if "places" in record.message]
+    assert len(told) == 1
+    assert "got 64 for the 40 of 2. Observe more" in told[0]
+    assert evolver.graph.sizes["2"] == 40
