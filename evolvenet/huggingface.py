@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from evolvenet.errors import MissingPackageError, PolicyError, TraceError, UnsupportedStrategyError
 from evolvenet.evolver import Evolver
 from evolvenet.listen import Listener
-from evolvenet.policy import Policy, Scheduled
+from evolvenet.policy import Judging, Policy, Scheduled
 from evolvenet.record import History, fit_shapes, let_load_reshape
 from evolvenet.schedule import Schedule
 
@@ -47,7 +47,7 @@ class WidthEvolutionCallback(TrainerCallback):
         seed: of the newborns' random directions.
 
     Raises:
-        PolicyError: for values out of range.
+        PolicyError: for values out of range, or a policy that takes cuts back.
         TraceError: after the first batch, if nothing in the model can be resized.
         UnsupportedStrategyError: before training starts, with several processes or devices.
 
@@ -68,6 +68,11 @@ class WidthEvolutionCallback(TrainerCallback):
     ) -> None:
         if calibration_batches < 1:
             raise PolicyError(f"Expected calibration_batches of 1 or more, got {calibration_batches}.")
+        if isinstance(policy, Judging):
+            raise PolicyError(
+                f"Expected a policy that does not take cuts back, got {type(policy).__name__}: what it would go back to cannot "
+                "be kept in the JSON of a transformers checkpoint. Take Threshold or Budget here, or Evolver in a loop of your own."
+            )
         self.policy = policy
         self.schedule = Schedule(every_n_epochs, every_n_steps, start_step, stop)
         self.example_inputs = example_inputs

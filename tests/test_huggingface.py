@@ -22,7 +22,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from evolvenet import MissingPackageError, PolicyError, TraceError, UnsupportedStrategyError
+from evolvenet import MissingPackageError, PolicyError, Tolerance, TraceError, UnsupportedStrategyError
 from evolvenet.huggingface import WidthEvolutionCallback
 from evolvenet.record import History
 from tests.test_evolver import Fixed
@@ -294,3 +294,8 @@ def test_options_out_of_range_are_refused(options: dict[str, Any], text: str) ->
 
 def test_the_error_of_a_missing_package_is_an_import_error() -> None:
     assert issubclass(MissingPackageError, ImportError)
+
+
+def test_a_policy_that_takes_cuts_back_is_refused() -> None:
+    with pytest.raises(PolicyError, match="got Tolerance: what it would go back to"):
+        WidthEvolutionCallback(Tolerance(metric="eval_loss", drop=0.1, mode="min"), every_n_steps=2)
