@@ -71,7 +71,7 @@ class WidthEvolutionCallback(TrainerCallback):
         if isinstance(policy, Judging):
             raise PolicyError(
                 f"Expected a policy that does not take cuts back, got {type(policy).__name__}: what it would go back to cannot "
-                "be kept in the JSON of a transformers checkpoint. Take Threshold or Budget here, or Evolver in a loop of your own."
+                "be kept in the JSON of a transformers checkpoint. Take Threshold or Budget here, or Evolver in your own loop."
             )
         self.policy = policy
         self.schedule = Schedule(every_n_epochs, every_n_steps, start_step, stop)
