@@ -11,7 +11,7 @@ from evolvenet.allocation import Curve, convex, loss_at, smallest
 from evolvenet.cost import Costs
 from evolvenet.errors import PolicyError
 from evolvenet.graph import WidthGraph
-from evolvenet.policy import Measure, Moment, Policy, Proposal, check_number
+from evolvenet.policy import Measure, Moment, Policy, Proposal, check_fields
 from evolvenet.spectrum import effective_rank, energy_shares
 
 KINDS = ("params", "macs", "bytes", "latency")
@@ -76,11 +76,8 @@ class Budget:
                 f"Budget: expected one of {', '.join(KINDS)}, got {', '.join(given) or 'none'}. "
                 "Take for example Budget(params=12_500)."
             )
-        check_number("Budget", given[0], getattr(self, given[0]), 0, math.inf)
-        for name in ("by", "largest_step", "growth", "trust", "saturated"):
-            check_number("Budget", name, getattr(self, name), 0, 1)
-        for name in ("multiple", "smallest"):
-            check_number("Budget", name, getattr(self, name), 1, math.inf)
+        shares = ("by", "largest_step", "growth", "trust", "saturated")
+        check_fields(self, shares, least={given[0]: 0, "multiple": 1, "smallest": 1})
 
     @property
     def kind(self) -> str:

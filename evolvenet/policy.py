@@ -153,11 +153,10 @@ class Threshold:
     max_parameters: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("prune", "grow", "largest_step", "growth"):
-            check_number("Threshold", name, getattr(self, name), 0, 1)
-        for name, low in (("cooldown", 0), ("smallest", 1), ("max_parameters", 1)):
-            if name != "max_parameters" or self.max_parameters is not None:
-                check_number("Threshold", name, getattr(self, name), low, math.inf)
+        limit = {} if self.max_parameters is None else {"max_parameters": 1}
+        check_fields(
+            self, shares=("prune", "grow", "largest_step", "growth"), least={"cooldown": 0, "smallest": 1, **limit}
+        )
         if self.prune >= self.grow:
             raise PolicyError(
                 f"Threshold: expected prune below grow, got prune={self.prune} and grow={self.grow}. "
@@ -237,6 +236,19 @@ class Threshold:
             size,
             f"effective rank {rank:.1f} of {measure.size} = {rank / measure.size:.2f} (threshold {self.grow:.2f})",
         )
+
+
+def check_fields(policy: object, shares: Iterable[str], least: Mapping[str, float]) -> None:
+    """Refuse a policy with shares outside of 0 … 1, or numbers below the least that they may be.
+
+    Raises:
+        PolicyError: for the first such field.
+    """
+    for name, low, high in (
+        *((name, 0, 1) for name in shares),
+        *((name, low, math.inf) for name, low in least.items()),
+    ):
+        check_number(type(policy).__name__, name, getattr(policy, name), low, high)
 
 
 def check_number(policy: str, name: str, value: object, low: float, high: float) -> None:

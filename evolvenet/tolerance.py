@@ -10,7 +10,7 @@ from typing import Any, Literal
 from evolvenet.budget import Budget
 from evolvenet.errors import PolicyError
 from evolvenet.graph import WidthGraph
-from evolvenet.policy import Measure, Moment, Policy, Proposal, check_number
+from evolvenet.policy import Measure, Moment, Policy, Proposal, check_fields
 
 Verdict = Literal["wait", "keep", "undo"]
 
@@ -90,10 +90,7 @@ class Tolerance:
                 raise PolicyError(f"Tolerance: expected {name} to be one of {', '.join(known)}, got {value!r}.")
         if not isinstance(self.metric, str) or not self.metric:
             raise PolicyError(f'Tolerance: expected the name of a metric, for example "val/acc", got {self.metric!r}.')
-        check_number("Tolerance", "drop", self.drop, 0, math.inf)
-        check_number("Tolerance", "share", self.share, 0, 1)
-        for name, low in (("validations", 1), ("patience", 0), ("smallest", 1)):
-            check_number("Tolerance", name, getattr(self, name), low, math.inf)
+        check_fields(self, shares=("share",), least={"drop": 0, "validations": 1, "patience": 0, "smallest": 1})
 
     def begin(self, state: Mapping[str, Any] | None = None) -> Standing:
         """The standing at the start of a run, or what `plain` made of one."""
