@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import lightning
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
@@ -13,6 +14,7 @@ from hydra.utils import instantiate
 
 import evolvenet
 from evolvenet.record import History
+from experiments import classifier, points
 from experiments.run import readable_errors, run
 from experiments.sweep import sweep_table
 from tests.test_data import write_npz
@@ -125,7 +127,17 @@ def test_without_the_callback_widths_stay(tmp_path):
     assert result["history"]["events"] == []
 
 
-def test_a_front_is_saved_tested_and_shown_point_by_point(tmp_path, data, capsys):
+def test_a_front_is_saved_tested_and_shown_point_by_point(tmp_path, data, capsys, monkeypatch):
+    taught, shapes, seen = [], [], []
+    honest = lightning.Trainer.test
+
+    def looked(self, module, **options):
+        seen.append(sum(parameter.numel() for parameter in module.model.parameters()))
+        return honest(self, module, **options)
+
+    monkeypatch.setattr(lightning.Trainer, "test", looked)
+    monkeypatch.setattr(points, "teacher", lambda model: taught.append(sum(p.numel() for p in model.parameters())))
+    monkeypatch.setattr(classifier, "Cycles", lambda *args: shapes.append(args) or (lambda step: 1.0))
     result = train(
         tmp_path,
         [
@@ -144,9 +156,16 @@ def test_a_front_is_saved_tested_and_shown_point_by_point(tmp_path, data, capsys
     assert front[-1]["parameters"] == result["end"]["parameters"]
     assert front[-1]["test_acc"] == result["test_acc"]
     assert front[-1]["parameters"] <= 1_500
+    split = instantiate(result["config"]["data"])
+    split.setup()
     for point in front:
-        model = evolvenet.load(instantiate(result["config"]["model"]), point["path"])
+        model = evolvenet.load(instantiate(result["config"]["model"]), point["path"]).eval()
         assert sum(parameter.numel() for parameter in model.parameters()) == point["parameters"]
+        right = torch.cat([model(images).argmax(1) == labels for images, labels in split.test_dataloader()])
+        assert point["test_acc"] == pytest.approx(float(right.float().mean()))
+    assert seen == [point["parameters"] for point in front], "each network is looked at once"
+    assert taught[0] == front[0]["parameters"], "the network of the first span is the teacher"
+    assert [args[1] for args in shapes] == [[1, 1, 1, 1, 1]], "the learning rate has a cycle for each span"
     assert "The front" in capsys.readouterr().out
     # And the control of one of its points.
     few = ["trainer.max_epochs=1", "trainer.limit_train_batches=2", "model.model.widths=[8,12]"]
