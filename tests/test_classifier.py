@@ -1,0 +1,50 @@
+"""The classifier of the experiments: what it does with the images' layout and precision."""
+
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+
+from experiments.classifier import Classifier
+
+ADAM = partial(torch.optim.AdamW, lr=1e-3)
+
+
+def conv() -> nn.Module:
+    """A convolution, and an average over what it makes."""
+    return nn.Sequential(nn.Conv2d(3, 10, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+
+@pytest.mark.parametrize(("above", "expected"), [(None, torch.float32), (279, torch.bfloat16), (280, torch.float32)])
+def test_bfloat16_only_above_so_many_parameters(above, expected):
+    """280 parameters: a limit of 279 is passed, one of 280 is not; the loss and the gradients stay float32."""
+    module = Classifier(conv(), ADAM, bf16_above=above)
+    module.log = lambda *_, **__: None  # pyright: ignore[reportAttributeAccessIssue]
+    seen = []
+    module.model[0].register_forward_hook(lambda _, __, out: seen.append(out.dtype))  # pyright: ignore
+    loss = module.training_step((torch.randn(4, 3, 8, 8), torch.arange(4)), 0)
+    loss.backward()
+    assert seen == [expected]
+    assert loss.dtype == torch.float32
+    assert {parameter.grad.dtype for parameter in module.parameters()} == {torch.float32}  # pyright: ignore
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_channels_last_holds_for_images_and_weights_and_changes_no_value(channels_last):
+    """Both are laid out as asked, in training and in use, and the outputs are those of the plain network."""
+    torch.manual_seed(0)
+    plain = conv()
+    torch.manual_seed(0)
+    module = Classifier(conv(), ADAM, channels_last=channels_last)
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    seen = []
+    module.model[0].register_forward_hook(lambda _, args, __: seen.append(args[0]))  # pyright: ignore
+    module.log = lambda *_, **__: None  # pyright: ignore[reportAttributeAccessIssue]
+    images = torch.randn(4, 3, 8, 8)
+    torch.testing.assert_close(module(images), plain(images))
+    module.training_step((images, torch.arange(4)), 0)
+    module.validation_step((images, torch.arange(4)), 0)
+    assert len(seen) == 3
+    assert all(each.is_contiguous(memory_format=layout) for each in seen)
+    assert module.model[0].weight.is_contiguous(memory_format=layout)  # pyright: ignore
