@@ -1,0 +1,91 @@
+"""The points of a front, each of which teaches the next one with the average of its weights."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import update_bn
+
+from experiments.classifier import Classifier
+from experiments.points import Points
+
+BATCHES = 20
+"""Training batches on which the statistics of an average's batch norms are taken."""
+
+
+class AveragedPoints(Points):
+    """Saves the network at the end of each span, and makes the average of its weights over the last epoch the teacher.
+
+    A span may so end while the learning rate is high: the network itself is no good teacher then, the average is
+    (stochastic weight averaging, Izmailov et al. 2018).
+
+    Args:
+        spans: their relative lengths; each ends at the end of the nearest epoch.
+        directory: where the checkpoints go; `evolvenet.load(model, path)` reads them.
+    """
+
+    def __init__(self, spans: Sequence[float], directory: str | Path) -> None:
+        super().__init__(spans, directory)
+        self._means: list[Tensor] = []
+        self._steps = 0
+
+    def on_train_epoch_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Average anew."""
+        self._means, self._steps = [], 0
+
+    def on_train_batch_end(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """In the last epoch of a span: take the weights into the average, which begins anew where widths have changed."""
+        assert isinstance(pl_module, Classifier)
+        if trainer.current_epoch + 1 not in self.ends(trainer.max_epochs or 0):
+            return
+        weights = [parameter.detach() for parameter in pl_module.model.parameters()]
+        if [mean.shape for mean in self._means] != [weight.shape for weight in weights]:
+            self._means, self._steps = [weight.clone() for weight in weights], 0
+        self._steps += 1
+        for mean, weight in zip(self._means, weights, strict=True):
+            mean.lerp_(weight, 1 / self._steps)
+
+    def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Where a span ends: save the network, and let its average teach the next span."""
+        assert isinstance(pl_module, Classifier)
+        before = len(self.found)
+        super().on_train_epoch_end(trainer, pl_module)
+        if len(self.found) > before and trainer.current_epoch + 1 != trainer.max_epochs:
+            loader = trainer.datamodule.train_dataloader()  # pyright: ignore[reportAttributeAccessIssue]
+            past = averaged(pl_module.model, self._means, islice(loader, BATCHES))
+            pl_module.teacher = teacher(past, half=pl_module.bf16_above is not None)
+
+
+def averaged(model: nn.Module, means: Sequence[Tensor], batches: Iterable[Any]) -> nn.Module:
+    """A copy of the network with other weights, the statistics of its batch norms taken anew.
+
+    Args:
+        model: stays as it is.
+        means: a value for each of its parameters.
+        batches: tuples that begin with images.
+    """
+    past = copy.deepcopy(model).requires_grad_(False)
+    for parameter, mean in zip(past.parameters(), means, strict=True):
+        parameter.copy_(mean)
+    device = next(past.parameters()).device
+    update_bn(batches, past, device)
+    return past.eval()
+
+
+def teacher(past: nn.Module, half: bool) -> Callable[[Tensor], Tensor]:
+    """The outputs of a network that is trained no more; in bfloat16 where that is safe if `half`."""
+
+    def answer(images: Tensor) -> Tensor:
+        with torch.no_grad(), torch.autocast(images.device.type, torch.bfloat16, enabled=half):
+            return past(images).float()
+
+    return answer
