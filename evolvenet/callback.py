@@ -358,8 +358,8 @@ class WidthEvolution(Callback):
     def _hear(self) -> None:
         """Hand what was heard to the evolver."""
         if self.evolver is not None and self._listener is not None:
-            for inputs in self._listener.heard(self._root):
-                self.evolver.observe(inputs)
+            for seen in zip(self._listener.heard(self._root), self._listener.gradients(self._root), strict=True):
+                self.evolver.observe(*seen)
             self._silence()
             if self._due_since is not None:
                 self._listener = Listener({self._root: self.evolver.model}, self.calibration_batches, self._outer)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -20,14 +19,16 @@ from evolvenet.blueprint import check_fits, from_plain, to_plain
 from evolvenet.compensate import QUICK, compensate
 from evolvenet.cost import Costs, macs, parameters
 from evolvenet.errors import RankMismatchError, SkippedEvent
+from evolvenet.evidence import Gradients, evidence
 from evolvenet.failures import Failures
 from evolvenet.follow import apart, follow
 from evolvenet.graph import WidthGraph
 from evolvenet.grow import plan_growth
-from evolvenet.inputs import first_samples, is_plain, moved_like
+from evolvenet.inputs import first_samples, is_plain
 from evolvenet.measure import measures_of, ranks_and_energies
+from evolvenet.observed import Observed
 from evolvenet.policy import Judging, Measure, Moment, Policy, Proposal, Scheduled
-from evolvenet.processes import Processes, agree, decided, fingerprint, pooled, processes, shared, together
+from evolvenet.processes import Processes, agree, decided, fingerprint, processes, shared, together
 from evolvenet.prune import plan_prune
 from evolvenet.record import Event, History, Note, WidthChange, changed, fit_shapes
 from evolvenet.resize import apply, as_list
@@ -99,8 +100,7 @@ class Evolver:
         refuse_fixed(model, self.graph)
         self._macs = macs(model, self.example_inputs)
         self.history = History(self._snapshot(0, (), parameters(model), 0.0))
-        self._inputs = len(example_inputs) if isinstance(example_inputs, (tuple, list)) else None
-        self._batches: deque[Any] = deque(maxlen=calibration_batches)
+        self._seen = Observed(example_inputs, calibration_batches)
         self._observed = 0
         self._events = 0
         self._changed: dict[str, list[int]] = {}
@@ -117,22 +117,22 @@ class Evolver:
     @property
     def observed(self) -> int:
         """Batches that an event would measure on now."""
-        return len(self._batches)
+        return len(self._seen)
 
-    def observe(self, batch: Any) -> None:
+    def observe(self, batch: Any, gradients: Sequence[Tensor | None] = ()) -> None:
         """Remember a batch to measure on. Nothing is computed until `step`.
 
         Args:
             batch: the model's inputs, as `example_inputs`; of a longer tuple (inputs, targets) the first are taken.
+            gradients: of the loss with respect to each tensor that the model answered with in training, or to its first
+                samples; with them, widths grow only where the loss asks for it. None of them is changed.
         """
-        if isinstance(batch, (tuple, list)) and not isinstance(self.example_inputs, dict):
-            batch = tuple(batch[: self._inputs or 1])
-        self._batches.append(batch)
+        self._seen.add(batch, gradients)
         self._observed += 1
 
     def forget(self) -> None:
         """Let go of the batches observed so far."""
-        self._batches.clear()
+        self._seen.clear()
 
     def step(self, at: int | None = None, progress: float = 1.0) -> Event:
         """Measure, let the policy decide, and change the widths.
@@ -221,7 +221,7 @@ class Evolver:
             "events": self._events,
             "changed": {name: list(entry) for name, entry in self._changed.items()},
             "graph": to_plain(self.graph),
-            "batches": [batch for batch in self._batches if is_plain(batch)],
+            **self._seen.state_dict(),
             **self._failures.state_dict(),
             "note": Note.of(self.model, self.graph).read(self.model),
             "probation": self._probation.state_dict() if self._probation else None,
@@ -242,8 +242,7 @@ class Evolver:
         self.history = History.from_dict(state["history"])
         self._observed, self._events = state["observed"], state["events"]
         self._changed = {name: list(entry) for name, entry in state["changed"].items()}
-        self._batches.clear()
-        self._batches.extend(moved_like(batch, self.example_inputs) for batch in state["batches"])
+        self._seen.load_state_dict(state)
         self._failures.load_state_dict(state)
         if self._probation and state.get("probation"):
             self._probation.load_state_dict(state["probation"])
@@ -276,9 +275,9 @@ class Evolver:
         """
         past: Snapshot | None = None
         self._stage = "gathering batches"
-        batches = pooled(group, self._batches)
+        batches, gradients = self._seen.pooled(group)
         found: list[Statistics] = []
-        measures, proposals = decided(group, lambda: self._propose(batches, found, progress))
+        measures, proposals = decided(group, lambda: self._propose(batches, gradients, found, progress))
         sizes = self.graph.sizes
         down = {name: proposal for name, proposal in proposals.items() if proposal.size < sizes[name]}
         up = {name: proposal for name, proposal in proposals.items() if proposal.size > sizes[name]}
@@ -307,7 +306,7 @@ class Evolver:
         return ranks_and_energies(measures, self.graph.sizes)
 
     def _propose(
-        self, batches: Sequence[Any], found: list[Statistics], progress: float
+        self, batches: Sequence[Any], gradients: Sequence[Gradients], found: list[Statistics], progress: float
     ) -> tuple[dict[str, Measure], dict[str, Proposal]]:
         """What was measured and what the policy makes of it; the statistics are added to `found`."""
         self._stage = "checking weights"
@@ -322,7 +321,10 @@ class Evolver:
             costs = Costs.of(self.model, self.graph, self.example_inputs)
             trials = partial(trial_curves, self.model, self.graph, batches)
             standing = self._probation and self._probation.standing
-            policy = policy.at(Moment(progress, self.history.initial.sizes, costs, trials, standing))
+            asked = partial(
+                evidence, self.model, self.graph, batches=batches, gradients=gradients, generator=self._generator()
+            )
+            policy = policy.at(Moment(progress, self.history.initial.sizes, costs, trials, standing, asked))
             if policy is None:
                 return {}, {}
         self._stage = "statistics"
@@ -341,10 +343,11 @@ class Evolver:
 
     def _growth(self, wanted: Mapping[str, Proposal]) -> Surgery:
         self._stage = "growth"
-        generator = torch.Generator().manual_seed(self._seed + self._events)
-        return plan_growth(
-            self.model, self.graph, {name: each.size for name, each in wanted.items()}, generator=generator
-        )
+        sizes = {name: each.size for name, each in wanted.items()}
+        return plan_growth(self.model, self.graph, sizes, generator=self._generator())
+
+    def _generator(self) -> torch.Generator:
+        return torch.Generator().manual_seed(self._seed + self._events)
 
     def _change(
         self,

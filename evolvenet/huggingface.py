@@ -131,9 +131,10 @@ class WidthEvolutionCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **unused: Any
     ) -> None:
         """Stop listening: nothing of ours is on the model while it is evaluated or saved."""
-        for inputs in self._listener.heard("") if self._listener else ():
+        heard = zip(self._listener.heard(""), self._listener.gradients(""), strict=True) if self._listener else ()
+        for inputs, gradients in heard:
             if self.evolver is not None:
-                self.evolver.observe(inputs)
+                self.evolver.observe(inputs, gradients)
             elif self._inputs is None:
                 self._inputs = inputs
         self._deafen()
@@ -193,7 +194,7 @@ class WidthEvolutionCallback(TrainerCallback):
         """Write into the trainer's state, which goes into every checkpoint, what a resumed run needs."""
         # The trainer's state is JSON: no tensors.
         known = evolver.state_dict()
-        _kept(state)[_KEY] = {**known, "batches": [], "note": {**known["note"], "buffers": {}}}
+        _kept(state)[_KEY] = {**known, "batches": [], "gradients": [], "note": {**known["note"], "buffers": {}}}
 
 
 def _kept(state: TrainerState) -> dict[str, Any]:

@@ -39,6 +39,20 @@ class Measure:
 
 
 @dataclass(frozen=True)
+class Evidence:
+    """What newborns of one width could do about the loss.
+
+    Args:
+        share: of the loss's gradient at the outputs, the part that they can follow and that the columns which are there
+            cannot, 0 … 1.
+        certainty: the mean over the samples in standard errors (Student's t); 0 or less where they do not help.
+    """
+
+    share: float
+    certainty: float
+
+
+@dataclass(frozen=True)
 class Proposal:
     """A new size for a width, and why, for a person to read."""
 
@@ -57,6 +71,8 @@ class Moment:
         trials: cuts every width by itself to some sizes, and tells how far the outputs move: {width: [(size, loss)]}, by
             size. It takes a while, so it is done only when it is called.
         standing: how far the run has come under a policy that judges its cuts, see `Judging`.
+        evidence: tells of widths that would grow to some sizes whether the loss asks for that, {} where nothing is known
+            (no gradients were seen). It takes some runs of the network for each.
     """
 
     progress: float
@@ -64,6 +80,7 @@ class Moment:
     costs: Costs
     trials: Callable[[], Mapping[str, Sequence[tuple[int, float]]]] = dict
     standing: Any = None
+    evidence: Callable[[Mapping[str, int]], Mapping[str, Evidence]] = lambda _: {}
 
 
 @runtime_checkable
@@ -114,12 +131,12 @@ class Policy(Protocol):
 
 @dataclass(frozen=True)
 class Threshold:
-    """Prune what carries no energy, grow what is saturated.
+    """Prune what carries no energy, grow what is saturated and wanted.
 
     A width shrinks by as many directions as carry together at most the share `prune` of its energy (the sum of its
     squared singular values), and grows when its saturation, effective rank (Roy and Vetterli 2007) over size, reaches
-    `grow`.
-    Between the two it stays; a saturated width is never pruned.
+    `grow`, if the loss asks for it: newborns must make outputs move as the loss wants on samples that did not choose how, by
+    `certain` standard errors (`evolvenet.evidence`). Between the two it stays; a saturated width is never pruned.
 
     Args:
         prune: share of the energy that may go in one event, 0 … 1, below `grow`.
@@ -130,6 +147,8 @@ class Threshold:
             with each turn that it has made before, so that widths settle: a growth whose units did not come to carry
             anything is tried again later and later.
         smallest: fewest units that a width keeps.
+        certain: standard errors by which the loss must be seen to fall for a width to grow, where its gradients are known; 0
+            to go by the spectrum alone. At 2 one of 44 widths grows by chance.
         max_parameters: a growth that would take the network above it is left out, and while the network is above it
             and nothing is left below `prune`, what carries least goes all the same; None for no limit.
 
@@ -150,25 +169,40 @@ class Threshold:
     growth: float = 0.25
     cooldown: int = 2
     smallest: int = 2
+    certain: float = 2.0
     max_parameters: int | None = None
 
     def __post_init__(self) -> None:
         limit = {} if self.max_parameters is None else {"max_parameters": 1}
-        check_fields(
-            self, shares=("prune", "grow", "largest_step", "growth"), least={"cooldown": 0, "smallest": 1, **limit}
-        )
+        least = {"cooldown": 0, "smallest": 1, "certain": 0, **limit}
+        check_fields(self, shares=("prune", "grow", "largest_step", "growth"), least=least)
         if self.prune >= self.grow:
             raise PolicyError(
                 f"Threshold: expected prune below grow, got prune={self.prune} and grow={self.grow}. "
                 "Widths settle in the gap between the two: take for example prune=0.01, grow=0.9."
             )
 
+    def at(self, moment: Moment) -> Policy:
+        """The policy that asks the moment's gradients before a width grows."""
+        return _Asking(self, moment)
+
     def propose(self, measures: Mapping[str, Measure], graph: WidthGraph) -> dict[str, Proposal]:
-        """New sizes for the widths that should change; prunings first, then growths, the most saturated first.
+        """New sizes for the widths that should change, by their spectra alone.
+
+        Prunings come first, then growths, the most saturated first.
 
         Raises:
             SpectrumError: for a spectrum with negative or NaN values.
         """
+        return self.proposed(measures, graph, lambda _: {})
+
+    def proposed(
+        self,
+        measures: Mapping[str, Measure],
+        graph: WidthGraph,
+        evidence: Callable[[Mapping[str, int]], Mapping[str, Evidence]],
+    ) -> dict[str, Proposal]:
+        """As `propose`; before widths grow, `evidence` is asked whether the loss wants them to."""
         found: dict[str, Proposal] = {}
         saturated: list[tuple[float, Measure]] = []
         for measure in measures.values():
@@ -179,9 +213,18 @@ class Threshold:
                 found[measure.width] = shrink
         if not found and self.max_parameters is not None and graph.parameters > self.max_parameters:
             return self._relieve(measures, graph)
+        smaller = {name: proposal.size for name, proposal in found.items()}
+        larger = {measure.width: self._larger(measure) for _, measure in saturated}
+        may = {name: size for name, size in larger.items() if size > measures[name].size}
+        may = {name: size for name, size in may.items() if self._fits(graph, {**smaller, name: size})}
+        known = evidence(may) if may and self.certain else {}
         for _, measure in sorted(saturated, key=lambda pair: -pair[0]):
-            if (expand := self._expand(measure, graph, found)) is not None:
-                found[measure.width] = expand
+            name = measure.width
+            asked = known.get(name)
+            if name in may and (asked is None or asked.certainty >= self.certain):
+                sizes = {each: proposal.size for each, proposal in found.items()} | {name: may[name]}
+                if self._fits(graph, sizes):
+                    found[name] = Proposal(may[name], self._why(measure, asked))
         return found
 
     def _relieve(self, measures: Mapping[str, Measure], graph: WidthGraph) -> dict[str, Proposal]:
@@ -220,22 +263,31 @@ class Threshold:
         # Beyond 2⁶⁰ events it rests for good.
         return measure.idle <= self.cooldown * 2 ** min(measure.turns, 60)
 
-    def _expand(self, measure: Measure, graph: WidthGraph, found: Mapping[str, Proposal]) -> Proposal | None:
-        """The growth of one width, if it may grow and fits beside what was already proposed."""
+    def _larger(self, measure: Measure) -> int:
+        """The size to which one width would grow now; its present one if it may not."""
         if not measure.growable or (measure.last <= 0 and self._rests(measure)):
-            return None
-        size = measure.size + math.ceil(math.ceil(self.growth * measure.size) / measure.step) * measure.step
-        if size == measure.size:
-            return None
-        if self.max_parameters is not None:
-            sizes = {name: proposal.size for name, proposal in found.items()} | {measure.width: size}
-            if graph.proposed_parameters(sizes) > self.max_parameters:
-                return None
+            return measure.size
+        return measure.size + math.ceil(math.ceil(self.growth * measure.size) / measure.step) * measure.step
+
+    def _fits(self, graph: WidthGraph, sizes: Mapping[str, int]) -> bool:
+        return self.max_parameters is None or graph.proposed_parameters(sizes) <= self.max_parameters
+
+    def _why(self, measure: Measure, asked: Evidence | None) -> str:
         rank = effective_rank(measure.spectrum)
-        return Proposal(
-            size,
-            f"effective rank {rank:.1f} of {measure.size} = {rank / measure.size:.2f} (threshold {self.grow:.2f})",
-        )
+        wanted = "" if asked is None else f", and the loss asks for it ({asked.certainty:.1f} standard errors)"
+        return f"effective rank {rank:.1f} of {measure.size} = {rank / measure.size:.2f} (threshold {self.grow:.2f}){wanted}"
+
+
+@dataclass(frozen=True)
+class _Asking:
+    """`Threshold` at one moment."""
+
+    threshold: Threshold
+    moment: Moment
+
+    def propose(self, measures: Mapping[str, Measure], graph: WidthGraph) -> dict[str, Proposal]:
+        """New sizes for the widths that should change."""
+        return self.threshold.proposed(measures, graph, self.moment.evidence)
 
 
 def check_fields(policy: object, shares: Iterable[str], least: Mapping[str, float]) -> None:
