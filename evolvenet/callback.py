@@ -262,7 +262,7 @@ class WidthEvolution(Callback):
     def _begin(self, trainer: Trainer, pl_module: LightningModule, path: str, calls: list[Any]) -> None:
         """Make the evolver of the network there, with inputs to run it on."""
         self._root = path
-        heard = self._listener.heard(self._root) if self._listener else []
+        heard = self._listener.calls(self._root) if self._listener else []
         self._silence()
         root = pl_module.get_submodule(self._root)
         self._averages = [copy.get_submodule(self._root) for copy in averages(trainer, pl_module)]
@@ -278,8 +278,8 @@ class WidthEvolution(Callback):
             self._resumed = None
             for copy in self._averages:
                 fit_shapes(copy, {}, note=state["note"])
-        for inputs in heard if self._due_since is not None else ():
-            self.evolver.observe(inputs)
+        for call in heard if self._due_since is not None else ():
+            self.evolver.observe(*call)
         self._note = self._numbers(self.evolver).register(pl_module)
         log_event(trainer, self.evolver.history.initial)
         log.info(
@@ -358,8 +358,8 @@ class WidthEvolution(Callback):
     def _hear(self) -> None:
         """Hand what was heard to the evolver."""
         if self.evolver is not None and self._listener is not None:
-            for seen in zip(self._listener.heard(self._root), self._listener.gradients(self._root), strict=True):
-                self.evolver.observe(*seen)
+            for call in self._listener.calls(self._root):
+                self.evolver.observe(*call)
             self._silence()
             if self._due_since is not None:
                 self._listener = Listener({self._root: self.evolver.model}, self.calibration_batches, self._outer)

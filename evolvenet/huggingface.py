@@ -131,8 +131,7 @@ class WidthEvolutionCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **unused: Any
     ) -> None:
         """Stop listening: nothing of ours is on the model while it is evaluated or saved."""
-        heard = zip(self._listener.heard(""), self._listener.gradients(""), strict=True) if self._listener else ()
-        for inputs, gradients in heard:
+        for inputs, gradients in self._listener.calls("") if self._listener else ():
             if self.evolver is not None:
                 self.evolver.observe(inputs, gradients)
             elif self._inputs is None:

@@ -79,9 +79,9 @@ class Listener:
         """The inputs of each call, as one tensor, a tuple of arguments or a dict of keyword arguments."""
         return [bound(self._modules[name], call.args, call.kwargs) for call in self._calls[name]]
 
-    def gradients(self, name: str) -> list[list[Tensor | None]]:
-        """Of each call, the loss's gradients with respect to the tensors of its answer, as far as they are known by now."""
-        return [list(call.gradients) for call in self._calls[name]]
+    def calls(self, name: str) -> list[tuple[Any, list[Tensor | None]]]:
+        """Of each call the inputs, and the loss's gradients at the tensors of its answer as far as they are known by now."""
+        return list(zip(self.heard(name), [list(call.gradients) for call in self._calls[name]], strict=True))
 
     def close(self) -> None:
         """Leave no hook behind."""
