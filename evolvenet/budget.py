@@ -30,9 +30,9 @@ class Budget:
 
     Every width has one signed curve: −log of the share of energy kept where it shrinks, and where it grows as much again for
     each newborn as its least direction carries, times `trust`. Units go where they are worth least for what they cost, and
-    come where they are worth most, so growth in one place may be paid by pruning in another. The cost follows
-    budget + (start − budget)·(1 − t)³, t = progress / by (Zhu and Gupta 2017). From `by` on widths stay where the cost lies
-    within 2 % below the budget, or where no width that may grow has room to.
+    come where they are worth most, so growth in one place may be paid by pruning in another, if the loss asks for it. The
+    cost follows budget + (start − budget)·(1 − t)³, t = progress / by (Zhu and Gupta 2017). From `by` on widths stay where
+    the cost lies within 2 % below the budget, or where no width that may grow has room to.
 
     Args:
         params: parameters of the network at the end; or one of the next three.
@@ -45,6 +45,8 @@ class Budget:
         growth: largest share of a width's units that comes in one event, 0 … 1; 0 for none.
         trust: what a newborn is taken to be worth, 0 … 1 of the least direction; below 1 there is a dead band.
         saturated: a width grows only if its effective rank (Roy and Vetterli 2007) over its size reaches this, 0 … 1.
+        certain: standard errors by which the loss must be seen to fall for a growth that others pay for, where its gradients
+            are known (see `Threshold`). Below the budget growth needs no such reason: it was asked for.
         smallest: fewest units that a width keeps.
         trials: losses are not −log of energies but measured, as by `allocate` with batches: how far the network's outputs
             move if one width is cut and its readers make up for it. Sees what a unit is worth to the task, and takes longer.
@@ -66,6 +68,7 @@ class Budget:
     growth: float = 0.25
     trust: float = 0.5
     saturated: float = 0.7
+    certain: float = 2.0
     smallest: int = 2
     trials: bool = False
 
@@ -77,7 +80,7 @@ class Budget:
                 "Take for example Budget(params=12_500)."
             )
         shares = ("by", "largest_step", "growth", "trust", "saturated")
-        check_fields(self, shares, least={given[0]: 0, "multiple": 1, "smallest": 1})
+        check_fields(self, shares, least={given[0]: 0, "multiple": 1, "smallest": 1, "certain": 0})
 
     @property
     def kind(self) -> str:
@@ -127,8 +130,9 @@ class _Now:
         if self.final and now <= self.target and not self._room(measures, graph):
             return {}
         tried = self.moment.trials() if self.budget.trials else {}
-        hulls = {name: self._curve(measure, tried.get(name)) for name, measure in measures.items()}
-        grids = {name: self._grid(measure, graph) for name, measure in measures.items()}
+        tops = self._tops(measures, paid=now >= self.target)
+        hulls = {name: self._curve(measure, tried.get(name), tops[name]) for name, measure in measures.items()}
+        grids = {name: self._grid(measure, graph, tops[name]) for name, measure in measures.items()}
         if self.budget.kind == "latency":
             sizes = self._fitting_latency(hulls, grids)
         else:
@@ -143,16 +147,28 @@ class _Now:
 
     def _room(self, measures: Mapping[str, Measure], graph: WidthGraph) -> bool:
         """Whether any width could have its next size and the network still cost what it may."""
-        larger = ((name, size) for name, measure in measures.items() for size in self._grid(measure, graph))
+        larger = (
+            (name, size)
+            for name, measure in measures.items()
+            for size in self._grid(measure, graph, self._most(measure))
+        )
         return any(
             size > measures[name].size and self.costs.at(self.budget.kind, {name: size}) <= self.target
             for name, size in larger
         )
 
-    def _curve(self, measure: Measure, tried: Curve | None) -> Curve:
+    def _tops(self, measures: Mapping[str, Measure], paid: bool) -> dict[str, int]:
+        """The largest size of each width now; a growth for which others pay is asked of the loss first."""
+        tops = {name: self._most(measure) for name, measure in measures.items()}
+        larger = {name: size for name, size in tops.items() if size > measures[name].size}
+        known = self.moment.evidence(larger) if larger and paid and self.budget.certain else {}
+        unwanted = [name for name, asked in known.items() if asked.certainty < self.budget.certain]
+        return tops | {name: measures[name].size for name in unwanted}
+
+    def _curve(self, measure: Measure, tried: Curve | None, top: int) -> Curve:
         shares = energy_shares(measure.spectrum).sort(descending=True).values.cumsum(0).clamp(_LEAST, 1).tolist()
         down = tried or [(0, -math.log(_LEAST)), *((size, -math.log(share)) for size, share in enumerate(shares, 1))]
-        hull, top = convex(down), self._most(measure)
+        hull = convex(down)
         if top == measure.size:
             return hull
         (low, above), (high, below) = hull[-2:]
@@ -166,7 +182,7 @@ class _Now:
             return measure.size
         return measure.size + max(growth, measure.step)
 
-    def _grid(self, measure: Measure, graph: WidthGraph) -> list[int]:
+    def _grid(self, measure: Measure, graph: WidthGraph, top: int) -> list[int]:
         """Sizes that the width may take now, ascending."""
         width = graph.widths[measure.width]
         least = max(measure.size - math.floor(self.budget.largest_step * measure.size), smallest(width))
@@ -174,7 +190,7 @@ class _Now:
         unit = math.lcm(measure.step, self.budget.multiple)
         if measure.size < unit:
             return [measure.size]
-        sizes = [size for size in range(unit, self._most(measure) + 1, unit) if size >= least]
+        sizes = [size for size in range(unit, top + 1, unit) if size >= least]
         # Between two multiples, where one event cannot reach the next one.
         return sizes or [measure.size]
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from cases import CASES, Case, graph_of
+from small_models import mlp
 from torch import nn
 
 from evolvenet import Budget, Evolver, PolicyError, resize, trace
@@ -18,7 +19,7 @@ from evolvenet.cost import Costs, macs, parameters, size_in_bytes
 from evolvenet.graph import WidthGraph
 from evolvenet.index_map import IndexMap
 from evolvenet.measure import measure
-from evolvenet.policy import Measure, Moment, Proposal, Scheduled
+from evolvenet.policy import Evidence, Measure, Moment, Proposal, Scheduled
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -255,3 +256,36 @@ def test_a_budget_below_the_smallest_network_goes_as_far_as_it_can() -> None:
 
 def test_it_is_asked_through_its_moment() -> None:
     assert isinstance(Budget(params=5), Scheduled)
+
+
+@pytest.mark.parametrize(("certainty", "grows"), [(1.9, False), (2.1, True), (None, True)])
+def test_growth_that_others_pay_for_is_asked_of_the_loss(certainty: float | None, grows: bool) -> None:
+    """At the budget one width has units to spare and the other is saturated: where the loss wants it, they change hands."""
+    model, asked = mlp(6, 8, 8, 3), []
+    x = torch.zeros(1, 6).double()
+    graph = trace(model, x)
+    spare = Measure("0", 8, 1, (1.0, 1.0, 1.0, 1.0, 1e-4, 1e-4, 1e-4, 1e-4), 99, True)
+    full = Measure("2", 8, 1, (1.0,) * 8, 99, True)
+
+    def answer(sizes: Mapping[str, int]) -> dict[str, Evidence]:
+        asked.append(dict(sizes))
+        return {} if certainty is None else {name: Evidence(0.1, certainty) for name in sizes}
+
+    budget = Budget(params=graph.parameters - 1, by=0.5, growth=0.25)
+    moment = Moment(1.0, graph.sizes, Costs.of(model, graph, x), evidence=answer)
+    policy = budget.at(moment)
+    assert policy is not None
+    found = {name: proposal.size for name, proposal in policy.propose({"0": spare, "2": full}, graph).items()}
+    assert asked == [{"2": 10}]
+    assert found["0"] < 8
+    assert (found.get("2", 8) > 8) == grows
+
+
+def test_growth_towards_a_budget_above_needs_no_reason() -> None:
+    model, x = mlp(6, 8, 8, 3), torch.zeros(1, 6).double()
+    graph = trace(model, x)
+    full = {name: Measure(name, 8, 1, (1.0,) * 8, 99, True) for name in ("0", "2")}
+    moment = Moment(1.0, graph.sizes, Costs.of(model, graph, x), evidence=lambda _: pytest.fail("was asked"))
+    policy = Budget(params=2 * graph.parameters, by=0.5, growth=0.25).at(moment)
+    assert policy is not None
+    assert {proposal.size for proposal in policy.propose(full, graph).values()} == {10}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Mapping
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
@@ -15,9 +16,10 @@ from hypothesis import strategies as st
 from small_models import mlp
 from torch import nn
 
+from evolvenet.cost import Costs
 from evolvenet.errors import PolicyError
 from evolvenet.graph import Widths
-from evolvenet.policy import Measure, Proposal, Threshold
+from evolvenet.policy import Evidence, Measure, Moment, Proposal, Threshold
 from evolvenet.spectrum import effective_rank
 from evolvenet.trace import trace
 
@@ -264,3 +266,45 @@ def test_the_reason_counts_what_goes_where_the_largest_step_is_less_than_the_thr
     proposal = Threshold(prune=0.01, grow=0.9, largest_step=0.25).propose(one_direction, graph)["0"]
     assert proposal.size == 6
     assert proposal.reason.startswith("2 directions carry 0.0 %")
+
+
+def asking(
+    policy: Threshold, evidence: Mapping[str, float], *measures: Measure
+) -> tuple[dict[str, Proposal], list[Any]]:
+    """What is proposed where the loss says so much for each width, and which sizes it was asked of."""
+    asked: list[Any] = []
+
+    def answer(sizes: Mapping[str, int]) -> dict[str, Evidence]:
+        asked.append(dict(sizes))
+        return {name: Evidence(0.1, evidence[name]) for name in sizes if name in evidence}
+
+    moment = Moment(0.5, GRAPH.sizes, Costs.of(mlp(6, 8, 8, 3), GRAPH, torch.zeros(1, 6).double()), evidence=answer)
+    policy_now = policy.at(moment)
+    return policy_now.propose({measure.width: measure for measure in measures}, GRAPH), asked
+
+
+@pytest.mark.parametrize(("certainty", "grows"), [(1.99, False), (2.0, True), (-9.0, False), (None, True)])
+def test_a_saturated_width_grows_only_if_the_loss_asks_for_it(certainty: float | None, grows: bool) -> None:
+    """Where nothing is known, the spectrum decides alone."""
+    found, asked = asking(Threshold(prune=0.01, grow=0.9), {} if certainty is None else {"0": certainty}, flat(8))
+    assert asked == [{"0": 10}]
+    assert set(found) == ({"0"} if grows else set())
+    if certainty == 2.0:
+        assert found["0"].reason.endswith("(threshold 0.90), and the loss asks for it (2.0 standard errors)")
+
+
+def test_the_loss_is_not_asked_where_nothing_would_grow_or_nobody_wants_to_know() -> None:
+    policy = Threshold(prune=0.01, grow=0.9)
+    assert asking(policy, {}, low(8, 4)) == (decide(policy, low(8, 4)), [])
+    assert asking(policy, {}, flat(8, growable=False)) == ({}, [])
+    assert asking(policy, {}, flat(8, last=-1, idle=1)) == ({}, [])
+    assert asking(replace(policy, certain=0), {"0": -9.0}, flat(8)) == (decide(policy, flat(8)), [])
+
+
+def test_room_goes_to_the_widths_that_the_loss_asks_for() -> None:
+    """Both would fit alone; the more saturated one is not wanted and must not stand in the other's way for good."""
+    limit = GRAPH.proposed_parameters({"0": 10})
+    policy = Threshold(prune=0.01, grow=0.8, max_parameters=limit)
+    less = measured([1.0] * 7 + [0.7], "2")
+    assert set(decide(policy, flat(8), less)) == {"0"}
+    assert set(asking(policy, {"0": 0.0, "2": 3.0}, flat(8), less)[0]) == {"2"}

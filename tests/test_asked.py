@@ -1,0 +1,66 @@
+"""Growth in real runs: where there is something to learn widths grow, where labels are noise they do not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from runs import Batches, Classifier, trainer
+from torch import Tensor, nn
+
+from evolvenet import Evolver, Threshold, WidthEvolution
+
+
+class Noise(Classifier):
+    """Targets that have nothing to do with the inputs."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        x, y = batch
+        made = torch.Generator().manual_seed(int(x.sum().abs() * 1e4))
+        return super().training_step((x, torch.randint(0, 3, y.shape, generator=made)), batch_idx)
+
+
+class Curved(Classifier):
+    """A target that three units cannot follow."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        x, _ = batch
+        return super().training_step((x, ((x[:, 0] * x[:, 1] > 0).long() + (x[:, 2] > 0).long())), batch_idx)
+
+
+def grown(module: Classifier, folder: Path, certain: float) -> int:
+    """Growths in a run in which every width is saturated."""
+    torch.manual_seed(0)
+    policy = Threshold(prune=0.0, grow=0.0001, cooldown=0, certain=certain)
+    callback = WidthEvolution(policy, every_n_steps=4, stop=1.0, calibration_batches=4)
+    fitting = trainer(folder, [callback], max_epochs=6)
+    fitting.fit(module, Batches(16, size=64))
+    assert callback.history is not None
+    return sum(len(event.changes) for event in callback.history.events)
+
+
+def test_noise_grows_nothing_but_by_chance_and_something_to_learn_does(tmp_path: Path) -> None:
+    noise = grown(Noise(width=4), tmp_path / "noise", 2.0)
+    real = grown(Curved(width=4), tmp_path / "real", 2.0)
+    without = grown(Noise(width=4), tmp_path / "without", 0.0)
+    assert noise <= 5 < real
+    assert without > 2 * real
+
+
+def test_a_plain_loop_that_shows_no_gradients_grows_by_the_spectrum() -> None:
+    model = nn.Sequential(nn.Linear(6, 4), nn.ReLU(), nn.Linear(4, 3))
+    evolver = Evolver(model, None, Threshold(prune=0.0, grow=0.0001), torch.zeros(1, 6))
+    evolver.observe(torch.randn(64, 6))
+    assert evolver.step().sizes["0"] == 5
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_a_plain_loop_may_show_gradients(wanted: bool) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 4), nn.ReLU(), nn.Linear(4, 1))
+    evolver = Evolver(model, None, Threshold(prune=0.0, grow=0.0001), torch.zeros(1, 6))
+    x = torch.randn(2048, 6)
+    evolver.observe(x, [-x[:, :1].abs() if wanted else torch.randn(2048, 1)])
+    assert evolver.step().sizes["0"] == (5 if wanted else 4)
