@@ -11,6 +11,7 @@ from runs import Batches, Classifier, trainer
 from torch import Tensor, nn
 
 from evolvenet import Evolver, Threshold, WidthEvolution
+from evolvenet.observed import Observed
 
 
 class Noise(Classifier):
@@ -64,3 +65,46 @@ def test_a_plain_loop_may_show_gradients(wanted: bool) -> None:
     x = torch.randn(2048, 6)
     evolver.observe(x, [-x[:, :1].abs() if wanted else torch.randn(2048, 1)])
     assert evolver.step().sizes["0"] == (5 if wanted else 4)
+
+
+def test_gradients_go_through_a_checkpoint_with_their_batches() -> None:
+    """Without them the width would grow by its spectrum."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 4), nn.ReLU(), nn.Linear(4, 1))
+    policy = Threshold(prune=0.0, grow=0.0001)
+    first, second = (Evolver(model, None, policy, torch.zeros(1, 6)) for _ in range(2))
+    first.observe(torch.randn(2048, 6), [torch.randn(2048, 1)])
+    second.load_state_dict(first.state_dict())
+    assert second.step().sizes["0"] == 4
+
+
+class Pair:
+    """Rank 0 of two, the other of which has seen what it has."""
+
+    rank, size = 0, 2
+
+    def gather(self, value: Any) -> list[Any]:
+        return [value, value]
+
+    def broadcast(self, value: Any) -> Any:
+        return value
+
+    def collect(self, value: Any) -> list[Any]:
+        return [value, value]
+
+
+def test_batches_of_all_processes_keep_their_gradients() -> None:
+    seen = Observed(torch.zeros(1, 2), 4)
+    for number in range(3):
+        x = torch.full((6, 2), float(number))
+        seen.add(x, [x[:, :1].clone(), None])
+    seen.add(torch.full((6, 2), 3.0))
+    batches, gradients = seen.pooled(Pair())
+    assert len(batches) == len(gradients) == 8
+    for batch, found in zip(batches, gradients, strict=True):
+        assert batch.shape == (3, 2)
+        if batch[0, 0] == 3:
+            assert tuple(found) == ()
+        else:
+            assert found[1] is None
+            torch.testing.assert_close(found[0], batch[:, :1])

@@ -308,3 +308,13 @@ def test_room_goes_to_the_widths_that_the_loss_asks_for() -> None:
     less = measured([1.0] * 7 + [0.7], "2")
     assert set(decide(policy, flat(8), less)) == {"0"}
     assert set(asking(policy, {"0": 0.0, "2": 3.0}, flat(8), less)[0]) == {"2"}
+
+
+def test_the_loss_is_asked_only_of_what_would_fit() -> None:
+    limit = GRAPH.proposed_parameters({"2": 10})
+    found, asked = asking(
+        Threshold(prune=0.01, grow=0.8, max_parameters=limit), {"2": 3.0}, flat(8), measured([1.0] * 8, "2")
+    )
+    assert GRAPH.proposed_parameters({"0": 10}) > limit
+    assert asked == [{"2": 10}]
+    assert set(found) == {"2"}
