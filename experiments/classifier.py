@@ -26,6 +26,7 @@ class Classifier(lightning.LightningModule):
         label_smoothing: share of the target spread over all classes (training only), 0 … 1.
         warmup: share of each cycle in which the learning rate rises, 0 … 1.
         cycles: relative lengths of the cycles of the learning rate, one after the other; one over the whole run by default.
+        heights: of those cycles, relative to the optimizer's learning rate, each once; all the same by default.
         soft: share of the loss that asks for the teacher's outputs instead of the labels, once there is a teacher, 0 … 1.
         temperature: by which both outputs are divided there (Hinton et al. 2015).
         channels_last: whether images and weights are held with their channels last, which CPUs and tensor cores prefer.
@@ -41,6 +42,7 @@ class Classifier(lightning.LightningModule):
         label_smoothing: float = 0.0,
         warmup: float = 0.15,
         cycles: Sequence[float] = (1,),
+        heights: Sequence[float] | None = None,
         soft: float = 0.0,
         temperature: float = 1.0,
         channels_last: bool = False,
@@ -50,7 +52,8 @@ class Classifier(lightning.LightningModule):
         self.layout = torch.channels_last if channels_last else torch.contiguous_format
         self.model = model.to(memory_format=self.layout)  # pyright: ignore[reportCallIssue]  its stub knows 4-d only
         self.bf16_above = bf16_above
-        self.cycles, self.soft, self.temperature = cycles, soft, temperature
+        self.cycles, self.heights = cycles, heights
+        self.soft, self.temperature = soft, temperature
         # Outside of the module: it is not trained, not saved, and no copy of the network that should follow it.
         self.teacher: Callable[[Tensor], Tensor] | None = None
         self.optimizer, self.warmup = optimizer, warmup
@@ -109,7 +112,7 @@ class Classifier(lightning.LightningModule):
         The shape of a cycle is that of Smith and Topin (2018); the cycles are warm restarts (Loshchilov and Hutter 2017).
         """
         optimizer = self.optimizer(self.parameters())
-        shape = Cycles(int(self.trainer.estimated_stepping_batches), self.cycles, self.warmup)
+        shape = Cycles(int(self.trainer.estimated_stepping_batches), self.cycles, self.warmup, self.heights)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": LambdaLR(optimizer, shape), "interval": "step"}}
 
 
@@ -120,21 +123,31 @@ class Cycles:
         steps: of the whole run.
         lengths: of the cycles, relative to each other.
         warmup: share of a cycle in which it rises, 0 … 1.
+        heights: of the cycles, 1 by default.
 
     >>> cycles = Cycles(steps=100, lengths=(1, 3), warmup=0.2)
     >>> [round(cycles(step), 3) for step in (0, 5, 24, 25, 40, 99)]
     [0.04, 1.0, 0.0, 0.04, 1.0, 0.0]
     """
 
-    def __init__(self, steps: int, lengths: Sequence[float], warmup: float) -> None:
+    def __init__(
+        self, steps: int, lengths: Sequence[float], warmup: float, heights: Sequence[float] | None = None
+    ) -> None:
         ends = [round(steps * done / sum(lengths)) for done in accumulate(lengths)]
         self.spans, self.warmup = list(pairwise([0, *ends])), warmup
+        self.heights = [1.0] * len(lengths) if heights is None else heights
 
     def __call__(self, step: int) -> float:
         """The factor of one step."""
-        begin, end = next((span for span in self.spans if step < span[1]), self.spans[-1])
+        place = next((place for place, (_, end) in enumerate(self.spans) if step < end), len(self.spans) - 1)
+        begin, end = self.spans[place]
         rise = max(1, round(self.warmup * (end - begin)))
         done = step - begin
         if done < rise:
-            return 0.04 + 0.96 * done / rise
-        return 0.5 * (1 + math.cos(math.pi * min(1.0, (done - rise) / max(1, end - begin - 1 - rise)))) + 1e-6
+            return self.heights[place] * (0.04 + 0.96 * done / rise)
+        return (
+            self.heights[place]
+            * 0.5
+            * (1 + math.cos(math.pi * min(1.0, (done - rise) / max(1, end - begin - 1 - rise))))
+            + 1e-6
+        )

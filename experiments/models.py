@@ -7,6 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+CROP = 2
+"""What two 3 × 3 convolutions without padding take off each border."""
+
 
 class BasicBlock(nn.Module):
     """conv-norm-ReLU-conv-norm plus a shortcut, ReLU after the sum (He et al. 2016, post-activation).
@@ -85,79 +88,58 @@ class ResNet(nn.Module):
         return self.head(torch.relu(self.hidden(features.mean(dim=(2, 3)))))
 
 
-class SeparableBlock(nn.Module):
-    """A 3 × 3 convolution of each channel by itself, then two 1 × 1 with a ReLU between, plus a shortcut.
+class UnpaddedBlock(nn.Module):
+    """Twice a 3 × 3 convolution of each channel by itself, a 1 × 1 and a norm, plus the cropped input; then ReLU.
 
-    The parts of MobileNet V1 and V2 (Howard et al. 2017, Sandler et al. 2018). Nothing follows the sum.
+    He et al. 2016's basic block with Chollet's separable convolutions (2017).
 
     Args:
-        inputs: channels that come in.
-        inside: channels between the two 1 × 1 convolutions.
-        width: channels that go out.
-        stride: of the 3 × 3 convolution; the shortcut is averaged over as many places.
+        width: channels that come in and go out.
+        inside: channels between.
     """
 
-    def __init__(self, inputs: int, inside: int, width: int, stride: int = 1) -> None:
+    def __init__(self, width: int, inside: int) -> None:
         super().__init__()
-        self.depthwise = nn.Conv2d(inputs, inputs, 3, stride=stride, padding=1, groups=inputs, bias=False)
-        self.norm1 = nn.BatchNorm2d(inputs)
-        self.expand = nn.Conv2d(inputs, inside, 1, bias=False)
-        self.norm2 = nn.BatchNorm2d(inside)
-        self.project = nn.Conv2d(inside, width, 1, bias=False)
-        self.norm3 = nn.BatchNorm2d(width)
-        shortcut: list[nn.Module] = [nn.AvgPool2d(stride, ceil_mode=True)] if stride != 1 else []
-        if inputs != width:
-            shortcut += [nn.Conv2d(inputs, width, 1, bias=False), nn.BatchNorm2d(width)]
-        self.shortcut = nn.Sequential(*shortcut)
+        self.depthwise1 = nn.Conv2d(width, width, 3, groups=width, bias=False)
+        self.pointwise1 = nn.Conv2d(width, inside, 1, bias=False)
+        self.norm1 = nn.BatchNorm2d(inside)
+        self.depthwise2 = nn.Conv2d(inside, inside, 3, groups=inside, bias=False)
+        self.pointwise2 = nn.Conv2d(inside, width, 1, bias=False)
+        self.norm2 = nn.BatchNorm2d(width)
 
     def forward(self, x: Tensor) -> Tensor:
-        """`[N, inputs, H, W]` → `[N, width, H / stride, W / stride]`."""
-        inside = torch.relu(self.norm2(self.expand(self.norm1(self.depthwise(x)))))
-        return self.norm3(self.project(inside)) + self.shortcut(x)
+        """`[N, width, H, W]` → `[N, width, H − 4, W − 4]`."""
+        inside = torch.relu(self.norm1(self.pointwise1(self.depthwise1(x))))
+        outside = self.norm2(self.pointwise2(self.depthwise2(inside)))
+        return torch.relu(outside + x[:, :, CROP:-CROP, CROP:-CROP])
 
 
-class SeparableResNet(nn.Module):
-    """Stem and 2 × 2 max pool, stages of `SeparableBlock`s, global average pool, dense output.
+class UnpaddedResNet(nn.Module):
+    """Stem, 2 × 2 max pool, `UnpaddedBlock`s, global average pool, dense output.
+
+    Without padding the borders make no false edges, and the 28 × 28 of a digit become 13 × 13, 9 × 9 and 5 × 5.
 
     Args:
         in_channels: channels of the images.
         classes: number of outputs.
-        widths: channels of each stage; the stem has the first stage's.
-        blocks: number of blocks in each stage; the first one of each but the first stage halves the resolution.
-        expansion: channels inside of a block for each that goes out.
+        width: channels of the stem and between the blocks.
+        inside: channels inside of each block.
 
-    Raises:
-        ValueError: if `widths` and `blocks` differ in length.
-
-    >>> SeparableResNet(in_channels=1, widths=(8, 16), blocks=(1, 1))(torch.zeros(2, 1, 8, 8)).shape
+    >>> UnpaddedResNet(width=8, inside=(8, 8))(torch.zeros(2, 1, 28, 28)).shape
     torch.Size([2, 10])
     """
 
     def __init__(
-        self,
-        in_channels: int = 3,
-        classes: int = 10,
-        widths: Sequence[int] = (64, 320),
-        blocks: Sequence[int] = (2, 3),
-        expansion: int = 4,
+        self, in_channels: int = 1, classes: int = 10, width: int = 256, inside: Sequence[int] = (1024, 1024)
     ) -> None:
         super().__init__()
-        if len(widths) != len(blocks):
-            raise ValueError(
-                f"SeparableResNet: expected one entry a stage in widths and blocks, got {len(widths)} and {len(blocks)}."
-            )
-        self.stem = nn.Conv2d(in_channels, widths[0], 3, padding=1, bias=False)
-        self.norm = nn.BatchNorm2d(widths[0])
+        self.stem = nn.Conv2d(in_channels, width, 3, bias=False)
         self.pool = nn.MaxPool2d(2)
-        stages = [
-            SeparableBlock(inputs if first else width, expansion * width, width, 2 if first and stage else 1)
-            for stage, (inputs, width, count) in enumerate(zip((widths[0], *widths), widths, blocks, strict=False))
-            for first in [True, *[False] * (count - 1)]
-        ]
-        self.blocks = nn.Sequential(*stages)
-        self.head = nn.Linear(widths[-1], classes)
+        self.norm = nn.BatchNorm2d(width)
+        self.blocks = nn.Sequential(*(UnpaddedBlock(width, count) for count in inside))
+        self.head = nn.Linear(width, classes)
 
     def forward(self, images: Tensor) -> Tensor:
         """`[N, in_channels, H, W]` → logits `[N, classes]`."""
-        features = self.blocks(self.pool(torch.relu(self.norm(self.stem(images)))))
-        return self.head(torch.relu(features).mean(dim=(2, 3)))
+        features = self.blocks(torch.relu(self.norm(self.pool(self.stem(images)))))
+        return self.head(features.mean(dim=(2, 3)))

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from experiments.classifier import Classifier
+from experiments.classifier import Classifier, Cycles
 
 ADAM = partial(torch.optim.AdamW, lr=1e-3)
 
@@ -48,3 +48,12 @@ def test_channels_last_holds_for_images_and_weights_and_changes_no_value(channel
     assert len(seen) == 3
     assert all(each.is_contiguous(memory_format=layout) for each in seen)
     assert module.model[0].weight.is_contiguous(memory_format=layout)  # pyright: ignore
+
+
+def test_cycles_have_heights_of_their_own():
+    """The highest factor of each cycle, and none that is not asked for."""
+    cycles = Cycles(steps=100, lengths=(1, 1, 2), warmup=0.2, heights=(0.5, 1, 2))
+    factors = [cycles(step) for step in range(100)]
+    assert [max(factors[begin:end]) for begin, end in ((0, 25), (25, 50), (50, 100))] == [0.5, 1, 2]
+    plain = Cycles(steps=100, lengths=(1, 1, 2), warmup=0.2)
+    assert factors[50] == 2 * plain(50)

@@ -10,19 +10,19 @@ from torch import nn
 
 from evolvenet import IndexMap, RecordError, load, resize, trace
 from experiments.controls import ControlError, from_scratch
-from experiments.models import SeparableResNet
+from experiments.models import UnpaddedResNet
 
 
-def small() -> SeparableResNet:
-    return SeparableResNet(1, 10, widths=(6, 8), blocks=(1, 1), expansion=2)
+def small() -> UnpaddedResNet:
+    return UnpaddedResNet(1, 10, width=6, inside=(8, 16))
 
 
 @pytest.fixture
 def point(tmp_path: Path) -> Path:
     """An evolved network's checkpoint."""
     model = small()
-    graph = trace(model, torch.zeros(1, 1, 8, 8))
-    resize(model, graph, {"stem": IndexMap.keep(range(3), 6), "blocks.1.expand": IndexMap.keep(range(5), 16)})
+    graph = trace(model, torch.zeros(1, 1, 28, 28))
+    resize(model, graph, {"stem": IndexMap.keep(range(3), 6), "blocks.1.pointwise1": IndexMap.keep(range(5), 16)})
     with torch.no_grad():
         for tensor in model.state_dict().values():
             tensor.fill_(7)

@@ -8,7 +8,7 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 from experiments import classifier, models
-from experiments.models import BasicBlock, ResNet, SeparableBlock, SeparableResNet
+from experiments.models import BasicBlock, ResNet, UnpaddedBlock
 
 CONF = Path(__file__).parent.parent / "conf" / "model"
 
@@ -22,7 +22,7 @@ def parameters(model):
     [
         ("digits_resnet", (2, 1, 8, 8), 3, 250_000),
         ("mnist_resnet", (2, 1, 28, 28), 6, 2_000_000),
-        ("mnist_separable", (2, 1, 28, 28), 4, 2_000_000),
+        ("mnist_unpadded", (2, 1, 28, 28), 2, 2_000_000),
         ("cifar10_resnet", (2, 3, 32, 32), 6, 2_000_000),
     ],
 )
@@ -53,22 +53,16 @@ def test_a_block_adds_its_shortcut(inputs, width, stride, size):
     assert isinstance(block.shortcut, torch.nn.Identity) == (inputs == width and stride == 1)
 
 
-@pytest.mark.parametrize(
-    ("inputs", "width", "stride", "size"), [(3, 3, 1, 8), (3, 5, 1, 8), (3, 3, 2, 4), (3, 5, 2, 4)]
-)
-def test_a_separable_block_adds_its_shortcut(inputs, width, stride, size):
-    block = SeparableBlock(inputs, 7, width, stride).eval()
-    x = torch.randn(2, inputs, 8, 8)
-    torch.nn.init.zeros_(block.norm3.weight)
-    torch.testing.assert_close(block(x), block.shortcut(x))
-    assert block(x).shape == (2, width, size, size)
+def test_an_unpadded_block_adds_the_middle_of_its_input():
+    block = UnpaddedBlock(3, 7).eval()
+    x = torch.randn(2, 3, 8, 9)
+    torch.nn.init.zeros_(block.norm2.weight)
+    torch.testing.assert_close(block(x), torch.relu(x[:, :, 2:6, 2:7]))
 
 
 def test_stages_of_different_number_are_refused():
     with pytest.raises(ValueError, match="3, 2 and 3"):
         ResNet(blocks=(2, 2))
-    with pytest.raises(ValueError, match="2 and 1"):
-        SeparableResNet(blocks=(2,))
 
 
 @pytest.mark.parametrize("module", [models, classifier])
