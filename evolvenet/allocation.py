@@ -18,7 +18,7 @@ from evolvenet.inputs import first_samples
 from evolvenet.measure import measure
 from evolvenet.prune import plan_prune
 from evolvenet.spectrum import energy_shares
-from evolvenet.statistics import answers, collect
+from evolvenet.statistics import answers, collect, samples_in
 from evolvenet.surgery import install
 
 _LEAST = 1e-12
@@ -86,22 +86,30 @@ def energy_curves(model: nn.Module, graph: WidthGraph) -> dict[str, Curve]:
     return found
 
 
-def trial_curves(model: nn.Module, graph: WidthGraph, batches: Sequence[Any]) -> dict[str, Curve]:
+def trial_curves(
+    model: nn.Module, graph: WidthGraph, batches: Sequence[Any], shares: Sequence[float] = SHARES
+) -> dict[str, Curve]:
     """How far the model's outputs move if a width alone is cut and its readers make up for it. The model is kept.
+
+    Args:
+        model: the model of the graph.
+        graph: its widths.
+        batches: inputs of the model.
+        shares: of a width's units that are tried, 0 … 1, descending.
 
     Raises:
         SpectrumError, TraceError: as `collect`.
     """
     statistics = collect(model, graph, batches)
-    few = first_samples(batches[0], SAMPLES)
+    few = _first(batches, SAMPLES)
     whole = _answers(model, few)
     effort = replace(QUICK, samples=SAMPLES)
     found: dict[str, Curve] = {}
     for width in graph.resizable:
         points = [(width.size, 0.0)]
-        for size in _trial_sizes(width):
+        for size in _trial_sizes(width, shares):
             surgery = plan_prune(model, graph, {width.name: size}, statistics)
-            undo = install(model, compensate(model, graph, surgery, [few], effort))
+            undo = install(model, compensate(model, graph, surgery, few, effort))
             try:
                 moved = _answers(model, few)
             finally:
@@ -192,13 +200,30 @@ def _units(width: Width, units: float) -> int:
     return max(1, int(units) // width.step) * width.step
 
 
-def _trial_sizes(width: Width) -> list[int]:
-    wanted = {max(smallest(width), round(share * width.size / width.step) * width.step) for share in SHARES}
+def _trial_sizes(width: Width, shares: Sequence[float]) -> list[int]:
+    wanted = {max(smallest(width), round(share * width.size / width.step) * width.step) for share in shares}
     return sorted((size for size in wanted if size < width.size), reverse=True)
 
 
-def _answers(model: nn.Module, batch: Any) -> list[Tensor]:
-    return [tensor.double() for tensor in answers(model, batch) if tensor.is_floating_point()]
+def _first(batches: Sequence[Any], samples: int) -> list[Any]:
+    """As many batches as hold so many samples, the last one cut."""
+    found: list[Any] = []
+    for batch in batches:
+        if samples <= 0:
+            break
+        found.append(first_samples(batch, samples))
+        samples -= samples_in(batch)
+    return found
+
+
+def _answers(model: nn.Module, batches: Sequence[Any]) -> list[Tensor]:
+    """Every tensor that the model answers with, of all batches together where those belong together."""
+    each = [[tensor.double() for tensor in answers(model, batch) if tensor.is_floating_point()] for batch in batches]
+    if len({tuple(tensor.shape[1:] if tensor.dim() else () for tensor in found) for found in each}) > 1:
+        return each[0]
+    return [
+        torch.cat([tensor if tensor.dim() else tensor[None] for tensor in parts]) for parts in zip(*each, strict=True)
+    ]
 
 
 def _apart(whole: Sequence[Tensor], moved: Sequence[Tensor]) -> float:

@@ -68,8 +68,8 @@ class Moment:
         progress: share of the run that is done, 0 … 1.
         initial: sizes of the widths when the run began.
         costs: what other sizes would cost.
-        trials: cuts every width by itself to some sizes, and tells how far the outputs move: {width: [(size, loss)]}, by
-            size. It takes a while, so it is done only when it is called.
+        trials: cuts every width by itself to some sizes, `shares` of its units if they are given, and tells how far the outputs
+            move: {width: [(size, loss)]}, by size. It takes a while, so it is done only when it is called.
         standing: how far the run has come under a policy that judges its cuts, see `Judging`.
         evidence: tells of widths that would grow to some sizes whether the loss asks for that, {} where nothing is known
             (no gradients were seen). It takes some runs of the network for each.
@@ -78,7 +78,7 @@ class Moment:
     progress: float
     initial: Mapping[str, int]
     costs: Costs
-    trials: Callable[[], Mapping[str, Sequence[tuple[int, float]]]] = dict
+    trials: Callable[..., Mapping[str, Sequence[tuple[int, float]]]] = lambda **_: {}
     standing: Any = None
     evidence: Callable[[Mapping[str, int]], Mapping[str, Evidence]] = lambda _: {}
 

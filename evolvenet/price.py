@@ -1,0 +1,142 @@
+"""`Price`: every unit must be worth its parameters; a width shrinks or grows until its last units just are."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from evolvenet.allocation import Curve, convex, loss_at, smallest
+from evolvenet.budget import KINDS
+from evolvenet.cost import Costs
+from evolvenet.errors import PolicyError
+from evolvenet.graph import WidthGraph
+from evolvenet.policy import Measure, Moment, Policy, Proposal, check_fields
+
+THOUSAND = 1000
+"""What a price is for, as that of a single parameter would be hard to read."""
+
+
+@dataclass(frozen=True)
+class Price:
+    """Prune units that are worth less than the price of what they cost, grow widths whose units are worth more.
+
+    What units are worth is measured: how far the network's outputs move if they go and their readers make up for it, as a
+    share of the outputs' variance (`evolvenet.allocate`). The last units of a width are worth less the more there are, so a
+    width that starts too wide and one that starts too narrow both end where its last units are worth about the price: the
+    size depends on the task, not on the start. Between the price and `band` times the price a width stays.
+
+    Args:
+        price: share of the outputs' variance that a thousand parameters (or other units of cost) must be worth, above 0.
+        kind: what is paid for, "params", "macs" (then a thousand multiply-accumulates a sample) or "bytes".
+        band: a width grows where its last units are worth more than so many times the price, 1 or more.
+        largest_step: largest share of a width's units that goes in one event, 0 … 1.
+        most: largest share of the outputs' variance that all cuts of one event may be worth together, 0 … 1.
+        growth: units added at a growth as a share of the size, 0 … 1, rounded up to the width's step.
+        cooldown: events for which a width that grew is not pruned and one that was pruned does not grow; twice as many with
+            each turn that it has made before.
+        smallest: fewest units that a width keeps.
+
+    Raises:
+        PolicyError: for a value outside its range.
+
+    >>> Price(price=1e-3).verdict(worth=5e-4, saved=1000.0)
+    'prune'
+    """
+
+    price: float
+    kind: str = "params"
+    band: float = 1.5
+    largest_step: float = 0.25
+    most: float = 0.1
+    growth: float = 0.15
+    cooldown: int = 2
+    smallest: int = 2
+
+    def __post_init__(self) -> None:
+        least = {"price": math.ulp(0.0), "band": 1, "cooldown": 0, "smallest": 1}
+        check_fields(self, shares=("largest_step", "most", "growth"), least=least)
+        if self.kind not in KINDS or self.kind == "latency":
+            raise PolicyError(f"Price: expected kind to be params, macs or bytes, got {self.kind!r}.")
+
+    def verdict(self, worth: float, saved: float) -> str:
+        """Whether units that are worth so much of the outputs' variance and cost so much are to "prune", "keep" or "grow"."""
+        asked = self.price * saved / THOUSAND
+        return "prune" if worth < asked else "grow" if worth > self.band * asked else "keep"
+
+    def at(self, moment: Moment) -> Policy:
+        """The policy for one moment of a run."""
+        return _Now(self, moment)
+
+
+@dataclass(frozen=True)
+class _Now:
+    """A price at one moment."""
+
+    policy: Price
+    moment: Moment
+
+    @property
+    def costs(self) -> Costs:
+        """What other sizes would cost."""
+        return self.moment.costs
+
+    def propose(self, measures: Mapping[str, Measure], graph: WidthGraph) -> dict[str, Proposal]:
+        """New sizes for the widths that should change: the cheapest cuts first, as many as may go at once; then growths."""
+        tried = self.moment.trials(shares=(1 - self.policy.largest_step / 2, 1 - self.policy.largest_step))
+        hulls = {name: convex(tried[name]) for name in measures if name in tried}
+        cuts = {name: self._cut(measures[name], hull, graph) for name, hull in hulls.items()}
+        found: dict[str, Proposal] = {}
+        left = self.policy.most
+        for name in sorted(hulls, key=lambda each: loss_at(hulls[each], cuts[each])):
+            worth, size = loss_at(hulls[name], cuts[name]), measures[name].size
+            if cuts[name] < size and worth <= left:
+                left -= worth
+                found[name] = Proposal(cuts[name], self._why(name, measures[name], cuts[name], worth))
+        for name, hull in hulls.items():
+            if name not in found:
+                found |= self._grown(measures[name], hull)
+        return found
+
+    def _cut(self, measure: Measure, hull: Curve, graph: WidthGraph) -> int:
+        """The smallest size whose last units go for less than their price."""
+        policy = self.policy
+        least = max(policy.smallest, smallest(graph.widths[measure.width]))
+        least = max(least, measure.size - math.floor(policy.largest_step * measure.size))
+        if measure.last > 0 and self._rests(measure):
+            return measure.size
+        size = measure.size
+        while size - measure.step >= least:
+            worth = loss_at(hull, size - measure.step) - loss_at(hull, size)
+            if policy.verdict(worth, self._saved(measure, size - measure.step, size)) != "prune":
+                break
+            size -= measure.step
+        return size
+
+    def _grown(self, measure: Measure, hull: Curve) -> dict[str, Proposal]:
+        if not measure.growable or (measure.last < 0 and self._rests(measure)):
+            return {}
+        below = measure.size - measure.step
+        if below <= 0:
+            return {}
+        worth, saved = loss_at(hull, below), self._saved(measure, below, measure.size)
+        more = math.ceil(math.ceil(self.policy.growth * measure.size) / measure.step) * measure.step
+        if not more or self.policy.verdict(worth, saved) != "grow":
+            return {}
+        return {measure.width: Proposal(measure.size + more, self._why(measure.width, measure, below, worth))}
+
+    def _rests(self, measure: Measure) -> bool:
+        return measure.idle <= self.policy.cooldown * 2 ** min(measure.turns, 60)
+
+    def _saved(self, measure: Measure, low: int, high: int) -> float:
+        costs = (self.costs.at(self.policy.kind, {measure.width: size}) for size in (high, low))
+        return max(0.0, next(costs) - next(costs))
+
+    def _why(self, name: str, measure: Measure, size: int, worth: float) -> str:
+        saved = self._saved(measure, size, measure.size)
+        each = worth / saved * THOUSAND if saved else math.inf
+        gone = measure.size - size
+        return (
+            f"{gone} unit{'s are' if gone > 1 else ' is'} worth {each:.2g} of the outputs' variance a thousand "
+            f"{self.policy.kind} (price {self.policy.price:.2g})"
+        )
