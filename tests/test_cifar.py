@@ -177,6 +177,8 @@ def test_the_average_of_a_spans_last_epoch_teaches(monkeypatch: pytest.MonkeyPat
     assert torch.equal(before, run.module.teacher(x))
     run.epoch(3)
     assert run.module.teacher is first, "nothing follows the last span"
+    for mean, *values in zip(run.points._means, *run.seen, strict=True):
+        torch.testing.assert_close(mean, torch.stack(values).mean(0), msg="each epoch has an average of its own")
 
 
 def test_an_average_begins_anew_where_widths_change(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
