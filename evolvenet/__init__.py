@@ -31,6 +31,7 @@ from evolvenet.index_map import IndexMap  # noqa: E402
 from evolvenet.measure import spectra  # noqa: E402
 from evolvenet.outputs import output_spectra  # noqa: E402
 from evolvenet.policy import Measure, Policy, Proposal, Threshold  # noqa: E402
+from evolvenet.price import Price  # noqa: E402
 from evolvenet.record import Event, History, WidthChange, load  # noqa: E402
 from evolvenet.resize import grow, prune, resize  # noqa: E402
 from evolvenet.tolerance import Tolerance  # noqa: E402
@@ -56,6 +57,7 @@ __all__ = [
     "OptimizerStateError",
     "Policy",
     "PolicyError",
+    "Price",
     "Proposal",
     "RecordError",
     "ResizeError",

@@ -13,6 +13,9 @@ from evolvenet.errors import PolicyError
 from evolvenet.graph import WidthGraph
 from evolvenet.policy import Measure, Moment, Policy, Proposal, check_fields
 
+LOW = 0.2
+"""Share of the price that is asked for at the beginning, where it rises."""
+
 THOUSAND = 1000
 """What a price is for, as that of a single parameter would be hard to read."""
 
@@ -33,15 +36,18 @@ class Price:
         largest_step: largest share of a width's units that goes in one event, 0 … 1.
         most: largest share of the outputs' variance that all cuts of one event may be worth together, 0 … 1.
         growth: units added at a growth as a share of the size, 0 … 1, rounded up to the width's step.
-        cooldown: events for which a width that grew is not pruned and one that was pruned does not grow; twice as many with
-            each turn that it has made before.
+        cooldown: events for which a width that grew is not pruned and one that was pruned does not grow.
+        rise: share of the run over which the price rises from a fifth to its full height, 0 … 1; 0 for none. While it is low
+            a narrow start becomes wide enough that it is cut down in the end, as a wide one is.
+        settle: whether steps become smaller towards the end of the run, in proportion to what is left of it.
         smallest: fewest units that a width keeps.
 
     Raises:
         PolicyError: for a value outside its range.
 
-    >>> Price(price=1e-3).verdict(worth=5e-4, saved=1000.0)
-    'prune'
+    >>> policy = Price(price=1e-3, rise=0.4)
+    >>> round(policy.now(progress=0.2), 6), policy.now(progress=1.0)
+    (0.0006, 0.001)
     """
 
     price: float
@@ -51,18 +57,20 @@ class Price:
     most: float = 0.1
     growth: float = 0.15
     cooldown: int = 2
+    rise: float = 0.4
+    settle: bool = True
     smallest: int = 2
 
     def __post_init__(self) -> None:
         least = {"price": math.ulp(0.0), "band": 1, "cooldown": 0, "smallest": 1}
-        check_fields(self, shares=("largest_step", "most", "growth"), least=least)
+        check_fields(self, shares=("largest_step", "most", "growth", "rise"), least=least)
         if self.kind not in KINDS or self.kind == "latency":
             raise PolicyError(f"Price: expected kind to be params, macs or bytes, got {self.kind!r}.")
 
-    def verdict(self, worth: float, saved: float) -> str:
-        """Whether units that are worth so much of the outputs' variance and cost so much are to "prune", "keep" or "grow"."""
-        asked = self.price * saved / THOUSAND
-        return "prune" if worth < asked else "grow" if worth > self.band * asked else "keep"
+    def now(self, progress: float) -> float:
+        """The price after a share of the run, 0 … 1."""
+        risen = min(1.0, progress / self.rise) if self.rise else 1.0
+        return self.price * (LOW + (1 - LOW) * risen)
 
     def at(self, moment: Moment) -> Policy:
         """The policy for one moment of a run."""
@@ -81,9 +89,18 @@ class _Now:
         """What other sizes would cost."""
         return self.moment.costs
 
+    @property
+    def _pace(self) -> float:
+        return 1 - min(1.0, self.moment.progress) if self.policy.settle else 1.0
+
+    def _asked(self, saved: float) -> float:
+        """What units that cost so much have to be worth now."""
+        return self.policy.now(self.moment.progress) * saved / THOUSAND
+
     def propose(self, measures: Mapping[str, Measure], graph: WidthGraph) -> dict[str, Proposal]:
         """New sizes for the widths that should change: the cheapest cuts first, as many as may go at once; then growths."""
-        tried = self.moment.trials(shares=(1 - self.policy.largest_step / 2, 1 - self.policy.largest_step))
+        step = self.policy.largest_step * self._pace
+        tried = self.moment.trials(shares=(1 - step / 2, 1 - step))
         hulls = {name: convex(tried[name]) for name in measures if name in tried}
         cuts = {name: self._cut(measures[name], hull, graph) for name, hull in hulls.items()}
         found: dict[str, Proposal] = {}
@@ -102,13 +119,13 @@ class _Now:
         """The smallest size whose last units go for less than their price."""
         policy = self.policy
         least = max(policy.smallest, smallest(graph.widths[measure.width]))
-        least = max(least, measure.size - math.floor(policy.largest_step * measure.size))
+        least = max(least, measure.size - max(1, math.floor(policy.largest_step * self._pace * measure.size)))
         if measure.last > 0 and self._rests(measure):
             return measure.size
         size = measure.size
         while size - measure.step >= least:
             worth = loss_at(hull, size - measure.step) - loss_at(hull, size)
-            if policy.verdict(worth, self._saved(measure, size - measure.step, size)) != "prune":
+            if worth >= self._asked(self._saved(measure, size - measure.step, size)):
                 break
             size -= measure.step
         return size
@@ -120,13 +137,13 @@ class _Now:
         if below <= 0:
             return {}
         worth, saved = loss_at(hull, below), self._saved(measure, below, measure.size)
-        more = math.ceil(math.ceil(self.policy.growth * measure.size) / measure.step) * measure.step
-        if not more or self.policy.verdict(worth, saved) != "grow":
+        more = math.ceil(math.ceil(self.policy.growth * self._pace * measure.size) / measure.step) * measure.step
+        if not more or worth <= self.policy.band * self._asked(saved):
             return {}
         return {measure.width: Proposal(measure.size + more, self._why(measure.width, measure, below, worth))}
 
     def _rests(self, measure: Measure) -> bool:
-        return measure.idle <= self.policy.cooldown * 2 ** min(measure.turns, 60)
+        return measure.idle <= self.policy.cooldown
 
     def _saved(self, measure: Measure, low: int, high: int) -> float:
         costs = (self.costs.at(self.policy.kind, {measure.width: size}) for size in (high, low))
@@ -138,5 +155,5 @@ class _Now:
         gone = measure.size - size
         return (
             f"{gone} unit{'s are' if gone > 1 else ' is'} worth {each:.2g} of the outputs' variance a thousand "
-            f"{self.policy.kind} (price {self.policy.price:.2g})"
+            f"{self.policy.kind} (price {self.policy.now(self.moment.progress):.2g})"
         )

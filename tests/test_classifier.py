@@ -54,6 +54,8 @@ def test_cycles_have_heights_of_their_own():
     """The highest factor of each cycle, and none that is not asked for."""
     cycles = Cycles(steps=100, lengths=(1, 1, 2), warmup=0.2, heights=(0.5, 1, 2))
     factors = [cycles(step) for step in range(100)]
-    assert [max(factors[begin:end]) for begin, end in ((0, 25), (25, 50), (50, 100))] == pytest.approx([0.5, 1, 2], abs=1e-5)
+    assert [max(factors[begin:end]) for begin, end in ((0, 25), (25, 50), (50, 100))] == pytest.approx(
+        [0.5, 1, 2], abs=1e-5
+    )
     plain = Cycles(steps=100, lengths=(1, 1, 2), warmup=0.2)
     assert factors[50] == 2 * plain(50)

@@ -54,6 +54,7 @@ LAYERS: dict[int, set[str]] = {
         "nursery",
         "outputs",
         "policy",
+        "price",
         "processes",
         "prune",
         "statistics",

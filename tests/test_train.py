@@ -16,7 +16,7 @@ import evolvenet
 from evolvenet.record import History
 from experiments import classifier, points
 from experiments.run import readable_errors, run
-from experiments.sweep import sweep_table
+from experiments.sweep import draw_sweep, sweep_table
 from tests.test_data import write_npz
 
 ROOT = Path(__file__).parent.parent
@@ -238,5 +238,11 @@ def test_a_sweep_leaves_a_result_for_each_run_and_one_table(tmp_path, data):
     assert (directory / "sweep.md").read_text() == table
     assert table in done.stdout
     assert table.count("| evolve.policy.prune=") == 2
+    assert (directory / "sweep.png").stat().st_size > 10_000
+    lines = draw_sweep(directory).axes[0].lines
+    ends = {result["config"]["evolve"]["policy"]["prune"]: result["end"]["parameters"] for result in results}
+    assert {str(line.get_label()).split(":")[0]: list(line.get_ydata())[-1] for line in lines} == {  # pyright: ignore
+        f"evolve.policy.prune={prune}": count for prune, count in ends.items()
+    }
     assert "trainer.max_epochs" not in table
     assert "Warning" not in done.stdout + done.stderr
