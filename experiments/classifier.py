@@ -135,7 +135,8 @@ class Cycles:
     ) -> None:
         ends = [round(steps * done / sum(lengths)) for done in accumulate(lengths)]
         self.spans, self.warmup = list(pairwise([0, *ends])), warmup
-        self.heights = [1.0] * len(lengths) if heights is None else heights
+        # Plain: what a schedule holds goes into checkpoints, which hold no objects of other libraries.
+        self.heights = [1.0] * len(lengths) if heights is None else [float(height) for height in heights]
 
     def __call__(self, step: int) -> float:
         """The factor of one step."""

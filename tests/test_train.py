@@ -23,8 +23,8 @@ ROOT = Path(__file__).parent.parent
 EXPERIMENTS = sorted(
     path.stem for path in (ROOT / "conf" / "experiment").glob("*.yaml") if not path.stem.endswith("_scratch")
 )
-SMALL = {"mnist_resnet": "[8,12]", "cifar_resnet": "[4,6,8,10]"}
-LEAST = {"cifar_resnet": 500_000}
+SMALL = {"mnist_resnet": ["model.width=8", "model.inside=[12,12]"], "cifar_resnet": ["model.widths=[4,6,8,10]"]}
+LEAST = {"cifar_resnet": 500_000, "digits_both": 250_000}
 TINY = [
     "trainer.max_epochs=2",
     "trainer.limit_train_batches=2",
@@ -70,8 +70,10 @@ def train(tmp_path, overrides):
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_every_experiment_runs_and_leaves_its_results(tmp_path, data, experiment, capsys):
-    widths = SMALL.get(experiment, "[8,12,16]")
-    result = train(tmp_path, [f"+experiment={experiment}", f"model.widths={widths}", *data, *TINY, *EAGER])
+    widths = SMALL.get(experiment, ["model.widths=[8,12,16]"])
+    # The digits are in scikit-learn's wheel, and are 64 numbers each.
+    given = ["data.batch_size=64"] if experiment.startswith("digits") else data
+    result = train(tmp_path, [f"+experiment={experiment}", *widths, *given, *TINY, *EAGER])
     events = History.from_dict(result["history"]).events
     assert result["steps"] == 4
     assert len(events) == 2
@@ -144,7 +146,7 @@ def test_a_front_is_saved_tested_and_shown_point_by_point(tmp_path, data, capsys
         tmp_path,
         [
             "+experiment=mnist_resnet",
-            "model.widths=[8,12]",
+            *SMALL["mnist_resnet"],
             *data,
             *TINY,
             *EAGER,
@@ -170,7 +172,7 @@ def test_a_front_is_saved_tested_and_shown_point_by_point(tmp_path, data, capsys
     assert [args[1] for args in shapes] == [[1, 1, 1, 1, 1]], "the learning rate has a cycle for each span"
     assert "The front" in capsys.readouterr().out
     # And the control of one of its points.
-    few = ["trainer.max_epochs=1", "trainer.limit_train_batches=2", "model.model.widths=[8,12]"]
+    few = ["trainer.max_epochs=1", "trainer.limit_train_batches=2", "model.model.width=8", "model.model.inside=[12,12]"]
     control = train(
         tmp_path / "control", ["+experiment=mnist_scratch", f"model.checkpoint={front[2]['path']}", *data, *few]
     )
