@@ -10,6 +10,7 @@ import torch
 from cases import CASES, FLOAT, Case, distance, graph_of, outputs
 from hypothesis import given
 from hypothesis import strategies as st
+from small_models import mlp
 from states import State
 from torch import nn
 
@@ -154,3 +155,27 @@ def test_without_data_no_width_is_emptied_for_the_others() -> None:
     graph = trace(model, torch.zeros(1, 64))
     sizes = allocate(model, graph, parameters=graph.parameters // 10)
     assert min(sizes.values()) >= 8
+
+
+def test_trials_run_on_as_many_samples_from_small_batches_as_from_a_large_one() -> None:
+    """And no more; in which batches they come does not matter."""
+    model = mlp(6, 8, 8, 3)
+    graph = trace(model, torch.zeros(1, 6).double())
+    x = torch.randn(400, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    one = trial_curves(model, graph, [x])
+    many = trial_curves(model, graph, list(x.split(50)))
+    few = trial_curves(model, graph, [x[:50], x[:50]])
+    for name, curve in one.items():
+        assert [size for size, _ in many[name]] == [size for size, _ in curve]
+        assert [loss for _, loss in many[name]] == pytest.approx([loss for _, loss in curve], rel=1e-6)
+        assert [loss for _, loss in few[name]] != pytest.approx([loss for _, loss in curve], rel=1e-3)
+
+
+def test_trials_of_the_shares_that_are_asked_for() -> None:
+    model = mlp(6, 20, 8, 3)
+    graph = trace(model, torch.zeros(1, 6).double())
+    curves = trial_curves(model, graph, [torch.randn(64, 6).double()], shares=(0.9, 0.5))
+    assert {name: [size for size, _ in curve] for name, curve in curves.items()} == {
+        "0": [0, 10, 18, 20],
+        "2": [0, 4, 7, 8],
+    }

@@ -60,11 +60,12 @@ def test_the_cut_ends_where_units_are_worth_their_price() -> None:
 
 
 def test_cuts_of_one_event_are_not_worth_more_than_may_go_at_once() -> None:
-    """The cheaper one goes first; the other would go beyond the limit."""
-    cheap, dear = line("0", 0.2), line("2", 0.9)
-    assert sizes(decide(CONSTANT, {"0": cheap, "2": dear})) == {"0": 15, "2": 15}
-    tight = replace(CONSTANT, most=0.1)
-    assert sizes(decide(tight, {"0": cheap, "2": dear})) == {"0": 15}
+    """Five units of "0" are worth 0.027, of "2" 0.108: the cheaper ones go first, and count against what is left."""
+    for names in (("0", "2"), ("2", "0")):
+        curves = {name: line(name, {"0": 0.2, "2": 0.9}[name]) for name in names}
+        assert sizes(decide(CONSTANT, curves)) == {"0": 15, "2": 15}
+        assert sizes(decide(replace(CONSTANT, most=0.12), curves)) == {"0": 15}
+        assert sizes(decide(replace(CONSTANT, most=0.14), curves)) == {"0": 15, "2": 15}
 
 
 @pytest.mark.parametrize(
