@@ -23,7 +23,8 @@ ROOT = Path(__file__).parent.parent
 EXPERIMENTS = sorted(
     path.stem for path in (ROOT / "conf" / "experiment").glob("*.yaml") if not path.stem.endswith("_scratch")
 )
-SMALL = {"mnist_resnet": ["model.width=8", "model.inside=[12,12]"], "cifar_resnet": ["model.widths=[4,6,8,10]"]}
+UNPADDED = ["model.width=8", "model.inside=[12,12]"]
+SMALL = {"mnist_resnet": UNPADDED, "mnist_both": UNPADDED, "cifar_resnet": ["model.widths=[4,6,8,10]"]}
 LEAST = {"cifar_resnet": 500_000, "digits_both": 250_000}
 TINY = [
     "trainer.max_epochs=2",
