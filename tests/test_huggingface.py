@@ -22,7 +22,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from evolvenet import MissingPackageError, PolicyError, Tolerance, TraceError, UnsupportedStrategyError
+from evolvenet import MissingPackageError, PolicyError, Threshold, Tolerance, TraceError, UnsupportedStrategyError
 from evolvenet.huggingface import WidthEvolutionCallback
 from evolvenet.record import History
 from tests.test_evolver import Fixed
@@ -299,3 +299,20 @@ def test_the_error_of_a_missing_package_is_an_import_error() -> None:
 def test_a_policy_that_takes_cuts_back_is_refused() -> None:
     with pytest.raises(PolicyError, match="got Tolerance: what it would go back to"):
         WidthEvolutionCallback(Tolerance(metric="eval_loss", drop=0.1, mode="min"), every_n_steps=2)
+
+
+def test_growth_is_asked_of_the_gradients_of_the_run_itself(tmp_path: Path) -> None:
+    """The answer holds the loss beside the logits; where labels are noise next to nothing grows, else the spectrum decides."""
+
+    def grown(certain: float) -> int:
+        policy = Threshold(prune=0.0, grow=1e-4, cooldown=0, certain=certain)
+        callback = WidthEvolutionCallback(policy, every_n_steps=2, stop=1.0)
+        run = trainer(tmp_path, bert(), callback, max_steps=16, per_device_train_batch_size=8)
+        noise = torch.Generator().manual_seed(0)
+        for row in run.train_dataset:  # type: ignore[union-attr]
+            row["labels"] = torch.randint(0, 3, (8,), generator=noise)
+        run.train()
+        assert not any(event.skipped for event in events(callback).events)
+        return sum(change.after - change.before for event in events(callback).events for change in event.changes)
+
+    assert grown(4.0) < grown(0.0) / 3
