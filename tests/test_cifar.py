@@ -65,11 +65,11 @@ def test_stages_of_different_number_are_refused() -> None:
 
 @pytest.fixture(scope="module", name="evolved")
 def _evolved() -> tuple[HybridResNet, Evolver]:
-    """A small one, cut by the experiment's policy to 40 % of its parameters."""
+    """A small one, cut by the experiment's policy to 30 % of its parameters: too few for whole residual streams."""
     torch.manual_seed(0)
     model = small()
     count = sum(parameter.numel() for parameter in model.parameters())
-    sizes = (count, 0.5 * count, 0.4 * count)
+    sizes = (count, 0.5 * count, 0.3 * count)
     points = [f"evolve.policy.points.{place}.params={size}" for place, size in enumerate(sizes)]
     policy = instantiate(configured("+experiment=cifar_resnet", *points).evolve).policy
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
@@ -90,7 +90,7 @@ def test_depthwise_convolutions_and_layer_norms_shrink_along(evolved: tuple[Hybr
     events = evolver.history.events
     assert all(event.skipped is None for event in events)
     assert not events[0].changes, "wide in the first span"
-    assert events[-1].parameters <= 0.4 * events[0].parameters
+    assert events[-1].parameters <= 0.3 * events[0].parameters
     narrower = 0
     for old, new in zip(before.blocks, model.blocks, strict=True):
         if not isinstance(old, MixerBlock):
@@ -100,7 +100,7 @@ def test_depthwise_convolutions_and_layer_norms_shrink_along(evolved: tuple[Hybr
         assert new.depthwise.groups == new.depthwise.in_channels == new.depthwise.out_channels == width
         assert new.norm.normalized_shape == (width,)
         assert new.norm.weight.shape == new.norm.bias.shape == (width,)
-        assert new.expand.out_features == new.project.in_features < old.expand.out_features
+        assert new.expand.out_features == new.project.in_features <= old.expand.out_features
         narrower += width < old.depthwise.out_channels
     assert narrower, "at least one residual stream lost channels"
     model.train()
