@@ -201,7 +201,11 @@ def _units(width: Width, units: float) -> int:
 
 
 def _trial_sizes(width: Width, shares: Sequence[float]) -> list[int]:
-    wanted = {max(smallest(width), round(share * width.size / width.step) * width.step) for share in shares}
+    # Rounded, a large share of a few units is all of them: without a trial the last one would seem to be worth everything.
+    next_one = width.size - width.step
+    wanted = {
+        max(smallest(width), min(next_one, round(share * width.size / width.step) * width.step)) for share in shares
+    }
     return sorted((size for size in wanted if size < width.size), reverse=True)
 
 

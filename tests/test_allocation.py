@@ -179,3 +179,11 @@ def test_trials_of_the_shares_that_are_asked_for() -> None:
         "0": [0, 10, 18, 20],
         "2": [0, 4, 7, 8],
     }
+
+
+def test_a_width_of_a_few_units_is_tried_too_where_shares_round_to_all_of_them() -> None:
+    """Else the last unit would look as if the outputs depended on it alone."""
+    model = mlp(6, 4, 3, 2)
+    graph = trace(model, torch.zeros(1, 6).double())
+    curves = trial_curves(model, graph, [torch.randn(64, 6).double()], shares=(0.97, 0.95))
+    assert {name: [size for size, _ in curve] for name, curve in curves.items()} == {"0": [0, 3, 4], "2": [0, 2, 3]}
