@@ -75,16 +75,18 @@ def evidence(
     >>> found.share > 0.1, found.certainty > 3
     (True, True)
     """
-    maps = {
-        name: IndexMap.grow(graph.widths[name].size, size - graph.widths[name].size) for name, size in sizes.items()
-    }
-    growth = Growth(model, graph, compile_surgery(model, graph, maps), generator)
-    start = METHODS["orthogonal"](growth)
     known = [
         (first_samples(inputs, _samples(each)), each)
         for inputs, each in zip(batches, gradients, strict=True)
         if is_known(each)
     ]
+    if not known:
+        return {}
+    maps = {
+        name: IndexMap.grow(graph.widths[name].size, size - graph.widths[name].size) for name, size in sizes.items()
+    }
+    growth = Growth(model, graph, compile_surgery(model, graph, maps), generator)
+    start = METHODS["orthogonal"](growth)
     with trial(growth, start) as shadows, differentiable(model):
         found = _Trial(growth, dict(shadows), known)
         try:
@@ -116,7 +118,7 @@ class _Trial:
     def fits(self) -> bool:
         """Whether the gradients can be those of the model's answers."""
         with torch.no_grad():
-            return bool(self.known) and all(_fit(self._answers(inputs), each) for inputs, each in self.known)
+            return all(_fit(self._answers(inputs), each) for inputs, each in self.known)
 
     def found(self) -> dict[str, Evidence]:
         """Of each width."""

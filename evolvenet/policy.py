@@ -186,23 +186,22 @@ class Threshold:
         """The policy that asks the moment's gradients before a width grows."""
         return _Asking(self, moment)
 
-    def propose(self, measures: Mapping[str, Measure], graph: WidthGraph) -> dict[str, Proposal]:
-        """New sizes for the widths that should change, by their spectra alone.
+    def propose(
+        self,
+        measures: Mapping[str, Measure],
+        graph: WidthGraph,
+        evidence: Callable[[Mapping[str, int]], Mapping[str, Evidence]] = lambda _: {},
+    ) -> dict[str, Proposal]:
+        """New sizes for the widths that should change; prunings first, then growths, the most saturated first.
 
-        Prunings come first, then growths, the most saturated first.
+        Args:
+            measures: of the widths.
+            graph: the widths.
+            evidence: whether the loss asks for growths, see `Moment`; by default nothing is known and the spectrum decides.
 
         Raises:
             SpectrumError: for a spectrum with negative or NaN values.
         """
-        return self.proposed(measures, graph, lambda _: {})
-
-    def proposed(
-        self,
-        measures: Mapping[str, Measure],
-        graph: WidthGraph,
-        evidence: Callable[[Mapping[str, int]], Mapping[str, Evidence]],
-    ) -> dict[str, Proposal]:
-        """As `propose`; before widths grow, `evidence` is asked whether the loss wants them to."""
         found: dict[str, Proposal] = {}
         saturated: list[tuple[float, Measure]] = []
         for measure in measures.values():
@@ -267,7 +266,7 @@ class Threshold:
         """The size to which one width would grow now; its present one if it may not."""
         if not measure.growable or (measure.last <= 0 and self._rests(measure)):
             return measure.size
-        return measure.size + math.ceil(math.ceil(self.growth * measure.size) / measure.step) * measure.step
+        return enlarged(measure, self.growth)
 
     def _fits(self, graph: WidthGraph, sizes: Mapping[str, int]) -> bool:
         return self.max_parameters is None or graph.proposed_parameters(sizes) <= self.max_parameters
@@ -287,7 +286,16 @@ class _Asking:
 
     def propose(self, measures: Mapping[str, Measure], graph: WidthGraph) -> dict[str, Proposal]:
         """New sizes for the widths that should change."""
-        return self.threshold.proposed(measures, graph, self.moment.evidence)
+        return self.threshold.propose(measures, graph, self.moment.evidence)
+
+
+def enlarged(measure: Measure, growth: float) -> int:
+    """The size of a width after it grew by a share of itself, in whole steps.
+
+    >>> enlarged(Measure("0", 8, step=2, spectrum=(1.0,) * 8, idle=9, growable=True), 0.3)
+    12
+    """
+    return measure.size + math.ceil(math.ceil(growth * measure.size) / measure.step) * measure.step
 
 
 def check_fields(policy: object, shares: Iterable[str], least: Mapping[str, float]) -> None:

@@ -11,7 +11,7 @@ from evolvenet.budget import KINDS
 from evolvenet.cost import Costs
 from evolvenet.errors import PolicyError
 from evolvenet.graph import WidthGraph
-from evolvenet.policy import Measure, Moment, Policy, Proposal, check_fields
+from evolvenet.policy import Measure, Moment, Policy, Proposal, check_fields, enlarged
 
 LOW = 0.2
 """Share of the price that is asked for at the beginning, where it rises."""
@@ -137,10 +137,10 @@ class _Now:
         if below <= 0:
             return {}
         worth, saved = loss_at(hull, below), self._saved(measure, below, measure.size)
-        more = math.ceil(math.ceil(self.policy.growth * self._pace * measure.size) / measure.step) * measure.step
-        if not more or worth <= self.policy.band * self._asked(saved):
+        size = enlarged(measure, self.policy.growth * self._pace)
+        if size == measure.size or worth <= self.policy.band * self._asked(saved):
             return {}
-        return {measure.width: Proposal(measure.size + more, self._why(measure.width, measure, below, worth))}
+        return {measure.width: Proposal(size, self._why(measure.width, measure, below, worth))}
 
     def _rests(self, measure: Measure) -> bool:
         return measure.idle <= self.policy.cooldown

@@ -137,3 +137,9 @@ def test_every_width_that_may_grow_can_be_asked_and_the_model_stays_as_it_is(cas
     after = model.state_dict()
     assert all(torch.equal(after[name], value) for name, value in before.items())
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_nothing_is_computed_where_nothing_can_be_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A plain loop without gradients asks at every event."""
+    monkeypatch.setattr("evolvenet.evidence.compile_surgery", lambda *_: pytest.fail("was planned"))
+    assert asked(mlp(6, 5, 4), {"0": 8}, torch.randn(64, 6).double()) == {}
