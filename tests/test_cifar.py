@@ -130,7 +130,7 @@ class Run:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, directory: Path, epochs: int = 4) -> None:
         monkeypatch.setattr(averaged_points.Points, "on_train_epoch_end", found)
-        self.module = instantiate(configured("+experiment=cifar_resnet", "model.widths=[4,6,6,8]").classifier)
+        self.module = instantiate(configured("+experiment=cifar_resnet", "model.widths=[4,6,8]").classifier)
         self.module.bf16_above = None
         self.points, self.max_epochs, self.current_epoch = AveragedPoints([1, 1], directory), epochs, 0
         self.datamodule = self
