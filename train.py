@@ -25,6 +25,7 @@ def main(config: DictConfig) -> float:
             trainer=instantiate(config.trainer),
             evolution=instantiate(config.evolve),
             points=instantiate(config.points),
+            callbacks=instantiate(config.callbacks),
         )
 
 

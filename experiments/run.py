@@ -6,7 +6,7 @@ import contextlib
 import json
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -74,6 +74,7 @@ def run(
     trainer: Any,
     evolution: WidthEvolution | None = None,
     points: Points | None = None,
+    callbacks: Sequence[lightning.Callback] = (),
 ) -> float:
     """Train, test once, and leave `result.json`, `report.html` and `last.ckpt` in `config.output`.
 
@@ -84,6 +85,7 @@ def run(
         trainer: callbacks → Trainer.
         evolution: the callback that changes the widths, None for fixed widths.
         points: what saves the points of a front on the way, None for a run with one end.
+        callbacks: others.
 
     Returns:
         The last validation accuracy.
@@ -96,7 +98,7 @@ def run(
     data.setup()
     start = _size(classifier.model, data.example)
     curve = Curve()
-    fitting = trainer(callbacks=[Progress(), curve, *filter(None, (points, evolution))])
+    fitting = trainer(callbacks=[Progress(), curve, *callbacks, *filter(None, (points, evolution))])
     began = time.perf_counter()
     fitting.fit(classifier, datamodule=data)
     measured: dict[str, Any] = {"seconds": time.perf_counter() - began, "steps": fitting.global_step}
