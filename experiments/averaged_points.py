@@ -21,7 +21,7 @@ BATCHES = 20
 
 
 class AveragedPoints(Points):
-    """Saves the network at the end of each span, and makes the average of its weights over the last epoch the teacher.
+    """Saves the network at the end of each span, and makes averages of its weights over an epoch the teacher.
 
     A span may so end while the learning rate is high: the network itself is no good teacher then, the average is
     (stochastic weight averaging, Izmailov et al. 2018).
@@ -29,10 +29,13 @@ class AveragedPoints(Points):
     Args:
         spans: their relative lengths; each ends at the end of the nearest epoch.
         directory: where the checkpoints go; `evolvenet.load(model, path)` reads them.
+        lessons: relative lengths of the spans at whose ends a new average begins to teach; those of the points by default.
+            So a network can be taught by its own past before the first point.
     """
 
-    def __init__(self, spans: Sequence[float], directory: str | Path) -> None:
+    def __init__(self, spans: Sequence[float], directory: str | Path, lessons: Sequence[float] | None = None) -> None:
         super().__init__(spans, directory)
+        self.lessons = spans if lessons is None else lessons
         self._means: list[Tensor] = []
         self._steps = 0
 
@@ -45,7 +48,7 @@ class AveragedPoints(Points):
     ) -> None:
         """In the last epoch of a span: take the weights into the average, which begins anew where widths have changed."""
         assert isinstance(pl_module, Classifier)
-        if trainer.current_epoch + 1 not in self.ends(trainer.max_epochs or 0):
+        if not self._teaches(trainer):
             return
         weights = [parameter.detach() for parameter in pl_module.model.parameters()]
         if [mean.shape for mean in self._means] != [weight.shape for weight in weights]:
@@ -55,14 +58,17 @@ class AveragedPoints(Points):
             mean.lerp_(weight, 1 / self._steps)
 
     def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Where a span ends: save the network, and let its average teach the next span."""
+        """Where a span ends: save the network, or let its average teach from now on, or both."""
         assert isinstance(pl_module, Classifier)
-        before = len(self.found)
         super().on_train_epoch_end(trainer, pl_module)
-        if len(self.found) > before and trainer.current_epoch + 1 != trainer.max_epochs:
+        if self._teaches(trainer) and trainer.current_epoch + 1 != trainer.max_epochs:
             loader = trainer.datamodule.train_dataloader()  # pyright: ignore[reportAttributeAccessIssue]
             past = averaged(pl_module.model, self._means, islice(loader, BATCHES))
             pl_module.teacher = teacher(past, half=pl_module.bf16_above is not None)
+
+    def _teaches(self, trainer: lightning.Trainer) -> bool:
+        """Whether the average of this epoch's weights will teach."""
+        return trainer.current_epoch + 1 in Points(self.lessons, self.directory).ends(trainer.max_epochs or 0)
 
 
 def averaged(model: nn.Module, means: Sequence[Tensor], batches: Iterable[Any]) -> nn.Module:

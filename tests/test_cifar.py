@@ -58,6 +58,13 @@ def test_a_mixer_adds_its_input_and_mixes_each_place_by_itself_after_the_depthwi
     torch.testing.assert_close(block(x)[:, :, 1, 2], expected)
 
 
+@pytest.mark.parametrize("stride", [1, 2, 4])
+def test_the_stem_divides_the_resolution_by_its_stride(stride: int) -> None:
+    stem = HybridResNet(widths=(8,), mixers=(0,), stem_stride=stride).stem
+    assert stem(torch.randn(2, 3, 16, 16)).shape == (2, 8, 16 // stride, 16 // stride)
+    assert stem.kernel_size[0] > stride, "neighbouring places overlap"
+
+
 def test_stages_of_different_number_are_refused() -> None:
     with pytest.raises(ValueError, match="4 and 1"):
         HybridResNet(mixers=(1,))
@@ -179,6 +186,20 @@ def test_the_average_of_a_spans_last_epoch_teaches(monkeypatch: pytest.MonkeyPat
     assert run.module.teacher is first, "nothing follows the last span"
     for mean, *values in zip(run.points._means, *run.seen, strict=True):
         torch.testing.assert_close(mean, torch.stack(values).mean(0), msg="each epoch has an average of its own")
+
+
+def test_an_average_may_teach_before_the_first_point(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    run = Run(monkeypatch, tmp_path)
+    run.points = AveragedPoints([1, 1], tmp_path, lessons=[1, 2, 1])
+    teachers = []
+    for number in range(4):
+        run.epoch(number)
+        teachers.append(run.module.teacher)
+        assert len(run.points.found) == [0, 1, 1, 2][number], "points are saved where their spans end"
+    assert teachers[0] is not None, "the first lesson"
+    assert teachers[1] is teachers[0], "a point without a lesson"
+    assert teachers[2] not in (None, teachers[0]), "the second lesson"
+    assert teachers[3] is teachers[2]
 
 
 def test_an_average_begins_anew_where_widths_change(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
