@@ -7,14 +7,23 @@ it first (`.venv-compare/bin/python -m pytest tests/compare_torch_pruning.py`).
 from __future__ import annotations
 
 import copy
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
 from torch import nn
 
 import evolvenet
 from experiments import compare_peers as peers
-from experiments.models import ResNet
+from experiments import torch_pruning
+from experiments.classifier import Cycles
+from experiments.controls import ControlError
+from experiments.models import ResNet, UnpaddedResNet
+from tests.test_train import ROOT, train
 
 EXAMPLE = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
 
@@ -106,3 +115,84 @@ def test_a_layer_that_it_would_empty_it_leaves_alone() -> None:
     evolvenet.resize(ours, graph, kept)
     peers.pruner(theirs, EXAMPLE, measure, 0.5).step()
     compare(theirs, ours)
+
+
+# The front by Torch-Pruning
+
+BUDGETS = (900, 700, 600, 500, 300)
+
+
+def short(folder: Path, experiment: str) -> list[str]:
+    """Overrides for a short run: an epoch of 12 steps for each budget, events at every third step."""
+    draw = np.random.default_rng(0)
+    images, labels = draw.integers(0, 256, (140, 28, 28), np.uint8), draw.integers(0, 10, 140)
+    np.savez(folder / "mnist.npz", x_train=images, y_train=labels, x_test=images, y_test=labels)
+    small = [f"evolve.policy.points.{place}.params={count}" for place, count in enumerate(BUDGETS)]
+    return [
+        f"+experiment={experiment}", f"data.root={folder}", "data.batch_size=10",
+        "data.val_size=20", "model.width=10", "model.inside=[12,14]", "spans=[1,1,1,1,1]", "trainer.max_epochs=5",
+        "trainer.accelerator=cpu", "evolve.every_n_steps=3", "evolve.start_step=2", "evolve.calibration_batches=1",
+        "evolve.policy.points.0.by=0.5", *small,
+    ]  # fmt: skip
+
+
+def test_its_front_is_cut_when_ours_is_and_to_the_same_budgets(tmp_path: Path) -> None:
+    ours, theirs = (train(tmp_path / name, short(tmp_path, name)) for name in ("mnist_resnet", "mnist_torch_pruning"))
+    events = theirs["history"]["events"]
+    assert [event["step"] for event in events] == [event["step"] for event in ours["history"]["events"]]
+    assert [point["epoch"] for point in theirs["front"]] == [1, 2, 3, 4, 5]
+    for point, budget in zip(theirs["front"], BUDGETS, strict=True):
+        # One unit of the stream has at most 61 parameters here.
+        assert budget - 61 < point["parameters"] <= budget
+        saved = evolvenet.load(instantiate(theirs["config"]["model"]), point["path"])
+        assert sum(parameter.numel() for parameter in saved.parameters()) == point["parameters"]
+        assert 0 <= point["test_acc"] <= 1
+    assert theirs["end"]["parameters"] == events[-1]["parameters"] == theirs["front"][-1]["parameters"]
+    assert theirs["sizes"]["start"] == {"stem": 10, "blocks.0.pointwise1": 12, "blocks.1.pointwise1": 14}
+    assert all(size >= 2 for size in theirs["sizes"]["end"].values())
+
+
+def test_what_is_cut_trains_on_with_a_new_optimizer_and_the_old_schedule(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        config = compose("train", [*short(tmp_path, "mnist_torch_pruning"), f"output={tmp_path}"])
+    honest, cuts = torch_pruning.prune, []
+
+    def seen(model: nn.Module, *given: Any) -> None:
+        honest(model, *given)
+        cuts.append({name: parameter.detach().clone() for name, parameter in model.named_parameters()})
+
+    monkeypatch.setattr(torch_pruning, "prune", seen)
+    data, classifier, pruning = (instantiate(config[name]) for name in ("data", "classifier", "evolve"))
+    fitting = instantiate(config.trainer)(callbacks=[pruning])
+    fitting.fit(classifier, datamodule=data)
+    [optimizer] = fitting.optimizers
+    [group] = optimizer.param_groups
+    assert [*map(id, group["params"])] == [*map(id, classifier.parameters())]
+    assert all(not torch.equal(parameter, cuts[-1][name]) for name, parameter in classifier.model.named_parameters())
+    last = max(event.step for event in pruning.history.events if event.changes)
+    assert {int(state["step"]) for state in optimizer.state.values()} == {60 - last}
+    shape = Cycles(60, config.classifier.cycles, classifier.warmup, config.classifier.heights)
+    assert group["lr"] == pytest.approx(config.optimizer.lr * shape(60))
+    assert all(module.training for module in classifier.modules())
+
+
+def test_units_go_one_by_one_in_its_own_order() -> None:
+    """Of all widths the unit with the least score, each score over the mean of its width, asked anew for every unit."""
+    ours = network().train()
+    theirs, sizes = copy.deepcopy(ours), evolvenet.trace(ours, EXAMPLE).sizes
+    torch_pruning.prune(ours, EXAMPLE, 1000, sum(sizes.values()))
+    assert all(module.training for module in ours.modules())
+    theirs.eval()
+    while sum(parameter.numel() for parameter in theirs.parameters()) > 1000:
+        graph = evolvenet.trace(theirs, EXAMPLE)
+        scores = peers.torch_pruning_scores(theirs, graph, EXAMPLE, "l2")
+        name = min((name for name in scores if graph.sizes[name] > 2), key=lambda name: float(scores[name].min()))
+        evolvenet.resize(theirs, graph, peers.best(graph, scores, {name: graph.sizes[name] - 1}))
+    compare(theirs, ours.eval())
+
+
+def test_what_it_cannot_reach_is_an_error() -> None:
+    with pytest.raises(ControlError, match=r"expected at most 20 parameters, got 156"):
+        torch_pruning.prune(UnpaddedResNet(width=4, inside=(4, 4)), torch.zeros(1, 1, 28, 28), 20, units=12)

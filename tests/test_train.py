@@ -20,8 +20,10 @@ from experiments.sweep import draw_sweep, sweep_table
 from tests.test_data import write_npz
 
 ROOT = Path(__file__).parent.parent
+# What evolving runs are compared with: no widths of theirs are EvolveNet's to change. Each is run by a test of its own.
+CONTROLS = ("_scratch", "_uniform", "_torch_pruning")
 EXPERIMENTS = sorted(
-    path.stem for path in (ROOT / "conf" / "experiment").glob("*.yaml") if not path.stem.endswith("_scratch")
+    path.stem for path in (ROOT / "conf" / "experiment").glob("*.yaml") if not path.stem.endswith(CONTROLS)
 )
 UNPADDED = ["model.width=8", "model.inside=[12,12]"]
 SMALL = {"mnist_resnet": UNPADDED, "mnist_both": UNPADDED, "cifar_resnet": ["model.widths=[4,6,8,10]"]}
@@ -179,6 +181,14 @@ def test_a_front_is_saved_tested_and_shown_point_by_point(tmp_path, data, capsys
     )
     assert control["start"]["parameters"] == control["end"]["parameters"] == front[2]["parameters"]
     assert "<h2>The front</h2>" in (tmp_path / "run" / "report.html").read_text()
+
+
+def test_uniform_widths_by_hand_are_trained_as_they_are(tmp_path, data):
+    result = train(tmp_path, ["+experiment=mnist_uniform", *data, *TINY])
+    assert result["start"] == result["end"]
+    assert 4_900 <= result["end"]["parameters"] <= 5_000
+    assert len(set(map(str, [result["config"]["model"]["width"], *result["config"]["model"]["inside"]]))) == 1
+    assert result["history"]["events"] == result["front"] == []
 
 
 def test_a_terminal_gets_a_bar_with_epoch_accuracy_and_parameters(tmp_path, monkeypatch, capsys):
