@@ -26,7 +26,7 @@ EXPERIMENTS = sorted(
     path.stem for path in (ROOT / "conf" / "experiment").glob("*.yaml") if not path.stem.endswith(CONTROLS)
 )
 UNPADDED = ["model.width=8", "model.inside=[12,12]"]
-SMALL = {"mnist_resnet": UNPADDED, "mnist_both": UNPADDED, "cifar_resnet": ["model.widths=[4,6,8,10]"]}
+SMALL = {"mnist_resnet": UNPADDED, "mnist_both": UNPADDED, "cifar_resnet": ["model.widths=[4,6,8]"]}
 LEAST = {"cifar_resnet": 500_000, "digits_both": 250_000}
 TINY = [
     "trainer.max_epochs=2",
@@ -67,6 +67,7 @@ def train(tmp_path, overrides):
             trainer=instantiate(config.trainer),
             evolution=instantiate(config.evolve),
             points=instantiate(config.points),
+            callbacks=instantiate(config.callbacks),
         )
     return json.loads((output / "result.json").read_text())
 
