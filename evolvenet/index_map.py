@@ -189,17 +189,39 @@ class IndexMap:
             out = tensor.new_empty(
                 [self.new_size if d == dim % tensor.dim() else n for d, n in enumerate(tensor.shape)]
             )
-            return _laid_out_as(tensor, out)
+            return laid_out_as(tensor, out)
         index = self.tensor(tensor.device)
         out = tensor.index_select(dim, index.clamp(min=0))
         if self.newborns:
             out.index_fill_(dim, torch.tensor(self.newborns, device=tensor.device), newborn)
-        return _laid_out_as(tensor, out)
+        return laid_out_as(tensor, out)
 
 
-def _laid_out_as(tensor: Tensor, out: Tensor) -> Tensor:
-    """`out` in the memory format of `tensor`."""
+def laid_out_as(tensor: Tensor, out: Tensor) -> Tensor:
+    """`out` in the memory format of `tensor`.
+
+    By the strides: with one channel, or one place, `is_contiguous` is true of both formats, while convolutions go by the strides.
+
+    >>> depthwise = torch.zeros(6, 1, 3, 3).to(memory_format=torch.channels_last)
+    >>> laid_out_as(depthwise, torch.zeros(4, 1, 3, 3)).stride()
+    (9, 1, 3, 1)
+    """
     last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(tensor.dim())
-    if last is not None and not tensor.is_contiguous() and tensor.is_contiguous(memory_format=last):
-        return out.contiguous(memory_format=last)
-    return out
+    if last is None or (tensor.is_contiguous() and not _ambiguous(tensor)):
+        return out
+    outer, channels, *places = range(tensor.dim())
+    plain, there = _strides(tensor, range(tensor.dim())), _strides(tensor, (outer, *places, channels))
+    return out.to(memory_format=last) if tensor.stride() == there != plain else out
+
+
+def _ambiguous(tensor: Tensor) -> bool:
+    return tensor.shape[1] == 1 or all(size == 1 for size in tensor.shape[2:])
+
+
+def _strides(tensor: Tensor, axes: Sequence[int]) -> tuple[int, ...]:
+    """Of a tensor of this shape that lies in memory in this order of axes."""
+    found, step = {}, 1
+    for axis in reversed(axes):
+        found[axis] = step
+        step *= tensor.shape[axis]
+    return tuple(found[axis] for axis in range(tensor.dim()))

@@ -14,6 +14,7 @@ from torch.utils.hooks import RemovableHandle
 
 from evolvenet.errors import RecordError, ResizeError
 from evolvenet.graph import WidthGraph
+from evolvenet.index_map import laid_out_as
 from evolvenet.layers import attributes, refresh
 from evolvenet.surgery import exchange
 
@@ -309,11 +310,7 @@ def _numbers(start: str, module: nn.Module, shapes: Mapping[str, tuple[int, ...]
 
 def _empty(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
     """A tensor of another shape in the memory format of this one."""
-    empty = tensor.detach().new_empty(shape)
-    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(tensor.dim())
-    if last is not None and not tensor.is_contiguous() and tensor.is_contiguous(memory_format=last):
-        empty = empty.contiguous(memory_format=last)
-    return empty
+    return laid_out_as(tensor, tensor.detach().new_empty(shape))
 
 
 def reshape_before_load(

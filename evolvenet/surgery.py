@@ -13,7 +13,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from evolvenet.components import named_tensors
 from evolvenet.errors import ResizeError, SpectrumError
 from evolvenet.graph import WidthGraph
-from evolvenet.index_map import NEWBORN, IndexMap
+from evolvenet.index_map import NEWBORN, IndexMap, laid_out_as
 from evolvenet.layers import Shapes, attributes, newborn_value, refresh
 
 
@@ -25,13 +25,17 @@ class TensorChange:
         tensor: the live parameter or buffer, whose identity is kept.
         name: its name in the model.
         axes: for each axis that changes, its map.
-        value: the new value, of the new shape.
+        value: the new value, of the new shape; kept in the memory format of the tensor.
     """
 
     tensor: Tensor
     name: str
     axes: Mapping[int, IndexMap]
     value: Tensor
+
+    def __post_init__(self) -> None:
+        # Sums and fits of what has one channel or one place come out with strides of their own.
+        object.__setattr__(self, "value", laid_out_as(self.tensor, self.value))
 
 
 @dataclass(frozen=True)

@@ -100,6 +100,23 @@ def test_apply_keeps_the_memory_format(shape: tuple[int, ...], layout: torch.mem
         assert torch.equal(made, slow(index_map, tensor, dim))
 
 
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
+@pytest.mark.parametrize("shape", [(6, 1, 3, 3), (6, 4, 1, 1), (1, 4, 3, 3), (1, 1, 1, 1), (6, 1, 1, 1), (6, 4, 3, 3)])
+@pytest.mark.parametrize("size", [1, 3, 8])
+def test_the_format_is_kept_where_only_strides_tell(
+    layout: torch.memory_format, shape: tuple[int, ...], size: int
+) -> None:
+    tensor = torch.randn(shape).to(memory_format=layout)
+    for dim in (0, 1):
+        indices = [place if place < shape[dim] else -1 for place in range(size)]
+        made = IndexMap.of(indices, shape[dim]).apply(tensor, dim)
+        expected = torch.empty(made.shape).to(memory_format=layout)
+        if tensor.stride() != torch.empty(shape).stride() or layout is torch.contiguous_format:
+            assert made.stride() == expected.stride()
+        meta = IndexMap.of(indices, shape[dim]).apply(tensor.to("meta"), dim)
+        assert meta.stride() == made.stride(), "what is tried without data is what happens"
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64, torch.int64, torch.bool])
 def test_apply_keeps_the_type(dtype: torch.dtype) -> None:
     tensor = torch.tensor([1, 0, 1]).to(dtype)

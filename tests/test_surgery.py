@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping
+from pathlib import Path
 
 import networks
 import pytest
@@ -12,6 +13,7 @@ from cases import CASES, Case, distance, graph_of, outputs
 from states import State, same_bits
 from torch import Tensor, nn
 
+import evolvenet
 from evolvenet import surgery as surgery_module
 from evolvenet.errors import ResizeError
 from evolvenet.graph import WidthGraph
@@ -175,6 +177,29 @@ def test_the_memory_format_stays() -> None:
             assert parameter.is_contiguous(memory_format=torch.channels_last)
             assert parameter.grad is not None
             assert parameter.grad.is_contiguous(memory_format=torch.channels_last)
+
+
+def in_channels_last(model: nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 4:
+            expected = torch.empty(parameter.shape).to(memory_format=torch.channels_last)
+            assert parameter.stride() == expected.stride(), name
+
+
+@pytest.mark.parametrize("name", ["mobilenet", "resnet"])
+def test_the_memory_format_stays_where_only_strides_tell(name: str, tmp_path: Path) -> None:
+    # Depthwise and 1 × 1 weights are contiguous in both formats, and convolutions go by the strides: half as fast if lost.
+    case = BY_NAME[name]
+    model, again = (case.model().to(memory_format=torch.channels_last) for _ in range(2))  # pyright: ignore
+    optimizer, graph = torch.optim.AdamW(model.parameters()), graph_of(case)
+    smaller = {width.name: width.size - width.size // 3 for width in graph.resizable}
+    batches = [case.inputs(seed) for seed in range(2)]
+    graph = evolvenet.prune(model, graph, smaller, batches=batches, optimizers=[optimizer])
+    in_channels_last(model)
+    torch.save(model.state_dict(), tmp_path / "smaller.pt")
+    in_channels_last(evolvenet.load(again, tmp_path / "smaller.pt"))
+    evolvenet.grow(model, graph, case.sizes, optimizers=[optimizer])
+    in_channels_last(model)
 
 
 def test_exchange_keeps_what_hangs_on_the_parameter() -> None:
