@@ -43,7 +43,8 @@ def test_the_configured_network_is_large_and_its_policy_takes_it_through_both_si
     assert [sum(config.spans[:2]), config.spans[2]] == list(config.classifier.cycles), (
         "the first cut is inside of a cycle"
     )
-    assert config.points.spans == config.cycles, "what teaches has cooled down"
+    assert config.points.spans == config.cycles, "points are saved where the network has cooled down"
+    assert config.points.lessons == config.spans, "the wide network teaches as well"
 
 
 def test_a_mixer_adds_its_input_and_mixes_each_place_by_itself_after_the_depthwise_convolution() -> None:
