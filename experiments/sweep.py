@@ -12,6 +12,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 from omegaconf import DictConfig, OmegaConf
 
+from experiments.fronts import fronts_table
+
 
 class SweepTable(Callback):
     """Writes `sweep.md` and `sweep.png` beside the runs' directories, and prints the table."""
@@ -19,10 +21,19 @@ class SweepTable(Callback):
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         """Called by Hydra once, after the last run."""
         directory = Path(config.hydra.sweep.dir)
-        table = sweep_table(directory)
+        table = sweep_table(directory) + _front(directory)
         (directory / "sweep.md").write_text(table, encoding="utf-8")
         draw_sweep(directory).savefig(directory / "sweep.png", dpi=120)
         print(f"\n{table}\ntable: {directory / 'sweep.md'}\npicture: {directory / 'sweep.png'}")
+
+
+def _front(directory: Path) -> str:
+    """Mean and deviation at each point, where all runs are one front with several seeds; else nothing."""
+    runs = _runs(directory)
+    seeds_alone = all(own.removeprefix("seed=").isdigit() for _, own, _ in runs)
+    if len(runs) > 1 and seeds_alone and all(result["front"] for *_, result in runs):
+        return "\n" + fronts_table([result for *_, result in sorted(runs, key=lambda run: run[1])])
+    return ""
 
 
 def draw_sweep(directory: Path) -> Figure:

@@ -1,0 +1,87 @@
+"""The table of several seeds of one front, by hand and after a sweep."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from experiments.fronts import FrontsError, fronts_table, main
+from experiments.sweep import SweepTable
+
+
+def point(parameters: int, test: float, epoch: int, seconds: float = 60.0) -> dict[str, Any]:
+    return {"parameters": parameters, "val_acc": 0.97, "test_acc": test, "epoch": epoch, "seconds": seconds}
+
+
+def result(seed: int, *points: dict[str, Any]) -> dict[str, Any]:
+    initial = {"step": 0, "parameters": 9000}
+    return {
+        "front": list(points), "val_acc": 0.97, "test_acc": 0.98, "seconds": 1.0, "steps": 10,
+        "end": {"parameters": 700, "macs": 5}, "history": {"initial": initial, "events": []}, "seed": seed,
+    }  # fmt: skip
+
+
+RUNS = [
+    result(seed, point(5000 - seed, accuracy, 2), point(700, accuracy - 0.01, 5, 60.0 * (seed + 1)))
+    for seed, accuracy in enumerate((0.991, 0.994, 0.992))
+]
+
+
+def test_mean_and_deviation_of_each_point() -> None:
+    first, last = fronts_table(RUNS).splitlines()[2:]
+    values = [99.1, 99.4, 99.2]
+    assert f"{statistics.fmean(values):.2f} ± {statistics.stdev(values):.2f}" in first
+    assert first.startswith("| 4,998 … 5,000 | 97.00 ± 0.00 |")
+    assert "| 99.10 99.40 99.20 | 2 | 1.0 |" in first
+    assert "| 98.10 98.40 98.20 | 5 | 1.0 … 3.0 |" in last
+
+
+def test_one_run_has_no_deviation() -> None:
+    assert "±" not in fronts_table(RUNS[:1])
+
+
+@pytest.mark.parametrize("runs", [[], [result(0)], [RUNS[0], result(1, point(5000, 0.99, 3), point(700, 0.98, 5))]])
+def test_runs_of_other_fronts_are_refused(runs: list[dict[str, Any]]) -> None:
+    with pytest.raises(FrontsError, match="points are of the same epochs"):
+        fronts_table(runs)
+
+
+def written(directory: Path, runs: list[dict[str, Any]], overrides: list[list[str]]) -> Path:
+    for place, (run, given) in enumerate(zip(runs, overrides, strict=True)):
+        folder = directory / str(place)
+        (folder / ".hydra").mkdir(parents=True)
+        (folder / "result.json").write_text(json.dumps(run))
+        (folder / ".hydra" / "overrides.yaml").write_text(json.dumps(given))
+    return directory
+
+
+def test_a_sweep_over_seeds_of_a_front_ends_with_its_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from omegaconf import OmegaConf
+
+    # The best validation accuracy comes first in the sweep's own table; seeds keep their order in the front's.
+    runs = [{**run, "val_acc": accuracy} for run, accuracy in zip(RUNS, (0.95, 0.97, 0.96), strict=True)]
+    cases = {
+        "seeds": ([["+experiment=x", f"seed={seed}"] for seed in range(3)], True),
+        "others": ([[f"optimizer.lr={rate}"] for rate in range(3)], False),
+    }
+    for name, (overrides, expected) in cases.items():
+        directory = written(tmp_path / name, runs, overrides)
+        SweepTable().on_multirun_end(OmegaConf.create({"hydra": {"sweep": {"dir": str(directory)}}}))
+        assert (fronts_table(runs) in capsys.readouterr().out) is expected
+
+
+def test_the_command_prints_it_and_ends_with_one_line_where_there_is_no_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written(tmp_path, RUNS[:2], [[], []])
+    monkeypatch.setattr(sys, "argv", ["fronts", str(tmp_path / "0"), str(tmp_path / "1")])
+    main()
+    assert fronts_table(RUNS[:2]) in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", ["fronts", str(tmp_path / "nothing")])
+    with pytest.raises(SystemExit, match="^error: Fronts: expected a folder of a finished run"):
+        main()
