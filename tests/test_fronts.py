@@ -83,5 +83,5 @@ def test_the_command_prints_it_and_ends_with_one_line_where_there_is_no_run(
     main()
     assert fronts_table(RUNS[:2]) in capsys.readouterr().out
     monkeypatch.setattr(sys, "argv", ["fronts", str(tmp_path / "nothing")])
-    with pytest.raises(SystemExit, match="^error: Fronts: expected a folder of a finished run"):
+    with pytest.raises(SystemExit, match=r"^error: Fronts: expected a folder of a finished run"):
         main()
