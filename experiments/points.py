@@ -117,11 +117,11 @@ def draw_front(points: Sequence[Mapping[str, Any]]) -> Figure:
     for point in points:
         at = (point["parameters"], max(100 * (1 - point["test_acc"]), 1e-2))
         panel.annotate(
-            f"{point['parameters']:,}\n{point['test_acc']:.2%}", at, (0, 8), textcoords="offset points", ha="center"
-        )
+            f"{point['parameters']:,}\n{point['test_acc']:.2%}", at, (0, -8), textcoords="offset points", ha="center", va="top",
+        )  # fmt: skip
     panel.set_xscale("log")
     panel.set_yscale("log")
-    panel.margins(x=0.08, y=0.25)
+    panel.margins(x=0.08, y=0.3)
     panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
     for set_formatter in (panel.yaxis.set_major_formatter, panel.yaxis.set_minor_formatter):
         set_formatter(FuncFormatter(lambda value, _: f"{value:.2g}"))
