@@ -207,15 +207,11 @@ def laid_out_as(tensor: Tensor, out: Tensor) -> Tensor:
     (9, 1, 3, 1)
     """
     last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(tensor.dim())
-    if last is None or (tensor.is_contiguous() and not _ambiguous(tensor)):
+    if last is None:
         return out
     outer, channels, *places = range(tensor.dim())
     plain, there = _strides(tensor, range(tensor.dim())), _strides(tensor, (outer, *places, channels))
     return out.to(memory_format=last) if tensor.stride() == there != plain else out
-
-
-def _ambiguous(tensor: Tensor) -> bool:
-    return tensor.shape[1] == 1 or all(size == 1 for size in tensor.shape[2:])
 
 
 def _strides(tensor: Tensor, axes: Sequence[int]) -> tuple[int, ...]:

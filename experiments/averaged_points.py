@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
 from experiments.classifier import Classifier
-from experiments.points import Points
+from experiments.points import Points, span_ends
 
 BATCHES = 20
 """Training batches on which the statistics of an average's batch norms are taken."""
@@ -68,7 +68,7 @@ class AveragedPoints(Points):
 
     def _teaches(self, trainer: lightning.Trainer) -> bool:
         """Whether the average of this epoch's weights will teach."""
-        return trainer.current_epoch + 1 in Points(self.lessons, self.directory).ends(trainer.max_epochs or 0)
+        return trainer.current_epoch + 1 in span_ends(self.lessons, trainer.max_epochs or 0)
 
 
 def averaged(model: nn.Module, means: Sequence[Tensor], batches: Iterable[Any]) -> nn.Module:

@@ -46,7 +46,7 @@ class HybridResNet(nn.Module):
         widths: channels of each stage; the stem has the first stage's. Every stage but the first halves the resolution.
         mixers: number of `MixerBlock`s in each stage.
         expansion: units inside of a `MixerBlock` for each of its channels.
-        stem_stride: of the stem, whose kernel is larger by 2; 2 halves the time of an epoch, or more.
+        stem_stride: of the stem, whose kernel is larger by 2.
 
     Raises:
         ValueError: if `widths` and `mixers` differ in length.

@@ -10,10 +10,10 @@ import argparse
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from statistics import fmean, stdev
 from typing import Any
 
 from evolvenet.errors import EvolveNetError
+from experiments.compare_table import cell
 from experiments.run import RESULT, readable_errors
 
 _HEAD = [
@@ -50,18 +50,13 @@ def fronts_table(results: Sequence[Mapping[str, Any]]) -> str:
 def _row(points: Sequence[Mapping[str, Any]]) -> str:
     cells = [
         _range([f"{point['parameters']:,}" for point in sorted(points, key=lambda point: point["parameters"])]),
-        _mean([100 * point["val_acc"] for point in points]),
-        _mean([100 * point["test_acc"] for point in points]),
+        cell([point["val_acc"] for point in points]),
+        cell([point["test_acc"] for point in points]),
         " ".join(f"{100 * point['test_acc']:.2f}" for point in points),
         str(points[0]["epoch"]),
         _range([f"{seconds / 60:.1f}" for seconds in sorted(point["seconds"] for point in points)]),
     ]
     return f"| {' | '.join(cells)} |"
-
-
-def _mean(values: Sequence[float]) -> str:
-    spread = f" ± {stdev(values):.2f}" if len(values) > 1 else ""
-    return f"{fmean(values):.2f}{spread}"
 
 
 def _range(ascending: Sequence[str]) -> str:

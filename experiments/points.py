@@ -6,6 +6,7 @@ import copy
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,15 @@ class Point:
     test_acc: float | None = None
 
 
+def span_ends(spans: Sequence[float], epochs: int) -> list[int]:
+    """The numbers of the epochs, from 1, after which spans of these relative lengths end.
+
+    >>> span_ends([1, 2, 2], epochs=10)
+    [2, 6, 10]
+    """
+    return [round(epochs * done / sum(spans)) for done in accumulate(spans)]
+
+
 class Points(lightning.Callback):
     """Saves the network at the end of each span, and makes that of the first one the teacher of the others.
 
@@ -46,14 +56,6 @@ class Points(lightning.Callback):
         self.found: list[Point] = []
         self._began = 0.0
 
-    def ends(self, epochs: int) -> list[int]:
-        """The numbers of the epochs, from 1, after which the spans end.
-
-        >>> Points([1, 2, 2], "").ends(10)
-        [2, 6, 10]
-        """
-        return [round(epochs * sum(self.spans[: place + 1]) / sum(self.spans)) for place in range(len(self.spans))]
-
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Start the clock."""
         self._began = time.perf_counter()
@@ -62,7 +64,7 @@ class Points(lightning.Callback):
         """Where a span ends: save, and the first time take the network as teacher."""
         assert isinstance(pl_module, Classifier)
         done = trainer.current_epoch + 1
-        if done not in self.ends(trainer.max_epochs or done):
+        if done not in span_ends(self.spans, trainer.max_epochs or done):
             return
         images = next(iter(trainer.datamodule.val_dataloader()))[0][:1]  # pyright: ignore[reportAttributeAccessIssue]
         count = sum(parameter.numel() for parameter in pl_module.model.parameters())

@@ -8,7 +8,7 @@ from dataclasses import replace
 import lightning
 
 from experiments.data import Augment, DataError, ImageData
-from experiments.points import Points
+from experiments.points import span_ends
 
 
 class SpanAugment(lightning.Callback):
@@ -37,7 +37,7 @@ class SpanAugment(lightning.Callback):
         >>> [callback.strength(epoch, 8) for epoch in range(8)]
         [1, 1, 0.5, 0.5, 0.5, 0.5, 0, 0]
         """
-        ends = Points(self.spans, "").ends(epochs)
+        ends = span_ends(self.spans, epochs)
         return next((one for end, one in zip(ends, self.strengths, strict=True) if epoch < end), self.strengths[-1])
 
     def on_train_epoch_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:

@@ -30,9 +30,9 @@ class SweepTable(Callback):
 def _front(directory: Path) -> str:
     """Mean and deviation at each point, where all runs are one front with several seeds; else nothing."""
     runs = _runs(directory)
-    seeds_alone = all(own.removeprefix("seed=").isdigit() for _, own, _ in runs)
-    if len(runs) > 1 and seeds_alone and all(result["front"] for *_, result in runs):
-        return "\n" + fronts_table([result for *_, result in sorted(runs, key=lambda run: run[1])])
+    seeds = {own.removeprefix("seed="): result for _, own, result in runs}
+    if len(seeds) > 1 and all(map(str.isdigit, seeds)) and all(result["front"] for result in seeds.values()):
+        return "\n" + fronts_table([seeds[seed] for seed in sorted(seeds, key=int)])
     return ""
 
 

@@ -17,6 +17,7 @@ from experiments import averaged_points
 from experiments.averaged_points import AveragedPoints, averaged, teacher
 from experiments.cifar_models import HybridResNet, MixerBlock
 from experiments.controls import from_scratch
+from experiments.points import span_ends
 
 CONF = Path(__file__).parent.parent / "conf"
 
@@ -129,7 +130,7 @@ def test_the_control_has_the_points_widths_and_new_weights(
 
 def found(points: AveragedPoints, trainer: Run, module: nn.Module) -> None:
     """Notes a point without its checkpoint."""
-    if trainer.current_epoch + 1 in points.ends(trainer.max_epochs):
+    if trainer.current_epoch + 1 in span_ends(points.spans, trainer.max_epochs):
         points.found.append(None)  # type: ignore[arg-type]
 
 

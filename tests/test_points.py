@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from experiments.classifier import Classifier, Cycles
-from experiments.points import Points, draw_front, front_table, teacher
+from experiments.points import draw_front, front_table, span_ends, teacher
 
 POINT = {
     "parameters": 5000,
@@ -24,7 +24,7 @@ POINT = {
 
 @pytest.mark.parametrize(("epochs", "ends"), [(10, [2, 6, 10]), (5, [1, 3, 5]), (20, [4, 12, 20])])
 def test_spans_end_with_the_nearest_epoch(epochs: int, ends: list[int]) -> None:
-    assert Points([1, 2, 2], "").ends(epochs) == ends
+    assert span_ends([1, 2, 2], epochs) == ends
 
 
 def test_a_teacher_stays_what_it_was() -> None:

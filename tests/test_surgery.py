@@ -188,7 +188,7 @@ def in_channels_last(model: nn.Module) -> None:
 
 @pytest.mark.parametrize("name", ["mobilenet", "resnet"])
 def test_the_memory_format_stays_where_only_strides_tell(name: str, tmp_path: Path) -> None:
-    # Depthwise and 1 × 1 weights are contiguous in both formats, and convolutions go by the strides: half as fast if lost.
+    # Depthwise and 1 × 1 weights are contiguous in both formats, and convolutions go by the strides.
     case = BY_NAME[name]
     model, again = (case.model().to(memory_format=torch.channels_last) for _ in range(2))  # pyright: ignore
     optimizer, graph = torch.optim.AdamW(model.parameters()), graph_of(case)
