@@ -16,6 +16,7 @@ import evolvenet
 from evolvenet.record import History
 from experiments import classifier, points
 from experiments.run import readable_errors, run
+from experiments.span_augment import SpanAugment
 from experiments.sweep import draw_sweep, sweep_table
 from tests.test_data import write_npz
 
@@ -182,6 +183,15 @@ def test_a_front_is_saved_tested_and_shown_point_by_point(tmp_path, data, capsys
     )
     assert control["start"]["parameters"] == control["end"]["parameters"] == front[2]["parameters"]
     assert "<h2>The front</h2>" in (tmp_path / "run" / "report.html").read_text()
+
+
+def test_an_experiments_own_callbacks_take_part(tmp_path, data, monkeypatch):
+    epochs = []
+    monkeypatch.setattr(
+        SpanAugment, "on_train_epoch_start", lambda self, trainer, _: epochs.append(trainer.current_epoch)
+    )
+    train(tmp_path, ["+experiment=mnist_resnet", *UNPADDED, *data, *TINY])
+    assert epochs == [0, 1]
 
 
 def test_uniform_widths_by_hand_are_trained_as_they_are(tmp_path, data):
