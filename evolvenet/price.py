@@ -39,7 +39,7 @@ class Price:
         cooldown: events for which a width that grew is not pruned and one that was pruned does not grow.
         rise: share of the run over which the price rises from a fifth to its full height, 0 … 1; 0 for none. While it is low
             a narrow start becomes wide enough that it is cut down in the end, as a wide one is.
-        settle: whether steps become smaller towards the end of the run, in proportion to what is left of it.
+        settle: share of the run, 0 … 1, over which steps become smaller, until widths stay; 0 for steps of one size throughout.
         smallest: fewest units that a width keeps.
 
     Raises:
@@ -58,12 +58,12 @@ class Price:
     growth: float = 0.15
     cooldown: int = 2
     rise: float = 0.4
-    settle: bool = True
+    settle: float = 1.0
     smallest: int = 2
 
     def __post_init__(self) -> None:
         least = {"price": math.ulp(0.0), "band": 1, "cooldown": 0, "smallest": 1}
-        check_fields(self, shares=("largest_step", "most", "growth", "rise"), least=least)
+        check_fields(self, shares=("largest_step", "most", "growth", "rise", "settle"), least=least)
         if self.kind not in KINDS or self.kind == "latency":
             raise PolicyError(f"Price: expected kind to be params, macs or bytes, got {self.kind!r}.")
 
@@ -91,7 +91,7 @@ class _Now:
 
     @property
     def _pace(self) -> float:
-        return 1 - min(1.0, self.moment.progress) if self.policy.settle else 1.0
+        return max(0.0, 1 - self.moment.progress / self.policy.settle) if self.policy.settle else 1.0
 
     def _asked(self, saved: float) -> float:
         """What units that cost so much have to be worth now."""
@@ -99,6 +99,8 @@ class _Now:
 
     def propose(self, measures: Mapping[str, Measure], graph: WidthGraph) -> dict[str, Proposal]:
         """New sizes for the widths that should change: the cheapest cuts first, as many as may go at once; then growths."""
+        if not self._pace:
+            return {}
         step = self.policy.largest_step * self._pace
         tried = self.moment.trials(shares=(1 - step / 2, 1 - step))
         hulls = {name: convex(tried[name]) for name in measures if name in tried}

@@ -20,7 +20,7 @@ X = torch.zeros(1, 6).double()
 GRAPH = trace(MODEL, X)
 EACH = {"0": 6 + 1 + 20, "2": 20 + 1 + 3}
 """Parameters of a unit."""
-CONSTANT = Price(price=1.0, rise=0.0, settle=False, most=1.0)
+CONSTANT = Price(price=1.0, rise=0.0, settle=0.0, most=1.0)
 
 
 def line(name: str, price: float) -> list[tuple[int, float]]:
