@@ -91,6 +91,17 @@ def test_steps_become_smaller_towards_the_end_and_widths_keep_their_fewest() -> 
     assert sizes(decide(settling, {"0": line("0", 0.1)}, progress=0.9)) == {"0": 19}
 
 
+@pytest.mark.parametrize(
+    ("progress", "pruned", "grown"), [(0.0, 15, 23), (0.3, 18, 22), (0.49, 19, 21), (0.5, None, None)]
+)
+def test_widths_stay_once_the_steps_have_shrunk_to_nothing(
+    progress: float, pruned: int | None, grown: int | None
+) -> None:
+    settling = Price(price=1.0, rise=0.0, settle=0.5)
+    for worth, size in ((0.1, pruned), (9.0, grown)):
+        assert sizes(decide(settling, {"0": line("0", worth)}, progress)) == ({} if size is None else {"0": size})
+
+
 @pytest.mark.parametrize(("progress", "asked"), [(0.0, 0.2), (0.2, 0.6), (0.4, 1.0), (0.9, 1.0)])
 def test_the_price_rises_from_a_fifth_to_its_height(progress: float, asked: float) -> None:
     policy = Price(price=1.0, rise=0.4)
@@ -101,7 +112,15 @@ def test_the_price_rises_from_a_fifth_to_its_height(progress: float, asked: floa
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"price": 0}, {"price": float("nan")}, {"band": 0.9}, {"kind": "latency"}, {"growth": 1.1}, {"rise": -0.1}],
+    [
+        {"price": 0},
+        {"price": float("nan")},
+        {"band": 0.9},
+        {"kind": "latency"},
+        {"growth": 1.1},
+        {"rise": -0.1},
+        {"settle": 1.1},
+    ],
 )
 def test_values_out_of_range_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(PolicyError, match=next(iter(wrong))):
