@@ -11,7 +11,6 @@ import evolvenet  # isort: skip  # its mend comes before torchvision
 import argparse
 import copy
 import importlib.metadata
-import importlib.util
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -27,6 +26,7 @@ from torch.optim import AdamW
 
 from evolvenet.newborns import METHODS
 from experiments.data import MnistData, Split
+from experiments.gromo_growth import Pairs, gromo_tiny, installed
 from experiments.machine import machine_line
 from experiments.models import ResNet
 
@@ -36,11 +36,6 @@ LATER = (100, 1000)
 
 MEASURED = 10_000
 """Training images on which the loss is measured."""
-
-SCALES = tuple(2.0 ** (power / 2) for power in range(-12, 13))
-"""Scaling factors that gromo's line search tries, beside 0."""
-
-Pairs = Sequence[tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -138,7 +133,12 @@ class Images:
 
     def __init__(self, train: Split, prepare: Callable[[Tensor], Tensor]) -> None:
         pixels = prepare(train.images.float() / 255)
-        self.images, self.labels = (pixels - pixels.mean()) / pixels.std(), train.labels
+        self.prepare, self.mean, self.deviation = prepare, pixels.mean(), pixels.std()
+        self.images, self.labels = self.normal(train.images), train.labels
+
+    def normal(self, images: Tensor) -> Tensor:
+        """Images uint8 `[N, 1, 28, 28]` as the network takes them, by the mean and deviation of those to train on."""
+        return (self.prepare(images.float() / 255) - self.mean) / self.deviation
 
     def batches(self, seed: int, count: int, size: int) -> Pairs:
         """`count` batches of (images, labels), epoch after epoch without repetition; the same ones for the same seed."""
@@ -224,62 +224,6 @@ def follow(subject: Subject, row: Row, start: Trained, data: Images) -> Outcome:
         losses.append(data.loss(model))
         done = steps
     return Outcome(tuple(losses), seconds, sum(parameter.numel() for parameter in model.parameters()))
-
-
-def gromo_tiny(model: nn.Module, pairs: Pairs) -> nn.Module:
-    """A dense network widened by gromo's TINY: layer by layer, its scaling factor found by line search.
-
-    The factor scales gromo's update of the present weights and the newborns' rows and columns; of `SCALES` and 0 the one
-    with the least loss on the batches that the statistics are of is taken.
-
-    Args:
-        model: `Flatten`, then dense layers with ReLU between them, all hidden ones equally wide.
-        pairs: (images, labels) for the statistics.
-
-    Returns:
-        gromo's model with twice the units in each hidden layer, or as many as its statistics offer.
-    """
-    dense = [module for module in model.modules() if isinstance(module, nn.Linear)]
-    module = importlib.import_module("gromo.containers.growing_mlp")
-    shape = dense[0].in_features, dense[-1].out_features, dense[0].out_features, len(dense) - 1
-    grown = module.GrowingMLP(*shape, activation=nn.ReLU(), device=torch.device("cpu"))
-    with torch.no_grad():
-        for theirs, ours in zip(grown.layers, dense, strict=True):
-            theirs.weight.copy_(ours.weight)
-            theirs.bias.copy_(ours.bias)
-        assert torch.allclose(grown(pairs[0][0]), model(pairs[0][0]), atol=1e-5), (
-            "gromo's model is not the same network"
-        )
-    for index, layer in enumerate(dense[:-1]):
-        grown.set_growing_layers(index=index)
-        grown.init_computation()
-        for images, labels in pairs:
-            grown.zero_grad()
-            # Summed: its thresholds are meant for the gradient of each sample's own loss.
-            F.cross_entropy(grown(images), labels, reduction="sum").backward()
-            grown.update_computation()
-        grown.compute_optimal_updates(maximum_added_neurons=layer.out_features)
-        grown.reset_computation()
-        grown.dummy_select_update()
-        grown.set_scaling_factor(_line_search(grown, pairs))
-        grown.apply_change()
-    grown.zero_grad()
-    return grown
-
-
-def _line_search(grown: Any, pairs: Pairs) -> float:
-    """The scaling factor with the least loss."""
-    losses = {}
-    for scale in (0.0, *SCALES):
-        grown.set_scaling_factor(scale)
-        with torch.no_grad():
-            losses[scale] = sum(float(F.cross_entropy(grown.extended_forward(x), y)) for x, y in pairs)
-    return min(losses, key=lambda scale: losses[scale])
-
-
-def installed() -> bool:
-    """Whether gromo is there."""
-    return importlib.util.find_spec("gromo") is not None
 
 
 def run(subject: Subject, data: Images, seeds: int, epochs: float) -> dict[str, list[Outcome]]:

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from experiments import compare_growth
-from experiments.compare_growth import GROMO, ROWS, SCALES, SUBJECTS, Images, Outcome, gromo_tiny, kept, main, table
+from experiments.compare_growth import GROMO, ROWS, SUBJECTS, Images, Outcome, kept, main, table
 from experiments.data import Split
+from experiments.gromo_growth import SCALES, gromo_tiny
 
 
 @pytest.fixture
