@@ -49,17 +49,22 @@ def fronts_table(results: Sequence[Mapping[str, Any]]) -> str:
 
 def _row(points: Sequence[Mapping[str, Any]]) -> str:
     cells = [
-        _range([f"{point['parameters']:,}" for point in sorted(points, key=lambda point: point["parameters"])]),
+        span([f"{point['parameters']:,}" for point in sorted(points, key=lambda point: point["parameters"])]),
         cell([point["val_acc"] for point in points]),
         cell([point["test_acc"] for point in points]),
         " ".join(f"{100 * point['test_acc']:.2f}" for point in points),
         str(points[0]["epoch"]),
-        _range([f"{seconds / 60:.1f}" for seconds in sorted(point["seconds"] for point in points)]),
+        span([f"{seconds / 60:.1f}" for seconds in sorted(point["seconds"] for point in points)]),
     ]
     return f"| {' | '.join(cells)} |"
 
 
-def _range(ascending: Sequence[str]) -> str:
+def span(ascending: Sequence[str]) -> str:
+    """The first and the last, or the one that all are.
+
+    >>> span(["690", "695", "700"]), span(["5", "5"])
+    ('690 … 700', '5')
+    """
     return " … ".join(dict.fromkeys((ascending[0], ascending[-1])))
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from hydra.experimental.callback import Callback
@@ -12,7 +14,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 from omegaconf import DictConfig, OmegaConf
 
-from experiments.fronts import fronts_table
+from experiments.compare_table import cell
+from experiments.fronts import fronts_table, span
 
 
 class SweepTable(Callback):
@@ -21,7 +24,7 @@ class SweepTable(Callback):
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         """Called by Hydra once, after the last run."""
         directory = Path(config.hydra.sweep.dir)
-        table = sweep_table(directory) + _front(directory)
+        table = sweep_table(directory) + seeds_table(directory) + _front(directory)
         (directory / "sweep.md").write_text(table, encoding="utf-8")
         draw_sweep(directory).savefig(directory / "sweep.png", dpi=120)
         print(f"\n{table}\ntable: {directory / 'sweep.md'}\npicture: {directory / 'sweep.png'}")
@@ -37,15 +40,18 @@ def _front(directory: Path) -> str:
 
 
 def draw_sweep(directory: Path) -> Figure:
-    """Parameters against optimizer steps, on a log scale, a line for each run under a sweep's directory."""
+    """Parameters against optimizer steps, on a log scale, a line for each run under a sweep's directory; seeds share a colour."""
     figure = Figure(figsize=(10, 4), layout="constrained")
     panel = figure.subplots()
-    for name, own, result in _runs(directory):
-        events = [result["history"]["initial"], *result["history"]["events"]]
-        steps = [*(event["step"] for event in events), result["steps"]]
-        sizes = [*(event["parameters"] for event in events), events[-1]["parameters"]]
-        label = f"{own or name}: {sizes[-1]:,} parameters, test {result['test_acc']:.2%}"
-        panel.step(steps, sizes, where="post", label=label)
+    for place, (settings, results) in enumerate(_groups(directory).items()):
+        counts = sorted(result["end"]["parameters"] for result in results)
+        label = f"{settings}: {span([f'{count:,}' for count in counts])} parameters, test {_tests(results)} %"
+        for result in results:
+            events = [result["history"]["initial"], *result["history"]["events"]]
+            steps = [*(event["step"] for event in events), result["steps"]]
+            sizes = [*(event["parameters"] for event in events), events[-1]["parameters"]]
+            panel.step(steps, sizes, where="post", color=f"C{place}", label=label, lw=1.5 if len(results) == 1 else 1)
+            label = None
     panel.set_yscale("log")
     panel.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
     panel.set_xlabel("optimizer step")
@@ -66,10 +72,46 @@ def sweep_table(directory: Path) -> str:
     return "\n".join(lines) + "\n"
 
 
+def seeds_table(directory: Path) -> str:
+    """Mean ± standard deviation (of a sample) over the seeds of each setting, as Markdown; empty if no setting has two."""
+    groups = _groups(directory)
+    if all(len(results) == 1 for results in groups.values()):
+        return ""
+    lines = [
+        "| settings | parameters | validation, % | test, % | of each seed |",
+        "| --- | ---: | ---: | ---: | --- |",
+    ]
+    for settings, results in groups.items():
+        counts = [result["end"]["parameters"] for result in results]
+        each = " ".join(
+            f"{count:,}: {100 * result['test_acc']:.2f}" for count, result in zip(counts, results, strict=True)
+        )
+        validation = cell([result["val_acc"] for result in results if result["val_acc"] is not None])
+        lines.append(f"| {settings} | {fmean(counts):,.0f} | {validation} | {_tests(results)} | {each} |")
+    return "\n" + "\n".join(lines) + "\n"
+
+
+def _tests(results: Sequence[Mapping[str, Any]]) -> str:
+    return cell([result["test_acc"] for result in results])
+
+
+def _groups(directory: Path) -> dict[str, list[dict[str, Any]]]:
+    """The results of each setting, in the order of their seeds; what is the same in all runs is left out of the setting."""
+    found: dict[str, list[tuple[int, dict[str, Any]]]] = {}
+    for name, own, result in _runs(directory):
+        words = own.split(" ")
+        seeds = [int(word.removeprefix("seed=")) for word in words if re.fullmatch(r"seed=\d+", word)]
+        settings = " ".join(word for word in words if not re.fullmatch(r"seed=\d+", word))
+        found.setdefault(settings or ("all" if seeds else name), []).append((seeds[0] if seeds else 0, result))
+    return {
+        settings: [result for _, result in sorted(runs, key=lambda run: run[0])] for settings, runs in found.items()
+    }
+
+
 def _runs(directory: Path) -> list[tuple[str, str, dict[str, Any]]]:
     """Of each run its folder's name, the settings that not all have, and its result; the best validation accuracy first."""
     runs = [(path.parent, json.loads(path.read_text(encoding="utf-8"))) for path in directory.glob("*/result.json")]
-    runs.sort(key=lambda run: -(run[1]["val_acc"] or 0.0))
+    runs.sort(key=lambda run: (-(run[1]["val_acc"] or 0.0), len(run[0].name), run[0].name))
     settings = {folder: _overrides(folder) for folder, _ in runs}
     shared = set.intersection(*map(set, settings.values())) if len(runs) > 1 else set()
     own = {folder: " ".join(each for each in settings[folder] if each not in shared) for folder in settings}

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from experiments.fronts import FrontsError, fronts_table, main
-from experiments.sweep import SweepTable
+from experiments.sweep import SweepTable, draw_sweep, seeds_table, sweep_table
 
 
 def point(parameters: int, test: float, epoch: int, seconds: float = 60.0) -> dict[str, Any]:
@@ -73,6 +73,38 @@ def test_a_sweep_over_seeds_of_a_front_ends_with_its_table(tmp_path: Path, capsy
         directory = written(tmp_path / name, runs, overrides)
         SweepTable().on_multirun_end(OmegaConf.create({"hydra": {"sweep": {"dir": str(directory)}}}))
         assert (fronts_table(runs) in capsys.readouterr().out) is expected
+
+
+def ended(parameters: int, accuracy: float) -> dict[str, Any]:
+    return {**result(0), "test_acc": accuracy, "end": {"parameters": parameters, "macs": 5}, "front": []}
+
+
+def test_a_sweep_over_seeds_and_settings_has_the_mean_of_each_setting(tmp_path: Path) -> None:
+    given = [["+experiment=x", f"lr={rate}", f"seed={seed}"] for rate in (1, 2) for seed in (10, 9)]
+    runs = [ended(count, accuracy) for count, accuracy in ((700, 0.98), (600, 0.99), (500, 0.97), (500, 0.97))]
+    directory = written(tmp_path / "sweep", runs, given)
+    for run in (0, 1):
+        assert f"| lr=1 seed={10 - run} |" in sweep_table(directory)
+    assert seeds_table(directory).splitlines()[3:] == [
+        "| lr=1 | 650 | 97.00 ± 0.00 | 98.50 ± 0.71 | 600: 99.00 700: 98.00 |",
+        "| lr=2 | 500 | 97.00 ± 0.00 | 97.00 ± 0.00 | 500: 97.00 500: 97.00 |",
+    ]
+    legend = draw_sweep(directory).axes[0].get_legend()
+    assert legend is not None
+    assert [text.get_text() for text in legend.get_texts()] == [
+        "lr=1: 600 … 700 parameters, test 98.50 ± 0.71 %",
+        "lr=2: 500 parameters, test 97.00 ± 0.00 %",
+    ]
+
+
+def test_seeds_alone_have_one_mean_and_settings_alone_have_none(tmp_path: Path) -> None:
+    runs = [ended(700, 0.98), ended(600, 0.99)]
+    seeds = written(tmp_path / "seeds", runs, [["seed=0"], ["seed=1"]])
+    assert seeds_table(seeds).splitlines()[3:] == [
+        "| all | 650 | 97.00 ± 0.00 | 98.50 ± 0.71 | 700: 98.00 600: 99.00 |"
+    ]
+    assert seeds_table(written(tmp_path / "settings", runs, [["lr=1"], ["lr=2"]])) == ""
+    assert seeds_table(written(tmp_path / "once", runs, [["lr=1", "seed=0"], ["lr=2", "seed=1"]])) == ""
 
 
 def test_the_command_prints_it_and_ends_with_one_line_where_there_is_no_run(
