@@ -51,6 +51,7 @@ compare: compare-install
 	$(COMPARE)/bin/python -m pytest tests/compare_torch_pruning.py
 	$(COMPARE)/bin/python -m experiments.compare
 	$(COMPARE)/bin/python -m experiments.compare_growth
+	$(COMPARE)/bin/python -m experiments.compare_schedule
 	$(COMPARE)/bin/python -m experiments.compare_state --data "$${EVOLVENET_DATA:-data}" --out experiments/compare_state.md
 
 clean:

@@ -88,8 +88,8 @@ class Outcome:
     seconds: float
 
 
-def ours(method: str, added: int) -> Change:
-    """Growth by EvolveNet, the optimizer's state carried."""
+def ours(method: str, added: int, fresh: bool = False) -> Change:
+    """Growth by EvolveNet, the optimizer's state carried, or thrown away as it has to be for gromo."""
 
     def change(model: nn.Module, optimizer: AdamW, pairs: Pairs, seed: int) -> tuple[nn.Module, AdamW]:
         graph, asks = evolvenet.trace(model, pairs[0][0][:2]), method in ("gradmax", "tiny")
@@ -103,9 +103,14 @@ def ours(method: str, added: int) -> Change:
             batches=pairs if asks else None,
             loss=F.cross_entropy if asks else None,
         )
-        return model, optimizer
+        return model, anew(model, optimizer) if fresh else optimizer
 
     return change
+
+
+def anew(model: nn.Module, optimizer: AdamW) -> AdamW:
+    """An optimizer without a past."""
+    return AdamW(model.parameters(), lr=optimizer.param_groups[0]["lr"])
 
 
 def gromo(added: int) -> Change:
@@ -114,7 +119,7 @@ def gromo(added: int) -> Change:
     def change(model: nn.Module, optimizer: AdamW, pairs: Pairs, seed: int) -> tuple[nn.Module, AdamW]:
         grown = model if hasattr(model, "set_growing_layers") else gromo_of(model, pairs[0][0])
         grown = gromo_widen(grown, pairs, added)
-        return grown, AdamW(grown.parameters(), lr=optimizer.param_groups[0]["lr"])
+        return grown, anew(grown, optimizer)
 
     return change
 

@@ -44,7 +44,8 @@ def test_the_page_has_a_line_for_every_row(split: Split, tmp_path: Path, monkeyp
     lines = [line.split(" | ")[:2] for line in text.splitlines() if line.startswith("| ")][2:]
     small, large = 785 * 2 + 3 * 2 + 3 * 10, 785 * 8 + 9 * 8 + 9 * 10
     assert lines[:2] == [["| never grown", f"{small:,}"], ["| final widths from the start", f"{large:,}"]]
-    assert lines[2:] == [[f"| EvolveNet, {name}", f"{large:,}"] for name in ("orthogonal", "paired", "gradmax", "tiny")]
+    methods = "orthogonal", "paired", "gradmax", "tiny", "paired, AdamW anew"
+    assert lines[2:] == [[f"| EvolveNet, {name}", f"{large:,}"] for name in methods]
     assert "784-2-2-10" in text
     assert "gromo (not installed)" in text
     assert "{" not in text
@@ -75,6 +76,19 @@ def test_growths_come_after_the_first_epochs_and_the_rate_falls_to_zero(split: S
     assert [(pytest.approx(rate), count) for rate, count in seen] == [(4e-3 * 7 / 9, 8), (4e-3 * 4 / 9, 8)]
     assert outcome.parameters == follow(Row("whole", None, whole=True), SHORT, data, batches(split, data), 0).parameters
     assert outcome.seconds > 0
+
+
+def test_only_a_growth_with_a_fresh_optimizer_loses_its_state(split: Split) -> None:
+    pairs = Images(split, plain).batches(0, 2, 32)
+    for fresh in (False, True):
+        model = SHORT.dense(2)
+        optimizer = AdamW(model.parameters(), lr=0.25)
+        nn.functional.cross_entropy(model(pairs[0][0]), pairs[0][1]).backward()
+        optimizer.step()
+        after = ours("paired", SHORT.added, fresh)(model, optimizer, pairs, 0)[1]
+        assert (len(after.state) == 0) is fresh
+        assert after.param_groups[0]["lr"] == 0.25
+        assert [list(each.shape) for each in after.param_groups[0]["params"]][0] == [5, 784]
 
 
 def test_the_test_split_is_normalised_as_the_training_images(split: Split) -> None:
