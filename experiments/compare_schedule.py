@@ -31,6 +31,9 @@ from experiments.machine import machine_line
 CALIBRATION = 8, 512
 """Batches, and training images in each, that methods with data look at."""
 
+METHODS = "orthogonal", "paired", "gradmax", "tiny"
+"""Of ours, in the table."""
+
 Change = Callable[[nn.Module, AdamW, Pairs, int], tuple[nn.Module, AdamW]]
 """(network, optimizer, calibration batches, seed) → both after one growth."""
 
@@ -129,10 +132,8 @@ def rows(schedule: Schedule) -> list[Row]:
     found = [
         Row("never grown", None),
         Row("final widths from the start", None, whole=True),
-        *(
-            Row(f"EvolveNet, {method}", ours(method, schedule.added))
-            for method in ("orthogonal", "paired", "gradmax", "tiny")
-        ),
+        *(Row(f"EvolveNet, {method}", ours(method, schedule.added)) for method in METHODS),
+        Row("EvolveNet, paired, AdamW anew", ours("paired", schedule.added, fresh=True)),
     ]
     return [*found, Row("gromo's TINY", gromo(schedule.added))] if installed() else found
 

@@ -14,7 +14,19 @@ from torch.optim import AdamW
 
 from experiments import compare_schedule
 from experiments.compare_growth import Images
-from experiments.compare_schedule import BATCH, Outcome, Row, Schedule, batches, follow, main, ours, rows, table
+from experiments.compare_schedule import (
+    BATCH,
+    METHODS,
+    Outcome,
+    Row,
+    Schedule,
+    batches,
+    follow,
+    main,
+    ours,
+    rows,
+    table,
+)
 from experiments.data import Split
 from experiments.gromo_growth import Pairs
 
@@ -44,8 +56,8 @@ def test_the_page_has_a_line_for_every_row(split: Split, tmp_path: Path, monkeyp
     lines = [line.split(" | ")[:2] for line in text.splitlines() if line.startswith("| ")][2:]
     small, large = 785 * 2 + 3 * 2 + 3 * 10, 785 * 8 + 9 * 8 + 9 * 10
     assert lines[:2] == [["| never grown", f"{small:,}"], ["| final widths from the start", f"{large:,}"]]
-    methods = "orthogonal", "paired", "gradmax", "tiny", "paired, AdamW anew"
-    assert lines[2:] == [[f"| EvolveNet, {name}", f"{large:,}"] for name in methods]
+    names = *METHODS, "paired, AdamW anew"
+    assert lines[2:] == [[f"| EvolveNet, {name}", f"{large:,}"] for name in names]
     assert "784-2-2-10" in text
     assert "gromo (not installed)" in text
     assert "{" not in text
@@ -88,7 +100,7 @@ def test_only_a_growth_with_a_fresh_optimizer_loses_its_state(split: Split) -> N
         after = ours("paired", SHORT.added, fresh)(model, optimizer, pairs, 0)[1]
         assert (len(after.state) == 0) is fresh
         assert after.param_groups[0]["lr"] == 0.25
-        assert [list(each.shape) for each in after.param_groups[0]["params"]][0] == [5, 784]
+        assert after.param_groups[0]["params"][0].shape == (5, 784)
 
 
 def test_the_test_split_is_normalised_as_the_training_images(split: Split) -> None:
