@@ -104,12 +104,17 @@ class Gromo(nn.Module):
     def set_scaling_factor(self, scale: float) -> None:
         self.scale = scale
 
+    def update_computation(self) -> None:
+        gradient = self.layers[-1].bias.grad
+        assert isinstance(gradient, Tensor)
+        self.told.append(("update_computation", gradient.clone()))
+
     def apply_change(self) -> None:
         self.applied += self.scale
         self.told.append(("applied", self.scale))
 
     def __getattr__(self, name: str) -> Any:
-        told = ("set_growing_layers", "init_computation", "update_computation", "compute_optimal_updates")
+        told = ("set_growing_layers", "init_computation", "compute_optimal_updates")
         if name in (*told, "reset_computation", "dummy_select_update"):
             return lambda **options: self.told.append((name, options))
         return super().__getattr__(name)
@@ -125,6 +130,8 @@ def test_gromo_gets_the_same_network_and_the_best_scale(monkeypatch: pytest.Monk
     for theirs, ours in zip(grown.layers, (model[1], model[3], model[5]), strict=True):
         assert torch.equal(theirs.weight, ours.weight)
         assert torch.equal(theirs.bias, ours.bias)
+    loss = nn.functional.cross_entropy(model(x[:20]), labels[:20], reduction="sum")
+    torch.testing.assert_close(grown.told[2][1], torch.autograd.grad(loss, model[5].bias)[0])
     told = [name for name, _ in grown.told]
     once = ["set_growing_layers", "init_computation", *["update_computation"] * 2, "compute_optimal_updates"]
     assert told == [*once, "reset_computation", "dummy_select_update", "applied"] * 2

@@ -103,6 +103,10 @@ def test_seeds_alone_have_one_mean_and_settings_alone_have_none(tmp_path: Path) 
     assert seeds_table(seeds).splitlines()[3:] == [
         "| all | 650 | 97.00 ± 0.00 | 98.50 ± 0.71 | 700: 98.00 600: 99.00 |"
     ]
+    uneven = written(
+        tmp_path / "uneven", [*runs, runs[0]], [["lr=1", "seed=0"], ["lr=1", "seed=1"], ["lr=2", "seed=0"]]
+    )
+    assert seeds_table(uneven).splitlines()[-1] == "| lr=2 | 700 | 97.00 | 98.00 | 700: 98.00 |"
     assert seeds_table(written(tmp_path / "settings", runs, [["lr=1"], ["lr=2"]])) == ""
     assert seeds_table(written(tmp_path / "once", runs, [["lr=1", "seed=0"], ["lr=2", "seed=1"]])) == ""
 
