@@ -13,9 +13,6 @@ from evolvenet.errors import PolicyError
 from evolvenet.graph import WidthGraph
 from evolvenet.policy import Measure, Moment, Policy, Proposal, check_fields, enlarged
 
-LOW = 0.2
-"""Share of the price that is asked for at the beginning, where it rises."""
-
 THOUSAND = 1000
 """What a price is for, as that of a single parameter would be hard to read."""
 
@@ -37,17 +34,18 @@ class Price:
         most: largest share of the outputs' variance that all cuts of one event may be worth together, 0 … 1.
         growth: units added at a growth as a share of the size, 0 … 1, rounded up to the width's step.
         cooldown: events for which a width that grew is not pruned and one that was pruned does not grow.
-        rise: share of the run over which the price rises from a fifth to its full height, 0 … 1; 0 for none. While it is low
-            a narrow start becomes wide enough that it is cut down in the end, as a wide one is.
+        rise: share of the run over which the price rises to its full height, by the same factor in equal times, 0 … 1; 0 for
+            none. While it is low a narrow start becomes wide enough that it is cut down in the end, as a wide one is.
+        low: share of the price that is asked for at the beginning of the rise, above 0, at most 1.
         settle: share of the run, 0 … 1, over which steps become smaller, until widths stay; 0 for steps of one size throughout.
         smallest: fewest units that a width keeps.
 
     Raises:
         PolicyError: for a value outside its range.
 
-    >>> policy = Price(price=1e-3, rise=0.4)
-    >>> round(policy.now(progress=0.2), 6), policy.now(progress=1.0)
-    (0.0006, 0.001)
+    >>> policy = Price(price=1e-3, rise=0.4, low=0.25)
+    >>> [round(policy.now(progress), 6) for progress in (0, 0.2, 0.4, 1)]
+    [0.00025, 0.0005, 0.001, 0.001]
     """
 
     price: float
@@ -58,19 +56,20 @@ class Price:
     growth: float = 0.15
     cooldown: int = 2
     rise: float = 0.4
+    low: float = 0.2
     settle: float = 1.0
     smallest: int = 2
 
     def __post_init__(self) -> None:
-        least = {"price": math.ulp(0.0), "band": 1, "cooldown": 0, "smallest": 1}
-        check_fields(self, shares=("largest_step", "most", "growth", "rise", "settle"), least=least)
+        least = {"price": math.ulp(0.0), "low": math.ulp(0.0), "band": 1, "cooldown": 0, "smallest": 1}
+        check_fields(self, shares=("largest_step", "most", "growth", "rise", "low", "settle"), least=least)
         if self.kind not in KINDS or self.kind == "latency":
             raise PolicyError(f"Price: expected kind to be params, macs or bytes, got {self.kind!r}.")
 
     def now(self, progress: float) -> float:
         """The price after a share of the run, 0 … 1."""
         risen = min(1.0, progress / self.rise) if self.rise else 1.0
-        return self.price * (LOW + (1 - LOW) * risen)
+        return self.price * self.low ** (1 - risen)
 
     def at(self, moment: Moment) -> Policy:
         """The policy for one moment of a run."""

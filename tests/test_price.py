@@ -102,9 +102,9 @@ def test_widths_stay_once_the_steps_have_shrunk_to_nothing(
         assert sizes(decide(settling, {"0": line("0", worth)}, progress)) == ({} if size is None else {"0": size})
 
 
-@pytest.mark.parametrize(("progress", "asked"), [(0.0, 0.2), (0.2, 0.6), (0.4, 1.0), (0.9, 1.0)])
-def test_the_price_rises_from_a_fifth_to_its_height(progress: float, asked: float) -> None:
-    policy = Price(price=1.0, rise=0.4)
+@pytest.mark.parametrize(("progress", "asked"), [(0.0, 0.25), (0.2, 0.5), (0.4, 1.0), (0.9, 1.0)])
+def test_the_price_rises_to_its_height(progress: float, asked: float) -> None:
+    policy = Price(price=1.0, rise=0.4, low=0.25)
     assert policy.now(progress) == pytest.approx(asked)
     assert sizes(decide(policy, {"0": line("0", 0.98 * asked)}, progress))["0"] < 20
     assert decide(policy, {"0": line("0", 1.02 * asked)}, progress) == {}
@@ -120,6 +120,8 @@ def test_the_price_rises_from_a_fifth_to_its_height(progress: float, asked: floa
         {"growth": 1.1},
         {"rise": -0.1},
         {"settle": 1.1},
+        {"low": 0},
+        {"low": 1.1},
     ],
 )
 def test_values_out_of_range_are_refused(wrong: dict[str, Any]) -> None:
