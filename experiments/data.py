@@ -35,12 +35,13 @@ class Split(NamedTuple):
 
 @dataclass(frozen=True)
 class Augment:
-    """Random shift, rotation and mirror image: every image its own, the whole batch in one resampling.
+    """Random shift, rotation, stretching and mirror image: every image its own, the whole batch in one resampling.
 
     Args:
         shift: largest shift along each axis, pixels.
         rotation: largest angle to either side, degrees.
         flip: mirror half of the images left to right.
+        stretch: largest share by which each axis becomes longer or shorter, below 1.
 
     >>> Augment(shift=2)(torch.ones(4, 1, 8, 8), torch.Generator()).shape
     torch.Size([4, 1, 8, 8])
@@ -49,10 +50,11 @@ class Augment:
     shift: int = 0
     rotation: float = 0.0
     flip: bool = False
+    stretch: float = 0.0
 
     def __call__(self, images: Tensor, generator: Generator) -> Tensor:
         """Augment float images `[N, channels, height, width]`; what moves in from outside is 0."""
-        if not (self.shift or self.rotation or self.flip):
+        if not (self.shift or self.rotation or self.flip or self.stretch):
             return images
         affine = self._affine(len(images), images.shape[-2:], generator).to(images.device)
         grid = F.affine_grid(affine, list(images.shape), align_corners=False)
@@ -65,7 +67,12 @@ class Augment:
         height, width = size
         across = torch.stack([mirror * angle.cos(), -angle.sin(), shift[:, 0] * 2 / width], dim=1)
         down = torch.stack([mirror * angle.sin(), angle.cos(), shift[:, 1] * 2 / height], dim=1)
-        return torch.stack([across, down], dim=1)
+        affine = torch.stack([across, down], dim=1)
+        if self.stretch:
+            # The grid goes from the new image's places to the old one's: there twice as long is half the step.
+            lengths = 1 + (torch.rand(count, 1, 2, generator=generator) * 2 - 1) * self.stretch
+            affine[:, :, :2] /= lengths
+        return affine
 
 
 class BatchLoader:

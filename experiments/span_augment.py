@@ -12,7 +12,7 @@ from experiments.points import span_ends
 
 
 class SpanAugment(lightning.Callback):
-    """Shifts and turns of each span's images, as shares of what the data module has.
+    """Shifts, turns and stretching of each span's images, as shares of what the data module has.
 
     Args:
         spans: their relative lengths; each ends at the end of the nearest epoch.
@@ -45,6 +45,10 @@ class SpanAugment(lightning.Callback):
         data: ImageData = trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
         self._whole = self._whole or data.augment
         strength = self.strength(trainer.current_epoch, trainer.max_epochs or 1)
+        whole = self._whole
         data.augment = replace(
-            self._whole, shift=round(strength * self._whole.shift), rotation=strength * self._whole.rotation
+            whole,
+            shift=round(strength * whole.shift),
+            rotation=strength * whole.rotation,
+            stretch=strength * whole.stretch,
         )

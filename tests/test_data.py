@@ -173,6 +173,19 @@ def test_rotation_agrees_with_torchvision_one_image_at_a_time():
         torch.testing.assert_close(got, expected, atol=1e-4, rtol=0)
 
 
+def test_each_axis_is_stretched_by_a_factor_of_its_own():
+    """A ramp's slope is divided by it, from the middle of the image."""
+    across, down = torch.linspace(-15, 15, 31).expand(31, 31), torch.linspace(-15, 15, 31)[:, None].expand(31, 31)
+    ramps = torch.stack([across, down]).expand(200, 2, 31, 31)
+    middle = Augment(stretch=0.5)(ramps, torch.Generator().manual_seed(0))[:, :, 9:22, 9:22]
+    lengths = torch.stack([6 / middle[:, 0, 6, 12], 6 / middle[:, 1, 12, 6]], dim=1)
+    expected = ramps[:, :, 9:22, 9:22] / lengths[:, :, None, None]
+    torch.testing.assert_close(middle, expected, atol=1e-4, rtol=0)
+    assert 0.5 < float(lengths.min()) < 0.52
+    assert 1.48 < float(lengths.max()) < 1.5
+    assert abs(float(torch.corrcoef(lengths.T)[0, 1])) < 0.2
+
+
 def test_flip_mirrors_about_half_of_the_images():
     images = torch.rand(200, 3, 5, 5)
     flipped = Augment(flip=True)(images, torch.Generator().manual_seed(0))

@@ -13,7 +13,7 @@ from experiments.classifier import Classifier
 from experiments.data import Augment, DataError, DigitsData
 from experiments.span_augment import SpanAugment
 
-WHOLE = Augment(shift=2, rotation=10, flip=True)
+WHOLE = Augment(shift=2, rotation=10, flip=True, stretch=0.5)
 
 
 class Seen(lightning.Callback):
@@ -53,7 +53,7 @@ class Stop(lightning.Callback):
 
 
 def test_each_span_has_its_strength_and_flips_stay() -> None:
-    half, none = Augment(shift=1, rotation=5, flip=True), Augment(shift=0, rotation=0, flip=True)
+    half, none = Augment(shift=1, rotation=5, flip=True, stretch=0.25), Augment(flip=True)
     assert fit(4)[1] == [WHOLE, half, half, none]
 
 
