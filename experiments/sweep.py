@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
+from operator import itemgetter
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -100,12 +101,11 @@ def _groups(directory: Path) -> dict[str, list[dict[str, Any]]]:
     found: dict[str, list[tuple[int, dict[str, Any]]]] = {}
     for name, own, result in _runs(directory):
         words = own.split(" ")
-        seeds = [int(word.removeprefix("seed=")) for word in words if re.fullmatch(r"seed=\d+", word)]
-        settings = " ".join(word for word in words if not re.fullmatch(r"seed=\d+", word))
-        found.setdefault(settings or ("all" if seeds else name), []).append((seeds[0] if seeds else 0, result))
-    return {
-        settings: [result for _, result in sorted(runs, key=lambda run: run[0])] for settings, runs in found.items()
-    }
+        seeds = [word for word in words if re.fullmatch(r"seed=\d+", word)]
+        settings = " ".join(word for word in words if word not in seeds)
+        seed = int(seeds[0].removeprefix("seed=")) if seeds else 0
+        found.setdefault(settings or ("all" if seeds else name), []).append((seed, result))
+    return {settings: [result for _, result in sorted(runs, key=itemgetter(0))] for settings, runs in found.items()}
 
 
 def _runs(directory: Path) -> list[tuple[str, str, dict[str, Any]]]:
