@@ -10,7 +10,6 @@ import evolvenet  # isort: skip  # its mend comes before torchvision
 
 import argparse
 import copy
-import importlib.metadata
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -26,7 +25,7 @@ from torch.optim import AdamW
 
 from evolvenet.newborns import METHODS
 from experiments.data import MnistData, Split
-from experiments.gromo_growth import Pairs, gromo_tiny, installed
+from experiments.gromo_growth import Pairs, gromo_tiny, installed, version
 from experiments.machine import machine_line
 from experiments.models import ResNet
 
@@ -282,7 +281,6 @@ widened once by each method and trained on with the same batches, learning rate 
 
 def write(path: Path, results: Mapping[Subject, Mapping[str, Sequence[Outcome]]], options: argparse.Namespace) -> None:
     """The page with all tables."""
-    version = importlib.metadata.version("gromo") if installed() else "(not installed)"
     page = ABOUT.format(
         options=f" --seeds {options.seeds} --epochs {options.epochs:g}",
         machine=machine_line(),
@@ -290,7 +288,7 @@ def write(path: Path, results: Mapping[Subject, Mapping[str, Sequence[Outcome]]]
         seeds=options.seeds,
         epochs=options.epochs,
         batch=BATCH,
-        gromo=version,
+        gromo=version(),
     )
     lines = ["# Growing: how newborns start", "", page]
     for subject, found in results.items():

@@ -10,13 +10,12 @@ from __future__ import annotations
 import evolvenet  # isort: skip  # its mend comes before torchvision
 
 import argparse
-import importlib.metadata
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean, median, stdev
+from statistics import median
 
 import torch
 from torch import nn
@@ -24,8 +23,9 @@ from torch.nn import functional as F
 from torch.optim import AdamW
 
 from experiments.compare_growth import BATCH, Images
+from experiments.compare_table import cell, span
 from experiments.data import MnistData, Split
-from experiments.gromo_growth import Pairs, gromo_of, gromo_widen, installed
+from experiments.gromo_growth import Pairs, gromo_of, gromo_widen, installed, version
 from experiments.machine import machine_line
 
 CALIBRATION = 8, 512
@@ -168,14 +168,12 @@ def table(found: Mapping[str, Sequence[Outcome]]) -> list[str]:
         "| --- | ---: | ---: | --- | ---: |",
     ]
     for title, outcomes in found.items():
-        shares = [100 * outcome.accuracy for outcome in outcomes]
-        sizes = sorted({outcome.parameters for outcome in outcomes})
-        size = " … ".join(f"{each:,}" for each in dict.fromkeys((sizes[0], sizes[-1])))
-        each = " ".join(f"{share:.2f}" for share in shares)
+        accuracies = [outcome.accuracy for outcome in outcomes]
+        sizes = span([f"{size:,}" for size in sorted(outcome.parameters for outcome in outcomes)])
+        each = " ".join(f"{100 * accuracy:.2f}" for accuracy in accuracies)
         took = median(outcome.seconds for outcome in outcomes)
-        lines.append(
-            f"| {title} | {size} | {fmean(shares):.2f} ± {stdev(shares):.2f} | {each} | {f'{took:.1f}' if took else ''} |"
-        )
+        cells = [title, sizes, cell(accuracies), each, f"{took:.1f}" if took else ""]
+        lines.append(f"| {' | '.join(cells)} |")
     return lines
 
 
@@ -190,9 +188,8 @@ new parameters, so its AdamW starts anew after each growth; it may find fewer un
 
 def page(found: Mapping[str, Sequence[Outcome]], schedule: Schedule, seeds: int) -> str:
     """The whole page."""
-    version = importlib.metadata.version("gromo") if installed() else "(not installed)"
     values = {name: getattr(schedule, name) for name in ("start", "added", "growths", "epochs", "rate", "end")}
-    about = ABOUT.format(seeds=seeds, machine=machine_line(), gromo=version, batch=BATCH, **values)
+    about = ABOUT.format(seeds=seeds, machine=machine_line(), gromo=version(), batch=BATCH, **values)
     return "\n".join(["# Growing while training: a dense network", "", about, "", *table(found)]) + "\n"
 
 

@@ -191,6 +191,15 @@ def cell(values: Sequence[float]) -> str:
     return f"{100 * fmean(values):.2f}{spread}"
 
 
+def span(ascending: Sequence[str]) -> str:
+    """The first and the last, or the one that all are.
+
+    >>> span(["690", "695", "700"]), span(["5", "5"])
+    ('690 … 700', '5')
+    """
+    return " … ".join(dict.fromkeys((ascending[0], ascending[-1])))
+
+
 def goals(task: str, allocation: str, found: Mapping[tuple[int, str], Mapping[int, Record]], uncut: float) -> list[str]:
     """What was to be shown at each ratio, and whether it is met."""
     means = {

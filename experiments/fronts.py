@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from evolvenet.errors import EvolveNetError
-from experiments.compare_table import cell
+from experiments.compare_table import cell, span
 from experiments.run import RESULT, readable_errors
 
 _HEAD = [
@@ -57,15 +57,6 @@ def _row(points: Sequence[Mapping[str, Any]]) -> str:
         span([f"{seconds / 60:.1f}" for seconds in sorted(point["seconds"] for point in points)]),
     ]
     return f"| {' | '.join(cells)} |"
-
-
-def span(ascending: Sequence[str]) -> str:
-    """The first and the last, or the one that all are.
-
-    >>> span(["690", "695", "700"]), span(["5", "5"])
-    ('690 … 700', '5')
-    """
-    return " … ".join(dict.fromkeys((ascending[0], ascending[-1])))
 
 
 def main() -> None:

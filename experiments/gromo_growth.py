@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import importlib.util
 from collections.abc import Sequence
 from typing import Any
@@ -89,3 +90,8 @@ def _line_search(grown: Any, pairs: Pairs) -> float:
 def installed() -> bool:
     """Whether gromo is there."""
     return importlib.util.find_spec("gromo") is not None
+
+
+def version() -> str:
+    """Which one, for the head of a table."""
+    return importlib.metadata.version("gromo") if installed() else "(not installed)"

@@ -15,8 +15,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 from omegaconf import DictConfig, OmegaConf
 
-from experiments.compare_table import cell
-from experiments.fronts import fronts_table, span
+from experiments.compare_table import cell, span
+from experiments.fronts import fronts_table
 
 
 class SweepTable(Callback):
@@ -33,10 +33,9 @@ class SweepTable(Callback):
 
 def _front(directory: Path) -> str:
     """Mean and deviation at each point, where all runs are one front with several seeds; else nothing."""
-    runs = _runs(directory)
-    seeds = {own.removeprefix("seed="): result for _, own, result in runs}
-    if len(seeds) > 1 and all(map(str.isdigit, seeds)) and all(result["front"] for result in seeds.values()):
-        return "\n" + fronts_table([seeds[seed] for seed in sorted(seeds, key=int)])
+    groups = list(_groups(directory).values())
+    if len(groups) == 1 and len(groups[0]) > 1 and all(result["front"] for result in groups[0]):
+        return "\n" + fronts_table(groups[0])
     return ""
 
 
