@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import evolvenet  # noqa: F401  isort: skip  # its mend comes before torchvision
 
+import importlib
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ from experiments.compare_schedule import (
     Schedule,
     batches,
     follow,
+    gromo,
     main,
     ours,
     rows,
@@ -29,6 +31,7 @@ from experiments.compare_schedule import (
 )
 from experiments.data import Split
 from experiments.gromo_growth import Pairs
+from tests.test_compare_growth import Gromo
 
 SHORT = Schedule(start=2, added=3, growths=2, epochs=3)
 
@@ -110,6 +113,22 @@ def test_the_test_split_is_normalised_as_the_training_images(split: Split) -> No
     pixels = split.images.float() / 255
     torch.testing.assert_close(images, (other.images.float() / 255 - pixels.mean()) / pixels.std())
     assert torch.equal(labels, other.labels)
+
+
+def test_gromos_network_is_built_once_and_its_optimizer_starts_anew(
+    split: Split, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importlib, "import_module", lambda name: type("module", (), {"GrowingMLP": Gromo}))
+    model, pairs = SHORT.dense(2), Images(split, plain).batches(0, 2, 32)
+    optimizer = AdamW(model.parameters(), lr=0.25)
+    first, fresh = gromo(3)(model, optimizer, pairs, 0)
+    assert isinstance(first, Gromo)
+    assert ("compute_optimal_updates", {"maximum_added_neurons": 3}) in first.told
+    assert fresh.param_groups[0]["lr"] == 0.25
+    assert set(fresh.param_groups[0]["params"]) == set(first.parameters())
+    second, again = gromo(3)(first, fresh, pairs, 0)
+    assert second is first
+    assert again is not fresh
 
 
 def test_gromo_is_a_row_where_it_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -68,11 +68,24 @@ def test_a_sweep_over_seeds_of_a_front_ends_with_its_table(tmp_path: Path, capsy
     cases = {
         "seeds": ([["+experiment=x", f"seed={seed}"] for seed in (9, 10, 11)], True),
         "others": ([[f"optimizer.lr={rate}"] for rate in range(3)], False),
+        "both": ([["lr=1", "seed=0"], ["lr=1", "seed=1"], ["lr=2", "seed=0"]], False),
     }
     for name, (overrides, expected) in cases.items():
         directory = written(tmp_path / name, runs, overrides)
         SweepTable().on_multirun_end(OmegaConf.create({"hydra": {"sweep": {"dir": str(directory)}}}))
-        assert (fronts_table(runs) in capsys.readouterr().out) is expected
+        printed = capsys.readouterr().out
+        assert (fronts_table(runs) in printed) is expected
+        assert ("| epoch | minutes |" in printed) is expected
+
+
+def test_seeds_without_a_front_have_only_their_mean(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from omegaconf import OmegaConf
+
+    directory = written(tmp_path, [ended(700, 0.98), ended(600, 0.99)], [["seed=0"], ["seed=1"]])
+    SweepTable().on_multirun_end(OmegaConf.create({"hydra": {"sweep": {"dir": str(directory)}}}))
+    printed = capsys.readouterr().out
+    assert seeds_table(directory) in printed
+    assert "| epoch | minutes |" not in printed
 
 
 def ended(parameters: int, accuracy: float) -> dict[str, Any]:
