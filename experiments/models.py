@@ -6,9 +6,10 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
-CROP = 2
-"""What two 3 × 3 convolutions without padding take off each border."""
+CROPPED = (-2, -2, -2, -2)
+"""What two 3 × 3 convolutions without padding take off the borders: left, right, top, bottom."""
 
 
 class BasicBlock(nn.Module):
@@ -111,7 +112,8 @@ class UnpaddedBlock(nn.Module):
         """`[N, width, H, W]` → `[N, width, H − 4, W − 4]`."""
         inside = torch.relu(self.norm1(self.pointwise1(self.depthwise1(x))))
         outside = self.norm2(self.pointwise2(self.depthwise2(inside)))
-        return torch.relu(outside + x[:, :, CROP:-CROP, CROP:-CROP])
+        # Not a slice: the gradient of this one keeps `channels_last`, and a training step takes 0.7 to 0.9 of the time.
+        return torch.relu(outside + functional.pad(x, CROPPED))
 
 
 class UnpaddedResNet(nn.Module):
