@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import heapq
 import math
+from bisect import bisect_right
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -30,9 +31,10 @@ class Budget:
 
     Every width has one signed curve: −log of the share of energy kept where it shrinks, and where it grows as much again for
     each newborn as its least direction carries, times `trust`. Units go where they are worth least for what they cost, and
-    come where they are worth most, so growth in one place may be paid by pruning in another, if the loss asks for it. The
-    cost follows budget + (start − budget)·(1 − t)³, t = progress / by (Zhu and Gupta 2017). From `by` on widths stay where
-    the cost lies within 2 % below the budget, or where no width that may grow has room to.
+    come where they are worth most, so growth in one place may be paid by pruning in another, if the loss asks for it; what
+    is free is filled without asking, on the way up and from `by` on. The cost follows budget + (start − budget)·(1 − t)³,
+    t = progress / by (Zhu and Gupta 2017). From `by` on widths stay where the cost lies within 2 % below the budget, or where
+    no width that may grow has room to.
 
     Args:
         params: parameters of the network at the end; or one of the next three.
@@ -46,7 +48,8 @@ class Budget:
         trust: what a newborn is taken to be worth, 0 … 1 of the least direction; below 1 there is a dead band.
         saturated: a width grows only if its effective rank (Roy and Vetterli 2007) over its size reaches this, 0 … 1.
         certain: standard errors by which the loss must be seen to fall for a growth that others pay for, where its gradients
-            are known (see `Threshold`). Below the budget growth needs no such reason: it was asked for.
+            are known (see `Threshold`); infinite for no such growth. Below the budget growth needs no such reason: it was
+            asked for.
         smallest: fewest units that a width keeps.
         trials: losses are not −log of energies but measured, as by `allocate` with batches: how far the network's outputs
             move if one width is cut and its readers make up for it. Sees what a unit is worth to the task, and takes longer.
@@ -107,7 +110,7 @@ class Budget:
         target, final = self.target(start, progress), progress >= self.by
         if final and NEAR * target <= moment.costs.at(self.kind, {}) <= target:
             return None
-        return _Now(self, moment, target, final)
+        return _Now(self, moment, target, final, fills=final or start < target)
 
 
 @dataclass(frozen=True)
@@ -118,6 +121,8 @@ class _Now:
     moment: Moment
     target: float
     final: bool
+    fills: bool
+    """Whether newborns fill what is free; on the way down they would soon be cut again."""
 
     @property
     def costs(self) -> Costs:
@@ -130,13 +135,16 @@ class _Now:
         if self.final and now <= self.target and not self._room(measures, graph):
             return {}
         tried = self.moment.trials() if self.budget.trials else {}
-        tops = self._tops(measures, paid=now >= self.target)
+        tops = {name: self._most(measure) for name, measure in measures.items()}
+        paid = self._paid(measures, tops) if now >= self.target else {}
         hulls = {name: self._curve(measure, tried.get(name), tops[name]) for name, measure in measures.items()}
-        grids = {name: self._grid(measure, graph, tops[name]) for name, measure in measures.items()}
+        most = {name: paid.get(name, measure.size) for name, measure in measures.items()}
+        ends = tops if self.fills and now < self.target else most
+        grids = {name: self._grid(measure, graph, ends[name]) for name, measure in measures.items()}
         if self.budget.kind == "latency":
-            sizes = self._fitting_latency(hulls, grids)
+            sizes = self._fitting_latency(hulls, grids, most)
         else:
-            sizes = self._fitting(hulls, grids, self.budget.kind, self.target)
+            sizes = self._fitting(hulls, grids, most, self.budget.kind, self.target)
         cost = self.costs.at(self.budget.kind, sizes)
         found = {}
         for name, size in sizes.items():
@@ -157,13 +165,17 @@ class _Now:
             for name, size in larger
         )
 
-    def _tops(self, measures: Mapping[str, Measure], paid: bool) -> dict[str, int]:
-        """The largest size of each width now; a growth for which others pay is asked of the loss first."""
-        tops = {name: self._most(measure) for name, measure in measures.items()}
+    def _paid(self, measures: Mapping[str, Measure], tops: Mapping[str, int]) -> dict[str, int]:
+        """How large the widths may become for which others pay: those of whose growth the loss is certain."""
+        if math.isinf(self.budget.certain):
+            return {}
         larger = {name: size for name, size in tops.items() if size > measures[name].size}
-        known = self.moment.evidence(larger) if larger and paid and self.budget.certain else {}
-        unwanted = [name for name, asked in known.items() if asked.certainty < self.budget.certain]
-        return tops | {name: measures[name].size for name in unwanted}
+        known = self.moment.evidence(larger) if larger and self.budget.certain else {}
+        return {
+            name: size
+            for name, size in larger.items()
+            if name not in known or known[name].certainty >= self.budget.certain
+        }
 
     def _curve(self, measure: Measure, tried: Curve | None, top: int) -> Curve:
         shares = energy_shares(measure.spectrum).sort(descending=True).values.cumsum(0).clamp(_LEAST, 1).tolist()
@@ -195,10 +207,15 @@ class _Now:
         return sizes or [measure.size]
 
     def _fitting(
-        self, hulls: Mapping[str, Curve], grids: Mapping[str, list[int]], kind: str, target: float
+        self,
+        hulls: Mapping[str, Curve],
+        grids: Mapping[str, list[int]],
+        most: Mapping[str, int],
+        kind: str,
+        target: float,
     ) -> dict[str, int]:
-        """Take away from the largest sizes what is worth least, until the cost fits; then fill what is left."""
-        places = {name: len(grid) - 1 for name, grid in grids.items()}
+        """From the `most` that each may have take away what is worth least, until the cost fits; then fill what is left."""
+        places = {name: max(0, bisect_right(grid, most[name]) - 1) for name, grid in grids.items()}
 
         def cost(changed: Mapping[str, int]) -> float:
             chosen = {**places, **changed}
@@ -249,14 +266,16 @@ class _Now:
                 return sizes
             places[max(worth)[1]] += 1
 
-    def _fitting_latency(self, hulls: Mapping[str, Curve], grids: Mapping[str, list[int]]) -> dict[str, int]:
+    def _fitting_latency(
+        self, hulls: Mapping[str, Curve], grids: Mapping[str, list[int]], most: Mapping[str, int]
+    ) -> dict[str, int]:
         """The most multiply-accumulates whose measured latency fits: the latency of each candidate is measured."""
         low = self.costs.at("macs", {name: grid[0] for name, grid in grids.items()})
         high = self.costs.at("macs", {name: grid[-1] for name, grid in grids.items()})
-        best = self._fitting(hulls, grids, "macs", low)
+        best = self._fitting(hulls, grids, most, "macs", low)
         for _ in range(_SEARCH):
             middle = (low + high) / 2
-            sizes = self._fitting(hulls, grids, "macs", middle)
+            sizes = self._fitting(hulls, grids, most, "macs", middle)
             if self.costs.at("latency", sizes) <= self.target:
                 best, low = sizes, middle
             else:

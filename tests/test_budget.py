@@ -165,13 +165,33 @@ def test_an_event_makes_the_trials_on_its_batches() -> None:
 def test_a_network_whose_units_are_larger_than_the_margin_settles_too() -> None:
     """One unit more would be too many, one less misses 2 %: nothing is changed any more."""
     near = []
-    for seed, budget in product(range(3), (290, 300, 315)):
+    for seed, budget in product(range(3), (75, 110, 140)):
         torch.manual_seed(seed)
         evolver, seen = run(Budget(params=budget, by=0.5, saturated=0.0, smallest=1), wide(3), events=16)
         assert all(cost <= budget for cost in seen[-7:])
         assert not [event for event in evolver.history.events[-6:] if event.changes]
         near.append(seen[-1] / budget)
     assert min(near) < 0.98, "else it says nothing"
+
+
+@pytest.mark.parametrize("certain", [2.0, math.inf])
+def test_what_whole_units_leave_is_filled_once_the_budget_holds(certain: float) -> None:
+    """The last cut goes below the margin of 2 %; then single units come, nothing goes, and before there was no growth."""
+    filled = []
+    for budget in (290, 300, 315):
+        policy = Budget(params=budget, by=0.5, saturated=0.0, smallest=1, certain=certain)
+        torch.manual_seed(0)
+        evolver, seen = run(policy, wide(3), events=16)
+        changes = [change for event in evolver.history.events for change in event.changes]
+        grown = [place for place, change in enumerate(changes) if change.after > change.before]
+        if math.isinf(certain):
+            assert all(change.after > change.before for change in changes[min(grown, default=len(changes)) :])
+        torch.manual_seed(0)
+        _, only_cut = run(replace(policy, growth=0), wide(3), events=16)
+        assert only_cut[-1] <= seen[-1] <= budget
+        assert seen[-1] >= 0.98 * budget
+        filled.append(seen[-1] - only_cut[-1])
+    assert max(filled) > 0, "else it says nothing"
 
 
 def test_growth_in_one_place_is_paid_by_pruning_in_another() -> None:
