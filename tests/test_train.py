@@ -27,7 +27,12 @@ EXPERIMENTS = sorted(
     path.stem for path in (ROOT / "conf" / "experiment").glob("*.yaml") if not path.stem.endswith(CONTROLS)
 )
 UNPADDED = ["model.width=8", "model.inside=[12,12]"]
-SMALL = {"mnist_resnet": UNPADDED, "mnist_both": UNPADDED, "cifar_resnet": ["model.widths=[4,6,8]"]}
+SMALL = {
+    "mnist_resnet": UNPADDED,
+    "mnist_short": UNPADDED,
+    "mnist_both": UNPADDED,
+    "cifar_resnet": ["model.widths=[4,6,8]"],
+}
 LEAST = {"cifar_resnet": 500_000, "digits_both": 250_000}
 TINY = [
     "trainer.max_epochs=2",
