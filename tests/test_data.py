@@ -82,6 +82,22 @@ def test_digits_are_real_and_their_test_split_is_the_same_for_every_seed():
     assert first.splits["train"].labels.bincount().min() > 100
 
 
+def test_the_folds_of_the_digits_test_every_image_once():
+    folds = [DigitsData(val_size=180, fold=fold) for fold in range(6)]
+    for data in folds:
+        data.setup()
+    sizes = [len(data.splits["test"].labels) for data in folds]
+    assert sizes == [360, 360, 359, 359, 359, 360]
+    assert torch.equal(folds[0].splits["test"].images, folds[5].splits["test"].images)
+
+    def images(*splits):
+        return sorted(bytes(image.flatten().tolist()) for split in splits for image in split.images)
+
+    whole = images(*folds[0].splits.values())
+    assert images(*(data.splits["test"] for data in folds[:5])) == whole
+    assert images(*folds[3].splits.values()) == whole
+
+
 def test_normalised_pixels_have_mean_zero_and_deviation_one():
     data = DigitsData(val_size=180)
     data.setup()
