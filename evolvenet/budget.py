@@ -132,7 +132,7 @@ class _Now:
     def propose(self, measures: Mapping[str, Measure], graph: WidthGraph) -> dict[str, Proposal]:
         """New sizes with which the network costs what it may now, as near as one event can come."""
         now = self.costs.at(self.budget.kind, {})
-        if self.final and now <= self.target and not self._room(measures, graph):
+        if now < self.target and not (self.fills and self._room(measures, graph)):
             return {}
         tried = self.moment.trials() if self.budget.trials else {}
         tops = {name: self._most(measure) for name, measure in measures.items()}
