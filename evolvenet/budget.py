@@ -110,7 +110,7 @@ class Budget:
         target, final = self.target(start, progress), progress >= self.by
         if final and NEAR * target <= moment.costs.at(self.kind, {}) <= target:
             return None
-        return _Now(self, moment, target, final, fills=final or start < target)
+        return _Now(self, moment, target, fills=final or start < target)
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,6 @@ class _Now:
     budget: Budget
     moment: Moment
     target: float
-    final: bool
     fills: bool
     """Whether newborns fill what is free; on the way down they would soon be cut again."""
 

@@ -134,6 +134,22 @@ def test_latency_is_measured_and_fits() -> None:
     assert len(asked) < 20
 
 
+@pytest.mark.parametrize("allowed", [1.02, 1.1, 1.5, 3.0])
+def test_where_time_is_left_nothing_is_cut(allowed: float) -> None:
+    """Latency has a search of its own, which must not begin below what the network has."""
+    model, x = wide(12), torch.zeros(1, 1, 8, 8)
+    costs = moment(model, x).costs
+    seen = measures(model, x, {name: [1.0] * size for name, size in trace(model, x).sizes.items()})
+
+    def clock(sizes: Mapping[str, int]) -> float:
+        return costs.at("macs", sizes)
+
+    found = proposals(Budget(latency=allowed * clock({}), by=0.5), moment(model, x, clock), seen, trace(model, x))
+    assert all(proposal.size > 12 for proposal in found.values())
+    assert bool(found) == (allowed > 1.02)
+    assert clock({name: proposal.size for name, proposal in found.items()}) <= allowed * clock({})
+
+
 def test_the_real_clock_tells_wide_from_narrow() -> None:
     model, x = wide(), torch.zeros(8, 1, 8, 8)
     costs = moment(model, x).costs
