@@ -108,6 +108,14 @@ def test_every_experiment_builds_at_full_size(experiment):
     assert isinstance(instantiate(config.evolve), evolvenet.WidthEvolution)
 
 
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_no_experiment_insists_on_evolving(experiment):
+    """`evolve=none` is the control of every one of them; an experiment that sets `evolve.…` itself would bring it back."""
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        config = compose("train", [f"+experiment={experiment}", "evolve=none", "output=unused"])
+    assert config.evolve is None
+
+
 def test_digits_learn_while_widths_change(tmp_path, caplog):
     caplog.set_level(logging.INFO)
     small = ["model.widths=[12,12,12]", "trainer.max_epochs=3", "trainer.accelerator=cpu", "evolve.every_n_steps=20"]
