@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import lightning
-import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
 from experiments.classifier import Classifier
-from experiments.points import Points, span_ends
+from experiments.points import Points, frozen, span_ends, teacher
 
 BATCHES = 20
 """Training batches on which the statistics of an average's batch norms are taken."""
@@ -57,14 +55,13 @@ class AveragedPoints(Points):
         for mean, weight in zip(self._means, weights, strict=True):
             mean.lerp_(weight, 1 / self._steps)
 
-    def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Where a span ends: save the network, or let its average teach from now on, or both."""
-        assert isinstance(pl_module, Classifier)
-        super().on_train_epoch_end(trainer, pl_module)
+    def _lesson(self, trainer: lightning.Trainer, pl_module: Classifier) -> None:
         if self._teaches(trainer) and trainer.current_epoch + 1 != trainer.max_epochs:
             loader = trainer.datamodule.train_dataloader()  # pyright: ignore[reportAttributeAccessIssue]
-            past = averaged(pl_module.model, self._means, islice(loader, BATCHES))
-            pl_module.teacher = teacher(past, half=pl_module.bf16_above is not None)
+            self._teach(pl_module, averaged(pl_module.model, self._means, islice(loader, BATCHES)))
+
+    def _teach(self, pl_module: Classifier, past: nn.Module) -> None:
+        self._past, pl_module.teacher = past, teacher(past, half=pl_module.bf16_above is not None)
 
     def _teaches(self, trainer: lightning.Trainer) -> bool:
         """Whether the average of this epoch's weights will teach."""
@@ -79,19 +76,9 @@ def averaged(model: nn.Module, means: Sequence[Tensor], batches: Iterable[Any]) 
         means: a value for each of its parameters.
         batches: tuples that begin with images.
     """
-    past = copy.deepcopy(model).requires_grad_(False)
+    past = frozen(model)
     for parameter, mean in zip(past.parameters(), means, strict=True):
         parameter.copy_(mean)
     device = next(past.parameters()).device
     update_bn(batches, past, device)
     return past.eval()
-
-
-def teacher(past: nn.Module, half: bool) -> Callable[[Tensor], Tensor]:
-    """The outputs of a network that is trained no more; in bfloat16 where that is safe if `half`."""
-
-    def answer(images: Tensor) -> Tensor:
-        with torch.no_grad(), torch.autocast(images.device.type, torch.bfloat16, enabled=half):
-            return past(images).float()
-
-    return answer

@@ -18,6 +18,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from evolvenet.cost import macs
+from evolvenet.record import fit_shapes, note_for
 from experiments.classifier import Classifier
 
 
@@ -46,6 +47,8 @@ def span_ends(spans: Sequence[float], epochs: int) -> list[int]:
 class Points(lightning.Callback):
     """Saves the network at the end of each span, and makes that of the first one the teacher of the others.
 
+    Checkpoints hold the points found so far and the teacher: a resumed run goes on with both.
+
     Args:
         spans: their relative lengths; each ends at the end of the nearest epoch.
         directory: where the checkpoints go; `evolvenet.load(model, path)` reads them.
@@ -54,38 +57,75 @@ class Points(lightning.Callback):
     def __init__(self, spans: Sequence[float], directory: str | Path) -> None:
         self.spans, self.directory = spans, Path(directory)
         self.found: list[Point] = []
-        self._began = 0.0
+        self._began = self._before = 0.0
+        self._past: nn.Module | None = None
+        self._resumed: Mapping[str, Any] | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """The points found so far, the seconds up to here, and the teacher's state dict, None if there is no teacher."""
+        return {
+            "found": [asdict(point) for point in self.found],
+            "seconds": self._seconds(),
+            "teacher": None if self._past is None else self._past.state_dict(),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up what `state_dict` said; the teacher is built when training starts, from the model at hand."""
+        self.found = [Point(**point) for point in state_dict["found"]]
+        self._before, self._resumed = state_dict["seconds"], state_dict["teacher"]
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Start the clock."""
+        """Start the clock; in a resumed run, with the teacher that there was."""
+        assert isinstance(pl_module, Classifier)
         self._began = time.perf_counter()
+        if self._resumed is not None:
+            past = frozen(pl_module.model)
+            fit_shapes(past, self._resumed, note=note_for(self._resumed))
+            past.load_state_dict(self._resumed)
+            self._teach(pl_module, past)
+            self._resumed = None
 
     def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Where a span ends: save, and the first time take the network as teacher."""
+        """Where a span ends: save the network, and the first time let it teach from now on."""
         assert isinstance(pl_module, Classifier)
-        done = trainer.current_epoch + 1
-        if done not in span_ends(self.spans, trainer.max_epochs or done):
-            return
+        # Before the checkpoint is written, which is to hold the teacher too.
+        self._lesson(trainer, pl_module)
+        if trainer.current_epoch + 1 in span_ends(self.spans, trainer.max_epochs or 0):
+            self._save(trainer, pl_module)
+
+    def _lesson(self, trainer: lightning.Trainer, pl_module: Classifier) -> None:
+        if self._past is None and trainer.current_epoch + 1 in span_ends(self.spans, trainer.max_epochs or 0):
+            self._teach(pl_module, frozen(pl_module.model))
+
+    def _teach(self, pl_module: Classifier, past: nn.Module) -> None:
+        self._past, pl_module.teacher = past, teacher(past)
+
+    def _save(self, trainer: lightning.Trainer, pl_module: Classifier) -> None:
         images = next(iter(trainer.datamodule.val_dataloader()))[0][:1]  # pyright: ignore[reportAttributeAccessIssue]
         count = sum(parameter.numel() for parameter in pl_module.model.parameters())
         path = self.directory / f"{len(self.found)}-{count}.ckpt"
-        trainer.save_checkpoint(path)
         point = Point(
-            count, macs(pl_module.model, images.to(pl_module.device)), done, time.perf_counter() - self._began,
+            count, macs(pl_module.model, images.to(pl_module.device)), trainer.current_epoch + 1, self._seconds(),
             float(trainer.callback_metrics["val/acc"]), str(path),
         )  # fmt: skip
         self.found.append(point)
-        if pl_module.teacher is None:
-            pl_module.teacher = teacher(pl_module.model)
+        trainer.save_checkpoint(path)
+
+    def _seconds(self) -> float:
+        return self._before + (time.perf_counter() - self._began if self._began else 0.0)
 
 
-def teacher(model: nn.Module) -> Callable[[Tensor], Tensor]:
-    """The outputs of the network as it is now, for good."""
-    past = copy.deepcopy(model).eval().requires_grad_(False)
+def frozen(model: nn.Module) -> nn.Module:
+    """A copy of the network as it is now, in evaluation mode and without gradients."""
+    return copy.deepcopy(model).eval().requires_grad_(False)
+
+
+def teacher(past: nn.Module, half: bool = False) -> Callable[[Tensor], Tensor]:
+    """The outputs of a network that is trained no more; in bfloat16 where that is safe if `half`."""
 
     def answer(images: Tensor) -> Tensor:
-        with torch.no_grad():
-            return past(images)
+        with torch.no_grad(), torch.autocast(images.device.type, torch.bfloat16, enabled=half):
+            return past(images).float()
 
     return answer
 

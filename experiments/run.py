@@ -14,13 +14,14 @@ from typing import Any
 import lightning
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
+from lightning.pytorch.callbacks import ModelCheckpoint
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from torch import Tensor, nn
 
 from evolvenet.callback import WidthEvolution
 from evolvenet.cost import macs
-from evolvenet.errors import EvolveNetError
+from evolvenet.errors import EvolveNetError, RecordError
 from evolvenet.record import Event, History, load
 from evolvenet.report import summary_table, write_report
 from experiments.classifier import Classifier
@@ -33,6 +34,7 @@ RESULT = "result.json"
 # Each of these is right in general and says nothing here.
 _KNOWN_WARNINGS = (
     "The number of training batches .* is smaller than the logging interval",  # short trial runs
+    "Checkpoint directory .* exists and is not empty",  # Hydra's configuration is there, and in a resumed run its results
     "GPU available but not used",  # trainer.accelerator=cpu is a choice
     ".*isinstance\\(treespec, LeafSpec\\)",  # Lightning's own use of a torch function
 )
@@ -43,6 +45,14 @@ class Curve(lightning.Callback):
 
     def __init__(self) -> None:
         self.points: list[tuple[int, float]] = []
+
+    def state_dict(self) -> dict[str, Any]:
+        """The values so far, for a resumed run."""
+        return {"points": list(self.points)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from them."""
+        self.points = [(step, accuracy) for step, accuracy in state_dict["points"]]
 
     def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Note one value."""
@@ -78,6 +88,9 @@ def run(
 ) -> float:
     """Train, test once, and leave `result.json`, `report.html` and `last.ckpt` in `config.output`.
 
+    `last.ckpt` is written after every epoch: `config.resume` takes it, or that of a point, and goes on from there as if the
+    run had not stopped. Only the time in the result is then that since it went on.
+
     Args:
         config: what the other arguments were built from; kept in the result file.
         data: the data set.
@@ -89,7 +102,14 @@ def run(
 
     Returns:
         The last validation accuracy.
+
+    Raises:
+        RecordError: if `config.resume` is no file, or of another network.
     """
+    if config.resume and not Path(config.resume).is_file():
+        raise RecordError(
+            f"Resume: expected a run's last.ckpt or a point of it, got {config.resume}, where there is no file."
+        )
     for message in _KNOWN_WARNINGS:
         warnings.filterwarnings("ignore", message)
     output = Path(config.output)
@@ -98,9 +118,12 @@ def run(
     data.setup()
     start = _size(classifier.model, data.example)
     curve = Curve()
-    fitting = trainer(callbacks=[Progress(), curve, *callbacks, *filter(None, (points, evolution))])
+    latest = ModelCheckpoint(
+        output, "last", every_n_epochs=1, save_on_train_epoch_end=True, enable_version_counter=False
+    )
+    fitting = trainer(callbacks=[Progress(), curve, *callbacks, *filter(None, (points, evolution)), latest])
     began = time.perf_counter()
-    fitting.fit(classifier, datamodule=data)
+    fitting.fit(classifier, datamodule=data, ckpt_path=config.resume, weights_only=True)
     measured: dict[str, Any] = {"seconds": time.perf_counter() - began, "steps": fitting.global_step}
     fitting.save_checkpoint(output / "last.ckpt")
     test = partial(_tested, fitting, classifier, data)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from experiments.classifier import Classifier, Cycles
-from experiments.points import draw_front, front_table, span_ends, teacher
+from experiments.points import draw_front, front_table, frozen, span_ends, teacher
 
 POINT = {
     "parameters": 5000,
@@ -32,7 +32,7 @@ def test_a_teacher_stays_what_it_was() -> None:
     model.train()
     expected = model.eval()(x)
     model.train()
-    told = teacher(model)
+    told = teacher(frozen(model))
     nn.init.zeros_(model.get_parameter("0.weight"))
     assert torch.equal(told(x), expected)
     assert not told(x).requires_grad

@@ -15,6 +15,7 @@ from hydra.utils import instantiate
 import evolvenet
 from evolvenet.record import History
 from experiments import classifier, points
+from experiments.classifier import Classifier
 from experiments.run import readable_errors, run
 from experiments.span_augment import SpanAugment
 from experiments.sweep import draw_sweep, sweep_table
@@ -196,6 +197,54 @@ def test_a_front_is_saved_tested_and_shown_point_by_point(tmp_path, data, capsys
     )
     assert control["start"]["parameters"] == control["end"]["parameters"] == front[2]["parameters"]
     assert "<h2>The front</h2>" in (tmp_path / "run" / "report.html").read_text()
+
+
+@pytest.mark.parametrize("experiment", ["mnist_resnet", "cifar_resnet"])
+def test_a_front_that_was_stopped_goes_on_where_it_was(tmp_path, data, experiment, monkeypatch):
+    """The same points, weights and curve as without the stop; the teacher was a network of other widths."""
+    spans = {"mnist_resnet": "spans=[1,1,1,1,1]", "cifar_resnet": "spans=[1,2,2]"}[experiment]
+    more = ["cycles=[3,2]"] if experiment == "cifar_resnet" else []
+    cut = "evolve.policy.points.1={_target_:evolvenet.Budget,params:900,by:0.1,growth:0}"
+    overrides = [
+        f"+experiment={experiment}", *SMALL[experiment], *data, *TINY, *EAGER, "trainer.max_epochs=5", spans, *more, cut,
+    ]  # fmt: skip
+    lightning.seed_everything(0)
+    whole = train(tmp_path / "whole", overrides)
+    honest, teachers = Classifier.training_step, []
+
+    def failing(self, batch, index):
+        if self.current_epoch == 2:
+            raise RuntimeError("power cut")
+        return honest(self, batch, index)
+
+    def watched(self, batch, index):
+        teachers.append(self.teacher)
+        return honest(self, batch, index)
+
+    lightning.seed_everything(0)
+    monkeypatch.setattr(Classifier, "training_step", failing)
+    with pytest.raises(RuntimeError, match="power cut"):
+        train(tmp_path / "cut", overrides)
+    monkeypatch.setattr(Classifier, "training_step", watched)
+    lightning.seed_everything(1)  # the start network is another one, until the checkpoint is read
+    resumed = train(tmp_path / "cut", [*overrides, f"resume={tmp_path / 'cut' / 'run' / 'last.ckpt'}"])
+    assert len(teachers) == 6, "three epochs of two batches were left"
+    assert None not in teachers, "it is taught as before"
+    timeless = [
+        [{key: value for key, value in point.items() if key not in ("seconds", "path")} for point in one["front"]]
+        for one in (whole, resumed)
+    ]
+    assert timeless[0] == timeless[1]
+    assert [point["seconds"] for point in resumed["front"]] == sorted(point["seconds"] for point in resumed["front"])
+    assert resumed["curve"] == whole["curve"]
+    ends = [torch.load(tmp_path / name / "run" / "last.ckpt", weights_only=True) for name in ("whole", "cut")]
+    for name, value in ends[0]["state_dict"].items():
+        assert torch.equal(value, ends[1]["state_dict"][name]), name
+
+
+def test_a_run_to_resume_that_is_not_there_is_said_in_one_line(tmp_path):
+    with pytest.raises(SystemExit, match=r"error: Resume: expected .* got /nowhere/last\.ckpt"):
+        train(tmp_path, ["resume=/nowhere/last.ckpt", *TINY])
 
 
 def test_an_experiments_own_callbacks_take_part(tmp_path, data, monkeypatch):
