@@ -61,7 +61,8 @@ class AveragedPoints(Points):
             self._teach(pl_module, averaged(pl_module.model, self._means, islice(loader, BATCHES)))
 
     def _teach(self, pl_module: Classifier, past: nn.Module) -> None:
-        self._past, pl_module.teacher = past, teacher(past, half=pl_module.bf16_above is not None)
+        super()._teach(pl_module, past)
+        pl_module.teacher = teacher(past, half=pl_module.bf16_above is not None)
 
     def _teaches(self, trainer: lightning.Trainer) -> bool:
         """Whether the average of this epoch's weights will teach."""

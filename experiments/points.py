@@ -58,7 +58,8 @@ class Points(lightning.Callback):
         self.spans, self.directory = spans, Path(directory)
         self.found: list[Point] = []
         self._began = self._before = 0.0
-        self._past: nn.Module | None = None
+        # No attribute holds the teacher itself: EvolveNet would ask whether that copy of the network should follow it.
+        self._past: Callable[[], dict[str, Any]] | None = None
         self._resumed: Mapping[str, Any] | None = None
 
     def state_dict(self) -> dict[str, Any]:
@@ -66,7 +67,7 @@ class Points(lightning.Callback):
         return {
             "found": [asdict(point) for point in self.found],
             "seconds": self._seconds(),
-            "teacher": None if self._past is None else self._past.state_dict(),
+            "teacher": None if self._past is None else self._past(),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -98,7 +99,7 @@ class Points(lightning.Callback):
             self._teach(pl_module, frozen(pl_module.model))
 
     def _teach(self, pl_module: Classifier, past: nn.Module) -> None:
-        self._past, pl_module.teacher = past, teacher(past)
+        self._past, pl_module.teacher = remembered(past), teacher(past)
 
     def _save(self, trainer: lightning.Trainer, pl_module: Classifier) -> None:
         images = next(iter(trainer.datamodule.val_dataloader()))[0][:1]  # pyright: ignore[reportAttributeAccessIssue]
@@ -118,6 +119,11 @@ class Points(lightning.Callback):
 def frozen(model: nn.Module) -> nn.Module:
     """A copy of the network as it is now, in evaluation mode and without gradients."""
     return copy.deepcopy(model).eval().requires_grad_(False)
+
+
+def remembered(past: nn.Module) -> Callable[[], dict[str, Any]]:
+    """What tells the state dict of a network."""
+    return lambda: past.state_dict()
 
 
 def teacher(past: nn.Module, half: bool = False) -> Callable[[Tensor], Tensor]:

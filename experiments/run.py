@@ -118,14 +118,12 @@ def run(
     data.setup()
     start = _size(classifier.model, data.example)
     curve = Curve()
-    latest = ModelCheckpoint(
-        output, "last", every_n_epochs=1, save_on_train_epoch_end=True, enable_version_counter=False
-    )
+    latest = ModelCheckpoint(output, "last", save_on_train_epoch_end=True, enable_version_counter=False)
     fitting = trainer(callbacks=[Progress(), curve, *callbacks, *filter(None, (points, evolution)), latest])
     began = time.perf_counter()
     fitting.fit(classifier, datamodule=data, ckpt_path=config.resume, weights_only=True)
     measured: dict[str, Any] = {"seconds": time.perf_counter() - began, "steps": fitting.global_step}
-    fitting.save_checkpoint(output / "last.ckpt")
+    fitting.save_checkpoint(output / "last.ckpt")  # anew: a policy may take its last cut back when training ends
     test = partial(_tested, fitting, classifier, data)
     front = tested(points.found, lambda path: test(_saved(classifier.model, config, path))) if points else []
     measured["test_acc"] = front[-1]["test_acc"] if front else test(classifier.model)

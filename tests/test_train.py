@@ -199,8 +199,11 @@ def test_a_front_is_saved_tested_and_shown_point_by_point(tmp_path, data, capsys
     assert "<h2>The front</h2>" in (tmp_path / "run" / "report.html").read_text()
 
 
-@pytest.mark.parametrize("experiment", ["mnist_resnet", "cifar_resnet"])
-def test_a_front_that_was_stopped_goes_on_where_it_was(tmp_path, data, experiment, monkeypatch):
+@pytest.mark.parametrize(
+    ("experiment", "kept", "left"),
+    [("mnist_resnet", "last.ckpt", 3), ("mnist_resnet", "0-*.ckpt", 4), ("cifar_resnet", "last.ckpt", 3)],
+)
+def test_a_front_that_was_stopped_goes_on_where_it_was(tmp_path, data, experiment, kept, left, monkeypatch):
     """The same points, weights and curve as without the stop; the teacher was a network of other widths."""
     spans = {"mnist_resnet": "spans=[1,1,1,1,1]", "cifar_resnet": "spans=[1,2,2]"}[experiment]
     more = ["cycles=[3,2]"] if experiment == "cifar_resnet" else []
@@ -227,14 +230,17 @@ def test_a_front_that_was_stopped_goes_on_where_it_was(tmp_path, data, experimen
         train(tmp_path / "cut", overrides)
     monkeypatch.setattr(Classifier, "training_step", watched)
     lightning.seed_everything(1)  # the start network is another one, until the checkpoint is read
-    resumed = train(tmp_path / "cut", [*overrides, f"resume={tmp_path / 'cut' / 'run' / 'last.ckpt'}"])
-    assert len(teachers) == 6, "three epochs of two batches were left"
+    [path] = (tmp_path / "cut" / "run").glob(kept)
+    resumed = train(tmp_path / "cut", [*overrides, f"resume={path}"])
+    assert len(teachers) == 2 * left, "batches of the epochs that were left"
     assert None not in teachers, "it is taught as before"
     timeless = [
         [{key: value for key, value in point.items() if key not in ("seconds", "path")} for point in one["front"]]
         for one in (whole, resumed)
     ]
     assert timeless[0] == timeless[1]
+    for event in (event for one in (whole, resumed) for event in one["history"]["events"]):
+        assert event["skipped"] is None, "the teacher is no copy to ask about"
     assert [point["seconds"] for point in resumed["front"]] == sorted(point["seconds"] for point in resumed["front"])
     assert resumed["curve"] == whole["curve"]
     ends = [torch.load(tmp_path / name / "run" / "last.ckpt", weights_only=True) for name in ("whole", "cut")]
