@@ -97,10 +97,12 @@ class UnpaddedBlock(nn.Module):
     Args:
         width: channels that come in and go out.
         inside: channels between.
+        negative_slope: of the leaky ReLUs (Maas et al. 2013), inside and at the end; 0 makes them ReLUs.
     """
 
-    def __init__(self, width: int, inside: int) -> None:
+    def __init__(self, width: int, inside: int, negative_slope: float = 0.0) -> None:
         super().__init__()
+        self.negative_slope = negative_slope
         self.depthwise1 = nn.Conv2d(width, width, 3, groups=width, bias=False)
         self.pointwise1 = nn.Conv2d(width, inside, 1, bias=False)
         self.norm1 = nn.BatchNorm2d(inside)
@@ -110,10 +112,10 @@ class UnpaddedBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`[N, width, H, W]` → `[N, width, H − 4, W − 4]`."""
-        inside = torch.relu(self.norm1(self.pointwise1(self.depthwise1(x))))
+        inside = functional.leaky_relu(self.norm1(self.pointwise1(self.depthwise1(x))), self.negative_slope)
         outside = self.norm2(self.pointwise2(self.depthwise2(inside)))
         # Not a slice: its gradient would lose `channels_last`, and the steps before it would be slower.
-        return torch.relu(outside + functional.pad(x, CROPPED))
+        return functional.leaky_relu(outside + functional.pad(x, CROPPED), self.negative_slope)
 
 
 class UnpaddedResNet(nn.Module):
@@ -126,22 +128,30 @@ class UnpaddedResNet(nn.Module):
         classes: number of outputs.
         width: channels of the stem and between the blocks.
         inside: channels inside of each block.
+        negative_slope: of all leaky ReLUs; 0 makes them ReLUs.
 
     >>> UnpaddedResNet(width=8, inside=(8, 8))(torch.zeros(2, 1, 28, 28)).shape
     torch.Size([2, 10])
     """
 
     def __init__(
-        self, in_channels: int = 1, classes: int = 10, width: int = 256, inside: Sequence[int] = (1024, 1024)
+        self,
+        in_channels: int = 1,
+        classes: int = 10,
+        width: int = 256,
+        inside: Sequence[int] = (1024, 1024),
+        negative_slope: float = 0.0,
     ) -> None:
         super().__init__()
+        self.negative_slope = negative_slope
         self.stem = nn.Conv2d(in_channels, width, 3, bias=False)
         self.pool = nn.MaxPool2d(2)
         self.norm = nn.BatchNorm2d(width)
-        self.blocks = nn.Sequential(*(UnpaddedBlock(width, count) for count in inside))
+        self.blocks = nn.Sequential(*(UnpaddedBlock(width, count, negative_slope) for count in inside))
         self.head = nn.Linear(width, classes)
 
     def forward(self, images: Tensor) -> Tensor:
         """`[N, in_channels, H, W]` → logits `[N, classes]`."""
-        features = self.blocks(torch.relu(self.norm(self.pool(self.stem(images)))))
+        features = self.norm(self.pool(self.stem(images)))
+        features = self.blocks(functional.leaky_relu(features, self.negative_slope))
         return self.head(features.mean(dim=(2, 3)))
