@@ -8,7 +8,7 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 from experiments import classifier, models
-from experiments.models import BasicBlock, ResNet, UnpaddedBlock
+from experiments.models import BasicBlock, ResNet, UnpaddedBlock, UnpaddedResNet
 
 CONF = Path(__file__).parent.parent / "conf" / "model"
 
@@ -53,11 +53,27 @@ def test_a_block_adds_its_shortcut(inputs, width, stride, size):
     assert isinstance(block.shortcut, torch.nn.Identity) == (inputs == width and stride == 1)
 
 
-def test_an_unpadded_block_adds_the_middle_of_its_input():
-    block = UnpaddedBlock(3, 7).eval()
+@pytest.mark.parametrize("slope", [0.0, 0.2])
+def test_an_unpadded_block_adds_the_middle_of_its_input(slope):
+    block = UnpaddedBlock(3, 7, slope).eval()
     x = torch.randn(2, 3, 8, 9)
     torch.nn.init.zeros_(block.norm2.weight)
-    torch.testing.assert_close(block(x), torch.relu(x[:, :, 2:6, 2:7]))
+    middle = x[:, :, 2:6, 2:7]
+    torch.testing.assert_close(block(x), torch.where(middle > 0, middle, slope * middle))
+
+
+def test_the_slope_is_that_of_every_relu_of_the_unpadded_network():
+    torch.manual_seed(0)
+    model = UnpaddedResNet(width=4, inside=(5, 6), negative_slope=1.0).eval()
+    # At 1 nothing bends: the blocks are affine, and the stem ends with its norm.
+    x, y = torch.randn(2, 3, 4, 13, 13, dtype=torch.float64)
+    blocks = model.double().blocks
+    torch.testing.assert_close(blocks((x + y) / 2), (blocks(x) + blocks(y)) / 2)
+    seen = []
+    blocks.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    images = torch.randn(3, 1, 28, 28, dtype=torch.float64)
+    model(images)
+    torch.testing.assert_close(seen[0], model.norm(model.pool(model.stem(images))))
 
 
 def test_stages_of_different_number_are_refused():
