@@ -45,6 +45,7 @@ def test_uniform_widths_are_trained_like_a_points_widths() -> None:
     front = config("mnist_resnet")
     assert uniform["model"].keys() == front["model"].keys()
     assert uniform["model"]["_target_"] == front["model"]["_target_"]
+    assert scratch["model"]["model"] == config("mnist_short")["model"], "from scratch: the same network"
     for each in (scratch, uniform):
         del each["title"], each["model"], each["classifier"]["model"]
     assert uniform == scratch
