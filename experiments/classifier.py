@@ -113,7 +113,9 @@ class Classifier(lightning.LightningModule):
         """
         optimizer = self.optimizer(self.parameters())
         shape = Cycles(int(self.trainer.estimated_stepping_batches), self.cycles, self.warmup, self.heights)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": LambdaLR(optimizer, shape), "interval": "step"}}
+        # A function's state stays out of checkpoints: a resumed run follows the cycles it is asked for now, not those it had.
+        schedule = LambdaLR(optimizer, lambda step: shape(step))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
 class Cycles:
@@ -135,8 +137,7 @@ class Cycles:
     ) -> None:
         ends = [round(steps * done / sum(lengths)) for done in accumulate(lengths)]
         self.spans, self.warmup = list(pairwise([0, *ends])), warmup
-        # Plain: what a schedule holds goes into checkpoints, which hold no objects of other libraries.
-        self.heights = [1.0] * len(lengths) if heights is None else [float(height) for height in heights]
+        self.heights = [1.0] * len(lengths) if heights is None else list(heights)
 
     def __call__(self, step: int) -> float:
         """The factor of one step."""

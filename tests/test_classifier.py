@@ -1,10 +1,13 @@
 """The classifier of the experiments: what it does with the images' layout and precision."""
 
 from functools import partial
+from typing import Any
 
+import lightning
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from experiments.classifier import Classifier, Cycles
 
@@ -59,3 +62,31 @@ def test_cycles_have_heights_of_their_own():
     )
     plain = Cycles(steps=100, lengths=(1, 1, 2), warmup=0.2)
     assert factors[50] == 2 * plain(50)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_resumed_run_follows_the_cycles_it_is_asked_for(tmp_path):
+    """Of a run of two epochs that goes on for six, the rest has the rates of a run that was to have six from the start."""
+
+    def trained(epochs: int, path: str | None = None, **options: Any) -> tuple[list[float], lightning.Trainer]:
+        rates = []
+        data = DataLoader(TensorDataset(torch.randn(16, 3, 8, 8), torch.arange(16) % 10), batch_size=4)
+        trainer = lightning.Trainer(
+            max_epochs=epochs, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+            enable_model_summary=False,
+        )  # fmt: skip
+        module = Classifier(conv(), ADAM, **options)
+        module.optimizer_step = lambda *args: (  # pyright: ignore[reportAttributeAccessIssue]
+            rates.append(args[2].param_groups[0]["lr"]),
+            lightning.LightningModule.optimizer_step(module, *args),
+        )
+        trainer.fit(module, data, ckpt_path=path)
+        return rates, trainer
+
+    _, short = trained(2)
+    short.save_checkpoint(tmp_path / "short.ckpt")
+    asked = {"cycles": (1, 2), "heights": (1, 0.5)}
+    whole, _ = trained(6, **asked)
+    resumed, _ = trained(6, str(tmp_path / "short.ckpt"), **asked)
+    assert len(resumed) == 16, "four epochs of four batches were left"
+    assert resumed[1:] == pytest.approx(whole[9:]), "the first step still has the rate the checkpoint's optimizer brought"
