@@ -32,7 +32,7 @@ compare-install: $(COMPARE)/.installed
 $(COMPARE)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(COMPARE)
 	$(COMPARE)/bin/pip install --quiet 'torch>=2.8,<2.14'
-	$(COMPARE)/bin/pip install --quiet --editable '.[experiments,compare]' 'pytest>=8' 'hypothesis>=6.100'
+	$(COMPARE)/bin/pip install --quiet --editable '.[experiments,compare]' 'pytest>=9' 'hypothesis>=6.100'
 	touch $@
 
 # Resumes where it was stopped; hours for all models on 2 CPU cores.
