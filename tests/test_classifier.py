@@ -89,4 +89,6 @@ def test_a_resumed_run_follows_the_cycles_it_is_asked_for(tmp_path):
     whole, _ = trained(6, **asked)
     resumed, _ = trained(6, str(tmp_path / "short.ckpt"), **asked)
     assert len(resumed) == 16, "four epochs of four batches were left"
-    assert resumed[1:] == pytest.approx(whole[9:]), "the first step still has the rate the checkpoint's optimizer brought"
+    assert resumed[1:] == pytest.approx(whole[9:]), (
+        "the first step still has the rate the checkpoint's optimizer brought"
+    )
