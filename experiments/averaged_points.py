@@ -30,16 +30,11 @@ class AveragedPoints(Points):
         lessons: relative lengths of the spans at whose ends a new average begins to teach; those of the points by default.
             So a network can be taught by its own past before the first point.
         over: epochs that are averaged, fewer where a span is shorter.
-
-    Raises:
-        ValueError: if `over` is less than 1.
     """
 
     def __init__(
         self, spans: Sequence[float], directory: str | Path, lessons: Sequence[float] | None = None, over: int = 1
     ) -> None:
-        if over < 1:
-            raise ValueError(f"AveragedPoints: expected over to be 1 epoch or more, got {over}.")
         super().__init__(spans, directory)
         self.lessons, self.over = spans if lessons is None else lessons, over
         self._means: list[Tensor] = []
@@ -50,14 +45,9 @@ class AveragedPoints(Points):
         return {**super().state_dict(), "means": self._means, "steps": self._steps}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take up what `state_dict` said; older checkpoints hold no average."""
+        """Take up what `state_dict` said."""
         super().load_state_dict(state_dict)
-        self._means, self._steps = state_dict.get("means", []), state_dict.get("steps", 0)
-
-    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """What `Points` does; a resumed run's average goes where its network is."""
-        super().on_train_start(trainer, pl_module)
-        self._means = [mean.to(pl_module.device) for mean in self._means]
+        self._means, self._steps = state_dict["means"], state_dict["steps"]
 
     def on_train_epoch_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Average anew after the end of a span."""

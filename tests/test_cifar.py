@@ -202,33 +202,6 @@ def test_an_average_may_teach_before_the_first_point(monkeypatch: pytest.MonkeyP
     assert teachers[3] is teachers[2]
 
 
-def test_an_average_over_several_epochs_goes_on_in_a_resumed_run(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    run, seen = Run(monkeypatch, tmp_path, epochs=6), []
-    run.points = AveragedPoints([1, 1], tmp_path, over=2)
-    for number in range(2):
-        run.epoch(number)
-        seen.append(run.seen)
-        assert bool(run.points._means) == (number == 1), "before the last epochs nothing is averaged"
-    stopped = copy.deepcopy(run.points.state_dict())
-    run.points = AveragedPoints([1, 1], tmp_path, over=2)
-    run.points.load_state_dict(stopped)
-    run.points.on_train_start(run, run.module)  # type: ignore[arg-type]
-    run.epoch(2)
-    assert run.module.teacher is not None
-    steps = [*seen[1], *run.seen]
-    for mean, *values in zip(run.points._means, *steps, strict=True):
-        torch.testing.assert_close(mean, torch.stack(values).mean(0))
-    run.epoch(3)
-    assert not run.points._means, "the next span has an average of its own"
-
-
-def test_an_average_over_no_epoch_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="got 0"):
-        AveragedPoints([1, 1], tmp_path, over=0)
-
-
 def test_an_average_begins_anew_where_widths_change(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     run = Run(monkeypatch, tmp_path)
     run.epoch(1)
