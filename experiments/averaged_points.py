@@ -19,7 +19,7 @@ BATCHES = 20
 
 
 class AveragedPoints(Points):
-    """Saves the network at the end of each span, and makes averages of its weights over the last epochs the teacher.
+    """Saves the network at the end of each span, and makes averages of its weights over an epoch the teacher.
 
     A span may so end while the learning rate is high: the network itself is no good teacher then, the average is
     (stochastic weight averaging, Izmailov et al. 2018).
@@ -29,38 +29,24 @@ class AveragedPoints(Points):
         directory: where the checkpoints go; `evolvenet.load(model, path)` reads them.
         lessons: relative lengths of the spans at whose ends a new average begins to teach; those of the points by default.
             So a network can be taught by its own past before the first point.
-        over: epochs that are averaged, fewer where a span is shorter.
     """
 
-    def __init__(
-        self, spans: Sequence[float], directory: str | Path, lessons: Sequence[float] | None = None, over: int = 1
-    ) -> None:
+    def __init__(self, spans: Sequence[float], directory: str | Path, lessons: Sequence[float] | None = None) -> None:
         super().__init__(spans, directory)
-        self.lessons, self.over = spans if lessons is None else lessons, over
+        self.lessons = spans if lessons is None else lessons
         self._means: list[Tensor] = []
         self._steps = 0
 
-    def state_dict(self) -> dict[str, Any]:
-        """What `Points` says, and the average so far."""
-        return {**super().state_dict(), "means": self._means, "steps": self._steps}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take up what `state_dict` said."""
-        super().load_state_dict(state_dict)
-        self._means, self._steps = state_dict["means"], state_dict["steps"]
-
     def on_train_epoch_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Average anew after the end of a span."""
-        if trainer.current_epoch in self._ends(trainer):
-            self._means, self._steps = [], 0
+        """Average anew."""
+        self._means, self._steps = [], 0
 
     def on_train_batch_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """In the last epochs of a span: take the weights into the average, which begins anew where widths have changed."""
+        """In the last epoch of a span: take the weights into the average, which begins anew where widths have changed."""
         assert isinstance(pl_module, Classifier)
-        epoch = trainer.current_epoch + 1
-        if not any(end - self.over < epoch <= end for end in self._ends(trainer)):
+        if not self._teaches(trainer):
             return
         weights = [parameter.detach() for parameter in pl_module.model.parameters()]
         if [mean.shape for mean in self._means] != [weight.shape for weight in weights]:
@@ -70,8 +56,7 @@ class AveragedPoints(Points):
             mean.lerp_(weight, 1 / self._steps)
 
     def _lesson(self, trainer: lightning.Trainer, pl_module: Classifier) -> None:
-        epoch = trainer.current_epoch + 1
-        if epoch in self._ends(trainer) and epoch != trainer.max_epochs:
+        if self._teaches(trainer) and trainer.current_epoch + 1 != trainer.max_epochs:
             loader = trainer.datamodule.train_dataloader()  # pyright: ignore[reportAttributeAccessIssue]
             self._teach(pl_module, averaged(pl_module.model, self._means, islice(loader, BATCHES)))
 
@@ -79,9 +64,9 @@ class AveragedPoints(Points):
         super()._teach(pl_module, past)
         pl_module.teacher = teacher(past, half=pl_module.bf16_above is not None)
 
-    def _ends(self, trainer: lightning.Trainer) -> list[int]:
-        """The epochs after which an average begins to teach."""
-        return span_ends(self.lessons, trainer.max_epochs or 0)
+    def _teaches(self, trainer: lightning.Trainer) -> bool:
+        """Whether the average of this epoch's weights will teach."""
+        return trainer.current_epoch + 1 in span_ends(self.lessons, trainer.max_epochs or 0)
 
 
 def averaged(model: nn.Module, means: Sequence[Tensor], batches: Iterable[Any]) -> nn.Module:
