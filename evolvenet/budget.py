@@ -44,7 +44,8 @@ class Budget:
         by: share of the run, 0 … 1, at which the budget holds.
         multiple: sizes are multiples of it, for widths that have as many units.
         largest_step: largest share of a width's units that goes in one event, 0 … 1.
-        growth: largest share of a width's units that comes in one event, 0 … 1; 0 for none.
+        growth: largest share of a width's units that comes in one event, 0 … 1; 0 for none. Up to the next multiple may always
+            come.
         trust: what a newborn is taken to be worth, 0 … 1 of the least direction; below 1 there is a dead band.
         saturated: a width grows only if its effective rank (Roy and Vetterli 2007) over its size reaches this, 0 … 1.
         certain: standard errors by which the loss must be seen to fall for a growth that others pay for, where its gradients
@@ -191,14 +192,19 @@ class _Now:
         may = self.budget.growth and measure.growable
         if not may or effective_rank(measure.spectrum) < self.budget.saturated * measure.size:
             return measure.size
-        return measure.size + max(growth, measure.step)
+        unit = self._unit(measure)
+        return measure.size + max(growth, unit - measure.size % unit)
+
+    def _unit(self, measure: Measure) -> int:
+        """What sizes are multiples of."""
+        return math.lcm(measure.step, self.budget.multiple)
 
     def _grid(self, measure: Measure, graph: WidthGraph, top: int) -> list[int]:
         """Sizes that the width may take now, ascending."""
         width = graph.widths[measure.width]
         least = max(measure.size - math.floor(self.budget.largest_step * measure.size), smallest(width))
         least = max(least, min(self.budget.smallest, measure.size))
-        unit = math.lcm(measure.step, self.budget.multiple)
+        unit = self._unit(measure)
         if measure.size < unit:
             return [measure.size]
         sizes = [size for size in range(unit, top + 1, unit) if size >= least]

@@ -93,6 +93,15 @@ def test_the_schedule_is_cubic_and_never_undershot() -> None:
         assert cost >= 0.95 * target
 
 
+@pytest.mark.parametrize("size", [8, 12])
+def test_a_width_grows_to_the_next_multiple_though_that_is_more_than_its_share(size: int) -> None:
+    torch.manual_seed(0)
+    evolver, seen = run(Budget(params=6_000, by=0.5, multiple=8, growth=0.25, saturated=0.0), wide(size))
+    assert max(evolver.graph.sizes.values()) >= 16, "at first no width has a share of eight units"
+    assert all(now % 8 == 0 for now in evolver.graph.sizes.values())
+    assert 0.9 * 6_000 <= seen[-1] <= 6_000
+
+
 @pytest.mark.parametrize("multiple", [4, 8])
 def test_sizes_are_multiples_on_request(multiple: int) -> None:
     evolver, seen = run(Budget(params=12_000, by=0.5, multiple=multiple), wide())
