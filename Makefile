@@ -40,19 +40,19 @@ coverage: compare-install
 	$(COMPARE)/bin/python -m experiments.coverage
 
 bench-trace: compare-install
-	$(COMPARE)/bin/python -m experiments.bench_trace
+	$(COMPARE)/bin/python -m experiments.bench.trace
 
 # Some 20 minutes on 2 CPU cores.
 bench-event: install
-	$(BIN)/python -m experiments.bench_event --out experiments/bench_event.md
+	$(BIN)/python -m experiments.bench.event --out experiments/bench/event.md
 
 # MNIST and CIFAR-10 from $EVOLVENET_DATA, else ./data. Resumes where it was stopped; hours on 2 CPU cores.
 compare: compare-install
-	$(COMPARE)/bin/python -m pytest tests/compare_torch_pruning.py
-	$(COMPARE)/bin/python -m experiments.compare
-	$(COMPARE)/bin/python -m experiments.compare_growth
-	$(COMPARE)/bin/python -m experiments.compare_schedule
-	$(COMPARE)/bin/python -m experiments.compare_state --data "$${EVOLVENET_DATA:-data}" --out experiments/compare_state.md
+	$(COMPARE)/bin/python -m pytest tests/experiments/compare_torch_pruning.py
+	$(COMPARE)/bin/python -m experiments.compare.pruning
+	$(COMPARE)/bin/python -m experiments.compare.growth
+	$(COMPARE)/bin/python -m experiments.compare.schedule
+	$(COMPARE)/bin/python -m experiments.compare.state --data "$${EVOLVENET_DATA:-data}" --out experiments/compare/state.md
 
 clean:
 	rm -rf $(VENV) $(COMPARE) .pytest_cache .ruff_cache .hypothesis outputs multirun lightning_logs

@@ -8,7 +8,7 @@ import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
-from experiments.run import readable_errors, run
+from experiments.training.run import readable_errors, run
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="train")

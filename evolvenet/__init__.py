@@ -5,13 +5,13 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from evolvenet._torchvision import mend_torchvision
+from evolvenet._compat import mend_torchvision
 
-mend_torchvision()
+mend_torchvision()  # before anything imports torchvision
 
-from evolvenet.allocation import allocate  # noqa: E402  torchvision must be mended before anything imports it
-from evolvenet.blocks import block_spectra  # noqa: E402
-from evolvenet.budget import Budget  # noqa: E402
+from evolvenet.engine.evolver import Evolver  # noqa: E402
+from evolvenet.engine.functional import grow, prune, resize  # noqa: E402
+from evolvenet.engine.history import Event, History, WidthChange  # noqa: E402
 from evolvenet.errors import (  # noqa: E402
     EvolveNetError,
     IndexMapError,
@@ -24,22 +24,24 @@ from evolvenet.errors import (  # noqa: E402
     TraceError,
     UnsupportedStrategyError,
 )
-from evolvenet.evolver import Evolver  # noqa: E402
-from evolvenet.front import Front  # noqa: E402
-from evolvenet.graph import Tie, Width, WidthGraph  # noqa: E402
-from evolvenet.index_map import IndexMap  # noqa: E402
-from evolvenet.measure import spectra  # noqa: E402
-from evolvenet.outputs import output_spectra  # noqa: E402
-from evolvenet.policy import Measure, Policy, Proposal, Threshold  # noqa: E402
-from evolvenet.price import Price  # noqa: E402
-from evolvenet.record import Event, History, WidthChange, load  # noqa: E402
-from evolvenet.resize import grow, prune, resize  # noqa: E402
-from evolvenet.tolerance import Tolerance  # noqa: E402
-from evolvenet.trace import trace  # noqa: E402
+from evolvenet.graph.index_map import IndexMap  # noqa: E402
+from evolvenet.graph.width_graph import Tie, Width, WidthGraph  # noqa: E402
+from evolvenet.measurement.output_spectra import output_spectra  # noqa: E402
+from evolvenet.measurement.residual_spectra import block_spectra  # noqa: E402
+from evolvenet.measurement.width_spectra import Measure, spectra  # noqa: E402
+from evolvenet.policies.base import Policy, Proposal  # noqa: E402
+from evolvenet.policies.budget import Budget  # noqa: E402
+from evolvenet.policies.front import Front  # noqa: E402
+from evolvenet.policies.price import Price  # noqa: E402
+from evolvenet.policies.threshold import Threshold  # noqa: E402
+from evolvenet.policies.tolerance import Tolerance  # noqa: E402
+from evolvenet.pruning.allocation import allocate  # noqa: E402
+from evolvenet.surgery.checkpoint import load  # noqa: E402
+from evolvenet.tracing.trace import trace  # noqa: E402
 
 if TYPE_CHECKING:
-    from evolvenet import huggingface as huggingface
-    from evolvenet.callback import WidthEvolution
+    from evolvenet import transformers as transformers
+    from evolvenet.lightning.callback import WidthEvolution
 
 __version__ = "0.1.0"
 
@@ -86,12 +88,12 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     """Lightning and transformers take seconds to import and may be missing: only when they are asked for."""
     if name == "WidthEvolution":
-        return import_module("evolvenet.callback").WidthEvolution
-    if name == "huggingface":
-        return import_module("evolvenet.huggingface")
+        return import_module("evolvenet.lightning.callback").WidthEvolution
+    if name == "transformers":
+        return import_module("evolvenet.transformers")
     raise AttributeError(f"module 'evolvenet' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    """What is there, and what comes when it is asked for; `huggingface` may need a package that is not installed."""
+    """What is there, and what comes when it is asked for; `transformers` may need a package that is not installed."""
     return sorted({*globals(), *__all__})

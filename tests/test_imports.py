@@ -1,100 +1,68 @@
-"""Imports run downward only, through the layers of the design, and each trainer library is met at one edge alone."""
+"""Packages import downward only, nobody imports a private name, and each trainer library is met at one edge alone."""
 
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
 
 import evolvenet
+from tests.helpers.paths import ROOT
 
-LAYERS: dict[int, set[str]] = {
-    # tensors only
-    0: {"_torchvision", "errors", "index_map", "ranks", "ridge", "spectrum"},
-    # modules, no training
-    1: {
-        "components",
-        "cost",
-        "graph",
-        "inputs",
-        "labels",
-        "layers",
-        "operations",
-        "prove",
-        "reads",
-        "remedies",
-        "rules",
-        "sums",
-        "sandbox",
-        "surgery",
-        "trace",
-        "untouched",
-        "axis_rules",
-        "weight_rules",
-    },
-    # decisions, no trainer
-    2: {
-        "allocation",
-        "blocks",
-        "bottleneck",
-        "budget",
-        "compensate",
-        "evidence",
-        "failures",
-        "follow",
-        "front",
-        "gradients",
-        "grow",
-        "measure",
-        "newborns",
-        "observed",
-        "nursery",
-        "outputs",
-        "policy",
-        "price",
-        "processes",
-        "prune",
-        "statistics",
-        "tolerance",
-    },
-    # state
-    3: {"blueprint", "evolver", "listen", "optim", "record", "resize", "rollback", "schedule", "twins", "validate"},
-    # edges
-    4: {"callback", "huggingface", "lightning_loading", "lightning_module", "lightning_parts", "report"},
+FLOORS: Sequence[set[str]] = (
+    {"errors", "_compat"},
+    {"linalg"},
+    {"graph"},
+    {"surgery"},
+    {"execution"},
+    {"tracing"},
+    {"measurement"},
+    {"pruning"},
+    {"growth"},
+    {"policies"},
+    {"engine"},
+    {"lightning", "transformers", "report"},
+)
+"""From the ground up: a package imports itself and what is above it in this list, nothing else of the project."""
+LIBRARIES = {
+    **dict.fromkeys(("lightning", "pytorch_lightning", "lightning_fabric", "torchmetrics"), "lightning"),
+    **dict.fromkeys(("transformers", "accelerate"), "transformers"),
+    **dict.fromkeys(("matplotlib",), "report"),
 }
-EDGE_ONLY = {
-    **{
-        key: {"callback", "lightning_loading", "lightning_module", "lightning_parts"}
-        for key in ("lightning", "pytorch_lightning", "lightning_fabric", "torchmetrics")
-    },
-    **{key: {"huggingface"} for key in ("transformers", "accelerate")},
-}
-"""Trainer libraries, each with the modules that meet it."""
+"""Libraries that one edge alone may import at run time, with that edge."""
 THREADS = {"set_num_threads", "set_num_interop_threads"}
 PACKAGE = Path(evolvenet.__file__).parent
 
 
-def package_sources() -> dict[str, str]:
-    """Source of each module of the package but `__init__`, which gathers the public names from all layers."""
-    files = {file.relative_to(PACKAGE).with_suffix(""): file for file in PACKAGE.rglob("*.py")}
-    return {".".join(name.parts): file.read_text("utf-8") for name, file in files.items() if str(name) != "__init__"}
+def sources(root: Path) -> dict[str, str]:
+    """{dotted name: source} of every module below a package's folder but its own `__init__`."""
+    found = {file.relative_to(root).with_suffix("").parts: file.read_text("utf-8") for file in root.rglob("*.py")}
+    return {".".join(parts): source for parts, source in found.items() if parts != ("__init__",)}
 
 
-def imported(tree: ast.AST) -> Iterator[str]:
-    """Dotted names that a module imports anywhere in it: at the top, in a function, by name at run time."""
+def imported(tree: ast.AST) -> Iterator[tuple[str, str]]:
+    """(module, name) of everything a module imports anywhere in it; the name is "" where a module is imported whole."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
+            yield from ((alias.name, "") for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            base = ".".join(part for part in ("evolvenet" if node.level else "", node.module or "") if part)
-            # Of the package itself, a name may be a module.
-            yield from (f"evolvenet.{alias.name}" for alias in node.names) if base == "evolvenet" else (base,)
+            yield from (("." * node.level + (node.module or ""), alias.name) for alias in node.names)
         elif isinstance(node, ast.Call) and called(node) in {"import_module", "__import__"} and node.args:
             name = node.args[0]
-            yield name.value if isinstance(name, ast.Constant) and isinstance(name.value, str) else "?"
+            yield (name.value if isinstance(name, ast.Constant) and isinstance(name.value, str) else "?"), ""
+
+
+def only_for_types(tree: ast.AST) -> ast.AST:
+    """The tree without what stands under `if TYPE_CHECKING`."""
+
+    class Without(ast.NodeTransformer):
+        def visit_If(self, node: ast.If) -> ast.AST | None:
+            return None if isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING" else node
+
+    return Without().visit(tree)
 
 
 def called(node: ast.Call) -> str:
@@ -102,79 +70,110 @@ def called(node: ast.Call) -> str:
     return getattr(node.func, "attr", getattr(node.func, "id", ""))
 
 
-def complaints(sources: Mapping[str, str], layers: Mapping[int, set[str]]) -> list[str]:
+def complaints(modules: Mapping[str, str], floors: Sequence[set[str]] = FLOORS) -> list[str]:
     """Everything that is wrong with the imports of a package, one line each."""
-    layer = {name: level for level, names in layers.items() for name in names}
-    found = [f"{name}: in no layer" for name in sources if name not in layer]
-    found += [f"{name}: in the table, but there is no such file" for name in layer if name not in sources]
-    graph: dict[str, set[str]] = {}
-    for name, source in sources.items():
+    floor = {package: number for number, packages in enumerate(floors) for package in packages}
+    there = {name.partition(".")[0] for name in modules}
+    found = [f"{package}: on no floor" for package in sorted(there - set(floor))]
+    found += [f"{package}: on a floor, but there is no such package" for package in sorted(set(floor) - there)]
+    graph: dict[str, set[str]] = {package: set() for package in there}
+    for module, source in modules.items():
+        own = module.partition(".")[0]
         tree = ast.parse(source)
-        targets = set(imported(tree))
-        inside = {target.partition(".")[2] for target in targets if target.split(".")[0] == "evolvenet"}
-        graph[name] = inside & set(layer)
-        found += [f"{name}: imports the package, not a module of it ({target!r})" for target in inside - set(layer)]
-        found += [f"{name}: imports {low} from above" for low in graph[name] if layer[low] > layer.get(name, 0)]
-        outside = {target.split(".")[0] for target in targets} & set(EDGE_ONLY)
-        found += [f"{name}: imports {target}" for target in outside if name not in EDGE_ONLY[target]]
+        for target, name in imported(tree):
+            root, _, inside = target.partition(".")
+            if target.startswith("."):
+                found.append(f"{module}: imports {target!r}, relative to itself")
+            elif root == "evolvenet" and inside.partition(".")[0] not in floor:
+                found.append(f"{module}: imports the whole package, not a module of it ({name or target!r})")
+            elif root == "evolvenet" and (other := inside.partition(".")[0]) != own:
+                graph[own].add(other)
+                if floor[other] >= floor.get(own, 0):
+                    found.append(f"{module}: imports {inside} from above")
+                if name.startswith("_") or any(part.startswith("_") for part in inside.split(".")[1:]):
+                    found.append(f"{module}: imports the private name {name or inside} of {other}")
+        outside = {target.partition(".")[0] for target, _ in imported(only_for_types(tree))} & set(LIBRARIES)
+        found += [f"{module}: imports {library}" for library in sorted(outside) if LIBRARIES[library] != own]
         calls = {called(node) for node in ast.walk(tree) if isinstance(node, ast.Call)}
-        found += [f"{name}: calls {call}" for call in calls & THREADS]
+        found += [f"{module}: calls {call}" for call in sorted(calls & THREADS)]
     try:
         TopologicalSorter(graph).prepare()
     except CycleError as error:
-        found.append("cycle: " + " ← ".join(error.args[1]))
+        found.append("circle: " + " ← ".join(sorted(set(error.args[1]))))
     return found
 
 
-def test_the_package_keeps_to_its_layers() -> None:
-    assert complaints(package_sources(), LAYERS) == []
+def test_packages_import_downward_only() -> None:
+    assert complaints(sources(PACKAGE)) == []
 
 
-def test_the_initial_imports_do_not_reach_the_edge() -> None:
-    tree = ast.parse((PACKAGE / "__init__.py").read_text("utf-8"))
-    top = ast.Module([node for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom))], [])
-    assert not {f"evolvenet.{name}" for name in LAYERS[4]} & set(imported(top))
-    assert not EDGE_ONLY.keys() & set(imported(tree)), "the edges are named as strings or under TYPE_CHECKING"
+def test_every_package_says_what_it_is_for_and_what_it_may_import() -> None:
+    for package in sorted(set().union(*FLOORS) - {"errors", "_compat"}):
+        said = ast.get_docstring(ast.parse((PACKAGE / package / "__init__.py").read_text("utf-8"))) or ""
+        assert "import" in said, package
+        assert len(said.splitlines()) == 1, package
+
+
+def test_the_initial_imports_do_not_reach_the_edges() -> None:
+    tree = only_for_types(ast.parse((PACKAGE / "__init__.py").read_text("utf-8")))
+    top = ast.Module([node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)], [])  # type: ignore[attr-defined]
+    assert not {f"evolvenet.{edge}" for edge in FLOORS[-1]} & {
+        ".".join(target.split(".")[:2]) for target, _ in imported(top)
+    }
+
+
+def test_no_test_file_imports_another_one() -> None:
+    found = [
+        f"{name} imports {target}"
+        for name, source in sources(ROOT / "tests").items()
+        for target, _ in imported(ast.parse(source))
+        if target.startswith("tests.") and not target.startswith("tests.helpers")
+    ]
+    assert found == []
 
 
 @pytest.mark.parametrize(
     ("source", "complaint"),
     [
-        ("from evolvenet.callback import WidthEvolution", "low: imports callback from above"),
-        ("import evolvenet.callback as edge", "low: imports callback from above"),
-        ("from evolvenet import callback", "low: imports callback from above"),
-        ("from . import callback", "low: imports callback from above"),
-        ("from .callback import WidthEvolution", "low: imports callback from above"),
-        ("def late():\n    from evolvenet.callback import WidthEvolution", "low: imports callback from above"),
-        ("if False:\n    import evolvenet.callback", "low: imports callback from above"),
-        ("import importlib\nimportlib.import_module('evolvenet.callback')", "low: imports callback from above"),
-        ("from evolvenet import IndexMap", "low: imports the package, not a module of it ('IndexMap')"),
-        ("import evolvenet", "low: imports the package, not a module of it ('')"),
+        ("from evolvenet.edge.callback import Callback", "low: imports edge.callback from above"),
+        ("import evolvenet.edge.callback as edge", "low: imports edge.callback from above"),
+        ("from evolvenet.edge import callback", "low: imports edge from above"),
+        ("from . import edge", "low: imports '.', relative to itself"),
+        ("def late():\n    from evolvenet.edge import Callback", "low: imports edge from above"),
+        ("if False:\n    import evolvenet.edge", "low: imports edge from above"),
+        ("import importlib\nimportlib.import_module('evolvenet.edge')", "low: imports edge from above"),
+        ("from evolvenet import IndexMap", "low: imports the whole package, not a module of it ('IndexMap')"),
+        ("import evolvenet", "low: imports the whole package, not a module of it ('evolvenet')"),
+        ("from evolvenet.ground import _hidden", "low: imports the private name _hidden of ground"),
+        ("from evolvenet.ground._hidden import x", "low: imports the private name x of ground"),
         ("import lightning.pytorch as pl", "low: imports lightning"),
         ("def late():\n    from pytorch_lightning import Callback", "low: imports pytorch_lightning"),
         ("import transformers", "low: imports transformers"),
         ("from accelerate.optimizer import AcceleratedOptimizer", "low: imports accelerate"),
         ("import torch\ntorch.set_num_threads(1)", "low: calls set_num_threads"),
-        ("from evolvenet.other import x", "cycle: low ← other ← low"),
     ],
 )
 def test_what_is_forbidden_is_found(source: str, complaint: str) -> None:
-    sources = {"low": source, "other": "import evolvenet.low", "callback": "import lightning"}
-    found = complaints(sources, {0: {"low", "other"}, 4: {"callback"}})
-    assert [line.replace("other ← low ← other", "low ← other ← low") for line in found] == [complaint]
+    modules = {"ground": "", "low": source, "edge.callback": "import torch"}
+    assert complaints(modules, ({"ground"}, {"low"}, {"edge"})) == [complaint]
 
 
-def test_modules_and_table_must_agree() -> None:
-    assert complaints({"new": ""}, {0: {"old"}}) == ["new: in no layer", "old: in the table, but there is no such file"]
+def test_a_circle_is_found() -> None:
+    found = complaints({"a.x": "import evolvenet.b.x", "b.x": "import evolvenet.a.x"}, ({"a"}, {"b"}))
+    assert found == ["a.x: imports b.x from above", "circle: a ← b"]
+
+
+def test_packages_and_table_must_agree() -> None:
+    assert complaints({"new.x": ""}, ({"old"},)) == [
+        "new: on no floor",
+        "old: on a floor, but there is no such package",
+    ]
 
 
 def test_what_is_allowed_is_left_alone() -> None:
-    sources = {"low": "import torch\nimport math", "callback": "import lightning\nfrom evolvenet.low import x"}
-    sources["huggingface"] = "import transformers"
-    assert complaints(sources, {0: {"low"}, 4: {"callback", "huggingface"}}) == []
-
-
-def test_an_edge_meets_its_own_library_only() -> None:
-    sources = {"callback": "import transformers", "huggingface": "import lightning"}
-    found = complaints(sources, {4: {"callback", "huggingface"}})
-    assert found == ["callback: imports transformers", "huggingface: imports lightning"]
+    modules = {
+        "low.x": "import torch\nimport math\nfrom evolvenet.low._own import _detail",
+        "low._own": "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import rich",
+        "lightning.callback": "import lightning\nfrom evolvenet.low.x import y",
+    }
+    assert complaints(modules, ({"low"}, {"lightning"})) == []

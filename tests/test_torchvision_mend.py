@@ -59,7 +59,7 @@ def test_torchvision_and_lightning_import_in_this_environment() -> None:
         "import sys, evolvenet, torchvision, lightning, torch\n"
         "torchvision.models.resnet18, torchvision.transforms.ToTensor, torch.ops.torchvision.nms\n"
         "print(issubclass(evolvenet.WidthEvolution, lightning.Callback))\n"
-        "print([finder for finder in sys.meta_path if 'evolvenet._torchvision' in str(type(finder))])\n"
+        "print([finder for finder in sys.meta_path if 'evolvenet._compat' in str(type(finder))])\n"
     )
     assert lines == ["True", "[]"]
 
@@ -123,7 +123,7 @@ def test_another_error_of_torchvision_passes_through(tmp_path: Path, error: str)
         "for _ in range(2):\n"
         " try:\n  import torchvision\n"
         " except Exception as error:\n  print(repr(error), 'torchvision' in sys.modules)\n"
-        "from evolvenet._torchvision import _libraries\nprint(_libraries)\n",
+        "from evolvenet._compat import _libraries\nprint(_libraries)\n",
         fake(tmp_path, f"print('run')\nraise {error}\n"),
     )
     seen = error.replace('"', "'")
@@ -134,12 +134,12 @@ def test_without_torchvision_or_with_it_imported_nothing_happens() -> None:
     lines = run(
         "import sys, types, importlib, importlib.util\n"
         "import evolvenet\n"
-        "from evolvenet._torchvision import mend_torchvision\n"
+        "from evolvenet._compat import mend_torchvision\n"
         "sys.path[:] = []\n"
         "print(importlib.util.find_spec('torchvision'))\n"
         "try:\n import torchvision\n"
         "except ModuleNotFoundError as error:\n print(error)\n"
-        "sys.meta_path[:] = [f for f in sys.meta_path if 'evolvenet._torchvision' not in str(type(f))]\n"
+        "sys.meta_path[:] = [f for f in sys.meta_path if 'evolvenet._compat' not in str(type(f))]\n"
         "sys.modules['torchvision'] = types.ModuleType('torchvision')\n"
         "before = list(sys.meta_path)\n"
         "mend_torchvision()\n"

@@ -1,0 +1,1 @@
+"""The training-time loop: observe, measure, decide, change, verify, undo. May import from `policies` down."""

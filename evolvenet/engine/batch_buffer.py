@@ -1,0 +1,72 @@
+"""The training batches that an event measures on, and what the loss asked of the model's answers to them."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping, Sequence
+from itertools import zip_longest
+from typing import Any
+
+from torch import Tensor
+
+from evolvenet.engine.distributed import Processes, pooled
+from evolvenet.execution.inputs import is_plain, moved_like
+
+
+class Observed:
+    """The last batches, each with the gradients of the loss at the model's answer, as far as they are known.
+
+    Args:
+        example_inputs: what the model is called with; of a longer tuple (inputs, targets) as many entries are taken.
+        most: batches that are kept.
+
+    >>> seen = Observed(example_inputs=Tensor([[1.0]]), most=2)
+    >>> seen.add((Tensor([[2.0]]), "its target"))
+    >>> seen.batches, seen.gradients
+    ([(tensor([[2.]]),)], [()])
+    """
+
+    def __init__(self, example_inputs: Any, most: int) -> None:
+        self._example = example_inputs
+        self._inputs = len(example_inputs) if isinstance(example_inputs, (tuple, list)) else None
+        self._kept: deque[tuple[Any, tuple[Tensor | None, ...]]] = deque(maxlen=most)
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    @property
+    def batches(self) -> list[Any]:
+        """The model's inputs."""
+        return [batch for batch, _ in self._kept]
+
+    @property
+    def gradients(self) -> list[tuple[Tensor | None, ...]]:
+        """Of each batch."""
+        return [gradients for _, gradients in self._kept]
+
+    def add(self, batch: Any, gradients: Sequence[Tensor | None] = ()) -> None:
+        """Keep one batch more, and let the oldest go if there are too many."""
+        if isinstance(batch, (tuple, list)) and not isinstance(self._example, dict):
+            batch = tuple(batch[: self._inputs or 1])
+        self._kept.append((batch, tuple(gradients)))
+
+    def clear(self) -> None:
+        """Let all of them go."""
+        self._kept.clear()
+
+    def pooled(self, group: Processes) -> tuple[list[Any], list[Sequence[Tensor | None]]]:
+        """Batches of all ranks and their gradients, for rank 0, see `processes.pooled`."""
+        return pooled(group, self.batches), pooled(group, self.gradients)
+
+    def state_dict(self) -> dict[str, list[Any]]:
+        """The batches that a `weights_only` checkpoint may hold."""
+        kept = [pair for pair in self._kept if is_plain(pair[0])]
+        return {"batches": [batch for batch, _ in kept], "gradients": [list(gradients) for _, gradients in kept]}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """What `state_dict` was called on; where it was saved without gradients, none are known."""
+        self._kept.clear()
+        for batch, gradients in zip_longest(
+            state["batches"], state.get("gradients", ())[: len(state["batches"])], fillvalue=()
+        ):
+            self._kept.append(moved_like((batch, tuple(gradients)), self._example))

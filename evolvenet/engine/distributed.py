@@ -1,0 +1,230 @@
+"""Several processes that train one model: one of them decides, and all do the same or none does."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol, TypeVar
+
+import torch
+from torch import Tensor, distributed, nn
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from evolvenet.errors import EvolveNetError, RankMismatchError
+from evolvenet.execution.inputs import first_samples
+from evolvenet.execution.sampling import samples_in
+from evolvenet.graph.index_map import IndexMap
+from evolvenet.graph.width_graph import WidthGraph
+from evolvenet.surgery.resize_model import Surgery, compile_surgery, with_values
+
+Answer = TypeVar("Answer")
+
+
+class Processes(Protocol):
+    """Those that train together; every method is called by all of them at once."""
+
+    @property
+    def rank(self) -> int:
+        """Which one this is, from 0."""
+        ...
+
+    @property
+    def size(self) -> int:
+        """How many there are."""
+        ...
+
+    def gather(self, value: Any) -> list[Any]:
+        """Everybody's value, by rank, on every rank."""
+        ...
+
+    def broadcast(self, value: Any) -> Any:
+        """Rank 0's value."""
+        ...
+
+    def collect(self, value: Any) -> list[Any]:
+        """Everybody's value, by rank, on rank 0; elsewhere nothing."""
+        ...
+
+
+class Alone:
+    """One process.
+
+    >>> Alone().gather("here")
+    ['here']
+    """
+
+    rank = 0
+    size = 1
+
+    def gather(self, value: Any) -> list[Any]:
+        """The value."""
+        return [value]
+
+    def broadcast(self, value: Any) -> Any:
+        """The value."""
+        return value
+
+    def collect(self, value: Any) -> list[Any]:
+        """The value."""
+        return [value]
+
+
+class Distributed:
+    """All processes of torch.distributed's default group, whatever its backend."""
+
+    @property
+    def rank(self) -> int:
+        """Of this process, from 0."""
+        return distributed.get_rank()
+
+    @property
+    def size(self) -> int:
+        """How many there are."""
+        return distributed.get_world_size()
+
+    def gather(self, value: Any) -> list[Any]:
+        """Everybody's value, by rank, on every rank."""
+        found: list[Any] = [None] * self.size
+        distributed.all_gather_object(found, value)
+        return found
+
+    def broadcast(self, value: Any) -> Any:
+        """Rank 0's value."""
+        box = [value if self.rank == 0 else None]
+        distributed.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def collect(self, value: Any) -> list[Any]:
+        """Everybody's value, by rank, on rank 0; elsewhere nothing."""
+        found: list[Any] | None = [None] * self.size if self.rank == 0 else None
+        distributed.gather_object(value, found, dst=0)
+        return found or []
+
+
+def processes() -> Processes:
+    """Those of torch.distributed where it runs with more than one, else this one alone."""
+    running = distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
+    return Distributed() if running else Alone()
+
+
+def decided(group: Processes, decide: Callable[[], Answer]) -> Answer:
+    """What rank 0 decides; where it fails, all of them do.
+
+    Raises:
+        EvolveNetError: on the other ranks, with rank 0's message. Rank 0 raises what it met.
+    """
+    failure: Exception | None = None
+    answer: Any = None
+    if group.rank == 0:
+        try:
+            answer = decide()
+        except Exception as error:  # noqa: BLE001  the others wait for an answer, whatever went wrong
+            failure = error
+    if group.size > 1:
+        answer, message = group.broadcast((answer, None if failure is None else _said(failure)))
+        if failure is None and message is not None:
+            raise EvolveNetError(f"rank 0: {message}")
+    if failure is not None:
+        raise failure
+    return answer
+
+
+def together(group: Processes, act: Callable[[], Answer]) -> Answer:
+    """What this rank's act gives; where one rank's fails, all fail.
+
+    Raises:
+        EvolveNetError: with the message of the first rank that failed, on those that did not. A rank that failed raises
+            what it met.
+    """
+    failure: Exception | None = None
+    answer: Any = None
+    try:
+        answer = act()
+    except Exception as error:  # noqa: BLE001  the others must hear of it, whatever it is
+        failure = error
+    messages = group.gather(None if failure is None else _said(failure))
+    if failure is not None:
+        raise failure
+    for rank, message in enumerate(messages):
+        if message is not None:
+            raise EvolveNetError(f"rank {rank}: {message}")
+    return answer
+
+
+def _said(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
+
+
+def agree(group: Processes, what: str, value: str) -> None:
+    """Stop unless every rank has the same value.
+
+    Args:
+        group: who is asked.
+        what: what the value is, for the error.
+        value: this rank's.
+
+    Raises:
+        RankMismatchError: on every rank, naming who has what.
+    """
+    values = group.gather(value)
+    if len(set(values)) == 1:
+        return
+    listed = "; ".join(f"rank {rank}: {each}" for rank, each in enumerate(values))
+    raise RankMismatchError(
+        f"Expected the same {what} on all {len(values)} processes, got {listed}. They would train different networks from "
+        "here on, so the run stops. Build the model and the callback alike on every rank (no rank-dependent arguments or "
+        "weights), or resume all ranks from one checkpoint."
+    )
+
+
+def fingerprint(model: nn.Module) -> str:
+    """Twelve hex digits that change with any parameter's name, shape or bits."""
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        digest.update(f"{name}{tuple(parameter.shape)}".encode())
+        digest.update(parameter.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:12]
+
+
+def pooled(group: Processes, batches: Sequence[Any]) -> list[Any]:
+    """Batches of all ranks for rank 0 to measure on, together about as many samples as one rank has.
+
+    Moving a few hundred inputs is far less than reducing a second moment for every weight, and what one rank computes
+    from them is the same for all to the last bit.
+
+    Args:
+        group: who takes part.
+        batches: this rank's.
+
+    Returns:
+        On rank 0 everybody's, on the device of its own; elsewhere nothing.
+    """
+    if group.size == 1:
+        return list(batches)
+    shares = [first_samples(batch, -(-samples_in(batch) // group.size)) for batch in batches]
+    found = group.collect(tree_map_only(Tensor, lambda tensor: tensor.cpu(), shares))
+    devices = [leaf.device for leaf in tree_leaves(list(batches)) if isinstance(leaf, Tensor)]
+    everyone = [batch for rank in found for batch in rank]
+    return tree_map_only(Tensor, lambda tensor: tensor.to(devices[0]), everyone) if devices else everyone
+
+
+def shared(group: Processes, model: nn.Module, graph: WidthGraph, decide: Callable[[], Surgery]) -> Surgery:
+    """Rank 0's surgery on this rank's model: same maps, same values.
+
+    Raises:
+        EvolveNetError: if rank 0 could not make it.
+    """
+    if group.size == 1:
+        return decide()
+    made: list[Surgery] = []
+
+    def plain() -> tuple[Mapping[str, Any], Mapping[str, Tensor]]:
+        made.append(decide())
+        maps = {name: (index_map.indices, index_map.size) for name, index_map in made[0].maps.items()}
+        return maps, {change.name: change.value.cpu() for change in made[0].changes}
+
+    maps, values = decided(group, plain)
+    if made:
+        return made[0]
+    surgery = compile_surgery(model, graph, {name: IndexMap.of(*entry) for name, entry in maps.items()})
+    return with_values(model, surgery, values)

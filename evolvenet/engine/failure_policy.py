@@ -1,0 +1,51 @@
+"""What failed so far: a warning the first time, evolution off for the run where a stage fails again."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+from evolvenet.engine.distributed import Processes
+from evolvenet.errors import SkippedEvent, SpectrumError
+
+FAILURES = 2
+"""Failures of one stage after which evolution is switched off for the rest of the run."""
+
+log = logging.getLogger("evolvenet")
+
+
+class Failures:
+    """Counts them by stage; `off` says why evolution is off, None while it is on."""
+
+    def __init__(self) -> None:
+        self.counts: Counter[str] = Counter()
+        self.off: str | None = None
+
+    def explain(self, group: Processes, stage: str, moment: int, problem: Exception) -> str:
+        """Warn, and switch off where a stage failed again; the same on every rank.
+
+        Returns:
+            Why nothing was changed.
+        """
+        passing = isinstance(problem, (SkippedEvent, SpectrumError))
+        stage, passing = group.broadcast((stage, passing))
+        reason = str(problem) if passing else f"{stage} failed: {problem or type(problem).__name__}"
+        log.debug("step %d: %s", moment, stage, exc_info=problem)
+        if not passing:
+            self.counts[stage] += 1
+            if self.counts[stage] >= FAILURES:
+                self.off = f"{reason}. It was not the first time, so widths stay as they are for the rest of the run."
+                log.error("step %d: %s", moment, self.off)
+                return self.off
+        log.warning("step %d: widths are left as they are: %s", moment, reason)
+        return reason
+
+    def state_dict(self) -> dict[str, Any]:
+        """As plain data, for a checkpoint."""
+        return {"failures": dict(self.counts), "off": self.off}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """What `state_dict` was called on."""
+        self.counts, self.off = Counter(state["failures"]), state["off"]

@@ -1,0 +1,149 @@
+"""`resize`, `prune`, `grow`: a model and its optimizers changed together, all or nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from evolvenet.graph.index_map import IndexMap
+from evolvenet.graph.width_graph import WidthGraph
+from evolvenet.growth.expanded_model import Loss
+from evolvenet.growth.plan import plan_growth
+from evolvenet.measurement.activation_moments import collect
+from evolvenet.pruning.reconstruction import compensate
+from evolvenet.pruning.selection import plan_prune
+from evolvenet.surgery.optimizer_state import apply_state, compile_state, validate_state
+from evolvenet.surgery.resize_model import Surgery, compile_surgery, install
+
+
+def resize(
+    model: nn.Module, graph: WidthGraph, maps: Mapping[str, IndexMap], optimizers: Optimizer | Sequence[Optimizer] = ()
+) -> WidthGraph:
+    """Change widths in place through index maps, with every optimizer's state, all or nothing.
+
+    Args:
+        model: the traced model.
+        graph: its widths as they are now.
+        maps: {width: map}. Newborns are zeros: they neither do nor learn anything yet. `grow` gives them a start.
+        optimizers: the one or those that hold the model's parameters.
+
+    Returns:
+        The graph of the changed model. The old one no longer fits it.
+
+    Raises:
+        ResizeError: if a width is unknown, frozen, or cannot take its map. Nothing has changed then.
+        OptimizerStateError: if an optimizer's state is not understood. Nothing has changed then.
+
+    >>> from evolvenet import IndexMap, trace
+    >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    >>> graph = resize(model, trace(model, torch.zeros(1, 4)), {"0": IndexMap.keep([0, 2, 5], size=8)})
+    >>> model[0], model[2].weight.shape
+    (Linear(in_features=4, out_features=3, bias=True), torch.Size([2, 3]))
+    """
+    return commit(model, compile_surgery(model, graph, maps), optimizers)
+
+
+def prune(
+    model: nn.Module,
+    graph: WidthGraph,
+    sizes: Mapping[str, int],
+    batches: Iterable[Any] | None = None,
+    optimizers: Optimizer | Sequence[Optimizer] = (),
+) -> WidthGraph:
+    """Shrink widths: choose the units that stay, let their consumers make up for the others, resize.
+
+    Args:
+        model: the traced model.
+        graph: its widths as they are now.
+        sizes: {width: new number of units}.
+        batches: inputs of the model (tensors, tuples, dicts) to measure activations on; without them the choice is by
+            weights alone and nothing is made up for.
+        optimizers: the one or those that hold the model's parameters.
+
+    Returns:
+        The graph of the changed model.
+
+    Raises:
+        ResizeError, OptimizerStateError: as `resize`.
+    """
+    if batches is None:
+        return commit(model, plan_prune(model, graph, sizes), optimizers)
+    batches = batches if isinstance(batches, Tensor) else list(batches)
+    surgery = plan_prune(model, graph, sizes, collect(model, graph, batches))
+    return commit(model, compensate(model, graph, surgery, batches), optimizers)
+
+
+def grow(
+    model: nn.Module,
+    graph: WidthGraph,
+    sizes: Mapping[str, int],
+    method: str = "orthogonal",
+    optimizers: Optimizer | Sequence[Optimizer] = (),
+    generator: torch.Generator | None = None,
+    batches: Iterable[Any] | None = None,
+    loss: Loss | None = None,
+) -> WidthGraph:
+    """Widen widths without changing what the model computes.
+
+    Args:
+        model: the traced model.
+        graph: its widths as they are now.
+        sizes: {width: new number of units}.
+        method: how newborns start: "orthogonal", "paired", "gradmax", "tiny", or "random", which does change what the
+            model computes; see `plan_growth`.
+        optimizers: the one or those that hold the model's parameters.
+        generator: source of the newborns' random directions.
+        batches: model inputs, for "orthogonal" and "paired" where the rows already span everything; with a loss, pairs of
+            (model inputs, targets).
+        loss: (model output, targets) → a scalar; "gradmax" and "tiny" need it and batches.
+
+    Returns:
+        The graph of the changed model.
+
+    Raises:
+        ResizeError, OptimizerStateError: as `resize`; also for a width whose units are mixed (layer norm), where no
+            newborn could leave the function as it is, and for batches or a loss that the method needs and lacks.
+    """
+    return commit(model, plan_growth(model, graph, sizes, method, generator, batches, loss), optimizers)
+
+
+def commit(model: nn.Module, surgery: Surgery, optimizers: Optimizer | Sequence[Optimizer] = ()) -> WidthGraph:
+    """Apply a compiled surgery to a model and its optimizers; on any failure everything is as before.
+
+    Returns:
+        The graph of the changed model.
+
+    Raises:
+        OptimizerStateError: if a state does not fit, before or after.
+    """
+    with ExitStack() as undo:
+        apply(model, surgery, as_list(optimizers), undo)
+        undo.pop_all()
+    return surgery.graph
+
+
+def apply(model: nn.Module, surgery: Surgery, optimizers: Sequence[Optimizer], undo: ExitStack) -> None:
+    """Apply a compiled surgery; closing `undo` puts everything back, also what was done before a failure.
+
+    Raises:
+        OptimizerStateError: if a state does not fit, before or after.
+    """
+    with torch.inference_mode(False):
+        plans = [compile_state(optimizer, surgery.changes) for optimizer in optimizers]
+    undo.callback(install(model, surgery))
+    for plan in plans:
+        undo.callback(apply_state, apply_state(plan))
+    for optimizer in optimizers:
+        validate_state(optimizer)
+
+
+def as_list(optimizers: Optimizer | Sequence[Optimizer] | None) -> list[Optimizer]:
+    """One optimizer, several or none, as a list."""
+    if optimizers is None:
+        return []
+    return [optimizers] if isinstance(optimizers, Optimizer) else list(optimizers)

@@ -1,0 +1,130 @@
+"""What must hold after every change of widths, checked before training goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from evolvenet.errors import SkippedEvent, TraceError, ValidationError
+from evolvenet.execution.evaluation import answers
+from evolvenet.graph.naming import named_tensors
+from evolvenet.graph.width_graph import WidthGraph
+from evolvenet.surgery.optimizer_state import validate_state
+from evolvenet.surgery.resize_model import stale_attributes
+
+
+@dataclass(frozen=True, eq=False)
+class Before:
+    """A model as it was before a change, as far as the change must leave it so.
+
+    Args:
+        parameters: the parameter objects by name.
+        shapes: of every tensor that the model answers with.
+        finite: whether all of its answer was.
+    """
+
+    parameters: Mapping[str, Tensor]
+    shapes: tuple[tuple[int, ...], ...]
+    finite: bool
+
+    @classmethod
+    def of(cls, model: nn.Module, example_inputs: Any) -> Before:
+        """Take down a model; it is run once, in eval mode."""
+        found = answers(model, example_inputs)
+        return cls(dict(model.named_parameters()), _shapes(found), _finite(found))
+
+
+def validate(
+    model: nn.Module, graph: WidthGraph, optimizers: Iterable[Optimizer], example_inputs: Any, before: Before
+) -> None:
+    """Check a model after a change of its widths.
+
+    Its parameters are the objects that they were; every tensor has the shape that the graph says, every optimizer state
+    fits its parameter, every module's numbers (`in_features`, `groups`, …) fit its tensors; the model runs, and its answers
+    have the shapes that they had and are finite if they were.
+
+    Args:
+        model: the changed model.
+        graph: its widths as they should be now.
+        optimizers: those that hold its parameters.
+        example_inputs: what it is run on, in eval mode; afterwards buffers and random states are as before.
+        before: taken down before the change.
+
+    Raises:
+        ValidationError: naming the first thing that is wrong.
+        OptimizerStateError: if a state does not fit.
+
+    >>> from evolvenet.trace import trace
+    >>> model, x = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2)), torch.zeros(1, 4)
+    >>> before, graph = Before.of(model, x), trace(model, x)
+    >>> model[0].out_features = 5
+    >>> validate(model, graph, [], x, before)
+    Traceback (most recent call last):
+    ...
+    evolvenet.errors.ValidationError: After a change of widths: expected out_features of Linear to be 3, got 5. ...
+    """
+    parameters = dict(model.named_parameters())
+    for name, parameter in before.parameters.items():
+        if parameters.get(name) is not parameter:
+            raise _wrong(f"parameter {name} to be the object that it was", "another one")
+    tensors, _, _ = named_tensors(model)
+    for name, shape in graph.shapes.items():
+        if tuple(tensors[name].shape) != shape:
+            raise _wrong(f"{name} of shape {shape}", f"{tuple(tensors[name].shape)}")
+    for change in stale_attributes(model, graph):
+        module = type(change.module).__name__
+        raise _wrong(f"{change.name} of {module} to be {change.value}", f"{getattr(change.module, change.name)}")
+    for optimizer in optimizers:
+        validate_state(optimizer)
+    found = answers(model, example_inputs)
+    if _shapes(found) != before.shapes:
+        raise _wrong(f"outputs of the shapes {before.shapes}", f"{_shapes(found)}")
+    if before.finite and not _finite(found):
+        raise _wrong("finite outputs", "NaN or infinite ones")
+
+
+def refuse_fixed(model: nn.Module, graph: WidthGraph) -> None:
+    """Go on only with a model in which something can be resized.
+
+    Raises:
+        TraceError: with the reason why each width is frozen.
+    """
+    if not graph.resizable:
+        reasons = "; ".join(f"{width.name}: {width.frozen}" for width in graph.widths.values())
+        raise TraceError(
+            f"Expected a model with at least one resizable width, got a {type(model).__name__} without any ({reasons}). "
+            "A width is what lies between two layers: a single layer from input to output has none."
+        )
+
+
+def check_finite_weights(model: nn.Module) -> None:
+    """Refuse to measure a model whose weights are not numbers any more.
+
+    Raises:
+        SkippedEvent: naming the first parameter with NaN or infinite entries.
+    """
+    for name, parameter in model.named_parameters():
+        if not bool(torch.isfinite(parameter).all()):
+            raise SkippedEvent(
+                f"Expected finite weights, got NaN or infinite values in {name}. Widths are left alone until they are "
+                "finite again; if they stay so, lower the learning rate or clip the gradients."
+            )
+
+
+def _wrong(expected: str, got: str) -> ValidationError:
+    return ValidationError(
+        f"After a change of widths: expected {expected}, got {got}. The change is taken back; please report it with the model."
+    )
+
+
+def _shapes(found: Iterable[Tensor]) -> tuple[tuple[int, ...], ...]:
+    return tuple(tuple(answer.shape) for answer in found)
+
+
+def _finite(found: Iterable[Tensor]) -> bool:
+    return all(bool(answer.isfinite().all()) for answer in found)

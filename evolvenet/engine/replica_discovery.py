@@ -1,0 +1,262 @@
+"""Copies of the trained network inside of the user's own module: momentum teachers, target networks, averages of weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from hashlib import sha256
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from evolvenet.errors import SkippedEvent, TraceError
+from evolvenet.graph.naming import named_tensors
+from evolvenet.graph.serialization import from_plain, to_plain
+from evolvenet.graph.width_graph import Width, WidthGraph, Widths
+
+
+@dataclass(frozen=True, eq=False)
+class Twin:
+    """A module that may be a copy of another one.
+
+    Args:
+        name: where it is, for a person.
+        module: the copy.
+        sources: {path in the network: module} of what it may be a copy of.
+    """
+
+    name: str
+    module: nn.Module
+    sources: Mapping[str, nn.Module]
+
+
+class Twins:
+    """Finds the modules that are copies of parts of a network, and tells which of them follow its widths.
+
+    A copy is of the same type and has the same names and shapes, did not run in the trace, and no optimizer trains it.
+    One whose weights have moved since the start follows its source (an average, a target network). While they have not,
+    nobody knows whether they will: a frozen reference must stay as it is, and what is averaged later must not.
+
+    Args:
+        places: {name: module} of what is looked through, all of it, before training starts.
+        told: {name of the copy: name of its source} if the user has said it: no other is taken for a copy.
+
+    Raises:
+        TraceError: if a name in `told` is of no module.
+    """
+
+    def __init__(self, places: Mapping[str, nn.Module], told: Mapping[str, str] | None = None) -> None:
+        self.told = told
+        self.moved: dict[str, str] = {}
+        """{name of the copy: path of its source in the network} of those that follow."""
+        self._modules = {name: module for place, outer in places.items() for name, module in _named(place, outer)}
+        for name in (name for pair in (told or {}).items() for name in pair):
+            if name not in self._modules:
+                raise TraceError(
+                    f"WidthEvolution(copies=...): expected names of modules, got {name!r}. None is called so."
+                )
+        kinds: dict[Any, list[str]] = {}
+        for name, module in self._modules.items():
+            if (kind := _kind(module)) is not None:
+                kinds.setdefault(kind, []).append(name)
+        self._groups = [names for names in kinds.values() if len(names) > 1]
+        self._start = {name: _digest(self._modules[name]) for names in self._groups for name in names}
+
+    def state_dict(self) -> dict[str, Any]:
+        """How the weights were at the start of the run, and which copies follow."""
+        return {"start": dict(self._start), "moved": dict(self.moved)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where a run was interrupted."""
+        self._start.update(state.get("start", {}))
+        self.moved = dict(state.get("moved", {}))
+
+    def settle(self, network: nn.Module, graph: WidthGraph) -> WidthGraph:
+        """The graph of the network without copies in it that did not run, and without widths that two would share.
+
+        A copy that the network's own forward runs has widths of its own, which would part from its source's: both stay.
+        """
+        inside = {id(module): path for path, module in network.named_modules()}
+        copies = [id(twin.module) for twin in self._twins(network, graph)]
+        graph = _without(graph, [inside[copy] for copy in copies if copy in inside])
+        tensors, _, _ = named_tensors(network)
+        frozen: dict[int, str] = {}
+        for name, source in self._running(network, graph):
+            reason = f"{name}, which is not trained, runs beside {source}, of which it is a copy"
+            for parameter in (*self._modules[name].parameters(), *self._modules[source].parameters()):
+                frozen.setdefault(id(parameter), reason)
+        widths = {
+            name: _frozen(width, [frozen.get(id(tensors[tie.tensor])) for tie in width.ties])
+            for name, width in graph.widths.items()
+        }
+        return replace(graph, widths=Widths(widths))
+
+    def along(self, network: nn.Module, graph: WidthGraph, optimizers: Iterable[Optimizer]) -> list[nn.Module]:
+        """Models with the network's tensor names that must go through its change, each with copies in their sources' places.
+
+        Raises:
+            SkippedEvent: if it is not known whether a copy follows, or which of several modules it is a copy of.
+        """
+        found: list[tuple[str, nn.Module]] = []
+        state = {id(p) for optimizer in optimizers for p, entry in optimizer.state.items() if entry}
+        for twin in self._twins(network, graph):
+            if any(p.grad is not None or id(p) in state for p in twin.module.parameters()):
+                continue
+            if (path := self._followed(twin)) is not None:
+                self.moved[twin.name] = path
+                found.append((path, twin.module))
+        return _stand_ins(network, found)
+
+    def pairs(self, network: nn.Module, graph: WidthGraph) -> dict[str, str]:
+        """{name of what may be a copy: name of a module of its type and shapes that runs}."""
+        return {twin.name: self._name(next(iter(twin.sources.values()))) for twin in self._twins(network, graph)}
+
+    def _followed(self, twin: Twin) -> str | None:
+        """Path of what the twin follows, None if it is no copy."""
+        if self.told is not None:
+            return next(iter(twin.sources))
+        if self.moved.get(twin.name) in twin.sources:
+            return self.moved[twin.name]
+        names = {path: self._name(source) for path, source in twin.sources.items()}
+        equal = [path for path, name in names.items() if self._start[name] == self._start[twin.name]]
+        if _digest(twin.module) == self._start[twin.name]:
+            if not equal:
+                return None
+            raise SkippedEvent(
+                f"{twin.name} began as a copy of {names[equal[0]]}, is not trained and has not moved so far: expected to know "
+                "whether it follows (an average, a target network) or stays (a reference). Say so: WidthEvolution(copies="
+                f"{{{twin.name!r}: {names[equal[0]]!r}}}) if it follows, copies={{}} if not."
+            )
+        paths = equal if len(equal) == 1 else list(twin.sources)
+        if len(paths) > 1:
+            raise SkippedEvent(
+                f"{twin.name} is not trained and has moved: expected one module that it follows, got "
+                f"{', '.join(names.values())}, which are all of its type and shapes. Say which: WidthEvolution(copies="
+                f"{{{twin.name!r}: ...}})."
+            )
+        return paths[0]
+
+    def _twins(self, network: nn.Module, graph: WidthGraph) -> Iterator[Twin]:
+        """Outermost modules that did not run and have the shape of one whose widths can change."""
+        alive = _alive(network, graph)
+        inside = {id(module): path for path, module in network.named_modules()}
+        taken: list[str] = []
+        for name, module in self._modules.items():
+            kind = _kind(module)
+            if kind is None or any(name.startswith(f"{outer}.") for outer in taken) or _runs(module, alive):
+                continue
+            if self.told is not None and name not in self.told:
+                continue
+            others = self._alike(name) if self.told is None else [self.told[name]]
+            sources = {
+                inside[id(source)]: source
+                for source in (self._modules[other] for other in others)
+                if id(source) in inside and _kind(source) == kind and _runs(source, alive)
+            }
+            if sources:
+                taken.append(name)
+                yield Twin(name, module, sources)
+
+    def _running(self, network: nn.Module, graph: WidthGraph) -> Iterator[tuple[str, str]]:
+        """Names of copies and sources that both run in the network."""
+        alive = _alive(network, graph)
+        for names in self._groups:
+            running = [name for name in names if _runs(self._modules[name], alive)]
+            still = [n for n in running if not any(p.requires_grad for p in self._modules[n].parameters())]
+            for name in still if self.told is None else set(still) & set(self.told):
+                alike = [other for other in running if other not in still and self._is_source(other, name)]
+                yield from ((name, other) for other in alike)
+
+    def _is_source(self, name: str, copy: str) -> bool:
+        return self._start.get(name) == self._start.get(copy) if self.told is None else self.told[copy] == name
+
+    def _alike(self, name: str) -> list[str]:
+        return next((names for names in self._groups if name in names), [])
+
+    def _name(self, module: nn.Module) -> str:
+        return next(name for name, known in self._modules.items() if known is module)
+
+
+def _named(place: str, outer: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    for path, module in outer.named_modules():
+        yield ".".join(filter(None, (place, path))), module
+
+
+def _kind(module: nn.Module) -> Any:
+    """What a module shares with its copies; None where a likeness says nothing: single vectors, scripted code."""
+    shapes = tuple((name, tuple(parameter.shape)) for name, parameter in module.named_parameters())
+    return (type(module), shapes) if any(len(shape) > 1 for _, shape in shapes) else None
+
+
+def _alive(network: nn.Module, graph: WidthGraph) -> set[int]:
+    """Ids of the tensors with a width that can change."""
+    tensors, _, _ = named_tensors(network)
+    return {id(tensors[tie.tensor]) for width in graph.resizable for tie in width.ties}
+
+
+def _runs(module: nn.Module, alive: set[int]) -> bool:
+    return any(id(parameter) in alive for parameter in module.parameters())
+
+
+def _digest(module: nn.Module) -> str:
+    """What changes when weights move: of every parameter a few entries, since large models have them by the million."""
+    digest = sha256()
+    for parameter in module.parameters():
+        flat = parameter.detach().flatten()
+        chosen = flat[:: max(1, len(flat) // 64)].to("cpu", torch.float64)
+        digest.update(chosen.contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _frozen(width: Width, reasons: list[str | None]) -> Width:
+    reason = next((each for each in reasons if each is not None), None)
+    return width if reason is None or width.frozen is not None else replace(width, frozen=reason, patches=())
+
+
+def _without(graph: WidthGraph, paths: list[str]) -> WidthGraph:
+    """The graph without the tensors of some modules: their shapes are others' business."""
+    if not paths:
+        return graph
+    starts = tuple(f"{path}." for path in paths)
+    plain = to_plain(graph)
+    for table in ("layouts", "shapes", "aliases"):
+        plain[table] = {name: entry for name, entry in plain[table].items() if not name.startswith(starts)}
+    plain["trainable"] = [name for name in plain["trainable"] if not name.startswith(starts)]
+    plain["roles"] = [entry for entry in plain["roles"] if not entry[0].startswith(starts)]
+    held = {part[0] for axes in plain["layouts"].values() for _, parts in axes for part in parts}
+    plain["widths"] = [entry for entry in plain["widths"] if entry["name"] in held]
+    return from_plain(plain)
+
+
+def _stand_ins(network: nn.Module, copies: list[tuple[str, nn.Module]]) -> list[nn.Module]:
+    """As few models as can be, each with at most one copy in every place."""
+    found: list[dict[str, nn.Module | None]] = []
+    for path, copy in copies:
+        free = next((each for each in found if not any(_overlap(path, other) for other in each)), None)
+        if free is None:
+            found.append(free := {})
+        free[path] = copy
+    inside = {id(module): path for path, module in network.named_modules()}
+    for parts in found:
+        # A copy stands in one place only: its first name would be another one else.
+        homes = [inside[id(copy)] for copy in parts.values() if id(copy) in inside]
+        parts.update({home: None for home in homes if not any(_overlap(home, path) for path in parts)})
+    return [_stand_in(network, parts) for parts in found]
+
+
+def _overlap(one: str, other: str) -> bool:
+    return not one or not other or f"{one}.".startswith(f"{other}.") or f"{other}.".startswith(f"{one}.")
+
+
+def _stand_in(network: nn.Module, parts: Mapping[str, nn.Module | None]) -> Any:
+    """The network with other modules in some places; all else is the network's own."""
+    if "" in parts:
+        return parts[""]
+    made = object.__new__(type(network))
+    vars(made).update(vars(network), _modules=dict(network._modules))
+    for head in {path.partition(".")[0] for path in parts}:
+        below = {path.partition(".")[2]: part for path, part in parts.items() if path.partition(".")[0] == head}
+        vars(made)["_modules"][head] = _stand_in(network.get_submodule(head), below)
+    return made

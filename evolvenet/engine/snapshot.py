@@ -1,0 +1,156 @@
+"""A network in training as it was at one moment, widths and all, to go back to."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from evolvenet.engine.distributed import Processes, together
+from evolvenet.engine.invariants import Before, validate
+from evolvenet.execution.shadow_tensors import forget_compiled
+from evolvenet.graph.serialization import from_plain, to_plain
+from evolvenet.graph.width_graph import WidthGraph
+from evolvenet.policies.base import Judging
+from evolvenet.surgery.checkpoint import Note, fit_shapes
+from evolvenet.surgery.optimizer_state import validate_state
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """Weights, buffers, widths and optimizer state. Learning rates and other settings of the optimizers are not part of it.
+
+    Args:
+        networks: of the model and each of its copies, every tensor by name.
+        graph: the widths.
+        note: what shapes do not say of the model, from `Note.read`.
+        states: of each optimizer, what its `state_dict` has under "state".
+    """
+
+    networks: Sequence[Mapping[str, Tensor]]
+    graph: WidthGraph
+    note: Mapping[str, Any]
+    states: Sequence[Mapping[int, Any]]
+
+    @classmethod
+    def of(
+        cls, model: nn.Module, graph: WidthGraph, optimizers: Sequence[Optimizer], copies: Sequence[nn.Module] = ()
+    ) -> Snapshot:
+        """Copy what there is now: as much memory again as weights and optimizer state take."""
+        return cls(
+            [{name: tensor.detach().clone() for name, tensor in _tensors(each).items()} for each in (model, *copies)],
+            graph,
+            Note.of(model, graph).read(model),
+            [copy.deepcopy(optimizer.state_dict()["state"]) for optimizer in optimizers],
+        )
+
+    def restore(self, model: nn.Module, optimizers: Sequence[Optimizer], copies: Sequence[nn.Module] = ()) -> None:
+        """Make everything as it was. Copies that were not there then get the model's weights.
+
+        Raises:
+            RecordError, OptimizerStateError: if the model or an optimizer is not the one that it was. Some of it may have been
+                restored then: another snapshot, taken before, leads back.
+        """
+        networks = [*self.networks, *[self.networks[0]] * (1 + len(copies) - len(self.networks))]
+        for network, values in zip((model, *copies), networks, strict=False):
+            fit_shapes(network, values, note=self.note)
+            tensors = _tensors(network)
+            with torch.no_grad():
+                for name, value in values.items():
+                    tensors[name].copy_(value)
+        for optimizer, state in zip(optimizers, self.states, strict=True):
+            # With the groups as they are now: schedulers go on from there.
+            groups = optimizer.state_dict()["param_groups"]
+            optimizer.load_state_dict({"state": copy.deepcopy(dict(state)), "param_groups": groups})
+            validate_state(optimizer)
+
+    def to_plain(self) -> dict[str, Any]:
+        """As plain data and tensors, for a checkpoint."""
+        return {
+            "networks": [dict(each) for each in self.networks],
+            "graph": to_plain(self.graph),
+            "note": dict(self.note),
+            "states": [dict(each) for each in self.states],
+        }
+
+    @classmethod
+    def from_plain(cls, plain: Mapping[str, Any]) -> Snapshot:
+        """What `to_plain` was called on."""
+        return cls(plain["networks"], from_plain(plain["graph"]), plain["note"], plain["states"])
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Every parameter and buffer by its first name, also those that no state dict has."""
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+
+
+class InTraining(Protocol):
+    """What `go_back` needs to know of an `Evolver`."""
+
+    model: nn.Module
+    optimizers: list[Optimizer]
+    example_inputs: Any
+    after_change: Callable[[], object]
+
+
+def go_back(
+    group: Processes, past: Snapshot, present: Snapshot, run: InTraining, copies: Sequence[nn.Module] = ()
+) -> None:
+    """Restore the past on every rank and check it, or leave the present on all of them.
+
+    Raises:
+        EvolveNetError: what the check or the restoring met, here or on another rank.
+    """
+    before = together(group, lambda: Before.of(run.model, run.example_inputs))
+    try:
+        together(group, lambda: past.restore(run.model, run.optimizers, copies))
+        together(group, lambda: validate(run.model, past.graph, run.optimizers, run.example_inputs, before))
+        together(group, run.after_change)
+    except BaseException:
+        present.restore(run.model, run.optimizers, copies)
+        run.after_change()
+        raise
+    forget_compiled()
+
+
+class Probation:
+    """Where a policy judges its cuts: how far it has come, and the network as it was before the cut that waits.
+
+    Args:
+        policy: what judges.
+    """
+
+    def __init__(self, policy: Judging) -> None:
+        self.policy = policy
+        self.standing = policy.begin()
+        self.past: Snapshot | None = None
+
+    def cut(self, past: Snapshot | None, widths: Iterable[str]) -> None:
+        """An event cut these widths of what was before; or nothing, and there is nothing to go back to."""
+        if self.past is None:
+            self.standing, self.past = self.policy.after(self.standing, widths), past
+
+    def judge(self, value: float) -> Snapshot | None:
+        """What to go back to, after a validation; None where everything stays."""
+        verdict, self.standing = self.policy.judged(self.standing, value)
+        past = self.past
+        if verdict != "wait":
+            self.past = None
+        return past if verdict == "undo" else None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain data and tensors, for a checkpoint."""
+        return {
+            "standing": self.policy.plain(self.standing),
+            "past": None if self.past is None else self.past.to_plain(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """What `state_dict` was called on."""
+        self.standing = self.policy.begin(state["standing"])
+        self.past = None if state["past"] is None else Snapshot.from_plain(state["past"])

@@ -1,0 +1,31 @@
+"""How many samples a batch holds, and which of them are taken."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+GOLDEN = 0.6180339887498949
+"""Multiples of the golden ratio, modulo 1, fall in step with no grid."""
+
+
+def samples_in(batch: Any) -> int:
+    """Length of the first axis of the first tensor of a batch, 1 if there is none.
+
+    >>> samples_in({"x": torch.zeros(5, 3)})
+    5
+    """
+    lengths = [len(leaf) for leaf in tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.dim()]
+    return lengths[0] if lengths else 1
+
+
+def evenly(count: int, cap: int) -> Tensor:
+    """At most `cap` of `count` indices, one in each of equal parts, shifted so as not to fall in step with a grid."""
+    if count <= cap:
+        return torch.arange(count)
+    edges = torch.arange(cap + 1) * count // cap
+    shift = (torch.arange(cap, dtype=torch.float64) * GOLDEN) % 1
+    return edges[:-1] + (shift * edges.diff()).long()

@@ -1,0 +1,22 @@
+"""Names of a model's tensors: every parameter and buffer once, under its first name."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+
+def named_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str], frozenset[str]]:
+    """Every parameter and floating-point buffer once by its first name, the other names, and which are parameters."""
+    first: dict[int, str] = {}
+    tensors, aliases, trainable = {}, {}, set()
+    entries = [(n, t, True) for n, t in model.named_parameters(remove_duplicate=False)]
+    entries += [(n, t, False) for n, t in model.named_buffers(remove_duplicate=False) if t.is_floating_point()]
+    for name, tensor, is_parameter in entries:
+        known = first.setdefault(id(tensor), name)
+        if known != name:
+            aliases[name] = known
+            continue
+        tensors[name] = tensor
+        if is_parameter:
+            trainable.add(name)
+    return tensors, aliases, frozenset(trainable)

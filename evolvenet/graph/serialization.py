@@ -1,0 +1,79 @@
+"""A `WidthGraph` as plain data, so that a resumed run goes on with the very graph that it had."""
+
+from __future__ import annotations
+
+from collections.abc import Container, Mapping
+from dataclasses import asdict
+from typing import Any
+
+from torch import nn
+
+from evolvenet.errors import RecordError
+from evolvenet.graph.naming import named_tensors
+from evolvenet.graph.width_graph import Segment, Width, WidthGraph, assemble
+
+
+def to_plain(graph: WidthGraph) -> dict[str, Any]:
+    """A graph as dicts, lists, strings and numbers, fit for JSON and for `weights_only` checkpoints.
+
+    >>> import torch
+    >>> from evolvenet.trace import trace
+    >>> graph = trace(nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2)), torch.zeros(1, 4))
+    >>> from_plain(to_plain(graph)) == graph
+    True
+    """
+    widths = [{**asdict(width), "ties": [], "patches": [list(entry) for entry in width.patches]}
+              for width in graph.widths.values()]  # fmt: skip
+    roles = [[tie.tensor, tie.dim, tie.role] for width in graph.widths.values() for tie in width.ties]
+    layouts = {
+        name: [[dim, [[part.width, part.length, part.repeat] for part in segments]] for dim, segments in axes.items()]
+        for name, axes in graph.layouts.items()
+    }
+    return {
+        "widths": widths,
+        "roles": roles,
+        "layouts": layouts,
+        "shapes": {name: list(shape) for name, shape in graph.shapes.items()},
+        "trainable": sorted(graph.trainable),
+        "aliases": dict(graph.aliases),
+    }
+
+
+def from_plain(plain: Mapping[str, Any]) -> WidthGraph:
+    """The graph that `to_plain` was called on."""
+    widths = {
+        entry["name"]: Width(**{**entry, "ties": (), "patches": tuple(map(tuple, entry["patches"]))})
+        for entry in plain["widths"]
+    }
+    layouts = {
+        name: {dim: tuple(Segment(*part) for part in segments) for dim, segments in axes}
+        for name, axes in plain["layouts"].items()
+    }
+    return assemble(
+        widths,
+        layouts,
+        {name: tuple(shape) for name, shape in plain["shapes"].items()},
+        frozenset(plain["trainable"]),
+        dict(plain["aliases"]),
+        {(tensor, dim): role for tensor, dim, role in plain["roles"]},
+    )
+
+
+def check_fits(graph: WidthGraph, model: nn.Module, besides: Container[str] = ()) -> None:
+    """Refuse a graph that is not a model's, `besides` some tensors that need not fit yet.
+
+    Raises:
+        RecordError: naming the tensors that differ.
+    """
+    tensors, _, _ = named_tensors(model)
+    have = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    wrong = [
+        f"{name} {shape}, got {have.get(name, 'nothing of that name')}"
+        for name, shape in graph.shapes.items()
+        if name not in besides and have.get(name) != shape
+    ]
+    if wrong:
+        raise RecordError(
+            f"The checkpoint's widths are not this model's: expected {'; '.join(wrong[:5])} ({len(wrong)} in all). Load the "
+            "model's weights from the same checkpoint first, into a model built as for that run."
+        )

@@ -1,0 +1,374 @@
+"""`WidthGraph` and `Width`: the immutable answer of a trace, and how it changes when widths do."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+from evolvenet.errors import ResizeError
+from evolvenet.graph.index_map import IndexMap
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+PRODUCES = "produces"
+CONSUMES = "consumes"
+FOLLOWS = "follows"
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A run of one axis that holds every unit of one width, in order, `repeat` consecutive places each.
+
+    `width` is None for a run of places that belong to no width (an axis that never carried units).
+    """
+
+    width: str | None
+    length: int
+    repeat: int = 1
+
+
+@dataclass(frozen=True)
+class Tie:
+    """One place where a width shows: places `start … start + size · repeat − 1` of axis `dim` of a tensor.
+
+    `role` is "produces" (the axis makes the units: rows of a dense or conv weight), "consumes" (the axis
+    reads them: columns) or "follows" (biases, norm parameters and buffers, depthwise kernels, embeddings added on).
+    """
+
+    tensor: str
+    dim: int
+    start: int
+    repeat: int
+    role: str
+
+    @property
+    def module(self) -> str:
+        """Path of the module that owns the tensor, "" for the root."""
+        return self.tensor.rpartition(".")[0]
+
+
+@dataclass(frozen=True)
+class Width:
+    """A set of units that are born and removed together wherever they show.
+
+    Args:
+        name: path of the first module, in execution order, that produces it.
+        size: number of units.
+        step: how many units must come and go together; sizes are multiples of it.
+        frozen: None, or the reason why it cannot be resized.
+        parameters: number of parameters that lie in it (each weight entry counted once).
+        ties: every tensor axis that it shows in.
+        mixed: None, or the op that mixes units with each other (layer norm, a mean over the units); growing then
+            cannot keep the function exactly.
+        smallest: the fewest units it can have (two where the units are the groups of a grouped layer).
+        patches: (module path, attribute) of the Python numbers that follow its size, in proportion.
+    """
+
+    name: str
+    size: int
+    step: int = 1
+    frozen: str | None = None
+    parameters: int = 0
+    ties: tuple[Tie, ...] = ()
+    mixed: str | None = None
+    smallest: int = 1
+    patches: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def producers(self) -> tuple[Tie, ...]:
+        """The ties whose axis makes the units."""
+        return tuple(tie for tie in self.ties if tie.role == PRODUCES)
+
+    @property
+    def consumers(self) -> tuple[Tie, ...]:
+        """The ties whose axis reads the units."""
+        return tuple(tie for tie in self.ties if tie.role == CONSUMES)
+
+
+class Widths(Mapping[str, Width]):
+    """Widths by name, in execution order.
+
+    A look-up also accepts the path of any other module that produces the width: in a residual stream,
+    `widths["layer1.0.conv2"]` is `widths["conv1"]`. Iteration goes over the names alone.
+    """
+
+    def __init__(self, widths: Mapping[str, Width]) -> None:
+        self._widths = dict(widths)
+        self._aliases = {tie.module: name for name, width in reversed(list(widths.items())) for tie in width.producers}
+
+    def __getitem__(self, name: str) -> Width:
+        found = self._widths.get(name) or self._widths.get(self._aliases.get(name, ""))
+        if found is None:
+            known = ", ".join(name for name, width in self._widths.items() if width.frozen is None)
+            raise ResizeError(f"No width is called {name!r}. Resizable here: {known or 'none'}.")
+        return found
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._widths or name in self._aliases
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._widths)
+
+    def __len__(self) -> int:
+        return len(self._widths)
+
+
+@dataclass(frozen=True)
+class WidthGraph:
+    """Which units a model has, where each one shows, and which of them may change.
+
+    Args:
+        widths: every width found, the frozen ones included.
+        layouts: for each tensor name (parameters and buffers, tied names once) and axis, its segments.
+        shapes: shape of each tensor in `layouts`.
+        trainable: names in `layouts` that are parameters (the others are buffers).
+        aliases: other names of the same tensor object (tied weights) → the name used here.
+    """
+
+    widths: Widths
+    layouts: Mapping[str, Mapping[int, tuple[Segment, ...]]]
+    shapes: Mapping[str, tuple[int, ...]]
+    trainable: frozenset[str]
+    aliases: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def resizable(self) -> tuple[Width, ...]:
+        """The widths that are not frozen, in execution order."""
+        return tuple(width for width in self.widths.values() if width.frozen is None)
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Size of every resizable width."""
+        return {width.name: width.size for width in self.resizable}
+
+    @property
+    def parameters(self) -> int:
+        """Number of parameters of the whole model."""
+        return sum(math.prod(self.shapes[name]) for name in self.trainable)
+
+    @property
+    def coverage(self) -> float:
+        """Share of the parameters that lie in at least one resizable width, 0 … 1."""
+        total = self.parameters
+        covered = sum(self._inside(name, {width.name for width in self.resizable}) for name in self.trainable)
+        return covered / total if total else 0.0
+
+    def _inside(self, name: str, chosen: set[str]) -> int:
+        shape = self.shapes[name]
+        outside = 1
+        for dim, length in enumerate(shape):
+            segments = self.layouts[name].get(dim, ())
+            outside *= length - sum(part.length for part in segments if part.width in chosen)
+        return math.prod(shape) - outside
+
+    def check(self, maps: Mapping[str, IndexMap]) -> dict[str, IndexMap]:
+        """The maps under the widths' own names, after refusing what cannot be done.
+
+        Raises:
+            ResizeError: for an unknown or frozen width, a map made for another size, or one that breaks a step.
+        """
+        checked: dict[str, IndexMap] = {}
+        for asked, index_map in maps.items():
+            width = self.widths[asked]
+            if width.frozen is not None:
+                raise ResizeError(f"Width {width.name!r} is frozen and keeps its {width.size} units: {width.frozen}.")
+            if index_map.size != width.size:
+                raise ResizeError(
+                    f"Width {width.name!r} has {width.size} units, but its map starts from {index_map.size}. "
+                    "Make the map with size=graph.widths[name].size."
+                )
+            if index_map.new_size < width.smallest:
+                raise ResizeError(
+                    f"Width {width.name!r} needs {width.smallest} units or more, got a new size of {index_map.new_size}."
+                )
+            if width.name in checked:
+                raise ResizeError(
+                    f"Width {width.name!r} was named twice ({asked!r} is another name of it). Name it once."
+                )
+            if index_map.new_size % width.step:
+                raise ResizeError(
+                    f"Width {width.name!r} changes in steps of {width.step}, got a new size of {index_map.new_size}. "
+                    f"Take a multiple of {width.step}."
+                )
+            checked[width.name] = index_map
+        return checked
+
+    def axis_maps(self, maps: Mapping[str, IndexMap]) -> dict[str, dict[int, IndexMap]]:
+        """What `{width: map}` means for every tensor: {tensor: {axis: map}}, unchanged axes left out.
+
+        Raises:
+            ResizeError: as `check`.
+        """
+        checked = self.check(maps)
+        found: dict[str, dict[int, IndexMap]] = {}
+        # Most axes of a deep model are laid out alike.
+        made: dict[tuple[Segment, ...], IndexMap] = {}
+        for name, axes in self.layouts.items():
+            for dim, segments in axes.items():
+                if any(part.width in checked for part in segments):
+                    if segments not in made:
+                        made[segments] = IndexMap.concat([_part_map(part, checked) for part in segments])
+                    found.setdefault(name, {})[dim] = made[segments]
+        return found
+
+    def resized(self, maps: Mapping[str, IndexMap]) -> WidthGraph:
+        """The graph of the model after `maps`, without another trace.
+
+        Raises:
+            ResizeError: as `check`.
+        """
+        checked = self.check(maps)
+        sizes = {name: checked[name].new_size if name in checked else width.size for name, width in self.widths.items()}
+        layouts = {
+            name: {
+                dim: tuple(
+                    part if part.width is None else replace(part, length=sizes[part.width] * part.repeat)
+                    for part in segments
+                )
+                for dim, segments in axes.items()
+            }
+            for name, axes in self.layouts.items()
+        }
+        shapes = {
+            name: tuple(
+                sum(part.length for part in layouts[name][dim]) if dim in layouts[name] else length
+                for dim, length in enumerate(shape)
+            )
+            for name, shape in self.shapes.items()
+        }
+        bare = {name: replace(width, size=sizes[name], ties=()) for name, width in self.widths.items()}
+        roles = {(tie.tensor, tie.dim): tie.role for width in self.widths.values() for tie in width.ties}
+        return assemble(bare, layouts, shapes, self.trainable, self.aliases, roles)
+
+    def proposed_parameters(self, sizes: Mapping[str, int]) -> int:
+        """Number of parameters of the model if the named widths had these sizes.
+
+        Raises:
+            ResizeError: if no width has one of the names.
+        """
+        return sum(self.proposed_entries(sizes, self.trainable).values())
+
+    def proposed_entries(self, sizes: Mapping[str, int], names: Iterable[str] | None = None) -> dict[str, int]:
+        """Number of entries of tensors, by name, if the named widths had these sizes.
+
+        Args:
+            sizes: {width: size}; the others stay as they are.
+            names: of the tensors, all by default.
+
+        Raises:
+            ResizeError: if no width has one of the names.
+        """
+        sizes = {self.widths[name].name: size for name, size in sizes.items()}
+        found = {}
+        for name in self.shapes if names is None else names:
+            found[name] = 1
+            for dim, length in enumerate(self.shapes[name]):
+                segments = self.layouts[name].get(dim)
+                found[name] *= length if segments is None else sum(_proposed(part, sizes) for part in segments)
+        return found
+
+    def explain(self, name: str) -> str:
+        """Every axis that is tied to a width, one line each.
+
+        Raises:
+            ResizeError: if no width has that name.
+        """
+        width = self.widths[name]
+        lines = [f"{width.name}: {width.size} units, step {width.step}, {width.parameters:,} parameters"]
+        if width.frozen is not None:
+            lines.append(f"frozen: {width.frozen}")
+        for tie in width.ties:
+            stop = tie.start + width.size * tie.repeat
+            each = f", {tie.repeat} places a unit" if tie.repeat > 1 else ""
+            lines.append(f"  {tie.role:<8} {tie.tensor} axis {tie.dim} [{tie.start}:{stop}]{each}")
+        return "\n".join(lines)
+
+    def __rich__(self) -> Table:
+        """The table that rich prints: `rich.print(graph)`. Frozen widths are dim; `str(graph)` is the plain text."""
+        # Imported here because rich is not needed for anything else.
+        from rich.box import SIMPLE_HEAD
+        from rich.table import Table
+        from rich.text import Text
+
+        caption = Text(f"coverage {self.coverage:.1%} of {self.parameters:,} parameters")
+        table = Table(box=SIMPLE_HEAD, pad_edge=False, caption=caption, caption_justify="left")
+        table.add_column("name", overflow="fold")
+        for title in ("size", "step", "parameters"):
+            table.add_column(title, justify="right", no_wrap=True)
+        table.add_column("ties")
+        table.add_column("frozen", overflow="fold")
+        for width in self.widths.values():
+            cells = [width.name, str(width.size), str(width.step), f"{width.parameters:,}", _roles(width)]
+            style = "dim" if width.frozen else ""
+            # As text: a reason may quote code, in which rich would take brackets for its own.
+            table.add_row(*map(Text, [*cells, width.frozen or ""]), style=style)
+        return table
+
+    def __str__(self) -> str:
+        rows = [("name", "size", "step", "parameters", "ties", "frozen")]
+        rows += [
+            (w.name, str(w.size), str(w.step), f"{w.parameters:,}", str(len(w.ties)), w.frozen or "")
+            for w in self.widths.values()
+        ]
+        columns = [max(len(row[i]) for row in rows) for i in range(5)]
+        lines = [
+            "  ".join([*(cell.ljust(size) for cell, size in zip(row, columns, strict=False)), row[5]]) for row in rows
+        ]
+        lines.append(f"coverage {self.coverage:.1%} of {self.parameters:,} parameters")
+        return "\n".join(line.rstrip() for line in lines)
+
+
+def _part_map(part: Segment, maps: Mapping[str, IndexMap]) -> IndexMap:
+    index_map = None if part.width is None else maps.get(part.width)
+    return IndexMap.identity(part.length) if index_map is None else index_map.repeat(part.repeat)
+
+
+def _roles(width: Width) -> str:
+    """How many axes make, read and follow the units: "3 produce, 1 consumes, 8 follow"."""
+    counts = Counter(tie.role for tie in width.ties)
+    roles = [(counts[role], role) for role in (PRODUCES, CONSUMES, FOLLOWS) if counts[role]]
+    return ", ".join(f"{count} {role if count == 1 else role.removesuffix('s')}" for count, role in roles)
+
+
+def _proposed(part: Segment, sizes: Mapping[str, int]) -> int:
+    size = None if part.width is None else sizes.get(part.width)
+    return part.length if size is None else size * part.repeat
+
+
+def assemble(
+    bare: Mapping[str, Width],
+    layouts: Mapping[str, Mapping[int, tuple[Segment, ...]]],
+    shapes: Mapping[str, tuple[int, ...]],
+    trainable: frozenset[str],
+    aliases: Mapping[str, str],
+    roles: Mapping[tuple[str, int], str],
+) -> WidthGraph:
+    """Build a graph from widths without ties: the ties and parameter counts are read off the layouts."""
+    ties: dict[str, list[Tie]] = {name: [] for name in bare}
+    for tensor, axes in layouts.items():
+        for dim, segments in axes.items():
+            start = 0
+            for part in segments:
+                if part.width is not None:
+                    role = roles.get((tensor, dim), FOLLOWS)
+                    ties[part.width].append(Tie(tensor, dim, start, part.repeat, role))
+                start += part.length
+    graph = WidthGraph(
+        Widths({name: replace(width, ties=tuple(ties[name])) for name, width in bare.items()}),
+        layouts,
+        shapes,
+        trainable,
+        aliases,
+    )
+    counted = {
+        name: replace(
+            width,
+            parameters=sum(graph._inside(tensor, {name}) for tensor in {t.tensor for t in width.ties} & trainable),
+        )
+        for name, width in graph.widths.items()
+    }
+    return replace(graph, widths=Widths(counted))

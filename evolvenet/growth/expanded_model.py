@@ -1,0 +1,261 @@
+"""Where newborn units lie in every tensor of a widened model, and the room to try them in without touching it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from evolvenet.errors import ResizeError, SpectrumError
+from evolvenet.execution.evaluation import quiet
+from evolvenet.execution.inputs import arguments
+from evolvenet.execution.shadow_tensors import sandbox
+from evolvenet.graph.index_map import NEWBORN, IndexMap
+from evolvenet.graph.naming import named_tensors
+from evolvenet.graph.width_graph import FOLLOWS, PRODUCES, Tie, Width, WidthGraph
+from evolvenet.linalg.spectrum import matricize
+from evolvenet.surgery.resize_model import Surgery, TensorChange, compile_surgery, install
+
+FRESH_NORM = 3**-0.5
+"""Mean norm of a row that PyTorch's own initialisation makes; for a layer whose rows are all 0."""
+
+Entries = Mapping[Tie, Tensor]
+"""What each newborn has in each tie, `[count, places]` float64; the places in the order of `units`."""
+
+Loss = Callable[[Any, Any], Tensor]
+"""(the model's output, targets) → a scalar."""
+
+
+@dataclass(frozen=True)
+class Slot:
+    """The newborns' places in one tensor.
+
+    Args:
+        dim: the axis of the units.
+        first: their first place on it.
+        count: how many newborns.
+        repeat: consecutive places that each has on the axis.
+        others: the maps of the other axes that change; what a newborn has there with other newborns stays 0.
+    """
+
+    dim: int
+    first: int
+    count: int
+    repeat: int
+    others: Mapping[int, IndexMap]
+
+    def put(self, tensor: Tensor, entries: Tensor | None) -> None:
+        """Write `[count, places]`, or zeros, into a tensor of the new shape."""
+        part = tensor.narrow(self.dim, self.first, self.count * self.repeat)
+        if entries is None:
+            part.zero_()
+            return
+        lengths = [self.others[dim].size if dim in self.others else length for dim, length in enumerate(tensor.shape)]
+        del lengths[self.dim]
+        fresh = entries.reshape(self.count * self.repeat, *lengths).movedim(0, self.dim)
+        for dim, index_map in self.others.items():
+            fresh = index_map.apply(fresh, dim)
+        part.copy_(fresh)
+
+    def take(self, tensor: Tensor) -> Tensor:
+        """Read `[count, places]` float64 on the CPU out of a tensor of the new shape."""
+        part = tensor.detach().narrow(self.dim, self.first, self.count * self.repeat)
+        for dim, index_map in self.others.items():
+            old = [place for place, index in enumerate(index_map.indices) if index != NEWBORN]
+            part = part.index_select(dim, torch.tensor(old, device=tensor.device))
+        return part.movedim(self.dim, 0).reshape(self.count, -1).to("cpu", torch.float64)
+
+
+@dataclass(frozen=True, eq=False)
+class Growth:
+    """What a method that starts newborns is given.
+
+    Args:
+        model: the model, unchanged.
+        graph: its widths.
+        surgery: the growth with zeros for newborns (1 for norm weights and running variances).
+        generator: where random numbers come from, a CPU generator; None for PyTorch's global one.
+        batches: None; model inputs; with a loss, pairs of (model inputs, targets).
+        loss: None, or (model output, targets) → a scalar.
+    """
+
+    model: nn.Module
+    graph: WidthGraph
+    surgery: Surgery
+    generator: torch.Generator | None = None
+    batches: tuple[Any, ...] | None = None
+    loss: Loss | None = None
+
+    @property
+    def widths(self) -> tuple[Width, ...]:
+        """The widths that grow."""
+        return tuple(self.graph.widths[name] for name in self.surgery.maps)
+
+    def count(self, width: Width) -> int:
+        """How many newborns the width gets."""
+        return self.surgery.maps[width.name].new_size - width.size
+
+    @cached_property
+    def changes(self) -> dict[str, TensorChange]:
+        """The changes by the tensors' names."""
+        return {change.name: change for change in self.surgery.changes}
+
+    @property
+    def inputs(self) -> tuple[Any, ...] | None:
+        """The model inputs alone."""
+        if self.batches is None or self.loss is None:
+            return self.batches
+        return tuple(inputs for inputs, _ in self.pairs("inputs"))
+
+    def pairs(self, method: str) -> tuple[tuple[Any, Any], ...]:
+        """(inputs, targets) of every batch.
+
+        Raises:
+            ResizeError: if there are no batches, no loss, or the batches are no pairs.
+        """
+        missing = [name for name, value in (("batches", self.batches), ("loss", self.loss)) if value is None]
+        if missing:
+            raise ResizeError(
+                f"Grow: method {method!r} follows the loss's gradient and needs batches of (inputs, targets) and "
+                f"loss(model_output, targets), got no {' and no '.join(missing)}. Pass both, or take 'orthogonal'."
+            )
+        for batch in self.batches or ():
+            if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+                got = f"{len(batch)} entries" if isinstance(batch, (tuple, list)) else f"a {type(batch).__name__}"
+                raise ResizeError(
+                    f"Grow: with a loss, expected every batch to be a pair of (inputs, targets), got {got}."
+                )
+        return tuple((batch[0], batch[1]) for batch in self.batches or ())
+
+    def value(self, inputs: Any, targets: Any) -> Tensor:
+        """The loss of one batch.
+
+        Raises:
+            ResizeError: if it is no scalar, or has no gradient.
+        """
+        assert self.loss is not None, "pairs() refuses a growth without a loss"
+        args, kwargs = arguments(inputs, model=self.model)
+        value = self.loss(self.model(*args, **kwargs), targets)
+        if not isinstance(value, Tensor) or value.numel() != 1:
+            got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            raise ResizeError(
+                f"Grow: expected loss(model_output, targets) to be a tensor with one number, got {got}. "
+                "The model runs in eval mode; take the mean over the batch."
+            )
+        if not value.requires_grad:
+            raise ResizeError(
+                "Grow: the loss has no gradient: something between the weights and the loss is detached, or runs under "
+                "no_grad. Methods that follow the gradient need it; 'orthogonal' and 'paired' do not."
+            )
+        return value.sum()
+
+    def of(self, counts: Mapping[str, int]) -> Growth:
+        """The same growth with other numbers of newborns, {width: count}; widths with none are left out."""
+        sizes = {name: self.graph.widths[name].size for name in counts}
+        maps = {name: IndexMap.grow(sizes[name], count) for name, count in counts.items() if count}
+        return replace(self, surgery=compile_surgery(self.model, self.graph, maps))
+
+    def units(self, tie: Tie, width: Width) -> Tensor:
+        """What one tensor holds for each unit that is there, `[width.size, places]` float64 on the CPU.
+
+        Raises:
+            SpectrumError: for NaN or infinite entries.
+        """
+        tensor = self.changes[tie.tensor].tensor.detach().narrow(tie.dim, tie.start, width.size * tie.repeat)
+        return matricize(tensor, tie.dim, tie.tensor).to("cpu", torch.float64).reshape(width.size, -1)
+
+    def norm(self, tie: Tie, width: Width) -> float:
+        """Mean norm of what one tensor holds for a unit; where a producer's are all 0, what a fresh layer has."""
+        return float(self.units(tie, width).norm(dim=1).mean()) or (FRESH_NORM if tie.role == PRODUCES else 0.0)
+
+    def slot(self, tie: Tie, width: Width) -> Slot:
+        """Where the newborns lie in one tensor."""
+        axes = self.changes[tie.tensor].axes
+        first = axes[tie.dim].indices.index(tie.start) + width.size * tie.repeat
+        others = {dim: index_map for dim, index_map in axes.items() if dim != tie.dim}
+        return Slot(tie.dim, first, self.count(width), tie.repeat, others)
+
+    def matrices(self, width: Width, role: str) -> tuple[Tie, ...]:
+        """The ties of one role that hold more than a number for each unit."""
+        return tuple(tie for tie in width.ties if tie.role == role and len(self.graph.shapes[tie.tensor]) > 1)
+
+
+def place(growth: Growth, directions: Entries) -> Surgery:
+    """The growth's surgery with its newborns' entries.
+
+    Args:
+        growth: what grows.
+        directions: of norm 1 (or 0); they get the mean norm of the units that are there. Ties that are not named keep
+            zeros. Vectors are not named: what is added to newborns (biases, running means) is 0, what scales them
+            (norm weights, running variances) the mean magnitude of the survivors, 1 if those are all 0.
+
+    Returns:
+        The changes, for `apply_surgery`.
+    """
+    values = {name: change.value.clone() for name, change in growth.changes.items()}
+    for width in growth.widths:
+        for tie in width.ties:
+            slot, value = growth.slot(tie, width), values[tie.tensor]
+            if tie in directions:
+                slot.put(value, growth.norm(tie, width) * directions[tie])
+            elif value.dim() == 1 and tie.role == FOLLOWS and not _is_added(tie.tensor):
+                units = growth.changes[tie.tensor].tensor.detach().narrow(0, tie.start, width.size * tie.repeat)
+                level = units.abs().mean()
+                # A scale of 0 and columns of 0 would never learn.
+                if level > 0:
+                    value.narrow(0, slot.first, slot.count * slot.repeat).fill_(level)
+    return replace(growth.surgery, changes=tuple(replace(c, value=values[c.name]) for c in growth.surgery.changes))
+
+
+@contextmanager
+def trial(growth: Growth, directions: Entries) -> Iterator[Mapping[str, Tensor]]:
+    """The model widened, on shadows of its tensors; on leaving it is as it was.
+
+    Yields:
+        The shadows that are of a new shape, by name.
+    """
+    with torch.inference_mode(False), sandbox(growth.model):
+        shadows, _, _ = named_tensors(growth.model)
+        placed = place(growth, directions)
+        changes = tuple(replace(change, tensor=shadows[change.name]) for change in placed.changes)
+        install(growth.model, replace(placed, changes=changes))
+        yield {change.name: change.tensor for change in changes}
+
+
+@contextmanager
+def differentiable(model: nn.Module) -> Iterator[None]:
+    """Eval mode with gradients; on leaving, training flags, buffers and random states are as before."""
+    # cuDNN's recurrent layers have no backward pass in eval mode; PyTorch's own have.
+    recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
+    with ExitStack() as stack:
+        if recurrent:
+            stack.enter_context(torch.backends.cudnn.flags(enabled=False))
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(quiet(model))
+        stack.enter_context(torch.enable_grad())
+        yield
+
+
+def finite(entries: Tensor, where: str) -> Tensor:
+    """The entries, after refusing NaN and infinite ones.
+
+    Raises:
+        SpectrumError: if there are any.
+    """
+    if not bool(entries.isfinite().all()):
+        raise SpectrumError(
+            f"{where}: expected finite inputs and gradients of the loss while growing, got NaN or infinite ones. "
+            "Training has diverged, or the batches hold such values: check both."
+        )
+    return entries
+
+
+def _is_added(tensor: str) -> bool:
+    """Whether a vector is added to the units (a newborn's entry is 0) rather than scaling them."""
+    name = tensor.rpartition(".")[2]
+    return "bias" in name or name == "running_mean"

@@ -1,0 +1,173 @@
+"""Newborn rows that the loss asks for: found by trying them, from what the gradient of their fan-out would be."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from evolvenet.graph.width_graph import CONSUMES, PRODUCES, Tie, Width
+from evolvenet.growth.expanded_model import Entries, Growth, Slot, differentiable, finite, trial
+from evolvenet.growth.tiny import Corrections, Demand, Scale, corrected
+
+STEPS = 10
+"""Rounds of the search, two passes over the batches each."""
+
+DEAD = 1e-8
+"""Share of the largest gradient below which a newborn's is rounding."""
+
+
+SAME = 1e-6
+"""Relative difference of two gains that counts as none."""
+
+
+def climb(growth: Growth, start: Entries, asked: Demand, method: str) -> dict[Tie, Tensor]:
+    """Rows for which the gradient of the newborns' fan-out, 0 as it is, is as large as can be, each orthogonal to others.
+
+    Orthogonal iteration (Golub and Van Loan, "Matrix Computations", section 8.2) on the bilinear form in fan-in and
+    fan-out that the loss is to first order. One pass over the batches gives the gradient of the fan-out; a second one,
+    after a tiny step of the fan-out along it, how the rows would make it larger. Nothing is assumed of what lies between,
+    so it sees norms, activations, pooling, several producers and readers; where that is linear, it ends at the leading
+    singular vectors. All widths are searched at once: with a fan-out of 0 they do not see each other.
+
+    Args:
+        growth: what grows, with batches and a loss.
+        start: directions for every tie with more than a number for each unit. Newborns beyond the number of places, and
+            those for which the loss asks for nothing, keep them.
+        asked: what counts as a row of length 1, and what existing units can do by themselves.
+        method: for errors.
+
+    Returns:
+        {producer's tie: `[count, places]`, each row of norm 1}.
+
+    Raises:
+        ResizeError, SpectrumError: for batches or a loss that cannot be used, or NaN in them.
+    """
+    pairs = growth.pairs(method)
+    rows = {tie: start[tie] for width in growth.widths for tie in growth.matrices(width, PRODUCES)}
+    if not rows:
+        return {}
+    found = _Found(start, rows)
+    with (
+        trial(growth, start) as shadows,
+        differentiable(growth.model),
+        corrected(growth, asked.updates) as corrections,
+    ):
+        network = _Network(growth, shadows, corrections, pairs)
+        for step in range(STEPS + 1):
+            fan_out = network.gradients(CONSUMES, rows, {})
+            gains = {width.name: _gain(growth, width, rows, fan_out, asked) for width in growth.widths}
+            if step > 0:
+                found.compare(growth, rows, gains)
+            if step < STEPS:
+                fan_in = network.gradients(PRODUCES, rows, _unit(growth, fan_out))
+                rows = {
+                    tie: _turned(rows[tie], fan_in[tie], gains[width.name], asked.scales.get(tie, Scale()))
+                    for width in growth.widths
+                    for tie in growth.matrices(width, PRODUCES)
+                }
+    return found.rows
+
+
+class _Found:
+    """The best rows so far: with an activation in between, the last need not be."""
+
+    def __init__(self, start: Entries, rows: Entries) -> None:
+        self.start, self.rows = start, dict(rows)
+        self.highest: dict[str, float] = {}
+
+    def compare(self, growth: Growth, rows: Entries, gains: Mapping[str, Tensor]) -> None:
+        """Take the rows of every width that gains as much as the best; all are orthogonal, or sums would not compare."""
+        for width in growth.widths:
+            gain = gains[width.name]
+            total, highest = float(gain.sum()), self.highest.get(width.name, 0.0)
+            # The sum is the same for every basis of a space; of those, the last is the sharpest.
+            if total > 0 and total >= (1 - SAME) * highest:
+                self.highest[width.name] = max(total, highest)
+                alive = (gain > DEAD**2 * gain.max())[:, None]
+                for tie in growth.matrices(width, PRODUCES):
+                    self.rows[tie] = torch.where(alive, rows[tie], self.start[tie])
+
+
+def _gain(growth: Growth, width: Width, rows: Entries, fan_out: Entries, asked: Demand) -> Tensor:
+    """Squared gradient of each newborn's fan-out, for rows of length 1, `[count]`."""
+    gain = sum((fan_out[tie].square().sum(1) for tie in growth.matrices(width, CONSUMES)), torch.zeros(()))
+    length = sum(
+        (asked.scales.get(tie, Scale()).energy(rows[tie]) for tie in growth.matrices(width, PRODUCES)), torch.zeros(())
+    )
+    return (gain / length.clamp_min(torch.finfo(torch.float64).tiny)).expand(growth.count(width))
+
+
+def _unit(growth: Growth, fan_out: Entries) -> dict[Tie, Tensor]:
+    """The fan-outs with a norm of 1 over all readers of a newborn together; those without a gradient stay 0."""
+    found: dict[Tie, Tensor] = {}
+    for width in growth.widths:
+        ties = growth.matrices(width, CONSUMES)
+        if ties:
+            whole = torch.cat([fan_out[tie] for tie in ties], dim=1).norm(dim=1, keepdim=True)
+            found |= {tie: fan_out[tie] / whole.clamp_min(torch.finfo(torch.float64).tiny) for tie in ties}
+    return found
+
+
+def _turned(rows: Tensor, fan_in: Tensor, gain: Tensor, scale: Scale) -> Tensor:
+    """The next rows `[count, places]`: along their gradients, those with more to gain first, orthogonal to each other."""
+    count = min(rows.shape)
+    alive = fan_in.norm(dim=1) > DEAD * fan_in.norm(dim=1).max()
+    # A newborn that answers nothing to any input (ReLU) may do so the other way round.
+    wanted = torch.where(alive[:, None], scale.gradients(fan_in), -scale.coordinates(rows))[:count]
+    order = torch.where(alive, gain, -1.0)[:count].argsort(descending=True, stable=True)
+    basis, size = torch.linalg.qr(wanted[order].T)
+    turned = rows.clone()
+    turned[order] = scale.rows((basis * torch.where(size.diagonal() < 0, -1.0, 1.0)).T)
+    return turned / turned.norm(dim=1, keepdim=True)
+
+
+class _Network:
+    """The widened model on the batches."""
+
+    def __init__(
+        self,
+        growth: Growth,
+        shadows: Mapping[str, Tensor],
+        corrections: Corrections,
+        pairs: tuple[tuple[object, object], ...],
+    ) -> None:
+        self.growth, self.shadows, self.corrections, self.pairs = growth, shadows, corrections, pairs
+        self.slots: dict[Tie, Slot] = {}
+        self.sizes: dict[Tie, float] = {}
+        for width in growth.widths:
+            readers = growth.matrices(width, CONSUMES)
+            norms = {tie: growth.norm(tie, width) for tie in (*growth.matrices(width, PRODUCES), *readers)}
+            reading = max((norms[tie] for tie in readers), default=0.0) or 1.0
+            for tie, norm in norms.items():
+                self.slots[tie] = growth.slot(tie, width)
+                tiny = torch.finfo(shadows[tie.tensor].dtype).eps ** 0.5
+                self.sizes[tie] = tiny * reading if tie in readers else norm
+        for tie in self.slots:
+            shadows[tie.tensor].requires_grad_()
+
+    def gradients(self, role: str, rows: Entries, columns: Entries) -> dict[Tie, Tensor]:
+        """Gradients of the newborns' entries in the ties of one role, `[count, places]` each, over all batches.
+
+        Args:
+            role: "produces" or "consumes".
+            rows: directions of the producers' newborn rows.
+            columns: directions of the readers' newborn columns; 0 where there are none.
+        """
+        with torch.no_grad():
+            for tie, slot in self.slots.items():
+                entries = {**rows, **columns}.get(tie)
+                slot.put(self.shadows[tie.tensor], None if entries is None else self.sizes[tie] * entries)
+        ties = [tie for tie in self.slots if tie.role == role]
+        names = list(dict.fromkeys(tie.tensor for tie in ties))
+        total: dict[Tie, Tensor] = {}
+        for inputs, targets in self.pairs if ties else ():
+            value = self.growth.value(inputs, targets) + self.corrections.total()
+            made = torch.autograd.grad(value, [self.shadows[name] for name in names], allow_unused=True)
+            for tie in ties:
+                gradient = made[names.index(tie.tensor)]
+                # What did not run gets none.
+                gradient = torch.zeros_like(self.shadows[tie.tensor]) if gradient is None else gradient
+                total[tie] = total.get(tie, 0) + finite(self.slots[tie].take(gradient), tie.tensor)
+        return total

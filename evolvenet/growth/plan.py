@@ -1,0 +1,105 @@
+"""Plans that widen a model without changing what it computes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from evolvenet.errors import ResizeError, TraceError
+from evolvenet.graph.index_map import IndexMap
+from evolvenet.graph.width_graph import Width, WidthGraph
+from evolvenet.growth.expanded_model import Growth, Loss, place
+from evolvenet.growth.initializers import METHODS
+from evolvenet.surgery.resize_model import Surgery, check_finite, compile_surgery
+
+
+def plan_growth(
+    model: nn.Module,
+    graph: WidthGraph,
+    sizes: Mapping[str, int],
+    method: str = "orthogonal",
+    generator: torch.Generator | None = None,
+    batches: Iterable[Any] | None = None,
+    loss: Loss | None = None,
+) -> Surgery:
+    """Add units so that the network computes what it did (but for "random"). Nothing is changed yet.
+
+    Newborns come last. Their rows in every producer follow the method, with the mean norm of the existing rows; what
+    is added to them (biases, running means) is 0, what scales them (norm weights, running variances) the mean magnitude
+    of the survivors, depthwise kernels are random of the mean norm; the columns that read them are 0 and get a
+    gradient at once, but for the pairs of "paired". A weight that both makes and reads the units counts as a reader:
+    zeros.
+
+    - "orthogonal": rows orthogonal to all others as long as there are any; then random, or with batches those whose
+      activations are predicted worst by what is there (NORTH*).
+    - "paired": the same, in pairs with fan-outs of opposite signs (Net2Net, gromo), the last of an odd number alone.
+    - "gradmax": rows that make the gradient of the fan-out largest (GradMax, with fan-in and fan-out exchanged).
+    - "tiny": rows for what the present units cannot do about the loss by themselves (TINY).
+    - "random": rows and columns random; changes the function, for comparison.
+
+    What is done exactly and from which paper: `evolvenet.growth.initializers`.
+
+    Args:
+        model: the model of the graph.
+        graph: its widths.
+        sizes: {width: new size}, each at least the present size.
+        method: one of `METHODS`.
+        generator: where the random numbers come from, a CPU generator; None for PyTorch's global one.
+        batches: model inputs, as for `prune`; with a loss, pairs of (model inputs, targets). "gradmax" and "tiny" run
+            the model and its backward pass over all of them 21 times: a few batches are enough.
+        loss: (model output, targets) → a scalar, the model in eval mode; "gradmax" and "tiny" need it.
+
+    Returns:
+        The changes, for `apply_surgery`.
+
+    Raises:
+        ResizeError: for an unknown method, an unknown or frozen width, a size that it cannot take, a width of which an
+            op mixes the units, or batches or a loss that the method needs and that are missing or malformed.
+        SpectrumError: for NaN or infinite weights, activations or gradients.
+        TraceError: if there is no batch in `batches`.
+
+    >>> from evolvenet.trace import trace
+    >>> model = nn.Sequential(nn.Linear(4, 2), nn.ReLU(), nn.Linear(2, 2))
+    >>> surgery = plan_growth(model, trace(model, torch.zeros(1, 4)), {"0": 3})
+    >>> values = {change.name: change.value for change in surgery.changes}
+    >>> values["0.weight"].shape, values["2.weight"][:, 2].tolist()
+    (torch.Size([3, 4]), [0.0, 0.0])
+    """
+    if method not in METHODS:
+        raise ResizeError(f"Grow: expected a method out of {', '.join(sorted(METHODS))}, got {method!r}.")
+    maps: dict[str, IndexMap] = {}
+    for asked, size in sizes.items():
+        width = graph.widths[asked]
+        _check(width, size)
+        if size > width.size:
+            maps[width.name] = IndexMap.grow(width.size, size - width.size)
+    surgery = check_finite(compile_surgery(model, graph, maps))
+    growth = Growth(model, graph, surgery, generator, _gathered(batches), loss)
+    return place(growth, METHODS[method](growth))
+
+
+def _gathered(batches: Iterable[Any] | None) -> tuple[Any, ...] | None:
+    """All batches: they are run several times."""
+    if isinstance(batches, Tensor):
+        raise TraceError("Batches: expected an iterable of batches, got one tensor. Wrap it in a list: [inputs].")
+    gathered = None if batches is None else tuple(batches)
+    if gathered == ():
+        raise TraceError("Batches: expected at least one batch, got none.")
+    return gathered
+
+
+def _check(width: Width, size: int) -> None:
+    """Refuse what would not keep the function."""
+    if size < width.size:
+        raise ResizeError(
+            f"Grow: width {width.name!r} has {width.size} units, expected a new size of {width.size} or more, "
+            f"got {size}. To remove units, use prune."
+        )
+    if width.frozen is None and width.mixed is not None and size > width.size:
+        raise ResizeError(
+            f"Grow: width {width.name!r} cannot grow from {width.size} to {size} units without changing the function, "
+            f"because {width.mixed} mixes its units. resize with IndexMap.grow adds them all the same, as zeros."
+        )

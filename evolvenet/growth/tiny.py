@@ -1,0 +1,308 @@
+"""What existing units cannot do for the loss by themselves: the expressivity bottleneck of the layers that read them.
+
+From Verbockhaven, Rudkiewicz, Charpiat and Chevallier, "Growing tiny networks: spotting expressivity bottlenecks and
+fixing them optimally", TMLR 2024.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import singledispatch
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.modules.conv import _ConvNd
+
+from evolvenet.execution.sampling import evenly
+from evolvenet.execution.shadow_tensors import sandbox
+from evolvenet.execution.weight_ops import Geometry, Read, out_places
+from evolvenet.graph.index_map import NEWBORN
+from evolvenet.graph.width_graph import CONSUMES, PRODUCES, Tie
+from evolvenet.growth.expanded_model import Growth, differentiable, finite
+from evolvenet.linalg.ridge import fit_reader
+from evolvenet.pruning.selection import is_own
+
+ROWS = 4096
+"""Most places (samples × positions) of one layer that its inputs' moments and its best update come from."""
+
+RIDGE = 1e-2
+"""Added to the inputs' second moments, relative to their mean: directions that the inputs hardly take are no way out."""
+
+
+@dataclass(frozen=True, eq=False)
+class Scale:
+    """What counts as a row of length 1: ‖row · factor‖ = 1.
+
+    Args:
+        factor: `[places, places]` lower triangular; None for the identity, where the length is the norm.
+
+    >>> scale = Scale.of(torch.diag(torch.tensor([4.0, 4.0], dtype=torch.float64)))
+    >>> scale.energy(torch.tensor([[1.0, 0.0]], dtype=torch.float64)).round().tolist()
+    [4.0]
+    """
+
+    factor: Tensor | None = None
+
+    @classmethod
+    def of(cls, second: Tensor) -> Scale:
+        """Rows are as long as what they answer with to inputs of the second moment `[places, places]` float64."""
+        level = float(second.diagonal().mean())
+        if not level > 0:
+            return cls()
+        return cls(torch.linalg.cholesky(second + RIDGE * level * torch.eye(len(second), dtype=second.dtype)))
+
+    def coordinates(self, rows: Tensor) -> Tensor:
+        """Rows `[count, repeat · places]` in coordinates in which the length is the norm."""
+        return rows if self.factor is None else self._each(rows, self.factor.T)
+
+    def rows(self, coordinates: Tensor) -> Tensor:
+        """The rows that have the coordinates."""
+        return coordinates if self.factor is None else self._each(coordinates, self.factor.T, inverse=True)
+
+    def gradients(self, gradients: Tensor) -> Tensor:
+        """Gradients for rows as gradients for their coordinates."""
+        return gradients if self.factor is None else self._each(gradients, self.factor, inverse=True)
+
+    def _each(self, rows: Tensor, factor: Tensor, inverse: bool = False) -> Tensor:
+        """The factor times the row, or its inverse, for each of the `repeat` parts of every row."""
+        parts = rows.reshape(-1, len(factor)).T
+        upper = factor is not self.factor
+        made = torch.linalg.solve_triangular(factor, parts, upper=upper) if inverse else factor @ parts
+        return made.T.reshape(rows.shape)
+
+    def energy(self, rows: Tensor) -> Tensor:
+        """Squared lengths `[count]`."""
+        return self.coordinates(rows).square().sum(1)
+
+
+@dataclass(frozen=True, eq=False)
+class Update:
+    """A step of one reader along which the loss falls or rises, fitted to the gradient of its outputs.
+
+    Args:
+        weight: of the old shape.
+        bias: of the old shape, or None where there is none.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+
+
+@dataclass(frozen=True, eq=False)
+class Demand:
+    """What is asked of newborns beside a large gradient; nothing by default.
+
+    Args:
+        scales: {producer's tie: what counts as a row of length 1}; the others go by norm.
+        updates: {path of a reader: what its own columns can do about the gradient}.
+    """
+
+    scales: Mapping[Tie, Scale] = field(default_factory=dict)
+    updates: Mapping[str, Update] = field(default_factory=dict)
+
+
+def demand(growth: Growth, method: str) -> Demand:
+    """Measure the inputs of the producers, and what the readers can do without newborns.
+
+    The desired change of a reader's outputs is minus the loss's gradient. What a ridge fit of it on the reader's present
+    inputs explains, an update of the present weights can do; the rest is the bottleneck, for newborns alone. A reader for
+    which the fit is no better than nothing on the other half of the samples is left out, as are readers and producers
+    other than dense and ungrouped convolution layers.
+
+    Args:
+        growth: what grows, with batches and a loss.
+        method: for errors.
+
+    Returns:
+        Scales by the second moments of the producers' inputs, updates of the readers.
+
+    Raises:
+        ResizeError, SpectrumError, TraceError: for batches or a loss that cannot be used, or NaN in them.
+    """
+    makers = [tie for width in growth.widths for tie in growth.matrices(width, PRODUCES) if _known(growth, tie, 0)]
+    readers = [tie for width in growth.widths for tie in growth.matrices(width, CONSUMES) if _known(growth, tie, 1)]
+    pairs = growth.pairs(method)
+    seen = {tie.module: _Seen(tie.module, max(2, ROWS // len(pairs))) for tie in (*makers, *readers)}
+    with torch.inference_mode(False), sandbox(growth.model), differentiable(growth.model), ExitStack() as hooks:
+        for path, module_seen in seen.items():
+            module = growth.model.get_submodule(path)
+            module.get_parameter("weight").requires_grad_()
+            hooks.callback(module.register_forward_hook(module_seen, with_kwargs=True).remove)
+        weights = [growth.model.get_submodule(path).get_parameter("weight") for path in seen]
+        for inputs, targets in pairs if weights else ():
+            torch.autograd.grad(growth.value(inputs, targets), weights, allow_unused=True)
+    scales = {tie: Scale.of(seen[tie.module].second()) for tie in makers if seen[tie.module].records}
+    updates = {path: seen[path].update(growth.model.get_submodule(path)) for path in {tie.module for tie in readers}}
+    return Demand(scales, {path: update for path, update in updates.items() if update is not None})
+
+
+def _known(growth: Growth, tie: Tie, dim: int) -> bool:
+    """Whether the tie is the natural axis of a module that `read_by` knows, and no other module uses its tensors."""
+    module = growth.model.get_submodule(tie.module)
+    known = read_by.dispatch(type(module)) is not read_by.dispatch(object)
+    names = [f"{tie.module}.{name}" if tie.module else name for name in dict(module.named_parameters(recurse=False))]
+    return known and tie.dim == dim and tie.tensor in names and all(is_own(growth.graph, name) for name in names)
+
+
+@singledispatch
+def read_by(module: nn.Module, path: str, x: Tensor) -> Read | None:
+    """The product that the module makes of its weight and an input; None for another type or a setting that is unusual."""
+    return None
+
+
+@read_by.register
+def _(module: nn.Linear, path: str, x: Tensor) -> Read | None:
+    return Read(path, 1, 0, module.weight, module.bias, None, x.flatten(0, -2), None) if x.dim() > 1 else None
+
+
+@read_by.register(nn.Conv1d)
+@read_by.register(nn.Conv2d)
+@read_by.register(nn.Conv3d)
+def _(module: nn.Conv1d | nn.Conv2d | nn.Conv3d, path: str, x: Tensor) -> Read | None:
+    space = len(module.kernel_size)
+    unusual = module.groups != 1 or module.padding_mode != "zeros" or isinstance(module.padding, str)
+    if unusual or x.dim() != space + 2:
+        return None
+    padding, ones = tuple(map(int, module.padding)), (1,) * space
+    geometry = Geometry(module.kernel_size, module.stride, padding, padding, module.dilation, ones)
+    return Read(path, 1, 0, module.weight, module.bias, None, x, geometry)
+
+
+class _Seen:
+    """The forward hook of one module: inputs and gradients at the same places of its outputs, sampled evenly."""
+
+    def __init__(self, path: str, most: int) -> None:
+        self.path, self.most = path, most
+        self.records: list[_Record] = []
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        value: Any = args[0] if args else kwargs.get("input")
+        read = read_by(module, self.path, value.detach()) if isinstance(value, Tensor) else None
+        if read is None:
+            return
+        # As the read has it: a dense layer's samples and positions on one axis.
+        shape = (-1, output.shape[-1]) if read.geometry is None else output.shape
+        total = out_places(read, output.detach().reshape(shape))
+        rows = evenly(total, self.most).to(value.device)
+        record = _Record(read.columns(rows)[0], rows * len(value) // total)
+        self.records.append(record)
+        if output.requires_grad:
+            # A hook, because an activation in place would leave the gradient of its own output here.
+            output.register_hook(lambda gradient: record.take(read.answers(gradient.reshape(shape), rows)[0]))
+
+    def second(self) -> Tensor:
+        """E[x·xᵀ], `[columns, columns]` float64."""
+        inputs = _exact([record.inputs for record in self.records])
+        return finite(inputs.T @ inputs / len(inputs), self.path)
+
+    def update(self, module: nn.Module) -> Update | None:
+        """The ridge fit of the gradients on the inputs, or None if it says nothing on samples that it has not seen."""
+        full = [record for record in self.records if record.gradients is not None]
+        if not full:
+            return None
+        weight, bias = module.get_parameter("weight"), module._parameters.get("bias")
+        nothing = torch.zeros(weight.shape, dtype=torch.float64).flatten(1)
+        made = fit_reader(
+            _exact([record.inputs for record in full]),
+            _exact([record.gradients for record in full if record.gradients is not None]),
+            nothing,
+            None if bias is None else nothing.new_zeros(len(nothing)),
+            torch.cat([record.sample for record in full]).cpu() % 2 == 1,
+        )
+        return made and Update(made[0].reshape(weight.shape), None if bias is None else made[1])
+
+
+@dataclass(eq=False)
+class _Record:
+    """What one call of a module has shown.
+
+    Args:
+        inputs: `[rows, columns]`.
+        sample: `[rows]` number of the sample of each row.
+        gradients: `[rows, out]`, once they are known.
+    """
+
+    inputs: Tensor
+    sample: Tensor
+    gradients: Tensor | None = None
+
+    def take(self, gradients: Tensor) -> None:
+        """Keep the gradients of the outputs at the record's places."""
+        self.gradients = gradients.detach()
+
+
+def _exact(parts: list[Tensor]) -> Tensor:
+    return torch.cat([part.to("cpu", torch.float64) for part in parts])
+
+
+@singledispatch
+def answer(module: nn.Module, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """What a reader that `read_by` knows would answer with another weight and bias."""
+    raise AssertionError(f"{type(module).__name__} is no reader")
+
+
+@answer.register
+def _(module: nn.Linear, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return functional.linear(x, weight, bias)
+
+
+@answer.register
+def _(module: _ConvNd, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    forward: Any = module._conv_forward
+    return forward(x, weight, bias)
+
+
+class Corrections:
+    """Forward hooks on the readers of a widened model: what their present columns can do is taken off the gradient.
+
+    Adding `total` to the loss changes the gradients of the newborns' columns and of what they read, not those of a
+    reader's other columns.
+    """
+
+    def __init__(self) -> None:
+        self.parts: list[Tensor] = []
+
+    def total(self) -> Tensor | float:
+        """What to add to the loss of the pass that has just run; the next one starts anew."""
+        parts, self.parts = self.parts, []
+        return sum(parts)
+
+
+@contextmanager
+def corrected(growth: Growth, updates: Mapping[str, Update]) -> Iterator[Corrections]:
+    """Hook the readers of the widened model."""
+    made = Corrections()
+    with ExitStack() as hooks:
+        for path, update in updates.items():
+            module = growth.model.get_submodule(path)
+            hooks.callback(
+                module.register_forward_hook(_Correction(growth, path, update, made), with_kwargs=True).remove
+            )
+        yield made
+
+
+class _Correction:
+    """The hook of one reader: minus its update's answer times the answer of its newborn columns."""
+
+    def __init__(self, growth: Growth, path: str, update: Update, made: Corrections) -> None:
+        change = growth.changes[f"{path}.weight" if path else "weight"]
+        like = change.tensor
+        weight = update.weight.to(like.device, like.dtype)
+        for dim, index_map in change.axes.items():
+            weight = index_map.apply(weight, dim)
+        bias = None if update.bias is None else update.bias.to(like.device, like.dtype)
+        if bias is not None and 0 in change.axes:
+            bias = change.axes[0].apply(bias, 0)
+        self.weight, self.bias, self.made = weight, bias, made
+        newborn = [index == NEWBORN for index in change.axes[1].indices]
+        self.newborn = torch.tensor(newborn, dtype=like.dtype, device=like.device).reshape(-1, *[1] * (like.dim() - 2))
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        x = args[0] if args else kwargs["input"]
+        known = answer(module, x.detach(), self.weight, self.bias)
+        fresh = answer(module, x, module.get_parameter("weight") * self.newborn, None)
+        self.made.parts.append(-(known * fresh).sum())

@@ -1,0 +1,1 @@
+"""The edge to Lightning: `WidthEvolution`. May import everything but the other edges."""

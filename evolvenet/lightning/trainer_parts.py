@@ -1,0 +1,76 @@
+"""What Lightning's strategies, precisions and loops mean for a change of widths."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.plugins import MixedPrecision
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
+from lightning.pytorch.strategies.single_xla import SingleDeviceXLAStrategy
+
+from evolvenet.engine.history import Event
+from evolvenet.errors import PolicyError, UnsupportedStrategyError
+
+STRATEGIES = (SingleDeviceStrategy, SingleDeviceXLAStrategy, DDPStrategy)
+"""Strategies under which every process holds whole parameters. Their subclasses may not."""
+
+
+def refuse_sharding(strategy: Strategy) -> None:
+    """Go on only under strategies known to keep whole parameters on every process.
+
+    Raises:
+        UnsupportedStrategyError: for any other.
+    """
+    if type(strategy) not in STRATEGIES:
+        raise UnsupportedStrategyError(
+            f"WidthEvolution changes the shapes of whole parameters: expected a strategy out of "
+            f"{', '.join(each.__name__ for each in STRATEGIES)}, got {type(strategy).__name__}, which may keep parts of them "
+            'or copies elsewhere that would not change. Take strategy="ddp", or devices=1.'
+        )
+
+
+def rewrap(strategy: Strategy, pl_module: LightningModule) -> None:
+    """Make DDP's wrapper anew: its hooks are gone with the parameters' old shapes, and its buckets are of them."""
+    if isinstance(strategy, DDPStrategy):
+        strategy.model = pl_module
+        strategy.configure_ddp()
+        strategy._pl_static_graph_delay_done = False
+
+
+def share_done(trainer: Trainer) -> float:
+    """Of the epochs' batches, or of `max_steps`, which counts the steps of every optimizer; 0 … 1."""
+    done = trainer.fit_loop.epoch_loop._batches_that_stepped / trainer.estimated_stepping_batches
+    return max(done, trainer.global_step / trainer.max_steps) if trainer.max_steps > 0 else done
+
+
+def default_type(trainer: Trainer) -> AbstractContextManager[Any]:
+    """What the forward makes by itself has the type that training runs in ("64-true"); autocast is not needed here."""
+    plugin = trainer.precision_plugin
+    return nullcontext() if isinstance(plugin, MixedPrecision) else plugin.forward_context()
+
+
+def metric_of(trainer: Trainer, name: str) -> float:
+    """A metric that was logged in the validation that just ended.
+
+    Raises:
+        PolicyError: if there is none of that name.
+    """
+    known = trainer.callback_metrics
+    if name not in known:
+        raise PolicyError(
+            f"Expected the validation to log {name!r}, by which cuts are judged, got {', '.join(sorted(known)) or 'nothing'}. "
+            f"Log it with self.log({name!r}, ...) in validation_step, or name another metric."
+        )
+    return float(known[name])
+
+
+def log_event(trainer: Trainer, event: Event) -> None:
+    """An event's widths, ranks and energies to every logger."""
+    values: dict[str, float] = {"evolve/parameters": event.parameters, "evolve/macs": event.macs}
+    tables = {"size": event.sizes, "effective_rank": event.effective_rank, "kept_energy": event.kept_energy}
+    for kind, table in tables.items():
+        values |= {f"evolve/{kind}/{name}": float(value) for name, value in table.items()}
+    for logger in trainer.loggers:
+        logger.log_metrics(values, step=trainer.global_step)

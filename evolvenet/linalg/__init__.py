@@ -1,0 +1,1 @@
+"""Pure tensor mathematics: spectra, ranks, least squares. May import nothing but `errors`."""

@@ -1,0 +1,1 @@
+"""Spectra, second moments and costs of widths. May import from `tracing` down."""

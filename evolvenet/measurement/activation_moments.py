@@ -1,0 +1,198 @@
+"""Streaming second moments of what each consumer of a width reads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from evolvenet.errors import SpectrumError, TraceError
+from evolvenet.execution.evaluation import quiet
+from evolvenet.execution.inputs import arguments
+from evolvenet.execution.sampling import evenly, samples_in
+from evolvenet.execution.weight_ops import Read, Reading, watched
+from evolvenet.graph.width_graph import Tie, WidthGraph
+
+CAP = 8192
+"""Most samples taken for one consumer from one batch; more positions are sampled evenly."""
+
+
+@dataclass(frozen=True, eq=False)
+class Moments:
+    """How many samples were seen, their mean and their covariance.
+
+    The covariance is kept, not the raw second moment: subtracting a large mean afterwards would lose the digits.
+
+    Args:
+        count: number of samples.
+        mean: `[n]` float64.
+        covariance: `[n, n]` float64, divided by `count`; about the mean.
+
+    >>> moments = Moments.of(torch.tensor([[1.0, 0.0], [3.0, 0.0]]))
+    >>> moments.mean.tolist(), moments.second[0, 0].item()
+    ([2.0, 0.0], 5.0)
+    """
+
+    count: int
+    mean: Tensor
+    covariance: Tensor
+
+    @property
+    def second(self) -> Tensor:
+        """The uncentred second moment E[x xᵀ], `[n, n]`."""
+        return self.covariance + torch.outer(self.mean, self.mean)
+
+    @classmethod
+    def empty(cls, size: int) -> Moments:
+        """No sample of `size` features seen yet."""
+        return cls(0, torch.zeros(size, dtype=torch.float64), torch.zeros(size, size, dtype=torch.float64))
+
+    @classmethod
+    def of(cls, samples: Tensor) -> Moments:
+        """The moments of samples `[N, n]` of any floating type and device; kept on the CPU.
+
+        Products of float32 and the half types are made in float32 about the batch's mean, everything else is float64.
+        """
+        if not len(samples):
+            return cls.empty(samples.shape[1])
+        wide = samples if samples.dtype == torch.float64 else samples.float()
+        centre = wide.mean(0)
+        about = wide - centre
+        covariance = (about.T @ about).to("cpu", torch.float64) / len(about)
+        # What the rounding of the mean left over; exact for float64, worth seven digits for float32.
+        rest = about.mean(0).to("cpu", torch.float64)
+        return cls(len(about), centre.to("cpu", torch.float64) + rest, covariance - torch.outer(rest, rest))
+
+    def merge(self, other: Moments) -> Moments:
+        """The moments of both sets of samples together.
+
+        From Chan, Golub and LeVeque, "Updating formulae and a pairwise algorithm for computing sample variances",
+        COMPSTAT 1982.
+        """
+        if not other.count or not self.count:
+            return self if self.count else other
+        count = self.count + other.count
+        share = other.count / count
+        apart = other.mean - self.mean
+        covariance = (
+            (1 - share) * self.covariance + share * other.covariance + share * (1 - share) * torch.outer(apart, apart)
+        )
+        return Moments(count, self.mean + share * apart, covariance)
+
+
+@dataclass(frozen=True, eq=False)
+class Statistics(Mapping[Tie, Moments]):
+    """The moments of what each consumer reads, `n` being the size of the width; {tie: moments}.
+
+    Even and odd samples are kept apart, so that what is fitted on one half can be judged on the other.
+
+    Args:
+        even: moments of the samples 0, 2, 4 … of all batches one after the other.
+        odd: those of the others, over the same ties.
+    """
+
+    even: Mapping[Tie, Moments]
+    odd: Mapping[Tie, Moments]
+
+    def __getitem__(self, tie: Tie) -> Moments:
+        return self.even[tie].merge(self.odd[tie])
+
+    def count(self, tie: Tie) -> int:
+        """Number of samples of both halves."""
+        return self.even[tie].count + self.odd[tie].count
+
+    def __iter__(self) -> Iterator[Tie]:
+        return iter(self.even)
+
+    def __len__(self) -> int:
+        return len(self.even)
+
+
+def collect(model: nn.Module, graph: WidthGraph, batches: Iterable[Any]) -> Statistics:
+    """Run the model on a few batches and gather the moments of what every consumer of a resizable width reads.
+
+    Samples are those of the batch and all positions; a channel that a flatten spread over `repeat` places counts as
+    `repeat` samples, and so does each group of a grouped convolution. More than `CAP` of them in a batch are sampled
+    evenly, always the same ones. The model runs in eval mode without gradients; training flags, buffers and random
+    states are afterwards as before. Even and odd samples are told apart by the first axis of the model's inputs.
+
+    Args:
+        model: the model of the graph.
+        graph: its widths.
+        batches: what the model is called with: a tensor, a tuple or list of arguments, a dict of keyword arguments.
+
+    Returns:
+        The moments of each consumer whose weight was multiplied with data in a dense product or a convolution, whatever
+        module it belongs to.
+
+    Raises:
+        TraceError: if there is no batch, or no sample in any.
+        SpectrumError: if a consumer reads NaN or infinite values.
+
+    >>> from evolvenet.trace import trace
+    >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    >>> statistics = collect(model, trace(model, torch.zeros(1, 4)), [torch.randn(10, 4), torch.randn(6, 4)])
+    >>> [(tie.tensor, moments.count, moments.mean.shape) for tie, moments in statistics.items()]
+    [('2.weight', 16, torch.Size([8]))]
+    """
+    if isinstance(batches, Tensor):
+        raise TraceError("Batches: expected an iterable of model inputs, got one tensor. Wrap it in a list: [inputs].")
+    gathered = {tie: _Halves(width.size) for width in graph.resizable for tie in width.consumers}
+    by_tensor: dict[str, dict[Tie, _Halves]] = {}
+    for tie, halves in gathered.items():
+        by_tensor.setdefault(tie.tensor, {})[tie] = halves
+    seen, ran = 0, False
+    with quiet(model):
+        for batch in batches:
+            args, kwargs = arguments(batch, model=model)
+            with watched(Reading(model, before=partial(_gather, by_tensor, max(1, samples_in(batch)), seen))):
+                model(*args, **kwargs)
+            seen += samples_in(batch)
+            ran = True
+    if not ran or not seen:
+        got = "batches without a sample" if ran else "none"
+        raise TraceError(f"Batches: expected at least one batch of model inputs, got {got}.")
+    run = {tie: halves for tie, halves in gathered.items() if halves.seen}
+    for tie, halves in run.items():
+        halves.check(tie)
+    return Statistics({tie: h.moments[0] for tie, h in run.items()}, {tie: h.moments[1] for tie, h in run.items()})
+
+
+class _Halves:
+    """Growing moments of one tie: even samples and odd samples."""
+
+    def __init__(self, size: int) -> None:
+        self.moments = [Moments.empty(size), Moments.empty(size)]
+        self.seen = False
+
+    def add(self, rows: Tensor, odd: Tensor) -> None:
+        """Add rows `[N, n]`; `odd` `[N]` says which of them belong to odd samples."""
+        for half, chosen in enumerate((~odd, odd)):
+            self.moments[half] = self.moments[half].merge(Moments.of(rows[chosen]))
+        self.seen = True
+
+    def check(self, tie: Tie) -> None:
+        """Refuse NaN and infinite values."""
+        if not all(half.covariance.isfinite().all() for half in self.moments):
+            raise SpectrumError(
+                f"{tie.module or 'The root module'}: expected finite inputs while measuring, got NaN or infinite ones. "
+                "Training has diverged, or the batch holds such values: check both."
+            )
+
+
+def _gather(by_tensor: Mapping[str, Mapping[Tie, _Halves]], samples: int, before: int, read: Read) -> None:
+    """Add what a weight reads to the moments of all its ties; `before` samples came in earlier batches."""
+    for tie, halves in by_tensor.get(read.tensor, {}).items():
+        if tie.dim != read.axis or not read.places:
+            continue
+        row = evenly(read.places, max(1, CAP // (tie.repeat * read.groups))).to(read.inputs.device)
+        size = len(halves.moments[0].mean)
+        features = read.units(row).detach()
+        part = features[:, tie.start : tie.start + size * tie.repeat].reshape(len(features), size, tie.repeat)
+        odd = (row * samples // read.places + before) % 2 == 1
+        with torch.autocast(read.inputs.device.type, enabled=False):
+            halves.add(part.movedim(1, -1).reshape(-1, size), odd.repeat_interleave(read.groups * tie.repeat))

@@ -1,0 +1,104 @@
+"""Spectra of what layers make: the singular values of every width's outputs, from streaming second moments.
+
+The spectrum of a weight W counts directions that its input never takes. That of W·S^½, S being the second moment of what
+it reads, does not; squared, its values are the eigenvalues of W·S·Wᵀ, and that is the second moment of the layer's
+output before its bias. So the outputs are gathered and not the inputs: `[out, out]` for each layer where patches take
+`[in·k·k, in·k·k]`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from evolvenet.errors import SpectrumError, TraceError
+from evolvenet.execution.evaluation import quiet
+from evolvenet.execution.inputs import arguments
+from evolvenet.execution.sampling import evenly, samples_in
+from evolvenet.execution.weight_ops import Read, Reading, out_places, watched
+from evolvenet.graph.width_graph import Tie, Width, WidthGraph
+from evolvenet.measurement.activation_moments import CAP, Moments
+
+
+def output_spectra(model: nn.Module, graph: WidthGraph, batches: Iterable[Any]) -> dict[str, Tensor]:
+    """Singular values of what makes each resizable width, over samples and positions.
+
+    They are those of the matrix `[width.size, samples]` of the units' outputs before the bias, divided by the square root
+    of the number of samples: of W·S^½, S the uncentred second moment of what the layer reads (patches for a
+    convolution). Several producers and several places of a unit stand side by side. Of more than `CAP` samples in a
+    batch as many are taken evenly. The model runs in eval mode, its buffers and random states stay as they are.
+
+    Args:
+        model: the model of the graph.
+        graph: its widths.
+        batches: what the model is called with: tensors, tuples or lists of arguments, dicts of keyword arguments.
+
+    Returns:
+        {width: `[width.size]` float64 on the CPU, descending}. Left out is a width of which no producer goes as it is
+        into a matrix product or a convolution. Values below 1e-8 of the largest are rounding, 3e-4 for float32 and less.
+
+    Raises:
+        TraceError: if there is no sample in `batches`.
+        SpectrumError: if a layer makes NaN or infinite values.
+
+    >>> from evolvenet.trace import trace
+    >>> model = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 2)).double()
+    >>> _ = nn.init.eye_(model[0].weight)
+    >>> x = torch.tensor([[6.0, 0.0], [0.0, 0.0], [0.0, 2.0], [0.0, 2.0]]).double()
+    >>> output_spectra(model, trace(model, x), [x])["0"].round(decimals=4)
+    tensor([3.0000, 1.4142, 0.0000], dtype=torch.float64)
+    """
+    if isinstance(batches, Tensor):
+        raise TraceError("Batches: expected an iterable of model inputs, got one tensor. Wrap it in a list: [inputs].")
+    gathered = {
+        tie: Moments.empty(width.size)
+        for width in graph.resizable
+        for tie in width.producers
+        if tie.tensor in graph.trainable
+    }
+    seen = 0
+    with quiet(model):
+        for batch in batches:
+            args, kwargs = arguments(batch, model=model)
+            with watched(Reading(model, after=partial(_gather, gathered))):
+                model(*args, **kwargs)
+            seen += samples_in(batch)
+    if not seen:
+        raise TraceError("Batches: expected at least one sample of model inputs, got none.")
+    found = {width.name: _values(width, gathered) for width in graph.resizable}
+    return {name: values for name, values in found.items() if values is not None}
+
+
+def _gather(gathered: dict[Tie, Moments], read: Read, out: Tensor) -> None:
+    """Add what a weight has made to the moments of its ties, each place of a unit as a sample of its own."""
+    ties = [tie for tie in gathered if tie.tensor == read.tensor and tie.dim == 1 - read.axis]
+    if not ties:
+        return
+    rows = evenly(out_places(read, out), CAP).to(out.device)
+    columns, matrix = (
+        part if part.element_size() >= 4 else part.float() for part in (read.columns(rows), read.matrix())
+    )
+    made = (columns @ matrix.mT).movedim(0, 1).flatten(1)
+    for tie in ties:
+        size, start = len(gathered[tie].mean), tie.start - read.start
+        if 0 <= start <= made.shape[1] - size * tie.repeat:
+            part = made[:, start : start + size * tie.repeat].reshape(len(made), size, tie.repeat)
+            gathered[tie] = gathered[tie].merge(Moments.of(part.movedim(1, -1).reshape(-1, size)))
+
+
+def _values(width: Width, gathered: Mapping[Tie, Moments]) -> Tensor | None:
+    """Singular values of all that makes a width side by side; None if nothing of it was seen."""
+    total = torch.zeros(width.size, width.size, dtype=torch.float64)
+    seen = [tie for tie in width.producers if tie in gathered and gathered[tie].count]
+    for tie in seen:
+        total += tie.repeat * gathered[tie].second
+        if not bool(total.isfinite().all()):
+            raise SpectrumError(
+                f"{tie.tensor}: expected finite outputs while measuring, got NaN or infinite ones. Training has "
+                "diverged, or the batch holds such values: check both."
+            )
+    return torch.linalg.eigvalsh(total).flip(0).clamp_min(0).sqrt() if seen else None

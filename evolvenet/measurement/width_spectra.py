@@ -1,0 +1,233 @@
+"""The singular spectrum of every width: of its producers' weights, or of what its consumers read."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from evolvenet.errors import SkippedEvent
+from evolvenet.graph.width_graph import Tie, Width, WidthGraph
+from evolvenet.linalg.spectrum import effective_rank, energy_shares, joint_spectrum, matricize
+from evolvenet.measurement.activation_moments import Moments, Statistics, collect
+
+
+@dataclass(frozen=True)
+class Measure:
+    """What is known about one width at an event.
+
+    Args:
+        width: its name.
+        size: its number of units.
+        step: how many units must come and go together.
+        spectrum: its `size` singular values, descending.
+        idle: events since its last change, 1 at the event right after it; a large number if it never changed.
+        growable: whether growing keeps the function.
+        last: units of its last change, negative if it was pruned; 0 if that is not known, or it never changed.
+        turns: how often it grew after it was pruned, or was pruned after it grew.
+    """
+
+    width: str
+    size: int
+    step: int
+    spectrum: tuple[float, ...]
+    idle: int
+    growable: bool
+    last: int = 0
+    turns: int = 0
+
+
+log = logging.getLogger("evolvenet")
+
+PLACES = 2
+"""Fewest places (samples × positions) seen for each unit: fewer span fewer directions than there are units, and the
+rest would look as if they carried nothing. A width that saw fewer is left as it is."""
+_NEVER = 1_000_000
+
+
+def spectra(model: nn.Module, graph: WidthGraph, batches: Iterable[Any] | None = None) -> dict[str, Tensor]:
+    """Singular values of every resizable width.
+
+    Without batches, those of the producers' matricized weights, several producers side by side. With batches, those of
+    what the consumers read, see `measure`.
+
+    Args:
+        model: the model of the graph.
+        graph: its widths.
+        batches: None, or an iterable of model inputs: tensors, tuples or lists of arguments, dicts of keywords.
+
+    Returns:
+        {width: `[width.size]` float64 values on the CPU, descending}; frozen widths are left out.
+
+    Raises:
+        SpectrumError: for NaN or infinite weights or activations.
+        TraceError: if there is no batch in `batches`.
+
+    >>> from evolvenet.trace import trace
+    >>> model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
+    >>> _ = nn.init.eye_(model[0].weight)
+    >>> spectra(model, trace(model, torch.zeros(1, 4)))
+    {'0': tensor([1., 1., 1.], dtype=torch.float64)}
+    """
+    return measure(model, graph, None if batches is None else collect(model, graph, batches))
+
+
+def measure(model: nn.Module, graph: WidthGraph, statistics: Statistics | None = None) -> dict[str, Tensor]:
+    """Singular values of every resizable width, from statistics already gathered.
+
+    With statistics, each consumer gives the centred covariance of what it reads, every unit weighted by the norm of
+    the columns that read it (a unit that nobody reads counts for nothing), divided by its trace; the singular values
+    are the square roots of the eigenvalues of the average over the consumers, so that their squares add up to 1, or
+    to 0 if nothing varies. A width without a measured consumer falls back to the weights.
+
+    Args:
+        model: the model of the graph.
+        graph: its widths.
+        statistics: None, or from `collect`.
+
+    Returns:
+        {width: `[width.size]` float64 values on the CPU, descending}; widths that show in no weight are left out.
+
+    Raises:
+        SpectrumError: for NaN or infinite weights.
+    """
+    gathered: Mapping[Tie, Moments] = {} if statistics is None else statistics
+    found: dict[str, Tensor] = {}
+    for width in graph.resizable:
+        parts = {tie: gathered[tie].covariance for tie in width.consumers if tie in gathered}
+        values = _of_reads(model, width, parts) if parts else _of_weights(model, graph, width)
+        if values is not None:
+            found[width.name] = values
+    return found
+
+
+def measures_of(
+    model: nn.Module,
+    graph: WidthGraph,
+    statistics: Statistics,
+    changed: Mapping[str, Sequence[int]],
+    event: int,
+) -> dict[str, Measure]:
+    """What a policy is told of every width on which enough was measured.
+
+    Args:
+        model: the model of the graph.
+        graph: its widths.
+        statistics: from `collect`.
+        changed: of widths that changed, the number of the event, by how many units, and the turns so far.
+        event: the number of this one.
+
+    Raises:
+        SkippedEvent: if there is not enough for any width.
+        SpectrumError: for NaN or infinite weights.
+    """
+    found, few = {}, {}
+    for name, spectrum in measure(model, graph, statistics).items():
+        width = graph.widths[name]
+        seen = [statistics.count(tie) for tie in width.consumers if tie in statistics]
+        if seen and max(seen) < PLACES * width.size:
+            few[name] = max(seen)
+            continue
+        at, last, turns = changed.get(name, (-_NEVER, 0, 0))
+        # Without a row of its own a newborn would stay dead, and where units mix it would change the function.
+        # What reads it must learn to: nobody would ever read a newborn of a frozen reader.
+        read = [model.get_parameter(tie.tensor) for tie in width.consumers if tie.tensor in graph.trainable]
+        learns = not read or any(parameter.requires_grad for parameter in read)
+        growable = width.mixed is None and bool(width.producers) and learns
+        found[name] = Measure(name, width.size, width.step, tuple(spectrum.tolist()), event - at, growable, last, turns)
+    if few:
+        problem = (
+            f"Expected at least {PLACES} places (samples × positions) a unit to measure on, got "
+            + "; ".join(f"{count} for the {graph.widths[name].size} of {name}" for name, count in few.items())
+            + ". Observe more or larger batches, or raise calibration_batches."
+        )
+        if not found:
+            raise SkippedEvent(problem)
+        if event == 1:
+            log.warning("%s Until then those widths stay as they are.", problem)
+    return found
+
+
+def ranks_and_energies(
+    measures: Mapping[str, Measure], sizes: Mapping[str, int]
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Of each width the effective rank, and the share of the energy in as many directions as units stay."""
+    shares = {name: energy_shares(measure.spectrum).sort(descending=True).values for name, measure in measures.items()}
+    ranks = {name: effective_rank(measure.spectrum) for name, measure in measures.items()}
+    return ranks, {name: min(1.0, float(values[: sizes[name]].sum())) for name, values in shares.items()}
+
+
+def unit_rows(model: nn.Module, width: Width, tie: Tie) -> Tensor:
+    """What one tensor holds for each unit of the width, one row a unit: `[width.size, places]`, float64, on the CPU.
+
+    For a producer the rows that make the unit, for a consumer the columns that read it; a unit that takes `repeat`
+    places of the axis has them one after the other.
+
+    Raises:
+        SpectrumError: for NaN or infinite entries.
+
+    >>> width = Width("0", size=3)
+    >>> unit_rows(nn.Sequential(nn.Conv2d(3, 8, 5)), width, Tie("0.weight", 1, 0, 1, "consumes")).shape
+    torch.Size([3, 200])
+    """
+    return _native_rows(model, width, tie).to("cpu", torch.float64)
+
+
+def consumer_weighted(model: nn.Module, width: Width, parts: Mapping[Tie, Tensor]) -> Tensor:
+    """The average over consumers of D·S·D / trace, D the norms of the columns that read each unit.
+
+    Args:
+        model: the model of the width.
+        width: `n` units.
+        parts: {consumer tie: second moment or covariance `[n, n]`}.
+
+    Returns:
+        `[n, n]` with a trace of 1, or of 0 if no consumer reads anything.
+
+    >>> model, tie = nn.Sequential(nn.Linear(2, 1)), Tie("0.weight", 1, 0, 1, "consumes")
+    >>> _ = nn.init.constant_(model[0].weight, 7.0)
+    >>> consumer_weighted(model, Width("0", size=2), {tie: torch.eye(2)}).diagonal()
+    tensor([0.5000, 0.5000], dtype=torch.float64)
+    """
+    weighted = []
+    for tie, moment in parts.items():
+        # Only the proportions count: scaled first, products neither overflow nor vanish.
+        norms = _scaled(_scaled(unit_rows(model, width, tie)).norm(dim=1))
+        scaled = norms[:, None] * _scaled(moment) * norms
+        trace = scaled.trace()
+        if trace > 0:
+            weighted.append(scaled / trace)
+    if not weighted:
+        return torch.zeros(width.size, width.size, dtype=torch.float64)
+    return torch.stack(weighted).mean(0)
+
+
+def _scaled(matrix: Tensor) -> Tensor:
+    """A matrix with a largest magnitude of 1, or of 0."""
+    largest = matrix.abs().max()
+    return matrix / largest if largest > 0 else matrix
+
+
+def _of_reads(model: nn.Module, width: Width, parts: Mapping[Tie, Tensor]) -> Tensor:
+    eigenvalues = torch.linalg.eigvalsh(consumer_weighted(model, width, parts))
+    return eigenvalues.flip(0).clamp_min(0).sqrt()
+
+
+def _of_weights(model: nn.Module, graph: WidthGraph, width: Width) -> Tensor | None:
+    weights = [tie for tie in width.ties if tie.tensor in graph.trainable and len(graph.shapes[tie.tensor]) > 1]
+    made = [tie for tie in weights if tie in width.producers] or weights
+    if not made:
+        return None
+    # In the weights' own type: float32 has a faster way to its singular values.
+    values = joint_spectrum([_native_rows(model, width, tie) for tie in made], width.name).to("cpu", torch.float64)
+    # Fewer columns than units: the missing directions carry nothing.
+    return torch.cat([values, values.new_zeros(width.size - len(values))])
+
+
+def _native_rows(model: nn.Module, width: Width, tie: Tie) -> Tensor:
+    tensor = matricize(model.get_parameter(tie.tensor), tie.dim, tie.tensor)
+    return tensor[tie.start : tie.start + width.size * tie.repeat].reshape(width.size, -1)

@@ -1,0 +1,1 @@
+"""From measurements to new sizes, pure functions. May import from `growth` down."""

@@ -1,0 +1,66 @@
+"""`Front`: several budgets one after the other, so that one run passes through all points of accuracy against cost."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+from evolvenet.errors import PolicyError
+from evolvenet.policies.base import Moment, Policy, check_number
+from evolvenet.policies.budget import Budget
+
+
+@dataclass(frozen=True)
+class Front:
+    """Budgets in turn. Each has a span of the run to itself, at the end of which the network is a point of the front.
+
+    Within its span a budget behaves as in a run of its own: its `by` is a share of the span, and it sets out from the budget
+    before it, the first one from the network as it was at the beginning.
+
+    Args:
+        points: the budgets, all of the same kind (all parameters, all multiply-accumulates, …).
+        spans: how long each one has, in any unit, for example epochs; equal shares if left out.
+
+    Raises:
+        PolicyError: for no budgets, budgets of several kinds, or spans that do not fit them.
+
+    >>> front = Front(points=[Budget(params=5_000, by=0.5), Budget(params=700, by=0.5)], spans=[10, 30])
+    >>> front.ends
+    (0.25, 1.0)
+    """
+
+    points: Sequence[Budget]
+    spans: Sequence[float] | None = None
+
+    def __post_init__(self) -> None:
+        if not self.points or len({point.kind for point in self.points}) > 1:
+            kinds = ", ".join(point.kind for point in self.points) or "none"
+            raise PolicyError(
+                f"Front: expected one or more budgets of one kind as points, got {kinds}. "
+                "Take for example points=[Budget(params=12_500), Budget(params=5_000)]."
+            )
+        if self.spans is not None and len(self.spans) != len(self.points):
+            raise PolicyError(
+                f"Front: expected one span for each of {len(self.points)} points, got {len(self.spans)}: {self.spans}."
+            )
+        for span in self.spans or ():
+            check_number("Front", "each span", span, 0, math.inf)
+            if not span:
+                raise PolicyError(f"Front: expected spans above 0, got {self.spans}.")
+
+    @property
+    def ends(self) -> tuple[float, ...]:
+        """The share of the run, 0 … 1, at which the span of each point ends."""
+        spans = self.spans or [1] * len(self.points)
+        return tuple(done / sum(spans) for done in accumulate(spans))
+
+    def at(self, moment: Moment) -> Policy | None:
+        """The policy for one moment of a run: that of the budget whose span it lies in."""
+        ends = self.ends
+        place = next((place for place, end in enumerate(ends) if moment.progress < end), len(ends) - 1)
+        point, begin = self.points[place], ends[place - 1] if place else 0.0
+        before = getattr(self.points[place - 1], point.kind)
+        start = float(before) if place else moment.costs.at(point.kind, moment.initial)
+        return point.on_the_way(moment, start, (moment.progress - begin) / (ends[place] - begin))

@@ -1,0 +1,239 @@
+"""Which widths to cut for a number of parameters: what is lost for what is saved, compared over all of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from evolvenet.errors import ResizeError
+from evolvenet.execution.evaluation import answers
+from evolvenet.execution.inputs import first_samples
+from evolvenet.execution.sampling import samples_in
+from evolvenet.graph.width_graph import Width, WidthGraph
+from evolvenet.linalg.spectrum import energy_shares
+from evolvenet.measurement.activation_moments import collect
+from evolvenet.measurement.width_spectra import measure
+from evolvenet.pruning.reconstruction import QUICK, compensate
+from evolvenet.pruning.selection import plan_prune
+from evolvenet.surgery.resize_model import install
+
+_LEAST = 1e-12
+
+Curve = Sequence[tuple[int, float]]
+"""What a width loses at some sizes, as (size, loss) by size, from 0 or its smallest up to its present size, loss 0."""
+
+SHARES = (0.85, 0.7, 0.5, 0.35, 0.2, 0.1)
+"""Of a width's units, at which a trial cuts it."""
+
+SAMPLES = 256
+"""Most samples of the batches that a trial runs on."""
+
+STEP = 0.03
+"""Share of a width's units that go at once while sizes are shared out."""
+
+
+def allocate(
+    model: nn.Module, graph: WidthGraph, parameters: int, batches: Iterable[Any] | None = None
+) -> dict[str, int]:
+    """Sizes with which the model has at most so many parameters, cut where it loses least for what is saved.
+
+    With batches every width is cut by itself to some of its sizes, its readers make up for it as in `prune`, and its loss
+    is how far the model's outputs move: Σ‖y' − y‖² / Σ‖y − mean‖² over the samples. Without, it is −log of the share of
+    energy of the producers' singular values that stays. Losses of several widths are taken to add up.
+
+    Args:
+        model: the model of the graph.
+        graph: its widths.
+        parameters: most parameters that the model may have afterwards.
+        batches: inputs of the model; None to go by the weights.
+
+    Returns:
+        {width: new size} of every resizable width, for `prune`.
+
+    Raises:
+        ResizeError: if the model cannot be made so small.
+        SpectrumError, TraceError: as `collect`.
+
+    >>> from evolvenet.trace import trace
+    >>> model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+    >>> model[2].weight.data[1:] = 0
+    >>> allocate(model, trace(model, torch.zeros(1, 8)), parameters=120)
+    {'0': 8, '2': 4}
+    """
+    if batches is None:
+        return share_out(graph, energy_curves(model, graph), parameters)
+    kept = list(batches)
+    return share_out(graph, trial_curves(model, graph, kept), parameters)
+
+
+def energy_curves(model: nn.Module, graph: WidthGraph) -> dict[str, Curve]:
+    """−log of the energy share of the singular values that each size keeps; a width without a spectrum is left out.
+
+    What one width lets through the next one gets, so kept shares multiply, and their logarithms add up: a width that
+    keeps next to nothing costs more than all that others could save.
+
+    Raises:
+        SpectrumError: for NaN or infinite weights.
+    """
+    found: dict[str, Curve] = {}
+    for name, values in measure(model, graph).items():
+        kept = energy_shares(values).cumsum(0).clamp(_LEAST, 1).tolist()
+        found[name] = [(0, -math.log(_LEAST)), *((size, -math.log(share)) for size, share in enumerate(kept, 1))]
+    return found
+
+
+def trial_curves(
+    model: nn.Module, graph: WidthGraph, batches: Sequence[Any], shares: Sequence[float] = SHARES
+) -> dict[str, Curve]:
+    """How far the model's outputs move if a width alone is cut and its readers make up for it. The model is kept.
+
+    Args:
+        model: the model of the graph.
+        graph: its widths.
+        batches: inputs of the model.
+        shares: of a width's units that are tried, 0 … 1, descending.
+
+    Raises:
+        SpectrumError, TraceError: as `collect`.
+    """
+    statistics = collect(model, graph, batches)
+    few = _first(batches, SAMPLES)
+    whole = _answers(model, few)
+    effort = replace(QUICK, samples=SAMPLES)
+    found: dict[str, Curve] = {}
+    for width in graph.resizable:
+        points = [(width.size, 0.0)]
+        for size in _trial_sizes(width, shares):
+            surgery = plan_prune(model, graph, {width.name: size}, statistics)
+            undo = install(model, compensate(model, graph, surgery, few, effort))
+            try:
+                moved = _answers(model, few)
+            finally:
+                undo()
+            points.append((size, max(_apart(whole, moved), points[-1][1])))
+        # Below the smallest trial: more than all that was seen.
+        found[width.name] = [(0, 10 * points[-1][1] + 1), *reversed(points)]
+    return found
+
+
+def share_out(graph: WidthGraph, curves: Mapping[str, Curve], parameters: int) -> dict[str, int]:
+    """Take units away, a few at a time, where the loss for each parameter saved is least, until the rest fits.
+
+    The curves are made convex first: a steep beginning must not hide a flat end.
+
+    Args:
+        graph: the widths; those without a curve keep their size.
+        curves: of each width.
+        parameters: most parameters afterwards.
+
+    Returns:
+        {width: size}, of every resizable width.
+
+    Raises:
+        ResizeError: if the model cannot be made so small.
+    """
+    hulls = {name: convex(curve) for name, curve in curves.items()}
+    sizes, now = dict(graph.sizes), graph.parameters
+    while now > parameters:
+        best: tuple[float, str, int, int] | None = None
+        for name in hulls:
+            width = graph.widths[name]
+            size = max(smallest(width), sizes[name] - _units(width, STEP * width.size))
+            saved = now - graph.proposed_parameters({**sizes, name: size})
+            if saved > 0:
+                price = (loss_at(hulls[name], size) - loss_at(hulls[name], sizes[name])) / saved
+                best = min(best or (math.inf, "", 0, 0), (price, name, size, saved))
+        if best is None:
+            raise ResizeError(
+                f"Allocate: expected {now:,} parameters or more, the fewest that the model can have, got {parameters:,}."
+            )
+        _, name, size, saved = best
+        width = graph.widths[name]
+        # The last cut takes no more than it must.
+        while now - saved < parameters and size + width.step < sizes[name]:
+            less = now - graph.proposed_parameters({**sizes, name: size + width.step})
+            if now - less > parameters:
+                break
+            size, saved = size + width.step, less
+        sizes[name], now = size, now - saved
+    return sizes
+
+
+def convex(curve: Curve) -> Curve:
+    """The lower convex hull of a curve (Andrew's monotone chain, 1979).
+
+    >>> convex([(0, 4.0), (1, 3.0), (2, 0.5), (3, 0.0)])
+    [(0, 4.0), (2, 0.5), (3, 0.0)]
+    """
+    hull: list[tuple[int, float]] = []
+    for size, loss in sorted(curve):
+        while len(hull) > 1 and (hull[-1][1] - hull[-2][1]) * (size - hull[-1][0]) >= (loss - hull[-1][1]) * (
+            hull[-1][0] - hull[-2][0]
+        ):
+            hull.pop()
+        hull.append((size, loss))
+    return hull
+
+
+def loss_at(curve: Curve, size: int) -> float:
+    """The loss at a size between two of the curve's, in proportion.
+
+    >>> loss_at([(0, 4.0), (2, 0.0)], 1)
+    2.0
+    """
+    for (low, above), (high, below) in pairwise(curve):
+        if size <= high:
+            return above + (below - above) * (max(size, low) - low) / (high - low)
+    return curve[-1][1]
+
+
+def smallest(width: Width) -> int:
+    """The fewest units that the width can have: one, or as many as must stay, in whole steps."""
+    return max(1, -(-width.smallest // width.step)) * width.step
+
+
+def _units(width: Width, units: float) -> int:
+    return max(1, int(units) // width.step) * width.step
+
+
+def _trial_sizes(width: Width, shares: Sequence[float]) -> list[int]:
+    # Rounded, a large share of a few units is all of them: without a trial the last one would seem to be worth everything.
+    next_one = width.size - width.step
+    wanted = {
+        max(smallest(width), min(next_one, round(share * width.size / width.step) * width.step)) for share in shares
+    }
+    return sorted((size for size in wanted if size < width.size), reverse=True)
+
+
+def _first(batches: Sequence[Any], samples: int) -> list[Any]:
+    """As many batches as hold so many samples, the last one cut."""
+    found: list[Any] = []
+    for batch in batches:
+        if samples <= 0:
+            break
+        found.append(first_samples(batch, samples))
+        samples -= samples_in(batch)
+    return found
+
+
+def _answers(model: nn.Module, batches: Sequence[Any]) -> list[Tensor]:
+    """Every tensor that the model answers with, of all batches together where those belong together."""
+    each = [[tensor.double() for tensor in answers(model, batch) if tensor.is_floating_point()] for batch in batches]
+    if len({tuple(tensor.shape[1:] if tensor.dim() else () for tensor in found) for found in each}) > 1:
+        return each[0]
+    return [
+        torch.cat([tensor if tensor.dim() else tensor[None] for tensor in parts]) for parts in zip(*each, strict=True)
+    ]
+
+
+def _apart(whole: Sequence[Tensor], moved: Sequence[Tensor]) -> float:
+    """Σ‖moved − whole‖² / Σ‖whole − mean over the samples‖²."""
+    apart = sum(float((one - two).square().sum()) for one, two in zip(whole, moved, strict=True))
+    level = sum(float((each - each.mean(0, keepdim=True)).square().sum()) for each in whole if each.dim())
+    return apart / max(level, torch.finfo(torch.float64).tiny)

@@ -1,0 +1,1 @@
+"""Index maps applied to modules, optimizers and checkpoints. May import `linalg` and `graph`."""

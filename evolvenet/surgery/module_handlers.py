@@ -1,0 +1,219 @@
+"""What a module type must have updated when a width changes: one registration per type, no ladder.
+
+`attributes` says which Python numbers a module keeps about its shapes (`in_features`, `groups`, …) and what they become;
+`newborn_value` what a newborn entry of a tensor starts from; `refresh` what else must be renewed once the tensors have
+changed. A type that is not registered keeps no such numbers as far as we know: the proof of every width, by running
+the resized model, shows whether that is true, and freezes the width if it is not.
+
+To teach EvolveNet a module of your own::
+
+    @evolvenet.surgery.module_handlers.attributes.register
+    def _(module: MyLayer, shapes):
+        return {"hidden": shapes["weight"][0]}
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import singledispatch
+from typing import Any
+
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.utils.parametrizations import _WeightNorm
+from torch.nn.utils.parametrize import ParametrizationList
+
+from evolvenet.errors import ResizeError
+
+Shapes = Mapping[str, tuple[int, ...]]
+"""New shape of each of a module's own tensors, by local name ("weight", "bias", …)."""
+
+
+@singledispatch
+def attributes(module: nn.Module, shapes: Shapes) -> dict[str, Any]:
+    """The Python attributes of `module` once its tensors have these shapes.
+
+    Args:
+        module: the module as it is now, before the change.
+        shapes: the shapes that its own tensors will have.
+
+    Returns:
+        {attribute: new value}; empty for a type that keeps none.
+
+    Raises:
+        ResizeError: if the type cannot have these shapes.
+
+    >>> attributes(nn.Linear(4, 3), {"weight": (2, 4), "bias": (2,)})
+    {'in_features': 4, 'out_features': 2}
+    """
+    return {}
+
+
+@attributes.register
+def _(module: nn.Linear, shapes: Shapes) -> dict[str, Any]:
+    out_features, in_features = shapes["weight"]
+    _agree(module, shapes, {"bias": (out_features,)})
+    return {"in_features": in_features, "out_features": out_features}
+
+
+@attributes.register
+def _(module: nn.Bilinear, shapes: Shapes) -> dict[str, Any]:
+    out_features, in1_features, in2_features = shapes["weight"]
+    _agree(module, shapes, {"bias": (out_features,)})
+    return {"in1_features": in1_features, "in2_features": in2_features, "out_features": out_features}
+
+
+@attributes.register
+def _(module: _ConvNd, shapes: Shapes) -> dict[str, Any]:
+    rows, columns = shapes["weight"][:2]
+    groups = _groups(module, module.groups, module.out_channels, rows)
+    each = columns if groups == 1 else module.in_channels // module.groups
+    _agree(module, shapes, {"weight": (rows, each, *module.kernel_size), "bias": (rows,)})
+    return {"in_channels": columns * groups, "out_channels": rows, "groups": groups}
+
+
+@attributes.register
+def _(module: _ConvTransposeNd, shapes: Shapes) -> dict[str, Any]:
+    rows, columns = shapes["weight"][:2]
+    groups = _groups(module, module.groups, module.in_channels, rows)
+    each = columns if groups == 1 else module.out_channels // module.groups
+    _agree(module, shapes, {"weight": (rows, each, *module.kernel_size), "bias": (columns * groups,)})
+    return {"in_channels": rows, "out_channels": columns * groups, "groups": groups}
+
+
+@attributes.register
+def _(module: _NormBase, shapes: Shapes) -> dict[str, Any]:
+    known = [shape for shape in shapes.values() if shape] or [(module.num_features,)]
+    _agree(module, shapes, dict.fromkeys(("weight", "bias", "running_mean", "running_var"), known[0]))
+    return {"num_features": known[0][0]}
+
+
+@attributes.register
+def _(module: nn.GroupNorm, shapes: Shapes) -> dict[str, Any]:
+    channels = shapes["weight"][0] if "weight" in shapes else module.num_channels
+    _agree(module, shapes, {"bias": (channels,)})
+    groups = _groups(module, module.num_groups, module.num_channels, channels)
+    return {"num_channels": channels, "num_groups": groups}
+
+
+@attributes.register(nn.LayerNorm)
+@attributes.register(nn.RMSNorm)
+def _(module: nn.LayerNorm | nn.RMSNorm, shapes: Shapes) -> dict[str, Any]:
+    if "weight" not in shapes:
+        return {}
+    _agree(module, shapes, {"bias": shapes["weight"]})
+    return {"normalized_shape": tuple(shapes["weight"])}
+
+
+@attributes.register
+def _(module: nn.Embedding, shapes: Shapes) -> dict[str, Any]:
+    count, width = shapes["weight"]
+    return {"num_embeddings": count, "embedding_dim": width}
+
+
+@attributes.register
+def _(module: nn.PReLU, shapes: Shapes) -> dict[str, Any]:
+    return {"num_parameters": shapes["weight"][0]}
+
+
+@attributes.register
+def _(module: nn.RNNBase, shapes: Shapes) -> dict[str, Any]:
+    hidden = shapes["weight_hr_l0" if module.proj_size else "weight_hh_l0"][1]
+    projected = shapes["weight_hr_l0"][0] if module.proj_size else 0
+    if projected >= hidden:
+        # Equal sizes look to torch like no projection at all.
+        raise ResizeError(
+            f"{type(module).__name__} projects {hidden} hidden units onto {projected}: expected more hidden units than "
+            "projected ones. Resize the other of the two first."
+        )
+    size = shapes["weight_ih_l0"][1]
+    rows, state = GATES[module.mode] * hidden, projected or hidden
+    for layer in range(module.num_layers):
+        reads = state * (1 + module.bidirectional) if layer else size
+        for end in (f"_l{layer}", f"_l{layer}_reverse"):
+            expected = {"weight_ih": (rows, reads), "weight_hh": (rows, state), "weight_hr": (projected, hidden)}
+            expected |= {"bias_ih": (rows,), "bias_hh": (rows,)}
+            _agree(module, shapes, {name + end: shape for name, shape in expected.items()})
+    return {"input_size": size, "hidden_size": hidden, "proj_size": projected}
+
+
+@attributes.register
+def _(module: nn.RNNCellBase, shapes: Shapes) -> dict[str, Any]:
+    hidden, size = shapes["weight_hh"][1], shapes["weight_ih"][1]
+    gates = module.get_parameter("weight_hh").shape[0] // module.hidden_size
+    rows = gates * hidden
+    expected = {"weight_hh": (rows, hidden), "weight_ih": (rows, size), "bias_hh": (rows,), "bias_ih": (rows,)}
+    _agree(module, shapes, expected)
+    return {"input_size": size, "hidden_size": hidden}
+
+
+@attributes.register
+def _(module: nn.MultiheadAttention, shapes: Shapes) -> dict[str, Any]:
+    if "in_proj_weight" in shapes:
+        width = shapes["in_proj_weight"][1]
+        _agree(module, shapes, {"in_proj_weight": (3 * width, width), "in_proj_bias": (3 * width,)})
+        return {"embed_dim": width, "kdim": width, "vdim": width}
+    width = shapes["q_proj_weight"][0]
+    return {"embed_dim": width, "kdim": shapes["k_proj_weight"][1], "vdim": shapes["v_proj_weight"][1]}
+
+
+GATES = {"LSTM": 4, "GRU": 3, "RNN_TANH": 1, "RNN_RELU": 1}
+"""Rows of a recurrent weight for each hidden unit, by `module.mode`."""
+
+
+def _agree(module: nn.Module, shapes: Shapes, expected: Shapes) -> None:
+    """Refuse tensors that no module of this type has beside each other."""
+    for name, shape in expected.items():
+        if name in shapes and tuple(shapes[name]) != tuple(shape):
+            raise ResizeError(
+                f"{type(module).__name__}: expected {name} of shape {tuple(shape)} beside its other tensors, got "
+                f"{tuple(shapes[name])}. Only widths can change, and all that carries one must change with it."
+            )
+
+
+def _groups(module: nn.Module, groups: int, channels: int, new_channels: int) -> int:
+    """Whole groups come and go, so the channels of one group stay as many as they are."""
+    if groups == 1:
+        return 1
+    each = channels // groups
+    if new_channels % each or new_channels // each < 2:
+        raise ResizeError(
+            f"{type(module).__name__} with {groups} groups of {each} channels: expected a new size of at least two whole "
+            f"groups, got {new_channels} channels. Take a multiple of {each}, {2 * each} or more."
+        )
+    return new_channels // each
+
+
+@singledispatch
+def newborn_value(module: nn.Module, name: str, dim: int) -> float:
+    """What newborn places along axis `dim` of the module's tensor `name` start from: 0, so that nothing changes yet."""
+    return 0.0
+
+
+@newborn_value.register(_NormBase)
+@newborn_value.register(nn.GroupNorm)
+@newborn_value.register(nn.LayerNorm)
+@newborn_value.register(nn.RMSNorm)
+def _(module: nn.Module, name: str, dim: int) -> float:
+    return 1.0 if name in ("weight", "running_var") else 0.0
+
+
+@newborn_value.register
+def _(module: ParametrizationList, name: str, dim: int) -> float:
+    # A direction of length 0 has no direction: 0/0. Its own length, original0, is 0, so nothing changes yet.
+    normed = module[0] if len(module) else None
+    return 1.0 if isinstance(normed, _WeightNorm) and name == "original1" and dim == normed.dim else 0.0
+
+
+@singledispatch
+def refresh(module: nn.Module) -> None:
+    """Renew what a module derives from its tensors; nothing for most types."""
+
+
+@refresh.register
+def _(module: nn.RNNBase) -> None:
+    # _flat_weights is a plain list: a parameter that was exchanged would leave stale numbers in it, silently.
+    module._flat_weights = [getattr(module, name, None) for name in module._flat_weights_names]
+    if all(weight is None or weight.device.type != "meta" for weight in module._flat_weights):
+        module.flatten_parameters()

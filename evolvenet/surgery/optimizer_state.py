@@ -1,0 +1,380 @@
+"""Optimizer state through index maps: a kept unit keeps its momenta, a newborn starts as one that was always there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import singledispatch
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.optim import LBFGS, Adam, AdamW, Optimizer
+
+from evolvenet.errors import OptimizerStateError
+from evolvenet.graph.index_map import NEWBORN, IndexMap
+
+
+class Change(Protocol):
+    """What is about to happen to one parameter; `surgery.TensorChange` is one."""
+
+    @property
+    def tensor(self) -> Tensor:
+        """The live parameter, still of its old shape."""
+        ...
+
+    @property
+    def name(self) -> str:
+        """Its name in the model, for errors."""
+        ...
+
+    @property
+    def axes(self) -> Mapping[int, IndexMap]:
+        """The map of each axis that changes."""
+        ...
+
+    @property
+    def value(self) -> Tensor:
+        """Its new value, of the new shape."""
+        ...
+
+
+Carry = Callable[[Tensor, Mapping[int, IndexMap], Change, Mapping[str, Any]], Tensor]
+"""(old entry, maps of the axes it has, change, parameter group) → new entry."""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How one key of an optimizer's state follows its parameter.
+
+    Args:
+        carry: makes the new entry from the old one.
+        reduced: the axis, counted from the end, along which the entry holds one value for all (Adafactor's factors).
+        exact: whether the entry must have the parameter's shape (but for `reduced`); otherwise any axis may be reduced.
+    """
+
+    carry: Carry
+    reduced: int | None = None
+    exact: bool = True
+
+    def axes(self, entry: Tensor, shape: Sequence[int]) -> tuple[int, ...] | None:
+        """The axes that the entry shares with a parameter of this shape, or None if it does not fit it."""
+        if self.reduced is not None:
+            shape = [1 if dim == len(shape) + self.reduced else size for dim, size in enumerate(shape)]
+        pairs = list(enumerate(zip(entry.shape, shape, strict=False)))
+        misfits = [dim for dim, (have, want) in pairs if have != want and (self.exact or have != 1)]
+        if entry.dim() != len(shape) or misfits:
+            return None
+        skipped = None if self.reduced is None else len(shape) + self.reduced
+        return tuple(dim for dim, (have, want) in pairs if have == want and dim != skipped)
+
+
+def _stays(entry: Tensor, axes: Mapping[int, IndexMap], change: Change, group: Mapping[str, Any]) -> Tensor:
+    """Not an entry for each weight: a step count, a schedule."""
+    return entry
+
+
+def _zeros(entry: Tensor, axes: Mapping[int, IndexMap], change: Change, group: Mapping[str, Any]) -> Tensor:
+    """Newborns have no history: momenta start at 0."""
+    for dim, index_map in axes.items():
+        entry = index_map.apply(entry, dim)
+    return entry
+
+
+def _means(entry: Tensor, axes: Mapping[int, IndexMap], change: Change, group: Mapping[str, Any]) -> Tensor:
+    """Newborns start at the mean of the survivors: 0 under an old step count would make first updates far too large."""
+    for dim, index_map in axes.items():
+        moved = index_map.apply(entry, dim)
+        if index_map.newborns:
+            survivors = [index for index in index_map.indices if index != NEWBORN] or list(range(index_map.size))
+            kept = entry.index_select(dim, torch.tensor(survivors, device=entry.device))
+            mean = kept.mean(dim, keepdim=True)
+            born = torch.tensor(index_map.newborns, device=entry.device)
+            moved.index_copy_(dim, born, mean.repeat_interleave(len(born), dim))
+        entry = moved
+    return entry
+
+
+def _rates(entry: Tensor, axes: Mapping[int, IndexMap], change: Change, group: Mapping[str, Any]) -> Tensor:
+    """Newborns start at the learning rate, as Rprop's step sizes do."""
+    for dim, index_map in axes.items():
+        entry = index_map.apply(entry, dim, newborn=float(group["lr"]))
+    return entry
+
+
+def _values(entry: Tensor, axes: Mapping[int, IndexMap], change: Change, group: Mapping[str, Any]) -> Tensor:
+    """ASGD's average of weights: newborns start at their own new value, the others move as far as their weight does."""
+    value = change.value.detach().to(entry.device, entry.dtype)
+    moved = _zeros(entry, axes, change, group) + (value - _mapped(change).to(entry.device, entry.dtype))
+    return _with_newborns(moved, axes, value)
+
+
+def _mapped(change: Change) -> Tensor:
+    """The parameter's value as the maps alone would make it, newborns 0."""
+    return _zeros(change.tensor.detach(), change.axes, change, {})
+
+
+def _with_newborns(entry: Tensor, axes: Mapping[int, IndexMap], source: Tensor) -> Tensor:
+    """The entry, changed in place, with the newborns of `source`."""
+    for dim, index_map in axes.items():
+        born = torch.tensor(index_map.newborns, dtype=torch.int64, device=entry.device)
+        entry.index_copy_(dim, born, source.index_select(dim, born))
+    return entry
+
+
+def _by_sign(entry: Tensor, axes: Mapping[int, IndexMap], change: Change, group: Mapping[str, Any]) -> Tensor:
+    """A key that no rule names: what is never negative is a second moment, the rest a momentum."""
+    magnitudes = entry.is_floating_point() and not bool((entry < 0).any())
+    return (_means if magnitudes else _zeros)(entry, axes, change, group)
+
+
+RULES: dict[str, Rule] = {
+    **dict.fromkeys(("exp_avg", "momentum_buffer", "grad_avg", "prev"), Rule(_zeros)),
+    **dict.fromkeys(("exp_avg_sq", "max_exp_avg_sq", "exp_inf"), Rule(_means)),
+    **dict.fromkeys(("square_avg", "acc_delta", "sum", "variance"), Rule(_means)),
+    "row_var": Rule(_means, reduced=-1),
+    "col_var": Rule(_means, reduced=-2),
+    "step_size": Rule(_rates),
+    "ax": Rule(_values),
+}
+"""The rule of each key of `optimizer.state[parameter]`, torch's own; another optimizer's keys may be added."""
+
+_SCALARS = frozenset({"step", "eta", "mu", "mu_product"})
+_SCALAR = Rule(_stays)
+_UNKNOWN = Rule(_by_sign, exact=False)
+
+
+@dataclass(frozen=True, eq=False)
+class StatePlan:
+    """New optimizer state, computed but not yet in place.
+
+    Args:
+        optimizer: whose state it is.
+        states: the new `optimizer.state[parameter]` of each parameter whose state changes.
+        attributes: the optimizer's own attributes that change.
+    """
+
+    optimizer: Optimizer
+    states: Mapping[Tensor, dict[str, Any]]
+    attributes: Mapping[str, Any] = field(default_factory=dict)
+
+
+@singledispatch
+def compile_state(optimizer: Optimizer, changes: Sequence[Change]) -> StatePlan:
+    """The optimizer's state as it must be after the parameters have changed. Nothing is touched.
+
+    Survivors keep their entries exactly, a split unit's are copied. Newborns: momenta 0, second moments the mean of the
+    survivors along the newborn axis, Rprop's step sizes the learning rate, ASGD's averages the new values; step
+    counts stay. Keys that `RULES` does not name are treated as second moments if no entry is negative, else as momenta.
+    An optimizer that stores its state in another way gets its own function by `compile_state.register(TheClass)`.
+
+    A reader that a compensation has rewritten keeps the slice as well, not the weights' linear map of it: of
+    W' = W_kept + W_removed·M, where x_removed = M·x_kept, the gradient is δ·x_keptᵀ, which is the slice of the old one.
+    What makes the units then learns for the removed ones too, g_kept + Mᵀ·g_removed: its gradients grow, layer by
+    layer towards the input, and a sliced second moment is too small for them. So after a compensated cut, and after
+    nothing else, Adam and AdamW keep their estimates but count fewer steps behind them, as many as the first moment
+    remembers (10 at β₁ = 0.9): new gradients soon outweigh the old scale. What that is worth: experiments/compare/state.md.
+
+    Args:
+        optimizer: any `torch.optim.Optimizer`; parameters without state yet, or not its own, are passed over.
+        changes: what will happen to each tensor, while it still has its old shape.
+
+    Returns:
+        A plan for `apply_state`, to be applied before the optimizer steps again.
+
+    Raises:
+        OptimizerStateError: if a state tensor fits neither its parameter nor a single number.
+
+    >>> from types import SimpleNamespace
+    >>> weight = torch.nn.Parameter(torch.ones(2, 1))
+    >>> optimizer = torch.optim.SGD([weight], lr=0.1, momentum=0.9)
+    >>> weight.sum().backward()
+    >>> optimizer.step()
+    >>> grow = {0: IndexMap.of([1, -1, 0], size=2)}
+    >>> plan = compile_state(optimizer, [SimpleNamespace(tensor=weight, name="w", axes=grow, value=torch.ones(3, 1))])
+    >>> plan.states[weight]["momentum_buffer"].flatten()
+    tensor([1., 0., 1.])
+    """
+    return _compiled(optimizer, changes)
+
+
+def _compiled(optimizer: Optimizer, changes: Sequence[Change]) -> StatePlan:
+    changed = {change.tensor: change for change in changes}
+    states = {
+        parameter: {key: _carried(optimizer, key, entry, changed[parameter], group) for key, entry in state.items()}
+        for group, parameter, state in _states(optimizer)
+        if parameter in changed
+    }
+    return StatePlan(optimizer, states)
+
+
+@compile_state.register(Adam)
+@compile_state.register(AdamW)
+def _(optimizer: Adam, changes: Sequence[Change]) -> StatePlan:
+    plan = _compiled(optimizer, changes)
+    if not plan.states or not _compensated(changes):
+        return plan
+    groups = {parameter: group for group in optimizer.param_groups for parameter in group["params"]}
+    return replace(
+        plan, states={parameter: _forgetful(state, groups[parameter]) for parameter, state in plan.states.items()}
+    )
+
+
+def _compensated(changes: Sequence[Change]) -> bool:
+    """Whether units went and what is left was rewritten to make up for them."""
+    cut = any(index_map.removed for change in changes for index_map in change.axes.values())
+    return cut and not all(
+        torch.equal(_with_newborns(_mapped(change).clone(), change.axes, change.value.detach()), change.value)
+        for change in changes
+    )
+
+
+def _forgetful(state: dict[str, Any], group: Mapping[str, Any]) -> dict[str, Any]:
+    """Adam's state with the same estimates of both moments, as if fewer steps had made them."""
+    if not isinstance(state.get("step"), Tensor):
+        return state
+    first, second = (float(beta) for beta in group["betas"])
+    now, memory = float(state["step"]), max(1, round(1 / (1 - first)))
+    if now <= memory:
+        return state
+    # Adam divides the sums by these, so the estimates stay.
+    shares = {key: (1 - beta**memory) / (1 - beta**now) for key, beta in (("exp_avg", first), ("exp_avg_sq", second))}
+    shares["max_exp_avg_sq"] = shares["exp_avg_sq"]
+    made = {key: entry * shares[key] if key in shares else entry for key, entry in state.items()}
+    return {**made, "step": torch.full_like(state["step"], memory)}
+
+
+@compile_state.register
+def _(optimizer: LBFGS, changes: Sequence[Change]) -> StatePlan:
+    """LBFGS lays all parameters in one flat vector: its curvature history starts anew, its count of evaluations stays."""
+    own = {parameter for group in optimizer.param_groups for parameter in group["params"]}
+    if not any(change.tensor in own for change in changes):
+        return StatePlan(optimizer, {})
+    # The first iteration, n_iter 0, is the one that needs no history.
+    states = {
+        parameter: {"func_evals": state.get("func_evals", 0), "n_iter": 0} for _, parameter, state in _states(optimizer)
+    }
+    return StatePlan(optimizer, states, {"_numel_cache": None})
+
+
+def apply_state(plan: StatePlan) -> StatePlan:
+    """Put a plan in place.
+
+    Args:
+        plan: from `compile_state`.
+
+    Returns:
+        The plan that undoes it: `apply_state` of it gives the optimizer its former state back.
+    """
+    optimizer = plan.optimizer
+    undo = StatePlan(
+        optimizer,
+        {parameter: optimizer.state[parameter] for parameter in plan.states},
+        {name: getattr(optimizer, name) for name in plan.attributes},
+    )
+    try:
+        _assign(plan)
+    except BaseException:
+        _assign(undo)
+        raise
+    return undo
+
+
+@singledispatch
+def validate_state(optimizer: Optimizer) -> None:
+    """Check that every state tensor fits its parameter: fused optimizers do not, and write past the end.
+
+    Raises:
+        OptimizerStateError: naming the first entry that does not fit.
+
+    >>> weight = torch.nn.Parameter(torch.ones(2, 2))
+    >>> optimizer = torch.optim.Adagrad([weight])
+    >>> validate_state(optimizer)
+    >>> weight.data = torch.ones(3, 2)
+    >>> validate_state(optimizer)  # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+    ...
+    evolvenet.errors.OptimizerStateError: Adagrad: expected 'sum' to fit parameter 0 of group 0, shape (3, 2), got (2, 2)...
+    """
+    for index, group in enumerate(optimizer.param_groups):
+        for place, parameter in enumerate(group["params"]):
+            for key, entry in optimizer.state.get(parameter, {}).items():
+                _fitting(optimizer, key, entry, parameter.shape, f"parameter {place} of group {index}")
+
+
+@validate_state.register
+def _(optimizer: LBFGS) -> None:
+    total = sum(parameter.numel() for group in optimizer.param_groups for parameter in group["params"])
+    for _, _, state in _states(optimizer):
+        flat = [state.get("d"), state.get("prev_flat_grad"), *state.get("old_dirs", ()), *state.get("old_stps", ())]
+        lengths = {len(vector) for vector in flat if vector is not None} - {total}
+        if lengths:
+            raise OptimizerStateError(
+                f"LBFGS: expected flat vectors of {total} entries, got {sorted(lengths)}. Carry the state with compile_state."
+            )
+
+
+def _states(optimizer: Optimizer) -> Iterator[tuple[dict[str, Any], Tensor, dict[str, Any]]]:
+    """(group, parameter, its state) of each parameter that has state; a look-up in `state` would create it."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if parameter in optimizer.state:
+                yield group, parameter, optimizer.state[parameter]
+
+
+def _assign(plan: StatePlan) -> None:
+    for parameter, state in plan.states.items():
+        plan.optimizer.state[parameter] = state
+    for name, value in plan.attributes.items():
+        setattr(plan.optimizer, name, value)
+
+
+def _rule(key: str, entry: Tensor, shape: Sequence[int]) -> Rule:
+    """The rule of an entry; a single number beside a parameter of another shape needs none."""
+    lone = entry.dim() == 0 or (entry.numel() == 1 and key not in RULES and tuple(entry.shape) != tuple(shape))
+    if key in _SCALARS or lone:
+        return _SCALAR
+    return RULES.get(key, _UNKNOWN)
+
+
+def _fitting(optimizer: Optimizer, key: str, entry: Any, shape: Sequence[int], name: str) -> tuple[int, ...]:
+    """The axes that a state entry shares with its parameter; none for numbers.
+
+    Raises:
+        OptimizerStateError: if it holds tensors that do not fit.
+    """
+    if not isinstance(entry, Tensor):
+        if _holds_tensors(entry):
+            raise OptimizerStateError(
+                f"{type(optimizer).__name__}: expected {key!r} of {name} to be a tensor or a number, got a "
+                f"{type(entry).__name__} of tensors. Register how to carry it with optim.compile_state.register."
+            )
+        return ()
+    rule = _rule(key, entry, shape)
+    axes = () if rule is _SCALAR else rule.axes(entry, shape)
+    if axes is None:
+        raise OptimizerStateError(
+            f"{type(optimizer).__name__}: expected {key!r} to fit {name}, shape {tuple(shape)}, got {tuple(entry.shape)}. "
+            "If the optimizer keeps it in this shape on purpose, register how to carry it with optim.compile_state.register."
+        )
+    return axes
+
+
+def _holds_tensors(entry: Any) -> bool:
+    parts = entry.values() if isinstance(entry, Mapping) else entry if isinstance(entry, (list, tuple)) else ()
+    return any(isinstance(part, Tensor) or _holds_tensors(part) for part in parts)
+
+
+@torch.no_grad()
+def _carried(optimizer: Optimizer, key: str, entry: Any, change: Change, group: Mapping[str, Any]) -> Any:
+    """One entry of a parameter's state after the change; the very same object where nothing changes."""
+    shared = _fitting(optimizer, key, entry, change.tensor.shape, change.name)
+    axes = {dim: index_map for dim, index_map in change.axes.items() if dim % change.tensor.dim() in shared}
+    if not axes:
+        return entry
+    moved = _rule(key, entry, change.tensor.shape).carry(entry, axes, change, group)
+    _fitting(optimizer, key, moved, change.value.shape, f"the new {change.name}")
+    if moved.shape == change.value.shape and moved.stride() != change.value.stride():
+        # Fused kernels walk parameter and state by memory order, whatever the strides say.
+        moved = torch.empty_like(change.value, dtype=moved.dtype, device=moved.device).copy_(moved)
+    return moved

@@ -1,0 +1,275 @@
+"""Width changes on a model: compiled into frozen data by a pure function, then installed by one that mutates."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
+
+from evolvenet.errors import ResizeError, SpectrumError
+from evolvenet.graph.index_map import NEWBORN, IndexMap, laid_out_as
+from evolvenet.graph.naming import named_tensors
+from evolvenet.graph.width_graph import WidthGraph
+from evolvenet.surgery.module_handlers import Shapes, attributes, newborn_value, refresh
+
+
+@dataclass(frozen=True)
+class TensorChange:
+    """One tensor's new value.
+
+    Args:
+        tensor: the live parameter or buffer, whose identity is kept.
+        name: its name in the model.
+        axes: for each axis that changes, its map.
+        value: the new value, of the new shape; kept in the memory format of the tensor.
+    """
+
+    tensor: Tensor
+    name: str
+    axes: Mapping[int, IndexMap]
+    value: Tensor
+
+    def __post_init__(self) -> None:
+        # Sums and fits of what has one channel or one place come out with strides of their own.
+        object.__setattr__(self, "value", laid_out_as(self.tensor, self.value))
+
+
+@dataclass(frozen=True)
+class AttributeChange:
+    """One Python attribute's new value (`in_features`, `groups`, …)."""
+
+    module: nn.Module
+    name: str
+    value: Any
+
+
+@dataclass(frozen=True)
+class Surgery:
+    """Everything that a width change does to a model, and the graph after it."""
+
+    changes: tuple[TensorChange, ...]
+    attributes: tuple[AttributeChange, ...]
+    maps: Mapping[str, IndexMap]
+    graph: WidthGraph
+
+
+def compile_surgery(model: nn.Module, graph: WidthGraph, maps: Mapping[str, IndexMap]) -> Surgery:
+    """Work out all new tensors and attributes; nothing is changed.
+
+    Args:
+        model: the traced model.
+        graph: its widths as they are now.
+        maps: {width: map}. Newborn entries are 0 (1 for norm weights and running variances), so that a
+            newborn neither does nor learns anything yet; `grow` gives them a start.
+
+    Raises:
+        ResizeError: if a width is unknown, frozen or cannot take the map, or the graph is not this model's.
+    """
+    tensors, _, _ = named_tensors(model)
+    axis_maps = graph.axis_maps(maps)
+    changes = []
+    for name, axes in axis_maps.items():
+        tensor = tensors.get(name)
+        if not isinstance(tensor, Tensor) or tuple(tensor.shape) != graph.shapes[name]:
+            got = "nothing of that name" if tensor is None else f"the shape {tuple(tensor.shape)}"
+            raise ResizeError(
+                f"Expected {name!r} of shape {graph.shapes[name]} in the model, got {got}. The graph is of another model "
+                "or an older state of this one: trace it again, and keep the graph that each resize returns."
+            )
+        owner = model.get_submodule(name.rpartition(".")[0])
+        value = tensor.detach()
+        for dim, index_map in axes.items():
+            value = index_map.apply(value, dim, newborn_value(owner, name.rpartition(".")[2], dim))
+        changes.append(TensorChange(tensor, name, axes, value))
+    after = graph.resized(maps)
+    numbers = _attribute_changes(model, graph, after, set(axis_maps))
+    return Surgery(tuple(changes), numbers, dict(maps), after)
+
+
+def stale_attributes(model: nn.Module, graph: WidthGraph) -> tuple[AttributeChange, ...]:
+    """What the modules of a model say about their shapes that is not so, each with the value that it should have."""
+    return _attribute_changes(model, graph, graph, set(graph.shapes))
+
+
+def _attribute_changes(
+    model: nn.Module, before: WidthGraph, after: WidthGraph, touched: set[str]
+) -> tuple[AttributeChange, ...]:
+    """What a module's type knows of its numbers goes before the proportion in which they seem to follow a width."""
+    changes = {(id(change.module), change.name): change for change in _patches(model, before, after)}
+    for path, module in model.named_modules():
+        local = _local_shapes(path, module, after)
+        if any(full in touched for full in local.values()):
+            shapes = {name: after.shapes[full] for name, full in local.items()}
+            for name, value in _numbers(path, module, shapes).items():
+                changes[id(module), name] = AttributeChange(module, name, value)
+    return tuple(change for change in changes.values() if getattr(change.module, change.name) != change.value)
+
+
+def _local_shapes(path: str, module: nn.Module, graph: WidthGraph) -> dict[str, str]:
+    """Name in the module of each of its tensors → name in the graph of the tensor that has its shape."""
+    prefix = f"{path}." if path else ""
+    own = {
+        name: prefix + name
+        for table in (module._parameters, module._buffers)
+        for name in table
+        if table[name] is not None
+    }
+    made = cast(nn.ModuleDict, module.parametrizations).items() if is_parametrized(module) else ()
+    own |= {name: f"{prefix}parametrizations.{name}.{_original(made_by)}" for name, made_by in made}
+    found = {name: graph.aliases.get(full, full) for name, full in own.items()}
+    return {name: full for name, full in found.items() if full in graph.shapes}
+
+
+def _original(made_by: nn.Module) -> str:
+    """The tensor that a parametrized one takes its shape from: of a length and directions, the directions."""
+    sources = [*made_by.named_parameters(recurse=False), *made_by.named_buffers(recurse=False)]
+    return max(sources, key=lambda source: source[1].numel())[0]
+
+
+def _numbers(path: str, module: nn.Module, shapes: Shapes) -> dict[str, Any]:
+    try:
+        return attributes(module, shapes)
+    except KeyError as missing:
+        raise ResizeError(
+            f"Expected the {type(module).__name__} {path!r} to hold {missing}, but it makes it from other tensors, so "
+            "what it keeps about its shape cannot be known. Register evolvenet.surgery.module_handlers.attributes for it."
+        ) from missing
+
+
+def _patches(model: nn.Module, before: WidthGraph, after: WidthGraph) -> Iterator[AttributeChange]:
+    """Numbers of the model's own code that follow a width in proportion, see `remedies`."""
+    for name, width in before.widths.items():
+        new = after.widths[name].size
+        for path, attribute in width.patches if new != width.size else ():
+            module = model.get_submodule(path)
+            value = getattr(module, attribute)
+            yield AttributeChange(module, attribute, _scaled(value, new, width.size))
+
+
+def _scaled(value: Any, new: int, old: int) -> Any:
+    """`8` or `(8, 1, 1)` in proportion."""
+    if isinstance(value, tuple):
+        return tuple(entry if entry == 1 else entry * new // old for entry in value)
+    return value * new // old
+
+
+def with_values(model: nn.Module, surgery: Surgery, values: Mapping[str, Tensor]) -> Surgery:
+    """The surgery with other values.
+
+    Args:
+        model: the surgery's model.
+        surgery: what is going to be done to it.
+        values: {tensor name: new value} of every tensor that changes; one that the surgery leaves alone keeps its shape.
+    """
+    tensors, _, _ = named_tensors(model)
+    axes = {change.name: change.axes for change in surgery.changes}
+    changes = (
+        TensorChange(tensors[name], name, axes.get(name, {}), value.to(tensors[name].device))
+        for name, value in values.items()
+    )
+    return replace(surgery, changes=tuple(changes))
+
+
+def check_finite(surgery: Surgery) -> Surgery:
+    """The surgery, after refusing tensors with NaN or infinite entries: what is made from them would spread.
+
+    Raises:
+        SpectrumError: naming the first of them.
+    """
+    for change in surgery.changes:
+        if not bool(change.tensor.isfinite().all()):
+            raise SpectrumError(
+                f"{change.name}: expected finite entries, got NaN or infinite ones. Training has diverged: lower the "
+                "learning rate, clip gradients, or load an earlier checkpoint. resize alone moves them as they are."
+            )
+    return surgery
+
+
+def install(model: nn.Module, surgery: Surgery) -> Callable[[], None]:
+    """Put the compiled values into the model, all or nothing.
+
+    Every parameter stays the object that it was, so optimizer groups, schedulers, hooks and tied weights stay right.
+
+    Returns:
+        A function that puts everything back.
+    """
+    before = [(c.tensor, c.tensor.data, c.tensor.grad) for c in surgery.changes]
+    attributes_before = [(c.module, c.name, getattr(c.module, c.name)) for c in surgery.attributes]
+    modules = list(model.modules())
+
+    def undo() -> None:
+        for tensor, data, grad in before:
+            exchange(tensor, data, grad)
+        for module, name, value in attributes_before:
+            setattr(module, name, value)
+        for module in modules:
+            refresh(module)
+
+    try:
+        gradients = [_gradient(change) for change in surgery.changes]
+        for change, grad in zip(surgery.changes, gradients, strict=True):
+            exchange(change.tensor, change.value, grad)
+        for change in surgery.attributes:
+            setattr(change.module, change.name, change.value)
+        for module in modules:
+            refresh(module)
+    except BaseException:
+        undo()
+        raise
+    torch.clear_autocast_cache()
+    return undo
+
+
+def _gradient(change: TensorChange) -> Tensor | None:
+    grad = change.tensor.grad
+    if grad is None:
+        return None
+    for dim, index_map in change.axes.items():
+        grad = _sparse(grad, index_map, dim) if grad.is_sparse else index_map.apply(grad, dim)
+    return grad
+
+
+def _sparse(grad: Tensor, index_map: IndexMap, dim: int) -> Tensor:
+    """An embedding's sparse gradient after a change of one axis; it stays sparse, which SparseAdam insists on."""
+    # No sparse tensor can be filled in place: newborns are taken from one more unit, of which nothing is stored.
+    shape = [1 if axis == dim % grad.dim() else size for axis, size in enumerate(grad.shape)]
+    nothing = torch.sparse_coo_tensor(
+        grad._indices().new_empty(grad.sparse_dim(), 0),
+        grad._values().new_empty(0, *shape[grad.sparse_dim() :]),
+        shape,
+        check_invariants=False,
+    )
+    index = index_map.tensor(grad.device)
+    return torch.cat([grad, nothing], dim).index_select(dim, index.where(index != NEWBORN, index_map.size))
+
+
+def exchange(tensor: Tensor, value: Tensor, grad: Tensor | None) -> None:
+    """Give a parameter new data of another shape under its old identity.
+
+    Passing through another dtype drops the gradient accumulator that an old graph may keep alive; without it the next
+    backward fails with "invalid gradient".
+    """
+    with torch.inference_mode(False), torch.no_grad():
+        tensor.grad = None
+        other = torch.float64 if tensor.dtype != torch.float64 else torch.float32
+        tensor.data = torch.empty(0, dtype=other, device=tensor.device)
+        tensor.data = _ordinary(value)
+        tensor.grad = None if grad is None else _ordinary(grad)
+
+
+def _ordinary(tensor: Tensor) -> Tensor:
+    """What was made under inference mode could never be trained: a clone outside of it can."""
+    return tensor.clone() if tensor.is_inference() else tensor
+
+
+def moved(change: TensorChange) -> Tensor:
+    """Boolean tensor of the new shape: which entries come from an old one (the others are newborn)."""
+    kept = torch.ones(change.value.shape, dtype=torch.bool)
+    for dim, index_map in change.axes.items():
+        alive = torch.tensor([index != NEWBORN for index in index_map.indices])
+        kept &= alive.view([-1 if d == dim else 1 for d in range(kept.dim())])
+    return kept

@@ -1,0 +1,250 @@
+"""Label rules of the ops that hold weights: norms, embeddings, matrix products and convolutions.
+
+Importing this module registers them in `rules.RULES`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+from torch import Tensor
+
+from evolvenet.tracing.labels import CONSTANT, KERNEL, Label, align, merge, place, varying
+from evolvenet.tracing.rules import Call, rule
+
+
+@rule("native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training", "cudnn_batch_norm")
+@rule("_batch_norm_with_update", "_native_batch_norm_legit_functional", "miopen_batch_norm", "batch_norm")
+def batch_norm(call: Call) -> None:
+    """Each channel by itself: its affine parameters and statistics are tied to it."""
+    source, outputs = call.args[0], call.outputs
+    affine = [t for t in call.tensors[1:] if t.dim() == 1 and t.shape[0] == source.shape[1]]
+    shaped = [[layer.view(1, -1, *[1] * (source.dim() - 2)) for layer in call.read(t).layers] for t in affine]
+    call.put(outputs[0], _normed(call, source, shaped))
+
+
+def _normed(call: Call, source: Tensor, affine: Sequence[Sequence[Tensor]]) -> tuple[Tensor, ...]:
+    """The layers of what is normalised, joined with those of the norm's own parameters, which data holds fixed."""
+    label = call.read(source)
+    axes = {axis for layer in label.layers for axis in varying(layer)}
+    for layers in affine:
+        for layer in layers:
+            if label.kind != CONSTANT and not axes & set(varying(layer)):
+                call.ledger.freeze(layer, f"{call.place} scales data of a fixed size with it")
+    return merge(call.ledger, [label.layers, *affine])
+
+
+@rule("native_group_norm")
+def group_norm(call: Call) -> None:
+    """Channels of one group are normalised together, so whole groups come and go; one single group mixes its units."""
+    source, groups = call.args[0], call.bound("group")
+    affine = [t for t in (call.bound("weight"), call.bound("bias")) if t is not None]
+    shaped = [[layer.view(1, -1, *[1] * (source.dim() - 2)) for layer in call.read(t).layers] for t in affine]
+    layers = _normed(call, source, shaped)
+    for layer in layers:
+        channels = layer.reshape(layer.shape[0], layer.shape[1], -1)[:, :, 0]
+        if 1 not in varying(layer):
+            continue
+        if groups == 1:
+            call.ledger.mix(layer, f"{call.place} normalises across its units")
+        else:
+            whole_groups(call, channels[0], groups)
+    call.put(call.outputs[0], layers)
+
+
+def whole_groups(call: Call, channels: Tensor, groups: int) -> None:
+    """Tie the channels `[C]` of each of `groups` equal groups together; at least two groups must remain."""
+    blocks = channels.view(groups, -1)
+    call.ledger.union(blocks, blocks[:, :1])
+    call.ledger.whole_groups.append(channels)
+
+
+@rule("native_layer_norm", "_fused_rms_norm")
+def layer_norm(call: Call) -> None:
+    """Elementwise with its affine parameters; the normalised dimensions mix their units."""
+    source = call.args[0]
+    normalised = set(range(source.dim() - len(call.args[1]), source.dim()))
+    affine = [t for t in call.tensors[1:] if t.dim() <= source.dim()]
+    shaped = [[align(layer, source.dim()) for layer in call.read(t).layers] for t in affine]
+    layers = _normed(call, source, shaped)
+    for layer in layers:
+        if normalised & set(varying(layer)):
+            call.ledger.mix(layer, f"{call.place} normalises across its units")
+    call.put(call.outputs[0], layers)
+
+
+@rule("_weight_norm_interface", "_weight_norm")
+def weight_norm(call: Call) -> None:
+    """A direction times a length for each place of one axis: elementwise; the norm over the rest leaves zeros out."""
+    weight = call.args[0]
+    kept = call.bound("dim") % weight.dim()
+    # The direction last: of equal layers the last one stays, and its units are those of the origin.
+    layers = merge(call.ledger, [call.read(tensor).layers for tensor in reversed(call.tensors)])
+    call.put(call.outputs[0], layers, origin=call.read(weight).origin)
+    for norms in call.outputs[1:]:
+        call.put(norms, [layer for layer in layers if set(varying(layer)) <= {kept}])
+
+
+@rule("embedding")
+def embedding(call: Call) -> None:
+    """Rows are picked by the data; columns are units."""
+    weight, indices = call.args[0], call.args[1]
+    label = call.read(weight)
+    out = []
+    for layer in label.layers:
+        if 0 in varying(layer):
+            call.ledger.freeze(layer, f"{call.place} looks its rows up by data")
+        else:
+            call.ledger.role(label.origin, layer, consumed=False)
+            out.append(layer.view((1,) * indices.dim() + (-1,)))
+    call.put(call.out, out)
+
+
+@rule("mm", "addmm", "bmm", "baddbmm", "mv", "dot", "vdot", "addmv", "addbmm")
+def matrix_product(call: Call) -> None:
+    """Units along the contracted dimension are one; the others pass to the output; a bias is elementwise."""
+    operands = call.tensors
+    bias = operands.pop(0) if call.op.startswith("aten::add") or call.op == "aten::baddbmm" else None
+    names = {
+        "aten::bmm": ("bnk", "bkm", "bnm"),
+        "aten::baddbmm": ("bnk", "bkm", "bnm"),
+        "aten::mv": ("nk", "k", "n"),
+        "aten::addmv": ("nk", "k", "n"),
+        "aten::dot": ("k", "k", ""),
+        "aten::vdot": ("k", "k", ""),
+    }.get(call.op, ("nk", "km", "nm"))
+    layers = contract(call, operands[0], names[0], operands[1], names[1], names[2])
+    if bias is not None:
+        layers = merge(call.ledger, [layers, [align(layer, len(names[2])) for layer in call.read(bias).layers]])
+    call.put(call.out, layers, origin=call.read(operands[0]).origin if _of_weights(call, operands) else None)
+
+
+def _of_weights(call: Call, operands: Sequence[Tensor]) -> bool:
+    """Whether a product is a weight made of weights (LoRA), or one times the vectors of a norm of it (spectral norm).
+
+    A table of coordinates that a dense layer reads is a buffer: that is a product with data.
+    """
+    origins = [call.read(operand).origin for operand in operands]
+    vectors = min(operand.dim() for operand in operands) == 1
+    return None not in origins and (vectors or call.ledger.trainable.issuperset(origins))
+
+
+def contract(
+    call: Call, one: Tensor, one_names: str, two: Tensor, two_names: str, out_names: str
+) -> tuple[Tensor, ...]:
+    """Labels through a sum over the names that the output lacks; returns the output's layers."""
+    every = {name: position for position, name in enumerate(dict.fromkeys(one_names + two_names))}
+    summed = {name for name in every if name not in out_names}
+    sides = [(call.read(t), names, t) for t, names in ((one, one_names), (two, two_names))]
+    passed: list[list[Tensor]] = [[], []]
+    of_weights = _of_weights(call, (one, two))
+    for side, (label, names, _) in enumerate(sides):
+        other, other_names, _ = sides[1 - side]
+        for layer in label.layers:
+            over = {names[dim] for dim in varying(layer)}
+            if not of_weights:
+                call.ledger.role(label.origin, layer, consumed=bool(over & summed))
+            elif over & summed and min(len(one_names), len(two_names)) > 1:
+                # W = B A: what A makes is what B reads; which way the ends face, the use of W tells.
+                call.ledger.role(label.origin, layer, consumed=side == 0)
+            if not over & summed:
+                passed[side].append(layer)
+                continue
+            partners = [p for p in other.layers if {other_names[d] for d in varying(p)} & over & summed]
+            _tie(call, place(layer, names, every), [place(p, other_names, every) for p in partners], other)
+            if not (label.origin or other.origin):
+                call.ledger.mix(layer, f"{call.place} multiplies it with another activation")
+    target = {name: position for position, name in enumerate(out_names)}
+    return merge(
+        call.ledger,
+        _finest([list(_onto(layers, names, target)) for layers, (_, names, _) in zip(passed, sides, strict=True)]),
+    )
+
+
+def _finest(sides: Sequence[list[Tensor]]) -> list[list[Tensor]]:
+    """Of a batch dimension's units and finer ones along it (heads, and places in every head), the finer ones.
+
+    A product of two batches pairs batch with batch; it does not make one unit of all that lies in one batch.
+    """
+    one, two = (
+        [layer for layer in layers if not any(set(varying(layer)) < set(varying(finer)) for finer in others)]
+        for layers, others in (sides, sides[::-1])
+    )
+    return [one, two]
+
+
+def _tie(call: Call, layer: Tensor, partners: Sequence[Tensor], other: Label) -> None:
+    for partner in partners:
+        call.ledger.union(layer, partner)
+    if not partners and other.kind != CONSTANT:
+        call.ledger.freeze(layer, f"{call.place} reads data of a fixed size with it")
+
+
+def _onto(layers: Sequence[Tensor], names: str, target: dict[str, int]) -> Iterator[Tensor]:
+    for layer in layers:
+        dims = [dim for dim, name in enumerate(names) if name in target]
+        kept = layer.reshape([layer.shape[dim] for dim in dims])
+        yield place(kept, [names[dim] for dim in dims], target)
+
+
+@rule("convolution", "_convolution", "mkldnn_convolution", "cudnn_convolution")
+def convolution(call: Call) -> None:
+    """A contraction over the input channels; with groups, whole groups of input and output channels are one unit."""
+    source, weight = call.args[0], call.args[1]
+    bias, groups, transposed = call.bound("bias"), call.bound("groups", 1), call.bound("transposed", False)
+    if source.dim() != weight.dim():
+        return call.freeze_all(f"{call.place} runs without a batch dimension")
+    space = "xyz"[: weight.dim() - 2]
+    names = ("co" if transposed else "oc") + space
+    inputs = call.read(source).layers
+    _set_kernel_aside(call, weight)
+    for layer in inputs:
+        if 1 not in varying(layer):
+            call.ledger.freeze(layer, f"{call.place} works along its units")
+    if groups == 1:
+        layers = contract(call, source, "bc" + space.upper(), weight, names, "bo" + space.upper())
+        layers = tuple(layer for layer in layers if 1 in varying(layer))
+    else:
+        layers = grouped(call, inputs, weight, groups, names.index("o"))
+    if bias is not None:
+        shape = (1, -1) + (1,) * len(space)
+        layers = merge(call.ledger, [layers, [layer.view(shape) for layer in call.read(bias).layers]])
+    call.put(call.out, layers)
+    return None
+
+
+def _set_kernel_aside(call: Call, weight: Tensor) -> None:
+    """A kernel's extent counts positions, and with groups its second axis counts within one group: no widths."""
+    label = call.read(weight)
+    units = 2 if call.bound("groups", 1) == 1 else 1
+    kept = tuple(layer for layer in label.layers if min(varying(layer)) < units)
+    for layer in label.layers:
+        if min(varying(layer)) >= units:
+            call.ledger.freeze(layer, KERNEL)
+    call.write(weight, replace(label, layers=kept))
+
+
+def grouped(call: Call, inputs: Sequence[Tensor], weight: Tensor, groups: int, out_dim: int) -> tuple[Tensor, ...]:
+    """Layers after a grouped convolution: group g's inputs, weight rows and outputs are one unit.
+
+    The weight's first axis counts over all groups (outputs; inputs when transposed), its second within one, so the
+    second keeps its size. Depthwise is the case of one input channel a group.
+    """
+    label = call.read(weight)
+    rows = next((layer for layer in label.layers if 0 in varying(layer)), None)
+    if rows is None:
+        return ()
+    channels = rows.reshape(-1)
+    whole_groups(call, channels, groups)
+    firsts = channels.view(groups, -1)[:, :1]
+    carried = [layer for layer in inputs if 1 in varying(layer)]
+    if not carried:
+        call.ledger.freeze(channels, f"{call.place} reads data of a fixed size with it")
+    for layer in carried:
+        per_channel = layer.transpose(0, 1).reshape(layer.shape[1], -1)
+        call.ledger.union(per_channel.view(groups, -1), firsts)
+    if out_dim == 0:
+        return (channels.view(1, -1, *[1] * (weight.dim() - 2)),)
+    spread = firsts.expand(groups, weight.shape[1]).reshape(1, -1, *[1] * (weight.dim() - 2))
+    return (spread,)

@@ -1,0 +1,105 @@
+"""Label rules of the ops that work along an axis: reductions, softmax, pooling, sorting.
+
+Importing this module registers them in `rules.RULES`.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from evolvenet.tracing.labels import varying
+from evolvenet.tracing.rules import Call, elementwise, rule
+
+
+@rule("sum", "mean", "amax", "amin", "prod", "var", "std", "norm", "linalg_vector_norm", "logsumexp", "any", "all")
+@rule("max", "min", "argmax", "argmin", "var_mean", "std_mean", "median", "_logcumsumexp", "count_nonzero")
+def reduction(call: Call) -> None:
+    """Reduced dimensions go; units along them are mixed, or frozen where the op answers with their position.
+
+    Of units on a grid (heads × places, branches × channels) a stand-in for each remaining row or column stays.
+    """
+    source = call.args[0]
+    if len(call.tensors) > 1:
+        return elementwise(call)
+    given = call.bound("dim")
+    dims = range(source.dim()) if given is None or given == [] else ([given] if isinstance(given, int) else given)
+    reduced = {dim % source.dim() for dim in dims} if source.dim() else set()
+    positions = "arg" in call.op or (call.op in ("aten::max", "aten::min", "aten::median") and given is not None)
+    kept = []
+    for layer in call.read(source).layers:
+        over = reduced & set(varying(layer))
+        if over:
+            note = call.ledger.freeze if positions else call.ledger.mix
+            note(layer, f"{call.place} runs over its units")
+        if not over:
+            kept.append(layer)
+        elif over != set(varying(layer)) and not positions and bool((layer >= 0).all()):
+            kept.append(call.ledger.row_units(layer, over))
+    for out in call.outputs:
+        shrunk = out.dim() != source.dim()
+        call.put(
+            out, [_squeeze(layer, reduced) if shrunk else layer for layer in kept], origin=call.read(source).origin
+        )
+    return None
+
+
+def _squeeze(layer: Tensor, dims: set[int]) -> Tensor:
+    return layer.reshape([size for dim, size in enumerate(layer.shape) if dim not in dims])
+
+
+@rule("_softmax", "_log_softmax", "_safe_softmax", "softmax", "log_softmax")
+def softmax(call: Call) -> None:
+    """Elementwise across the other dimensions; units that compete for a share cannot be added without changing it.
+
+    Where units lie on a grid (branches × channels), those that compete with each other come and go together.
+    """
+    source = call.args[0]
+    axis = call.bound("dim") % max(source.dim(), 1)
+    layers = call.read(source).layers
+    for layer in layers:
+        if axis not in varying(layer):
+            continue
+        if len(varying(layer)) > 1:
+            call.ledger.union(layer, layer.narrow(axis, 0, 1))
+        else:
+            call.ledger.freeze(layer, f"{call.place} makes its units compete")
+    call.put(call.out, layers)
+
+
+SPATIAL = {"1d": 1, "2d": 2, "3d": 3}
+
+
+@rule("max_pool2d_with_indices", "max_pool3d_with_indices", "avg_pool1d", "avg_pool2d", "avg_pool3d")
+@rule("_adaptive_avg_pool2d", "_adaptive_avg_pool3d", "adaptive_max_pool2d", "adaptive_max_pool3d")
+@rule("adaptive_avg_pool1d", "max_pool1d", "max_pool2d", "max_pool3d", "reflection_pad1d", "reflection_pad2d")
+@rule("reflection_pad3d", "replication_pad1d", "replication_pad2d", "replication_pad3d", "upsample_linear1d")
+@rule("upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d", "upsample_bilinear2d", "upsample_bicubic2d")
+@rule("upsample_trilinear3d", "_upsample_nearest_exact1d", "_upsample_nearest_exact2d", "_upsample_bilinear2d_aa")
+def spatial(call: Call) -> None:
+    """Works along the last one to three dimensions and leaves the others alone."""
+    source = call.args[0]
+    last = next((count for mark, count in SPATIAL.items() if mark in call.op), 2)
+    call.treat(source)
+    _along(call, set(range(source.dim() - last, source.dim())))
+
+
+@rule("cumsum", "cumprod", "logcumsumexp", "cummax", "cummin", "sort", "topk", "tril", "triu")
+def by_place(call: Call) -> None:
+    """What comes out at a place depends on where it stands along a dimension: units must not lie there."""
+    source = call.args[0]
+    matrix = call.op in ("aten::tril", "aten::triu")
+    dims = (-2, -1) if matrix else (call.bound("dim"),)
+    call.treat(source)
+    _along(call, {dim % max(source.dim(), 1) for dim in dims})
+
+
+def _along(call: Call, worked: set[int]) -> None:
+    source = call.args[0]
+    kept = []
+    for layer in call.read(source).layers:
+        if worked & set(varying(layer)):
+            call.ledger.freeze(layer, f"{call.place} works along its units")
+        else:
+            kept.append(layer)
+    for out in call.outputs:
+        call.put(out, kept)

@@ -1,0 +1,338 @@
+"""How label layers pass through an operation: one table from ATen op to rule, an uncovered op freezes its widths.
+
+Four families cover most of ATen: *movement* (the op itself, run on the labels), *elementwise* (corresponding elements
+are one unit), *contraction* (units along the contracted dimension are one unit) and *reduction*. What is recognised by
+the op's own schema or tags needs no entry; the rest is registered by name with `rule`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._ops import OpOverload
+from torch.utils._pytree import tree_flatten, tree_map_only
+
+from evolvenet.tracing.labels import (
+    CONSTANT,
+    DATA,
+    LABELLED,
+    Label,
+    Ledger,
+    align,
+    compress,
+    merge,
+    reshaped,
+    useful,
+    varying,
+)
+
+
+@dataclass(frozen=True)
+class Call:
+    """One operation as it ran: what a rule may look at."""
+
+    func: OpOverload
+    args: Sequence[Any]
+    kwargs: dict[str, Any]
+    out: Any
+    where: str
+    ledger: Ledger
+    read: Callable[[Tensor], Label]
+    write: Callable[[Tensor, Label], None]
+
+    @property
+    def op(self) -> str:
+        """The op's name without overload, "aten::add"."""
+        return self.func._schema.name
+
+    @property
+    def outputs(self) -> list[Tensor]:
+        """Every tensor that the op returned."""
+        return [leaf for leaf in tree_flatten(self.out)[0] if isinstance(leaf, Tensor)]
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """Every tensor that the op was given, in order."""
+        return [leaf for leaf in tree_flatten((self.args, self.kwargs))[0] if isinstance(leaf, Tensor)]
+
+    @property
+    def place(self) -> str:
+        """Where in the model, for a reason that a person reads."""
+        return f"{self.op} in {self.where}"
+
+    def bound(self, name: str, default: Any = None) -> Any:
+        """An argument by its schema name."""
+        for position, argument in enumerate(self.func._schema.arguments):
+            if argument.name == name:
+                if position < len(self.args):
+                    return self.args[position]
+                return self.kwargs.get(name, argument.default_value)
+        return default
+
+    def put(self, tensor: Tensor, layers: Sequence[Tensor], fallback: str = DATA, origin: str | None = None) -> None:
+        """Label an output; without any useful layer it becomes `fallback`."""
+        kept = useful(layers)
+        self.write(tensor, Label(kept, LABELLED if kept else fallback, origin))
+
+    def treat(self, tensor: Tensor) -> None:
+        """Note that the op changes every unit that this tensor holds, so a width is changed as a whole or not at all."""
+        for layer in self.read(tensor).layers:
+            self.ledger.treat(layer, f"{self.place} works on a part of its units")
+
+    def freeze_all(self, reason: str) -> None:
+        """Freeze every unit that reaches this op."""
+        for tensor in self.tensors:
+            for layer in self.read(tensor).layers:
+                self.ledger.freeze(layer, reason)
+
+
+class NeedsDataError(RuntimeError):
+    """A rule needs the values of a tensor that has none in this run; the model must be run on copies."""
+
+
+Rule = Callable[[Call], None]
+RULES: dict[str, Rule] = {}
+RESHAPING = frozenset({"aten::view", "aten::_unsafe_view", "aten::_reshape_copy"})
+"""Other dimensions for the same elements in the same order."""
+REINTERPRETING = frozenset({"aten::view_as_real", "aten::view_as_complex", "aten::_conj", "aten::_neg_view"})
+"""Views of the same memory as other numbers, which no rearrangement of labels follows."""
+
+
+def rule(*ops: str) -> Callable[[Rule], Rule]:
+    """Register a rule for ATen ops, named without namespace and overload."""
+
+    def register(function: Rule) -> Rule:
+        for op in ops:
+            RULES[f"aten::{op}"] = function
+        return function
+
+    return register
+
+
+def apply_rule(call: Call) -> None:
+    """Let labels pass through one op that has run."""
+    if not call.outputs:
+        return
+    found = RULES.get(call.op) or _by_schema(call)
+    if found is not None:
+        found(call)
+    else:
+        call.freeze_all(f"{call.place} has no rule")
+        for out in call.outputs:
+            # One written in place may have another shape now.
+            call.write(out, Label())
+
+
+def _by_schema(call: Call) -> Rule | None:
+    returns = call.func._schema.returns
+    if call.op in REINTERPRETING or call.func._schema.overload_name == "dtype":
+        return None
+    if any(item.alias_info is not None and not item.alias_info.is_write for item in returns):
+        return movement
+    if torch.Tag.pointwise in call.func.tags:
+        return elementwise
+    name = call.op.rpartition("::")[2]
+    if not call.tensors or name.startswith("new_") or name.endswith("_like"):
+        return constant
+    return None
+
+
+def constant(call: Call) -> None:
+    """Made by the code from shapes at hand: it is free to follow a resize."""
+    for out in call.outputs:
+        call.write(out, Label((), CONSTANT))
+
+
+@rule("arange", "linspace", "logspace", "eye", "tril_indices", "triu_indices", "randperm")
+@rule("hann_window", "hamming_window", "blackman_window", "bartlett_window", "kaiser_window")
+def positional(call: Call) -> None:
+    """Made by the code, but another number at every place: units that meet it must keep theirs, as with data."""
+    for out in call.outputs:
+        call.write(out, Label())
+
+
+@rule("uniform_", "normal_", "bernoulli_", "zero_", "fill_", "exponential_", "random_")
+def unchanged(call: Call) -> None:
+    """Filled in place: the units stay what they were."""
+    call.treat(call.args[0])
+
+
+@rule("unsafe_split", "unsafe_split_with_sizes", "unsafe_chunk", "_unsafe_view", "roll", "flip", "repeat")
+@rule("pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "_reshape_copy")
+def movement(call: Call) -> None:
+    """Elements are only rearranged: run the same op on the labels."""
+    source = call.args[0]
+    label = call.read(source)
+    strided = call.op in ("aten::as_strided", "aten::_reshape_alias")
+    if strided and not (source.is_contiguous() and source.storage_offset() == 0):
+        call.freeze_all(f"{call.place} reads memory that is laid out in another way than it looks")
+        label = Label()
+    if label.layers and any(tensor.device.type == "meta" for tensor in call.tensors[1:]):
+        raise NeedsDataError(f"{call.place} moves units to places that only data can tell")
+    results: list[list[Tensor]] = [[] for _ in call.outputs]
+    for layer in label.layers:
+        if call.op in RESHAPING:
+            moved = reshaped(layer, source.shape, call.out.shape)
+        else:
+            whole = layer.expand(source.shape)
+            moved = call.func(whole.contiguous() if strided else whole, *call.args[1:], **call.kwargs)
+        for result, part in zip(results, tree_flatten(moved)[0], strict=True):
+            result.append(compress(part))
+            call.ledger.grid(result[-1])
+        if call.op == "aten::split" and all(len(varying(each[-1])) == 1 for each in results):
+            call.ledger.pieces([each[-1] for each in results])
+    for out, layers in zip(call.outputs, results, strict=True):
+        call.put(out, layers, label.kind if label.kind == CONSTANT else DATA, label.origin)
+
+
+@rule("index", "index_select")
+def pick(call: Call) -> None:
+    """Places picked by an index: the other dimensions' units pass."""
+    source, label = call.args[0], call.read(call.args[0])
+    picked = _picked(call)
+    # Without data there is no index to read; where the units do not vary, any will do.
+    rest = tree_map_only(Tensor, lambda t: torch.zeros(t.shape, dtype=t.dtype) if t.is_meta else t.cpu(), call.args[1:])
+    layers = []
+    for layer in label.layers:
+        if picked & set(varying(layer)):
+            call.ledger.freeze(layer, f"{call.place} picks them by an index")
+        else:
+            layers.append(compress(call.func(layer.expand(source.shape), *rest)))
+    call.put(call.out, layers, origin=label.origin)
+
+
+def _picked(call: Call) -> set[int]:
+    """Dimensions of the source that an index picks along; a mask covers as many as it has."""
+    if call.op == "aten::index_select":
+        return {call.args[1] % max(call.args[0].dim(), 1)}
+    picked: set[int] = set()
+    position = 0
+    for index in call.args[1]:
+        covered = index.dim() if index is not None and index.dtype in (torch.bool, torch.uint8) else 1
+        if index is not None:
+            picked |= set(range(position, position + covered))
+        position += covered
+    return picked
+
+
+@rule("constant_pad_nd")
+def pad(call: Call) -> None:
+    """Padding adds places that belong to no unit."""
+    source, widths = call.args[0], call.args[1]
+    label = call.read(source)
+    padded = {source.dim() - 1 - k // 2 for k, amount in enumerate(widths) if amount}
+    layers = []
+    for layer in label.layers:
+        if padded & set(varying(layer)):
+            layer = compress(torch.constant_pad_nd(layer.expand(source.shape), widths, -1))
+        layers.append(layer)
+    call.put(call.out, layers)
+
+
+@rule("clone", "_to_copy", "copy_", "hardswish", "hardswish_", "_prelu_kernel")
+@rule("masked_fill", "masked_fill_", "native_dropout", "lift_fresh", "silu_", "elu_", "leaky_relu_", "hardtanh_")
+@rule("hardtanh", "log_sigmoid_forward", "rrelu_with_noise", "softplus", "mish", "hardsigmoid", "celu", "hardshrink")
+def elementwise(call: Call) -> None:
+    """Corresponding elements are one unit; what does not carry units along a unit's axis holds its number fixed."""
+    tensors = call.tensors
+    dims = max(tensor.dim() for tensor in tensors)
+    labels = [call.read(tensor) for tensor in tensors]
+    for tensor in tensors:
+        call.treat(tensor)
+    held = _held(call, tensors, labels, dims)
+    origin = _still(tensors, labels, call.outputs)
+    # Of equal layers the last one stays: the origin's own, by which its axes are known.
+    order = sorted(labels, key=lambda label: label.origin is not None and label.origin == origin)
+    aligned = [[align(layer, dims) for layer in label.layers] for label in order]
+    layers = merge(call.ledger, aligned)
+    if origin is not None:
+        for dim in range(dims):
+            call.ledger.alike([layer for each in aligned for layer in each if varying(layer) == (dim,)])
+    # Units that have just been frozen are let go, or they would freeze whatever a later reshape lays across them.
+    layers = [layer for layer in layers if not held & set(varying(layer))]
+    target = call.args[0] if call.op.endswith("_") else None
+    if isinstance(target, Tensor) and target._base is not None and not labels[0].layers:
+        for layer in layers:
+            call.ledger.freeze(layer, f"{call.place} writes it into a part of another tensor")
+    all_constant = all(label.kind == CONSTANT for label in labels)
+    for out in call.outputs:
+        if out.dim() == dims:
+            call.put(out, layers, CONSTANT if all_constant else DATA, origin)
+
+
+def _still(tensors: Sequence[Tensor], labels: Sequence[Label], outputs: Sequence[Tensor]) -> str | None:
+    """The weight that the output still is: scaled, or added to what comes from weights too (spectral norm, LoRA)."""
+    met = [(t, label) for t, label in zip(tensors, labels, strict=True) if label.kind != CONSTANT]
+    if any(label.origin is None for _, label in met) or not outputs:
+        return None
+    return next((label.origin for tensor, label in met if tensor.shape == outputs[0].shape), None)
+
+
+def _held(call: Call, tensors: Sequence[Tensor], labels: Sequence[Label], dims: int) -> set[int]:
+    """Freeze units that meet data along their axes; returns those axes."""
+    held: set[int] = set()
+    for label in labels:
+        for layer in label.layers:
+            axes = set(varying(align(layer, dims)))
+            for tensor, other in zip(tensors, labels, strict=True):
+                sizes = (1,) * (dims - tensor.dim()) + _real_sizes(tensor)
+                known = {axis for each in other.layers for axis in varying(align(each, dims))}
+                if other.kind != CONSTANT and not known & axes and any(sizes[axis] > 1 for axis in axes):
+                    call.ledger.freeze(layer, f"{call.place} combines it with data that has a fixed size")
+                    held |= axes
+    return held
+
+
+def _real_sizes(tensor: Tensor) -> tuple[int, ...]:
+    """The shape, with 1 where `expand` repeats one place: the code took that number from somewhere, and a trial tells."""
+    return tuple(size if stride else 1 for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+
+
+@rule("cat", "concat", "concatenate")
+def cat(call: Call) -> None:
+    """Side by side along one dimension; along the others the tensors must agree, so their units are one."""
+    tensors = [t for t in call.args[0] if not (t.dim() == 1 and t.numel() == 0)]
+    axis = (call.bound("dim") or 0) % tensors[0].dim()
+    along = [[layer for layer in call.read(t).layers if axis in varying(layer)] for t in tensors]
+    across = [[layer for layer in call.read(t).layers if axis not in varying(layer)] for t in tensors]
+    count = max(len(layers) for layers in (*along, [])) if along else 0
+    joined = list(merge(call.ledger, across))
+    for k in range(count):
+        held = [
+            layers[k] if k < len(layers) else torch.full((1,) * t.dim(), -1)
+            for t, layers in zip(tensors, along, strict=True)
+        ]
+        # Only as large as they vary: spread over a picture they would be what takes most memory.
+        shape = [max(sizes) for sizes in zip(*(layer.shape for layer in held), strict=True)]
+        parts = [
+            layer.expand([t.shape[axis] if dim == axis else size for dim, size in enumerate(shape)])
+            for layer, t in zip(held, tensors, strict=True)
+        ]
+        joined.append(compress(torch.cat(parts, axis)))
+    all_constant = all(call.read(t).kind == CONSTANT for t in tensors)
+    call.put(call.out, joined, CONSTANT if all_constant else DATA)
+
+
+@rule("stack")
+def stack(call: Call) -> None:
+    """The tensors agree in all their dimensions, so their units are one."""
+    tensors = call.args[0]
+    axis = (call.bound("dim") or 0) % call.out.dim()
+    layers = merge(call.ledger, [call.read(t).layers for t in tensors])
+    call.put(call.out, [layer.unsqueeze(axis) for layer in layers])
+
+
+@rule("glu")
+def glu(call: Call) -> None:
+    """The first half gated by the second: unit i of one half is unit i of the other."""
+    source = call.args[0]
+    axis = call.bound("dim") % source.dim()
+    halves = [[], []]
+    for layer in call.read(source).layers:
+        for half, part in zip(halves, layer.expand(source.shape).chunk(2, axis), strict=True):
+            half.append(compress(part))
+    call.put(call.out, merge(call.ledger, halves))

@@ -1,0 +1,1 @@
+"""What tracing and events cost, and on which machine."""

@@ -1,0 +1,1 @@
+"""Pruning, growth and carried optimizer state beside peers."""

@@ -1,0 +1,1 @@
+"""Which models can be traced, pruned and grown: `python -m experiments.coverage`."""

@@ -1,0 +1,286 @@
+"""What `experiments.coverage.run` does to one model: trace, permute, grow, prune, and the same cut by Torch-Pruning.
+
+Every stage writes down what it found before the next one begins, so a model that runs into the time limit keeps what
+it has reached.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+import time
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import evolvenet
+from evolvenet.execution.inputs import arguments
+from experiments.coverage.subjects import Subject
+
+LARGEST_DOUBLE = 100_000_000
+"""Models with more parameters than this are compared in float32: in float64 they do not fit beside their copies."""
+
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
+"""Largest relative difference of the output that counts as equal, by the coarsest type that the model computes in."""
+
+SHARE_LEFT, GROWTH, BATCH = 0.7, 1.25, 2
+OUTPUT = "is the model's output"
+INPUT_REASONS = ("reads data of a fixed size", "looks its rows up by data", "counts positions of a kernel")
+
+Note = Callable[[str, Mapping[str, Any]], None]
+"""Writes down what a stage has found: (stage, its figures)."""
+
+
+@dataclass
+class Bench:
+    """One model on its way through the stages."""
+
+    subject: Subject
+    dtype: torch.dtype
+    model: nn.Module
+    graphs: list[evolvenet.WidthGraph] = field(default_factory=list)
+
+    @property
+    def original(self) -> evolvenet.WidthGraph:
+        """The graph of the model as it was built."""
+        return self.graphs[0]
+
+    @property
+    def graph(self) -> evolvenet.WidthGraph:
+        """The graph of the model as it is now."""
+        return self.graphs[-1]
+
+
+def check_ours(subject: Subject, note: Note) -> None:
+    """All stages for EvolveNet; a stage that raises is noted with what it raised."""
+    model = build(subject, torch.float32)
+    count = sum(parameter.numel() for parameter in model.parameters())
+    dtype = torch.float64 if count <= LARGEST_DOUBLE else torch.float32
+    bench = Bench(subject, dtype, model.to(dtype))
+    note("model", {"parameters": count, "dtype": str(dtype).removeprefix("torch.")})
+    for stage in (trace, permute, grow, prune):
+        _attempt(stage.__name__, partial(stage, bench), note)
+        if not bench.graphs:
+            return
+
+
+def check_torch_pruning(subject: Subject, note: Note) -> None:
+    """One 30 % cut by Torch-Pruning without hints, the last layer kept; then forward and backward in train mode."""
+    model = build(subject, torch.float32)
+    _attempt("cut", partial(_cut, subject, model), note)
+
+
+def _attempt(name: str, stage: Callable[[], Mapping[str, Any]], note: Note) -> None:
+    note(name, {"began": True})
+    begin = time.perf_counter()
+    try:
+        found = {"ok": True, **stage()}
+    except Exception as error:  # noqa: BLE001  whatever a model or a library raises is a result of this table
+        found = {"ok": False, "error": f"{type(error).__name__}: {_first_line(error)}"}
+    note(name, {"seconds": round(time.perf_counter() - begin, 2), **found})
+
+
+def build(subject: Subject, dtype: torch.dtype) -> nn.Module:
+    """The model with random weights that hide nothing: norms as after some training, no scale or head at zero."""
+    torch.manual_seed(0)
+    model = subject.make().to(dtype).eval()
+    with torch.no_grad():
+        for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+            if not tensor.is_floating_point():
+                continue
+            if name.endswith("running_var"):
+                tensor.mul_(torch.empty_like(tensor).uniform_(0.8, 1.2))
+            elif sum(size > 1 for size in tensor.shape) <= 1 and not name.endswith("num_batches_tracked"):
+                tensor.add_(torch.empty_like(tensor).uniform_(-0.1, 0.1))
+            elif isinstance(tensor, nn.Parameter) and not tensor.any():
+                tensor.normal_(std=tensor[0].numel() ** -0.5)
+    return model
+
+
+def trace(bench: Bench) -> dict[str, Any]:
+    """Trace and prove; which parameters lie in resizable widths, and why the other widths stay."""
+    inputs = bench.subject.inputs(1, bench.dtype)
+    begin = time.perf_counter()
+    graph = evolvenet.trace(bench.model, inputs)
+    seconds = time.perf_counter() - begin
+    if not graph.resizable:
+        raise RuntimeError(f"no width can be resized; {len(graph.widths)} are frozen: {_reasons(bench, graph)[:1]}")
+    bench.graphs.append(graph)
+    return {
+        "widths": len(graph.widths),
+        "resizable": len(graph.resizable),
+        "coverage": graph.coverage,
+        "frozen": _reasons(bench, graph),
+        "trace_seconds": round(seconds, 2),
+    }
+
+
+def _reasons(bench: Bench, graph: evolvenet.WidthGraph) -> list[tuple[str, int, int]]:
+    """(reason, number of widths, their parameters), the weightiest first, without the model's outputs and inputs."""
+    sizes = {size for shape in bench.subject.shapes for size in shape} | set(bench.subject.tokens)
+    found: dict[str, list[int]] = defaultdict(list)
+    for width in graph.widths.values():
+        reason = width.frozen
+        is_input = reason is not None and width.size in sizes and any(text in reason for text in INPUT_REASONS)
+        if reason is not None and reason != OUTPUT and not is_input:
+            found[reason].append(width.parameters)
+    rows = [(reason, len(counts), sum(counts)) for reason, counts in found.items()]
+    return sorted(rows, key=lambda row: -row[2])
+
+
+def permute(bench: Bench) -> dict[str, Any]:
+    """All units of all widths in another order, which must not change the output."""
+    graph = bench.graph
+    maps = {}
+    for width in graph.resizable:
+        blocks = torch.randperm(width.size // width.step)
+        order = (blocks[:, None] * width.step + torch.arange(width.step)).flatten()
+        maps[width.name] = evolvenet.IndexMap.of(order.tolist(), width.size)
+
+    def change() -> None:
+        bench.graphs.append(evolvenet.resize(bench.model, graph, maps))
+
+    return _compared(bench, change)
+
+
+def grow(bench: Bench) -> dict[str, Any]:
+    """25 % more units in every width that can grow without changing the function, which must not change the output."""
+    graph = bench.graph
+    sizes = {width.name: grown_size(width) for width in graph.resizable if width.mixed is None}
+    left_out = len(graph.resizable) - len(sizes)
+    if not sizes:
+        return {"grown": 0, "left_out": left_out, "equal": True}
+
+    def change() -> None:
+        bench.graphs.append(evolvenet.grow(bench.model, graph, sizes))
+
+    figures = _compared(bench, change)
+    return {**figures, "grown": len(sizes), "left_out": left_out, "parameters": bench.graph.parameters}
+
+
+def grown_size(width: evolvenet.Width) -> int:
+    """25 % more, rounded up to whole steps."""
+    return width.step * math.ceil(GROWTH * width.size / width.step)
+
+
+def pruned_size(width: evolvenet.Width) -> int:
+    """30 % less, rounded to whole steps, never below the fewest units that it can have."""
+    fewest = width.step * math.ceil(width.smallest / width.step)
+    return min(width.size, max(fewest, width.step, width.step * round(SHARE_LEFT * width.size / width.step)))
+
+
+def _compared(bench: Bench, change: Callable[[], None]) -> dict[str, Any]:
+    torch.manual_seed(1)
+    inputs = bench.subject.inputs(BATCH, bench.dtype)
+    with Coarsest(bench.dtype) as coarsest:
+        before = answers(bench.model.eval(), inputs)
+    if all(torch.equal(leaf[0], leaf[1]) for leaf in before):
+        raise RuntimeError("the output does not depend on the input, so it shows nothing")
+    change()
+    difference = distance(answers(bench.model, inputs), before)
+    equal = difference <= TOLERANCE[coarsest.dtype]
+    return {"difference": difference, "equal": equal, "computes_in": str(coarsest.dtype).removeprefix("torch.")}
+
+
+class Coarsest(TorchDispatchMode):
+    """Finds the coarsest type that a model computes in: some norms go through float32 whatever they are given."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.dtype = dtype
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run the op and look at what comes out."""
+        out = func(*args, **(kwargs or {}))
+        if any(leaf.dtype == torch.float32 for leaf in _tensors(out)):
+            self.dtype = torch.float32
+        return out
+
+
+def prune(bench: Bench) -> dict[str, Any]:
+    """A fresh copy of the model with 30 % fewer units in every width: does it run in both modes, and backward?"""
+    graph = bench.original
+    bench.model = build(bench.subject, bench.dtype)
+    sizes = {width.name: pruned_size(width) for width in graph.resizable}
+    after = evolvenet.prune(bench.model, graph, sizes)
+    return {
+        "parameters": after.parameters,
+        "sizes_changed": len(sizes),
+        **runs(bench.model, bench.subject, bench.dtype),
+    }
+
+
+def runs(model: nn.Module, subject: Subject, dtype: torch.dtype) -> dict[str, str]:
+    """Forward in eval mode, in train mode, and backward: for each "yes" or what it raised."""
+    inputs = subject.inputs(BATCH, dtype)
+    loss: list[Tensor] = []
+
+    def train() -> None:
+        args, kwargs = arguments(inputs)
+        floats = [leaf for leaf in _tensors(model.train()(*args, **kwargs)) if leaf.requires_grad]
+        loss.append(torch.stack([leaf.square().mean() for leaf in floats]).sum())
+
+    return {
+        "eval": _outcome(lambda: answers(model.eval(), inputs)),
+        "train": _outcome(train),
+        "backward": _outcome(lambda: loss[0].backward()) if loss else "not reached",
+    }
+
+
+def _outcome(action: Callable[[], object]) -> str:
+    try:
+        action()
+    except Exception as error:  # noqa: BLE001  as above: a result of this table
+        return f"{type(error).__name__}: {_first_line(error)}"
+    return "yes"
+
+
+def _cut(subject: Subject, model: nn.Module) -> dict[str, Any]:
+    pruning: Any = importlib.import_module("torch_pruning")
+    layers = [layer for layer in model.modules() if isinstance(layer, nn.Linear)]
+    layers = layers or [layer for layer in model.modules() if isinstance(layer, nn.Conv2d)]
+    pruner = pruning.pruner.MagnitudePruner(
+        model,
+        subject.inputs(1, torch.float32),
+        importance=pruning.importance.MagnitudeImportance(p=2),
+        pruning_ratio=1 - SHARE_LEFT,
+        ignored_layers=layers[-1:],
+    )
+    pruner.step()
+    count = sum(parameter.numel() for parameter in model.parameters())
+    return {"parameters": count, **runs(model, subject, torch.float32)}
+
+
+def answers(model: nn.Module, inputs: Any) -> list[Tensor]:
+    """Every tensor that the model answers with, without gradients."""
+    args, kwargs = arguments(inputs)
+    with torch.no_grad():
+        return _tensors(model(*args, **kwargs))
+
+
+def _tensors(result: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+
+
+def distance(one: list[Tensor], two: list[Tensor]) -> float:
+    """Largest relative difference between two answers; infinite where they are not finite.
+
+    Raises:
+        ValueError: if the answers' shapes differ.
+    """
+    if [a.shape for a in one] != [b.shape for b in two]:
+        raise ValueError(f"the output's shape changed from {[b.shape for b in two]} to {[a.shape for a in one]}")
+    found = [float((a - b).norm() / b.norm().clamp_min(1e-30)) for a, b in zip(one, two, strict=True)]
+    return max(value if math.isfinite(value) else math.inf for value in found)
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else "no message"

@@ -1,0 +1,158 @@
+"""Which models can be traced, pruned and grown: `python -m experiments.coverage.run`, or `make coverage` for all of them.
+
+Every model runs in a process of its own with limits on time and memory. What it finds is kept as one small JSON file, so a
+run can be stopped and resumed; the table `experiments/coverage/coverage.md` is written from those files after every model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fnmatch
+import hashlib
+import importlib.util
+import json
+import os
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import evolvenet
+from experiments.bench.machine import versions
+from experiments.coverage.checks import check_ours, check_torch_pruning
+from experiments.coverage.subjects import subjects
+from experiments.coverage.table import OURS, PEER, write_table
+
+CHECKS = {OURS: check_ours, PEER: check_torch_pruning}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run what is missing and write the table."""
+    options = _options(arguments)
+    if options.child:
+        return _child(options)
+    names = [name for name in subjects() if any(fnmatch.fnmatch(name, pattern) for pattern in options.models or ["*"])]
+    if not names:
+        raise SystemExit(f"No model of the table is called {' or '.join(options.models)}; try 'torchvision/*'.")
+    for number, name in enumerate(names, start=1):
+        for part in _parts(options):
+            record = _record_path(options.cache, name, part)
+            if not _is_current(record, part, options):
+                print(f"{number:3}/{len(names)} {name} ({part})", flush=True)
+                _run_child(name, part, record, options)
+                _write(options)
+    _write(options)
+    print(f"table: {options.table}")
+    return None
+
+
+def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m experiments.coverage.run", description=__doc__)
+    parser.add_argument("models", nargs="*", help="names or patterns, 'torchvision/*'; all without any")
+    parser.add_argument("--limit", type=float, default=300, help="seconds for one model (default %(default)s)")
+    parser.add_argument("--peer-limit", type=float, default=120, help="the same for Torch-Pruning")
+    parser.add_argument("--memory", type=float, default=14, help="GB of address space for one model")
+    parser.add_argument("--threads", type=int, default=1, help="of one model's process")
+    parser.add_argument("--cache", type=Path, default=Path("outputs/coverage"), help="folder of the JSON files")
+    parser.add_argument("--table", type=Path, default=Path("experiments/coverage/coverage.md"), help="what to write")
+    parser.add_argument("--keep-old", action="store_true", help="keep results of an older state of the package")
+    parser.add_argument("--only", choices=tuple(CHECKS), help="leave the other one's results as they are")
+    parser.add_argument("--child", choices=tuple(CHECKS), help=argparse.SUPPRESS)
+    return parser.parse_args(arguments)
+
+
+def _parts(options: argparse.Namespace) -> list[str]:
+    parts = [options.only] if options.only else list(CHECKS)
+    return [part for part in parts if part == OURS or importlib.util.find_spec("torch_pruning") is not None]
+
+
+def _record_path(cache: Path, name: str, part: str) -> Path:
+    return cache / part / f"{name}.json"
+
+
+def _is_current(record: Path, part: str, options: argparse.Namespace) -> bool:
+    """Whether a result is there, of the present code (our part) or the present version (Torch-Pruning's)."""
+    if not record.exists():
+        return False
+    found = json.loads(record.read_text(encoding="utf-8"))
+    if "wall_seconds" not in found:
+        return False
+    limit = options.limit if part == OURS else options.peer_limit
+    same_limit = found["stopped"] is None or found["limit"] >= limit
+    same_code = options.keep_old or part == PEER or found["state"] == state()
+    return same_limit and same_code
+
+
+def state() -> str:
+    """A short fingerprint of the package's sources."""
+    digest = hashlib.sha256()
+    for file in sorted(Path(evolvenet.__file__).parent.rglob("*.py")):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def _run_child(name: str, part: str, record: Path, options: argparse.Namespace) -> None:
+    """One model in a process of its own; what stopped it, if anything did, is added to its record."""
+    record.parent.mkdir(parents=True, exist_ok=True)
+    limit = options.limit if part == OURS else options.peer_limit
+    passed = ["--child", part, "--memory", str(options.memory), "--threads", str(options.threads)]
+    command = [sys.executable, "-m", "experiments.coverage.run", name, *passed, "--cache", str(options.cache)]
+    begin, stopped = time.perf_counter(), None
+    _save(record, _fresh_record(name, part))
+    with record.with_suffix(".log").open("w", encoding="utf-8") as log:
+        try:
+            code = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, timeout=limit, check=False).returncode
+            if code:
+                stopped = f"the process ended with {f'signal {-code}' if code < 0 else f'status {code}'}"
+        except subprocess.TimeoutExpired:
+            stopped = f"time limit of {limit:.0f} s"
+    found = json.loads(record.read_text(encoding="utf-8"))
+    wall = round(time.perf_counter() - begin, 1)
+    _save(record, {**found, "stopped": stopped, "limit": limit, "wall_seconds": wall})
+
+
+def _fresh_record(name: str, part: str) -> dict[str, Any]:
+    return {"name": name, "part": part, "state": state(), "versions": versions(), "stages": {}}
+
+
+def _child(options: argparse.Namespace) -> None:
+    torch.set_num_threads(options.threads)
+    limit = int(options.memory * 2**30)
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    (name,) = options.models
+    record = _record_path(options.cache, name, options.child)
+    found = _fresh_record(name, options.child)
+
+    def note(stage: str, figures: Mapping[str, Any]) -> None:
+        found["stages"][stage] = dict(figures)
+        _save(record, found)
+
+    CHECKS[options.child](subjects()[name], note)
+
+
+def _save(record: Path, found: Mapping[str, Any]) -> None:
+    fresh = record.with_suffix(".new")
+    fresh.write_text(json.dumps(found, indent=1), encoding="utf-8")
+    os.replace(fresh, record)
+
+
+def _write(options: argparse.Namespace) -> None:
+    records = {}
+    for name in subjects():
+        for part in CHECKS:
+            path = _record_path(options.cache, name, part)
+            if path.exists():
+                found = json.loads(path.read_text(encoding="utf-8"))
+                if "wall_seconds" in found:
+                    records[name, part] = found
+    limits = {OURS: options.limit, PEER: options.peer_limit}
+    write_table(options.table, list(subjects()), records, limits, options.memory, state())
+
+
+if __name__ == "__main__":
+    main()

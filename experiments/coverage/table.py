@@ -1,0 +1,185 @@
+"""The table `experiments/coverage/coverage.md`, written from what `experiments.coverage.run` has found."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import groupby
+from pathlib import Path
+from statistics import fmean, median
+from typing import Any
+
+from experiments.bench.machine import machine_line
+
+OURS, PEER = "evolvenet", "torch-pruning"
+Record = Mapping[str, Any]
+Records = Mapping[tuple[str, str], Record]
+"""(model, part) → what its process has written."""
+
+RUNS = ("eval", "train", "backward")
+LONGEST = 150
+
+EXPLANATION = """Each model has random weights and runs in a process of its own. Figures come from that run only.
+
+- **widths**: how many can be resized, of how many found. **coverage**: share of the parameters with at least one axis in a
+  resizable width.
+- **frozen, and why**: widths, their share of the parameters, reason; the weightiest first. The model's outputs and inputs
+  (colours, vocabulary) are left out: they are given.
+- **pruned**: every resizable width to 70 % of its units at once, by weights alone; then a forward pass in eval mode, one in
+  train mode and a backward pass of two samples. Share of the parameters that is left.
+- **grown**: 25 % more units in every width at once; the output's relative difference in float64 (float32, marked, above
+  100 million parameters or where the model's own code computes in float32), equal up to 1e-9 (1e-4). Widths whose units are
+  mixed with each other (a layer norm over them) cannot grow without changing the function: they are left out, and counted.
+- **permuted**: the units of every width in another order at once; the same comparison.
+- **seconds**: tracing and proving all widths, in one thread, on a machine that may have had other work.
+- **Torch-Pruning**: the same 30 % everywhere without hints, the last layer kept; then the same three passes. A cross is what
+  it or the model raised.
+- Models of transformers are asked for their logits alone; segmenters have their auxiliary head, which train mode runs.
+"""
+
+
+def write_table(
+    path: Path, names: Sequence[str], records: Records, limits: Mapping[str, float], memory: float, state: str
+) -> None:
+    """Write the whole file.
+
+    Args:
+        path: of the file.
+        names: every model, "library/name", in order.
+        records: what was found.
+        limits: seconds that a model had, by part.
+        memory: gigabytes of address space that a model had.
+        state: fingerprint of the package as it is now.
+    """
+    old = [name for name, part in records if part == OURS and records[name, part]["state"] != state]
+    lines = [
+        "# Which models can be traced, pruned and grown",
+        "",
+        f"Written by `make coverage` {machine_line()}, with the package in state {state} (`experiments.coverage.run.state()`). "
+        f"Limits: {limits[OURS]:.0f} s a model, {limits[PEER]:.0f} s for Torch-Pruning, {memory:.0f} GB of address space.",
+        "",
+    ]
+    if old:
+        lines += [f"{len(old)} of the models were run with an older state of EvolveNet than the present one.", ""]
+    lines += [EXPLANATION, *_totals(names, records), ""]
+    for library, group in groupby(names, key=lambda name: name.partition("/")[0]):
+        lines += [f"## {library}", "", *_library(list(group), records), ""]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
+
+
+def _totals(names: Sequence[str], records: Records) -> list[str]:
+    lines = [
+        "| | models | run | traced | pruned | grown | permuted | coverage: mean | least | seconds: median | Torch-Pruning |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | --- | ---: | ---: |",
+    ]
+    for library, group in groupby(names, key=lambda name: name.partition("/")[0]):
+        lines.append(_total(library, list(group), records))
+    return [*lines, _total("all", names, records)]
+
+
+def _total(label: str, names: Sequence[str], records: Records) -> str:
+    ours = [records[name, OURS] for name in names if (name, OURS) in records]
+    peers = [records[name, PEER] for name in names if (name, PEER) in records]
+    traced = [record for record in ours if _figures(record, "trace").get("ok")]
+    coverage = {record["name"].partition("/")[2]: record["stages"]["trace"]["coverage"] for record in traced}
+    least = min(coverage, key=lambda name: coverage[name], default=None)
+    cells = [
+        label,
+        str(len(names)),
+        str(len(ours)),
+        str(len(traced)),
+        str(sum(_passed(_figures(record, "prune")) for record in ours)),
+        str(sum(bool(_figures(record, "grow").get("equal")) for record in ours)),
+        str(sum(bool(_figures(record, "permute").get("equal")) for record in ours)),
+        f"{fmean(coverage.values()):.1%}" if coverage else "",
+        f"{coverage[least]:.1%} ({least})" if least else "",
+        f"{median(r['stages']['trace']['trace_seconds'] for r in traced):.1f}" if traced else "",
+        f"{sum(_passed(_figures(record, 'cut')) for record in peers)} of {len(peers)}",
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def _figures(record: Record, stage: str) -> Mapping[str, Any]:
+    return record["stages"].get(stage, {})
+
+
+def _passed(figures: Mapping[str, Any]) -> bool:
+    return all(figures.get(run) == "yes" for run in RUNS)
+
+
+def _library(names: Sequence[str], records: Records) -> list[str]:
+    lines = [
+        "| model | parameters | seconds | widths | coverage | frozen, and why | pruned | grown | permuted | Torch-Pruning |",
+        "| --- | ---: | ---: | ---: | ---: | --- | --- | --- | --- | --- |",
+    ]
+    for name in names:
+        record = records.get((name, OURS))
+        peer = records.get((name, PEER))
+        cells = [name.partition("/")[2], *(_ours(record) if record else ["not run", *[""] * 7]), _peer(peer)]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def _ours(record: Record) -> list[str]:
+    parameters = _figures(record, "model").get("parameters")
+    if parameters is None:
+        return [f"could not be built: {_short(record['stopped'] or 'no message')}", *[""] * 7]
+    trace, coarse = _figures(record, "trace"), ""
+    cells = [f"{parameters:,}"]
+    if not trace.get("ok"):
+        return [*cells, _trouble(record, "trace"), *[""] * 6]
+    if _figures(record, "permute").get("computes_in") == "float32":
+        coarse = " (float32)"
+    cells += [
+        f"{trace['trace_seconds']:.1f}",
+        f"{trace['resizable']} of {trace['widths']}",
+        f"{trace['coverage']:.1%}",
+        _frozen(trace["frozen"], parameters),
+        _runs(record, "prune", parameters),
+    ]
+    for stage in ("grow", "permute"):
+        figures = _figures(record, stage)
+        cells.append(_equal(figures) + coarse if figures.get("ok") else _trouble(record, stage))
+    return cells
+
+
+def _trouble(record: Record, stage: str) -> str:
+    figures = _figures(record, stage)
+    reason = figures.get("error") or (record["stopped"] if "began" in figures else None) or "not reached"
+    return f"✗ {_short(reason)}"
+
+
+def _runs(record: Record, stage: str, parameters: int) -> str:
+    figures = _figures(record, stage)
+    if not figures.get("ok"):
+        return _trouble(record, stage)
+    if _passed(figures):
+        return f"yes, {figures['parameters'] / parameters:.0%} left"
+    wrong = next(run for run in RUNS if figures[run] != "yes")
+    return f"✗ {wrong}: {_short(figures[wrong])}"
+
+
+def _equal(figures: Mapping[str, Any]) -> str:
+    left_out = f", {figures['left_out']} left out" if figures.get("left_out") else ""
+    if figures.get("grown") == 0:
+        return f"nothing to grow{left_out}"
+    return f"{'equal' if figures['equal'] else '✗ differs'}, {figures['difference']:.0e}{left_out}"
+
+
+def _frozen(rows: Sequence[tuple[str, int, int]], parameters: int) -> str:
+    cells = [f"{count} ({size / parameters:.1%}): {_short(reason)}" for reason, count, size in rows[:2]]
+    if len(rows) > 2:
+        cells.append(f"{sum(count for _, count, _ in rows[2:])} for other reasons")
+    return "; ".join(cells)
+
+
+def _peer(record: Record | None) -> str:
+    if record is None:
+        return ""
+    figures = _figures(record, "cut")
+    return "yes" if _passed(figures) else _runs(record, "cut", 1)
+
+
+def _short(text: str) -> str:
+    text = " ".join(text.split()).replace("|", "\\|").replace("<", "\\<")
+    return text if len(text) <= LONGEST else text[: LONGEST - 1] + "…"

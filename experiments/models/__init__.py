@@ -1,0 +1,1 @@
+"""The networks that the experiments train. They know nothing of EvolveNet."""

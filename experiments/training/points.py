@@ -1,0 +1,181 @@
+"""The points of a front: the network as it is at the end of each span of the run."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter
+from rich.table import Table
+from torch import Tensor, nn
+
+from evolvenet.measurement.cost import macs
+from evolvenet.surgery.checkpoint import fit_shapes, note_for
+from experiments.training.classifier import Classifier
+
+
+@dataclass(frozen=True)
+class Point:
+    """One network of the front; accuracies are shares, the time is that since the beginning of the run."""
+
+    parameters: int
+    macs: int
+    epoch: int
+    seconds: float
+    val_acc: float
+    path: str
+    test_acc: float | None = None
+
+
+def span_ends(spans: Sequence[float], epochs: int) -> list[int]:
+    """The numbers of the epochs, from 1, after which spans of these relative lengths end.
+
+    >>> span_ends([1, 2, 2], epochs=10)
+    [2, 6, 10]
+    """
+    return [round(epochs * done / sum(spans)) for done in accumulate(spans)]
+
+
+class Points(lightning.Callback):
+    """Saves the network at the end of each span, and makes that of the first one the teacher of the others.
+
+    Checkpoints hold the points found so far and the teacher: a resumed run goes on with both.
+
+    Args:
+        spans: their relative lengths; each ends at the end of the nearest epoch.
+        directory: where the checkpoints go; `evolvenet.load(model, path)` reads them.
+    """
+
+    def __init__(self, spans: Sequence[float], directory: str | Path) -> None:
+        self.spans, self.directory = spans, Path(directory)
+        self.found: list[Point] = []
+        self._began = self._before = 0.0
+        # No attribute holds the teacher itself: EvolveNet would ask whether that copy of the network should follow it.
+        self._past: Callable[[], dict[str, Any]] | None = None
+        self._resumed: Mapping[str, Any] | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """The points found so far, the seconds up to here, and the teacher's state dict, None if there is no teacher."""
+        return {
+            "found": [asdict(point) for point in self.found],
+            "seconds": self._seconds(),
+            "teacher": None if self._past is None else self._past(),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up what `state_dict` said; the teacher is built when training starts, from the model at hand."""
+        self.found = [Point(**point) for point in state_dict["found"]]
+        self._before, self._resumed = state_dict["seconds"], state_dict["teacher"]
+
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Start the clock; in a resumed run, with the teacher that there was."""
+        assert isinstance(pl_module, Classifier)
+        self._began = time.perf_counter()
+        if self._resumed is not None:
+            past = frozen(pl_module.model)
+            fit_shapes(past, self._resumed, note=note_for(self._resumed))
+            past.load_state_dict(self._resumed)
+            self._teach(pl_module, past)
+            self._resumed = None
+
+    def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Where a span ends: save the network, and the first time let it teach from now on."""
+        assert isinstance(pl_module, Classifier)
+        # Before the checkpoint is written, which is to hold the teacher too.
+        self._lesson(trainer, pl_module)
+        if trainer.current_epoch + 1 in span_ends(self.spans, trainer.max_epochs or 0):
+            self._save(trainer, pl_module)
+
+    def _lesson(self, trainer: lightning.Trainer, pl_module: Classifier) -> None:
+        if self._past is None and trainer.current_epoch + 1 in span_ends(self.spans, trainer.max_epochs or 0):
+            self._teach(pl_module, frozen(pl_module.model))
+
+    def _teach(self, pl_module: Classifier, past: nn.Module) -> None:
+        self._past, pl_module.teacher = remembered(past), teacher(past)
+
+    def _save(self, trainer: lightning.Trainer, pl_module: Classifier) -> None:
+        images = next(iter(trainer.datamodule.val_dataloader()))[0][:1]  # pyright: ignore[reportAttributeAccessIssue]
+        count = sum(parameter.numel() for parameter in pl_module.model.parameters())
+        path = self.directory / f"{len(self.found)}-{count}.ckpt"
+        point = Point(
+            count, macs(pl_module.model, images.to(pl_module.device)), trainer.current_epoch + 1, self._seconds(),
+            float(trainer.callback_metrics["val/acc"]), str(path),
+        )  # fmt: skip
+        self.found.append(point)
+        trainer.save_checkpoint(path)
+
+    def _seconds(self) -> float:
+        return self._before + (time.perf_counter() - self._began if self._began else 0.0)
+
+
+def frozen(model: nn.Module) -> nn.Module:
+    """A copy of the network as it is now, in evaluation mode and without gradients."""
+    return copy.deepcopy(model).eval().requires_grad_(False)
+
+
+def remembered(past: nn.Module) -> Callable[[], dict[str, Any]]:
+    """What tells the state dict of a network."""
+    return lambda: past.state_dict()
+
+
+def teacher(past: nn.Module, half: bool = False) -> Callable[[Tensor], Tensor]:
+    """The outputs of a network that is trained no more; in bfloat16 where that is safe if `half`."""
+
+    def answer(images: Tensor) -> Tensor:
+        with torch.no_grad(), torch.autocast(images.device.type, torch.bfloat16, enabled=half):
+            return past(images).float()
+
+    return answer
+
+
+def tested(points: Sequence[Point], test: Callable[[str], float]) -> list[dict[str, Any]]:
+    """The points as plain data, each with its accuracy on the test split, looked at once."""
+    return [{**asdict(point), "test_acc": test(point.path)} for point in points]
+
+
+def front_table(points: Sequence[Mapping[str, Any]]) -> Table:
+    """The points, one a line, for a terminal."""
+    table = Table(title="The front", title_justify="left")
+    for heading in ("parameters", "MACs", "validation", "test", "errors of 10,000", "epoch", "minutes"):
+        table.add_column(heading, justify="right")
+    for point in points:
+        table.add_row(
+            f"{point['parameters']:,}", f"{point['macs']:,}", f"{point['val_acc']:.2%}", f"{point['test_acc']:.2%}",
+            f"{1e4 * (1 - point['test_acc']):.0f}", str(point["epoch"]), f"{point['seconds'] / 60:.1f}",
+        )  # fmt: skip
+    return table
+
+
+def draw_front(points: Sequence[Mapping[str, Any]]) -> Figure:
+    """Errors against parameters, both on log scales."""
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    panel = figure.subplots()
+    counts = [point["parameters"] for point in points]
+    for name, color in (("val_acc", "#7f8c8d"), ("test_acc", "#2c3e50")):
+        errors = [max(100 * (1 - point[name]), 1e-2) for point in points]
+        panel.plot(counts, errors, "o-", color=color, label={"val_acc": "validation", "test_acc": "test"}[name])
+    for point in points:
+        at = (point["parameters"], max(100 * (1 - point["test_acc"]), 1e-2))
+        panel.annotate(
+            f"{point['parameters']:,}\n{point['test_acc']:.2%}", at, (0, -8), textcoords="offset points", ha="center", va="top",
+        )  # fmt: skip
+    panel.set_xscale("log")
+    panel.set_yscale("log")
+    panel.margins(x=0.08, y=0.3)
+    panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    for set_formatter in (panel.yaxis.set_major_formatter, panel.yaxis.set_minor_formatter):
+        set_formatter(FuncFormatter(lambda value, _: f"{value:.2g}"))
+    panel.set_xlabel("parameters")
+    panel.set_ylabel("wrong answers, %")
+    panel.grid(alpha=0.25, which="both")
+    panel.spines[["top", "right"]].set_visible(False)
+    panel.legend(frameon=False)
+    return figure

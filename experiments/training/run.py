@@ -1,0 +1,199 @@
+"""One experiment from start to end: fit, one look at the test split, the result file, the report."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning
+from hydra.errors import InstantiationException
+from hydra.utils import instantiate
+from lightning.pytorch.callbacks import ModelCheckpoint
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+from torch import Tensor, nn
+
+from evolvenet.engine.history import Event, History
+from evolvenet.errors import EvolveNetError, RecordError
+from evolvenet.lightning.callback import WidthEvolution
+from evolvenet.measurement.cost import macs
+from evolvenet.report import summary_table, write_report
+from evolvenet.surgery.checkpoint import load
+from experiments.data.images import ImageData
+from experiments.training.classifier import Classifier
+from experiments.training.points import Points, draw_front, front_table, tested
+from experiments.training.progress import Progress
+
+RESULT = "result.json"
+
+# Each of these is right in general and says nothing here.
+_KNOWN_WARNINGS = (
+    "The number of training batches .* is smaller than the logging interval",  # short trial runs
+    "Checkpoint directory .* exists and is not empty",  # Hydra's configuration is there, and in a resumed run its results
+    "GPU available but not used",  # trainer.accelerator=cpu is a choice
+    ".*isinstance\\(treespec, LeafSpec\\)",  # Lightning's own use of a torch function
+)
+
+
+class Curve(lightning.Callback):
+    """Validation accuracy over the run, as (optimizer step, share of right answers)."""
+
+    def __init__(self) -> None:
+        self.points: list[tuple[int, float]] = []
+
+    def state_dict(self) -> dict[str, Any]:
+        """The values so far, for a resumed run."""
+        return {"points": list(self.points)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from them."""
+        self.points = [(step, accuracy) for step, accuracy in state_dict["points"]]
+
+    def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Note one value."""
+        self.points.append((trainer.global_step, float(trainer.callback_metrics["val/acc"])))
+
+
+@contextlib.contextmanager
+def readable_errors() -> Iterator[None]:
+    """End with the message alone, without a traceback, on an error that is the user's to mend.
+
+    Raises:
+        SystemExit: in place of an `EvolveNetError`, also of one that Hydra wrapped while it built an object.
+    """
+    try:
+        yield
+    except (EvolveNetError, InstantiationException) as error:
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, EvolveNetError):
+            cause = cause.__cause__
+        if cause is None:
+            raise
+        raise SystemExit(f"error: {cause}") from None
+
+
+def run(
+    config: DictConfig,
+    data: ImageData,
+    classifier: Classifier,
+    trainer: Any,
+    evolution: WidthEvolution | None = None,
+    points: Points | None = None,
+    callbacks: Sequence[lightning.Callback] = (),
+) -> float:
+    """Train, test once, and leave `result.json`, `report.html` and `last.ckpt` in `config.output`.
+
+    `last.ckpt` is written after every epoch: `config.resume` takes it, or that of a point, and goes on from there as if the
+    run had not stopped. Only the time in the result is then that since it went on.
+
+    Args:
+        config: what the other arguments were built from; kept in the result file.
+        data: the data set.
+        classifier: the LightningModule.
+        trainer: callbacks → Trainer.
+        evolution: the callback that changes the widths, None for fixed widths.
+        points: what saves the points of a front on the way, None for a run with one end.
+        callbacks: others.
+
+    Returns:
+        The last validation accuracy.
+
+    Raises:
+        RecordError: if `config.resume` is no file, or of another network.
+    """
+    if config.resume and not Path(config.resume).is_file():
+        raise RecordError(
+            f"Resume: expected a run's last.ckpt or a point of it, got {config.resume}, where there is no file."
+        )
+    for message in _KNOWN_WARNINGS:
+        warnings.filterwarnings("ignore", message)
+    output = Path(config.output)
+    output.mkdir(parents=True, exist_ok=True)
+    data.prepare_data()
+    data.setup()
+    start = _size(classifier.model, data.example)
+    curve = Curve()
+    latest = ModelCheckpoint(output, "last", save_on_train_epoch_end=True, enable_version_counter=False)
+    fitting = trainer(callbacks=[Progress(), curve, *callbacks, *filter(None, (points, evolution)), latest])
+    began = time.perf_counter()
+    fitting.fit(classifier, datamodule=data, ckpt_path=config.resume, weights_only=True)
+    measured: dict[str, Any] = {"seconds": time.perf_counter() - began, "steps": fitting.global_step}
+    fitting.save_checkpoint(output / "last.ckpt")  # anew: a policy may take its last cut back when training ends
+    test = partial(_tested, fitting, classifier, data)
+    front = tested(points.found, lambda path: test(_saved(classifier.model, config, path))) if points else []
+    measured["test_acc"] = front[-1]["test_acc"] if front else test(classifier.model)
+    history = (evolution and evolution.history) or _unchanged(start)
+    ends = {"start": start, "end": _size(classifier.model, data.example)}
+    result: dict[str, Any] = {**_result(config, ends, measured, curve, history), "front": front}
+    (output / RESULT).write_text(json.dumps(result, indent=1), encoding="utf-8")
+    _present(result, history, output)
+    return float(result["val_acc"] or 0.0)
+
+
+def _tested(fitting: lightning.Trainer, classifier: Classifier, data: ImageData, model: nn.Module) -> float:
+    """The accuracy of a network on the test split."""
+    present, classifier.model = classifier.model, model
+    try:
+        return fitting.test(classifier, datamodule=data, verbose=False)[0]["test/acc"]
+    finally:
+        classifier.model = present
+
+
+def _saved(like: nn.Module, config: DictConfig, path: str) -> nn.Module:
+    """The network of a checkpoint: built as the run began, then given the checkpoint's widths."""
+    classifier = instantiate(config.classifier)
+    load(classifier, path)
+    return classifier.model.to(next(like.parameters()).device)
+
+
+def _result(
+    config: DictConfig, ends: Mapping[str, Any], measured: Mapping[str, float], curve: Curve, history: History
+) -> dict[str, Any]:
+    last = [history.initial, *history.events][-1]
+    return {
+        "title": config.title,
+        **ends,
+        "sizes": {"start": history.initial.sizes, "end": last.sizes},
+        "val_acc": curve.points[-1][1] if curve.points else None,
+        **measured,
+        "curve": curve.points,
+        "history": history.to_dict(),
+        "config": OmegaConf.to_container(config, resolve=True),
+    }
+
+
+def _present(result: Mapping[str, Any], history: History, output: Path) -> None:
+    front = result["front"]
+    facts = {
+        **{f"test accuracy at {point['parameters']:,}": f"{point['test_acc']:.2%}" for point in front[:-1]},
+        "test accuracy": f"{result['test_acc']:.2%}",
+        "time": f"{result['seconds']:.0f} s for {result['steps']:,} steps",
+    }
+    pictures = {"The front": draw_front(front)} if front else {}
+    report = write_report(history, output, result["title"], {"validation accuracy": result["curve"]}, facts, pictures)
+    Console().print(summary_table(history, result["title"], facts))
+    if front:
+        Console().print(front_table(front))
+    print(f"report: {report}")
+
+
+def _size(model: nn.Module, example: Tensor) -> dict[str, int]:
+    return {
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "macs": macs(model, example),
+    }
+
+
+def _unchanged(start: Mapping[str, int]) -> History:
+    count = start["parameters"]
+    snapshot = Event(
+        step=0, changes=(), sizes={}, parameters_before=count, parameters=count, macs=start["macs"], seconds=0.0,
+        skipped=None,
+    )  # fmt: skip
+    return History(initial=snapshot, events=[])

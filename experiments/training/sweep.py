@@ -1,0 +1,134 @@
+"""After a sweep (`python train.py -m ...`): one table of all its runs, best first, and a picture of their sizes."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from operator import itemgetter
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from hydra.experimental.callback import Callback
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter
+from omegaconf import DictConfig, OmegaConf
+
+from experiments.compare.table import cell, span
+from experiments.training.fronts import fronts_table
+
+
+class SweepTable(Callback):
+    """Writes `sweep.md` and `sweep.png` beside the runs' directories, and prints the table."""
+
+    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
+        """Called by Hydra once, after the last run."""
+        directory = Path(config.hydra.sweep.dir)
+        table = sweep_table(directory) + seeds_table(directory) + _front(directory)
+        (directory / "sweep.md").write_text(table, encoding="utf-8")
+        draw_sweep(directory).savefig(directory / "sweep.png", dpi=120)
+        print(f"\n{table}\ntable: {directory / 'sweep.md'}\npicture: {directory / 'sweep.png'}")
+
+
+def _front(directory: Path) -> str:
+    """Mean and deviation at each point, where all runs are one front with several seeds; else nothing."""
+    groups = list(_groups(directory).values())
+    if len(groups) == 1 and len(groups[0]) > 1 and all(result["front"] for result in groups[0]):
+        return "\n" + fronts_table(groups[0])
+    return ""
+
+
+def draw_sweep(directory: Path) -> Figure:
+    """Parameters against optimizer steps, on a log scale, a line for each run under a sweep's directory; seeds share a colour."""
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    panel = figure.subplots()
+    for place, (settings, results) in enumerate(_groups(directory).items()):
+        counts = sorted(result["end"]["parameters"] for result in results)
+        label = f"{settings}: {span([f'{count:,}' for count in counts])} parameters, test {_tests(results)} %"
+        for result in results:
+            events = [result["history"]["initial"], *result["history"]["events"]]
+            steps = [*(event["step"] for event in events), result["steps"]]
+            sizes = [*(event["parameters"] for event in events), events[-1]["parameters"]]
+            panel.step(steps, sizes, where="post", color=f"C{place}", label=label, lw=1.5 if len(results) == 1 else 1)
+            label = None
+    panel.set_yscale("log")
+    panel.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    panel.set_xlabel("optimizer step")
+    panel.set_ylabel("parameters")
+    panel.grid(alpha=0.25)
+    panel.spines[["top", "right"]].set_visible(False)
+    panel.legend(frameon=False, fontsize="small")
+    return figure
+
+
+def sweep_table(directory: Path) -> str:
+    """The results under a sweep's directory as a Markdown table, the highest validation accuracy first."""
+    lines = [
+        "| run | settings | parameters | MACs | validation | test | seconds |",
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    lines += [_row(name, own, result) for name, own, result in _runs(directory)]
+    return "\n".join(lines) + "\n"
+
+
+def seeds_table(directory: Path) -> str:
+    """Mean ± standard deviation (of a sample) over the seeds of each setting, as Markdown; empty if no setting has two."""
+    groups = _groups(directory)
+    if all(len(results) == 1 for results in groups.values()):
+        return ""
+    lines = [
+        "| settings | parameters | validation, % | test, % | of each seed |",
+        "| --- | ---: | ---: | ---: | --- |",
+    ]
+    for settings, results in groups.items():
+        counts = [result["end"]["parameters"] for result in results]
+        each = " ".join(
+            f"{count:,}: {100 * result['test_acc']:.2f}" for count, result in zip(counts, results, strict=True)
+        )
+        validation = cell([result["val_acc"] for result in results if result["val_acc"] is not None])
+        lines.append(f"| {settings} | {fmean(counts):,.0f} | {validation} | {_tests(results)} | {each} |")
+    return "\n" + "\n".join(lines) + "\n"
+
+
+def _tests(results: Sequence[Mapping[str, Any]]) -> str:
+    return cell([result["test_acc"] for result in results])
+
+
+def _groups(directory: Path) -> dict[str, list[dict[str, Any]]]:
+    """The results of each setting, in the order of their seeds; what is the same in all runs is left out of the setting."""
+    found: dict[str, list[tuple[int, dict[str, Any]]]] = {}
+    for name, own, result in _runs(directory):
+        words = own.split(" ")
+        seeds = [word for word in words if re.fullmatch(r"seed=\d+", word)]
+        settings = " ".join(word for word in words if word not in seeds)
+        seed = int(seeds[0].removeprefix("seed=")) if seeds else 0
+        found.setdefault(settings or ("all" if seeds else name), []).append((seed, result))
+    return {settings: [result for _, result in sorted(runs, key=itemgetter(0))] for settings, runs in found.items()}
+
+
+def _runs(directory: Path) -> list[tuple[str, str, dict[str, Any]]]:
+    """Of each run its folder's name, the settings that not all have, and its result; the best validation accuracy first."""
+    runs = [(path.parent, json.loads(path.read_text(encoding="utf-8"))) for path in directory.glob("*/result.json")]
+    runs.sort(key=lambda run: (-(run[1]["val_acc"] or 0.0), len(run[0].name), run[0].name))
+    settings = {folder: _overrides(folder) for folder, _ in runs}
+    shared = set.intersection(*map(set, settings.values())) if len(runs) > 1 else set()
+    own = {folder: " ".join(each for each in settings[folder] if each not in shared) for folder in settings}
+    return [(folder.name, own[folder], result) for folder, result in runs]
+
+
+def _overrides(folder: Path) -> list[str]:
+    return [str(override) for override in OmegaConf.load(folder / ".hydra" / "overrides.yaml")]
+
+
+def _row(name: str, settings: str, result: Mapping[str, Any]) -> str:
+    cells = [
+        name,
+        settings,
+        f"{result['end']['parameters']:,}",
+        f"{result['end']['macs']:,}",
+        f"{result['val_acc']:.2%}" if result["val_acc"] is not None else "",
+        f"{result['test_acc']:.2%}",
+        f"{result['seconds']:.0f}",
+    ]
+    return f"| {' | '.join(cells)} |"

@@ -1,0 +1,144 @@
+"""Inside a sandbox everything may happen; outside nothing has."""
+
+from __future__ import annotations
+
+import random
+import threading
+from collections import OrderedDict, deque
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from evolvenet.errors import TraceError
+from evolvenet.execution.shadow_tensors import sandbox
+from tests.helpers import networks
+from tests.helpers.cases import CASES, Case
+from tests.helpers.states import State
+
+
+class Keeper(nn.Module):
+    """Keeps things of every kind, and does all sorts of things to them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(3, 3)
+        self.tied = nn.Linear(3, 3)
+        self.tied.weight = self.inner.weight
+        self.register_buffer("count", torch.zeros(3))
+        self.register_buffer("index", torch.arange(3))
+        self.list, self.dict, self.set = [1, 2], {"a": 1}, {1}
+        self.ordered, self.deque = OrderedDict(b=2), deque([1, 2, 3], maxlen=3)
+        self.lock = threading.Lock()
+        self.number, self.fail = 3, False
+
+    def misbehave(self) -> None:
+        self.number = 4
+        self.new = "attribute"
+        del self.lock
+        self.list.append(3)
+        self.list[0] = 9
+        self.dict.clear()
+        self.set.add(2)
+        self.ordered["c"] = 3
+        self.deque.append(4)
+        self.inner.weight = nn.Parameter(torch.zeros(1))
+        self.register_buffer("late", torch.zeros(1))
+        self.register_parameter("extra", nn.Parameter(torch.zeros(1)))
+        self.add_module("child", nn.ReLU())
+        self.inner.register_forward_hook(lambda *args: None)
+        self.count = torch.ones(1)
+        del self.tied
+        self.drawn = (torch.rand(1), np.random.rand(), random.random())
+        self.train(not self.training)
+        if self.fail:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("device", ["meta", None])
+def test_everything_is_put_back(device: str | None) -> None:
+    model = Keeper()
+    model.inner.bias.grad = torch.ones(3)
+    before, order = State.of(model), list(vars(model))
+    with sandbox(model, device):
+        model.misbehave()
+    assert before.differences(model) == []
+    assert list(vars(model)) == order
+    assert model.deque.maxlen == 3
+    assert model.lock.acquire(blocking=False)
+
+
+@pytest.mark.parametrize("device", ["meta", None])
+def test_everything_is_put_back_after_an_error(device: str | None) -> None:
+    model = Keeper()
+    model.fail = True
+    before = State.of(model)
+    with pytest.raises(KeyboardInterrupt), sandbox(model, device):
+        model.misbehave()
+    assert before.differences(model) == []
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_the_real_tensors_are_out_of_reach(case: Case) -> None:
+    model = case.model()
+    before = State.of(model)
+    with sandbox(model), torch.no_grad():
+        for tensor in (*model.parameters(), *model.buffers()):
+            tensor.fill_(1)
+            tensor.data = torch.zeros(0, dtype=tensor.dtype)
+    assert before.differences(model) == []
+
+
+def test_shadows_are_like_what_they_stand_for() -> None:
+    model = Keeper()
+    model.inner.weight.requires_grad_(False)
+    real = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    for device in ("meta", None):
+        with sandbox(model, device):
+            assert model.inner.weight is model.tied.weight
+            assert not model.inner.weight.requires_grad
+            assert model.inner.bias.requires_grad
+            for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+                assert tensor is not real[name]
+                assert (tensor.shape, tensor.dtype, type(tensor)) == (
+                    real[name].shape,
+                    real[name].dtype,
+                    type(real[name]),
+                )
+                assert tensor.is_meta == (device == "meta" and tensor.is_floating_point())
+            # Whole numbers are indices, so their values count.
+            assert torch.equal(model.get_buffer("index"), torch.arange(3))
+
+
+def test_recurrent_modules_run_on_their_shadows() -> None:
+    model = nn.LSTM(3, 4)
+    flat = list(model._flat_weights)
+    x = torch.randn(2, 1, 3)
+    expected = model(x)[0]
+    with sandbox(model), torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+        assert not model(x)[0].any()
+    assert all(a is b for a, b in zip(flat, model._flat_weights, strict=True))
+    assert torch.equal(model(x)[0], expected)
+
+
+def test_nothing_is_deep_copied() -> None:
+    """A lock cannot be."""
+    model = networks.Locked()
+    with sandbox(model, "meta"):
+        assert model(torch.zeros(2, 5, device="meta")).shape == (2, 3)
+        assert (model.calls, len(model.seen)) == (1, 1)
+    assert (model.calls, model.seen) == (0, [])
+
+
+def test_lazy_parameters_are_refused_and_the_rest_put_back() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.LazyLinear(2))
+    weight = model[0].weight
+    with pytest.raises(TraceError, match="got a lazy one"), sandbox(model):
+        pass
+    assert model[0].weight is weight
+    model(torch.zeros(1, 3))
+    with sandbox(model):
+        assert model(torch.zeros(1, 3)).shape == (1, 2)

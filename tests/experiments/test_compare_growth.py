@@ -1,0 +1,143 @@
+"""The comparison of newborns: a short run, and gromo's part on a stand-in, as gromo is not installed here."""
+
+from __future__ import annotations
+
+import evolvenet  # noqa: F401  isort: skip  # its mend comes before torchvision
+
+import importlib
+import itertools
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from experiments.compare import growth as compare_growth
+from experiments.compare.gromo import SCALES, gromo_tiny
+from experiments.compare.growth import GROMO, ROWS, SUBJECTS, Images, Outcome, kept, main, table
+from experiments.data.images import Split
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """A directory with random images in place of MNIST's."""
+    draw = np.random.default_rng(0)
+    images, labels = draw.integers(0, 256, (300, 28, 28), np.uint8), draw.integers(0, 10, 300)
+    np.savez(tmp_path / "mnist.npz", x_train=images, y_train=labels, x_test=images, y_test=labels)
+    return tmp_path
+
+
+def test_the_page_has_a_line_for_every_method_and_the_loss_is_kept(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compare_growth, "SUBJECTS", [replace(each, calibration=(2, 32)) for each in SUBJECTS])
+    monkeypatch.setattr(compare_growth, "LATER", (1, 2))
+    monkeypatch.setattr(compare_growth, "installed", lambda: False)
+    page = tmp_path / "page.md"
+    main(["--data", str(data), "--out", str(page), "--seeds", "2"])
+    text = page.read_text("utf-8")
+    titles = [line.split(" | ")[0].removeprefix("| ") for line in text.splitlines() if line.startswith("| ")]
+    lines = ["newborns", "---", *(row.title for row in ROWS if row.method != GROMO)]
+    assert [title.split(" |")[0] for title in titles] == lines * 2
+    assert text.count("keep the function: yes") == 2
+    assert "1 steps later | 2 steps later" in text
+    assert "gromo (not installed)" in text
+    assert "{" not in text
+    assert str(tmp_path) not in text
+
+
+def test_one_seed_has_no_deviation(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--data", str(data), "--seeds", "1"])
+    assert "expected 2 or more" in capsys.readouterr().err
+
+
+def test_a_loss_that_changed_is_told() -> None:
+    same, other = Outcome((0.5, 0.5, 0.4), 0.1, 10), Outcome((0.5, 0.51, 0.4), 0.1, 10)
+    assert "yes" in kept({"paired": [same, same], "random (changes the function)": [other]})
+    assert "**no**, largest relative difference 2e-02" in kept({"paired": [same, other]})
+
+
+def test_a_line_is_mean_and_deviation() -> None:
+    one, two = Outcome((1.0, 1.0, 0.5), 0.25, 1234), Outcome((3.0, 3.0, 0.5), 0.75, 1234)
+    control = [replace(one, losses=(1.0, 1.0, 0.75)), replace(two, losses=(3.0, 3.0, 1.25))]
+    lines = table({"no growth": control, "paired": [one, two]})[2:]
+    assert lines == [
+        "| no growth | 2.0000 ± 1.4142 | 2.0000 ± 1.4142 | 1.0000 ± 0.3536 | +0.0000 ± 0.0000 | 1,234 |  |",
+        "| paired | 2.0000 ± 1.4142 | 2.0000 ± 1.4142 | 0.5000 ± 0.0000 | -0.5000 ± 0.3536 | 1,234 | 0.50 |",
+    ]
+
+
+def test_batches_are_the_same_for_the_same_seed_and_see_every_image_once_an_epoch() -> None:
+    data = Images(Split(torch.arange(100, dtype=torch.uint8).reshape(100, 1, 1, 1), torch.arange(100)), lambda x: x)
+    one, two, other = (data.batches(seed, 25, 10) for seed in (0, 0, 1))
+    assert all(torch.equal(a[1], b[1]) for a, b in zip(one, two, strict=True))
+    assert not torch.equal(one[0][1], other[0][1])
+    labels = torch.cat([labels for _, labels in one])
+    assert len(labels) == 250
+    assert labels[:100].sort().values.tolist() == list(range(100))
+
+
+class Gromo(nn.Module):
+    """What the comparison uses of gromo's `GrowingMLP`, with newborns that answer `scale` times the input's first entry."""
+
+    def __init__(self, inputs: int, outputs: int, hidden: int, count: int, activation: nn.Module, device: Any) -> None:
+        super().__init__()
+        sizes = [inputs, *[hidden] * count, outputs]
+        self.layers = nn.ModuleList([nn.Linear(a, b) for a, b in itertools.pairwise(sizes)])
+        self.activation, self.scale, self.told = activation, 0.0, []
+        self.applied = 0.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.extended_forward(x, self.applied)
+
+    def extended_forward(self, x: Tensor, scale: float | None = None) -> Tensor:
+        x = x.flatten(1)
+        extra = x[:, :1] * (self.scale if scale is None else scale)
+        for layer in self.layers[:-1]:
+            x = self.activation(layer(x))
+        return self.layers[-1](x) + extra * torch.eye(10)[3]
+
+    def set_scaling_factor(self, scale: float) -> None:
+        self.scale = scale
+
+    def update_computation(self) -> None:
+        gradient = self.layers[-1].bias.grad
+        assert isinstance(gradient, Tensor)
+        self.told.append(("update_computation", gradient.clone()))
+
+    def apply_change(self) -> None:
+        self.applied += self.scale
+        self.told.append(("applied", self.scale))
+
+    def __getattr__(self, name: str) -> Any:
+        told = ("set_growing_layers", "init_computation", "compute_optimal_updates")
+        if name in (*told, "reset_computation", "dummy_select_update"):
+            return lambda **options: self.told.append((name, options))
+        return super().__getattr__(name)
+
+
+def test_gromo_gets_the_same_network_and_the_best_scale(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    monkeypatch.setattr(importlib, "import_module", lambda name: type("module", (), {"GrowingMLP": Gromo}))
+    model: Any = SUBJECTS[0].build()
+    x = torch.randn(40, 1, 28, 28)
+    labels = torch.where(x[:, 0, 0, 0] > 0, 3, 0)
+    grown: Any = gromo_tiny(model, [(x[:20], labels[:20]), (x[20:], labels[20:])])
+    for theirs, ours in zip(grown.layers, (model[1], model[3], model[5]), strict=True):
+        assert torch.equal(theirs.weight, ours.weight)
+        assert torch.equal(theirs.bias, ours.bias)
+    loss = nn.functional.cross_entropy(model(x[:20]), labels[:20], reduction="sum")
+    torch.testing.assert_close(grown.told[2][1], torch.autograd.grad(loss, model[5].bias)[0])
+    told = [name for name, _ in grown.told]
+    once = ["set_growing_layers", "init_computation", *["update_computation"] * 2, "compute_optimal_updates"]
+    assert told == [*once, "reset_computation", "dummy_select_update", "applied"] * 2
+    assert grown.told[4] == ("compute_optimal_updates", {"maximum_added_neurons": 8})
+    assert grown.told[0][1] == {"index": 0}
+    scale = grown.told[7][1]
+    assert scale in SCALES
+    assert scale > 1
+    assert all(parameter.grad is None for parameter in grown.parameters())

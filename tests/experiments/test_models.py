@@ -1,0 +1,88 @@
+"""The ResNet, its sizes, and that it is an ordinary model."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+
+from experiments.models import resnet as models
+from experiments.models.resnet import BasicBlock, ResNet, UnpaddedBlock, UnpaddedResNet
+from experiments.training import classifier
+from tests.helpers.paths import CONF
+
+
+def parameters(model):
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("name", "images", "blocks", "at_least"),
+    [
+        ("digits_resnet", (2, 1, 8, 8), 3, 250_000),
+        ("mnist_resnet", (2, 1, 28, 28), 6, 2_000_000),
+        ("mnist_unpadded", (2, 1, 28, 28), 2, 2_000_000),
+        ("cifar10_resnet", (2, 3, 32, 32), 6, 2_000_000),
+    ],
+)
+def test_configured_models(name, images, blocks, at_least):
+    model = instantiate(OmegaConf.load(CONF / "model" / f"{name}.yaml"))
+    assert model(torch.randn(images)).shape == (2, 10)
+    assert len(model.blocks) == blocks
+    assert parameters(model) >= at_least
+
+
+def test_every_width_is_an_argument():
+    model = ResNet(in_channels=2, classes=3, widths=(4, 5), blocks=(2, 1), strides=(1, 2), stem_stride=2, hidden=7)
+    stem = 4 * 2 * 9 + 2 * 4
+    first = 2 * (2 * 4 * 4 * 9 + 4 * 4)
+    second = 5 * 4 * 9 + 5 * 5 * 9 + 4 * 5 + 5 * 4 + 2 * 5
+    dense = 5 * 7 + 7 + 7 * 3 + 3
+    assert parameters(model) == stem + first + second + dense
+    assert model(torch.randn(6, 2, 12, 12)).shape == (6, 3)
+
+
+@pytest.mark.parametrize(("inputs", "width", "stride", "size"), [(3, 3, 1, 8), (3, 5, 1, 8), (3, 3, 2, 4)])
+def test_a_block_adds_its_shortcut(inputs, width, stride, size):
+    block = BasicBlock(inputs, width, stride).eval()
+    x = torch.randn(2, inputs, 8, 8)
+    torch.nn.init.zeros_(block.norm2.weight)
+    torch.testing.assert_close(block(x), torch.relu(block.shortcut(x)))
+    assert block(x).shape == (2, width, size, size)
+    assert isinstance(block.shortcut, torch.nn.Identity) == (inputs == width and stride == 1)
+
+
+@pytest.mark.parametrize("slope", [0.0, 0.2])
+def test_an_unpadded_block_adds_the_middle_of_its_input(slope):
+    block = UnpaddedBlock(3, 7, slope).eval()
+    x = torch.randn(2, 3, 8, 9)
+    torch.nn.init.zeros_(block.norm2.weight)
+    middle = x[:, :, 2:6, 2:7]
+    torch.testing.assert_close(block(x), torch.where(middle > 0, middle, slope * middle))
+
+
+def test_the_slope_is_that_of_every_relu_of_the_unpadded_network():
+    torch.manual_seed(0)
+    model = UnpaddedResNet(width=4, inside=(5, 6), negative_slope=1.0).eval()
+    # At 1 nothing bends: the blocks are affine, and the stem ends with its norm.
+    x, y = torch.randn(2, 3, 4, 13, 13, dtype=torch.float64)
+    blocks = model.double().blocks
+    torch.testing.assert_close(blocks((x + y) / 2), (blocks(x) + blocks(y)) / 2)
+    seen = []
+    blocks.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    images = torch.randn(3, 1, 28, 28, dtype=torch.float64)
+    model(images)
+    torch.testing.assert_close(seen[0], model.norm(model.pool(model.stem(images))))
+
+
+def test_stages_of_different_number_are_refused():
+    with pytest.raises(ValueError, match="3, 2 and 3"):
+        ResNet(blocks=(2, 2))
+
+
+@pytest.mark.parametrize("module", [models, classifier])
+def test_model_and_module_know_nothing_of_evolvenet(module):
+    imports = [line for line in Path(module.__file__).read_text().splitlines() if line.startswith(("import", "from"))]
+    assert imports
+    assert not any("evolvenet" in line for line in imports)

@@ -1,0 +1,75 @@
+"""The points of a front: saved at the end of each span, each tested once, the first one the teacher of the others."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from experiments.training.classifier import Classifier, Cycles
+from experiments.training.points import draw_front, front_table, frozen, span_ends, teacher
+
+POINT = {
+    "parameters": 5000,
+    "macs": 70_000,
+    "epoch": 3,
+    "seconds": 90.0,
+    "val_acc": 0.99,
+    "path": "",
+    "test_acc": 0.985,
+}
+
+
+@pytest.mark.parametrize(("epochs", "ends"), [(10, [2, 6, 10]), (5, [1, 3, 5]), (20, [4, 12, 20])])
+def test_spans_end_with_the_nearest_epoch(epochs: int, ends: list[int]) -> None:
+    assert span_ends([1, 2, 2], epochs) == ends
+
+
+def test_a_teacher_stays_what_it_was() -> None:
+    model, x = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3)), torch.randn(8, 4)
+    model.train()
+    expected = model.eval()(x)
+    model.train()
+    told = teacher(frozen(model))
+    nn.init.zeros_(model.get_parameter("0.weight"))
+    assert torch.equal(told(x), expected)
+    assert not told(x).requires_grad
+    assert model.training
+
+
+def test_the_teachers_outputs_are_asked_for_in_their_share() -> None:
+    model = nn.Linear(4, 3)
+    classifier = Classifier(model, torch.optim.SGD, classes=3, soft=0.25, temperature=2.0)
+    classifier.log = lambda *args, **options: None  # type: ignore[method-assign,assignment]
+    x, y = torch.randn(8, 4), torch.randint(0, 3, (8,))
+    hard = nn.functional.cross_entropy(model(x), y)
+    assert torch.equal(classifier.training_step((x, y), 0), hard)
+    other = nn.Linear(4, 3)
+    classifier.teacher = teacher(other)
+    logs = [(each(x) / 2).log_softmax(1) for each in (model, other)]
+    soft = (logs[1].exp() * (logs[1] - logs[0])).sum(1).mean() * 4
+    torch.testing.assert_close(classifier.training_step((x, y), 0), 0.75 * hard + 0.25 * soft)
+    assert "teacher" not in str(list(classifier.state_dict()))
+
+
+def test_each_cycle_rises_and_falls() -> None:
+    cycles = Cycles(steps=400, lengths=(1, 3), warmup=0.1)
+    values = [cycles(step) for step in range(401)]
+    assert max(values) == pytest.approx(1, abs=1e-5)
+    for begin, top, end in ((0, 10, 99), (100, 130, 399)):
+        assert values[begin] == pytest.approx(0.04)
+        assert values[top] == pytest.approx(1, abs=1e-5)
+        assert values[end] < 1e-4
+        assert all(one > two for one, two in zip(values[top:end], values[top + 1 : end + 1], strict=True))
+
+
+def test_the_table_and_the_picture_say_every_point() -> None:
+    points: list[dict[str, Any]] = [POINT, {**POINT, "parameters": 700, "test_acc": 0.97}]
+    table = front_table(points)
+    assert table.row_count == 2
+    assert list(table.columns[4].cells) == ["150", "300"]
+    panel = draw_front(points).axes[0]
+    assert [line.get_xdata().tolist() for line in panel.lines] == [[5000, 700]] * 2  # type: ignore[union-attr]
+    assert [text.get_text() for text in panel.texts] == ["5,000\n98.50%", "700\n97.00%"]

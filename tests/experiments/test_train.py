@@ -1,0 +1,339 @@
+"""Every experiment in `conf/experiment`, run through what `train.py` does, on a few batches."""
+
+import json
+import logging
+import subprocess
+import sys
+
+import lightning
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
+
+import evolvenet
+from evolvenet.engine.history import History
+from experiments.data.span_augment import SpanAugment
+from experiments.training import classifier, points
+from experiments.training.classifier import Classifier
+from experiments.training.run import readable_errors, run
+from experiments.training.sweep import draw_sweep, sweep_table
+from tests.experiments.test_data import write_npz
+from tests.helpers.paths import ROOT
+
+# What evolving runs are compared with: no widths of theirs are EvolveNet's to change. Each is run by a test of its own.
+CONTROLS = ("_scratch", "_uniform", "_torch_pruning")
+EXPERIMENTS = sorted(
+    path.stem for path in (ROOT / "conf" / "experiment").glob("*.yaml") if not path.stem.endswith(CONTROLS)
+)
+UNPADDED = ["model.width=8", "model.inside=[12,12]"]
+SMALL = {
+    "mnist_resnet": UNPADDED,
+    "mnist_short": UNPADDED,
+    "mnist_both": UNPADDED,
+    "cifar_resnet": ["model.widths=[4,6,8]"],
+}
+LEAST = {"cifar_resnet": 500_000, "digits_both": 250_000}
+TINY = [
+    "trainer.max_epochs=2",
+    "trainer.limit_train_batches=2",
+    "trainer.accelerator=cpu",
+    "trainer.log_every_n_steps=1",
+]
+EAGER = ["evolve.every_n_steps=1", "evolve.start_step=1", "evolve.stop=1.0"]
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """As `train.py` does: on layers this small, threads only wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def data(tmp_path):
+    """Made-up mnist.npz and cifar10.npz, and the overrides that use them."""
+    write_npz(tmp_path / "mnist.npz", (28, 28))
+    write_npz(tmp_path / "cifar10.npz", (32, 32, 3))
+    return [f"data.root={tmp_path}", "data.batch_size=12", "data.val_size=10"]
+
+
+def train(tmp_path, overrides):
+    """What `train.py` does with these overrides; returns the result file's content."""
+    output = tmp_path / "run"
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        config = compose("train", [*overrides, f"output={output}"])
+    with readable_errors():
+        run(
+            config,
+            data=instantiate(config.data),
+            classifier=instantiate(config.classifier),
+            trainer=instantiate(config.trainer),
+            evolution=instantiate(config.evolve),
+            points=instantiate(config.points),
+            callbacks=instantiate(config.callbacks),
+        )
+    return json.loads((output / "result.json").read_text())
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_every_experiment_runs_and_leaves_its_results(tmp_path, data, experiment, capsys):
+    widths = SMALL.get(experiment, ["model.widths=[8,12,16]"])
+    # The digits are in scikit-learn's wheel, and are 64 numbers each.
+    given = ["data.batch_size=64"] if experiment.startswith("digits") else data
+    result = train(tmp_path, [f"+experiment={experiment}", *widths, *given, *TINY, *EAGER])
+    events = History.from_dict(result["history"]).events
+    assert result["steps"] == 4
+    assert len(events) == 2
+    assert all(event.skipped is None for event in events)
+    assert 0 <= result["test_acc"] <= 1
+    assert len(result["curve"]) == 2
+    assert result["end"]["parameters"] == events[-1].parameters
+    assert result["end"]["macs"] == events[-1].macs
+    assert result["sizes"]["end"] == events[-1].sizes
+    assert result["config"]["evolve"]["policy"]["_target_"].startswith("evolvenet.")
+    written = {path.name for path in (tmp_path / "run").iterdir()}
+    assert {"result.json", "report.html", "history.png", "last.ckpt"} <= written
+    assert str(tmp_path / "run" / "report.html") in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_every_experiment_builds_at_full_size(experiment):
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        config = compose("train", [f"+experiment={experiment}", "output=unused"])
+    model = instantiate(config.classifier).model
+    assert sum(parameter.numel() for parameter in model.parameters()) >= LEAST.get(experiment, 2_000_000)
+    assert isinstance(instantiate(config.evolve), evolvenet.WidthEvolution)
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_no_experiment_insists_on_evolving(experiment):
+    """`evolve=none` is the control of every one of them; an experiment that sets `evolve.…` itself would bring it back."""
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        config = compose("train", [f"+experiment={experiment}", "evolve=none", "output=unused"])
+    assert config.evolve is None
+
+
+def test_digits_learn_while_widths_change(tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    small = ["model.widths=[12,12,12]", "trainer.max_epochs=3", "trainer.accelerator=cpu", "evolve.every_n_steps=20"]
+    result = train(tmp_path, [*small, "evolve.start_step=20", "evolve.policy.prune=0.02"])
+    assert result["test_acc"] > 0.3
+    assert result["val_acc"] > 0.3
+    changed = [change for event in result["history"]["events"] for change in event["changes"]]
+    lines = [record.getMessage() for record in caplog.records if record.name == "evolvenet"]
+    assert changed
+    for change in changed:
+        assert any(f"{change['width']} {change['before']} → {change['after']}" in line for line in lines)
+    epochs = [record.getMessage() for record in caplog.records if record.name == "experiments.training.progress"]
+    assert len(epochs) == 3
+    assert "val acc" in epochs[-1]
+    assert f"parameters {result['end']['parameters']:,}" in epochs[-1]
+
+
+def test_the_saved_model_is_the_evolved_one(tmp_path):
+    overrides = ["model.widths=[16,16,16]", *TINY, *EAGER]
+    result = train(tmp_path, overrides)
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        model = instantiate(compose("train", [*overrides, "output=unused"]).model)
+    evolvenet.load(model, tmp_path / "run" / "last.ckpt")
+    assert sum(parameter.numel() for parameter in model.parameters()) == result["end"]["parameters"]
+    assert model(torch.zeros(1, 1, 8, 8)).shape == (1, 10)
+
+
+def test_without_the_callback_widths_stay(tmp_path):
+    result = train(tmp_path, ["evolve=none", "model.widths=[8,8,8]", "optimizer=sgd", *TINY])
+    assert result["start"] == result["end"]
+    assert result["history"]["events"] == []
+
+
+def test_a_front_is_saved_tested_and_shown_point_by_point(tmp_path, data, capsys, monkeypatch):
+    taught, shapes, seen = [], [], []
+    honest = lightning.Trainer.test
+
+    def looked(self, module, **options):
+        seen.append(sum(parameter.numel() for parameter in module.model.parameters()))
+        return honest(self, module, **options)
+
+    monkeypatch.setattr(lightning.Trainer, "test", looked)
+    monkeypatch.setattr(points, "teacher", lambda model: taught.append(sum(p.numel() for p in model.parameters())))
+    monkeypatch.setattr(classifier, "Cycles", lambda *args: shapes.append(args) or (lambda step: 1.0))
+    result = train(
+        tmp_path,
+        [
+            "+experiment=mnist_resnet",
+            *SMALL["mnist_resnet"],
+            *data,
+            *TINY,
+            *EAGER,
+            "trainer.max_epochs=5",
+            "spans=[1,1,1,1,1]",
+        ],
+    )
+    front = result["front"]
+    assert [point["epoch"] for point in front] == [1, 2, 3, 4, 5]
+    assert all(0 <= point["test_acc"] <= 1 for point in front)
+    assert front[-1]["parameters"] == result["end"]["parameters"]
+    assert front[-1]["test_acc"] == result["test_acc"]
+    assert front[-1]["parameters"] <= 1_500
+    split = instantiate(result["config"]["data"])
+    split.setup()
+    for point in front:
+        model = evolvenet.load(instantiate(result["config"]["model"]), point["path"]).eval()
+        assert sum(parameter.numel() for parameter in model.parameters()) == point["parameters"]
+        right = torch.cat([model(images).argmax(1) == labels for images, labels in split.test_dataloader()])
+        assert point["test_acc"] == pytest.approx(float(right.float().mean()))
+    assert seen == [point["parameters"] for point in front], "each network is looked at once"
+    assert taught[0] == front[0]["parameters"], "the network of the first span is the teacher"
+    assert [args[1] for args in shapes] == [[1, 1, 1, 1, 1]], "the learning rate has a cycle for each span"
+    assert "The front" in capsys.readouterr().out
+    # And the control of one of its points.
+    few = ["trainer.max_epochs=1", "trainer.limit_train_batches=2", "model.model.width=8", "model.model.inside=[12,12]"]
+    control = train(
+        tmp_path / "control", ["+experiment=mnist_scratch", f"model.checkpoint={front[2]['path']}", *data, *few]
+    )
+    assert control["start"]["parameters"] == control["end"]["parameters"] == front[2]["parameters"]
+    assert "<h2>The front</h2>" in (tmp_path / "run" / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("experiment", "kept", "left"),
+    [("mnist_resnet", "last.ckpt", 3), ("mnist_resnet", "0-*.ckpt", 4), ("cifar_resnet", "last.ckpt", 3)],
+)
+def test_a_front_that_was_stopped_goes_on_where_it_was(tmp_path, data, experiment, kept, left, monkeypatch):
+    """The same points, weights and curve as without the stop; the teacher was a network of other widths."""
+    spans = {"mnist_resnet": "spans=[1,1,1,1,1]", "cifar_resnet": "spans=[1,2,2]"}[experiment]
+    more = ["cycles=[3,2]"] if experiment == "cifar_resnet" else []
+    cut = "evolve.policy.points.1={_target_:evolvenet.Budget,params:900,by:0.1,growth:0}"
+    overrides = [
+        f"+experiment={experiment}", *SMALL[experiment], *data, *TINY, *EAGER, "trainer.max_epochs=5", spans, *more, cut,
+    ]  # fmt: skip
+    lightning.seed_everything(0)
+    whole = train(tmp_path / "whole", overrides)
+    honest, teachers = Classifier.training_step, []
+
+    def failing(self, batch, index):
+        if self.current_epoch == 2:
+            raise RuntimeError("power cut")
+        return honest(self, batch, index)
+
+    def watched(self, batch, index):
+        teachers.append(self.teacher)
+        return honest(self, batch, index)
+
+    lightning.seed_everything(0)
+    monkeypatch.setattr(Classifier, "training_step", failing)
+    with pytest.raises(RuntimeError, match="power cut"):
+        train(tmp_path / "cut", overrides)
+    monkeypatch.setattr(Classifier, "training_step", watched)
+    lightning.seed_everything(1)  # the start network is another one, until the checkpoint is read
+    [path] = (tmp_path / "cut" / "run").glob(kept)
+    resumed = train(tmp_path / "cut", [*overrides, f"resume={path}"])
+    assert len(teachers) == 2 * left, "batches of the epochs that were left"
+    assert None not in teachers, "it is taught as before"
+    timeless = [
+        [{key: value for key, value in point.items() if key not in ("seconds", "path")} for point in one["front"]]
+        for one in (whole, resumed)
+    ]
+    assert timeless[0] == timeless[1]
+    for event in (event for one in (whole, resumed) for event in one["history"]["events"]):
+        assert event["skipped"] is None, "the teacher is no copy to ask about"
+    assert [point["seconds"] for point in resumed["front"]] == sorted(point["seconds"] for point in resumed["front"])
+    assert resumed["curve"] == whole["curve"]
+    ends = [torch.load(tmp_path / name / "run" / "last.ckpt", weights_only=True) for name in ("whole", "cut")]
+    for name, value in ends[0]["state_dict"].items():
+        assert torch.equal(value, ends[1]["state_dict"][name]), name
+
+
+def test_a_run_to_resume_that_is_not_there_is_said_in_one_line(tmp_path):
+    with pytest.raises(SystemExit, match=r"error: Resume: expected .* got /nowhere/last\.ckpt"):
+        train(tmp_path, ["resume=/nowhere/last.ckpt", *TINY])
+
+
+def test_an_experiments_own_callbacks_take_part(tmp_path, data, monkeypatch):
+    epochs = []
+    monkeypatch.setattr(
+        SpanAugment, "on_train_epoch_start", lambda self, trainer, _: epochs.append(trainer.current_epoch)
+    )
+    train(tmp_path, ["+experiment=mnist_resnet", *UNPADDED, *data, *TINY])
+    assert epochs == [0, 1]
+
+
+def test_uniform_widths_by_hand_are_trained_as_they_are(tmp_path, data):
+    result = train(tmp_path, ["+experiment=mnist_uniform", *data, *TINY])
+    assert result["start"] == result["end"]
+    assert 4_900 <= result["end"]["parameters"] <= 5_000
+    assert len(set(map(str, [result["config"]["model"]["width"], *result["config"]["model"]["inside"]]))) == 1
+    assert result["history"]["events"] == result["front"] == []
+
+
+def test_a_terminal_gets_a_bar_with_epoch_accuracy_and_parameters(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    result = train(tmp_path, ["evolve=none", "model.widths=[8,8,8]", *TINY])
+    shown = capsys.readouterr().out
+    assert "epoch 2/2: 100%" in shown
+    assert f"val acc={result['val_acc']:.4f}, parameters={result['end']['parameters']:,}" in shown
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["evolve.policy.prune=1.5"], "prune"),
+        (["evolve.policy.prune=0.9", "evolve.policy.grow=0.5"], "prune below grow"),
+        (["evolve.every_n_steps=0"], "every_n_steps"),
+        (["data.batch_size=99999"], "batch size"),
+        (["data.val_size=0"], "val_size"),
+    ],
+)
+def test_bad_settings_end_with_one_line(tmp_path, overrides, message):
+    with pytest.raises(SystemExit) as caught:
+        train(tmp_path, [*overrides, "model.widths=[4,4,4]", *TINY])
+    assert str(caught.value).startswith("error: ")
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_other_errors_keep_their_traceback():
+    with pytest.raises(ZeroDivisionError), readable_errors():
+        _ = 1 / 0
+
+
+def command(cwd, *overrides):
+    return subprocess.run(
+        [sys.executable, str(ROOT / "train.py"), *overrides], cwd=cwd, capture_output=True, text=True, timeout=300
+    )
+
+
+def test_command_line_without_data_says_so_in_one_line(tmp_path):
+    (tmp_path / "mnist.npz").write_text("no archive")
+    done = command(tmp_path, "+experiment=mnist_resnet", f"data.root={tmp_path}")
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr + done.stdout
+    assert done.stderr.strip().startswith("error: Data: ")
+    assert "\n" not in done.stderr.strip()
+
+
+def test_a_sweep_leaves_a_result_for_each_run_and_one_table(tmp_path, data):
+    done = command(
+        tmp_path, "-m", "+experiment=mnist_threshold", "evolve.policy.prune=0.005,0.02", "evolve.policy.grow=0.9",
+        "trainer.limit_train_batches=2", "trainer.max_epochs=1", "model.widths=[4,4,4]", "evolve.every_n_steps=1",
+        "evolve.start_step=1", *data,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    [directory] = (tmp_path / "multirun").glob("*/*")
+    results = [json.loads((directory / number / "result.json").read_text()) for number in ("0", "1")]
+    assert [result["config"]["evolve"]["policy"]["prune"] for result in results] == [0.005, 0.02]
+    table = sweep_table(directory)
+    assert (directory / "sweep.md").read_text() == table
+    assert table in done.stdout
+    assert table.count("| evolve.policy.prune=") == 2
+    assert (directory / "sweep.png").stat().st_size > 10_000
+    lines = draw_sweep(directory).axes[0].lines
+    ends = {result["config"]["evolve"]["policy"]["prune"]: result["end"]["parameters"] for result in results}
+    assert {str(line.get_label()).split(":")[0]: list(line.get_ydata())[-1] for line in lines} == {  # pyright: ignore
+        f"evolve.policy.prune={prune}": count for prune, count in ends.items()
+    }
+    assert "trainer.max_epochs" not in table
+    assert "Warning" not in done.stdout + done.stderr

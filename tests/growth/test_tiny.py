@@ -1,0 +1,188 @@
+"""What readers can do by themselves, and what counts as a row of length 1."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from evolvenet.graph.index_map import IndexMap
+from evolvenet.graph.width_graph import Tie
+from evolvenet.growth.expanded_model import Growth, trial
+from evolvenet.growth.tiny import RIDGE, Scale, corrected, demand, read_by
+from evolvenet.surgery.resize_model import compile_surgery
+from evolvenet.tracing.trace import trace
+from tests.helpers.small_models import images, mlp
+
+
+def growth_of(model: nn.Module, x: Tensor, y: Tensor, sizes: dict[str, int], batches: int = 1) -> Growth:
+    graph = trace(model, x[:2])
+    maps = {name: IndexMap.grow(graph.widths[name].size, count) for name, count in sizes.items()}
+    pairs = tuple(zip(x.chunk(batches), y.chunk(batches), strict=True))
+    return Growth(model, graph, compile_surgery(model, graph, maps), None, pairs, F.mse_loss)
+
+
+@pytest.mark.parametrize("repeat", [1, 3])
+def test_a_scale_measures_answers(repeat: int) -> None:
+    x = torch.randn(50, 4, dtype=torch.float64)
+    scale = Scale.of(x.T @ x / 50)
+    rows, gradients = torch.randn(2, 5, 4 * repeat, dtype=torch.float64)
+    answers = (rows.reshape(5 * repeat, 4) @ x.T).square().mean(1).reshape(5, repeat).sum(1)
+    torch.testing.assert_close(scale.energy(rows), answers, rtol=0.05, atol=0)
+    torch.testing.assert_close(scale.rows(scale.coordinates(rows)), rows)
+    # Both sides of a scalar product.
+    torch.testing.assert_close((scale.gradients(gradients) * scale.coordinates(rows)).sum(1), (gradients * rows).sum(1))
+
+
+def test_without_inputs_every_row_counts_by_its_norm() -> None:
+    rows = torch.randn(3, 4, dtype=torch.float64)
+    for scale in (Scale(), Scale.of(torch.zeros(4, 4, dtype=torch.float64))):
+        torch.testing.assert_close(scale.energy(rows), rows.square().sum(1))
+        assert torch.equal(scale.gradients(rows), rows)
+        assert torch.equal(scale.rows(rows), rows)
+
+
+@pytest.mark.parametrize("batches", [1, 3])
+@pytest.mark.parametrize("bias", [True, False])
+def test_an_update_is_the_best_linear_fit_of_the_gradient(
+    batches: int, bias: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("evolvenet.linalg.ridge.RIDGES", (1e-12,))
+    model, x = mlp(6, 4, 3), torch.randn(300, 6).double()
+    if not bias:
+        model[2].bias = None
+    y = 3 * model(x).detach() + x[:, :3].tanh()
+    growth = growth_of(model, x, y, {"0": 2}, batches)
+    asked = demand(growth, "tiny")
+    inside = model[1](model[0](x)).detach()
+    outputs = model[2](inside).detach().requires_grad_()
+    (wanted,) = torch.autograd.grad(F.mse_loss(outputs, y) * batches, outputs)
+    columns = torch.cat([inside, torch.ones(300, 1).double()], dim=1) if bias else inside
+    best = torch.linalg.lstsq(columns, wanted).solution
+    update = asked.updates["2"]
+    torch.testing.assert_close(update.weight, best[:4].T, rtol=1e-6, atol=1e-9)
+    assert (update.bias is not None) == bias
+    if update.bias is not None:
+        torch.testing.assert_close(update.bias, best[4], rtol=1e-6, atol=1e-9)
+    (scale,) = asked.scales.values()
+    assert scale.factor is not None
+    second = x.T @ x / 300
+    torch.testing.assert_close(
+        scale.factor @ scale.factor.T, second + RIDGE * second.diagonal().mean() * torch.eye(6).double()
+    )
+
+
+def test_noise_that_no_update_explains_gives_none() -> None:
+    torch.manual_seed(0)
+    model, x = mlp(6, 4, 3), torch.randn(12, 6).double()
+    assert demand(growth_of(model, x, 9 * torch.randn(12, 3).double(), {"0": 2}), "tiny").updates == {}
+
+
+def test_an_activation_in_place_does_not_hide_the_gradient() -> None:
+    def made(inplace: bool) -> Any:
+        torch.manual_seed(0)
+        return nn.Sequential(
+            nn.Linear(6, 4), nn.ReLU(inplace), nn.Linear(4, 5), nn.ReLU(inplace), nn.Linear(5, 3)
+        ).double()
+
+    x = torch.randn(200, 6).double()
+    y = 3 * made(False)(x).detach()
+    one, two = (
+        demand(growth_of(made(inplace), x, y, {"0": 2}), "tiny").updates["2"].weight for inplace in (True, False)
+    )
+    torch.testing.assert_close(one, two)
+
+
+def test_measuring_leaves_the_model_alone() -> None:
+    model, x = mlp(6, 4, 3).train(), torch.randn(30, 6).double()
+    parameters = [parameter.requires_grad_(False) for parameter in model.parameters()]
+    growth = growth_of(model, x, 3 * model(x), {"0": 2})
+    demand(growth, "tiny")
+    assert model.training
+    assert all(a is b and not a.requires_grad for a, b in zip(model.parameters(), parameters, strict=True))
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+class TwoReaders(nn.Module):
+    """A width read by a dense layer on the flattened map and by a convolution, both of which also grow."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.make, self.read = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 5, 3, stride=2)
+        self.dense, self.last = nn.Linear(4 * 36, 3), nn.Linear(20, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        units = self.make(x).relu()
+        return self.dense(units.flatten(1)) + self.last(self.read(units).relu().flatten(1))
+
+
+def test_a_correction_changes_the_gradients_of_newborns_alone() -> None:
+    """By what the update's answer, as a gradient of the reader's outputs, would give them."""
+    model, x = TwoReaders().double(), images(200)
+    y = 3 * model(x).detach()
+    growth = growth_of(model, x, y, {"make": 2, "read": 3})
+    asked = demand(growth, "tiny")
+    assert set(asked.updates) == {"dense", "read", "last"}
+    start: dict[Tie, Tensor] = {
+        tie: torch.randn(growth.count(width), growth.units(tie, width).shape[1]).double()
+        for width in growth.widths
+        for tie in (*growth.matrices(width, "produces"), *growth.matrices(width, "consumes"))
+    }
+    with trial(growth, start), corrected(growth, asked.updates) as corrections:
+        inputs: dict[str, Tensor] = {}
+        hook: Callable[[str], Any] = lambda name: lambda m, args: inputs.setdefault(name, args[0])  # noqa: E731
+        hooks = [model.get_submodule(name).register_forward_pre_hook(hook(name)) for name in asked.updates]
+        model(x)
+        extra = corrections.total()
+        assert isinstance(extra, Tensor)
+        assert corrections.total() == 0
+        weights = [model.make.weight, model.read.weight, model.dense.weight, model.last.weight]
+        grads = torch.autograd.grad(extra, weights, retain_graph=True)
+        assert not grads[1][:5, :4].any()
+        assert not grads[2][:, : 4 * 36].any()
+        assert not grads[3][:, :20].any()
+        update = asked.updates["dense"]
+        assert update.bias is not None
+        known = F.linear(inputs["dense"][:, : 4 * 36], update.weight, update.bias)
+        torch.testing.assert_close(grads[2][:, 4 * 36 :], -known.T @ inputs["dense"][:, 4 * 36 :].detach())
+        for each in hooks:
+            each.remove()
+
+
+@pytest.mark.parametrize(
+    ("module", "x"),
+    [
+        (nn.Linear(4, 3), torch.randn(5, 4)),
+        (nn.Linear(4, 3), torch.randn(5, 2, 4)),
+        (nn.Conv1d(4, 3, 3, stride=2, padding=1), torch.randn(5, 4, 9)),
+        (nn.Conv2d(4, 3, (3, 2), dilation=2, padding=(1, 0)), torch.randn(5, 4, 9, 8)),
+        (nn.Conv3d(4, 3, 2), torch.randn(2, 4, 3, 4, 5)),
+    ],
+)
+def test_what_a_module_multiplies_is_known(module: Any, x: Tensor) -> None:
+    read = read_by(module, "here", x)
+    assert read is not None
+    y = module(x).detach()
+    out = y.reshape(-1, 3) if isinstance(module, nn.Linear) else y
+    rows = torch.arange(out[:, :1].numel())
+    answers = read.columns(rows)[0] @ read.matrix()[0].T + module.bias
+    torch.testing.assert_close(answers, read.answers(out, rows)[0])
+
+
+@pytest.mark.parametrize(
+    ("module", "x"),
+    [
+        (nn.Linear(4, 3), torch.randn(4)),
+        (nn.Conv2d(4, 4, 3, groups=2), torch.randn(5, 4, 6, 6)),
+        (nn.Conv2d(4, 4, 3, padding="same"), torch.randn(5, 4, 6, 6)),
+        (nn.Conv2d(4, 4, 3, padding=1, padding_mode="circular"), torch.randn(5, 4, 6, 6)),
+        (nn.Conv2d(4, 4, 3), torch.randn(4, 6, 6)),
+        (nn.ReLU(), torch.randn(4, 6)),
+    ],
+)
+def test_what_is_not_known_is_left_out(module: nn.Module, x: Tensor) -> None:
+    assert read_by(module, "here", x) is None

@@ -1,0 +1,42 @@
+"""A policy that asks for given sizes in turn, one entry an event, and what must be right after every one of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from evolvenet.measurement.width_spectra import Measure
+from evolvenet.policies.base import Proposal
+from evolvenet.surgery.optimizer_state import validate_state
+
+REDUCED = {"row_var": -1, "col_var": -2}
+"""Adafactor's factors hold one value for all of an axis."""
+
+
+class InTurn:
+    """Asks for the next sizes at every event, then for nothing more."""
+
+    def __init__(self, *sizes: Mapping[str, int]) -> None:
+        self.left = list(sizes)
+
+    def propose(self, measures: Mapping[str, Measure], graph: object) -> dict[str, Proposal]:
+        sizes = self.left.pop(0) if self.left else {}
+        return {name: Proposal(size, "asked for") for name, size in sizes.items() if measures[name].size != size}
+
+
+def check_fits(optimizers: Sequence[Optimizer]) -> None:
+    """Every state tensor and every gradient has its parameter's shape; said twice, by hand and by `validate_state`."""
+    for optimizer in optimizers:
+        validate_state(optimizer)
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        assert len({id(parameter) for parameter in parameters}) == len(parameters)
+        for parameter in parameters:
+            assert parameter.grad is None or parameter.grad.shape == parameter.shape
+            for key, entry in optimizer.state.get(parameter, {}).items():
+                if isinstance(entry, Tensor) and entry.dim() == parameter.dim():
+                    shape = [
+                        1 if dim - parameter.dim() == REDUCED.get(key) else n for dim, n in enumerate(parameter.shape)
+                    ]
+                    assert list(entry.shape) == shape, key

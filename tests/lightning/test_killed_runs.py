@@ -1,0 +1,235 @@
+"""`kill -9` at any moment of a real run, then resume: no checkpoint is lost, and the end is the same to the last bit.
+
+A run is resumed from its newest checkpoint, by the step in the file's name. `last.ckpt` is no better and may be missing:
+`save_last="link"` removes the link before it makes the new one. `killed_run.Epochs` is what Lightning needs besides a loader
+with a state, so that a run can be resumed more than once.
+
+Lightning writes a checkpoint into the folder for temporary files and gives it its name when it is whole. The name is given at
+once only on the same disk; onto another one the file is copied, under its final name. Where these are different disks, set
+TMPDIR to a folder beside the checkpoints, as `test_a_checkpoint_on_another_disk…` does. What a killed run was writing is left
+there.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import cycle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.helpers.killed_run import EVENT, IDLE, SAVING, TRAINING
+from tests.helpers.paths import ROOT
+from tests.lightning.test_checkpoints import assert_same
+
+EPOCHS, SHORT = 20, 3
+STEPS = 8
+"""Of an epoch."""
+KILLS, OF_ONE_RUN = 30, 10
+KEEPERS: tuple[dict[str, Any], ...] = (
+    {"every_n_train_steps": 1, "save_top_k": -1},
+    {"every_n_train_steps": 2, "save_top_k": -1, "save_last": True},
+    {"every_n_train_steps": 3, "save_top_k": 1, "save_last": "link"},
+)
+AIMS = ("", EVENT.decode(), SAVING.decode())
+MORE = {"": 0.0, EVENT.decode(): 0.02, SAVING.decode(): 0.003}
+"""Seconds after an event or a save has begun within which the kill comes."""
+
+Lives = Callable[..., dict[str, Any]]
+"""From an order to how the life ended, see `killed_run`."""
+
+
+@pytest.fixture(scope="module")
+def lives(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lives]:
+    """Gives an order for a life and says how it ended."""
+    paths = str(ROOT)
+    temporary = str(tmp_path_factory.mktemp("temporary"))
+    settings = {**os.environ, "PYTHONPATH": paths, "TMPDIR": temporary, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "tests.helpers.killed_run"]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=settings
+    ) as process:
+
+        def live(**order: Any) -> dict[str, Any]:
+            print(json.dumps(order), file=process.stdin, flush=True)
+            assert process.stdout is not None
+            return json.loads(process.stdout.readline())
+
+        yield live
+
+
+def contents(path: Path) -> dict[str, Any]:
+    """What a checkpoint says of the run: not how long its events took, nor where the files are."""
+    found = torch.load(path, weights_only=True)
+    callbacks = {name: each for name, each in found["callbacks"].items() if not name.startswith("ModelCheckpoint")}
+    if "WidthEvolution" in callbacks:
+        for event in callbacks["WidthEvolution"]["evolver"]["history"]["events"]:
+            del event["seconds"]
+    if path.name == "end.ckpt":
+        # Where nothing was left to do after a resume, Lightning does not count the last batch.
+        del found["loops"]
+    return {**found, "callbacks": callbacks, "metadata": dict(found["state_dict"]._metadata)}
+
+
+@dataclass
+class Whole:
+    """The run that was never killed, with what it saved after each step."""
+
+    folder: Path
+    seconds: float
+    known: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def at(self, name: str) -> dict[str, Any]:
+        if name not in self.known:
+            self.known[name] = contents(self.folder / name)
+        return self.known[name]
+
+
+Wholes = Mapping[int, Whole]
+
+
+@pytest.fixture(scope="module")
+def wholes(lives: Lives, tmp_path_factory: pytest.TempPathFactory) -> Wholes:
+    """A long and a short one, by their epochs."""
+    found = {}
+    for epochs in (EPOCHS, SHORT):
+        folder = tmp_path_factory.mktemp("whole")
+        life = lives(**{"folder": str(folder), "from": None, "epochs": epochs, "keeper": KEEPERS[0]})
+        assert life["status"] == 0
+        found[epochs] = Whole(folder, life["seconds"])
+    return found
+
+
+class Run:
+    """A run that is killed and resumed."""
+
+    def __init__(self, lives: Lives, wholes: Wholes, folder: Path, keeper: dict[str, Any], epochs: int) -> None:
+        self.lives, self.whole, self.folder, self.keeper, self.epochs = lives, wholes[epochs], folder, keeper, epochs
+        self.sound: set[tuple[str, int]] = set()
+        folder.mkdir()
+
+    @property
+    def newest(self) -> int:
+        """The step of the newest checkpoint, 0 without any."""
+        found = (re.fullmatch(r"step=(\d+)\.ckpt", path.name) for path in self.folder.iterdir())
+        return max((int(match[1]) for match in found if match), default=0)
+
+    def live(self, **order: Any) -> dict[str, Any]:
+        """Go on from the newest checkpoint; afterwards nothing that was saved is lost, and what there is is sound."""
+        newest = self.newest
+        given = str(self.folder / f"step={newest}.ckpt") if newest else None
+        settings = {"folder": str(self.folder), "from": given, "epochs": self.epochs, "keeper": self.keeper}
+        life = self.lives(**settings, **order)
+        assert life["status"] in (0, -signal.SIGKILL)
+        assert self.newest >= max(newest, life["saved"], life["done"] - self.keeper["every_n_train_steps"])
+        self.check()
+        return life
+
+    def check(self) -> None:
+        """Every file is what the whole run saved at that step."""
+        for path in self.folder.iterdir():
+            assert re.fullmatch(r"(step=\d+|last(-v\d+)?|end)\.ckpt", path.name)
+            # While the link is made anew it may point to what is no more.
+            if path.is_symlink() and not path.exists():
+                continue
+            mark = path.name, path.stat().st_mtime_ns
+            if mark not in self.sound:
+                found = contents(path)
+                step = f"step={found['global_step']}.ckpt"
+                assert path.name == step or not path.name.startswith("step")
+                assert_same(found, self.whole.at("end.ckpt" if path.name == "end.ckpt" else step))
+                self.sound.add(mark)
+
+    def to_the_end(self, moments: random.Random, kills: int) -> list[dict[str, Any]]:
+        """Killed so many times while it trains, or fewer if it ends before."""
+        hits: list[dict[str, Any]] = []
+        while not (self.folder / "end.ckpt").exists():
+            life = self.live(**(self.moment(moments, len(hits)) if len(hits) < kills else {}))
+            if life["status"] and life["phase"] != IDLE.decode():
+                hits.append(life)
+        return hits
+
+    def moment(self, moments: random.Random, number: int) -> dict[str, Any]:
+        """Any; every third one from there on in the next event, and every third in the next save."""
+        aim = AIMS[number % len(AIMS)]
+        return {"after": moments.uniform(0, self.whole.seconds / 8), "aim": aim, "more": moments.uniform(0, MORE[aim])}
+
+
+def test_thirty_random_kills_lose_nothing_and_change_nothing(lives: Lives, wholes: Wholes, tmp_path: Path) -> None:
+    moments = random.Random(2)
+    hits: list[dict[str, Any]] = []
+    for number, keeper in enumerate(cycle(KEEPERS)):
+        run = Run(lives, wholes, tmp_path / str(number), keeper, EPOCHS)
+        hits += run.to_the_end(moments, min(OF_ONE_RUN, KILLS - len(hits)))
+        if len(hits) == KILLS:
+            break
+    print(Counter(hit["phase"] for hit in hits), [(hit["phase"], hit["done"], hit["saved"]) for hit in hits])
+    assert {hit["phase"].encode() for hit in hits} == {TRAINING, EVENT, SAVING}
+    events = wholes[EPOCHS].at("end.ckpt")["callbacks"]["WidthEvolution"]["evolver"]["history"]["events"]
+    assert len(events) == 31
+    assert all(event["changes"] for event in events)
+
+
+@pytest.mark.parametrize(
+    ("trap", "call", "keeper"),
+    [
+        ("before an event", 2, KEEPERS[0]),
+        ("among the exchanged tensors", 5, KEEPERS[1]),
+        ("between model and optimizer", 1, KEEPERS[2]),
+        ("after an event", 1, KEEPERS[0]),
+        ("before torch.save", 9, KEEPERS[0]),
+        ("in torch.save", 9, KEEPERS[0]),
+        ("in the file", 9, KEEPERS[1]),
+        ("in the file", 10, KEEPERS[1]),
+        ("before the name", 1, KEEPERS[0]),
+        ("after the name", 9, KEEPERS[1]),
+        ("before the removal", 3, KEEPERS[2]),
+        ("after the removal", 3, KEEPERS[2]),
+        ("before the link", 3, KEEPERS[2]),
+        ("after the last save", 1, KEEPERS[0]),
+    ],
+)
+def test_killed_at_the_worst_moments(
+    trap: str, call: int, keeper: dict[str, Any], lives: Lives, wholes: Wholes, tmp_path: Path
+) -> None:
+    run = Run(lives, wholes, tmp_path / "run", keeper, SHORT)
+    assert run.live(trap=(trap, call))["status"] == -signal.SIGKILL
+    assert run.live()["status"] == 0
+    assert run.newest == SHORT * STEPS
+
+
+def test_killed_after_every_save(lives: Lives, wholes: Wholes, tmp_path: Path) -> None:
+    """Each life is one step long, the first after a resume, also those between which an event becomes due."""
+    run = Run(lives, wholes, tmp_path / "run", KEEPERS[0], SHORT)
+    for step in range(1, SHORT * STEPS + 1):
+        assert run.live(trap=("after the name", 1))["status"] == -signal.SIGKILL
+        assert run.newest == step
+    assert run.live()["status"] == 0
+
+
+@pytest.mark.parametrize("beside", [False, True])
+def test_a_checkpoint_on_another_disk_is_whole_if_temporary_files_are_there_too(
+    beside: bool, lives: Lives, wholes: Wholes, tmp_path: Path
+) -> None:
+    run = Run(lives, wholes, tmp_path / "run", KEEPERS[0], SHORT)
+    (tmp_path / "temporary").mkdir()
+    order: dict[str, Any] = {"disk": str(tmp_path), "trap": ("in the copy", 9)}
+    if beside:
+        assert run.live(**order, temporary=str(tmp_path / "temporary"))["status"] == 0
+        assert run.newest == SHORT * STEPS
+    else:
+        # Where this is no longer so, Lightning has mended it, and what is said above of TMPDIR can go.
+        with pytest.raises((RuntimeError, OSError), match=r"central directory|Invalid argument"):
+            run.live(**order)
+        assert run.newest == 9

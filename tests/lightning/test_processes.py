@@ -1,0 +1,205 @@
+"""Several processes: one plan, the same weights everywhere, and a clear end where they disagree."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import lightning
+import pytest
+import torch
+from torch import nn
+
+from evolvenet import WidthEvolution, trace
+from evolvenet.engine.distributed import Alone, agree, decided, fingerprint, pooled, shared, together
+from evolvenet.errors import EvolveNetError, RankMismatchError
+from evolvenet.lightning.loading import EXTRA, _reshaping, _with_states
+from evolvenet.pruning.selection import plan_prune
+from evolvenet.surgery.resize_model import install
+from tests.engine.test_evolver import Fixed
+from tests.helpers.cases import CASES
+from tests.helpers.paths import HELPERS
+
+SCRIPT = HELPERS / "ddp_run.py"
+HEALTHY = ("plain", "unused", "static", "buckets", "manual", "accumulated")
+
+
+def launch(folder: Path, devices: int, start: str, *variants: str) -> list[dict[str, Any]]:
+    """What each process found, by rank; those that the main process alone reports where it spawns the others."""
+    command = [
+        sys.executable,
+        str(SCRIPT),
+        str(folder / "found"),
+        "--devices",
+        str(devices),
+        "--start",
+        start,
+        *variants,
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=400, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("found.*.json"))]
+
+
+def assert_healthy(found: dict[str, Any], least: int) -> None:
+    """Weights were compared after every step, and every event did what it was asked to."""
+    assert found["compared"] == 24
+    assert len(found["events"]) >= least
+    assert all(changes and skipped is None for _, changes, skipped in found["events"])
+    assert found["layers"] == list(found["sizes"].values())
+    assert found["finite"]
+
+
+def test_two_processes_train_one_network_in_every_kind_of_wrapper(tmp_path: Path) -> None:
+    ranks = launch(tmp_path, 2, "popen", *HEALTHY, "fails on one rank", "fails on rank 0")
+    assert len(ranks) == 2
+    for variant in HEALTHY:
+        for found in ranks:
+            assert_healthy(found[variant], 5 if variant == "accumulated" else 10)
+        assert ranks[0][variant] == ranks[1][variant]
+    for variant, messages in {
+        "fails on one rank": ("surgery failed: rank 1: RuntimeError: boom", "surgery failed: boom"),
+        "fails on rank 0": ("compensation failed: boom", "compensation failed: rank 0: RuntimeError: boom"),
+    }.items():
+        for found, message in zip(ranks, messages, strict=True):
+            assert found[variant]["compared"] == 24
+            failed = [event for event in found[variant]["events"] if event[2]]
+            assert [(event[1], event[2]) for event in failed] == [(0, message)]
+            assert len(found[variant]["events"]) >= 10
+        assert ranks[0][variant]["shapes"] == ranks[1][variant]["shapes"]
+
+
+def test_four_processes(tmp_path: Path) -> None:
+    ranks = launch(tmp_path, 4, "popen", "plain", "unused", "static")
+    assert len(ranks) == 4
+    for found in ranks:
+        for variant in ("plain", "unused", "static"):
+            assert_healthy(found[variant], 10)
+        assert found == ranks[0]
+
+
+@pytest.mark.parametrize(("devices", "variants"), [(2, ("plain", "unused", "static")), (4, ("plain",))])
+def test_spawned_processes_hand_weights_and_events_back(
+    devices: int, variants: tuple[str, ...], tmp_path: Path
+) -> None:
+    """The main process, whose module never trained, ends with the trained widths, and its callback with the events."""
+    (found,) = launch(tmp_path, devices, "spawn", *variants)
+    for variant in variants:
+        found[variant]["compared"] = 24  # Counted in the processes, which would have failed.
+        assert_healthy(found[variant], 10)
+
+
+def test_cuts_are_judged_and_taken_back_on_every_process(tmp_path: Path) -> None:
+    ranks = launch(tmp_path, 2, "popen", "judged")
+    for rank in ranks:
+        found = rank["judged"]
+        assert found["compared"] == 24
+        kinds = [(changes > 0, skipped) for _, changes, skipped in found["events"]]
+        assert kinds == [(True, None)] * 3, "a cut, a cut, taken back"
+        assert found["layers"] == list(found["sizes"].values())
+    assert ranks[0] == ranks[1]
+
+
+@pytest.mark.parametrize("variant", ["other weights", "other widths", "other times"])
+def test_ranks_that_disagree_stop_with_a_clear_error(variant: str, tmp_path: Path) -> None:
+    ranks = launch(tmp_path, 2, "popen", variant)
+    assert len(ranks) == 2
+    for found in ranks:
+        assert "on all 2 processes, got rank 0: " in found[variant]["error"]
+        assert "the run stops" in found[variant]["error"]
+
+
+class Scripted:
+    """One rank of two, played: the other one's part is known beforehand."""
+
+    def __init__(self, rank: int, other: Callable[[Any], Any]) -> None:
+        self.rank, self.size, self.other = rank, 2, other
+
+    def gather(self, value: Any) -> list[Any]:
+        found = [value, self.other(value)]
+        return found if self.rank == 0 else found[::-1]
+
+    def collect(self, value: Any) -> list[Any]:
+        return self.gather(value) if self.rank == 0 else []
+
+    def broadcast(self, value: Any) -> Any:
+        return value if self.rank == 0 else self.other(value)
+
+
+def test_rank_0_measures_on_a_share_of_everybodys_batches() -> None:
+    mine = [torch.zeros(10, 3), {"x": torch.zeros(5), "flag": True}]
+    theirs = [torch.ones(5, 3), {"x": torch.ones(3), "flag": True}]
+    everyone = pooled(Scripted(0, lambda value: theirs), mine)
+    assert [len(everyone[0]), len(everyone[1]["x"]), float(everyone[2].sum())] == [5, 3, 15.0]
+    assert pooled(Scripted(1, lambda value: mine), theirs) == []
+    assert pooled(Alone(), mine)[0] is mine[0]
+
+
+def test_what_one_rank_decides_or_fails_at_holds_for_all() -> None:
+    assert decided(Scripted(0, lambda value: None), lambda: 7) == 7
+    with pytest.raises(ZeroDivisionError):
+        decided(Scripted(0, lambda value: None), lambda: 1 // 0)
+    with pytest.raises(EvolveNetError, match="rank 0: ZeroDivisionError: no"):
+        decided(Scripted(1, lambda value: (None, "ZeroDivisionError: no")), lambda: 7)
+    assert together(Scripted(0, lambda value: None), lambda: 7) == 7
+    with pytest.raises(EvolveNetError, match="rank 1: ValueError: no"):
+        together(Scripted(0, lambda value: "ValueError: no"), lambda: 7)
+    with pytest.raises(ZeroDivisionError):
+        together(Scripted(0, lambda value: None), lambda: 1 // 0)
+
+
+def test_disagreement_names_who_has_what() -> None:
+    agree(Scripted(0, lambda value: value), "widths", "a")
+    with pytest.raises(RankMismatchError, match="same widths on all 2 processes, got rank 0: a; rank 1: b"):
+        agree(Scripted(0, lambda value: "b"), "widths", "a")
+
+
+@pytest.mark.parametrize("case", CASES[:8], ids=str)
+def test_another_rank_gets_rank_0s_values(case: Any) -> None:
+    """Sent as plain maps and values, put into that rank's own model."""
+    model, twin = case.model(seed=1), case.model(seed=1)
+    graph = trace(model, case.inputs())
+    sizes = {width.name: max(width.smallest, width.size - width.step) for width in graph.resizable}
+    surgery = plan_prune(model, graph, sizes)
+    sent: list[Any] = []
+
+    def keep(value: Any) -> Any:
+        sent.append(value)
+        return value
+
+    group = Scripted(0, keep)
+    group.broadcast = keep  # type: ignore[method-assign]
+    assert shared(group, model, graph, lambda: surgery) is surgery
+    theirs = shared(Scripted(1, lambda value: sent[0]), twin, graph, lambda: surgery)
+    install(model, surgery)
+    install(twin, theirs)
+    assert fingerprint(model) == fingerprint(twin)
+    assert theirs.graph == surgery.graph
+    assert trace(twin, case.inputs()).sizes == theirs.graph.sizes
+
+
+def test_spawned_runs_without_evolution_are_left_alone() -> None:
+    """Their processes may never have imported what is wrapped here, so nothing of ours comes back from them."""
+    other = SimpleNamespace(callbacks=[lightning.Callback()])
+    wrapped = _with_states(lambda self, trainer: {"metrics": b""})
+    assert wrapped(None, other) == {"metrics": b""}
+    seen: list[Any] = []
+    _reshaping(lambda self, output, trainer: seen.append(output))(None, SimpleNamespace(extra={"metrics": b""}), other)
+    assert len(seen) == 1
+    evolving = SimpleNamespace(callbacks=[WidthEvolution(Fixed({}))])
+    assert wrapped(None, evolving).keys() == {"metrics", EXTRA}
+
+
+def test_a_fingerprint_changes_with_any_bit() -> None:
+    model = nn.Linear(3, 2)
+    before = fingerprint(model)
+    model.weight.data[0, 0] = torch.nextafter(model.weight.data[0, 0], torch.tensor(9.0))
+    assert fingerprint(model) != before
+    assert fingerprint(nn.Linear(3, 2).bfloat16()) != before

@@ -1,0 +1,361 @@
+"""`Budget`: met within 2 % and never exceeded, from above and from below, and then left alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from itertools import pairwise, product
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from evolvenet import Budget, Evolver, PolicyError, resize, trace
+from evolvenet.graph.index_map import IndexMap
+from evolvenet.graph.width_graph import WidthGraph
+from evolvenet.growth.loss_test import Evidence
+from evolvenet.measurement.cost import Costs, macs, parameters, size_in_bytes
+from evolvenet.measurement.width_spectra import Measure, measure
+from evolvenet.policies.base import Moment, Proposal, Scheduled
+from tests.helpers.cases import CASES, Case, graph_of
+from tests.helpers.small_models import mlp
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_costs_of_other_widths_are_those_of_the_resized_model(case: Case) -> None:
+    """Multiply-accumulates that no weight explains (attention's products) are taken as they are now."""
+    model, graph = case.model(), graph_of(case)
+    costs = Costs.of(model, graph, case.inputs())
+    sizes = {width.name: max(width.smallest, width.size - width.step) for width in graph.resizable}
+    resize(model, graph, {name: IndexMap.keep(range(size), graph.widths[name].size) for name, size in sizes.items()})
+    assert costs.at("params", sizes) == parameters(model)
+    assert costs.at("bytes", sizes) == size_in_bytes(model)
+    if not costs.rest["macs"]:
+        assert costs.at("macs", sizes) == macs(model, case.inputs())
+
+
+def wide(width: int = 48) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(1, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Conv2d(width, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU(), nn.Conv2d(width, width, 3, padding=1),
+        nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 5),
+    )  # fmt: skip
+
+
+COST = {
+    "params": lambda model, x: parameters(model),
+    "macs": macs,
+    "bytes": lambda model, x: size_in_bytes(model),
+}
+
+
+def run(policy: Budget, model: nn.Module, events: int = 20) -> tuple[Evolver, list[float]]:
+    """A short training run on random pictures; what the network cost after each event."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    x, y = torch.randn(64, 1, 8, 8), torch.randint(0, 5, (64,))
+    evolver, seen = Evolver(model, optimizer, policy, x[:1]), []
+    for event in range(1, events + 1):
+        for _ in range(3):
+            evolver.observe(x)
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(x), y).backward()
+            optimizer.step()
+        done = evolver.step(progress=event / events)
+        assert done.skipped is None
+        seen.append(COST[policy.kind](model, x[:1]))
+    return evolver, seen
+
+
+@pytest.mark.parametrize("start", [3, 48])
+@pytest.mark.parametrize(("kind", "amount"), [("params", 6_000), ("macs", 120_000), ("bytes", 30_000)])
+def test_a_budget_is_met_by_its_time_from_either_side(kind: str, amount: int, start: int) -> None:
+    budget: dict[str, Any] = {kind: amount}
+    evolver, seen = run(Budget(**budget, by=0.6, saturated=0.0), wide(start))
+    assert all(0.98 * amount <= cost <= amount for cost in seen[-6:])
+    assert len(set(seen[-6:])) == 1, "widths have settled"
+    falls = [one - two for one, two in pairwise(seen)]
+    assert (
+        all(fall >= -0.02 * amount for fall in falls) if start == 48 else all(fall <= 0.02 * amount for fall in falls)
+    )
+    assert evolver.off is None
+
+
+def test_the_schedule_is_cubic_and_never_undershot() -> None:
+    policy = Budget(params=6_000, by=0.8)
+    model = wide()
+    start = parameters(model)
+    _, seen = run(policy, model)
+    for event, cost in enumerate(seen, 1):
+        target = policy.target(start, event / 20)
+        # One event takes at most half of a width, so the beginning may lag behind.
+        assert cost <= max(target, 0.5 * ([start, *seen][event - 1])) + 1
+        assert cost >= 0.95 * target
+
+
+@pytest.mark.parametrize("size", [8, 12])
+def test_a_width_grows_to_the_next_multiple_though_that_is_more_than_its_share(size: int) -> None:
+    torch.manual_seed(0)
+    evolver, seen = run(Budget(params=6_000, by=0.5, multiple=8, growth=0.25, saturated=0.0), wide(size))
+    assert max(evolver.graph.sizes.values()) >= 16, "at first no width has a share of eight units"
+    assert all(now % 8 == 0 for now in evolver.graph.sizes.values())
+    assert 0.9 * 6_000 <= seen[-1] <= 6_000
+
+
+@pytest.mark.parametrize("multiple", [4, 8])
+def test_sizes_are_multiples_on_request(multiple: int) -> None:
+    evolver, seen = run(Budget(params=12_000, by=0.5, multiple=multiple), wide())
+    assert all(size % multiple == 0 for size in evolver.graph.sizes.values())
+    assert seen[-1] <= 12_000
+
+
+def moment(model: nn.Module, x: Any, timed: Any = None, progress: float = 1.0) -> Moment:
+    graph = trace(model, x)
+    costs = Costs.of(model, graph, x)
+    return Moment(progress, graph.sizes, costs if timed is None else replace(costs, timed=timed))
+
+
+def measures(model: nn.Module, x: Any, spectra: Mapping[str, list[float]] | None = None) -> dict[str, Measure]:
+    graph = trace(model, x)
+    found = spectra or {name: values.tolist() for name, values in measure(model, graph).items()}
+    return {name: Measure(name, graph.sizes[name], 1, tuple(each), 99, True) for name, each in found.items()}
+
+
+def proposals(policy: Budget, now: Moment, seen: Mapping[str, Measure], graph: WidthGraph) -> dict[str, Proposal]:
+    asked = policy.at(now)
+    return {} if asked is None else asked.propose(seen, graph)
+
+
+def test_latency_is_measured_and_fits() -> None:
+    """A clock that counts multiply-accumulates stands in for the machine's."""
+    model, x = wide(), torch.zeros(1, 1, 8, 8)
+    asked: list[float] = []
+    costs = moment(model, x).costs
+
+    def clock(sizes: Mapping[str, int]) -> float:
+        asked.append(costs.at("macs", sizes) * 1e-9)
+        return asked[-1]
+
+    policy = Budget(latency=0.4 * clock({}), largest_step=1.0)
+    found = proposals(policy, moment(model, x, clock), measures(model, x), trace(model, x))
+    cost = clock({name: proposal.size for name, proposal in found.items()})
+    assert 0.35 * clock({}) < cost <= 0.4 * clock({})
+    assert len(asked) < 20
+
+
+@pytest.mark.parametrize("allowed", [1.02, 1.1, 1.5, 3.0])
+def test_where_time_is_left_nothing_is_cut(allowed: float) -> None:
+    """Latency has a search of its own, which must not begin below what the network has."""
+    model, x = wide(12), torch.zeros(1, 1, 8, 8)
+    costs = moment(model, x).costs
+    seen = measures(model, x, {name: [1.0] * size for name, size in trace(model, x).sizes.items()})
+
+    def clock(sizes: Mapping[str, int]) -> float:
+        return costs.at("macs", sizes)
+
+    found = proposals(Budget(latency=allowed * clock({}), by=0.5), moment(model, x, clock), seen, trace(model, x))
+    assert all(proposal.size > 12 for proposal in found.values())
+    assert bool(found) == (allowed > 1.02)
+    assert clock({name: proposal.size for name, proposal in found.items()}) <= allowed * clock({})
+
+
+def test_the_real_clock_tells_wide_from_narrow() -> None:
+    model, x = wide(), torch.zeros(8, 1, 8, 8)
+    costs = moment(model, x).costs
+    narrow = dict.fromkeys(trace(model, x).sizes, 2)
+    assert 0 < costs.at("latency", narrow) < costs.at("latency", {})
+
+
+def test_trials_say_what_a_cut_does_to_the_outputs_and_energies_do_not() -> None:
+    """Both widths have the same spectrum; cutting one of them does nothing to the outputs."""
+    model, x = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4)), torch.zeros(1, 8)
+    now = moment(model, x)
+    seen = measures(model, x, {"0": [1.0] * 8, "2": [1.0] * 8})
+    for idle, used in (("0", "2"), ("2", "0")):
+        curves = {idle: [(0, 9.0), (2, 0.0), (8, 0.0)], used: [(0, 9.0), (2, 3.0), (8, 0.0)]}
+        budget = Budget(params=130, by=0, growth=0, trials=True)
+        found = proposals(budget, replace(now, trials=lambda curves=curves: curves), seen, trace(model, x))
+        assert set(found) == {idle}
+        assert "of the outputs' variance" in found[idle].reason
+
+
+def test_an_event_makes_the_trials_on_its_batches() -> None:
+    evolver, seen = run(Budget(params=6_000, by=0.5, trials=True), wide(), events=8)
+    assert 0.98 * 6_000 <= seen[-1] <= 6_000
+    reasons = [change.reason for event in evolver.history.events for change in event.changes]
+    assert reasons
+    assert all("of the outputs' variance" in reason for reason in reasons)
+
+
+def test_a_network_whose_units_are_larger_than_the_margin_settles_too() -> None:
+    """One unit more would be too many, one less misses 2 %: nothing is changed any more."""
+    near = []
+    for seed, budget in product(range(3), (75, 110, 140)):
+        torch.manual_seed(seed)
+        evolver, seen = run(Budget(params=budget, by=0.5, saturated=0.0, smallest=1), wide(3), events=16)
+        assert all(cost <= budget for cost in seen[-7:])
+        assert not [event for event in evolver.history.events[-6:] if event.changes]
+        near.append(seen[-1] / budget)
+    assert min(near) < 0.98, "else it says nothing"
+
+
+@pytest.mark.parametrize("budget", [100, 290, 300, 315])
+def test_what_whole_units_leave_is_filled_once_the_budget_holds(budget: int) -> None:
+    """Where no growth is certain enough to be paid for, newborns come last and nothing goes any more."""
+    policy = Budget(params=budget, by=0.5, saturated=0.0, smallest=1, certain=math.inf)
+    torch.manual_seed(0)
+    evolver, seen = run(policy, wide(12), events=16)
+    torch.manual_seed(0)
+    cut, only_cut = run(replace(policy, growth=0), wide(12), events=16)
+    assert only_cut[-1] <= seen[-1] <= budget
+    costs = Costs.of(evolver.model, evolver.graph, torch.zeros(1, 1, 8, 8))
+    more = [costs.at("params", {name: size + 1}) for name, size in evolver.graph.sizes.items()]
+    assert seen[-1] >= 0.98 * budget or min(more) > budget
+    assert seen[-1] > only_cut[-1] or budget != 290, "else it says nothing"
+    holds = next(place for place, cost in enumerate(only_cut) if cost <= budget)
+    assert [event.changes for event in evolver.history.events[:holds]] == [
+        event.changes for event in cut.history.events[:holds]
+    ]
+    assert all(
+        change.after > change.before for event in evolver.history.events[holds + 1 :] for change in event.changes
+    )
+
+
+def test_on_the_way_down_nothing_grows_into_what_is_free() -> None:
+    """It would be cut again at the next event. On the way up it is what is wanted."""
+    model, x = mlp(6, 8, 8, 3), torch.zeros(1, 6).double()
+    graph, full = trace(model, x), {"0": [1.0] * 8, "2": [1.0] * 8}
+    now = moment(model, x, progress=0.25)
+    for initial, final, grows in ((16, 0.5, False), (4, 2.0, True)):
+        began = replace(now, initial={"0": initial, "2": initial})
+        budget = Budget(params=final * parameters(model), by=1.0)
+        assert budget.target(now.costs.at("params", began.initial), 0.25) > parameters(model) + 40
+        assert bool(proposals(budget, began, measures(model, x, full), graph)) == grows
+
+
+def test_uncertain_growth_is_not_even_asked_for() -> None:
+    """No gradients, so nothing is known of what the loss wants: an infinite `certain` means no growth that others pay for."""
+    model, x = mlp(6, 8, 8, 3), torch.zeros(1, 6).double()
+    graph = trace(model, x)
+    spectra = {"0": [1.0] * 4 + [1e-6] * 4, "2": [1.0] * 8}
+    now = replace(moment(model, x, progress=0.5), evidence=lambda _: pytest.fail("was asked"))
+    budget = Budget(params=parameters(model), by=0.6, certain=math.inf)
+    assert not proposals(budget, now, measures(model, x, spectra), graph)
+
+
+def test_growth_in_one_place_is_paid_by_pruning_in_another() -> None:
+    """At the budget already: the width whose directions all count gets what the one with empty ones gives up."""
+    model, x = (
+        nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4)),
+        torch.zeros(1, 8),
+    )
+    spectra = {"0": [1.0] * 16, "2": [1.0] * 4 + [1e-6] * 12}
+    now = moment(model, x, progress=0.5)
+    found = proposals(Budget(params=parameters(model), by=0.6), now, measures(model, x, spectra), trace(model, x))
+    assert found["0"].size > 16
+    assert found["2"].size < 16
+    assert now.costs.at("params", {name: proposal.size for name, proposal in found.items()}) <= parameters(model)
+    assert "hopes for" in found["0"].reason
+    assert "gives up" in found["2"].reason
+
+
+def test_the_last_cut_takes_no_more_than_it_must() -> None:
+    """A unit of the second width saves more for what it loses, but far more than is asked for."""
+    model, x = (
+        nn.Sequential(nn.Linear(2, 6), nn.ReLU(), nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 40)),
+        torch.zeros(1, 2),
+    )
+    now = moment(model, x)
+    curves = {"0": [(0, 9.0), (5, 0.1), (6, 0.0)], "2": [(0, 9.0), (4, 0.2), (5, 0.0)]}
+    seen = measures(model, x, {"0": [1.0] * 6, "2": [1.0] * 5})
+    for asked, cut in ((5, "0"), (40, "2")):
+        budget = Budget(params=parameters(model) - asked, by=0, growth=0, trials=True)
+        found = proposals(budget, replace(now, trials=lambda: curves), seen, trace(model, x))
+        assert set(found) == {cut}, asked
+
+
+def test_what_is_least_worth_for_its_cost_goes_first() -> None:
+    """Compared with every choice there is."""
+    model, x = nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 4)), torch.zeros(1, 8)
+    graph = trace(model, x)
+    spectra = {"0": [5.0, 3, 1, 0.5, 0.2, 0.1], "2": [4.0, 4, 1, 0.3, 0.1]}
+    target = 80
+    policy = Budget(params=target, growth=0, largest_step=1.0, smallest=1)
+    found = proposals(policy, moment(model, x), measures(model, x, spectra), graph)
+    sizes = {**graph.sizes, **{name: proposal.size for name, proposal in found.items()}}
+
+    def loss(chosen: Mapping[str, int]) -> float:
+        kept = [
+            sum(v**2 for v in spectra[name][:size]) / sum(v**2 for v in spectra[name]) for name, size in chosen.items()
+        ]
+        return -math.log(math.prod(kept))
+
+    best = min(
+        loss({"0": one, "2": two})
+        for one in range(1, 7)
+        for two in range(1, 6)
+        if graph.proposed_parameters({"0": one, "2": two}) <= target
+    )
+    assert graph.proposed_parameters(sizes) <= target
+    assert loss(sizes) <= 1.5 * best
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({}, "got none"),
+        ({"params": 5, "macs": 5}, "got params, macs"),
+        ({"params": -1}, "params to be a number of 0|0 or more"),
+        ({"params": float("nan")}, "params"),
+        ({"params": 5, "by": 1.2}, "by to be a number in 0 … 1"),
+        ({"params": 5, "multiple": 0}, "multiple"),
+        ({"params": 5, "trust": -0.1}, "trust"),
+    ],
+)
+def test_values_out_of_range_are_refused(options: dict[str, Any], text: str) -> None:
+    with pytest.raises(PolicyError, match=text):
+        Budget(**options)
+
+
+def test_a_budget_below_the_smallest_network_goes_as_far_as_it_can() -> None:
+    evolver, seen = run(Budget(params=10, by=0.2), wide(8))
+    assert max(evolver.graph.sizes.values()) == 2
+    assert seen[-1] > 10
+
+
+def test_it_is_asked_through_its_moment() -> None:
+    assert isinstance(Budget(params=5), Scheduled)
+
+
+@pytest.mark.parametrize(("certainty", "grows"), [(1.9, False), (2.1, True), (None, True)])
+def test_growth_that_others_pay_for_is_asked_of_the_loss(certainty: float | None, grows: bool) -> None:
+    """At the budget one width has units to spare and the other is saturated: where the loss wants it, they change hands."""
+    model, asked = mlp(6, 8, 8, 3), []
+    x = torch.zeros(1, 6).double()
+    graph = trace(model, x)
+    spare = Measure("0", 8, 1, (1.0, 1.0, 1.0, 1.0, 1e-4, 1e-4, 1e-4, 1e-4), 99, True)
+    full = Measure("2", 8, 1, (1.0,) * 8, 99, True)
+
+    def answer(sizes: Mapping[str, int]) -> dict[str, Evidence]:
+        asked.append(dict(sizes))
+        return {} if certainty is None else {name: Evidence(0.1, certainty) for name in sizes}
+
+    budget = Budget(params=graph.parameters - 1, by=0.5, growth=0.25)
+    moment = Moment(1.0, graph.sizes, Costs.of(model, graph, x), evidence=answer)
+    policy = budget.at(moment)
+    assert policy is not None
+    found = {name: proposal.size for name, proposal in policy.propose({"0": spare, "2": full}, graph).items()}
+    assert asked == [{"2": 10}]
+    assert found["0"] < 8
+    assert (found.get("2", 8) > 8) == grows
+
+
+def test_growth_towards_a_budget_above_needs_no_reason() -> None:
+    model, x = mlp(6, 8, 8, 3), torch.zeros(1, 6).double()
+    graph = trace(model, x)
+    full = {name: Measure(name, 8, 1, (1.0,) * 8, 99, True) for name in ("0", "2")}
+    moment = Moment(1.0, graph.sizes, Costs.of(model, graph, x), evidence=lambda _: pytest.fail("was asked"))
+    policy = Budget(params=2 * graph.parameters, by=0.5, growth=0.25).at(moment)
+    assert policy is not None
+    assert {proposal.size for proposal in policy.propose(full, graph).values()} == {10}

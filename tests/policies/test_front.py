@@ -1,0 +1,83 @@
+"""`Front`: each budget has its span, sets out from the one before it, and is met at the span's end."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from evolvenet import Budget, Evolver, Front, PolicyError, trace
+from evolvenet.measurement.cost import Costs, parameters
+from evolvenet.policies.base import Moment
+from tests.policies.test_budget import wide
+
+POINTS = (12_000, 5_000, 1_500)
+
+
+def front(**options: Any) -> Front:
+    return Front([Budget(params=amount, by=0.5, growth=0, smallest=1) for amount in POINTS], **options)
+
+
+def test_one_run_passes_through_all_points() -> None:
+    policy, model = front(spans=[1, 2, 1]), wide()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    x, y = torch.randn(64, 1, 8, 8), torch.randint(0, 5, (64,))
+    evolver, seen = Evolver(model, optimizer, policy, x[:1]), {}
+    for event in range(40):
+        evolver.observe(x)
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(x), y).backward()
+        optimizer.step()
+        assert evolver.step(progress=event / 40).skipped is None
+        seen[event] = parameters(model)
+    # Where a unit is 3 % of the network, it cannot come nearer from above.
+    for last, amount, near in zip((9, 29, 39), POINTS, (0.98, 0.98, 0.95), strict=True):
+        assert near * amount <= seen[last] <= amount
+    # Held in the second half of each span, and nothing is measured there.
+    assert seen[5] == seen[9]
+    assert seen[20] == seen[29]
+    assert all(event.effective_rank == {} for event in evolver.history.events[21:30])
+    assert all(two <= one for one, two in pairwise(seen.values()))
+
+
+@given(
+    st.lists(st.floats(0.1, 10), min_size=3, max_size=3),
+    st.floats(0, 1),
+)
+def test_what_may_be_spent_never_rises_and_ends_at_each_point(spans: list[float], progress: float) -> None:
+    policy = front(spans=spans)
+    model, x = nn.Sequential(nn.Linear(40, 400), nn.ReLU(), nn.Linear(400, 4)), torch.zeros(1, 40)
+    graph = trace(model, x)
+    costs = Costs.of(model, graph, x)
+
+    def allowed(share: float) -> float:
+        asked: Any = policy.at(Moment(share, graph.sizes, costs))
+        return asked.target
+
+    assert allowed(progress) >= allowed(min(1.0, progress + 0.05)) - 1e-6
+    for end, amount in zip(policy.ends, POINTS, strict=True):
+        assert allowed(end * (1 - 1e-9)) == pytest.approx(amount)
+
+
+def test_equal_spans_unless_said_otherwise() -> None:
+    assert front().ends == pytest.approx((1 / 3, 2 / 3, 1))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"points": []}, "one or more budgets of one kind"),
+        ({"points": [Budget(params=5), Budget(macs=5)]}, "got params, macs"),
+        ({"points": [Budget(params=5)], "spans": [1, 2]}, "one span for each of 1 points, got 2"),
+        ({"points": [Budget(params=5)], "spans": [0]}, "spans above 0"),
+        ({"points": [Budget(params=5)], "spans": [-1]}, "each span to be"),
+    ],
+)
+def test_wrong_fronts_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(PolicyError, match=message):
+        Front(**options)

@@ -1,0 +1,323 @@
+"""Decisions from spectra: what goes, what grows, what is left alone, and what is said about it."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from evolvenet.errors import PolicyError
+from evolvenet.graph.width_graph import Widths
+from evolvenet.growth.loss_test import Evidence
+from evolvenet.linalg.spectrum import effective_rank
+from evolvenet.measurement.cost import Costs
+from evolvenet.measurement.width_spectra import Measure
+from evolvenet.policies.base import Moment, Proposal
+from evolvenet.policies.threshold import Threshold
+from evolvenet.tracing.trace import trace
+from tests.helpers.small_models import mlp
+
+LONG_AGO = 1000
+GRAPH = trace(mlp(6, 8, 8, 3), torch.zeros(1, 6).double())
+
+
+def measured(spectrum: list[float], width: str = "0", **rest: Any) -> Measure:
+    """A width that may change in any way, of as many units as its spectrum has values."""
+    defaults = {"size": len(spectrum), "step": 1, "idle": LONG_AGO, "growable": True}
+    return Measure(width, spectrum=tuple(spectrum), **{**defaults, **rest})
+
+
+def decide(policy: Threshold, *measures: Measure) -> dict[str, Proposal]:
+    """What the policy proposes for these widths."""
+    return policy.propose({measure.width: measure for measure in measures}, GRAPH)
+
+
+def flat(size: int, **rest: Any) -> Measure:
+    """A saturated width."""
+    return measured([1.0] * size, **rest)
+
+
+def low(size: int, rank: int, **rest: Any) -> Measure:
+    """A width of which only `rank` directions, all equally strong, carry anything."""
+    return measured([1.0] * rank + [0.0] * (size - rank), **rest)
+
+
+def test_directions_without_energy_go() -> None:
+    found = decide(Threshold(prune=0.01, grow=0.9), measured([5.0, 4.0, 3.0, 2.0, 0.2, 0.1, 0.1, 0.05]))
+    energy = [value**2 for value in (5.0, 4.0, 3.0, 2.0, 0.2, 0.1, 0.1, 0.05)]
+    share = 100 * sum(energy[4:]) / sum(energy)
+    assert found == {"0": Proposal(4, f"4 directions carry {share:.1f} % of the energy (threshold 1.0 %)")}
+
+
+def test_one_direction_is_spoken_of_in_the_singular() -> None:
+    found = decide(Threshold(prune=0.01, grow=0.9), measured([5.0, 4.0, 3.0, 0.2]))
+    assert found["0"].reason.startswith("1 direction carries 0.1 % of the energy")
+
+
+def test_a_saturated_width_grows() -> None:
+    found = decide(Threshold(prune=0.01, grow=0.9), flat(8))
+    assert found == {"0": Proposal(10, "effective rank 8.0 of 8 = 1.00 (threshold 0.90)")}
+
+
+def test_between_the_thresholds_nothing_happens() -> None:
+    spectrum = [1.0, 0.9, 0.6, 0.5, 0.4, 0.3, 0.25, 0.2]
+    saturation = effective_rank(spectrum) / 8
+    assert 0.5 < saturation < 0.9
+    assert decide(Threshold(prune=0.005, grow=0.9), measured(spectrum)) == {}
+
+
+def test_a_saturated_width_is_not_pruned_even_if_it_may_not_grow() -> None:
+    policy = Threshold(prune=0.3, grow=0.9)
+    assert decide(policy, flat(8, growable=False)) == {}
+    assert decide(policy, measured([1.0, 1.0, 0.1, 0.1]))["0"].size == 2
+
+
+@pytest.mark.parametrize(("largest_step", "size"), [(0.5, 5), (0.25, 8), (0.05, 10), (1.0, 2), (0.0, 10)])
+def test_no_more_than_the_largest_step_goes_at_once(largest_step: float, size: int) -> None:
+    found = decide(Threshold(prune=0.01, grow=0.9, largest_step=largest_step), low(10, 1))
+    assert (found["0"].size if found else 10) == size
+
+
+@pytest.mark.parametrize(("smallest", "size"), [(1, 1), (2, 2), (6, 6), (10, None), (20, None)])
+def test_no_width_falls_below_the_smallest(smallest: int, size: int | None) -> None:
+    found = decide(Threshold(prune=0.01, grow=0.9, largest_step=1, smallest=smallest), low(10, 1))
+    assert (found["0"].size if found else None) == size
+
+
+def test_no_width_falls_below_what_its_layers_need() -> None:
+    needs = replace(GRAPH, widths=Widths({**GRAPH.widths, "0": replace(GRAPH.widths["0"], smallest=3)}))
+    policy = Threshold(prune=0.01, grow=0.9, largest_step=1, smallest=1)
+    assert policy.propose({"0": low(8, 1)}, GRAPH)["0"].size == 1
+    assert policy.propose({"0": low(8, 1)}, needs)["0"].size == 3
+
+
+@given(
+    st.lists(st.floats(0, 10), min_size=1, max_size=24),
+    st.sampled_from([1, 2, 3, 4]),
+    st.floats(0, 0.5),
+    st.floats(0.51, 1),
+    st.floats(0, 1),
+    st.floats(0, 1),
+)
+def test_every_proposal_is_a_size_that_the_width_can_take(
+    values: list[float], step: int, prune: float, grow: float, largest_step: float, growth: float
+) -> None:
+    spectrum = sorted(values * step, reverse=True)
+    size = len(spectrum)
+    policy = Threshold(prune=prune, grow=grow, largest_step=largest_step, growth=growth)
+    for proposal in decide(policy, measured(spectrum, step=step)).values():
+        assert proposal.size % step == 0
+        assert proposal.size != size
+        if proposal.size < size:
+            assert proposal.size >= 2
+            assert size - proposal.size <= largest_step * size
+            energy = sum(value**2 for value in spectrum)
+            assert sum(value**2 for value in spectrum[proposal.size :]) <= prune * energy * (1 + 1e-9)
+        else:
+            assert 0 < proposal.size - size < math.ceil(growth * size) + step
+
+
+def test_growth_is_rounded_up_to_the_step() -> None:
+    assert decide(Threshold(prune=0.01, grow=0.9, growth=0.1), flat(8, step=4))["0"].size == 12
+    assert decide(Threshold(prune=0.01, grow=0.9, growth=0.01), flat(8))["0"].size == 9
+    assert decide(Threshold(prune=0.01, grow=0.9, growth=0), flat(8)) == {}
+
+
+@pytest.mark.parametrize("idle", [1, 2, 3])
+@pytest.mark.parametrize("last", [-3, 0, 3])
+def test_a_change_of_direction_waits_for_the_cooldown(idle: int, last: int) -> None:
+    policy = Threshold(prune=0.01, grow=0.9, cooldown=2)
+    shrinks = bool(decide(policy, low(8, 2, idle=idle, last=last)))
+    grows = bool(decide(policy, flat(8, idle=idle, last=last)))
+    assert shrinks == (idle > 2 or last < 0)
+    assert grows == (idle > 2 or last > 0)
+
+
+def flapping(policy: Threshold, events: int) -> list[int]:
+    """The events at which a width changed that looks saturated at 8 units, and whose every further unit carries nothing."""
+    size, turns, last, at, seen = 8, 0, 0, -LONG_AGO, []
+    for event in range(events):
+        spectrum = [1.0] * 8 + [1e-4] * (size - 8)
+        measure = measured(spectrum, size=size, idle=event - at, last=last, turns=turns)
+        for proposal in decide(policy, measure).values():
+            turns += last * (proposal.size - size) < 0
+            size, last, at = proposal.size, proposal.size - size, event
+            seen.append(event)
+    return seen
+
+
+def test_widths_settle_instead_of_flapping() -> None:
+    """Each turn waits twice as long as the one before, so there are about log2 of the events, not a share of them."""
+    settles = flapping(Threshold(prune=0.01, grow=0.9, cooldown=2), 1000)
+    assert 4 < len(settles) <= 2 + math.log2(1000 / 2)
+    waits = [two - one for one, two in pairwise(settles)]
+    assert all(later >= 2 * sooner - 1 for sooner, later in pairwise(waits))
+    assert len(flapping(Threshold(prune=0.01, grow=0.9, cooldown=0), 1000)) > 300, "without it they do flap"
+
+
+def test_growth_in_one_direction_is_not_held_back_by_turns() -> None:
+    policy = Threshold(prune=0.01, grow=0.9, cooldown=2)
+    assert decide(policy, flat(8, idle=1, last=2, turns=9))
+    assert not decide(policy, flat(8, idle=500, last=-2, turns=9))
+    assert decide(policy, low(8, 2, idle=1, last=-2, turns=9))
+
+
+def test_without_a_cooldown_nothing_waits() -> None:
+    policy = Threshold(prune=0.01, grow=0.9, cooldown=0)
+    assert decide(policy, low(8, 2, idle=1, last=3))
+    assert decide(policy, flat(8, idle=1, last=-3))
+
+
+def test_what_is_mixed_does_not_grow_but_shrinks() -> None:
+    policy = Threshold(prune=0.01, grow=0.9)
+    assert decide(policy, flat(8, growable=False)) == {}
+    assert decide(policy, low(8, 2, growable=False))
+
+
+def test_growth_above_the_largest_number_of_parameters_is_left_out() -> None:
+    one = GRAPH.proposed_parameters({"0": 10})
+    both = GRAPH.proposed_parameters({"0": 10, "2": 10})
+    assert GRAPH.parameters < one < both
+    measures = flat(8), flat(8, width="2")
+    sizes = {
+        limit: {name: p.size for name, p in decide(Threshold(0.01, 0.9, max_parameters=limit), *measures).items()}
+        for limit in (one - 1, one, both - 1, both)
+    }
+    assert sizes[both] == {"0": 10, "2": 10}
+    assert sizes[both - 1] == sizes[one] == {"0": 10}
+    assert "0" not in sizes[one - 1]
+
+
+def test_pruning_makes_room_for_growth_in_the_same_event() -> None:
+    limit = GRAPH.parameters
+    policy = Threshold(prune=0.01, grow=0.9, max_parameters=limit)
+    assert decide(policy, flat(8)) == {}
+    assert {name: p.size for name, p in decide(policy, flat(8), low(8, 2, width="2")).items()} == {"0": 10, "2": 4}
+
+
+def test_the_most_saturated_width_grows_first() -> None:
+    nearly = measured([1.0] * 7 + [0.3], width="0")
+    limit = max(GRAPH.proposed_parameters({"0": 10}), GRAPH.proposed_parameters({"2": 10}))
+    found = decide(Threshold(prune=0.01, grow=0.9, max_parameters=limit), nearly, flat(8, width="2"))
+    assert list(found) == ["2"]
+
+
+def test_a_width_without_any_energy_shrinks() -> None:
+    found = decide(Threshold(prune=0.01, grow=0.9), measured([0.0] * 8))
+    assert found["0"].size == 4
+    assert "0.0 % of the energy" in found["0"].reason
+
+
+def test_proposing_is_pure() -> None:
+    policy = Threshold(prune=0.01, grow=0.9)
+    measures = {"0": flat(8), "2": low(8, 2, width="2")}
+    before = copy.deepcopy(measures)
+    assert policy.propose(measures, GRAPH) == policy.propose(measures, GRAPH)
+    assert measures == before
+    assert policy == Threshold(prune=0.01, grow=0.9)
+
+
+@pytest.mark.parametrize("name", ["prune", "grow", "largest_step", "growth"])
+@pytest.mark.parametrize("value", [-0.1, 1.5, float("nan"), float("inf"), "0.5", None, True])
+def test_values_outside_0_to_1_are_refused(name: str, value: Any) -> None:
+    with pytest.raises(PolicyError, match=rf"expected {name} to be a number in 0 … 1, got {value!r}"):
+        Threshold(**{"prune": 0.01, "grow": 0.9, name: value})
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "least"), [("cooldown", -1, 0), ("smallest", 0, 1), ("max_parameters", 0, 1)]
+)
+def test_counts_out_of_range_are_refused(name: str, value: int, least: int) -> None:
+    with pytest.raises(PolicyError, match=rf"expected {name} to be a number of {least} or more, got {value}"):
+        Threshold(**{"prune": 0.01, "grow": 0.9, name: value})
+
+
+@pytest.mark.parametrize(("prune", "grow"), [(0.9, 0.9), (0.95, 0.9), (1, 0)])
+def test_a_prune_threshold_that_is_not_below_the_grow_threshold_is_refused(prune: float, grow: float) -> None:
+    with pytest.raises(PolicyError, match=rf"prune below grow, got prune={prune} and grow={grow}.*prune=0.01"):
+        Threshold(prune=prune, grow=grow)
+
+
+def test_above_max_parameters_the_least_energetic_go_even_where_all_is_saturated() -> None:
+    graph = trace(
+        nn.Sequential(nn.Linear(4, 10), nn.ReLU(), nn.Linear(10, 8), nn.ReLU(), nn.Linear(8, 2)), torch.zeros(1, 4)
+    )
+    flat = {
+        "0": Measure("0", 10, 1, (1.0,) * 9 + (0.9,), 1000, True),
+        "2": Measure("2", 8, 1, (1.0,) * 8, 1000, True),
+    }
+    bound = graph.parameters - 1
+    found = Threshold(prune=0.01, grow=0.9, max_parameters=bound).propose(flat, graph)
+    # The last of "0" carries 0.081 / 9.81 = 8.3 % with the doubled thresholds 2, 4, 8, 16 %; one of "2" carries 12.5 %.
+    assert {name: proposal.size for name, proposal in found.items()} == {"0": 9, "2": 7}
+    assert "threshold 16.0 %" in found["0"].reason
+    assert Threshold(prune=0.01, grow=0.9, max_parameters=graph.parameters).propose(flat, graph) == {}
+
+
+def test_the_reason_counts_what_goes_where_the_largest_step_is_less_than_the_threshold_allows() -> None:
+    graph = trace(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), torch.zeros(1, 4))
+    one_direction = {"0": Measure("0", 8, 1, (1.0,) + (0.0,) * 7, 1000, True)}
+    proposal = Threshold(prune=0.01, grow=0.9, largest_step=0.25).propose(one_direction, graph)["0"]
+    assert proposal.size == 6
+    assert proposal.reason.startswith("2 directions carry 0.0 %")
+
+
+def asking(
+    policy: Threshold, evidence: Mapping[str, float], *measures: Measure
+) -> tuple[dict[str, Proposal], list[Any]]:
+    """What is proposed where the loss says so much for each width, and which sizes it was asked of."""
+    asked: list[Any] = []
+
+    def answer(sizes: Mapping[str, int]) -> dict[str, Evidence]:
+        asked.append(dict(sizes))
+        return {name: Evidence(0.1, evidence[name]) for name in sizes if name in evidence}
+
+    moment = Moment(0.5, GRAPH.sizes, Costs.of(mlp(6, 8, 8, 3), GRAPH, torch.zeros(1, 6).double()), evidence=answer)
+    policy_now = policy.at(moment)
+    return policy_now.propose({measure.width: measure for measure in measures}, GRAPH), asked
+
+
+@pytest.mark.parametrize(("certainty", "grows"), [(1.99, False), (2.0, True), (-9.0, False), (None, True)])
+def test_a_saturated_width_grows_only_if_the_loss_asks_for_it(certainty: float | None, grows: bool) -> None:
+    """Where nothing is known, the spectrum decides alone."""
+    found, asked = asking(Threshold(prune=0.01, grow=0.9), {} if certainty is None else {"0": certainty}, flat(8))
+    assert asked == [{"0": 10}]
+    assert set(found) == ({"0"} if grows else set())
+    if certainty == 2.0:
+        assert found["0"].reason.endswith("(threshold 0.90), and the loss asks for it (2.0 standard errors)")
+
+
+def test_the_loss_is_not_asked_where_nothing_would_grow_or_nobody_wants_to_know() -> None:
+    policy = Threshold(prune=0.01, grow=0.9)
+    assert asking(policy, {}, low(8, 4)) == (decide(policy, low(8, 4)), [])
+    assert asking(policy, {}, flat(8, growable=False)) == ({}, [])
+    assert asking(policy, {}, flat(8, last=-1, idle=1)) == ({}, [])
+    assert asking(replace(policy, certain=0), {"0": -9.0}, flat(8)) == (decide(policy, flat(8)), [])
+
+
+def test_room_goes_to_the_widths_that_the_loss_asks_for() -> None:
+    """Both would fit alone; the more saturated one is not wanted and must not stand in the other's way for good."""
+    limit = GRAPH.proposed_parameters({"0": 10})
+    policy = Threshold(prune=0.01, grow=0.8, max_parameters=limit)
+    less = measured([1.0] * 7 + [0.7], "2")
+    assert set(decide(policy, flat(8), less)) == {"0"}
+    assert set(asking(policy, {"0": 0.0, "2": 3.0}, flat(8), less)[0]) == {"2"}
+
+
+def test_the_loss_is_asked_only_of_what_would_fit() -> None:
+    limit = GRAPH.proposed_parameters({"2": 10})
+    found, asked = asking(
+        Threshold(prune=0.01, grow=0.8, max_parameters=limit), {"2": 3.0}, flat(8), measured([1.0] * 8, "2")
+    )
+    assert GRAPH.proposed_parameters({"0": 10}) > limit
+    assert asked == [{"2": 10}]
+    assert set(found) == {"2"}

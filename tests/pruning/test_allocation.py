@@ -1,0 +1,189 @@
+"""Sizes for a number of parameters, against every combination there is and against cuts that were made."""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise, product
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+import evolvenet
+from evolvenet.errors import ResizeError, TraceError
+from evolvenet.pruning.allocation import allocate, convex, energy_curves, loss_at, share_out, smallest, trial_curves
+from evolvenet.tracing.trace import trace
+from tests.helpers.cases import CASES, FLOAT, Case, distance, graph_of, outputs
+from tests.helpers.small_models import mlp
+from tests.helpers.states import State
+
+
+def net(*sizes: int) -> nn.Sequential:
+    layers: list[nn.Module] = []
+    for before, after in pairwise(sizes):
+        layers += [nn.Linear(before, after), nn.ReLU()]
+    return nn.Sequential(*layers[:-1]).double()
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("share", [0.9, 0.6])
+def test_the_sizes_fit_and_can_be_pruned_to(case: Case, share: float) -> None:
+    model, graph = case.model(), graph_of(case)
+    least = graph.proposed_parameters({width.name: smallest(width) for width in graph.resizable})
+    wanted = max(least, int(share * graph.parameters))
+    sizes = evolvenet.allocate(model, graph, wanted)
+    after = evolvenet.prune(model, graph, sizes)
+    assert after.parameters == graph.proposed_parameters(sizes) <= wanted
+    assert set(sizes) == set(graph.sizes)
+
+
+@given(st.lists(st.floats(0, 5), min_size=4, max_size=4), st.integers(20, 60), st.integers(0, 99))
+def test_no_combination_of_convex_curves_does_much_better(rates: list[float], wanted: int, seed: int) -> None:
+    """Greedy is the best there is but for what the last units make: a bound, not equality."""
+    graph = trace(net(3, 5, 4, 2), torch.zeros(1, 3, dtype=FLOAT))
+    curves = {
+        name: [(size, (1 + rate) * (graph.sizes[name] - size) ** 2) for size in range(graph.sizes[name] + 1)]
+        for name, rate in zip(graph.sizes, rates, strict=False)
+    }
+
+    def loss(sizes: dict[str, int]) -> float:
+        return sum(loss_at(curves[name], size) for name, size in sizes.items())
+
+    every = [
+        dict(zip(graph.sizes, each, strict=True)) for each in product(*(range(1, n + 1) for n in graph.sizes.values()))
+    ]
+    fitting = [sizes for sizes in every if graph.proposed_parameters(sizes) <= wanted]
+    found = share_out(graph, curves, wanted)
+    assert graph.proposed_parameters(found) <= wanted
+    # One unit more of any width is what the greedy way may be off by.
+    slack = (
+        max(loss({**found, name: size - 1}) - loss(found) for name, size in found.items() if size > 1)
+        if any(size > 1 for size in found.values())
+        else 0.0
+    )
+    assert loss(found) <= min(map(loss, fitting)) + slack + 1e-9
+
+
+def test_what_saves_nothing_for_a_loss_is_kept_and_what_is_free_goes() -> None:
+    graph = trace(net(8, 8, 8, 2), torch.zeros(1, 8, dtype=FLOAT))
+    curves = {"0": [(0, 8.0), (8, 0.0)], "2": [(0, 1.0), (4, 0.0), (8, 0.0)]}
+    assert share_out(graph, curves, 130) == {"0": 8, "2": 5}
+    assert share_out(graph, curves, graph.parameters) == graph.sizes
+
+
+def test_the_last_cut_takes_no_more_than_it_must() -> None:
+    """A wide layer loses several units at once, but for the last ones."""
+    graph = trace(net(4, 200, 2), torch.zeros(1, 4, dtype=FLOAT))
+    curves = {"0": [(0, 1.0), (200, 0.0)]}
+    for wanted in range(graph.parameters - 40, graph.parameters, 3):
+        (size,) = share_out(graph, curves, wanted).values()
+        assert graph.proposed_parameters({"0": size}) <= wanted < graph.proposed_parameters({"0": size + 1})
+
+
+def test_fewer_parameters_than_possible_are_refused_with_the_fewest() -> None:
+    model = net(8, 8, 2)
+    graph = trace(model, torch.zeros(1, 8, dtype=FLOAT))
+    with pytest.raises(ResizeError, match=r"expected 13 parameters or more, .* got 12"):
+        evolvenet.allocate(model, graph, 12)
+
+
+def test_trials_are_what_a_cut_does_and_leave_the_model_as_it_was() -> None:
+    torch.manual_seed(0)
+    model = net(6, 20, 10, 4).train()
+    x = torch.randn(300, 6, dtype=FLOAT)
+    graph, before = trace(model, x[:2]), State.of(model)
+    curves = trial_curves(model, graph, [x[:200], x[200:]])
+    assert before.differences(model) == []
+    expected = outputs(model, x[:200])[0]
+    scale = (expected - expected.mean(0)).norm()
+    for name, size in (("0", 10), ("2", 5)):
+        other = net(6, 20, 10, 4)
+        other.load_state_dict(model.state_dict())
+        evolvenet.prune(other, graph, {name: size}, batches=[x[:200], x[200:]])
+        moved = (outputs(other, x[:200])[0] - expected).norm() / scale
+        assert loss_at(curves[name], size) == pytest.approx(float(moved**2), rel=0.5)
+
+
+def test_sizes_by_trials_answer_nearer_than_equal_ones() -> None:
+    """One width holds copies only: all of the cut should fall there."""
+    torch.manual_seed(0)
+    model, x = net(6, 16, 16, 4), torch.randn(256, 6, dtype=FLOAT)
+    with torch.no_grad():
+        for tensor in model[0].parameters():
+            tensor[4:] = tensor[:4].repeat(3, *[1] * (tensor.dim() - 1))
+    graph, expected = trace(model, x[:2]), outputs(model, x)
+    sizes = evolvenet.allocate(model, graph, graph.parameters // 2, batches=[x])
+    assert sizes["0"] < 8
+    assert sizes["2"] > 12
+    evolvenet.prune(model, graph, sizes, batches=[x])
+    assert distance(outputs(model, x), expected) < 0.05
+
+
+def test_no_batch_is_refused() -> None:
+    model = net(6, 8, 4)
+    with pytest.raises(TraceError, match="at least one batch"):
+        evolvenet.allocate(model, trace(model, torch.zeros(1, 6, dtype=FLOAT)), 50, batches=[])
+
+
+@given(st.lists(st.floats(0, 9), min_size=2, max_size=8))
+def test_a_hull_lies_below_and_bends_one_way(losses: list[float]) -> None:
+    curve = list(enumerate(losses))
+    hull = convex(curve)
+    assert all(loss_at(hull, size) <= loss + 1e-9 for size, loss in curve)
+    slopes = [(b - a) / (y - x) for (x, a), (y, b) in pairwise(hull)]
+    assert all(one <= two + 1e-9 for one, two in pairwise(slopes))
+
+
+def test_energy_curves_fall_to_nothing() -> None:
+    """Their exponentials are the shares of energy kept, which multiply along the network."""
+    model = net(6, 8, 4)
+    (curve,) = energy_curves(model, trace(model, torch.zeros(1, 6, dtype=FLOAT))).values()
+    losses = [loss for _, loss in curve]
+    assert losses[-1] == pytest.approx(0)
+    assert losses == sorted(losses, reverse=True)
+    values = torch.linalg.svdvals(model.get_parameter("0.weight").detach()).square()
+    kept = [math.exp(-loss) for loss in losses]
+    assert kept[1:7] == pytest.approx((values.cumsum(0) / values.sum()).tolist())
+
+
+def test_without_data_no_width_is_emptied_for_the_others() -> None:
+    """A share of energy is at most 1, and wide layers save so much that one of them would be left with a few units."""
+    torch.manual_seed(0)
+    model = nn.Sequential(*(part for _ in range(6) for part in (nn.Linear(64, 64), nn.ReLU())), nn.Linear(64, 4))
+    graph = trace(model, torch.zeros(1, 64))
+    sizes = allocate(model, graph, parameters=graph.parameters // 10)
+    assert min(sizes.values()) >= 8
+
+
+def test_trials_run_on_as_many_samples_from_small_batches_as_from_a_large_one() -> None:
+    """And no more; in which batches they come does not matter."""
+    model = mlp(6, 8, 8, 3)
+    graph = trace(model, torch.zeros(1, 6).double())
+    x = torch.randn(400, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    one = trial_curves(model, graph, [x])
+    many = trial_curves(model, graph, list(x.split(50)))
+    few = trial_curves(model, graph, [x[:50], x[:50]])
+    for name, curve in one.items():
+        assert [size for size, _ in many[name]] == [size for size, _ in curve]
+        assert [loss for _, loss in many[name]] == pytest.approx([loss for _, loss in curve], rel=1e-6)
+        assert [loss for _, loss in few[name]] != pytest.approx([loss for _, loss in curve], rel=1e-3)
+
+
+def test_trials_of_the_shares_that_are_asked_for() -> None:
+    model = mlp(6, 20, 8, 3)
+    graph = trace(model, torch.zeros(1, 6).double())
+    curves = trial_curves(model, graph, [torch.randn(64, 6).double()], shares=(0.9, 0.5))
+    assert {name: [size for size, _ in curve] for name, curve in curves.items()} == {
+        "0": [0, 10, 18, 20],
+        "2": [0, 4, 7, 8],
+    }
+
+
+def test_a_width_of_a_few_units_is_tried_too_where_shares_round_to_all_of_them() -> None:
+    """Else the last unit would look as if the outputs depended on it alone."""
+    model = mlp(6, 4, 3, 2)
+    graph = trace(model, torch.zeros(1, 6).double())
+    curves = trial_curves(model, graph, [torch.randn(64, 6).double()], shares=(0.97, 0.95))
+    assert {name: [size for size, _ in curve] for name, curve in curves.items()} == {"0": [0, 3, 4], "2": [0, 2, 3]}

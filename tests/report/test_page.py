@@ -1,0 +1,129 @@
+"""Tables and pictures from a record written by hand."""
+
+import io
+import sys
+
+import pytest
+from rich.console import Console
+
+from evolvenet.engine.history import Event, History, WidthChange
+from evolvenet.errors import EvolveNetError
+from evolvenet.report import ReportError, draw, summary_rows, summary_table, write_report
+
+
+def event(step, changes, sizes, before, after, macs, skipped=None):
+    return Event(step, changes, sizes, before, after, macs, 0.1, skipped)
+
+
+def history():
+    """Two widths; the first is pruned and the second grows, then an event is skipped."""
+    return History(
+        event(0, (), {"stem": 64, "hidden": 16}, 5000, 5000, 90_000),
+        [
+            event(100, (WidthChange("stem", 64, 40, "24 directions carry < 1 % of the energy"),),
+                  {"stem": 40, "hidden": 16}, 5000, 3000, 60_000),
+            event(200, (WidthChange("stem", 40, 30, "again"), WidthChange("hidden", 16, 20, "effective rank 15.8 of 16")),
+                  {"stem": 30, "hidden": 20}, 3000, 2500, 45_000),
+            event(300, (), {"stem": 30, "hidden": 20}, 2500, 2500, 45_000, "NaN in stem.weight"),
+        ],
+    )  # fmt: skip
+
+
+def many(count):
+    sizes = {f"features.denseblock{place}.conv1": 64 for place in range(count)}
+    halved = dict.fromkeys(sizes, 32)
+    changes = tuple(WidthChange(name, 64, 32, "no energy") for name in sizes)
+    return History(event(0, (), sizes, 9000, 9000, 1000), [event(10, changes, halved, 9000, 4000, 500)])
+
+
+CURVE = {"validation accuracy": [(150, 0.5), (250, 0.8), (400, 0.9)]}
+
+
+def test_page_holds_summary_picture_and_every_event(tmp_path):
+    path = write_report(history(), tmp_path / "new" / "place", "A <run>", CURVE, {"test accuracy": "98.76 %"})
+    page = path.read_text(encoding="utf-8")
+    assert path == tmp_path / "new" / "place" / "report.html"
+    for text in (
+        "A &lt;run&gt;", "5,000", "2,500", "÷ 2.0", "98.76 %", "data:image/png;base64,",
+        "24 directions carry &lt; 1 % of the energy", "effective rank 15.8 of 16", "skipped: NaN in stem.weight",
+    ):  # fmt: skip
+        assert text in page
+    assert "A <run>" not in page
+    assert "src='http" not in page
+    assert "<script" not in page
+    assert (path.parent / "history.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_rows_go_from_start_to_end():
+    assert summary_rows(history(), {"time": "3 s"}) == [
+        ("parameters", "5,000", "2,500", "÷ 2.0"),
+        ("MACs per sample", "90,000", "45,000", "÷ 2.0"),
+        ("width stem", "64", "30", "÷ 2.1"),
+        ("width hidden", "16", "20", "× 1.2"),
+        ("time", "", "3 s", ""),
+    ]
+
+
+def test_table_prints_every_row():
+    out = io.StringIO()
+    console = Console(file=out, width=120)
+    console.print(summary_table(history(), "Digits", {"test accuracy": "98.76 %"}))
+    text = out.getvalue()
+    for row in summary_rows(history(), {"test accuracy": "98.76 %"}):
+        assert all(cell in text for cell in row)
+
+
+def points(line):
+    return line.get_xydata().tolist()
+
+
+def labelled(panel):
+    return {line.get_label(): points(line) for line in panel.lines if not line.get_label().startswith("_")}
+
+
+def test_picture_shows_what_the_record_says():
+    parameters, metric, widths = draw(history(), CURVE).axes
+    assert parameters.get_yscale() == "log"
+    assert points(parameters.lines[0]) == [[0, 5000], [100, 3000], [200, 2500], [300, 2500], [400, 2500]]
+    assert {name: [step for step, _ in at] for name, at in labelled(parameters).items()} == {
+        "pruned (events: 2)": [100, 200],
+        "grown (events: 1)": [200],
+        "skipped (events: 1)": [300],
+    }
+    assert points(metric.lines[0]) == [[150, 0.5], [250, 0.8], [400, 0.9]]
+    assert {name: [size for _, size in at] for name, at in labelled(widths).items()} == {
+        "stem  64 → 30": [64, 40, 30, 30, 30],
+        "hidden  16 → 20": [16, 16, 20, 20, 20],
+    }
+    low, high = widths.get_ylim()
+    assert low < 16
+    assert high > 64
+
+
+@pytest.mark.parametrize("count", [13, 40])
+def test_legend_of_many_widths_covers_no_panel(count):
+    figure = draw(many(count), CURVE)
+    figure.savefig(io.BytesIO(), format="png")
+    boxes = [panel.get_window_extent() for panel in figure.axes]
+    found = [panel.get_legend() for panel in figure.axes]
+    legends = [legend.get_window_extent() for legend in found if legend is not None]
+    assert len(legends) == 3
+    assert not any(legend.overlaps(box) for legend in legends for box in boxes)
+    assert all(figure.bbox.x1 >= legend.x1 and legend.y0 >= 0 for legend in legends)
+    assert not any(a.overlaps(b) for a in legends for b in legends if a is not b)
+
+
+def test_a_run_without_events_or_metrics_is_reported(tmp_path):
+    still = History(event(0, (), {}, 70, 70, 700))
+    assert "no width changed" in write_report(still, tmp_path, "still").read_text(encoding="utf-8")
+    assert len(draw(still).axes) == 2
+
+
+@pytest.mark.parametrize("missing", ["matplotlib.figure", "rich.table"])
+def test_a_missing_package_names_the_extra(monkeypatch, tmp_path, missing):
+    monkeypatch.setitem(sys.modules, missing, None)
+    with pytest.raises(ReportError, match=r"evolvenet\[experiments\]") as caught:
+        write_report(history(), tmp_path, "run") if missing.startswith("matplotlib") else summary_table(
+            history(), "run"
+        )
+    assert isinstance(caught.value, EvolveNetError)

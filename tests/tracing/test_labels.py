@@ -1,0 +1,142 @@
+"""Label layers: what stands in for the obvious, slow way gives the same."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from evolvenet.execution.shadow_tensors import sandbox
+from evolvenet.graph.width_graph import CONSUMES
+from evolvenet.tracing.labels import Ledger, merge, reshaped
+from evolvenet.tracing.trace import read_labels, read_shapes
+
+
+@st.composite
+def factorised(draw: st.DrawFn, number: int) -> list[int]:
+    """Dimensions whose product is `number`, with ones between."""
+    sizes = []
+    while number > 1:
+        sizes.append(draw(st.sampled_from([k for k in range(2, number + 1) if number % k == 0])))
+        number //= sizes[-1]
+    for _ in range(draw(st.integers(0, 2))):
+        sizes.insert(draw(st.integers(0, len(sizes))), 1)
+    return sizes
+
+
+@given(st.data(), st.sampled_from([1, 2, 6, 12, 24, 36]))
+def test_a_view_of_a_compressed_layer_is_that_of_the_whole_one(data: st.DataObject, number: int) -> None:
+    old, new = data.draw(factorised(number)), data.draw(factorised(number))
+    shape = [size if data.draw(st.booleans()) else 1 for size in old]
+    layer = torch.arange(math.prod(shape)).reshape(shape)
+    got = reshaped(layer, old, new)
+    assert torch.equal(got.expand(new), layer.expand(old).reshape(new))
+    assert got.numel() <= math.prod(new)
+
+
+def test_a_view_does_not_spread_a_layer_over_a_picture() -> None:
+    channels = torch.arange(8).view(1, 8, 1, 1)
+    assert reshaped(channels, (2, 8, 224, 224), (2, 2, 4, 224 * 224)).shape == (1, 2, 4, 1)
+
+
+def test_rows_stay_apart_until_something_is_tied_to_them() -> None:
+    """A norm over each head's places leaves the places free; a parameter for each head does not."""
+    ledger = Ledger()
+    (grid,) = ledger.enroll("a", (6,))
+    (other,) = ledger.enroll("b", (3,))
+    stand_in = ledger.row_units(grid.view(3, 2), {1})
+    assert stand_in.shape == (3, 1)
+    assert len(set(ledger.components()[:6])) == 6
+    ledger.union(stand_in.view(3), other)
+    component = ledger.components()
+    assert [len(set(component[k : k + 2])) for k in (0, 2, 4)] == [1, 1, 1]
+    assert len(set(component[:6])) == 3
+    assert component[6:9].tolist() == component[[0, 2, 4]].tolist()
+
+
+def test_rows_that_only_other_rows_tie_are_joined_in_a_later_pass() -> None:
+    """A mean of norms: the number that is left is tied to a parameter, through it the norms, through them their rows."""
+    ledger = Ledger()
+    (grid,) = ledger.enroll("a", (6,))
+    (single,) = ledger.enroll("b", (2,))
+    norms = ledger.row_units(grid.view(3, 2), {1})
+    total = ledger.row_units(norms, {0})
+    (other,) = ledger.enroll("c", (4,))
+    far = ledger.row_units(other.view(2, 2), {1})
+    ledger.union(total.view(1), single[:1])
+    component = ledger.components()
+    assert len(set(component[grid])) == 1
+    assert len(set(component[other])) == 4  # nothing is tied to the rows of the other grid
+    ledger.freeze(far, "a reason")
+    component = ledger.components()
+    assert component[other].tolist() == component[other[::2]].repeat(2).tolist()
+    assert len(set(component[other])) == 2
+
+
+def test_rows_with_places_that_are_no_units_stay_apart() -> None:
+    ledger = Ledger()
+    (grid,) = ledger.enroll("a", (4,))
+    padded = torch.cat([grid, torch.tensor([-1, -1])]).view(3, 2)
+    ledger.freeze(ledger.row_units(padded, {1}), "a reason")
+    assert len(set(ledger.components()[:4])) == 4
+
+
+@pytest.mark.parametrize("first", ["rows", "grid"])
+def test_stand_ins_follow_a_finer_layer_in_any_order(first: str) -> None:
+    """`h / h.norm()`: the norm of every row may stay apart from the places that it scales."""
+    ledger = Ledger()
+    (grid,) = ledger.enroll("a", (6,))
+    layer = grid.view(3, 2)
+    rows = ledger.row_units(layer, {1})
+    groups = [[rows], [layer]] if first == "rows" else [[layer], [rows]]
+    assert merge(ledger, groups) == (layer,)
+    assert ledger.edges == []
+    assert len(set(ledger.components()[:6])) == 6
+
+
+def test_the_smaller_of_two_layers_stays_and_both_are_united() -> None:
+    ledger = Ledger()
+    (wide,), (narrow,) = ledger.enroll("a", (6,)), ledger.enroll("b", (3,))
+    (merged,) = merge(ledger, [[wide.view(3, 2)], [narrow.view(3, 1)]])
+    assert torch.equal(merged, narrow.view(3, 1))
+    component = ledger.components()
+    assert component[:6].tolist() == component[6:9].repeat(2).tolist()
+
+
+def test_layers_along_other_dimensions_stay_beside_each_other() -> None:
+    ledger = Ledger()
+    (rows,), (columns,) = ledger.enroll("a", (3,)), ledger.enroll("b", (2,))
+    merged = merge(ledger, [[rows.view(3, 1)], [columns.view(1, 2)]])
+    assert [tuple(layer.shape) for layer in merged] == [(3, 1), (1, 2)]
+    assert ledger.edges == []
+
+
+def test_axes_that_are_alike_get_the_role_that_a_use_has_shown() -> None:
+    ledger = Ledger()
+    (one,), (two,), (three,) = (ledger.enroll(name, (4,)) for name in "abc")
+    stand_in = ledger.row_units(one.view(2, 2), {1})
+    ledger.alike([one, stand_in, two])
+    ledger.alike([two, three])
+    assert ledger.equals == [
+        (("a", 0), ("b", 0)),
+        (("b", 0), ("a", 0)),
+        (("b", 0), ("c", 0)),
+        (("c", 0), ("b", 0)),
+    ]
+    ledger.role("c", three, consumed=True)
+    ledger.spread_roles()
+    assert ledger.roles == dict.fromkeys([("a", 0), ("b", 0), ("c", 0)], CONSUMES)
+    assert ledger.lent == {("a", 0), ("b", 0)}
+
+
+def test_a_run_for_shapes_alone_finds_the_same_ones() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 2))
+    x = torch.randn(2, 3, 8, 8)
+    for device in ("meta", None):
+        with sandbox(model, device):
+            shapes = read_shapes(model, x, device)
+            assert shapes == read_labels(model, x, device).outputs == [tuple(model(x.to(device)).shape)]

@@ -1,0 +1,92 @@
+"""What a record says of a run: every tensor by a number, and a new one for what is written into."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from evolvenet.tracing.op_trace import Record
+
+
+def names(record: Record) -> list[str]:
+    return [op.name for op in record.makers.values()]
+
+
+def test_every_op_is_noted_with_what_it_read_and_made() -> None:
+    weight, x = torch.randn(3, 2), torch.randn(4, 2)
+    with (record := Record({"weight": weight})):
+        out = torch.add(torch.mm(x, weight.t()), 1.0, alpha=2).sum(1, keepdim=True)
+    turn, product, add, total = record.makers.values()
+    assert names(record) == ["t", "mm", "add", "sum"]
+    assert record.own == {0} == set(turn.inputs)
+    assert (turn.output, product.inputs, product.output) == (1, (2, 1), 3)
+    assert add.inputs == (product.output,)
+    assert add.kwargs == {"alpha": 2}
+    assert add.args[1] == 1.0
+    assert total.args[1:] == ([1], True)
+    assert record.shapes[total.output] == (4, 1) == tuple(out.shape)
+    assert record.readers[product.output] == [add]
+    assert total.output not in record.readers
+
+
+def test_what_is_made_of_parameters_alone_is_held() -> None:
+    one, two, x = torch.randn(3, 3), torch.randn(3), torch.randn(2, 3)
+    with (record := Record({"one": one, "two": two})):
+        mixed = one * two
+        torch.mm(x, mixed.exp())
+    product = list(record.makers.values())[-1]
+    assert [record.held.get(value) for value in product.inputs] == [None, "one"]
+    assert product.output not in record.held
+    assert record.own == {value for value, name in record.held.items() if value < 2}
+
+
+def _chain(record: Record, last: str) -> list[str]:
+    """Names of the ops that lead to the last op of a name, as far as they are known."""
+    found = []
+    op = [each for each in record.makers.values() if each.name == last][-1]
+    while op is not None:
+        found.append(op.name)
+        op = record.makers.get(op.inputs[0]) if op.inputs else None
+    return found[::-1]
+
+
+def test_what_is_written_into_gets_a_new_number() -> None:
+    x = torch.randn(2, 3)
+    with (record := Record({})):
+        made = x.exp()
+        before = made.sum()
+        made.mul_(2.0)
+        after = made.sum()
+    assert names(record) == ["exp", "sum", "mul", "sum"]
+    assert _chain(record, "sum") == ["exp", "mul", "sum"]
+    first, second = (op for op in record.makers.values() if op.name == "sum")
+    assert first.inputs != second.inputs
+    assert bool((before * 2 - after).abs() < 1e-5)
+
+
+def test_what_shares_its_memory_is_no_longer_known() -> None:
+    """A view is written into: its base has changed, and no op made the base what it is now."""
+    x = torch.randn(2, 3)
+    with (record := Record({})):
+        made = x.exp()
+        made.view(-1).mul_(2.0)
+        made.relu()
+    (relu,) = (op for op in record.makers.values() if op.name == "relu")
+    assert relu.inputs[0] not in record.makers
+
+
+def test_a_module_in_place_is_followed() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.act = nn.Linear(3, 4), nn.ReLU(inplace=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.act(self.layer(x)) + 1
+
+    model, x = Net(), torch.randn(2, 3)
+    with torch.no_grad(), (record := Record(dict(model.named_parameters()))):
+        model(x)
+    assert names(record) == ["t", "addmm", "relu", "add"]
+    relu, add = list(record.makers.values())[-2:]
+    assert add.inputs == (relu.output,)
