@@ -28,7 +28,7 @@ from evolvenet.graph.index_map import IndexMap  # noqa: E402
 from evolvenet.graph.width_graph import Tie, Width, WidthGraph  # noqa: E402
 from evolvenet.measurement.output_spectra import output_spectra  # noqa: E402
 from evolvenet.measurement.residual_spectra import block_spectra  # noqa: E402
-from evolvenet.measurement.width_spectra import Measure, spectra  # noqa: E402
+from evolvenet.measurement.width_spectra import WidthStatistics, spectra  # noqa: E402
 from evolvenet.policies.base import Policy, Proposal  # noqa: E402
 from evolvenet.policies.budget import Budget  # noqa: E402
 from evolvenet.policies.front import Front  # noqa: E402
@@ -42,6 +42,9 @@ from evolvenet.tracing.trace import trace  # noqa: E402
 if TYPE_CHECKING:
     from evolvenet import transformers as transformers
     from evolvenet.lightning.callback import WidthEvolution
+
+Measure = WidthStatistics
+"""The public name that `WidthStatistics` had first."""
 
 __version__ = "0.1.0"
 
@@ -73,6 +76,7 @@ __all__ = [
     "WidthChange",
     "WidthEvolution",
     "WidthGraph",
+    "WidthStatistics",
     "allocate",
     "block_spectra",
     "grow",

@@ -21,7 +21,7 @@ from evolvenet.engine.functional import apply, as_list
 from evolvenet.engine.history import Event, History, WidthChange, changed
 from evolvenet.engine.invariants import Before, check_finite_weights, refuse_fixed, validate
 from evolvenet.engine.replica_update import apart, follow
-from evolvenet.engine.snapshot import Probation, Snapshot, go_back
+from evolvenet.engine.snapshot import PendingCut, Snapshot, go_back
 from evolvenet.errors import RankMismatchError, SkippedEvent
 from evolvenet.execution.inputs import first_samples, is_plain
 from evolvenet.execution.shadow_tensors import forget_compiled
@@ -29,12 +29,12 @@ from evolvenet.graph.serialization import check_fits, from_plain, to_plain
 from evolvenet.graph.width_graph import WidthGraph
 from evolvenet.growth.loss_test import Gradients, evidence
 from evolvenet.growth.plan import plan_growth
-from evolvenet.measurement.activation_moments import Statistics, collect
+from evolvenet.measurement.activation_moments import ActivationMoments, collect
 from evolvenet.measurement.cost import Costs, macs, parameters
-from evolvenet.measurement.width_spectra import Measure, measures_of, ranks_and_energies
-from evolvenet.policies.base import Judging, Moment, Policy, Proposal, Scheduled
+from evolvenet.measurement.width_spectra import WidthStatistics, measures_of, ranks_and_energies
+from evolvenet.policies.base import Judging, Policy, PolicyContext, Proposal, Scheduled
 from evolvenet.pruning.allocation import trial_curves
-from evolvenet.pruning.reconstruction import QUICK, compensate
+from evolvenet.pruning.reconstruction import QUICK, reconstruct
 from evolvenet.pruning.selection import plan_prune
 from evolvenet.surgery.checkpoint import Note, fit_shapes
 from evolvenet.surgery.resize_model import Surgery
@@ -59,7 +59,7 @@ class Evolver:
         policy: proposes sizes from spectra, for example `Threshold`.
         example_inputs: what the model is called with: a tensor, a tuple of arguments or a dict of keyword arguments.
         calibration_batches: how many of the last observed batches an event measures on.
-        seed: of the newborns' random directions; they do not draw from the global generator.
+        seed: of the new units' random directions; they do not draw from the global generator.
         copies: models with the same tensor names and weights of their own, such as a moving average: they go along. Or what
             gives them when a change is due.
         after_change: called after widths have changed, on every rank.
@@ -108,7 +108,7 @@ class Evolver:
         self._seed = seed
         self._stage = ""
         self._failures = Failures()
-        self._probation = Probation(policy) if isinstance(policy, Judging) else None
+        self._pending_cut = PendingCut(policy) if isinstance(policy, Judging) else None
 
     @property
     def off(self) -> str | None:
@@ -187,11 +187,11 @@ class Evolver:
         """
         group, started = processes(), time.perf_counter()
         value = group.broadcast(value)
-        past = self._probation.judge(value) if self._probation else None
-        if self._probation is None or past is None:
+        past = self._pending_cut.judge(value) if self._pending_cut else None
+        if self._pending_cut is None or past is None:
             return None
         moment, sizes, count = self._observed if at is None else at, self.graph.sizes, parameters(self.model)
-        skipped, reason = None, f"taken back: {value:.6g} after the cut, {self._probation.standing.best:.6g} before"
+        skipped, reason = None, f"taken back: {value:.6g} after the cut, {self._pending_cut.standing.best:.6g} before"
         self._stage = "taking back"
         try:
             copies = together(group, self._copies)
@@ -225,9 +225,11 @@ class Evolver:
             **self._seen.state_dict(),
             **self._failures.state_dict(),
             "note": Note.of(self.model, self.graph).read(self.model),
-            "probation": self._probation.state_dict() if self._probation else None,
+            "pending_cut": self._pending_cut.state_dict() if self._pending_cut else None,
             # A cut may have to be taken back before the first batch of a resumed run.
-            "example": [x for x in (self.example_inputs,) if self._probation and self._probation.past and is_plain(x)],
+            "example": [
+                x for x in (self.example_inputs,) if self._pending_cut and self._pending_cut.past and is_plain(x)
+            ],
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -245,8 +247,8 @@ class Evolver:
         self._changed = {name: list(entry) for name, entry in state["changed"].items()}
         self._seen.load_state_dict(state)
         self._failures.load_state_dict(state)
-        if self._probation and state.get("probation"):
-            self._probation.load_state_dict(state["probation"])
+        if self._pending_cut and state.get("pending_cut"):
+            self._pending_cut.load_state_dict(state["pending_cut"])
 
     @contextmanager
     def _all_or_nothing(self, changes: list[WidthChange]) -> Iterator[ExitStack]:
@@ -277,7 +279,7 @@ class Evolver:
         past: Snapshot | None = None
         self._stage = "gathering batches"
         batches, gradients = self._seen.pooled(group)
-        found: list[Statistics] = []
+        found: list[ActivationMoments] = []
         measures, proposals = decided(group, lambda: self._propose(batches, gradients, found, progress))
         sizes = self.graph.sizes
         down = {name: proposal for name, proposal in proposals.items() if proposal.size < sizes[name]}
@@ -288,7 +290,7 @@ class Evolver:
             self._stage = "weight averages"
             copies = together(group, self._copies)
             self._stage = "keeping what may be taken back"
-            past = together(group, lambda: self._present(copies)) if self._probation else None
+            past = together(group, lambda: self._present(copies)) if self._pending_cut else None
             if down:
                 self._change(
                     group, down, lambda: self._pruning(down, found[0], batches), batches, copies, changes, undo
@@ -302,13 +304,13 @@ class Evolver:
             self._stage = "what follows a change"
             together(group, self.after_change)
             forget_compiled()
-        if self._probation:
-            self._probation.cut(past, [change.width for change in changes])
+        if self._pending_cut:
+            self._pending_cut.cut(past, [change.width for change in changes])
         return ranks_and_energies(measures, self.graph.sizes)
 
     def _propose(
-        self, batches: Sequence[Any], gradients: Sequence[Gradients], found: list[Statistics], progress: float
-    ) -> tuple[dict[str, Measure], dict[str, Proposal]]:
+        self, batches: Sequence[Any], gradients: Sequence[Gradients], found: list[ActivationMoments], progress: float
+    ) -> tuple[dict[str, WidthStatistics], dict[str, Proposal]]:
         """What was measured and what the policy makes of it; the statistics are added to `found`."""
         self._stage = "checking weights"
         check_finite_weights(self.model)
@@ -321,11 +323,11 @@ class Evolver:
             self._stage = "policy"
             costs = Costs.of(self.model, self.graph, self.example_inputs)
             trials = partial(trial_curves, self.model, self.graph, batches)
-            standing = self._probation and self._probation.standing
+            standing = self._pending_cut and self._pending_cut.standing
             asked = partial(
                 evidence, self.model, self.graph, batches=batches, gradients=gradients, generator=self._generator()
             )
-            policy = policy.at(Moment(progress, self.history.initial.sizes, costs, trials, standing, asked))
+            policy = policy.at(PolicyContext(progress, self.history.initial.sizes, costs, trials, standing, asked))
             if policy is None:
                 return {}, {}
         self._stage = "statistics"
@@ -336,11 +338,13 @@ class Evolver:
         self._stage = "policy"
         return measures, dict(policy.propose(measures, self.graph))
 
-    def _pruning(self, wanted: Mapping[str, Proposal], statistics: Statistics, batches: Sequence[Any]) -> Surgery:
+    def _pruning(
+        self, wanted: Mapping[str, Proposal], statistics: ActivationMoments, batches: Sequence[Any]
+    ) -> Surgery:
         self._stage = "choosing units"
         surgery = plan_prune(self.model, self.graph, {name: each.size for name, each in wanted.items()}, statistics)
         self._stage = "compensation"
-        return compensate(self.model, self.graph, surgery, batches, QUICK)
+        return reconstruct(self.model, self.graph, surgery, batches, QUICK)
 
     def _growth(self, wanted: Mapping[str, Proposal]) -> Surgery:
         self._stage = "growth"

@@ -15,7 +15,7 @@ from evolvenet.graph.width_graph import WidthGraph
 from evolvenet.growth.expanded_model import Loss
 from evolvenet.growth.plan import plan_growth
 from evolvenet.measurement.activation_moments import collect
-from evolvenet.pruning.reconstruction import compensate
+from evolvenet.pruning.reconstruction import reconstruct
 from evolvenet.pruning.selection import plan_prune
 from evolvenet.surgery.optimizer_state import apply_state, compile_state, validate_state
 from evolvenet.surgery.resize_model import Surgery, compile_surgery, install
@@ -29,7 +29,7 @@ def resize(
     Args:
         model: the traced model.
         graph: its widths as they are now.
-        maps: {width: map}. Newborns are zeros: they neither do nor learn anything yet. `grow` gives them a start.
+        maps: {width: map}. New units are zeros: they neither do nor learn anything yet. `grow` gives them a start.
         optimizers: the one or those that hold the model's parameters.
 
     Returns:
@@ -75,7 +75,7 @@ def prune(
         return commit(model, plan_prune(model, graph, sizes), optimizers)
     batches = batches if isinstance(batches, Tensor) else list(batches)
     surgery = plan_prune(model, graph, sizes, collect(model, graph, batches))
-    return commit(model, compensate(model, graph, surgery, batches), optimizers)
+    return commit(model, reconstruct(model, graph, surgery, batches), optimizers)
 
 
 def grow(
@@ -94,10 +94,10 @@ def grow(
         model: the traced model.
         graph: its widths as they are now.
         sizes: {width: new number of units}.
-        method: how newborns start: "orthogonal", "paired", "gradmax", "tiny", or "random", which does change what the
+        method: how new units start: "orthogonal", "paired", "gradmax", "tiny", or "random", which does change what the
             model computes; see `plan_growth`.
         optimizers: the one or those that hold the model's parameters.
-        generator: source of the newborns' random directions.
+        generator: source of the new units' random directions.
         batches: model inputs, for "orthogonal" and "paired" where the rows already span everything; with a loss, pairs of
             (model inputs, targets).
         loss: (model output, targets) → a scalar; "gradmax" and "tiny" need it and batches.
@@ -107,7 +107,7 @@ def grow(
 
     Raises:
         ResizeError, OptimizerStateError: as `resize`; also for a width whose units are mixed (layer norm), where no
-            newborn could leave the function as it is, and for batches or a loss that the method needs and lacks.
+            new unit could leave the function as it is, and for batches or a loss that the method needs and lacks.
     """
     return commit(model, plan_growth(model, graph, sizes, method, generator, batches, loss), optimizers)
 

@@ -18,7 +18,7 @@ from evolvenet.graph.width_graph import Width, WidthGraph, Widths
 
 
 @dataclass(frozen=True, eq=False)
-class Twin:
+class Replica:
     """A module that may be a copy of another one.
 
     Args:
@@ -32,7 +32,7 @@ class Twin:
     sources: Mapping[str, nn.Module]
 
 
-class Twins:
+class Replicas:
     """Finds the modules that are copies of parts of a network, and tells which of them follow its widths.
 
     A copy is of the same type and has the same names and shapes, did not run in the trace, and no optimizer trains it.
@@ -79,7 +79,7 @@ class Twins:
         A copy that the network's own forward runs has widths of its own, which would part from its source's: both stay.
         """
         inside = {id(module): path for path, module in network.named_modules()}
-        copies = [id(twin.module) for twin in self._twins(network, graph)]
+        copies = [id(replica.module) for replica in self._replicas(network, graph)]
         graph = _without(graph, [inside[copy] for copy in copies if copy in inside])
         tensors, _, _ = named_tensors(network)
         frozen: dict[int, str] = {}
@@ -101,44 +101,46 @@ class Twins:
         """
         found: list[tuple[str, nn.Module]] = []
         state = {id(p) for optimizer in optimizers for p, entry in optimizer.state.items() if entry}
-        for twin in self._twins(network, graph):
-            if any(p.grad is not None or id(p) in state for p in twin.module.parameters()):
+        for replica in self._replicas(network, graph):
+            if any(p.grad is not None or id(p) in state for p in replica.module.parameters()):
                 continue
-            if (path := self._followed(twin)) is not None:
-                self.moved[twin.name] = path
-                found.append((path, twin.module))
+            if (path := self._followed(replica)) is not None:
+                self.moved[replica.name] = path
+                found.append((path, replica.module))
         return _stand_ins(network, found)
 
     def pairs(self, network: nn.Module, graph: WidthGraph) -> dict[str, str]:
         """{name of what may be a copy: name of a module of its type and shapes that runs}."""
-        return {twin.name: self._name(next(iter(twin.sources.values()))) for twin in self._twins(network, graph)}
+        return {
+            replica.name: self._name(next(iter(replica.sources.values()))) for replica in self._replicas(network, graph)
+        }
 
-    def _followed(self, twin: Twin) -> str | None:
-        """Path of what the twin follows, None if it is no copy."""
+    def _followed(self, replica: Replica) -> str | None:
+        """Path of what the replica follows, None if it is no copy."""
         if self.told is not None:
-            return next(iter(twin.sources))
-        if self.moved.get(twin.name) in twin.sources:
-            return self.moved[twin.name]
-        names = {path: self._name(source) for path, source in twin.sources.items()}
-        equal = [path for path, name in names.items() if self._start[name] == self._start[twin.name]]
-        if _digest(twin.module) == self._start[twin.name]:
+            return next(iter(replica.sources))
+        if self.moved.get(replica.name) in replica.sources:
+            return self.moved[replica.name]
+        names = {path: self._name(source) for path, source in replica.sources.items()}
+        equal = [path for path, name in names.items() if self._start[name] == self._start[replica.name]]
+        if _digest(replica.module) == self._start[replica.name]:
             if not equal:
                 return None
             raise SkippedEvent(
-                f"{twin.name} began as a copy of {names[equal[0]]}, is not trained and has not moved so far: expected to know "
+                f"{replica.name} began as a copy of {names[equal[0]]}, is not trained and has not moved so far: expected to know "
                 "whether it follows (an average, a target network) or stays (a reference). Say so: WidthEvolution(copies="
-                f"{{{twin.name!r}: {names[equal[0]]!r}}}) if it follows, copies={{}} if not."
+                f"{{{replica.name!r}: {names[equal[0]]!r}}}) if it follows, copies={{}} if not."
             )
-        paths = equal if len(equal) == 1 else list(twin.sources)
+        paths = equal if len(equal) == 1 else list(replica.sources)
         if len(paths) > 1:
             raise SkippedEvent(
-                f"{twin.name} is not trained and has moved: expected one module that it follows, got "
+                f"{replica.name} is not trained and has moved: expected one module that it follows, got "
                 f"{', '.join(names.values())}, which are all of its type and shapes. Say which: WidthEvolution(copies="
-                f"{{{twin.name!r}: ...}})."
+                f"{{{replica.name!r}: ...}})."
             )
         return paths[0]
 
-    def _twins(self, network: nn.Module, graph: WidthGraph) -> Iterator[Twin]:
+    def _replicas(self, network: nn.Module, graph: WidthGraph) -> Iterator[Replica]:
         """Outermost modules that did not run and have the shape of one whose widths can change."""
         alive = _alive(network, graph)
         inside = {id(module): path for path, module in network.named_modules()}
@@ -157,7 +159,7 @@ class Twins:
             }
             if sources:
                 taken.append(name)
-                yield Twin(name, module, sources)
+                yield Replica(name, module, sources)
 
     def _running(self, network: nn.Module, graph: WidthGraph) -> Iterator[tuple[str, str]]:
         """Names of copies and sources that both run in the network."""

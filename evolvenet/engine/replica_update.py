@@ -12,7 +12,7 @@ from torch import nn
 from evolvenet.graph.naming import named_tensors
 from evolvenet.graph.width_graph import WidthGraph
 from evolvenet.measurement.activation_moments import collect
-from evolvenet.pruning.reconstruction import QUICK, compensate
+from evolvenet.pruning.reconstruction import QUICK, reconstruct
 from evolvenet.pruning.selection import plan_cut
 from evolvenet.surgery.resize_model import Surgery, TensorChange, compile_surgery, moved
 
@@ -21,7 +21,7 @@ def follow(copy: nn.Module, graph: WidthGraph, surgery: Surgery, batches: Sequen
     """What a change of a model's widths means for a copy of it with weights of its own. Nothing is changed yet.
 
     The same units go and come. What reads a removed unit is fitted to what the copy itself answered, since another model's
-    fit would not suit its weights. Newborns are the model's own: they are read by nobody yet, there as here.
+    fit would not suit its weights. New units are the model's own: they are read by nobody yet, there as here.
 
     Args:
         copy: a model with the same tensor names and shapes as the graph's.
@@ -46,7 +46,7 @@ def follow(copy: nn.Module, graph: WidthGraph, surgery: Surgery, batches: Sequen
     """
     if any(index_map.removed for index_map in surgery.maps.values()):
         cut = plan_cut(copy, graph, surgery.maps, collect(copy, graph, batches))
-        return compensate(copy, graph, cut, batches, QUICK)
+        return reconstruct(copy, graph, cut, batches, QUICK)
     own = compile_surgery(copy, graph, surgery.maps)
     values = {change.name: change.value for change in surgery.changes}
     return replace(own, changes=tuple(_born(change, values[change.name]) for change in own.changes))

@@ -118,7 +118,7 @@ def go_back(
     forget_compiled()
 
 
-class Probation:
+class PendingCut:
     """Where a policy judges its cuts: how far it has come, and the network as it was before the cut that waits.
 
     Args:

@@ -41,7 +41,7 @@ class _Call:
         self.gradients[place] = part.clone() if before is None else before + part
 
 
-class Listener:
+class CallRecorder:
     """Keeps the inputs of the calls of some modules that are made in training, and the gradients of what they answer.
 
     Those are the calls in training mode; where `outer` is given, also those of a module in eval mode through which
@@ -53,7 +53,7 @@ class Listener:
         outer: the module whose mode tells training from validation.
 
     >>> layer = nn.Linear(2, 1)
-    >>> listener = Listener({"layer": layer})
+    >>> listener = CallRecorder({"layer": layer})
     >>> _ = layer(torch.zeros(3, 2))
     >>> listener.close()
     >>> _ = layer(torch.zeros(4, 2))

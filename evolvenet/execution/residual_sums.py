@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from evolvenet.execution.weight_ops import Read, Reading
+from evolvenet.execution.weight_ops import WeightOp, WeightOpMode
 
 aten = torch.ops.aten
 
@@ -29,7 +29,7 @@ class Trail:
         shift: `[out]`.
     """
 
-    read: Read
+    read: WeightOp
     again: Callable[[], Tensor]
     scale: Tensor
     shift: Tensor
@@ -55,15 +55,15 @@ class OnSum(Protocol):
         ...
 
 
-class Following(Reading):
+class Following(WeightOpMode):
     """Reads, and tells of sums of two equal shapes where an operand is a read's output, at most scaled and shifted.
 
     Where both are, the one with more columns is told of: it can make up for more.
 
     Args:
-        model: see `Reading`.
-        before: see `Reading`.
-        after: see `Reading`.
+        model: see `WeightOpMode`.
+        before: see `WeightOpMode`.
+        after: see `WeightOpMode`.
         on_sum: called before each sum.
         on_bias: called with a read without a bias, the name of the whole vector that an op after it adds to what it made
             (1) or takes off (−1, a batch norm's running mean), and that sign.
@@ -72,16 +72,16 @@ class Following(Reading):
     def __init__(
         self,
         model: nn.Module,
-        before: Callable[[Read], None] | None = None,
-        after: Callable[[Read, Tensor], None] | None = None,
+        before: Callable[[WeightOp], None] | None = None,
+        after: Callable[[WeightOp, Tensor], None] | None = None,
         on_sum: OnSum | None = None,
-        on_bias: Callable[[Read, str, int], None] | None = None,
+        on_bias: Callable[[WeightOp, str, int], None] | None = None,
     ) -> None:
         super().__init__(model, before, after)
         self.on_sum, self.on_bias = on_sum, on_bias
         self.trails = WeakTensorKeyDictionary()
 
-    def came_out(self, read: Read, out: Tensor, again: Callable[[], Tensor]) -> None:
+    def came_out(self, read: WeightOp, out: Tensor, again: Callable[[], Tensor]) -> None:
         """Begin to follow what a read made."""
         ones = torch.ones(len(read.weight), dtype=out.dtype, device=out.device)
         self.trails[out] = Trail(read, again, ones, torch.zeros_like(ones))

@@ -43,7 +43,7 @@ class Geometry:
 
 
 @dataclass(frozen=True, eq=False)
-class Read:
+class WeightOp:
     """One product of a weight with data, as it happens.
 
     Args:
@@ -133,7 +133,7 @@ class Read:
         return chosen.reshape(len(rows), self.groups, -1).movedim(1, 0)
 
 
-def out_places(read: Read, out: Tensor) -> int:
+def out_places(read: WeightOp, out: Tensor) -> int:
     """Number of output places: rows, or samples × output space."""
     return len(out) if read.geometry is None else out[:, :1].numel()
 
@@ -160,7 +160,7 @@ def _patches(x: Tensor, geometry: Geometry) -> Tensor:
     )
 
 
-class Reading(TorchDispatchMode):
+class WeightOpMode(TorchDispatchMode):
     """Lets a model run as it is and tells of every product of one of its weights with data.
 
     Args:
@@ -172,8 +172,8 @@ class Reading(TorchDispatchMode):
     def __init__(
         self,
         model: nn.Module,
-        before: Callable[[Read], None] | None = None,
-        after: Callable[[Read, Tensor], None] | None = None,
+        before: Callable[[WeightOp], None] | None = None,
+        after: Callable[[WeightOp, Tensor], None] | None = None,
     ) -> None:
         super().__init__()
         self.before, self.after = before, after
@@ -205,7 +205,7 @@ class Reading(TorchDispatchMode):
             self.others |= {hit[0] for leaf in tree_leaves((args, kwargs)) if (hit := self.owner(leaf))}
         return func(*args, **kwargs)
 
-    def came_out(self, read: Read, out: Tensor, again: Callable[[], Tensor]) -> None:
+    def came_out(self, read: WeightOp, out: Tensor, again: Callable[[], Tensor]) -> None:
         """Called with what a read made, and how to make it once more."""
 
     def owner(self, tensor: Any) -> tuple[str, Tensor] | None:
@@ -218,7 +218,7 @@ class Reading(TorchDispatchMode):
         return None
 
 
-def _dense(mode: Reading, bias: Tensor | None, x: Tensor, right: Tensor) -> Read | None:
+def _dense(mode: WeightOpMode, bias: Tensor | None, x: Tensor, right: Tensor) -> WeightOp | None:
     """X · right, `[rows, in]` by `[in, out]`: right is a part of a weight, or of one on its side."""
     found = mode.owner(right)
     if found is None or found[1].dim() != 2 or mode.owner(x) is not None:
@@ -233,7 +233,7 @@ def _dense(mode: Reading, bias: Tensor | None, x: Tensor, right: Tensor) -> Read
 
 
 def _convolution(
-    mode: Reading,
+    mode: WeightOpMode,
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -243,7 +243,7 @@ def _convolution(
     transposed: bool,
     output_padding: Sequence[int],
     groups: int,
-) -> Read | None:
+) -> WeightOp | None:
     found = mode.owner(weight)
     if found is None or weight.shape != found[1].shape or weight.stride() != found[1].stride():
         return None
@@ -266,7 +266,7 @@ def _convolution(
 
 
 def _made(
-    mode: Reading,
+    mode: WeightOpMode,
     name: str,
     axis: int,
     start: int,
@@ -274,26 +274,26 @@ def _made(
     bias: Tensor | None,
     x: Tensor,
     geometry: Geometry | None,
-) -> Read:
+) -> WeightOp:
     added = None if bias is None else mode.owner(bias)
     usable = added is not None and bias is not None and bias.dim() == 1 and len(bias) == len(weight)
     if added is not None and not usable:
         mode.others.add(added[0])
-    return Read(
+    return WeightOp(
         name, axis, start, weight, bias if usable else None, added[0] if usable and added else None, x, geometry
     )
 
 
-KINDS: Mapping[Any, Callable[..., Read | None]] = {
+KINDS: Mapping[Any, Callable[..., WeightOp | None]] = {
     aten.mm.default: lambda mode, x, right: _dense(mode, None, x, right),
     aten.addmm.default: _dense,
     aten.convolution.default: _convolution,
 }
-"""The ops that multiply a weight with data; other uses of a weight are kept in `Reading.others`."""
+"""The ops that multiply a weight with data; other uses of a weight are kept in `WeightOpMode.others`."""
 
 
 @contextmanager
-def watched(reading: Reading) -> Iterator[None]:
+def watched(reading: WeightOpMode) -> Iterator[None]:
     """Every op of the model goes through `reading`: no compiled code, no autocast, no attention that hides its products."""
     with ExitStack() as stack:
         stack.enter_context(op_by_op())

@@ -10,19 +10,19 @@ from torch import Tensor
 
 from evolvenet.errors import IndexMapError
 
-NEWBORN = -1
+NEW_UNIT = -1
 
 
 @dataclass(frozen=True)
 class IndexMap:
-    """For each new unit the old index that it comes from, or −1 for a newborn.
+    """For each new unit the old index that it comes from, or −1 for a new unit.
 
     Pruning is a subset, growing the identity followed by −1s, splitting a unit names its index twice.
     Build one with `keep`, `grow`, `of` or `identity`; `indices` is stored as a tuple, so that maps can be
     compared, hashed and kept in a checkpoint.
 
     Args:
-        indices: old index of each new unit, −1 for a newborn; at least one entry.
+        indices: old index of each new unit, −1 for a new unit; at least one entry.
         size: number of old units.
 
     Raises:
@@ -46,15 +46,15 @@ class IndexMap:
                 f"IndexMap: expected at least one unit to remain of {self.size}, got an empty map. Keep one unit or more."
             )
         low, high = min(self.indices), max(self.indices)
-        if low < NEWBORN or high >= self.size:
+        if low < NEW_UNIT or high >= self.size:
             raise IndexMapError(
-                f"IndexMap: expected old indices in 0 … {self.size - 1}, or −1 for a newborn, "
-                f"got {low if low < NEWBORN else high}."
+                f"IndexMap: expected old indices in 0 … {self.size - 1}, or −1 for a new unit, "
+                f"got {low if low < NEW_UNIT else high}."
             )
 
     @classmethod
     def of(cls, indices: Iterable[int] | Tensor, size: int) -> IndexMap:
-        """Any vector of old indices; −1 stands for a newborn.
+        """Any vector of old indices; −1 stands for a new unit.
 
         >>> IndexMap.of([1, 0, -1], size=2).new_size
         3
@@ -73,16 +73,16 @@ class IndexMap:
         (0, 2, 5)
         """
         made = cls.of(indices, size)
-        if NEWBORN in made.indices or len(set(made.indices)) != len(made.indices):
+        if NEW_UNIT in made.indices or len(set(made.indices)) != len(made.indices):
             raise IndexMapError(
                 f"IndexMap.keep: expected distinct indices in 0 … {size - 1}, got {list(made.indices)}. "
-                "For newborn or split units use IndexMap.of."
+                "For new units or split units use IndexMap.of."
             )
         return made
 
     @classmethod
     def grow(cls, size: int, count: int) -> IndexMap:
-        """Keep all `size` units and append `count` newborns.
+        """Keep all `size` units and append `count` new units.
 
         >>> IndexMap.grow(2, 2).indices
         (0, 1, -1, -1)
@@ -91,7 +91,7 @@ class IndexMap:
             raise IndexMapError(
                 f"IndexMap.grow: expected a count of 0 or more, got {count}. To shrink, use IndexMap.keep."
             )
-        return cls((*range(size), *[NEWBORN] * count), size)
+        return cls((*range(size), *[NEW_UNIT] * count), size)
 
     @classmethod
     def identity(cls, size: int) -> IndexMap:
@@ -108,7 +108,7 @@ class IndexMap:
         indices: list[int] = []
         offset = 0
         for part in maps:
-            indices.extend(index if index == NEWBORN else index + offset for index in part.indices)
+            indices.extend(index if index == NEW_UNIT else index + offset for index in part.indices)
             offset += part.size
         return cls(tuple(indices), offset)
 
@@ -118,9 +118,9 @@ class IndexMap:
         return len(self.indices)
 
     @property
-    def newborns(self) -> tuple[int, ...]:
+    def new_units(self) -> tuple[int, ...]:
         """Positions, in the new order, of the units that come from nowhere."""
-        return tuple(position for position, index in enumerate(self.indices) if index == NEWBORN)
+        return tuple(position for position, index in enumerate(self.indices) if index == NEW_UNIT)
 
     @property
     def removed(self) -> tuple[int, ...]:
@@ -144,7 +144,7 @@ class IndexMap:
                 f"IndexMap.then: expected a map from {self.new_size} units, got one from {later.size}. "
                 "The second map starts where the first one ends."
             )
-        return IndexMap(tuple(NEWBORN if i == NEWBORN else self.indices[i] for i in later.indices), self.size)
+        return IndexMap(tuple(NEW_UNIT if i == NEW_UNIT else self.indices[i] for i in later.indices), self.size)
 
     def repeat(self, inner: int) -> IndexMap:
         """The map for an axis on which every unit occupies `inner` consecutive places (a flattened channel).
@@ -155,7 +155,7 @@ class IndexMap:
         if inner == 1:
             return self
         indices = (
-            NEWBORN if index == NEWBORN else index * inner + place for index in self.indices for place in range(inner)
+            NEW_UNIT if index == NEW_UNIT else index * inner + place for index in self.indices for place in range(inner)
         )
         return IndexMap(tuple(indices), self.size * inner)
 
@@ -163,13 +163,13 @@ class IndexMap:
         """The vector as an int64 tensor `[new_size]`."""
         return torch.tensor(self.indices, dtype=torch.int64, device=device)
 
-    def apply(self, tensor: Tensor, dim: int, newborn: float = 0.0) -> Tensor:
-        """Rewrite axis `dim` of a tensor; newborn entries are filled with `newborn`.
+    def apply(self, tensor: Tensor, dim: int, new_unit: float = 0.0) -> Tensor:
+        """Rewrite axis `dim` of a tensor; new units' entries are filled with `new_unit`.
 
         Args:
             tensor: any shape with `tensor.shape[dim] == size`.
             dim: the axis.
-            newborn: value of the newborn entries.
+            new_unit: value of the new units' entries.
 
         Returns:
             A new tensor, in the memory format of the old one; never a view.
@@ -192,8 +192,8 @@ class IndexMap:
             return laid_out_as(tensor, out)
         index = self.tensor(tensor.device)
         out = tensor.index_select(dim, index.clamp(min=0))
-        if self.newborns:
-            out.index_fill_(dim, torch.tensor(self.newborns, device=tensor.device), newborn)
+        if self.new_units:
+            out.index_fill_(dim, torch.tensor(self.new_units, device=tensor.device), new_unit)
         return laid_out_as(tensor, out)
 
 

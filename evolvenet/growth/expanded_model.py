@@ -1,4 +1,4 @@
-"""Where newborn units lie in every tensor of a widened model, and the room to try them in without touching it."""
+"""Where new units lie in every tensor of a widened model, and the room to try them in without touching it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from evolvenet.errors import ResizeError, SpectrumError
 from evolvenet.execution.evaluation import quiet
 from evolvenet.execution.inputs import arguments
 from evolvenet.execution.shadow_tensors import sandbox
-from evolvenet.graph.index_map import NEWBORN, IndexMap
+from evolvenet.graph.index_map import NEW_UNIT, IndexMap
 from evolvenet.graph.naming import named_tensors
 from evolvenet.graph.width_graph import FOLLOWS, PRODUCES, Tie, Width, WidthGraph
 from evolvenet.linalg.spectrum import matricize
@@ -25,7 +25,7 @@ FRESH_NORM = 3**-0.5
 """Mean norm of a row that PyTorch's own initialisation makes; for a layer whose rows are all 0."""
 
 Entries = Mapping[Tie, Tensor]
-"""What each newborn has in each tie, `[count, places]` float64; the places in the order of `units`."""
+"""What each new unit has in each tie, `[count, places]` float64; the places in the order of `units`."""
 
 Loss = Callable[[Any, Any], Tensor]
 """(the model's output, targets) → a scalar."""
@@ -33,14 +33,14 @@ Loss = Callable[[Any, Any], Tensor]
 
 @dataclass(frozen=True)
 class Slot:
-    """The newborns' places in one tensor.
+    """The new units' places in one tensor.
 
     Args:
         dim: the axis of the units.
         first: their first place on it.
-        count: how many newborns.
+        count: how many new units.
         repeat: consecutive places that each has on the axis.
-        others: the maps of the other axes that change; what a newborn has there with other newborns stays 0.
+        others: the maps of the other axes that change; what a new unit has there with other new units stays 0.
     """
 
     dim: int
@@ -66,19 +66,19 @@ class Slot:
         """Read `[count, places]` float64 on the CPU out of a tensor of the new shape."""
         part = tensor.detach().narrow(self.dim, self.first, self.count * self.repeat)
         for dim, index_map in self.others.items():
-            old = [place for place, index in enumerate(index_map.indices) if index != NEWBORN]
+            old = [place for place, index in enumerate(index_map.indices) if index != NEW_UNIT]
             part = part.index_select(dim, torch.tensor(old, device=tensor.device))
         return part.movedim(self.dim, 0).reshape(self.count, -1).to("cpu", torch.float64)
 
 
 @dataclass(frozen=True, eq=False)
 class Growth:
-    """What a method that starts newborns is given.
+    """What a method that starts new units is given.
 
     Args:
         model: the model, unchanged.
         graph: its widths.
-        surgery: the growth with zeros for newborns (1 for norm weights and running variances).
+        surgery: the growth with zeros for new units (1 for norm weights and running variances).
         generator: where random numbers come from, a CPU generator; None for PyTorch's global one.
         batches: None; model inputs; with a loss, pairs of (model inputs, targets).
         loss: None, or (model output, targets) → a scalar.
@@ -97,7 +97,7 @@ class Growth:
         return tuple(self.graph.widths[name] for name in self.surgery.maps)
 
     def count(self, width: Width) -> int:
-        """How many newborns the width gets."""
+        """How many new units the width gets."""
         return self.surgery.maps[width.name].new_size - width.size
 
     @cached_property
@@ -155,7 +155,7 @@ class Growth:
         return value.sum()
 
     def of(self, counts: Mapping[str, int]) -> Growth:
-        """The same growth with other numbers of newborns, {width: count}; widths with none are left out."""
+        """The same growth with other numbers of new units, {width: count}; widths with none are left out."""
         sizes = {name: self.graph.widths[name].size for name in counts}
         maps = {name: IndexMap.grow(sizes[name], count) for name, count in counts.items() if count}
         return replace(self, surgery=compile_surgery(self.model, self.graph, maps))
@@ -174,7 +174,7 @@ class Growth:
         return float(self.units(tie, width).norm(dim=1).mean()) or (FRESH_NORM if tie.role == PRODUCES else 0.0)
 
     def slot(self, tie: Tie, width: Width) -> Slot:
-        """Where the newborns lie in one tensor."""
+        """Where the new units lie in one tensor."""
         axes = self.changes[tie.tensor].axes
         first = axes[tie.dim].indices.index(tie.start) + width.size * tie.repeat
         others = {dim: index_map for dim, index_map in axes.items() if dim != tie.dim}
@@ -186,12 +186,12 @@ class Growth:
 
 
 def place(growth: Growth, directions: Entries) -> Surgery:
-    """The growth's surgery with its newborns' entries.
+    """The growth's surgery with its new units' entries.
 
     Args:
         growth: what grows.
         directions: of norm 1 (or 0); they get the mean norm of the units that are there. Ties that are not named keep
-            zeros. Vectors are not named: what is added to newborns (biases, running means) is 0, what scales them
+            zeros. Vectors are not named: what is added to new units (biases, running means) is 0, what scales them
             (norm weights, running variances) the mean magnitude of the survivors, 1 if those are all 0.
 
     Returns:
@@ -256,6 +256,6 @@ def finite(entries: Tensor, where: str) -> Tensor:
 
 
 def _is_added(tensor: str) -> bool:
-    """Whether a vector is added to the units (a newborn's entry is 0) rather than scaling them."""
+    """Whether a vector is added to the units (a new unit's entry is 0) rather than scaling them."""
     name = tensor.rpartition(".")[2]
     return "bias" in name or name == "running_mean"

@@ -1,4 +1,4 @@
-"""Newborn rows that the loss asks for: found by trying them, from what the gradient of their fan-out would be."""
+"""New unit rows that the loss asks for: found by trying them, from what the gradient of their fan-out would be."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ STEPS = 10
 """Rounds of the search, two passes over the batches each."""
 
 DEAD = 1e-8
-"""Share of the largest gradient below which a newborn's is rounding."""
+"""Share of the largest gradient below which a new unit's is rounding."""
 
 
 SAME = 1e-6
@@ -23,7 +23,7 @@ SAME = 1e-6
 
 
 def climb(growth: Growth, start: Entries, asked: Demand, method: str) -> dict[Tie, Tensor]:
-    """Rows for which the gradient of the newborns' fan-out, 0 as it is, is as large as can be, each orthogonal to others.
+    """Rows for which the gradient of the new units' fan-out, 0 as it is, is as large as can be, each orthogonal to others.
 
     Orthogonal iteration (Golub and Van Loan, "Matrix Computations", section 8.2) on the bilinear form in fan-in and
     fan-out that the loss is to first order. One pass over the batches gives the gradient of the fan-out; a second one,
@@ -33,7 +33,7 @@ def climb(growth: Growth, start: Entries, asked: Demand, method: str) -> dict[Ti
 
     Args:
         growth: what grows, with batches and a loss.
-        start: directions for every tie with more than a number for each unit. Newborns beyond the number of places, and
+        start: directions for every tie with more than a number for each unit. New units beyond the number of places, and
             those for which the loss asks for nothing, keep them.
         asked: what counts as a row of length 1, and what existing units can do by themselves.
         method: for errors.
@@ -91,7 +91,7 @@ class _Found:
 
 
 def _gain(growth: Growth, width: Width, rows: Entries, fan_out: Entries, asked: Demand) -> Tensor:
-    """Squared gradient of each newborn's fan-out, for rows of length 1, `[count]`."""
+    """Squared gradient of each new unit's fan-out, for rows of length 1, `[count]`."""
     gain = sum((fan_out[tie].square().sum(1) for tie in growth.matrices(width, CONSUMES)), torch.zeros(()))
     length = sum(
         (asked.scales.get(tie, Scale()).energy(rows[tie]) for tie in growth.matrices(width, PRODUCES)), torch.zeros(())
@@ -100,7 +100,7 @@ def _gain(growth: Growth, width: Width, rows: Entries, fan_out: Entries, asked: 
 
 
 def _unit(growth: Growth, fan_out: Entries) -> dict[Tie, Tensor]:
-    """The fan-outs with a norm of 1 over all readers of a newborn together; those without a gradient stay 0."""
+    """The fan-outs with a norm of 1 over all readers of a new unit together; those without a gradient stay 0."""
     found: dict[Tie, Tensor] = {}
     for width in growth.widths:
         ties = growth.matrices(width, CONSUMES)
@@ -114,7 +114,7 @@ def _turned(rows: Tensor, fan_in: Tensor, gain: Tensor, scale: Scale) -> Tensor:
     """The next rows `[count, places]`: along their gradients, those with more to gain first, orthogonal to each other."""
     count = min(rows.shape)
     alive = fan_in.norm(dim=1) > DEAD * fan_in.norm(dim=1).max()
-    # A newborn that answers nothing to any input (ReLU) may do so the other way round.
+    # A new unit that answers nothing to any input (ReLU) may do so the other way round.
     wanted = torch.where(alive[:, None], scale.gradients(fan_in), -scale.coordinates(rows))[:count]
     order = torch.where(alive, gain, -1.0)[:count].argsort(descending=True, stable=True)
     basis, size = torch.linalg.qr(wanted[order].T)
@@ -148,12 +148,12 @@ class _Network:
             shadows[tie.tensor].requires_grad_()
 
     def gradients(self, role: str, rows: Entries, columns: Entries) -> dict[Tie, Tensor]:
-        """Gradients of the newborns' entries in the ties of one role, `[count, places]` each, over all batches.
+        """Gradients of the new units' entries in the ties of one role, `[count, places]` each, over all batches.
 
         Args:
             role: "produces" or "consumes".
-            rows: directions of the producers' newborn rows.
-            columns: directions of the readers' newborn columns; 0 where there are none.
+            rows: directions of the producers' new unit rows.
+            columns: directions of the readers' new unit columns; 0 where there are none.
         """
         with torch.no_grad():
             for tie, slot in self.slots.items():

@@ -1,4 +1,4 @@
-"""How newborn units start: the methods by name, and what each gives to the tensors of a widened model."""
+"""How new units start: the methods by name, and what each gives to the tensors of a widened model."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from evolvenet.measurement.activation_moments import collect
 from evolvenet.pruning.selection import is_own
 
 Method = Callable[[Growth], dict[Tie, Tensor]]
-"""What grows → directions of norm 1 (or 0) for the newborns' rows, kernels and columns; ties left out get zeros."""
+"""What grows → directions of norm 1 (or 0) for the new units' rows, kernels and columns; ties left out get zeros."""
 
 RANK_TOLERANCE = 1e-12
 """Squared singular values below this share of the largest count as rounding, not as part of the row space."""
 
 CANDIDATES = 4
-"""Random rows tried for each newborn that the row space has no room for."""
+"""Random rows tried for each new unit that the row space has no room for."""
 
 
 def orthogonal(rows: Tensor, count: int, generator: torch.Generator | None = None) -> Tensor:
@@ -30,7 +30,7 @@ def orthogonal(rows: Tensor, count: int, generator: torch.Generator | None = Non
 
     Args:
         rows: `[n, d]` float64, the existing units.
-        count: number of newborns.
+        count: number of new units.
         generator: where the random numbers come from, a CPU generator; None for PyTorch's global one.
 
     Returns:
@@ -78,7 +78,7 @@ def start_orthogonal(growth: Growth) -> dict[Tie, Tensor]:
     """Rows orthogonal to all others, read by nobody yet; the default, without data.
 
     Where the rows of a producer already span everything, the others are random; with batches, they are those of
-    `CANDIDATES` random ones each whose activations the existing units and the newborns chosen before predict worst, as
+    `CANDIDATES` random ones each whose activations the existing units and the new units chosen before predict worst, as
     NORTH* does (Maile, Rachelson, Luga and Wilson, "When, where, and how to add new neurons to ANNs", AutoML 2022).
     Kernels of depthwise convolutions are random.
     """
@@ -87,12 +87,12 @@ def start_orthogonal(growth: Growth) -> dict[Tie, Tensor]:
 
 
 def start_paired(growth: Growth) -> dict[Tie, Tensor]:
-    """Newborns in pairs that are alike, with random fan-outs of opposite signs: (V, V) and (Z, −Z).
+    """New units in pairs that are alike, with random fan-outs of opposite signs: (V, V) and (Z, −Z).
 
     Together they add nothing, but unlike with a fan-out of 0 their rows learn at once; the first step tells the two apart.
     From Chen, Goodfellow and Shlens, "Net2Net: accelerating learning via knowledge transfer", ICLR 2016, with the
     signs of gromo. Rows are those of "orthogonal"; the last of an odd number has a fan-out of 0. Readers that also make
-    units (tied embeddings), or are all 0, get zeros; a width without any other reader starts as "orthogonal", because twins
+    units (tied embeddings), or are all 0, get zeros; a width without any other reader starts as "orthogonal", because replicas
     that are read alike would stay alike.
     """
     halves = {}
@@ -107,12 +107,12 @@ def start_paired(growth: Growth) -> dict[Tie, Tensor]:
         readers = _pure_readers(growth, width)
         unit = torch.arange(growth.count(width))
         block = unit // width.step
-        twin = (block // 2) * width.step + unit % width.step if readers else unit
-        found |= {tie: start[tie][twin] for tie in width.ties if tie in start}
+        replica = (block // 2) * width.step + unit % width.step if readers else unit
+        found |= {tie: start[tie][replica] for tie in width.ties if tie in start}
         alone = block == block[-1] if int(block[-1]) % 2 == 0 else torch.zeros_like(block, dtype=torch.bool)
         sign = torch.where(alone, 0.0, 1.0 - 2.0 * (block % 2)).double()[:, None]
         for tie in readers:
-            found[tie] = sign * _random(half, width, tie)[twin]
+            found[tie] = sign * _random(half, width, tie)[replica]
     return found
 
 
@@ -130,7 +130,7 @@ def start_gradmax(growth: Growth) -> dict[Tie, Tensor]:
 
 
 def start_tiny(growth: Growth) -> dict[Tie, Tensor]:
-    """Rows of the best newborns for what the present units cannot do by themselves; needs batches and a loss.
+    """Rows of the best new units for what the present units cannot do by themselves; needs batches and a loss.
 
     Verbockhaven, Rudkiewicz, Charpiat and Chevallier, "Growing tiny networks: spotting expressivity bottlenecks and
     fixing them optimally", TMLR 2024: the leading singular vectors of S^−½·N, S the second moments of the producers'
@@ -159,7 +159,7 @@ METHODS: dict[str, Method] = {
     "tiny": start_tiny,
     "random": start_random,
 }
-"""How newborns start, by name."""
+"""How new units start, by name."""
 
 
 def _drawn(growth: Growth) -> dict[Tie, Tensor]:
@@ -215,7 +215,7 @@ def _chosen(share: Tensor, count: int, step: int) -> list[int]:
 
 
 def _room(growth: Growth, width: Width) -> int:
-    """How many of a width's newborns, in whole steps, can be orthogonal to the rows of every producer."""
+    """How many of a width's new units, in whole steps, can be orthogonal to the rows of every producer."""
     rows = [growth.units(tie, width) for tie in growth.matrices(width, PRODUCES)]
     room = min((part.shape[1] - _projection(part)[0] for part in rows), default=growth.count(width))
     return min(room // width.step * width.step, growth.count(width))
@@ -251,7 +251,7 @@ def unpredicted(covariance: Tensor, known: int) -> Tensor:
 
 
 def _pure_readers(growth: Growth, width: Width) -> list[Tie]:
-    """The readers that do nothing but read the units: what they read of one twin, they can take off the other.
+    """The readers that do nothing but read the units: what they read of one replica, they can take off the other.
 
     A weight that makes units as well, a tied embedding, is also a maker; a transposed use of the same weight shows in
     that another axis of it reads, too.

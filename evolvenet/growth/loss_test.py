@@ -22,7 +22,7 @@ from evolvenet.surgery.resize_model import compile_surgery
 
 @dataclass(frozen=True)
 class Evidence:
-    """What newborns of one width could do about the loss.
+    """What new units of one width could do about the loss.
 
     Args:
         share: of the loss's gradient at the outputs, the part that they can follow and that the columns which are there
@@ -31,7 +31,7 @@ class Evidence:
     """
 
     share: float
-    certainty: float
+    t_statistic: float
 
 
 log = logging.getLogger("evolvenet")
@@ -47,7 +47,7 @@ STEP = 1e-2
 
 
 ROUNDING = 1e-9
-"""Share of the newborns' squared effect that is left beside that of the others, below which it is rounding."""
+"""Share of the new units' squared effect that is left beside that of the others, below which it is rounding."""
 
 
 def evidence(
@@ -60,7 +60,7 @@ def evidence(
 ) -> dict[str, Evidence]:
     """What growing each width alone to a size could do about the loss.
 
-    The newborns' rows are those of `grow`'s "orthogonal". On the even samples the gradient of their fan-out, which is 0,
+    The new units' rows are those of `grow`'s "orthogonal". On the even samples the gradient of their fan-out, which is 0,
     says how they would be read; on the odd ones, whether outputs then move as the loss wants. What a step of the columns
     that are there already does is taken out of both (Verbockhaven, Rudkiewicz, Charpiat and Chevallier, "Growing tiny
     networks: spotting expressivity bottlenecks and fixing them optimally", TMLR 2024, ask the same of exact updates). The
@@ -72,7 +72,7 @@ def evidence(
         sizes: {width: new size}, above the present ones.
         batches: model inputs.
         gradients: of the loss at the outputs for each of them, as training saw them; batches of which none is known are left out.
-        generator: of the newborns' rows, a CPU generator; None for PyTorch's global one.
+        generator: of the new units' rows, a CPU generator; None for PyTorch's global one.
 
     Returns:
         {width: what speaks for its growth}; {} if that cannot be known, for want of gradients, or since the model answers with
@@ -87,7 +87,7 @@ def evidence(
     >>> model, inputs = nn.Sequential(nn.Linear(4, 2), nn.ReLU(), nn.Linear(2, 2)), torch.randn(512, 4)
     >>> wanted = model(inputs).detach() - inputs[:, :2].abs()  # the gradient of half the squared error
     >>> found = evidence(model, trace(model, inputs), {"0": 8}, [inputs], [[wanted]])["0"]
-    >>> found.share > 0.1, found.certainty > 3
+    >>> found.share > 0.1, found.t_statistic > 3
     (True, True)
     """
     known = [
@@ -123,7 +123,7 @@ def _samples(gradients: Gradients) -> int:
 
 
 class _Trial:
-    """The widened model, its newborns not read yet, on batches with gradients."""
+    """The widened model, its new units not read yet, on batches with gradients."""
 
     def __init__(self, growth: Growth, shadows: dict[str, Tensor], known: Sequence[tuple[Any, Gradients]]) -> None:
         self.growth, self.shadows, self.known = growth, shadows, known
@@ -160,7 +160,7 @@ class _Trial:
         return {width.name: self._split(width, by_name) for width in self.growth.widths}
 
     def _split(self, width: Width, gradients: Mapping[str, Tensor]) -> tuple[Step, Step]:
-        """What would read the newborns, and what reads the others, downhill."""
+        """What would read the new units, and what reads the others, downhill."""
         names = {tie.tensor for tie in self.readers[width.name]}
         new = {name: torch.zeros_like(gradients[name]) for name in names}
         for tie in self.readers[width.name]:
@@ -217,7 +217,7 @@ def _pairs(answers: Sequence[Tensor], gradients: Gradients) -> list[tuple[Tensor
 def _products(here: Tensor, ours: Tensor, theirs: Tensor, wanted: Tensor) -> Tensor:
     """Of each odd sample ⟨g, n⟩, ⟨g, o⟩, ⟨n, o⟩, ⟨n, n⟩, ⟨o, o⟩, ⟨g, g⟩, `[samples / 2, 6]`.
 
-    g is what is wanted, n what the newborns do, o what the others do.
+    g is what is wanted, n what the new units do, o what the others do.
     """
     g, n, o = ((each[1::2]).double() for each in (wanted, ours - here, theirs - here))
     pairs = ((g, n), (g, o), (n, o), (n, n), (o, o), (g, g))
@@ -225,17 +225,17 @@ def _products(here: Tensor, ours: Tensor, theirs: Tensor, wanted: Tensor) -> Ten
 
 
 def _compared(rows: Tensor) -> Evidence:
-    """What is left of the newborns' agreement with the loss once the others' is taken out."""
+    """What is left of the new units' agreement with the loss once the others' is taken out."""
     _, with_old, shared, energy, old, whole = rows.sum(0).tolist()
     alike, known = (shared / old, with_old / old) if old > 0 else (0.0, 0.0)
     samples = rows[:, 0] - alike * rows[:, 1] - known * (rows[:, 2] - alike * rows[:, 4])
     along, left = float(samples.sum()), energy - alike * shared
     if along <= 0 or left <= ROUNDING * energy or whole <= 0:
-        return Evidence(0.0, min(0.0, _certainty(samples)))
-    return Evidence(min(1.0, along**2 / left / whole), _certainty(samples))
+        return Evidence(0.0, min(0.0, _t_statistic(samples)))
+    return Evidence(min(1.0, along**2 / left / whole), _t_statistic(samples))
 
 
-def _certainty(samples: Tensor) -> float:
+def _t_statistic(samples: Tensor) -> float:
     if len(samples) < 2:
         return 0.0
     error = float(samples.std()) / math.sqrt(len(samples))

@@ -27,7 +27,7 @@ def plan_growth(
 ) -> Surgery:
     """Add units so that the network computes what it did (but for "random"). Nothing is changed yet.
 
-    Newborns come last. Their rows in every producer follow the method, with the mean norm of the existing rows; what
+    New units come last. Their rows in every producer follow the method, with the mean norm of the existing rows; what
     is added to them (biases, running means) is 0, what scales them (norm weights, running variances) the mean magnitude
     of the survivors, depthwise kernels are random of the mean norm; the columns that read them are 0 and get a
     gradient at once, but for the pairs of "paired". A weight that both makes and reads the units counts as a reader:

@@ -19,8 +19,8 @@ from torch.nn.modules.conv import _ConvNd
 
 from evolvenet.execution.sampling import evenly
 from evolvenet.execution.shadow_tensors import sandbox
-from evolvenet.execution.weight_ops import Geometry, Read, out_places
-from evolvenet.graph.index_map import NEWBORN
+from evolvenet.execution.weight_ops import Geometry, WeightOp, out_places
+from evolvenet.graph.index_map import NEW_UNIT
 from evolvenet.graph.width_graph import CONSUMES, PRODUCES, Tie
 from evolvenet.growth.expanded_model import Growth, differentiable, finite
 from evolvenet.linalg.ridge import fit_reader
@@ -94,7 +94,7 @@ class Update:
 
 @dataclass(frozen=True, eq=False)
 class Demand:
-    """What is asked of newborns beside a large gradient; nothing by default.
+    """What is asked of new units beside a large gradient; nothing by default.
 
     Args:
         scales: {producer's tie: what counts as a row of length 1}; the others go by norm.
@@ -106,10 +106,10 @@ class Demand:
 
 
 def demand(growth: Growth, method: str) -> Demand:
-    """Measure the inputs of the producers, and what the readers can do without newborns.
+    """Measure the inputs of the producers, and what the readers can do without new units.
 
     The desired change of a reader's outputs is minus the loss's gradient. What a ridge fit of it on the reader's present
-    inputs explains, an update of the present weights can do; the rest is the bottleneck, for newborns alone. A reader for
+    inputs explains, an update of the present weights can do; the rest is the bottleneck, for new units alone. A reader for
     which the fit is no better than nothing on the other half of the samples is left out, as are readers and producers
     other than dense and ungrouped convolution layers.
 
@@ -149,27 +149,27 @@ def _known(growth: Growth, tie: Tie, dim: int) -> bool:
 
 
 @singledispatch
-def read_by(module: nn.Module, path: str, x: Tensor) -> Read | None:
+def read_by(module: nn.Module, path: str, x: Tensor) -> WeightOp | None:
     """The product that the module makes of its weight and an input; None for another type or a setting that is unusual."""
     return None
 
 
 @read_by.register
-def _(module: nn.Linear, path: str, x: Tensor) -> Read | None:
-    return Read(path, 1, 0, module.weight, module.bias, None, x.flatten(0, -2), None) if x.dim() > 1 else None
+def _(module: nn.Linear, path: str, x: Tensor) -> WeightOp | None:
+    return WeightOp(path, 1, 0, module.weight, module.bias, None, x.flatten(0, -2), None) if x.dim() > 1 else None
 
 
 @read_by.register(nn.Conv1d)
 @read_by.register(nn.Conv2d)
 @read_by.register(nn.Conv3d)
-def _(module: nn.Conv1d | nn.Conv2d | nn.Conv3d, path: str, x: Tensor) -> Read | None:
+def _(module: nn.Conv1d | nn.Conv2d | nn.Conv3d, path: str, x: Tensor) -> WeightOp | None:
     space = len(module.kernel_size)
     unusual = module.groups != 1 or module.padding_mode != "zeros" or isinstance(module.padding, str)
     if unusual or x.dim() != space + 2:
         return None
     padding, ones = tuple(map(int, module.padding)), (1,) * space
     geometry = Geometry(module.kernel_size, module.stride, padding, padding, module.dilation, ones)
-    return Read(path, 1, 0, module.weight, module.bias, None, x, geometry)
+    return WeightOp(path, 1, 0, module.weight, module.bias, None, x, geometry)
 
 
 class _Seen:
@@ -259,7 +259,7 @@ def _(module: _ConvNd, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor
 class Corrections:
     """Forward hooks on the readers of a widened model: what their present columns can do is taken off the gradient.
 
-    Adding `total` to the loss changes the gradients of the newborns' columns and of what they read, not those of a
+    Adding `total` to the loss changes the gradients of the new units' columns and of what they read, not those of a
     reader's other columns.
     """
 
@@ -286,7 +286,7 @@ def corrected(growth: Growth, updates: Mapping[str, Update]) -> Iterator[Correct
 
 
 class _Correction:
-    """The hook of one reader: minus its update's answer times the answer of its newborn columns."""
+    """The hook of one reader: minus its update's answer times the answer of its new unit columns."""
 
     def __init__(self, growth: Growth, path: str, update: Update, made: Corrections) -> None:
         change = growth.changes[f"{path}.weight" if path else "weight"]
@@ -298,11 +298,13 @@ class _Correction:
         if bias is not None and 0 in change.axes:
             bias = change.axes[0].apply(bias, 0)
         self.weight, self.bias, self.made = weight, bias, made
-        newborn = [index == NEWBORN for index in change.axes[1].indices]
-        self.newborn = torch.tensor(newborn, dtype=like.dtype, device=like.device).reshape(-1, *[1] * (like.dim() - 2))
+        new_unit = [index == NEW_UNIT for index in change.axes[1].indices]
+        self.new_unit = torch.tensor(new_unit, dtype=like.dtype, device=like.device).reshape(
+            -1, *[1] * (like.dim() - 2)
+        )
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         x = args[0] if args else kwargs["input"]
         known = answer(module, x.detach(), self.weight, self.bias)
-        fresh = answer(module, x, module.get_parameter("weight") * self.newborn, None)
+        fresh = answer(module, x, module.get_parameter("weight") * self.new_unit, None)
         self.made.parts.append(-(known * fresh).sum())

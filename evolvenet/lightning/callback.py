@@ -14,9 +14,9 @@ from torch.utils.hooks import RemovableHandle
 from evolvenet.engine.distributed import agree, processes, together
 from evolvenet.engine.evolver import Evolver
 from evolvenet.engine.history import History
-from evolvenet.engine.replica_discovery import Twins
+from evolvenet.engine.replica_discovery import Replicas
 from evolvenet.errors import PolicyError, RecordError, TraceError
-from evolvenet.execution.call_recorder import Listener
+from evolvenet.execution.call_recorder import CallRecorder
 from evolvenet.execution.inputs import first_samples
 from evolvenet.execution.shadow_tensors import forget_compiled
 from evolvenet.graph.serialization import check_fits, from_plain
@@ -62,7 +62,7 @@ class WidthEvolution(Callback):
         stop: share of the run's optimizer steps, 0 … 1, after which widths stay and the network settles.
         example_inputs: what the model is called with, if the first training batch should not be waited for.
         calibration_batches: how many training batches an event measures on.
-        seed: of the newborns' random directions.
+        seed: of the new units' random directions.
         copies: {name of a submodule that follows another one: name of that one}, no other is taken for a copy then; None
             to find them.
 
@@ -98,11 +98,11 @@ class WidthEvolution(Callback):
         self.copies = copies
         self.evolver: Evolver | None = None
         self._resumed: dict[str, Any] | None = None
-        self._listener: Listener | None = None
+        self._listener: CallRecorder | None = None
         self._note: RemovableHandle | None = None
         self._root = ""
         self._outer: LightningModule | None = None
-        self._twins: Twins | None = None
+        self._replicas: Replicas | None = None
         self._averages: list[nn.Module] = []
         self._silent = 0
         self._deaf = False
@@ -132,15 +132,15 @@ class WidthEvolution(Callback):
             self._take_up(trainer, pl_module, self.evolver)
         else:
             self._listener = listening(pl_module)
-        self._twins = None
+        self._replicas = None
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Change widths when an event is due."""
         boundary = batch_idx % trainer.accumulate_grad_batches == 0
-        if self._twins is None:
+        if self._replicas is None:
             # Only now has everybody made the copies that they need.
-            self._twins = Twins(places(trainer, pl_module), self.copies)
-            self._twins.load_state_dict(self._resumed.get("twins", {}) if self._resumed else {})
+            self._replicas = Replicas(places(trainer, pl_module), self.copies)
+            self._replicas.load_state_dict(self._resumed.get("replicas", {}) if self._resumed else {})
         if self.evolver is None:
             self._begin_with(trainer, pl_module, lambda: self._known(trainer))
         if boundary:
@@ -158,7 +158,7 @@ class WidthEvolution(Callback):
         if boundary and self._is_due(trainer, batch_idx) and self._due_since is None:
             self._due_since, self._batches = trainer.global_step, 0
         if self._due_since is not None and self.evolver is not None and self._listener is None:
-            self._listener = Listener({self._root: self.evolver.model}, self.calibration_batches, self._outer)
+            self._listener = CallRecorder({self._root: self.evolver.model}, self.calibration_batches, self._outer)
         if self.evolver is not None:
             latest = [self.evolver.history.initial, *self.evolver.history.events][-1]
             pl_module.log("evolve/parameters", float(latest.parameters), prog_bar=True)
@@ -200,7 +200,7 @@ class WidthEvolution(Callback):
         return {
             "evolver": self.evolver.state_dict(),
             "root": self._root,
-            "twins": self._twins.state_dict() if self._twins else {},
+            "replicas": self._replicas.state_dict() if self._replicas else {},
             "due_since": self._due_since,
             "batches": self._batches,
             "seen_step": self._seen_step,
@@ -298,8 +298,8 @@ class WidthEvolution(Callback):
         self.evolver, self._resumed = None, None
         known = dict(pl_module.named_modules()).get(self._root) is evolver.model
         if known and _fits(evolver):
-            twins = self._twins.state_dict() if self._twins else {}
-            self._resumed = {"evolver": {**state, "batches": []}, "root": self._root, "twins": twins}
+            replicas = self._replicas.state_dict() if self._replicas else {}
+            self._resumed = {"evolver": {**state, "batches": []}, "root": self._root, "replicas": replicas}
         self._listener = listening(pl_module)
 
     def _noted(self, pl_module: LightningModule) -> Note | None:
@@ -313,18 +313,18 @@ class WidthEvolution(Callback):
 
     def _graph(self, root: nn.Module, inputs: Any) -> WidthGraph:
         graph = trace(root, first_samples(inputs, 2))
-        return self._twins.settle(root, graph) if self._twins else graph
+        return self._replicas.settle(root, graph) if self._replicas else graph
 
     def _along(self) -> list[nn.Module]:
         """What goes through an event with the network: copies of its weights."""
-        if self.evolver is None or self._twins is None:
+        if self.evolver is None or self._replicas is None:
             return self._averages
         evolver = self.evolver
-        return [*self._averages, *self._twins.along(evolver.model, evolver.graph, evolver.optimizers)]
+        return [*self._averages, *self._replicas.along(evolver.model, evolver.graph, evolver.optimizers)]
 
     def _numbers(self, evolver: Evolver) -> Note:
         note = Note.of(evolver.model, evolver.graph, self._root)
-        return note.mirrored(self._twins.pairs(evolver.model, evolver.graph)) if self._twins else note
+        return note.mirrored(self._replicas.pairs(evolver.model, evolver.graph)) if self._replicas else note
 
     def _resumed_root(self) -> str | None:
         return self._resumed["root"] if self._resumed else None
@@ -363,7 +363,7 @@ class WidthEvolution(Callback):
                 self.evolver.observe(*call)
             self._silence()
             if self._due_since is not None:
-                self._listener = Listener({self._root: self.evolver.model}, self.calibration_batches, self._outer)
+                self._listener = CallRecorder({self._root: self.evolver.model}, self.calibration_batches, self._outer)
 
     def _wanted(self, trainer: Trainer) -> int:
         """Batches to measure on; not so many that the next event would be due before, or most of a short epoch gone."""

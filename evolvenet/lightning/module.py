@@ -12,15 +12,15 @@ from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
 from evolvenet.errors import TraceError
-from evolvenet.execution.call_recorder import Listener
+from evolvenet.execution.call_recorder import CallRecorder
 
 
-def listening(pl_module: LightningModule) -> Listener:
+def listening(pl_module: LightningModule) -> CallRecorder:
     """A listener to whatever the training step may call: the module itself, or a network in it."""
-    return Listener({"": pl_module, **dict(pl_module.named_children())}, outer=pl_module)
+    return CallRecorder({"": pl_module, **dict(pl_module.named_children())}, outer=pl_module)
 
 
-def network(pl_module: LightningModule, listener: Listener, optimizers: Iterable[Optimizer]) -> str:
+def network(pl_module: LightningModule, listener: CallRecorder, optimizers: Iterable[Optimizer]) -> str:
     """Where the network is: the LightningModule itself if it was called, else the one child that is trained.
 
     Children without a trained parameter (a teacher, a perceptual loss) are passed over: what they are called with is no

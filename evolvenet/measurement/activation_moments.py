@@ -14,7 +14,7 @@ from evolvenet.errors import SpectrumError, TraceError
 from evolvenet.execution.evaluation import quiet
 from evolvenet.execution.inputs import arguments
 from evolvenet.execution.sampling import evenly, samples_in
-from evolvenet.execution.weight_ops import Read, Reading, watched
+from evolvenet.execution.weight_ops import WeightOp, WeightOpMode, watched
 from evolvenet.graph.width_graph import Tie, WidthGraph
 
 CAP = 8192
@@ -85,7 +85,7 @@ class Moments:
 
 
 @dataclass(frozen=True, eq=False)
-class Statistics(Mapping[Tie, Moments]):
+class ActivationMoments(Mapping[Tie, Moments]):
     """The moments of what each consumer reads, `n` being the size of the width; {tie: moments}.
 
     Even and odd samples are kept apart, so that what is fitted on one half can be judged on the other.
@@ -112,7 +112,7 @@ class Statistics(Mapping[Tie, Moments]):
         return len(self.even)
 
 
-def collect(model: nn.Module, graph: WidthGraph, batches: Iterable[Any]) -> Statistics:
+def collect(model: nn.Module, graph: WidthGraph, batches: Iterable[Any]) -> ActivationMoments:
     """Run the model on a few batches and gather the moments of what every consumer of a resizable width reads.
 
     Samples are those of the batch and all positions; a channel that a flatten spread over `repeat` places counts as
@@ -149,7 +149,7 @@ def collect(model: nn.Module, graph: WidthGraph, batches: Iterable[Any]) -> Stat
     with quiet(model):
         for batch in batches:
             args, kwargs = arguments(batch, model=model)
-            with watched(Reading(model, before=partial(_gather, by_tensor, max(1, samples_in(batch)), seen))):
+            with watched(WeightOpMode(model, before=partial(_gather, by_tensor, max(1, samples_in(batch)), seen))):
                 model(*args, **kwargs)
             seen += samples_in(batch)
             ran = True
@@ -159,7 +159,9 @@ def collect(model: nn.Module, graph: WidthGraph, batches: Iterable[Any]) -> Stat
     run = {tie: halves for tie, halves in gathered.items() if halves.seen}
     for tie, halves in run.items():
         halves.check(tie)
-    return Statistics({tie: h.moments[0] for tie, h in run.items()}, {tie: h.moments[1] for tie, h in run.items()})
+    return ActivationMoments(
+        {tie: h.moments[0] for tie, h in run.items()}, {tie: h.moments[1] for tie, h in run.items()}
+    )
 
 
 class _Halves:
@@ -184,7 +186,7 @@ class _Halves:
             )
 
 
-def _gather(by_tensor: Mapping[str, Mapping[Tie, _Halves]], samples: int, before: int, read: Read) -> None:
+def _gather(by_tensor: Mapping[str, Mapping[Tie, _Halves]], samples: int, before: int, read: WeightOp) -> None:
     """Add what a weight reads to the moments of all its ties; `before` samples came in earlier batches."""
     for tie, halves in by_tensor.get(read.tensor, {}).items():
         if tie.dim != read.axis or not read.places:

@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from evolvenet.errors import TraceError
 from evolvenet.execution.inputs import arguments
 from evolvenet.execution.shadow_tensors import op_by_op, sandbox
-from evolvenet.execution.weight_ops import Read, Reading, watched
+from evolvenet.execution.weight_ops import WeightOp, WeightOpMode, watched
 from evolvenet.graph.index_map import IndexMap
 from evolvenet.graph.naming import named_tensors
 from evolvenet.graph.width_graph import WidthGraph
@@ -142,12 +142,12 @@ def uses(model: nn.Module, example_inputs: Any) -> dict[str, float]:
     samples = first.shape[0] if first is not None else 1
     found: dict[str, float] = {}
 
-    def count(read: Read) -> None:
+    def count(read: WeightOp) -> None:
         part = read.weight.numel() / tensors[read.tensor].numel()
         found[read.tensor] = found.get(read.tensor, 0.0) + part * read.products / samples
 
     tensors, _, _ = named_tensors(model)
-    with sandbox(model), watched(Reading(model, before=count)):
+    with sandbox(model), watched(WeightOpMode(model, before=count)):
         model.eval()
         model(*args, **kwargs)
     return found

@@ -19,7 +19,7 @@ from evolvenet.errors import SpectrumError, TraceError
 from evolvenet.execution.evaluation import quiet
 from evolvenet.execution.inputs import arguments
 from evolvenet.execution.sampling import evenly, samples_in
-from evolvenet.execution.weight_ops import Read, Reading, out_places, watched
+from evolvenet.execution.weight_ops import WeightOp, WeightOpMode, out_places, watched
 from evolvenet.graph.width_graph import Tie, Width, WidthGraph
 from evolvenet.measurement.activation_moments import CAP, Moments
 
@@ -64,7 +64,7 @@ def output_spectra(model: nn.Module, graph: WidthGraph, batches: Iterable[Any]) 
     with quiet(model):
         for batch in batches:
             args, kwargs = arguments(batch, model=model)
-            with watched(Reading(model, after=partial(_gather, gathered))):
+            with watched(WeightOpMode(model, after=partial(_gather, gathered))):
                 model(*args, **kwargs)
             seen += samples_in(batch)
     if not seen:
@@ -73,7 +73,7 @@ def output_spectra(model: nn.Module, graph: WidthGraph, batches: Iterable[Any]) 
     return {name: values for name, values in found.items() if values is not None}
 
 
-def _gather(gathered: dict[Tie, Moments], read: Read, out: Tensor) -> None:
+def _gather(gathered: dict[Tie, Moments], read: WeightOp, out: Tensor) -> None:
     """Add what a weight has made to the moments of its ties, each place of a unit as a sample of its own."""
     ties = [tie for tie in gathered if tie.tensor == read.tensor and tie.dim == 1 - read.axis]
     if not ties:

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from evolvenet.errors import SkippedEvent
 from evolvenet.graph.width_graph import Tie, Width, WidthGraph
 from evolvenet.linalg.spectrum import effective_rank, energy_shares, joint_spectrum, matricize
-from evolvenet.measurement.activation_moments import Moments, Statistics, collect
+from evolvenet.measurement.activation_moments import ActivationMoments, Moments, collect
 
 
 @dataclass(frozen=True)
-class Measure:
+class WidthStatistics:
     """What is known about one width at an event.
 
     Args:
@@ -76,7 +76,7 @@ def spectra(model: nn.Module, graph: WidthGraph, batches: Iterable[Any] | None =
     return measure(model, graph, None if batches is None else collect(model, graph, batches))
 
 
-def measure(model: nn.Module, graph: WidthGraph, statistics: Statistics | None = None) -> dict[str, Tensor]:
+def measure(model: nn.Module, graph: WidthGraph, statistics: ActivationMoments | None = None) -> dict[str, Tensor]:
     """Singular values of every resizable width, from statistics already gathered.
 
     With statistics, each consumer gives the centred covariance of what it reads, every unit weighted by the norm of
@@ -108,10 +108,10 @@ def measure(model: nn.Module, graph: WidthGraph, statistics: Statistics | None =
 def measures_of(
     model: nn.Module,
     graph: WidthGraph,
-    statistics: Statistics,
+    statistics: ActivationMoments,
     changed: Mapping[str, Sequence[int]],
     event: int,
-) -> dict[str, Measure]:
+) -> dict[str, WidthStatistics]:
     """What a policy is told of every width on which enough was measured.
 
     Args:
@@ -133,12 +133,14 @@ def measures_of(
             few[name] = max(seen)
             continue
         at, last, turns = changed.get(name, (-_NEVER, 0, 0))
-        # Without a row of its own a newborn would stay dead, and where units mix it would change the function.
-        # What reads it must learn to: nobody would ever read a newborn of a frozen reader.
+        # Without a row of its own a new unit would stay dead, and where units mix it would change the function.
+        # What reads it must learn to: nobody would ever read a new unit of a frozen reader.
         read = [model.get_parameter(tie.tensor) for tie in width.consumers if tie.tensor in graph.trainable]
         learns = not read or any(parameter.requires_grad for parameter in read)
         growable = width.mixed is None and bool(width.producers) and learns
-        found[name] = Measure(name, width.size, width.step, tuple(spectrum.tolist()), event - at, growable, last, turns)
+        found[name] = WidthStatistics(
+            name, width.size, width.step, tuple(spectrum.tolist()), event - at, growable, last, turns
+        )
     if few:
         problem = (
             f"Expected at least {PLACES} places (samples × positions) a unit to measure on, got "
@@ -153,7 +155,7 @@ def measures_of(
 
 
 def ranks_and_energies(
-    measures: Mapping[str, Measure], sizes: Mapping[str, int]
+    measures: Mapping[str, WidthStatistics], sizes: Mapping[str, int]
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Of each width the effective rank, and the share of the energy in as many directions as units stay."""
     shares = {name: energy_shares(measure.spectrum).sort(descending=True).values for name, measure in measures.items()}

@@ -11,7 +11,7 @@ from evolvenet.errors import PolicyError
 from evolvenet.graph.width_graph import WidthGraph
 from evolvenet.growth.loss_test import Evidence
 from evolvenet.measurement.cost import Costs
-from evolvenet.measurement.width_spectra import Measure
+from evolvenet.measurement.width_spectra import WidthStatistics
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Proposal:
 
 
 @dataclass(frozen=True)
-class Moment:
+class PolicyContext:
     """When an event happens in a run, for policies with a schedule.
 
     Args:
@@ -49,7 +49,7 @@ class Moment:
 class Scheduled(Protocol):
     """A policy that depends on the moment: it is asked for the policy of the moment, which then proposes."""
 
-    def at(self, moment: Moment) -> Policy | None:
+    def at(self, moment: PolicyContext) -> Policy | None:
         """The policy for one moment of a run; None if nothing is to change, so that nothing needs to be measured."""
         ...
 
@@ -86,15 +86,15 @@ class Judging(Scheduled, Protocol):
 class Policy(Protocol):
     """Anything that proposes sizes: a pure function of what was measured."""
 
-    def propose(self, measures: Mapping[str, Measure], graph: WidthGraph) -> dict[str, Proposal]:
+    def propose(self, measures: Mapping[str, WidthStatistics], graph: WidthGraph) -> dict[str, Proposal]:
         """New sizes for the widths that should change; the others are left out."""
         ...
 
 
-def enlarged(measure: Measure, growth: float) -> int:
+def enlarged(measure: WidthStatistics, growth: float) -> int:
     """The size of a width after it grew by a share of itself, in whole steps.
 
-    >>> enlarged(Measure("0", 8, step=2, spectrum=(1.0,) * 8, idle=9, growable=True), 0.3)
+    >>> enlarged(WidthStatistics("0", 8, step=2, spectrum=(1.0,) * 8, idle=9, growable=True), 0.3)
     12
     """
     return measure.size + math.ceil(math.ceil(growth * measure.size) / measure.step) * measure.step

@@ -12,8 +12,8 @@ from evolvenet.errors import PolicyError
 from evolvenet.graph.width_graph import WidthGraph
 from evolvenet.linalg.spectrum import effective_rank, energy_shares
 from evolvenet.measurement.cost import Costs
-from evolvenet.measurement.width_spectra import Measure
-from evolvenet.policies.base import Moment, Policy, Proposal, check_fields
+from evolvenet.measurement.width_spectra import WidthStatistics
+from evolvenet.policies.base import Policy, PolicyContext, Proposal, check_fields
 from evolvenet.pruning.allocation import Curve, convex, loss_at, smallest
 
 KINDS = ("params", "macs", "bytes", "latency")
@@ -31,7 +31,7 @@ class Budget:
     """Reach a cost by a share of the run, and stay at it; from above by pruning, from below by growing.
 
     Every width has one signed curve: −log of the share of energy kept where it shrinks, and where it grows as much again for
-    each newborn as its least direction carries, times `trust`. Units go where they are worth least for what they cost, and
+    each new unit as its least direction carries, times `trust`. Units go where they are worth least for what they cost, and
     come where they are worth most, so growth in one place may be paid by pruning in another, if the loss asks for it; what
     is free is filled without asking, on the way up and from `by` on. The cost follows budget + (start − budget)·(1 − t)³,
     t = progress / by (Zhu and Gupta 2017). From `by` on widths stay where the cost lies within 2 % below the budget, or where
@@ -47,7 +47,7 @@ class Budget:
         largest_step: largest share of a width's units that goes in one event, 0 … 1.
         growth: largest share of a width's units that comes in one event, 0 … 1; 0 for none. Up to the next multiple may always
             come.
-        trust: what a newborn is taken to be worth, 0 … 1 of the least direction; below 1 there is a dead band.
+        trust: what a new unit is taken to be worth, 0 … 1 of the least direction; below 1 there is a dead band.
         saturated: a width grows only if its effective rank (Roy and Vetterli 2007) over its size reaches this, 0 … 1.
         certain: standard errors by which the loss must be seen to fall for a growth that others pay for, where its gradients
             are known (see `Threshold`); infinite for no such growth. Below the budget growth needs no such reason: it was
@@ -103,11 +103,11 @@ class Budget:
         left = 1 - min(1.0, progress / self.by) if self.by else 0.0
         return budget + (start - budget) * left**3
 
-    def at(self, moment: Moment) -> Policy | None:
+    def at(self, moment: PolicyContext) -> Policy | None:
         """The policy for one moment of a run; None once the budget holds."""
         return self.on_the_way(moment, moment.costs.at(self.kind, moment.initial), moment.progress)
 
-    def on_the_way(self, moment: Moment, start: float, progress: float) -> Policy | None:
+    def on_the_way(self, moment: PolicyContext, start: float, progress: float) -> Policy | None:
         """The policy for a share `progress` of the way, 0 … 1, from a network that cost `start`."""
         target, final = self.target(start, progress), progress >= self.by
         if final and NEAR * target <= moment.costs.at(self.kind, {}) <= target:
@@ -120,17 +120,17 @@ class _Now:
     """A budget at one moment."""
 
     budget: Budget
-    moment: Moment
+    moment: PolicyContext
     target: float
     fills: bool
-    """Whether newborns fill what is free; on the way down they would soon be cut again."""
+    """Whether new units fill what is free; on the way down they would soon be cut again."""
 
     @property
     def costs(self) -> Costs:
         """What other sizes would cost."""
         return self.moment.costs
 
-    def propose(self, measures: Mapping[str, Measure], graph: WidthGraph) -> dict[str, Proposal]:
+    def propose(self, measures: Mapping[str, WidthStatistics], graph: WidthGraph) -> dict[str, Proposal]:
         """New sizes with which the network costs what it may now, as near as one event can come."""
         now = self.costs.at(self.budget.kind, {})
         if now < self.target and not (self.fills and self._room(measures, graph)):
@@ -154,7 +154,7 @@ class _Now:
                 found[name] = Proposal(size, _reason(loss, self.budget.trials, self.budget.kind, cost, self.target))
         return found
 
-    def _room(self, measures: Mapping[str, Measure], graph: WidthGraph) -> bool:
+    def _room(self, measures: Mapping[str, WidthStatistics], graph: WidthGraph) -> bool:
         """Whether any width could have its next size and the network still cost what it may."""
         larger = (
             (name, size)
@@ -166,7 +166,7 @@ class _Now:
             for name, size in larger
         )
 
-    def _paid(self, measures: Mapping[str, Measure], tops: Mapping[str, int]) -> dict[str, int]:
+    def _paid(self, measures: Mapping[str, WidthStatistics], tops: Mapping[str, int]) -> dict[str, int]:
         """How large the widths may become for which others pay: those of whose growth the loss is certain."""
         if math.isinf(self.budget.certain):
             return {}
@@ -175,10 +175,10 @@ class _Now:
         return {
             name: size
             for name, size in larger.items()
-            if name not in known or known[name].certainty >= self.budget.certain
+            if name not in known or known[name].t_statistic >= self.budget.certain
         }
 
-    def _curve(self, measure: Measure, tried: Curve | None, top: int) -> Curve:
+    def _curve(self, measure: WidthStatistics, tried: Curve | None, top: int) -> Curve:
         shares = energy_shares(measure.spectrum).sort(descending=True).values.cumsum(0).clamp(_LEAST, 1).tolist()
         down = tried or [(0, -math.log(_LEAST)), *((size, -math.log(share)) for size, share in enumerate(shares, 1))]
         hull = convex(down)
@@ -188,7 +188,7 @@ class _Now:
         least = (above - below) / (high - low)
         return [*hull, (top, below - math.log1p(self.budget.trust * least * (top - measure.size)))]
 
-    def _most(self, measure: Measure) -> int:
+    def _most(self, measure: WidthStatistics) -> int:
         growth = math.floor(self.budget.growth * measure.size / measure.step) * measure.step
         may = self.budget.growth and measure.growable
         if not may or effective_rank(measure.spectrum) < self.budget.saturated * measure.size:
@@ -196,11 +196,11 @@ class _Now:
         unit = self._unit(measure)
         return measure.size + max(growth, unit - measure.size % unit)
 
-    def _unit(self, measure: Measure) -> int:
+    def _unit(self, measure: WidthStatistics) -> int:
         """What sizes are multiples of."""
         return math.lcm(measure.step, self.budget.multiple)
 
-    def _grid(self, measure: Measure, graph: WidthGraph, top: int) -> list[int]:
+    def _grid(self, measure: WidthStatistics, graph: WidthGraph, top: int) -> list[int]:
         """Sizes that the width may take now, ascending."""
         width = graph.widths[measure.width]
         least = max(measure.size - math.floor(self.budget.largest_step * measure.size), smallest(width))

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 from evolvenet.errors import PolicyError
-from evolvenet.policies.base import Moment, Policy, check_number
+from evolvenet.policies.base import Policy, PolicyContext, check_number
 from evolvenet.policies.budget import Budget
 
 
@@ -56,7 +56,7 @@ class Front:
         spans = self.spans or [1] * len(self.points)
         return tuple(done / sum(spans) for done in accumulate(spans))
 
-    def at(self, moment: Moment) -> Policy | None:
+    def at(self, moment: PolicyContext) -> Policy | None:
         """The policy for one moment of a run: that of the budget whose span it lies in."""
         ends = self.ends
         place = next((place for place, end in enumerate(ends) if moment.progress < end), len(ends) - 1)

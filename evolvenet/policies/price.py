@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from evolvenet.errors import PolicyError
 from evolvenet.graph.width_graph import WidthGraph
 from evolvenet.measurement.cost import Costs
-from evolvenet.measurement.width_spectra import Measure
-from evolvenet.policies.base import Moment, Policy, Proposal, check_fields, enlarged
+from evolvenet.measurement.width_spectra import WidthStatistics
+from evolvenet.policies.base import Policy, PolicyContext, Proposal, check_fields, enlarged
 from evolvenet.policies.budget import KINDS
 from evolvenet.pruning.allocation import Curve, convex, loss_at, smallest
 
@@ -72,7 +72,7 @@ class Price:
         risen = min(1.0, progress / self.rise) if self.rise else 1.0
         return self.price * self.low ** (1 - risen)
 
-    def at(self, moment: Moment) -> Policy:
+    def at(self, moment: PolicyContext) -> Policy:
         """The policy for one moment of a run."""
         return _Now(self, moment)
 
@@ -82,7 +82,7 @@ class _Now:
     """A price at one moment."""
 
     policy: Price
-    moment: Moment
+    moment: PolicyContext
 
     @property
     def costs(self) -> Costs:
@@ -97,7 +97,7 @@ class _Now:
         """What units that cost so much have to be worth now."""
         return self.policy.now(self.moment.progress) * saved / THOUSAND
 
-    def propose(self, measures: Mapping[str, Measure], graph: WidthGraph) -> dict[str, Proposal]:
+    def propose(self, measures: Mapping[str, WidthStatistics], graph: WidthGraph) -> dict[str, Proposal]:
         """New sizes for the widths that should change: the cheapest cuts first, as many as may go at once; then growths."""
         if not self._pace:
             return {}
@@ -117,7 +117,7 @@ class _Now:
                 found |= self._grown(measures[name], hull)
         return found
 
-    def _cut(self, measure: Measure, hull: Curve, graph: WidthGraph) -> int:
+    def _cut(self, measure: WidthStatistics, hull: Curve, graph: WidthGraph) -> int:
         """The smallest size whose last units go for less than their price."""
         policy = self.policy
         least = max(policy.smallest, smallest(graph.widths[measure.width]))
@@ -132,7 +132,7 @@ class _Now:
             size -= measure.step
         return size
 
-    def _grown(self, measure: Measure, hull: Curve) -> dict[str, Proposal]:
+    def _grown(self, measure: WidthStatistics, hull: Curve) -> dict[str, Proposal]:
         if not measure.growable or (measure.last < 0 and self._rests(measure)):
             return {}
         below = measure.size - measure.step
@@ -144,14 +144,14 @@ class _Now:
             return {}
         return {measure.width: Proposal(size, self._why(measure.width, measure, below, worth))}
 
-    def _rests(self, measure: Measure) -> bool:
+    def _rests(self, measure: WidthStatistics) -> bool:
         return measure.idle <= self.policy.cooldown
 
-    def _saved(self, measure: Measure, low: int, high: int) -> float:
+    def _saved(self, measure: WidthStatistics, low: int, high: int) -> float:
         costs = (self.costs.at(self.policy.kind, {measure.width: size}) for size in (high, low))
         return max(0.0, next(costs) - next(costs))
 
-    def _why(self, name: str, measure: Measure, size: int, worth: float) -> str:
+    def _why(self, name: str, measure: WidthStatistics, size: int, worth: float) -> str:
         saved = self._saved(measure, size, measure.size)
         each = worth / saved * THOUSAND if saved else math.inf
         gone = measure.size - size

@@ -10,8 +10,8 @@ from evolvenet.errors import PolicyError
 from evolvenet.graph.width_graph import WidthGraph
 from evolvenet.growth.loss_test import Evidence
 from evolvenet.linalg.spectrum import effective_rank, energy_shares, units_for_energy
-from evolvenet.measurement.width_spectra import Measure
-from evolvenet.policies.base import Moment, Policy, Proposal, check_fields, enlarged
+from evolvenet.measurement.width_spectra import WidthStatistics
+from evolvenet.policies.base import Policy, PolicyContext, Proposal, check_fields, enlarged
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class Threshold:
 
     A width shrinks by as many directions as carry together at most the share `prune` of its energy (the sum of its
     squared singular values), and grows when its saturation, effective rank (Roy and Vetterli 2007) over size, reaches
-    `grow`, if the loss asks for it: newborns must make outputs move as the loss wants on samples that did not choose how, by
+    `grow`, if the loss asks for it: new units must make outputs move as the loss wants on samples that did not choose how, by
     `certain` standard errors (`evolvenet.growth.loss_test`). Between the two it stays; a saturated width is never pruned.
 
     Args:
@@ -43,7 +43,7 @@ class Threshold:
     >>> from torch import nn, zeros
     >>> from evolvenet.trace import trace
     >>> graph = trace(nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2)), zeros(1, 4))
-    >>> measure = Measure("0", 3, step=1, spectrum=(2.0, 1.0, 0.1), idle=9, growable=True)
+    >>> measure = WidthStatistics("0", 3, step=1, spectrum=(2.0, 1.0, 0.1), idle=9, growable=True)
     >>> Threshold(prune=0.01, grow=0.9).propose({"0": measure}, graph)["0"]
     Proposal(size=2, reason='1 direction carries 0.2 % of the energy (threshold 1.0 %)')
     """
@@ -67,13 +67,13 @@ class Threshold:
                 "Widths settle in the gap between the two: take for example prune=0.01, grow=0.9."
             )
 
-    def at(self, moment: Moment) -> Policy:
+    def at(self, moment: PolicyContext) -> Policy:
         """The policy that asks the moment's gradients before a width grows."""
         return _Asking(self, moment)
 
     def propose(
         self,
-        measures: Mapping[str, Measure],
+        measures: Mapping[str, WidthStatistics],
         graph: WidthGraph,
         evidence: Callable[[Mapping[str, int]], Mapping[str, Evidence]] = lambda _: {},
     ) -> dict[str, Proposal]:
@@ -82,13 +82,14 @@ class Threshold:
         Args:
             measures: of the widths.
             graph: the widths.
-            evidence: whether the loss asks for growths, see `Moment`; by default nothing is known and the spectrum decides.
+            evidence: whether the loss asks for growths, see `PolicyContext`; by default nothing is known and the
+                spectrum decides.
 
         Raises:
             SpectrumError: for a spectrum with negative or NaN values.
         """
         found: dict[str, Proposal] = {}
-        saturated: list[tuple[float, Measure]] = []
+        saturated: list[tuple[float, WidthStatistics]] = []
         for measure in measures.values():
             saturation = effective_rank(measure.spectrum) / measure.size
             if saturation >= self.grow:
@@ -105,13 +106,13 @@ class Threshold:
         for _, measure in sorted(saturated, key=lambda pair: -pair[0]):
             name = measure.width
             asked = known.get(name)
-            if name in may and (asked is None or asked.certainty >= self.certain):
+            if name in may and (asked is None or asked.t_statistic >= self.certain):
                 sizes = {each: proposal.size for each, proposal in found.items()} | {name: may[name]}
                 if self._fits(graph, sizes):
                     found[name] = Proposal(may[name], self._why(measure, asked))
         return found
 
-    def _relieve(self, measures: Mapping[str, Measure], graph: WidthGraph) -> dict[str, Proposal]:
+    def _relieve(self, measures: Mapping[str, WidthStatistics], graph: WidthGraph) -> dict[str, Proposal]:
         """What goes where the network is above `max_parameters` and nothing is below `prune`: what carries least.
 
         The threshold is doubled until a width has something to give, saturated or not.
@@ -125,7 +126,7 @@ class Threshold:
                 return found
         return {}
 
-    def _shrink(self, measure: Measure, graph: WidthGraph, prune: float) -> Proposal | None:
+    def _shrink(self, measure: WidthStatistics, graph: WidthGraph, prune: float) -> Proposal | None:
         """The pruning of one width, if there is enough to prune."""
         if measure.last >= 0 and self._rests(measure):
             return None
@@ -143,11 +144,11 @@ class Threshold:
         ).replace("%", " %")
         return Proposal(size, reason)
 
-    def _rests(self, measure: Measure) -> bool:
+    def _rests(self, measure: WidthStatistics) -> bool:
         # Beyond 2⁶⁰ events it rests for good.
         return measure.idle <= self.cooldown * 2 ** min(measure.turns, 60)
 
-    def _larger(self, measure: Measure) -> int:
+    def _larger(self, measure: WidthStatistics) -> int:
         """The size to which one width would grow now; its present one if it may not."""
         if not measure.growable or (measure.last <= 0 and self._rests(measure)):
             return measure.size
@@ -156,9 +157,9 @@ class Threshold:
     def _fits(self, graph: WidthGraph, sizes: Mapping[str, int]) -> bool:
         return self.max_parameters is None or graph.proposed_parameters(sizes) <= self.max_parameters
 
-    def _why(self, measure: Measure, asked: Evidence | None) -> str:
+    def _why(self, measure: WidthStatistics, asked: Evidence | None) -> str:
         rank = effective_rank(measure.spectrum)
-        wanted = "" if asked is None else f", and the loss asks for it ({asked.certainty:.1f} standard errors)"
+        wanted = "" if asked is None else f", and the loss asks for it ({asked.t_statistic:.1f} standard errors)"
         return f"effective rank {rank:.1f} of {measure.size} = {rank / measure.size:.2f} (threshold {self.grow:.2f}){wanted}"
 
 
@@ -167,8 +168,8 @@ class _Asking:
     """`Threshold` at one moment."""
 
     threshold: Threshold
-    moment: Moment
+    moment: PolicyContext
 
-    def propose(self, measures: Mapping[str, Measure], graph: WidthGraph) -> dict[str, Proposal]:
+    def propose(self, measures: Mapping[str, WidthStatistics], graph: WidthGraph) -> dict[str, Proposal]:
         """New sizes for the widths that should change."""
         return self.threshold.propose(measures, graph, self.moment.evidence)

@@ -9,8 +9,8 @@ from typing import Any, Literal
 
 from evolvenet.errors import PolicyError
 from evolvenet.graph.width_graph import WidthGraph
-from evolvenet.measurement.width_spectra import Measure
-from evolvenet.policies.base import Moment, Policy, Proposal, check_fields
+from evolvenet.measurement.width_spectra import WidthStatistics
+from evolvenet.policies.base import Policy, PolicyContext, Proposal, check_fields
 from evolvenet.policies.budget import Budget
 
 Verdict = Literal["wait", "keep", "undo"]
@@ -105,7 +105,7 @@ class Tolerance:
         """The standing after an event that cut these widths; none if it found nothing to cut."""
         return replace(standing, waiting=tuple(widths), heard=0, cuts=standing.cuts + 1)
 
-    def at(self, moment: Moment) -> Policy | None:
+    def at(self, moment: PolicyContext) -> Policy | None:
         """The next cut; None while one waits for its judgement, or before the first validation."""
         standing = moment.standing
         if standing is None or standing.best is None or standing.waiting:
@@ -141,10 +141,10 @@ class _Cut:
     """One cut, of the widths that are not left alone."""
 
     policy: Tolerance
-    moment: Moment
+    moment: PolicyContext
     standing: Standing
 
-    def propose(self, measures: Mapping[str, Measure], graph: WidthGraph) -> dict[str, Proposal]:
+    def propose(self, measures: Mapping[str, WidthStatistics], graph: WidthGraph) -> dict[str, Proposal]:
         """What goes where it loses least, for the share of the cost that may go now."""
         awake = {
             name: measure

@@ -23,7 +23,7 @@ from evolvenet.execution.inputs import arguments, first_samples
 from evolvenet.execution.residual_sums import Following, Trail
 from evolvenet.execution.sampling import evenly, samples_in
 from evolvenet.execution.shadow_tensors import sandbox
-from evolvenet.execution.weight_ops import Read, out_places, watched
+from evolvenet.execution.weight_ops import WeightOp, out_places, watched
 from evolvenet.graph.naming import named_tensors
 from evolvenet.graph.width_graph import FOLLOWS, WidthGraph
 from evolvenet.linalg.ridge import fit_reader
@@ -65,7 +65,7 @@ QUICK = Effort(samples=256, entries=8_000_000, rows=2048, work=5e8)
 """For the cuts of a training run, which comes back to every weight."""
 
 
-def compensate(
+def reconstruct(
     model: nn.Module, graph: WidthGraph, surgery: Surgery, batches: Iterable[Any], effort: Effort = THOROUGH
 ) -> Surgery:
     """The surgery with every reader of a cut width fitted to its original outputs. Nothing is changed yet.
@@ -96,7 +96,7 @@ def compensate(
     >>> graph = trace(model, torch.zeros(1, 2))
     >>> cut = compile_surgery(model, graph, {"0": IndexMap.keep([0], size=2)})
     >>> x = torch.randn(64, 2, generator=torch.Generator().manual_seed(0))
-    >>> fitted = compensate(model, graph, cut, [x])
+    >>> fitted = reconstruct(model, graph, cut, [x])
     >>> undo, before = install(model, fitted), model(x)
     >>> undo()
     >>> bool((before - model(x)).abs().max() < 1e-3)
@@ -178,9 +178,9 @@ class _Goals:
         self.found: dict[str, list[Goal]] = {}
         self.biases: Counter[tuple[str, int]] = Counter()
         # Weak, or every reader's input would stay in memory until the end of the pass.
-        self._place: WeakKeyDictionary[Read, tuple[str, int]] = WeakKeyDictionary()
+        self._place: WeakKeyDictionary[WeightOp, tuple[str, int]] = WeakKeyDictionary()
 
-    def read(self, read: Read, out: Tensor) -> None:
+    def read(self, read: WeightOp, out: Tensor) -> None:
         bias = (
             None if read.bias is None or read.bias_name is None else (read.bias_name, int(read.bias.storage_offset()))
         )
@@ -202,7 +202,7 @@ class _Goals:
             summed = trail.at(own, goal.rows) + trail.at(other, goal.rows)
             self.found[name][index] = replace(goal, outputs=summed, summed=True)
 
-    def bias(self, read: Read, name: str, sign: int) -> None:
+    def bias(self, read: WeightOp, name: str, sign: int) -> None:
         self.biases[name, 0] += 1
         if read in self._place:
             tensor, index = self._place[read]
@@ -237,9 +237,9 @@ class _Fits:
         self.goals = {name: list(each) for name, each in goals.items()}
         self.changes, self.samples, self.shadows = changes, samples, shadows
         self.touched: set[str] = set()
-        self._waiting: dict[Read, Goal] = {}
+        self._waiting: dict[WeightOp, Goal] = {}
 
-    def read(self, read: Read) -> None:
+    def read(self, read: WeightOp) -> None:
         if not self.goals.get(read.tensor):
             return
         goal = self.goals[read.tensor].pop(0)
@@ -263,7 +263,7 @@ class _Fits:
         if (offset := self._fit(trail.read, goal, answers + step)) is not None:
             own.copy_(trail.value(own, offset if goal.late else 0.0))
 
-    def _kept(self, read: Read, goal: Goal) -> Tensor:
+    def _kept(self, read: WeightOp, goal: Goal) -> Tensor:
         """The goal's outputs of the units that the cut model still has."""
         change = self.changes.get(read.tensor)
         kept = change.axes.get(1 - goal.axis) if change else None
@@ -272,7 +272,7 @@ class _Fits:
         ends = goal.start, goal.start + goal.length
         return goal.outputs[:, [index - goal.start for index in kept.indices if ends[0] <= index < ends[1]]]
 
-    def _fit(self, read: Read, goal: Goal, outputs: Tensor) -> Tensor | None:
+    def _fit(self, read: WeightOp, goal: Goal, outputs: Tensor) -> Tensor | None:
         """Fit the weight and the bias in place; what the bias has gained `[out]`, or None if nothing moved."""
         bias = self.shadows[goal.bias[0]] if goal.late and goal.bias else read.bias
         if outputs.shape[1] != len(read.weight) or (bias is None) != (goal.bias is None):

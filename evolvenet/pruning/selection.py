@@ -12,7 +12,7 @@ from evolvenet.errors import ResizeError
 from evolvenet.graph.index_map import IndexMap
 from evolvenet.graph.width_graph import FOLLOWS, Tie, Width, WidthGraph
 from evolvenet.linalg.pivoted_cholesky import pivots
-from evolvenet.measurement.activation_moments import Moments, Statistics
+from evolvenet.measurement.activation_moments import ActivationMoments, Moments
 from evolvenet.measurement.width_spectra import consumer_weighted, unit_rows
 from evolvenet.surgery.resize_model import Surgery, TensorChange, check_finite, compile_surgery
 
@@ -49,7 +49,7 @@ class Absorption:
 
 
 def choose(
-    model: nn.Module, graph: WidthGraph, sizes: Mapping[str, int], statistics: Statistics | None = None
+    model: nn.Module, graph: WidthGraph, sizes: Mapping[str, int], statistics: ActivationMoments | None = None
 ) -> dict[str, IndexMap]:
     """Choose which units of each width stay; they keep their order.
 
@@ -99,7 +99,7 @@ def choose(
 
 
 def plan_prune(
-    model: nn.Module, graph: WidthGraph, sizes: Mapping[str, int], statistics: Statistics | None = None
+    model: nn.Module, graph: WidthGraph, sizes: Mapping[str, int], statistics: ActivationMoments | None = None
 ) -> Surgery:
     """Choose units, cut them out, and let the measured consumers absorb what they lose. Nothing is changed yet.
 
@@ -134,7 +134,7 @@ def plan_prune(
 
 
 def plan_cut(
-    model: nn.Module, graph: WidthGraph, maps: Mapping[str, IndexMap], statistics: Statistics | None = None
+    model: nn.Module, graph: WidthGraph, maps: Mapping[str, IndexMap], statistics: ActivationMoments | None = None
 ) -> Surgery:
     """`plan_prune` for units that are already chosen.
 
@@ -240,7 +240,7 @@ def fit(moments: Moments, kept: Tensor, removed: Tensor, ridge: float, *, bias: 
 
 
 def _choose_units(
-    model: nn.Module, graph: WidthGraph, width: Width, size: int, statistics: Statistics | None
+    model: nn.Module, graph: WidthGraph, width: Width, size: int, statistics: ActivationMoments | None
 ) -> list[int]:
     blocks = [range(start, start + width.step) for start in range(0, width.size, width.step)]
     count = size // width.step
@@ -296,7 +296,7 @@ def _bias(model: nn.Module, graph: WidthGraph, tie: Tie) -> str | None:
 
 
 def _refit(
-    model: nn.Module, graph: WidthGraph, tie: Tie, index_map: IndexMap, statistics: Statistics
+    model: nn.Module, graph: WidthGraph, tie: Tie, index_map: IndexMap, statistics: ActivationMoments
 ) -> Iterator[tuple[str, Tensor]]:
     """What to add to the consumer's weight and bias, in their old shapes: (tensor, delta) each."""
     kept, removed = index_map.tensor(), torch.tensor(index_map.removed)

@@ -1,7 +1,7 @@
 """What a module type must have updated when a width changes: one registration per type, no ladder.
 
 `attributes` says which Python numbers a module keeps about its shapes (`in_features`, `groups`, …) and what they become;
-`newborn_value` what a newborn entry of a tensor starts from; `refresh` what else must be renewed once the tensors have
+`new_unit_value` what a new unit entry of a tensor starts from; `refresh` what else must be renewed once the tensors have
 changed. A type that is not registered keeps no such numbers as far as we know: the proof of every width, by running
 the resized model, shows whether that is true, and freezes the width if it is not.
 
@@ -186,20 +186,20 @@ def _groups(module: nn.Module, groups: int, channels: int, new_channels: int) ->
 
 
 @singledispatch
-def newborn_value(module: nn.Module, name: str, dim: int) -> float:
-    """What newborn places along axis `dim` of the module's tensor `name` start from: 0, so that nothing changes yet."""
+def new_unit_value(module: nn.Module, name: str, dim: int) -> float:
+    """What new unit places along axis `dim` of the module's tensor `name` start from: 0, so that nothing changes yet."""
     return 0.0
 
 
-@newborn_value.register(_NormBase)
-@newborn_value.register(nn.GroupNorm)
-@newborn_value.register(nn.LayerNorm)
-@newborn_value.register(nn.RMSNorm)
+@new_unit_value.register(_NormBase)
+@new_unit_value.register(nn.GroupNorm)
+@new_unit_value.register(nn.LayerNorm)
+@new_unit_value.register(nn.RMSNorm)
 def _(module: nn.Module, name: str, dim: int) -> float:
     return 1.0 if name in ("weight", "running_var") else 0.0
 
 
-@newborn_value.register
+@new_unit_value.register
 def _(module: ParametrizationList, name: str, dim: int) -> float:
     # A direction of length 0 has no direction: 0/0. Its own length, original0, is 0, so nothing changes yet.
     normed = module[0] if len(module) else None

@@ -1,4 +1,4 @@
-"""Optimizer state through index maps: a kept unit keeps its momenta, a newborn starts as one that was always there."""
+"""Optimizer state through index maps: a kept unit keeps its momenta, a new unit starts as one that was always there."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim import LBFGS, Adam, AdamW, Optimizer
 
 from evolvenet.errors import OptimizerStateError
-from evolvenet.graph.index_map import NEWBORN, IndexMap
+from evolvenet.graph.index_map import NEW_UNIT, IndexMap
 
 
 class Change(Protocol):
@@ -75,49 +75,49 @@ def _stays(entry: Tensor, axes: Mapping[int, IndexMap], change: Change, group: M
 
 
 def _zeros(entry: Tensor, axes: Mapping[int, IndexMap], change: Change, group: Mapping[str, Any]) -> Tensor:
-    """Newborns have no history: momenta start at 0."""
+    """New units have no history: momenta start at 0."""
     for dim, index_map in axes.items():
         entry = index_map.apply(entry, dim)
     return entry
 
 
 def _means(entry: Tensor, axes: Mapping[int, IndexMap], change: Change, group: Mapping[str, Any]) -> Tensor:
-    """Newborns start at the mean of the survivors: 0 under an old step count would make first updates far too large."""
+    """New units start at the mean of the survivors: 0 under an old step count would make first updates far too large."""
     for dim, index_map in axes.items():
         moved = index_map.apply(entry, dim)
-        if index_map.newborns:
-            survivors = [index for index in index_map.indices if index != NEWBORN] or list(range(index_map.size))
+        if index_map.new_units:
+            survivors = [index for index in index_map.indices if index != NEW_UNIT] or list(range(index_map.size))
             kept = entry.index_select(dim, torch.tensor(survivors, device=entry.device))
             mean = kept.mean(dim, keepdim=True)
-            born = torch.tensor(index_map.newborns, device=entry.device)
+            born = torch.tensor(index_map.new_units, device=entry.device)
             moved.index_copy_(dim, born, mean.repeat_interleave(len(born), dim))
         entry = moved
     return entry
 
 
 def _rates(entry: Tensor, axes: Mapping[int, IndexMap], change: Change, group: Mapping[str, Any]) -> Tensor:
-    """Newborns start at the learning rate, as Rprop's step sizes do."""
+    """New units start at the learning rate, as Rprop's step sizes do."""
     for dim, index_map in axes.items():
-        entry = index_map.apply(entry, dim, newborn=float(group["lr"]))
+        entry = index_map.apply(entry, dim, new_unit=float(group["lr"]))
     return entry
 
 
 def _values(entry: Tensor, axes: Mapping[int, IndexMap], change: Change, group: Mapping[str, Any]) -> Tensor:
-    """ASGD's average of weights: newborns start at their own new value, the others move as far as their weight does."""
+    """ASGD's average of weights: new units start at their own new value, the others move as far as their weight does."""
     value = change.value.detach().to(entry.device, entry.dtype)
     moved = _zeros(entry, axes, change, group) + (value - _mapped(change).to(entry.device, entry.dtype))
-    return _with_newborns(moved, axes, value)
+    return _with_new_units(moved, axes, value)
 
 
 def _mapped(change: Change) -> Tensor:
-    """The parameter's value as the maps alone would make it, newborns 0."""
+    """The parameter's value as the maps alone would make it, new units 0."""
     return _zeros(change.tensor.detach(), change.axes, change, {})
 
 
-def _with_newborns(entry: Tensor, axes: Mapping[int, IndexMap], source: Tensor) -> Tensor:
-    """The entry, changed in place, with the newborns of `source`."""
+def _with_new_units(entry: Tensor, axes: Mapping[int, IndexMap], source: Tensor) -> Tensor:
+    """The entry, changed in place, with the new units of `source`."""
     for dim, index_map in axes.items():
-        born = torch.tensor(index_map.newborns, dtype=torch.int64, device=entry.device)
+        born = torch.tensor(index_map.new_units, dtype=torch.int64, device=entry.device)
         entry.index_copy_(dim, born, source.index_select(dim, born))
     return entry
 
@@ -163,8 +163,8 @@ class StatePlan:
 def compile_state(optimizer: Optimizer, changes: Sequence[Change]) -> StatePlan:
     """The optimizer's state as it must be after the parameters have changed. Nothing is touched.
 
-    Survivors keep their entries exactly, a split unit's are copied. Newborns: momenta 0, second moments the mean of the
-    survivors along the newborn axis, Rprop's step sizes the learning rate, ASGD's averages the new values; step
+    Survivors keep their entries exactly, a split unit's are copied. New units: momenta 0, second moments the mean of the
+    survivors along the new unit axis, Rprop's step sizes the learning rate, ASGD's averages the new values; step
     counts stay. Keys that `RULES` does not name are treated as second moments if no entry is negative, else as momenta.
     An optimizer that stores its state in another way gets its own function by `compile_state.register(TheClass)`.
 
@@ -224,7 +224,7 @@ def _compensated(changes: Sequence[Change]) -> bool:
     """Whether units went and what is left was rewritten to make up for them."""
     cut = any(index_map.removed for change in changes for index_map in change.axes.values())
     return cut and not all(
-        torch.equal(_with_newborns(_mapped(change).clone(), change.axes, change.value.detach()), change.value)
+        torch.equal(_with_new_units(_mapped(change).clone(), change.axes, change.value.detach()), change.value)
         for change in changes
     )
 

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from evolvenet.errors import ResizeError, SpectrumError
-from evolvenet.graph.index_map import NEWBORN, IndexMap, laid_out_as
+from evolvenet.graph.index_map import NEW_UNIT, IndexMap, laid_out_as
 from evolvenet.graph.naming import named_tensors
 from evolvenet.graph.width_graph import WidthGraph
-from evolvenet.surgery.module_handlers import Shapes, attributes, newborn_value, refresh
+from evolvenet.surgery.module_handlers import Shapes, attributes, new_unit_value, refresh
 
 
 @dataclass(frozen=True)
@@ -63,8 +63,8 @@ def compile_surgery(model: nn.Module, graph: WidthGraph, maps: Mapping[str, Inde
     Args:
         model: the traced model.
         graph: its widths as they are now.
-        maps: {width: map}. Newborn entries are 0 (1 for norm weights and running variances), so that a
-            newborn neither does nor learns anything yet; `grow` gives them a start.
+        maps: {width: map}. New unit entries are 0 (1 for norm weights and running variances), so that a
+            new unit neither does nor learns anything yet; `grow` gives them a start.
 
     Raises:
         ResizeError: if a width is unknown, frozen or cannot take the map, or the graph is not this model's.
@@ -83,7 +83,7 @@ def compile_surgery(model: nn.Module, graph: WidthGraph, maps: Mapping[str, Inde
         owner = model.get_submodule(name.rpartition(".")[0])
         value = tensor.detach()
         for dim, index_map in axes.items():
-            value = index_map.apply(value, dim, newborn_value(owner, name.rpartition(".")[2], dim))
+            value = index_map.apply(value, dim, new_unit_value(owner, name.rpartition(".")[2], dim))
         changes.append(TensorChange(tensor, name, axes, value))
     after = graph.resized(maps)
     numbers = _attribute_changes(model, graph, after, set(axis_maps))
@@ -235,7 +235,7 @@ def _gradient(change: TensorChange) -> Tensor | None:
 
 def _sparse(grad: Tensor, index_map: IndexMap, dim: int) -> Tensor:
     """An embedding's sparse gradient after a change of one axis; it stays sparse, which SparseAdam insists on."""
-    # No sparse tensor can be filled in place: newborns are taken from one more unit, of which nothing is stored.
+    # No sparse tensor can be filled in place: new units are taken from one more unit, of which nothing is stored.
     shape = [1 if axis == dim % grad.dim() else size for axis, size in enumerate(grad.shape)]
     nothing = torch.sparse_coo_tensor(
         grad._indices().new_empty(grad.sparse_dim(), 0),
@@ -244,7 +244,7 @@ def _sparse(grad: Tensor, index_map: IndexMap, dim: int) -> Tensor:
         check_invariants=False,
     )
     index = index_map.tensor(grad.device)
-    return torch.cat([grad, nothing], dim).index_select(dim, index.where(index != NEWBORN, index_map.size))
+    return torch.cat([grad, nothing], dim).index_select(dim, index.where(index != NEW_UNIT, index_map.size))
 
 
 def exchange(tensor: Tensor, value: Tensor, grad: Tensor | None) -> None:
@@ -267,9 +267,9 @@ def _ordinary(tensor: Tensor) -> Tensor:
 
 
 def moved(change: TensorChange) -> Tensor:
-    """Boolean tensor of the new shape: which entries come from an old one (the others are newborn)."""
+    """Boolean tensor of the new shape: which entries come from an old one (the others are new unit)."""
     kept = torch.ones(change.value.shape, dtype=torch.bool)
     for dim, index_map in change.axes.items():
-        alive = torch.tensor([index != NEWBORN for index in index_map.indices])
+        alive = torch.tensor([index != NEW_UNIT for index in index_map.indices])
         kept &= alive.view([-1 if d == dim else 1 for d in range(kept.dim())])
     return kept

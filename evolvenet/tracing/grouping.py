@@ -147,7 +147,7 @@ def _notes(book: Sequence[tuple[Tensor, str]], component: np.ndarray) -> dict[in
 def _segments(places: list[tuple[int, int]], groups: list[Group], axis: AxisIds, disordered: dict[int, str]) -> Parts:
     """Cut an axis into (group, length, repeat) runs that hold all units of a group in order.
 
-    A group whose units stand in another order anywhere is noted in `disordered`: how its newborns would have to be
+    A group whose units stand in another order anywhere is noted in `disordered`: how its new units would have to be
     laid out there is not known.
     """
     parts: list[tuple[int | None, int, int]] = []

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from evolvenet.engine.evolver import Evolver
 from evolvenet.engine.history import History
 from evolvenet.errors import MissingPackageError, PolicyError, TraceError, UnsupportedStrategyError
-from evolvenet.execution.call_recorder import Listener
+from evolvenet.execution.call_recorder import CallRecorder
 from evolvenet.policies.base import Judging, Policy, Scheduled
 from evolvenet.policies.schedule import Schedule
 from evolvenet.surgery.checkpoint import fit_shapes, let_load_reshape
@@ -45,7 +45,7 @@ class WidthEvolutionCallback(TrainerCallback):
         stop: share of the run's optimizer steps, 0 … 1, after which widths stay and the network settles.
         example_inputs: what the model is called with, if the first training batch should not be waited for.
         calibration_batches: how many of the last training batches an event measures on.
-        seed: of the newborns' random directions.
+        seed: of the new units' random directions.
 
     Raises:
         PolicyError: for values out of range, or a policy that takes cuts back.
@@ -82,7 +82,7 @@ class WidthEvolutionCallback(TrainerCallback):
         self.evolver: Evolver | None = None
         self._resumed: dict[str, Any] | None = None
         self._inputs: Any = None
-        self._listener: Listener | None = None
+        self._listener: CallRecorder | None = None
         self._owed = False
 
     @property
@@ -126,7 +126,7 @@ class WidthEvolutionCallback(TrainerCallback):
         if due and self.evolver is not None:
             self.evolver.step(at=state.global_step, progress=state.global_step / max(state.max_steps, 1))
             self._remember(self.evolver, state)
-        self._listener = Listener({"": model}, self.calibration_batches)
+        self._listener = CallRecorder({"": model}, self.calibration_batches)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **unused: Any

@@ -33,7 +33,7 @@ from evolvenet.engine.functional import commit
 from evolvenet.engine.invariants import Before, validate
 from evolvenet.measurement.activation_moments import collect
 from evolvenet.measurement.width_spectra import measure
-from evolvenet.pruning.reconstruction import QUICK, compensate
+from evolvenet.pruning.reconstruction import QUICK, reconstruct
 from evolvenet.pruning.selection import plan_prune
 from experiments.bench.machine import machine_line
 from experiments.models.resnet import ResNet
@@ -102,7 +102,7 @@ def one_round(subject: Subject, model: nn.Module, graph: evolvenet.WidthGraph, s
     sizes = {w.name: max(w.smallest, int(CUT * w.size) // w.step * w.step) for w in graph.resizable}
     sizes = {name: size for name, size in sizes.items() if size}
     found["selection"], surgery = timed(lambda: plan_prune(model, graph, sizes, gathered))
-    found["compensation"], surgery = timed(lambda: compensate(model, graph, surgery, batches, QUICK))
+    found["compensation"], surgery = timed(lambda: reconstruct(model, graph, surgery, batches, QUICK))
     steps += [timed(lambda: training_step(model, optimizer, batches[0], labels))[0] for _ in range(2)]
     before_seconds, before = timed(lambda: Before.of(model, batches[0][:2]))
     found["surgery"], after = timed(lambda: commit(model, surgery, optimizer))

@@ -29,7 +29,7 @@ import evolvenet
 from experiments.bench.machine import machine_line
 
 MODELS = ("resnet50", "densenet121", "vit_b_16", "swin_t", "convnext_tiny", "googlenet")
-TRACE, PROVE = (importlib.import_module(f"evolvenet.{name}") for name in ("trace", "prove"))
+TRACE, PROVE = (importlib.import_module(f"evolvenet.tracing.{name}") for name in ("trace", "verification"))
 FORWARDS = 3
 
 

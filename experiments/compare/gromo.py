@@ -52,13 +52,13 @@ def gromo_of(model: nn.Module, images: Tensor) -> Any:
 def gromo_widen(grown: Any, pairs: Pairs, units: int) -> Any:
     """Give every hidden layer so many units more, or as many as gromo's statistics offer; returns the same object.
 
-    The scaling factor scales gromo's update of the present weights and the newborns' rows and columns; of `SCALES` and 0
+    The scaling factor scales gromo's update of the present weights and the new units' rows and columns; of `SCALES` and 0
     the one with the least loss on the batches that the statistics are of is taken.
 
     Args:
         grown: gromo's `GrowingMLP`.
         pairs: (images, labels) for the statistics.
-        units: newborns for each hidden layer.
+        units: new units for each hidden layer.
     """
     for index in range(len(grown.layers) - 1):
         grown.set_growing_layers(index=index)

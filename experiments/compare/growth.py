@@ -1,4 +1,4 @@
-"""How newborn units start, compared: `python -m experiments.compare.growth --data DIR --out FILE.md`, or `make compare`.
+"""How new units start, compared: `python -m experiments.compare.growth --data DIR --out FILE.md`, or `make compare`.
 
 A network is trained, widened once by each method from there, and trained on, on the same batches. On a dense network gromo
 does the same by its own TINY; on a ResNet with BatchNorm our methods are among themselves.
@@ -63,7 +63,7 @@ class Subject:
 SUBJECTS = (
     Subject(
         "dense",
-        "784-8-8-10 with ReLU, both hidden widths doubled: as many newborns as TINY can find for 10 outputs",
+        "784-8-8-10 with ReLU, both hidden widths doubled: as many new units as TINY can find for 10 outputs",
         lambda: nn.Sequential(nn.Flatten(), nn.Linear(784, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 10)),
         calibration=(64, 512),
     ),
@@ -174,7 +174,7 @@ class Trained:
         model: the network.
         state: of its optimizer.
         graph: its widths.
-        seed: of the network, the batches and the newborns.
+        seed: of the network, the batches and the new units.
     """
 
     model: nn.Module
@@ -241,7 +241,7 @@ def table(found: Mapping[str, Sequence[Outcome]]) -> list[str]:
     heads = ["right before", "right after", *(f"{steps:,} steps later" for steps in LATER)]
     heads.append(f"{LATER[-1]:,} steps later − no growth")
     control = [outcome.losses[-1] for outcome in found[ROWS[0].title]]
-    lines = [f"| newborns | {' | '.join(heads)} | parameters | growth, s |", "| --- |" + " ---: |" * (len(heads) + 2)]
+    lines = [f"| new units | {' | '.join(heads)} | parameters | growth, s |", "| --- |" + " ---: |" * (len(heads) + 2)]
     for title, outcomes in found.items():
         columns = list(zip(*(outcome.losses for outcome in outcomes), strict=True))
         apart = [outcome.losses[-1] - loss for outcome, loss in zip(outcomes, control, strict=True)]
@@ -270,7 +270,7 @@ over n = {seeds} networks, each trained for {epochs:g} epoch(s) with AdamW, batc
 widened once by each method and trained on with the same batches, learning rate and carried optimizer state.
 
 - **with data**, gradmax, tiny, gromo: they look at batches of training images, the same ones for all. Without data, orthogonal
-  newborns of a layer whose rows already span everything are random.
+  new units of a layer whose rows already span everything are random.
 - **no growth**: the control, training goes on; also with fresh optimizer state, as gromo's layers make new parameters.
 - **− no growth**: the difference from the control of the same network; negative is better.
 - **gromo's TINY**: gromo {gromo}, `GrowingMLP` with the same weights, layer by layer `compute_optimal_updates` and a line search
@@ -290,7 +290,7 @@ def write(path: Path, results: Mapping[Subject, Mapping[str, Sequence[Outcome]]]
         batch=BATCH,
         gromo=version(),
     )
-    lines = ["# Growing: how newborns start", "", page]
+    lines = ["# Growing: how new units start", "", page]
     for subject, found in results.items():
         batches, images = subject.calibration
         about = f"{subject.about}; learning rate {subject.rate:g}; with data: {batches} batches of {images} images."

@@ -1,7 +1,7 @@
 """A dense network that grows while it trains, by us and by gromo: `python -m experiments.compare.schedule --data DIR`.
 
 Every run has the same epochs, batches and learning rates, and its hidden layers get the same number of units at the same steps;
-only how newborns start differs, and whether the optimizer's state survives. Measured: test accuracy of MNIST, once at the end
+only how new units start differs, and whether the optimizer's state survives. Measured: test accuracy of MNIST, once at the end
 of each run, mean ± standard deviation of a sample over the seeds.
 """
 

@@ -36,7 +36,7 @@ from experiments.compare.state_runs import (
 )
 
 BOUND = 1.5
-"""The largest update of newborns that is asked for, in mean updates of survivors."""
+"""The largest update of new units that is asked for, in mean updates of survivors."""
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
@@ -88,14 +88,14 @@ def _signed(values: Sequence[float]) -> str:
     return f"{mean(values):+.4f} ± {stdev(values):.4f}"
 
 
-RATIO_COLUMNS = tuple(product(("weights", "vectors"), ("newborns", "survivors", "one newborn", "one survivor")))
+RATIO_COLUMNS = tuple(product(("weights", "vectors"), ("new units", "survivors", "one new unit", "one survivor")))
 
 
 def ratio_lines(runs: Sequence[Run]) -> list[str]:
     """The table of updates after the growth, one line a state."""
     heads = [f"{kind}: {who}" for kind, who in RATIO_COLUMNS]
     lines = [
-        f"| optimizer | network | learning rate | state | {' | '.join(heads)} | newborns, mean over steps |",
+        f"| optimizer | network | learning rate | state | {' | '.join(heads)} | new units, mean over steps |",
         f"| --- | --- | ---: | --- |{' ---: |' * (len(heads) + 1)}",
     ]
     for subject, rate, seeds in runs:
@@ -118,16 +118,16 @@ def goal_lines(runs: Sequence[Run]) -> list[str]:
     worse = _worse(runs, less_control=False)
     carried = [found["growth"].ratios["carried"] for _, _, seeds in runs for found in seeds]
     most = {f"{kind}, {who}": f"{largest(carried, (kind, who)):.2f}" for kind, who in RATIO_COLUMNS}
-    met = {kind: largest(carried, (kind, "newborns")) <= BOUND for kind in ("weights", "vectors")}
+    met = {kind: largest(carried, (kind, "new units")) <= BOUND for kind in ("weights", "vectors")}
     return [
         f"- Carried never worse than reset: {f'no, worse for {worse}' if worse else 'yes'}.",
         "- Beside the control, where nothing was changed, the change took something from the carried state's advantage: "
         f"{_worse(runs, less_control=True) or 'nowhere'}.",
-        f"- Carried, the mean update of the newborns is at most {BOUND} times the survivors': in weights "
-        f"{'yes' if met['weights'] else 'no'} (largest {most['weights, newborns']}), in vectors "
-        f"{'yes' if met['vectors'] else 'no'} (largest {most['vectors, newborns']}; as many survivors reach "
-        f"{most['vectors, survivors']}). One newborn alone: {most['weights, one newborn']} and "
-        f"{most['vectors, one newborn']}, where one survivor reaches {most['weights, one survivor']} and "
+        f"- Carried, the mean update of the new units is at most {BOUND} times the survivors': in weights "
+        f"{'yes' if met['weights'] else 'no'} (largest {most['weights, new_units']}), in vectors "
+        f"{'yes' if met['vectors'] else 'no'} (largest {most['vectors, new_units']}; as many survivors reach "
+        f"{most['vectors, survivors']}). One new unit alone: {most['weights, one new_unit']} and "
+        f"{most['vectors, one new_unit']}, where one survivor reaches {most['weights, one survivor']} and "
         f"{most['vectors, one survivor']}.",
     ]
 
@@ -163,9 +163,9 @@ ABOUT = """\
 
 ABOUT_RATIOS = """\
 Largest ratios of mean |update| to that of all survivors of the same tensor, over the {after} steps after the growth, all tensors,
-axes and seeds. An update is what a step adds, decoupled weight decay left out. **newborns**: all of one axis (rows or
-columns) of a tensor. **survivors**: in groups of as many. **one**: single units. **mean over steps**: of the newborns of the
-tensor and axis where it is largest. In a vector (a bias, a norm's scale) a newborn is a single number, and the few of one tensor
+axes and seeds. An update is what a step adds, decoupled weight decay left out. **new units**: all of one axis (rows or
+columns) of a tensor. **survivors**: in groups of as many. **one**: single units. **mean over steps**: of the new units of the
+tensor and axis where it is largest. In a vector (a bias, a norm's scale) a new unit is a single number, and the few of one tensor
 stray as far from the mean as the same number of survivors do; no starting value of the state could stop that.
 """
 
@@ -183,7 +183,7 @@ def write(path: Path, runs: Sequence[Run], command: str, about: Mapping[str, obj
         "",
         *loss_lines(runs),
         "",
-        "## Updates of newborns",
+        "## Updates of new units",
         "",
         *ABOUT_RATIOS.format(**about).splitlines(),
         "",

@@ -97,13 +97,13 @@ class Ratios:
     """Mean |update| of units over that of all survivors in the same tensor.
 
     An update is what a step adds to a parameter, decoupled weight decay left out. Survivors taken in groups of as many
-    as there are newborns say how far such a mean strays where nothing is new.
+    as there are new units say how far such a mean strays where nothing is new.
 
     Args:
-        shapes: of the parameters before they grew, by name; newborns come last on every axis.
-        largest: over tensors, axes and steps, by ("weights" or "vectors", "newborns", "survivors" in groups as large,
-            "one newborn" or "one survivor").
-        steps: the ratio of the newborns at each step, by (tensor, axis).
+        shapes: of the parameters before they grew, by name; new units come last on every axis.
+        largest: over tensors, axes and steps, by ("weights" or "vectors", "new units", "survivors" in groups as large,
+            "one new unit" or "one survivor").
+        steps: the ratio of the new units at each step, by (tensor, axis).
     """
 
     shapes: Mapping[str, torch.Size]
@@ -120,12 +120,12 @@ class Ratios:
                     units = size.movedim(dim, 0).flatten(1).mean(1) if size.dim() > 1 else size
                     self._note_axis(name, dim, units[count:] / level, units[:count] / level)
 
-    def _note_axis(self, name: str, dim: int, newborns: Tensor, survivors: Tensor) -> None:
-        groups = survivors[: len(survivors) // len(newborns) * len(newborns)].view(-1, len(newborns)).mean(1)
-        self.steps.setdefault((name, dim), []).append(float(newborns.mean()))
+    def _note_axis(self, name: str, dim: int, new_units: Tensor, survivors: Tensor) -> None:
+        groups = survivors[: len(survivors) // len(new_units) * len(new_units)].view(-1, len(new_units)).mean(1)
+        self.steps.setdefault((name, dim), []).append(float(new_units.mean()))
         kind = "weights" if len(self.shapes[name]) > 1 else "vectors"
-        found = {"newborns": newborns.mean(), "survivors": groups.max()}
-        found |= {"one newborn": newborns.max(), "one survivor": survivors.max()}
+        found = {"new units": new_units.mean(), "survivors": groups.max()}
+        found |= {"one new unit": new_units.max(), "one survivor": survivors.max()}
         for who, ratio in found.items():
             self.largest[kind, who] = max(self.largest.get((kind, who), 0.0), float(ratio))
 
@@ -180,7 +180,7 @@ def change(event: str, model: nn.Module, optimizers: Sequence[Optimizer], batche
 
 @dataclass(frozen=True)
 class Outcome:
-    """One event on one trained network: mean loss after it by state, and what its newborns did."""
+    """One event on one trained network: mean loss after it by state, and what its new units did."""
 
     losses: Mapping[str, float]
     ratios: Mapping[str, Ratios]

@@ -18,7 +18,7 @@ from evolvenet.errors import MissingPackageError
 from evolvenet.graph.width_graph import WidthGraph
 from evolvenet.lightning.trainer_parts import share_done
 from evolvenet.measurement.cost import Costs, macs, parameters
-from evolvenet.policies.base import Moment
+from evolvenet.policies.base import PolicyContext
 from evolvenet.policies.front import Front
 from evolvenet.policies.schedule import Schedule
 from evolvenet.tracing.trace import trace
@@ -135,7 +135,7 @@ def allowed(policy: Front, start: Costs, progress: float) -> float:
     [107.0, 37.0, 27.0]
     """
     # What the network costs now is not asked: only whether a target is above it would depend on that.
-    now: Any = policy.at(Moment(progress, {}, start))
+    now: Any = policy.at(PolicyContext(progress, {}, start))
     return float("inf") if now is None else now.target
 
 

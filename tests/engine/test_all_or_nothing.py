@@ -79,14 +79,14 @@ STAGES = {
     "evolvenet.engine.evolver:collect": "statistics",
     "evolvenet.engine.evolver:measures_of": "spectra",
     "evolvenet.engine.evolver:plan_prune": "choosing units",
-    "evolvenet.engine.evolver:compensate": "compensation",
+    "evolvenet.engine.evolver:reconstruct": "compensation",
     "evolvenet.engine.evolver:follow": "weight averages",
-    "evolvenet.resize:compile_state": "surgery",
+    "evolvenet.engine.functional:compile_state": "surgery",
     "evolvenet.surgery.resize_model:_gradient": "surgery|compensation",
     "evolvenet.surgery.resize_model:refresh": "surgery|compensation",
-    "evolvenet.resize:apply_state": "surgery",
+    "evolvenet.engine.functional:apply_state": "surgery",
     "evolvenet.surgery.optimizer_state:_assign": "surgery",
-    "evolvenet.resize:validate_state": "surgery",
+    "evolvenet.engine.functional:validate_state": "surgery",
     "evolvenet.engine.evolver:plan_growth": "growth",
     "evolvenet.engine.evolver:validate": "validation",
     "evolvenet.engine.evolver:macs": "counting costs",
@@ -201,7 +201,7 @@ def test_a_wrong_result_is_found_and_taken_back(
 
         def spoiled(model: nn.Module, *args: Any, run: Run = run, spoil: Any = spoil) -> None:
             honest(model, *args)
-            last = any(index_map.newborns for index_map in args[0].maps.values())
+            last = any(index_map.new_units for index_map in args[0].maps.values())
             if model is run.model and last:
                 spoil(run)
 
@@ -219,7 +219,7 @@ def test_the_same_stage_failing_twice_switches_evolution_off(
 ) -> None:
     run = Run()
     before = run.states()
-    monkeypatch.setattr(sys.modules["evolvenet.engine.evolver"], "compensate", Fails(lambda *args: 1 / 0, at=0))
+    monkeypatch.setattr(sys.modules["evolvenet.engine.evolver"], "reconstruct", Fails(lambda *args: 1 / 0, at=0))
     for _ in range(5):
         run.evolver.step()
     assert [record.levelname for record in caplog.records] == ["WARNING", "ERROR"]
@@ -233,7 +233,7 @@ def test_the_same_stage_failing_twice_switches_evolution_off(
 def test_two_stages_failing_once_each_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
     run = Run()
     inject(monkeypatch, "evolvenet.engine.evolver:collect")
-    inject(monkeypatch, "evolvenet.engine.evolver:compensate")
+    inject(monkeypatch, "evolvenet.engine.evolver:reconstruct")
     run.evolver.step()
     run.evolver.step()
     assert run.evolver.off is None
@@ -276,10 +276,10 @@ def test_a_wrong_policy_is_named() -> None:
 def test_copies_keep_their_function_as_the_model_does() -> None:
     """A cut average is fitted to its own answers; a copy that is the model to the last bit ends up as the model does."""
     run = Run()
-    twin = deepcopy(run.model)
-    run.evolver.copies = [run.average, twin]
+    replica = deepcopy(run.model)
+    run.evolver.copies = [run.average, replica]
     run.evolver.step()
-    ours, theirs = run.model.state_dict(), twin.state_dict()
+    ours, theirs = run.model.state_dict(), replica.state_dict()
     assert ours.keys() == theirs.keys()
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
     assert [p.shape for p in run.average.parameters()] == [p.shape for p in run.model.parameters()]

@@ -144,7 +144,7 @@ def test_broken_weights_are_refused_and_left_alone(
 @pytest.mark.parametrize("where", BROKEN)
 @pytest.mark.parametrize("case", [case for case in MODELS if case.name != "attention"], ids=str)
 def test_growing_refuses_broken_weights_wherever_they_are(case: Case, where: str, bad: float) -> None:
-    """The first norm weight that is NaN would make every newborn's NaN."""
+    """The first norm weight that is NaN would make every new unit's NaN."""
     model, graph = case.model(), graph_of(case)
     BROKEN[where](model).view(-1)[0] = bad
     before = State.of(model)

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from evolvenet import EvolveNetError, Evolver, History, IndexMap, Threshold, TraceError, resize, trace
-from evolvenet.measurement.width_spectra import Measure
+from evolvenet.measurement.width_spectra import WidthStatistics
 from evolvenet.policies.base import Proposal
 
 
@@ -22,9 +22,9 @@ class Fixed:
 
     def __init__(self, sizes: Mapping[str, int]) -> None:
         self.sizes = sizes
-        self.seen: list[dict[str, Measure]] = []
+        self.seen: list[dict[str, WidthStatistics]] = []
 
-    def propose(self, measures: Mapping[str, Measure], graph: object) -> dict[str, Proposal]:
+    def propose(self, measures: Mapping[str, WidthStatistics], graph: object) -> dict[str, Proposal]:
         self.seen.append(dict(measures))
         return {name: Proposal(size, "asked for") for name, size in self.sizes.items() if measures[name].size != size}
 
@@ -127,7 +127,7 @@ def test_a_failing_surgery_skips_the_event_and_changes_nothing(monkeypatch: pyte
     def fails(optimizer: torch.optim.Optimizer) -> None:
         raise RuntimeError("boom")
 
-    monkeypatch.setattr(sys.modules["evolvenet.resize"], "validate_state", fails)
+    monkeypatch.setattr(sys.modules["evolvenet.engine.functional"], "validate_state", fails)
     event = evolver.step()
     assert event.skipped == "surgery failed: boom"
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
@@ -207,7 +207,7 @@ def test_a_growth_that_is_pruned_again_is_tried_later_and_later() -> None:
         def __init__(self) -> None:
             self.turns: list[int] = []
 
-        def propose(self, measures: Mapping[str, Measure], graph: object) -> dict[str, Proposal]:
+        def propose(self, measures: Mapping[str, WidthStatistics], graph: object) -> dict[str, Proposal]:
             measure = measures["0"]
             self.turns.append(measure.turns)
             return {"0": Proposal(14 if measure.size == 12 else 12, "to and fro")}

@@ -17,7 +17,7 @@ from torch.optim.swa_utils import AveragedModel
 
 import evolvenet
 from evolvenet import TraceError, WidthEvolution
-from evolvenet.measurement.width_spectra import Measure
+from evolvenet.measurement.width_spectra import WidthStatistics
 from evolvenet.policies.base import Proposal
 from tests.helpers.runs import Batches, batch, trainer
 from tests.lightning.test_user_modules import Breathes, User
@@ -131,8 +131,8 @@ def test_each_target_follows_its_own_critic(tmp_path: Path) -> None:
     model = Critics()
     evolution = fit(tmp_path, model)
     changed(evolution)
-    assert evolution._twins is not None
-    assert evolution._twins.moved == {"targets.0": "one", "targets.1": "two"}
+    assert evolution._replicas is not None
+    assert evolution._replicas.moved == {"targets.0": "one", "targets.1": "two"}
 
 
 def test_one_of_which_the_source_is_not_known_leaves_all_as_it_is(tmp_path: Path) -> None:
@@ -328,7 +328,7 @@ class Attends(Teacher):
 class Shrinks:
     """Every width by a step, as long as three are left."""
 
-    def propose(self, measures: Mapping[str, Measure], graph: Any) -> dict[str, Proposal]:
+    def propose(self, measures: Mapping[str, WidthStatistics], graph: Any) -> dict[str, Proposal]:
         return {
             name: Proposal(each.size - each.step, "") for name, each in measures.items() if each.size > 2 * each.step
         }

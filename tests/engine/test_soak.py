@@ -19,7 +19,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils.hooks import RemovableHandle
 
 from evolvenet import Evolver, IndexMap, Proposal, Tie, Width, WidthGraph
-from evolvenet.measurement.width_spectra import Measure
+from evolvenet.measurement.width_spectra import WidthStatistics
 from evolvenet.surgery.resize_model import Surgery
 
 STEPS, EVENTS, EARLY = 20_000, 400, 40
@@ -38,7 +38,7 @@ other work; one that grew with the events before it would take ten times as long
 class Breathes:
     """A width is wide after one event and narrow after the next."""
 
-    def propose(self, measures: Mapping[str, Measure], graph: WidthGraph) -> dict[str, Proposal]:
+    def propose(self, measures: Mapping[str, WidthStatistics], graph: WidthGraph) -> dict[str, Proposal]:
         return {name: Proposal(WIDE + NARROW - each.size, "breathes") for name, each in measures.items()}
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from evolvenet.execution import call_recorder as listen
-from evolvenet.execution.call_recorder import Listener
+from evolvenet.execution.call_recorder import CallRecorder
 
 
 class Two(nn.Module):
@@ -26,9 +26,9 @@ class Two(nn.Module):
         return {"one": self.one(x), "other": self.other(x)}
 
 
-def heard(model: nn.Module, *batches: Tensor, most: int = 8) -> Listener:
+def heard(model: nn.Module, *batches: Tensor, most: int = 8) -> CallRecorder:
     """A listener that has heard one training step on each batch."""
-    listener = Listener({"": model}, most)
+    listener = CallRecorder({"": model}, most)
     for x in batches:
         out = model(x)
         torch.stack([each.square().sum() for each in out.values()]).sum().backward()
@@ -46,7 +46,7 @@ def test_gradients_are_those_of_the_loss_at_each_output() -> None:
 
 def test_several_backward_passes_add_up_and_those_to_come_are_not_known() -> None:
     model = Two()
-    listener = Listener({"": model})
+    listener = CallRecorder({"": model})
     out = model(torch.randn(5, 3))
     assert listener.calls("")[0][1] == [None, None]
     out["one"].sum().backward(retain_graph=True)
@@ -69,7 +69,7 @@ def test_of_a_large_answer_the_first_samples_are_kept(monkeypatch: pytest.Monkey
 
 def test_no_gradient_is_waited_for_without_a_graph_or_outside_of_training() -> None:
     model = Two()
-    listener = Listener({"": model})
+    listener = CallRecorder({"": model})
     with torch.no_grad():
         model(torch.randn(5, 3))
     assert listener.calls("")[0][1] == [None, None]
@@ -79,9 +79,9 @@ def test_no_gradient_is_waited_for_without_a_graph_or_outside_of_training() -> N
 
 def test_no_hook_is_left_behind_and_copies_hear_nothing() -> None:
     model = Two()
-    listener = Listener({"": model})
-    twin, thawed = copy.deepcopy(model), pickle.loads(pickle.dumps(model))
-    for each in (twin, thawed):
+    listener = CallRecorder({"": model})
+    replica, thawed = copy.deepcopy(model), pickle.loads(pickle.dumps(model))
+    for each in (replica, thawed):
         each(torch.randn(5, 3))["one"].sum().backward()
     assert listener.calls("") == []
     listener.close()
@@ -91,7 +91,7 @@ def test_no_hook_is_left_behind_and_copies_hear_nothing() -> None:
 
 def test_neither_the_answer_nor_its_graph_is_kept_alive() -> None:
     model = Two()
-    listener = Listener({"": model})
+    listener = CallRecorder({"": model})
     out = model(torch.randn(5, 3))
     out["one"].sum().backward()
     answer = weakref.ref(out["one"])

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from evolvenet.execution.residual_sums import Following, Trail
-from evolvenet.execution.weight_ops import Read, Reading, out_places, watched
+from evolvenet.execution.weight_ops import WeightOp, WeightOpMode, out_places, watched
 from tests.helpers.cases import FLOAT
 
 
@@ -50,9 +50,9 @@ READERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 }
 
 
-def reads_of(model: nn.Module, *inputs: Any) -> list[tuple[Read, Tensor]]:
-    found: list[tuple[Read, Tensor]] = []
-    with watched(Reading(model, after=lambda read, out: found.append((read, out)))):
+def reads_of(model: nn.Module, *inputs: Any) -> list[tuple[WeightOp, Tensor]]:
+    found: list[tuple[WeightOp, Tensor]] = []
+    with watched(WeightOpMode(model, after=lambda read, out: found.append((read, out)))):
         model(*inputs)
     return found
 
@@ -119,7 +119,7 @@ def test_other_uses_of_a_weight_are_noted() -> None:
             return F.linear(self.plain(self.table(x)) * self.scale, self.table.weight)
 
     model = Tied()
-    reading = Reading(model)
+    reading = WeightOpMode(model)
     with watched(reading):
         model(torch.tensor([[1, 2]]))
     assert reading.others == {"table.weight", "scale"}

@@ -1,4 +1,4 @@
-"""The comparison of newborns: a short run, and gromo's part on a stand-in, as gromo is not installed here."""
+"""The comparison of new units: a short run, and gromo's part on a stand-in, as gromo is not installed here."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_the_page_has_a_line_for_every_method_and_the_loss_is_kept(
     main(["--data", str(data), "--out", str(page), "--seeds", "2"])
     text = page.read_text("utf-8")
     titles = [line.split(" | ")[0].removeprefix("| ") for line in text.splitlines() if line.startswith("| ")]
-    lines = ["newborns", "---", *(row.title for row in ROWS if row.method != GROMO)]
+    lines = ["new units", "---", *(row.title for row in ROWS if row.method != GROMO)]
     assert [title.split(" |")[0] for title in titles] == lines * 2
     assert text.count("keep the function: yes") == 2
     assert "1 steps later | 2 steps later" in text
@@ -82,7 +82,7 @@ def test_batches_are_the_same_for_the_same_seed_and_see_every_image_once_an_epoc
 
 
 class Gromo(nn.Module):
-    """What the comparison uses of gromo's `GrowingMLP`, with newborns that answer `scale` times the input's first entry."""
+    """What the comparison uses of gromo's `GrowingMLP`, with new units that answer `scale` times the input's first entry."""
 
     def __init__(self, inputs: int, outputs: int, hidden: int, count: int, activation: nn.Module, device: Any) -> None:
         super().__init__()

@@ -73,7 +73,7 @@ def test_carried_without_a_change_is_training_uninterrupted(data: Path) -> None:
     losses = train(model, optimizers, batches(5, 4))
     assert found["no change"].losses["carried"] == pytest.approx(sum(losses) / 4, rel=1e-6)
     assert found["no change"].losses["reset"] != pytest.approx(sum(losses) / 4, rel=1e-6)
-    assert not found["cut"].ratios["carried"].steps, "only a growth has newborns"
+    assert not found["cut"].ratios["carried"].steps, "only a growth has new units"
 
 
 def compare_state_network() -> nn.Module:
@@ -108,13 +108,13 @@ def test_batches_are_the_same_for_the_same_seed(data: Path) -> None:
     assert not torch.equal(images, other)
 
 
-def test_ratios_are_of_newborn_rows_and_columns_to_all_survivors() -> None:
+def test_ratios_are_of_new_unit_rows_and_columns_to_all_survivors() -> None:
     ratios = Ratios({"w": torch.Size([2, 2]), "b": torch.Size([2]), "same": torch.Size([3])})
     weight = torch.tensor([[1.0, -1.0, 6.0], [-1.0, 1.0, 0.0], [2.0, 2.0, -2.0]])
     ratios.note({"w": weight, "b": torch.tensor([1.0, -3.0, 4.0]), "same": torch.ones(3)})
     ratios.note({"w": weight / 2, "b": torch.tensor([2.0, 2.0, 0.0]), "same": torch.ones(3)})
     assert ratios.steps == {("w", 0): [2.0, 2.0], ("w", 1): pytest.approx([8 / 3, 8 / 3]), ("b", 0): [2.0, 0.0]}
-    assert ratios.largest["weights", "newborns"] == pytest.approx(8 / 3)
+    assert ratios.largest["weights", "new units"] == pytest.approx(8 / 3)
     assert ratios.largest["weights", "survivors"] == pytest.approx(8 / 3)
     assert ratios.largest["vectors", "one survivor"] == 1.5
 

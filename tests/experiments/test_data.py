@@ -132,7 +132,7 @@ def test_augmented_epochs_repeat_exactly():
     assert all(torch.equal(a[0], b[0]) for a, b in zip(first, second, strict=True))
 
 
-class Listener(lightning.LightningModule):
+class CallRecorder(lightning.LightningModule):
     """Notes the labels of every batch."""
 
     def __init__(self):
@@ -149,7 +149,7 @@ class Listener(lightning.LightningModule):
 
 def test_lightning_gives_every_epoch_its_own_order(tmp_path):
     loader = BatchLoader(numbered(), 24, plain, shuffle=True)
-    module = Listener()
+    module = CallRecorder()
     trainer = lightning.Trainer(
         max_epochs=2, logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
         log_every_n_steps=1, default_root_dir=tmp_path, accelerator="cpu",

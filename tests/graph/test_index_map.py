@@ -16,7 +16,7 @@ from evolvenet.graph.index_map import IndexMap
 
 
 def maps_from(size: int) -> st.SearchStrategy[IndexMap]:
-    """Any map from `size` units: subsets, newborns, splits and shuffles at once."""
+    """Any map from `size` units: subsets, new units, splits and shuffles at once."""
     return st.lists(st.integers(-1, size - 1), min_size=1, max_size=9).map(lambda found: IndexMap.of(found, size))
 
 
@@ -25,9 +25,9 @@ CHAINS = MAPS.flatmap(lambda first: maps_from(first.new_size).map(lambda second:
 TRIPLES = CHAINS.flatmap(lambda two: maps_from(two[1].new_size).map(lambda third: (*two, third)))
 
 
-def slow(index_map: IndexMap, tensor: Tensor, dim: int, newborn: float = 0.0) -> Tensor:
+def slow(index_map: IndexMap, tensor: Tensor, dim: int, new_unit: float = 0.0) -> Tensor:
     """The new tensor, one unit at a time."""
-    empty = torch.full_like(tensor.select(dim, 0), newborn)
+    empty = torch.full_like(tensor.select(dim, 0), new_unit)
     return torch.stack([tensor.select(dim, i) if i >= 0 else empty for i in index_map.indices], dim)
 
 
@@ -70,14 +70,14 @@ def test_repeat_and_composition_can_be_exchanged(pair: tuple[IndexMap, IndexMap]
     assert first.then(second).repeat(inner) == first.repeat(inner).then(second.repeat(inner))
 
 
-@given(index_map=MAPS, dim=st.integers(-4, 3), newborn=st.sampled_from([0.0, 1.0, -2.5]))
-def test_apply_is_the_slow_answer_on_every_axis(index_map: IndexMap, dim: int, newborn: float) -> None:
+@given(index_map=MAPS, dim=st.integers(-4, 3), new_unit=st.sampled_from([0.0, 1.0, -2.5]))
+def test_apply_is_the_slow_answer_on_every_axis(index_map: IndexMap, dim: int, new_unit: float) -> None:
     shape = [2, 3, 4, 5]
     shape[dim] = index_map.size
     tensor = torch.randn(shape, dtype=torch.float64)
     before = tensor.clone()
-    made = index_map.apply(tensor, dim, newborn)
-    assert torch.equal(made, slow(index_map, tensor, dim, newborn))
+    made = index_map.apply(tensor, dim, new_unit)
+    assert torch.equal(made, slow(index_map, tensor, dim, new_unit))
     made.fill_(7)
     assert torch.equal(tensor, before), "the result shares no memory with what it was made from"
 
@@ -135,7 +135,7 @@ def test_apply_on_meta_gives_the_shape(index_map: IndexMap) -> None:
 @given(index_map=MAPS)
 def test_what_a_map_says_about_itself(index_map: IndexMap) -> None:
     assert index_map.new_size == len(index_map.indices)
-    assert [index_map.indices[place] for place in index_map.newborns] == [-1] * index_map.indices.count(-1)
+    assert [index_map.indices[place] for place in index_map.new_units] == [-1] * index_map.indices.count(-1)
     assert set(index_map.removed) | {index for index in index_map.indices if index >= 0} == set(range(index_map.size))
     assert not set(index_map.removed) & set(index_map.indices)
     assert index_map.is_identity == (index_map == IndexMap.identity(index_map.size))
@@ -149,12 +149,12 @@ def test_keep_takes_distinct_units_in_the_given_order(data: st.DataObject, size:
     chosen = data.draw(st.lists(st.integers(0, size - 1), min_size=1, unique=True))
     made = IndexMap.keep(chosen, size)
     assert made.indices == tuple(chosen)
-    assert not made.newborns
+    assert not made.new_units
     assert len(made.removed) == size - len(chosen)
 
 
 @given(size=st.integers(1, 9), count=st.integers(0, 5))
-def test_grow_keeps_everybody_and_puts_newborns_last(size: int, count: int) -> None:
+def test_grow_keeps_everybody_and_puts_new_units_last(size: int, count: int) -> None:
     made = IndexMap.grow(size, count)
     assert made.indices == (*range(size), *[-1] * count)
     assert made.is_identity == (count == 0)
@@ -177,7 +177,7 @@ def test_maps_are_values() -> None:
         (lambda: IndexMap.of([], 3), "at least one unit.*of 3.*empty"),
         (lambda: IndexMap.of([0], 0), "old size of 1 or more, got 0"),
         (lambda: IndexMap.of([0, 3], 3), "0 … 2.*got 3"),
-        (lambda: IndexMap.of([0, -2], 3), "−1 for a newborn, got -2"),
+        (lambda: IndexMap.of([0, -2], 3), "−1 for a new unit, got -2"),
         (lambda: IndexMap.keep([0, 0], 3), r"distinct.*\[0, 0\].*IndexMap\.of"),
         (lambda: IndexMap.keep([0, -1], 3), r"distinct.*\[0, -1\]"),
         (lambda: IndexMap.keep([5], 3), "got 5"),

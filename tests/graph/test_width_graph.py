@@ -29,7 +29,7 @@ def marked(graph: WidthGraph, name: str) -> dict[str, Tensor]:
 
 
 def half(graph: WidthGraph) -> dict[str, IndexMap]:
-    """Every resizable width two units down and one newborn up, where it has enough."""
+    """Every resizable width two units down and one new unit up, where it has enough."""
     return {
         width.name: IndexMap.of([*range(1, width.size - 1), -1], width.size)
         for width in graph.resizable

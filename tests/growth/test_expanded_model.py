@@ -1,4 +1,4 @@
-"""Where newborns lie, and that a trial leaves no trace."""
+"""Where new units lie, and that a trial leaves no trace."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ def test_what_is_put_is_taken_and_nothing_else_is_touched(case: Case) -> None:
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_units_and_newborns_are_laid_out_alike(case: Case) -> None:
-    """A newborn with the entries of unit 0 has, in the new tensor, what unit 0 has."""
+def test_units_and_new_units_are_laid_out_alike(case: Case) -> None:
+    """A new unit with the entries of unit 0 has, in the new tensor, what unit 0 has."""
     growth = growth_of(case)
     for width in growth.widths:
         for tie in (*growth.matrices(width, PRODUCES), *growth.matrices(width, CONSUMES)):

@@ -20,8 +20,8 @@ from tests.helpers.small_models import Residual, convnet, images, mlp, used
 Loss = Callable[[Any, Any], Tensor]
 
 
-def newborn_rows(model: Any, graph: WidthGraph, name: str, count: int, method: str, pairs: Any, loss: Loss) -> Tensor:
-    """The rows of the newborns in the width's first producer, `[count, d]` of norm 1."""
+def new_unit_rows(model: Any, graph: WidthGraph, name: str, count: int, method: str, pairs: Any, loss: Loss) -> Tensor:
+    """The rows of the new units in the width's first producer, `[count, d]` of norm 1."""
     width = graph.widths[name]
     made = torch.Generator().manual_seed(3)
     surgery = plan_growth(model, graph, {name: width.size + count}, method, made, pairs, loss)
@@ -31,7 +31,7 @@ def newborn_rows(model: Any, graph: WidthGraph, name: str, count: int, method: s
 
 
 def fan_out(model: Any, graph: WidthGraph, name: str, rows: Tensor, x: Tensor, loss: Callable[[Any], Tensor]) -> Tensor:
-    """Gradient of the fan-out of newborns with these rows, by growing and one backward pass, `[count, places]`."""
+    """Gradient of the fan-out of new units with these rows, by growing and one backward pass, `[count, places]`."""
     width = graph.widths[name]
     undo = install(model, plan_growth(model, graph, {name: width.size + len(rows)}))
     (makes,), reads = width.producers, width.consumers
@@ -78,7 +78,7 @@ LINEAR: dict[str, tuple[Callable[[], Any], Callable[[], Tensor], int, str, int]]
     "pooled": (pooled, lambda: images(150), 5, "0", 3),
     "convolutions": (convolutions, lambda: images(100), 18, "0", 3),
 }
-"""Model, inputs, outputs, which width, and newborns: no more than what the others leave over has directions."""
+"""Model, inputs, outputs, which width, and new units: no more than what the others leave over has directions."""
 
 
 @pytest.fixture
@@ -97,7 +97,7 @@ def test_gradmax_finds_the_leading_singular_vectors_where_all_is_linear(case: st
     model, x = make(), inputs()
     y, graph = torch.randn(len(x), out).double(), trace(model, x[:2])
     name = list(graph.sizes)[int(place)]
-    found = newborn_rows(model, graph, name, count, "gradmax", [(x[:15], y[:15]), (x[15:], y[15:])], F.mse_loss)
+    found = new_unit_rows(model, graph, name, count, "gradmax", [(x[:15], y[:15]), (x[15:], y[15:])], F.mse_loss)
     every = model.get_parameter(graph.widths[name].producers[0].tensor)[0].numel()
 
     def both(answer: Tensor) -> Tensor:
@@ -119,7 +119,7 @@ def test_tiny_finds_the_singular_vectors_of_the_paper_where_all_is_linear(case: 
     y = 3 * model(x).detach() + 0.1 * x.flatten(1).tanh() @ torch.randn(x[0].numel(), out).double()
     graph = trace(model, x[:2])
     name = list(graph.sizes)[int(place)]
-    found = newborn_rows(model, graph, name, count, "tiny", [(x, y)], F.mse_loss)
+    found = new_unit_rows(model, graph, name, count, "tiny", [(x, y)], F.mse_loss)
 
     width = graph.widths[name]
     makes, reads = model.get_submodule(width.producers[0].module), model.get_submodule(width.consumers[0].module)
@@ -183,7 +183,7 @@ def test_no_random_row_gets_as_large_a_gradient(name: str) -> None:
         made = torch.Generator().manual_seed(0)
 
         def total(method: str, count: int, width: Width = width, made: torch.Generator = made) -> Tensor:
-            """Squared gradient of each newborn's fan-out."""
+            """Squared gradient of each new unit's fan-out."""
             surgery = plan_growth(model, graph, {width.name: width.size + count}, method, made, [(x, y)], F.mse_loss)
             undo = install(model, surgery)
             loss = F.mse_loss(model(x), y)

@@ -1,4 +1,4 @@
-"""What each method gives to newborns."""
+"""What each method gives to new units."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def left_over(model: Any, x: Tensor, known: int, layers: int) -> Tensor:
 
 
 @pytest.mark.parametrize("kind", ["dense", "convolution"])
-def test_where_rows_span_everything_newborns_add_what_activations_lack(kind: str) -> None:
+def test_where_rows_span_everything_new_units_add_what_activations_lack(kind: str) -> None:
     torch.manual_seed(0)
     if kind == "dense":
         model, x, layers = mlp(3, 9, 4), torch.randn(300, 3).double(), 2

@@ -29,7 +29,7 @@ def asked(
 
 
 def test_it_is_what_growing_for_real_shows() -> None:
-    """Nothing but the reader is after the newborns, so that a step of it moves the outputs in proportion."""
+    """Nothing but the reader is after the new units, so that a step of it moves the outputs in proportion."""
     model, x = mlp(6, 5, 4), torch.randn(40, 6, dtype=torch.float64, generator=seeded(1))
     gradient = torch.randn(40, 4, dtype=torch.float64, generator=seeded(2))
     found = asked(model, {"0": 8}, x, gradient)["0"]
@@ -43,7 +43,7 @@ def test_it_is_what_growing_for_real_shows() -> None:
     left = new - old * (new * old).sum() / (old * old).sum()
     rest = want - old * (want * old).sum() / (old * old).sum()
     each = (rest * left).sum(1)
-    assert found.certainty == pytest.approx(float(each.mean() / (each.std() / 20**0.5)), rel=1e-9)
+    assert found.t_statistic == pytest.approx(float(each.mean() / (each.std() / 20**0.5)), rel=1e-9)
     cosine = float((rest * left).sum() / left.norm() / want.norm())
     assert found.share == pytest.approx(max(cosine, 0.0) ** 2, rel=1e-9)
 
@@ -55,7 +55,7 @@ def test_noise_asks_for_nothing() -> None:
     for seed in range(120):
         x = torch.randn(64, 6, dtype=torch.float64, generator=seeded(1000 + seed))
         gradient = torch.randn(64, 4, dtype=torch.float64, generator=seeded(seed))
-        values.append(asked(model, {"0": 8}, x, gradient, seed=seed)["0"].certainty)
+        values.append(asked(model, {"0": 8}, x, gradient, seed=seed)["0"].t_statistic)
     found = torch.tensor(values)
     assert abs(float(found.mean())) < 0.3
     assert 0.75 < float(found.std()) < 1.25
@@ -66,7 +66,7 @@ def test_what_more_units_could_do_is_seen_and_what_the_present_ones_can_is_not()
     """The loss wants |x₀|, which no linear map of two ReLUs of other inputs gives; then something that it does give."""
     model = mlp(6, 2, 1)
     x = torch.randn(512, 6, dtype=torch.float64, generator=seeded(3))
-    assert asked(model, {"0": 12}, x, -x[:, :1].abs())["0"].certainty > 5
+    assert asked(model, {"0": 12}, x, -x[:, :1].abs())["0"].t_statistic > 5
     reads = torch.relu(model[0](x)).detach()
     reachable = reads @ (reads.T @ reads[:, :1])
     assert asked(model, {"0": 12}, x, -reachable)["0"].share < 1e-3
@@ -77,7 +77,7 @@ def test_the_scale_of_the_loss_does_not_matter() -> None:
     gradient = torch.randn(64, 4, dtype=torch.float64, generator=seeded(2))
     one, two = asked(model, {"0": 8}, x, gradient)["0"], asked(model, {"0": 8}, x, 65536 * gradient)["0"]
     assert one.share == pytest.approx(two.share, rel=1e-12)
-    assert one.certainty == pytest.approx(two.certainty, rel=1e-12)
+    assert one.t_statistic == pytest.approx(two.t_statistic, rel=1e-12)
 
 
 def test_several_batches_count_as_one_and_first_samples_are_enough() -> None:
@@ -86,7 +86,7 @@ def test_several_batches_count_as_one_and_first_samples_are_enough() -> None:
     gradient = torch.randn(64, 4, dtype=torch.float64, generator=seeded(2))
     whole = evidence(model, graph, {"0": 8}, [x[:40]], [[gradient[:40]]], seeded())
     halves = evidence(model, graph, {"0": 8}, [x[:30], x[30:]], [[gradient[:30]], [gradient[30:40]]], seeded())
-    assert whole["0"].certainty == pytest.approx(halves["0"].certainty, rel=1e-9)
+    assert whole["0"].t_statistic == pytest.approx(halves["0"].t_statistic, rel=1e-9)
 
 
 @pytest.mark.parametrize(
@@ -130,7 +130,7 @@ def test_every_width_that_may_grow_can_be_asked_and_the_model_stays_as_it_is(cas
     state = torch.random.get_rng_state()
     found = evidence(model, graph, sizes, [x], [gradients], seeded())
     assert set(found) == {*sizes}
-    assert all(0 <= each.share <= 1 and each.certainty == each.certainty for each in found.values())
+    assert all(0 <= each.share <= 1 and each.t_statistic == each.t_statistic for each in found.values())
     assert torch.equal(torch.random.get_rng_state(), state)
     assert model.training
     after = model.state_dict()

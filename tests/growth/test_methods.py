@@ -1,4 +1,4 @@
-"""Every method that starts newborns: what it keeps, what it needs, and what degenerate input does to it."""
+"""Every method that starts new units: what it keeps, what it needs, and what degenerate input does to it."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_every_method_but_random_keeps_the_function(case: Case, method: str) -> 
     assert apart > 1e-3 if method == "random" else apart < 1e-12
 
 
-@pytest.mark.parametrize("method", set(METHODS) - {"random"})
+@pytest.mark.parametrize("method", sorted(set(METHODS) - {"random"}))
 def test_the_function_is_kept_in_training_too(method: str) -> None:
     model, x = convnet().train(), images()
     graph = trace(model, x[:2])
@@ -134,22 +134,22 @@ DEGENERATE: dict[str, Callable[[Any], object]] = {
 @pytest.mark.parametrize("state", DEGENERATE)
 @pytest.mark.parametrize("count", [1, 9])
 def test_degenerate_weights_grow_all_the_same(method: str, state: str, count: int) -> None:
-    """More newborns than there are directions (9 of 3), fewer samples than either."""
+    """More new units than there are directions (9 of 3), fewer samples than either."""
     model, x = mlp(3, 4, 2), torch.randn(2, 3, dtype=torch.float64)
     graph = trace(model, x)
     DEGENERATE[state](model)
     before, norm = model(x).detach(), model[0].weight.detach().norm(dim=1).mean()
     surgery = plan_growth(model, graph, {"0": 4 + count}, method, batches=[(x, None)], loss=squares)
     install(model, surgery)
-    newborn = model[0].weight.detach()[4:]
+    new_unit = model[0].weight.detach()[4:]
     torch.testing.assert_close(
-        newborn.norm(dim=1), (norm if norm > 0 else torch.tensor(3**-0.5)).expand(count).double()
+        new_unit.norm(dim=1), (norm if norm > 0 else torch.tensor(3**-0.5)).expand(count).double()
     )
     if method != "random":
         torch.testing.assert_close(model(x).detach(), before, rtol=1e-12, atol=1e-12)
     if method != "paired" or state in ("zero reader", "all zero"):
-        # Twins with a fan-out of 0 would stay twins.
-        cosines = newborn @ newborn.T / newborn.norm(dim=1).square()
+        # Replicas with a fan-out of 0 would stay replicas.
+        cosines = new_unit @ new_unit.T / new_unit.norm(dim=1).square()
         assert (cosines - torch.eye(count)).max() < 1 - 1e-6
 
 
@@ -171,7 +171,7 @@ def test_data_that_says_little_is_enough(method: str, x: Tensor, width: int) -> 
         torch.testing.assert_close(model(x).detach(), before, rtol=1e-12, atol=1e-12)
 
 
-def test_a_norm_with_scales_of_zero_gets_newborns_that_can_learn() -> None:
+def test_a_norm_with_scales_of_zero_gets_new_units_that_can_learn() -> None:
     model, x = convnet(), images()
     graph = trace(model, x[:2])
     nn.init.zeros_(model[1].weight)

@@ -1,4 +1,4 @@
-"""Newborns that change nothing at first, point where nobody pointed before, and can learn."""
+"""New units that change nothing at first, point where nobody pointed before, and can learn."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_growing_keeps_the_output(case: str, together: bool) -> None:
 
 
 @pytest.mark.parametrize("case", ["mlp", "convnet", "residual"])
-def test_newborn_rows_are_orthogonal_to_all_others_and_of_their_norm(case: str) -> None:
+def test_new_unit_rows_are_orthogonal_to_all_others_and_of_their_norm(case: str) -> None:
     make, inputs = CASES[case]
     model, x = make(), inputs()
     graph = trace(model, x)
@@ -79,9 +79,9 @@ def test_newborn_rows_are_orthogonal_to_all_others_and_of_their_norm(case: str) 
             (value,) = [change.value for change in surgery.changes if change.name == tie.tensor]
             rows = value.flatten(1)
             torch.testing.assert_close(rows[: width.size], old, rtol=0, atol=0)
-            newborn, norm = rows[width.size :], old.norm(dim=1).mean()
-            assert (newborn @ old.T).abs().max() < 1e-12 * norm
-            torch.testing.assert_close(newborn @ newborn.T, norm**2 * torch.eye(count).double())
+            new_unit, norm = rows[width.size :], old.norm(dim=1).mean()
+            assert (new_unit @ old.T).abs().max() < 1e-12 * norm
+            torch.testing.assert_close(new_unit @ new_unit.T, norm**2 * torch.eye(count).double())
 
 
 def test_zero_rows_and_a_full_space_start_all_the_same() -> None:
@@ -97,7 +97,7 @@ def test_zero_rows_and_a_full_space_start_all_the_same() -> None:
     assert (values["0.weight"][7:].norm(dim=1) > 0.1).all()
 
 
-def test_biases_norms_and_buffers_of_newborns() -> None:
+def test_biases_norms_and_buffers_of_new_units() -> None:
     model = convnet()
     values = {c.name: c.value for c in plan_growth(model, trace(model, images(2)), {"0": 10, "3": 8}).changes}
     norm = model[1]
@@ -110,7 +110,7 @@ def test_biases_norms_and_buffers_of_newborns() -> None:
     assert values["6.weight"].shape == (5, 128)
 
 
-def test_depthwise_kernels_and_slopes_of_newborns_are_alive() -> None:
+def test_depthwise_kernels_and_slopes_of_new_units_are_alive() -> None:
     model = mobile()
     graph = trace(model, images(2))
     values = {c.name: c.value for c in plan_growth(model, graph, {"0": 10}).changes}
@@ -120,7 +120,7 @@ def test_depthwise_kernels_and_slopes_of_newborns_are_alive() -> None:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_newborns_get_a_gradient_where_they_are_read_and_then_where_they_are_made(case: str) -> None:
+def test_new_units_get_a_gradient_where_they_are_read_and_then_where_they_are_made(case: str) -> None:
     make, inputs = CASES[case]
     model, x = make().train(), inputs()[:8]
     graph = trace(model, x)
@@ -128,22 +128,22 @@ def test_newborns_get_a_gradient_where_they_are_read_and_then_where_they_are_mad
         surgery = plan_growth(model, graph, {width.name: width.size + 2})
         axes = {change.name: change.axes for change in surgery.changes}
         undo = install(model, surgery)
-        assert newborn_gradients(model, axes, width.consumers, x).max() > 0
+        assert new_unit_gradients(model, axes, width.consumers, x).max() > 0
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter -= 1e-2 * parameter.grad
-        assert newborn_gradients(model, axes, width.producers, x).max() > 0
+        assert new_unit_gradients(model, axes, width.producers, x).max() > 0
         undo()
 
 
-def newborn_gradients(model: Any, axes: dict, ties: tuple[Tie, ...], x: Tensor) -> Tensor:
-    """Norm of each newborn's entries in these ties together, after one backward pass, `[count]`."""
+def new_unit_gradients(model: Any, axes: dict, ties: tuple[Tie, ...], x: Tensor) -> Tensor:
+    """Norm of each new unit's entries in these ties together, after one backward pass, `[count]`."""
     model.zero_grad()
     model(x).square().sum().backward()
     norms = []
     for tie in ties:
         index_map = axes[tie.tensor][tie.dim]
-        grad = model.get_parameter(tie.tensor).grad.movedim(tie.dim, 0)[list(index_map.newborns)]
+        grad = model.get_parameter(tie.tensor).grad.movedim(tie.dim, 0)[list(index_map.new_units)]
         norms.append(grad.reshape(2, -1).norm(dim=1))
     return torch.stack(norms).norm(dim=0)
 
@@ -223,8 +223,8 @@ def test_a_weight_that_makes_and_reads_the_units_gets_zeros() -> None:
     torch.testing.assert_close(model(x).detach(), before, rtol=1e-12, atol=1e-12)
 
 
-def test_a_weight_that_two_layers_make_the_units_with_gets_newborns() -> None:
-    class Twins(nn.Module):
+def test_a_weight_that_two_layers_make_the_units_with_gets_new_units() -> None:
+    class Replicas(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.left, self.right, self.head = nn.Linear(5, 3), nn.Linear(5, 3), nn.Linear(3, 2)
@@ -233,7 +233,7 @@ def test_a_weight_that_two_layers_make_the_units_with_gets_newborns() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.head((self.left(x) - self.right(x.square())).tanh())
 
-    model, x = Twins().double(), torch.randn(9, 5, dtype=torch.float64)
+    model, x = Replicas().double(), torch.randn(9, 5, dtype=torch.float64)
     before = model(x).detach()
     install(model, plan_growth(model, trace(model, x), {"left": 5}))
     torch.testing.assert_close(model(x).detach(), before, rtol=1e-12, atol=1e-12)
@@ -254,8 +254,8 @@ def squares(answer: Any, targets: None) -> Tensor:
 
 @pytest.mark.parametrize("method", ["orthogonal", "paired", "gradmax", "tiny"])
 @pytest.mark.parametrize("case", ["convnet", "residual", "mobile"])
-def test_newborns_under_batch_norm_and_relu_learn(method: str, case: str) -> None:
-    """Literal GradMax would not: its newborns answer 0, where ReLU has no gradient."""
+def test_new_units_under_batch_norm_and_relu_learn(method: str, case: str) -> None:
+    """Literal GradMax would not: its new units answer 0, where ReLU has no gradient."""
     make, inputs = CASES[case]
     model, x = make(), inputs()[:16]
     graph = trace(model, x[:2])
@@ -263,15 +263,15 @@ def test_newborns_under_batch_norm_and_relu_learn(method: str, case: str) -> Non
         surgery = plan_growth(model, graph, {width.name: width.size + 2}, method, batches=[(x, None)], loss=squares)
         axes = {change.name: change.axes for change in surgery.changes}
         undo = install(model.train(), surgery)
-        reading = newborn_gradients(model, axes, width.consumers, x)
-        making = newborn_gradients(model, axes, width.producers, x)
+        reading = new_unit_gradients(model, axes, width.consumers, x)
+        making = new_unit_gradients(model, axes, width.producers, x)
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter -= 1e-2 * parameter.grad
-        later = newborn_gradients(model, axes, width.producers, x)
+        later = new_unit_gradients(model, axes, width.producers, x)
         undo()
         model.eval()
-        # Without data a newborn may point where ReLU leaves nothing of it; one of two does not.
+        # Without data a new unit may point where ReLU leaves nothing of it; one of two does not.
         assert reading.max() > 0
         assert later.max() > 0
         assert (making.max() > 0) == (method == "paired")

@@ -120,7 +120,7 @@ class TwoReaders(nn.Module):
         return self.dense(units.flatten(1)) + self.last(self.read(units).relu().flatten(1))
 
 
-def test_a_correction_changes_the_gradients_of_newborns_alone() -> None:
+def test_a_correction_changes_the_gradients_of_new_units_alone() -> None:
     """By what the update's answer, as a gradient of the reader's outputs, would give them."""
     model, x = TwoReaders().double(), images(200)
     y = 3 * model(x).detach()

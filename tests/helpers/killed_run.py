@@ -122,7 +122,7 @@ def copied_by_half(copy: Callable[..., Any], source: str, target: str, **options
 TRAPS: dict[str, tuple[Any, str, Callable[..., None]]] = {
     "before an event": (evolvenet.Evolver, "step", nothing),
     "among the exchanged tensors": (sys.modules["evolvenet.surgery.resize_model"], "exchange", nothing),
-    "between model and optimizer": (sys.modules["evolvenet.resize"], "apply_state", nothing),
+    "between model and optimizer": (sys.modules["evolvenet.engine.functional"], "apply_state", nothing),
     "after an event": (evolvenet.Evolver, "step", all_of_it),
     "before torch.save": (torch, "save", nothing),
     "in torch.save": (torch, "save", serialized_by_half),

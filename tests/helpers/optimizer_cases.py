@@ -98,12 +98,12 @@ def model_for(name: str) -> Hidden | Table:
 
 
 def swaps(model: Hidden | Table, index_map: IndexMap) -> list[Swap]:
-    """The change of the width, with random values for newborns."""
+    """The change of the width, with random values for new units."""
     made = []
     for name, parameter in model.named_parameters():
         dim = AXES[name]
         value = index_map.apply(parameter.detach(), dim)
-        for born in index_map.newborns:
+        for born in index_map.new_units:
             value.select(dim, born).normal_()
         made.append(Swap(parameter, name, {dim: index_map}, value))
     return made

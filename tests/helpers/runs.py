@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 
-from evolvenet.measurement.width_spectra import Measure
+from evolvenet.measurement.width_spectra import WidthStatistics
 from evolvenet.policies.base import Proposal
 
 
@@ -91,7 +91,7 @@ class Walk:
     def __init__(self, *sizes: Sequence[int]) -> None:
         self.sizes = [tuple(each) for each in sizes]
 
-    def propose(self, measures: Mapping[str, Measure], graph: Any) -> dict[str, Proposal]:
+    def propose(self, measures: Mapping[str, WidthStatistics], graph: Any) -> dict[str, Proposal]:
         now = tuple(graph.sizes.values())
         place = self.sizes.index(now) + 1 if now in self.sizes else 0
         wanted = dict(zip(graph.sizes, self.sizes[place % len(self.sizes)], strict=True))

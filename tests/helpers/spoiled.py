@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from evolvenet.graph.width_graph import WidthGraph
-from evolvenet.measurement.width_spectra import Measure
+from evolvenet.measurement.width_spectra import WidthStatistics
 from evolvenet.policies.base import Proposal
 from tests.helpers.cases import CASES, Case, run
 
@@ -114,7 +114,7 @@ class Asks:
     def __init__(self, sizes: Mapping[str, int]) -> None:
         self.sizes = sizes
 
-    def propose(self, measures: Mapping[str, Measure], graph: WidthGraph) -> dict[str, Proposal]:
+    def propose(self, measures: Mapping[str, WidthStatistics], graph: WidthGraph) -> dict[str, Proposal]:
         return {name: Proposal(size, "asked for") for name, size in self.sizes.items()}
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor
 from torch.optim import Optimizer
 
-from evolvenet.measurement.width_spectra import Measure
+from evolvenet.measurement.width_spectra import WidthStatistics
 from evolvenet.policies.base import Proposal
 from evolvenet.surgery.optimizer_state import validate_state
 
@@ -21,7 +21,7 @@ class InTurn:
     def __init__(self, *sizes: Mapping[str, int]) -> None:
         self.left = list(sizes)
 
-    def propose(self, measures: Mapping[str, Measure], graph: object) -> dict[str, Proposal]:
+    def propose(self, measures: Mapping[str, WidthStatistics], graph: object) -> dict[str, Proposal]:
         sizes = self.left.pop(0) if self.left else {}
         return {name: Proposal(size, "asked for") for name, size in sizes.items() if measures[name].size != size}
 

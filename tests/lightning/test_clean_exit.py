@@ -21,7 +21,7 @@ from torch.nn.modules import module as global_hooks
 from torch.utils.data import DataLoader, TensorDataset
 
 from evolvenet import Evolver, Proposal, WidthEvolution, WidthGraph
-from evolvenet.measurement.width_spectra import Measure
+from evolvenet.measurement.width_spectra import WidthStatistics
 from evolvenet.surgery.checkpoint import reshape_before_load
 from tests.helpers import networks
 from tests.helpers.paths import ROOT
@@ -43,12 +43,12 @@ class Breathes:
     def __init__(self) -> None:
         self.events = 0
 
-    def propose(self, measures: Mapping[str, Measure], graph: WidthGraph) -> dict[str, Proposal]:
+    def propose(self, measures: Mapping[str, WidthStatistics], graph: WidthGraph) -> dict[str, Proposal]:
         self.events += 1
         sizes = {name: self._size(each, graph.widths[name].smallest) for name, each in measures.items()}
         return {name: Proposal(size, "breathes") for name, size in sizes.items() if size != measures[name].size}
 
-    def _size(self, each: Measure, smallest: int) -> int:
+    def _size(self, each: WidthStatistics, smallest: int) -> int:
         if self.events > 1:
             return each.size + each.step if each.growable else each.size
         return max(each.size - max(each.size // 3 // each.step, 1) * each.step, smallest, each.step)

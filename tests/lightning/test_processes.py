@@ -164,7 +164,7 @@ def test_disagreement_names_who_has_what() -> None:
 @pytest.mark.parametrize("case", CASES[:8], ids=str)
 def test_another_rank_gets_rank_0s_values(case: Any) -> None:
     """Sent as plain maps and values, put into that rank's own model."""
-    model, twin = case.model(seed=1), case.model(seed=1)
+    model, replica = case.model(seed=1), case.model(seed=1)
     graph = trace(model, case.inputs())
     sizes = {width.name: max(width.smallest, width.size - width.step) for width in graph.resizable}
     surgery = plan_prune(model, graph, sizes)
@@ -177,12 +177,12 @@ def test_another_rank_gets_rank_0s_values(case: Any) -> None:
     group = Scripted(0, keep)
     group.broadcast = keep  # type: ignore[method-assign]
     assert shared(group, model, graph, lambda: surgery) is surgery
-    theirs = shared(Scripted(1, lambda value: sent[0]), twin, graph, lambda: surgery)
+    theirs = shared(Scripted(1, lambda value: sent[0]), replica, graph, lambda: surgery)
     install(model, surgery)
-    install(twin, theirs)
-    assert fingerprint(model) == fingerprint(twin)
+    install(replica, theirs)
+    assert fingerprint(model) == fingerprint(replica)
     assert theirs.graph == surgery.graph
-    assert trace(twin, case.inputs()).sizes == theirs.graph.sizes
+    assert trace(replica, case.inputs()).sizes == theirs.graph.sizes
 
 
 def test_spawned_runs_without_evolution_are_left_alone() -> None:

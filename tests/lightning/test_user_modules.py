@@ -19,7 +19,7 @@ from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
 
 from evolvenet import Evolver, TraceError, WidthEvolution
-from evolvenet.measurement.width_spectra import Measure
+from evolvenet.measurement.width_spectra import WidthStatistics
 from evolvenet.policies.base import Proposal
 from tests.helpers.runs import Batches, Classifier, trainer
 
@@ -27,7 +27,7 @@ from tests.helpers.runs import Batches, Classifier, trainer
 class Breathes:
     """Every width a step down at one event and two up at the next, by its size: a pure function."""
 
-    def propose(self, measures: Mapping[str, Measure], graph: Any) -> dict[str, Proposal]:
+    def propose(self, measures: Mapping[str, WidthStatistics], graph: Any) -> dict[str, Proposal]:
         return {
             name: Proposal(measure.size - measure.step if measure.size > 15 else measure.size + 2 * measure.step, "")
             for name, measure in measures.items()

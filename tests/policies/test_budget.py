@@ -17,8 +17,8 @@ from evolvenet.graph.index_map import IndexMap
 from evolvenet.graph.width_graph import WidthGraph
 from evolvenet.growth.loss_test import Evidence
 from evolvenet.measurement.cost import Costs, macs, parameters, size_in_bytes
-from evolvenet.measurement.width_spectra import Measure, measure
-from evolvenet.policies.base import Moment, Proposal, Scheduled
+from evolvenet.measurement.width_spectra import WidthStatistics, measure
+from evolvenet.policies.base import PolicyContext, Proposal, Scheduled
 from tests.helpers.cases import CASES, Case, graph_of
 from tests.helpers.small_models import mlp
 
@@ -110,19 +110,21 @@ def test_sizes_are_multiples_on_request(multiple: int) -> None:
     assert seen[-1] <= 12_000
 
 
-def moment(model: nn.Module, x: Any, timed: Any = None, progress: float = 1.0) -> Moment:
+def moment(model: nn.Module, x: Any, timed: Any = None, progress: float = 1.0) -> PolicyContext:
     graph = trace(model, x)
     costs = Costs.of(model, graph, x)
-    return Moment(progress, graph.sizes, costs if timed is None else replace(costs, timed=timed))
+    return PolicyContext(progress, graph.sizes, costs if timed is None else replace(costs, timed=timed))
 
 
-def measures(model: nn.Module, x: Any, spectra: Mapping[str, list[float]] | None = None) -> dict[str, Measure]:
+def measures(model: nn.Module, x: Any, spectra: Mapping[str, list[float]] | None = None) -> dict[str, WidthStatistics]:
     graph = trace(model, x)
     found = spectra or {name: values.tolist() for name, values in measure(model, graph).items()}
-    return {name: Measure(name, graph.sizes[name], 1, tuple(each), 99, True) for name, each in found.items()}
+    return {name: WidthStatistics(name, graph.sizes[name], 1, tuple(each), 99, True) for name, each in found.items()}
 
 
-def proposals(policy: Budget, now: Moment, seen: Mapping[str, Measure], graph: WidthGraph) -> dict[str, Proposal]:
+def proposals(
+    policy: Budget, now: PolicyContext, seen: Mapping[str, WidthStatistics], graph: WidthGraph
+) -> dict[str, Proposal]:
     asked = policy.at(now)
     return {} if asked is None else asked.propose(seen, graph)
 
@@ -202,7 +204,7 @@ def test_a_network_whose_units_are_larger_than_the_margin_settles_too() -> None:
 
 @pytest.mark.parametrize("budget", [100, 290, 300, 315])
 def test_what_whole_units_leave_is_filled_once_the_budget_holds(budget: int) -> None:
-    """Where no growth is certain enough to be paid for, newborns come last and nothing goes any more."""
+    """Where no growth is certain enough to be paid for, new units come last and nothing goes any more."""
     policy = Budget(params=budget, by=0.5, saturated=0.0, smallest=1, certain=math.inf)
     torch.manual_seed(0)
     evolver, seen = run(policy, wide(12), events=16)
@@ -328,21 +330,21 @@ def test_it_is_asked_through_its_moment() -> None:
     assert isinstance(Budget(params=5), Scheduled)
 
 
-@pytest.mark.parametrize(("certainty", "grows"), [(1.9, False), (2.1, True), (None, True)])
-def test_growth_that_others_pay_for_is_asked_of_the_loss(certainty: float | None, grows: bool) -> None:
+@pytest.mark.parametrize(("t_statistic", "grows"), [(1.9, False), (2.1, True), (None, True)])
+def test_growth_that_others_pay_for_is_asked_of_the_loss(t_statistic: float | None, grows: bool) -> None:
     """At the budget one width has units to spare and the other is saturated: where the loss wants it, they change hands."""
     model, asked = mlp(6, 8, 8, 3), []
     x = torch.zeros(1, 6).double()
     graph = trace(model, x)
-    spare = Measure("0", 8, 1, (1.0, 1.0, 1.0, 1.0, 1e-4, 1e-4, 1e-4, 1e-4), 99, True)
-    full = Measure("2", 8, 1, (1.0,) * 8, 99, True)
+    spare = WidthStatistics("0", 8, 1, (1.0, 1.0, 1.0, 1.0, 1e-4, 1e-4, 1e-4, 1e-4), 99, True)
+    full = WidthStatistics("2", 8, 1, (1.0,) * 8, 99, True)
 
     def answer(sizes: Mapping[str, int]) -> dict[str, Evidence]:
         asked.append(dict(sizes))
-        return {} if certainty is None else {name: Evidence(0.1, certainty) for name in sizes}
+        return {} if t_statistic is None else {name: Evidence(0.1, t_statistic) for name in sizes}
 
     budget = Budget(params=graph.parameters - 1, by=0.5, growth=0.25)
-    moment = Moment(1.0, graph.sizes, Costs.of(model, graph, x), evidence=answer)
+    moment = PolicyContext(1.0, graph.sizes, Costs.of(model, graph, x), evidence=answer)
     policy = budget.at(moment)
     assert policy is not None
     found = {name: proposal.size for name, proposal in policy.propose({"0": spare, "2": full}, graph).items()}
@@ -354,8 +356,8 @@ def test_growth_that_others_pay_for_is_asked_of_the_loss(certainty: float | None
 def test_growth_towards_a_budget_above_needs_no_reason() -> None:
     model, x = mlp(6, 8, 8, 3), torch.zeros(1, 6).double()
     graph = trace(model, x)
-    full = {name: Measure(name, 8, 1, (1.0,) * 8, 99, True) for name in ("0", "2")}
-    moment = Moment(1.0, graph.sizes, Costs.of(model, graph, x), evidence=lambda _: pytest.fail("was asked"))
+    full = {name: WidthStatistics(name, 8, 1, (1.0,) * 8, 99, True) for name in ("0", "2")}
+    moment = PolicyContext(1.0, graph.sizes, Costs.of(model, graph, x), evidence=lambda _: pytest.fail("was asked"))
     policy = Budget(params=2 * graph.parameters, by=0.5, growth=0.25).at(moment)
     assert policy is not None
     assert {proposal.size for proposal in policy.propose(full, graph).values()} == {10}

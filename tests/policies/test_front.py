@@ -13,7 +13,7 @@ from torch import nn
 
 from evolvenet import Budget, Evolver, Front, PolicyError, trace
 from evolvenet.measurement.cost import Costs, parameters
-from evolvenet.policies.base import Moment
+from evolvenet.policies.base import PolicyContext
 from tests.policies.test_budget import wide
 
 POINTS = (12_000, 5_000, 1_500)
@@ -56,7 +56,7 @@ def test_what_may_be_spent_never_rises_and_ends_at_each_point(spans: list[float]
     costs = Costs.of(model, graph, x)
 
     def allowed(share: float) -> float:
-        asked: Any = policy.at(Moment(share, graph.sizes, costs))
+        asked: Any = policy.at(PolicyContext(share, graph.sizes, costs))
         return asked.target
 
     assert allowed(progress) >= allowed(min(1.0, progress + 0.05)) - 1e-6

@@ -12,8 +12,8 @@ from torch import nn
 
 from evolvenet import Evolver, PolicyError, Price, trace
 from evolvenet.measurement.cost import Costs
-from evolvenet.measurement.width_spectra import Measure
-from evolvenet.policies.base import Moment, Proposal
+from evolvenet.measurement.width_spectra import WidthStatistics
+from evolvenet.policies.base import PolicyContext, Proposal
 from tests.helpers.small_models import mlp
 
 MODEL = mlp(6, 20, 20, 3)
@@ -29,15 +29,15 @@ def line(name: str, price: float) -> list[tuple[int, float]]:
     return [(0, 20 * EACH[name] * price / 1000), (20, 0.0)]
 
 
-def measured(name: str, **rest: Any) -> Measure:
-    return Measure(name, 20, 1, (1.0,) * 20, **{"idle": 99, "growable": True, **rest})
+def measured(name: str, **rest: Any) -> WidthStatistics:
+    return WidthStatistics(name, 20, 1, (1.0,) * 20, **{"idle": 99, "growable": True, **rest})
 
 
 def decide(
     policy: Price, curves: Mapping[str, Sequence[tuple[int, float]]], progress: float = 0.5, **rest: Any
 ) -> dict[str, Proposal]:
     """What is proposed at a moment of a run."""
-    moment = Moment(progress, GRAPH.sizes, Costs.of(MODEL, GRAPH, X), trials=lambda **_: curves)
+    moment = PolicyContext(progress, GRAPH.sizes, Costs.of(MODEL, GRAPH, X), trials=lambda **_: curves)
     return policy.at(moment).propose({name: measured(name, **rest) for name in curves}, GRAPH)
 
 

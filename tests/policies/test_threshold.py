@@ -20,8 +20,8 @@ from evolvenet.graph.width_graph import Widths
 from evolvenet.growth.loss_test import Evidence
 from evolvenet.linalg.spectrum import effective_rank
 from evolvenet.measurement.cost import Costs
-from evolvenet.measurement.width_spectra import Measure
-from evolvenet.policies.base import Moment, Proposal
+from evolvenet.measurement.width_spectra import WidthStatistics
+from evolvenet.policies.base import PolicyContext, Proposal
 from evolvenet.policies.threshold import Threshold
 from evolvenet.tracing.trace import trace
 from tests.helpers.small_models import mlp
@@ -30,23 +30,23 @@ LONG_AGO = 1000
 GRAPH = trace(mlp(6, 8, 8, 3), torch.zeros(1, 6).double())
 
 
-def measured(spectrum: list[float], width: str = "0", **rest: Any) -> Measure:
+def measured(spectrum: list[float], width: str = "0", **rest: Any) -> WidthStatistics:
     """A width that may change in any way, of as many units as its spectrum has values."""
     defaults = {"size": len(spectrum), "step": 1, "idle": LONG_AGO, "growable": True}
-    return Measure(width, spectrum=tuple(spectrum), **{**defaults, **rest})
+    return WidthStatistics(width, spectrum=tuple(spectrum), **{**defaults, **rest})
 
 
-def decide(policy: Threshold, *measures: Measure) -> dict[str, Proposal]:
+def decide(policy: Threshold, *measures: WidthStatistics) -> dict[str, Proposal]:
     """What the policy proposes for these widths."""
     return policy.propose({measure.width: measure for measure in measures}, GRAPH)
 
 
-def flat(size: int, **rest: Any) -> Measure:
+def flat(size: int, **rest: Any) -> WidthStatistics:
     """A saturated width."""
     return measured([1.0] * size, **rest)
 
 
-def low(size: int, rank: int, **rest: Any) -> Measure:
+def low(size: int, rank: int, **rest: Any) -> WidthStatistics:
     """A width of which only `rank` directions, all equally strong, carry anything."""
     return measured([1.0] * rank + [0.0] * (size - rank), **rest)
 
@@ -252,8 +252,8 @@ def test_above_max_parameters_the_least_energetic_go_even_where_all_is_saturated
         nn.Sequential(nn.Linear(4, 10), nn.ReLU(), nn.Linear(10, 8), nn.ReLU(), nn.Linear(8, 2)), torch.zeros(1, 4)
     )
     flat = {
-        "0": Measure("0", 10, 1, (1.0,) * 9 + (0.9,), 1000, True),
-        "2": Measure("2", 8, 1, (1.0,) * 8, 1000, True),
+        "0": WidthStatistics("0", 10, 1, (1.0,) * 9 + (0.9,), 1000, True),
+        "2": WidthStatistics("2", 8, 1, (1.0,) * 8, 1000, True),
     }
     bound = graph.parameters - 1
     found = Threshold(prune=0.01, grow=0.9, max_parameters=bound).propose(flat, graph)
@@ -265,14 +265,14 @@ def test_above_max_parameters_the_least_energetic_go_even_where_all_is_saturated
 
 def test_the_reason_counts_what_goes_where_the_largest_step_is_less_than_the_threshold_allows() -> None:
     graph = trace(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), torch.zeros(1, 4))
-    one_direction = {"0": Measure("0", 8, 1, (1.0,) + (0.0,) * 7, 1000, True)}
+    one_direction = {"0": WidthStatistics("0", 8, 1, (1.0,) + (0.0,) * 7, 1000, True)}
     proposal = Threshold(prune=0.01, grow=0.9, largest_step=0.25).propose(one_direction, graph)["0"]
     assert proposal.size == 6
     assert proposal.reason.startswith("2 directions carry 0.0 %")
 
 
 def asking(
-    policy: Threshold, evidence: Mapping[str, float], *measures: Measure
+    policy: Threshold, evidence: Mapping[str, float], *measures: WidthStatistics
 ) -> tuple[dict[str, Proposal], list[Any]]:
     """What is proposed where the loss says so much for each width, and which sizes it was asked of."""
     asked: list[Any] = []
@@ -281,18 +281,20 @@ def asking(
         asked.append(dict(sizes))
         return {name: Evidence(0.1, evidence[name]) for name in sizes if name in evidence}
 
-    moment = Moment(0.5, GRAPH.sizes, Costs.of(mlp(6, 8, 8, 3), GRAPH, torch.zeros(1, 6).double()), evidence=answer)
+    moment = PolicyContext(
+        0.5, GRAPH.sizes, Costs.of(mlp(6, 8, 8, 3), GRAPH, torch.zeros(1, 6).double()), evidence=answer
+    )
     policy_now = policy.at(moment)
     return policy_now.propose({measure.width: measure for measure in measures}, GRAPH), asked
 
 
-@pytest.mark.parametrize(("certainty", "grows"), [(1.99, False), (2.0, True), (-9.0, False), (None, True)])
-def test_a_saturated_width_grows_only_if_the_loss_asks_for_it(certainty: float | None, grows: bool) -> None:
+@pytest.mark.parametrize(("t_statistic", "grows"), [(1.99, False), (2.0, True), (-9.0, False), (None, True)])
+def test_a_saturated_width_grows_only_if_the_loss_asks_for_it(t_statistic: float | None, grows: bool) -> None:
     """Where nothing is known, the spectrum decides alone."""
-    found, asked = asking(Threshold(prune=0.01, grow=0.9), {} if certainty is None else {"0": certainty}, flat(8))
+    found, asked = asking(Threshold(prune=0.01, grow=0.9), {} if t_statistic is None else {"0": t_statistic}, flat(8))
     assert asked == [{"0": 10}]
     assert set(found) == ({"0"} if grows else set())
-    if certainty == 2.0:
+    if t_statistic == 2.0:
         assert found["0"].reason.endswith("(threshold 0.90), and the loss asks for it (2.0 standard errors)")
 
 

@@ -12,7 +12,7 @@ import evolvenet
 from evolvenet.execution import residual_sums as sums_module
 from evolvenet.graph.index_map import IndexMap
 from evolvenet.measurement.activation_moments import collect
-from evolvenet.pruning.reconstruction import Effort, compensate
+from evolvenet.pruning.reconstruction import Effort, reconstruct
 from evolvenet.pruning.selection import choose
 from evolvenet.surgery.resize_model import compile_surgery, install
 from evolvenet.tracing.trace import trace
@@ -70,7 +70,7 @@ def test_nothing_is_changed_yet() -> None:
     graph = trace(model, x[:1])
     surgery = compile_surgery(model, graph, {"0": IndexMap.keep(range(5), size=8)})
     before, held = State.of(model), [change.value.clone() for change in surgery.changes]
-    fitted = compensate(model, graph, surgery, [x])
+    fitted = reconstruct(model, graph, surgery, [x])
     assert before.differences(model) == []
     assert all(torch.equal(change.value, value) for change, value in zip(surgery.changes, held, strict=True))
     moved = {change.name for change in fitted.changes} - {change.name for change in surgery.changes}
@@ -138,7 +138,7 @@ def test_without_a_fit_the_cut_is_bare(model: nn.Module, batches: list[Tensor]) 
     (name,) = list(graph.sizes)[-1:]
     surgery = compile_surgery(model, graph, {name: IndexMap.keep([0, 2], size=6)})
     bare = {change.name: change.value.clone() for change in surgery.changes}
-    fitted = {change.name: change.value for change in compensate(model, graph, surgery, batches).changes}
+    fitted = {change.name: change.value for change in reconstruct(model, graph, surgery, batches).changes}
     skipped = {"c.weight"} if isinstance(model, Twice) else set()
     assert all(torch.equal(fitted[key], value) for key, value in bare.items() if key not in skipped)
 
@@ -169,7 +169,7 @@ def test_large_samples_are_taken_in_small_numbers(entries: int, samples: int) ->
     Watched.seen = seen  # type: ignore[attr-defined]
     surgery = compile_surgery(model, graph, {"0": IndexMap.keep([0, 2], size=6)})
     effort = Effort(samples=1024, entries=entries, rows=1024, work=1e9)
-    compensate(model, graph, surgery, [torch.randn(25, 3), torch.randn(25, 3)], effort)
+    reconstruct(model, graph, surgery, [torch.randn(25, 3), torch.randn(25, 3)], effort)
     assert seen == [samples] * 2
 
 
@@ -181,7 +181,7 @@ def test_a_fit_does_no_harm_to_any_model(case: Case) -> None:
     batches = [case.inputs(seed) for seed in range(20, 32)]
     kept = choose(model, graph, sizes, collect(model, graph, batches))
     bare = compile_surgery(model, graph, kept)
-    fitted = compensate(model, graph, bare, batches)
+    fitted = reconstruct(model, graph, bare, batches)
     expected = [outputs(model, batch) for batch in batches]
     errors = []
     for surgery in (bare, fitted):
@@ -212,7 +212,7 @@ def test_an_attention_layer_takes_the_mean_into_its_bias() -> None:
     expected = outputs(model, x)
     width = graph.widths["make"]
     surgery = compile_surgery(model, graph, {"make": IndexMap.keep(range(width.size - width.step), size=width.size)})
-    fitted = compensate(model, graph, surgery, [x])
+    fitted = reconstruct(model, graph, surgery, [x])
     errors = []
     for each in (surgery, fitted):
         undo = install(model, each)
@@ -240,7 +240,7 @@ def test_a_branch_makes_up_for_its_shortcut() -> None:
         with pytest.MonkeyPatch.context() as patch:
             if not sums:
                 patch.setattr(sums_module, "SUMS", frozenset())
-            fitted = compensate(model, graph, surgery, [x])
+            fitted = reconstruct(model, graph, surgery, [x])
         undo = install(model, fitted)
         errors.append(distance(outputs(model, x), expected))
         undo()
@@ -257,7 +257,7 @@ def test_a_norm_takes_the_mean_where_there_is_no_bias() -> None:
     x = torch.randn(32, 2, 6, 6, dtype=FLOAT)
     graph, expected = trace(model, x[:2]), outputs(model, x)
     surgery = compile_surgery(model, graph, {"0": IndexMap.keep([0, 1, 2], size=4)})
-    fitted = compensate(model, graph, surgery, [x])
+    fitted = reconstruct(model, graph, surgery, [x])
     assert "2.running_mean" in {change.name for change in fitted.changes}
     assert norm.running_mean is not None
     assert not norm.running_mean.any()

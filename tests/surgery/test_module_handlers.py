@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from evolvenet.errors import ResizeError
-from evolvenet.surgery.module_handlers import attributes, newborn_value, refresh
+from evolvenet.surgery.module_handlers import attributes, new_unit_value, refresh
 
 # (the module, one of its type built for the new shapes)
 PAIRS: dict[str, tuple[nn.Module, nn.Module]] = {
@@ -77,7 +77,7 @@ def test_subclasses_are_known_and_others_keep_no_numbers() -> None:
 
     assert attributes(Mine(4, 6), {"weight": (2, 3)}) == {"in_features": 3, "out_features": 2}
     assert attributes(nn.ReLU(), {}) == {}
-    assert newborn_value(nn.ReLU(), "weight", 0) == 0.0
+    assert new_unit_value(nn.ReLU(), "weight", 0) == 0.0
 
 
 @pytest.mark.parametrize(
@@ -104,16 +104,16 @@ def test_impossible_shapes_are_refused(module: nn.Module, target: dict[str, tupl
 
 
 @pytest.mark.parametrize("module", [nn.BatchNorm2d(3), nn.GroupNorm(1, 3), nn.LayerNorm(3), nn.RMSNorm(3)])
-def test_newborns_start_as_norms_do(module: nn.Module) -> None:
+def test_new_units_start_as_norms_do(module: nn.Module) -> None:
     """Weight and running variance 1, everything else 0: as the module's own first values."""
     for name, tensor in (*module.named_parameters(), *module.named_buffers()):
         if tensor.dim():
-            assert newborn_value(module, name, 0) == float(tensor.detach()[0])
+            assert new_unit_value(module, name, 0) == float(tensor.detach()[0])
 
 
-def test_newborns_elsewhere_are_zero() -> None:
-    assert newborn_value(nn.Linear(2, 2), "weight", 0) == 0.0
-    assert newborn_value(nn.PReLU(2), "weight", 0) == 0.0
+def test_new_units_elsewhere_are_zero() -> None:
+    assert new_unit_value(nn.Linear(2, 2), "weight", 0) == 0.0
+    assert new_unit_value(nn.PReLU(2), "weight", 0) == 0.0
 
 
 def test_a_recurrent_module_runs_on_its_new_weights() -> None:

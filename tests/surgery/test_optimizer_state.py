@@ -37,11 +37,11 @@ def slow(key: str, old: Tensor, dim: int, index_map: IndexMap, value: Tensor) ->
     if key in NUMBERS or (key, dim - value.dim()) in {("row_var", -1), ("col_var", -2)}:
         return old
     kept = [old.select(dim, index) for index in index_map.indices if index >= 0]
-    newborn = {"step_size": lambda _: torch.full_like(kept[0], LR), "ax": lambda place: value.select(dim, place)}
-    newborn |= dict.fromkeys(MOMENTA, lambda _: torch.zeros_like(kept[0]))
-    newborn |= dict.fromkeys(MEANS, lambda _: torch.stack(kept).mean(0))
+    new_unit = {"step_size": lambda _: torch.full_like(kept[0], LR), "ax": lambda place: value.select(dim, place)}
+    new_unit |= dict.fromkeys(MOMENTA, lambda _: torch.zeros_like(kept[0]))
+    new_unit |= dict.fromkeys(MEANS, lambda _: torch.stack(kept).mean(0))
     units = [
-        old.select(dim, index) if index >= 0 else newborn[key](place) for place, index in enumerate(index_map.indices)
+        old.select(dim, index) if index >= 0 else new_unit[key](place) for place, index in enumerate(index_map.indices)
     ]
     return torch.stack(units, dim)
 
@@ -65,12 +65,12 @@ def test_state_follows_shrink_grow_and_split(name: str) -> None:
                 torch.testing.assert_close(
                     after[key], want, rtol=1e-6, atol=0, msg=lambda text, key=key: f"{key}: {text}"
                 )
-                if key not in NUMBERS and not index_map.newborns:
+                if key not in NUMBERS and not index_map.new_units:
                     assert torch.equal(after[key], want), f"{key} of survivors must be the same to the bit"
     assert train(model, optimizer, 3) < float("inf")
 
 
-def test_survivors_are_the_same_to_the_bit_beside_newborns() -> None:
+def test_survivors_are_the_same_to_the_bit_beside_new_units() -> None:
     model = Hidden()
     optimizer = torch.optim.Adam(model.parameters(), lr=LR)
     train(model, optimizer, 3)
@@ -124,8 +124,8 @@ def test_any_maps_on_both_axes(rows: IndexMap, columns: IndexMap, both: tuple[in
         for dim, index_map in axes.items():
             survivors = [index for index in index_map.indices if index >= 0] or list(range(index_map.size))
             mean = torch.stack([entry.select(dim, index) for index in survivors]).mean(0)
-            newborn = mean if key == "exp_avg_sq" else torch.zeros_like(mean)
-            entry = torch.stack([entry.select(dim, i) if i >= 0 else newborn for i in index_map.indices], dim)
+            new_unit = mean if key == "exp_avg_sq" else torch.zeros_like(mean)
+            entry = torch.stack([entry.select(dim, i) if i >= 0 else new_unit for i in index_map.indices], dim)
         torch.testing.assert_close(after[key], entry)
     assert after["step"] is optimizer.state[weight]["step"]
 

@@ -19,7 +19,7 @@ from tests.helpers.states import silence
 
 BOUND = 1.5
 STEADY = [name for name in OPTIMIZERS if name != "sparse adam" and not name.startswith("rprop")]
-"""Rprop's step sizes adapt on their own: a learning rate of 0 does not hold a weight still, and the steps of newborns, the
+"""Rprop's step sizes adapt on their own: a learning rate of 0 does not hold a weight still, and the steps of new units, the
 learning rate, have nothing to do with what those of the survivors have become."""
 
 
@@ -287,7 +287,7 @@ def test_an_average_of_weights_moves_with_its_refitted_weight() -> None:
 
 @pytest.mark.parametrize("drift", [0.0, 0.5])
 @pytest.mark.parametrize("name", STEADY)
-def test_newborns_with_gradients_like_the_survivors_never_move_much_further(name: str, drift: float) -> None:
+def test_new_units_with_gradients_like_the_survivors_never_move_much_further(name: str, drift: float) -> None:
     always = drift * torch.randn(32, 60, dtype=torch.float64)
     weight = nn.Parameter(torch.randn(24, 60, dtype=torch.float64))
     optimizer = OPTIMIZERS[name]([weight], lr=LR)
@@ -311,7 +311,7 @@ def test_newborns_with_gradients_like_the_survivors_never_move_much_further(name
 
 
 @pytest.mark.parametrize("name", MAKERS)
-def test_newborns_of_a_growing_network_never_move_much_further_than_survivors(name: str) -> None:
+def test_new_units_of_a_growing_network_never_move_much_further_than_survivors(name: str) -> None:
     model = nn.Sequential(nn.Linear(20, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 5)).double()
     optimizers = MAKERS[name](model)
     train(model, optimizers, range(60), (20,))
@@ -326,8 +326,8 @@ def test_newborns_of_a_growing_network_never_move_much_further_than_survivors(na
             level = size[tuple(slice(count) for count in old)].mean()
             for dim, count in enumerate(old):
                 if size.shape[dim] > count:
-                    newborns = size.narrow(dim, count, size.shape[dim] - count)
-                    ratios.setdefault((key, dim), []).append(float(newborns.mean() / level))
+                    new_units = size.narrow(dim, count, size.shape[dim] - count)
+                    ratios.setdefault((key, dim), []).append(float(new_units.mean() / level))
 
     train(model, optimizers, range(60, 90), (20,), note)
     assert {key for key, _ in ratios} == set(shapes) - {"4.bias"}

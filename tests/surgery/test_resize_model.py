@@ -25,15 +25,15 @@ BY_NAME = {case.name: case for case in CASES}
 
 
 def mixture(graph: WidthGraph) -> dict[str, IndexMap]:
-    """For every width: one unit removed, one split, two newborns, the rest in another order."""
+    """For every width: one unit removed, one split, two new units, the rest in another order."""
     return {
         width.name: IndexMap.of([width.size - 1, -1, *range(1, width.size), -1], width.size)
         for width in graph.resizable
     }
 
 
-def by_hand(tensor: Tensor, graph: WidthGraph, maps: Mapping[str, IndexMap], name: str, newborn: float) -> Tensor:
-    """The new tensor, each entry looked up by itself: where it comes from along every axis, or that it is newborn."""
+def by_hand(tensor: Tensor, graph: WidthGraph, maps: Mapping[str, IndexMap], name: str, new_unit: float) -> Tensor:
+    """The new tensor, each entry looked up by itself: where it comes from along every axis, or that it is new unit."""
     sources: list[list[int]] = []
     for dim, length in enumerate(tensor.shape):
         here: list[int] = []
@@ -45,7 +45,7 @@ def by_hand(tensor: Tensor, graph: WidthGraph, maps: Mapping[str, IndexMap], nam
                 here += [-1 if unit < 0 else start + unit * part.repeat + k for k in range(part.repeat)]
             start += part.length
         sources.append(here if dim in graph.layouts[name] else list(range(length)))
-    entries = [newborn if -1 in place else float(tensor[place]) for place in itertools.product(*sources)]
+    entries = [new_unit if -1 in place else float(tensor[place]) for place in itertools.product(*sources)]
     return torch.tensor(entries, dtype=tensor.dtype).reshape([len(axis) for axis in sources])
 
 
@@ -215,7 +215,7 @@ def test_exchange_keeps_what_hangs_on_the_parameter() -> None:
     assert torch.equal(parameter.grad, torch.full((2,), 2.0))  # type: ignore[arg-type]
 
 
-def test_moved_tells_old_entries_from_newborn_ones() -> None:
+def test_moved_tells_old_entries_from_new_unit_ones() -> None:
     case = BY_NAME["densenet"]
     model, graph = case.model(), graph_of(case)
     ones = {name: torch.ones_like(parameter) for name, parameter in model.named_parameters()}
