@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.weak import WeakTensorKeyDictionary
 
 import evolvenet.tracing.contraction_rules  # noqa: F401  registers its rules
+import evolvenet.tracing.reduction_rules  # noqa: F401  registers its rules
 from evolvenet.errors import TraceError
 from evolvenet.execution.inputs import arguments, tensors_of
 from evolvenet.execution.shadow_tensors import op_by_op, sandbox
