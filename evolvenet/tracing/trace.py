@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from torch.utils.weak import WeakTensorKeyDictionary
 
-import evolvenet.tracing.contraction_rules  # noqa: F401  registers its rules
+import evolvenet.tracing.contraction_rules  # registers its rules
 import evolvenet.tracing.reduction_rules  # noqa: F401  registers its rules
 from evolvenet.errors import TraceError
 from evolvenet.execution.inputs import arguments, tensors_of
