@@ -157,8 +157,9 @@ ABOUT = """\
   confidence interval of the mean (Student's t).
 - A reset alone changes the loss. Without their momentum SGD and Muon take smaller steps for a while, which lowers a loss that
   the noise of the batches holds up; fresh AdamW takes larger steps. The control says by how much; **less the control's** is
-  what the change of widths adds. After a cut the units that are left learn for the removed ones too, and their gradients
-  grow: AdamW's carried second moments are too small at first, which is why `optim.compile_state` lets it forget faster then.
+  what the change of widths adds. After a cut the gradients of the units that are left grow, since they are trained for the
+  removed ones too. AdamW's carried second moments are too small for them at first; after a cut
+  `evolvenet.surgery.optimizer_state.compile_state` therefore makes AdamW discount them sooner.
 """
 
 ABOUT_RATIOS = """\
