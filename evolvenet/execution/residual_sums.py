@@ -1,4 +1,9 @@
-"""Which reads end in a sum: the branch of a residual block may make up for what its shortcut gets wrong."""
+"""Weight ops whose outputs are added to another tensor of the same shape, as at the end of a residual branch.
+
+`ResidualSumMode` follows the output of every weight op through batch norms in eval mode and views, keeping the scale and
+shift that each output unit has had, and calls back before each sum in which such an output is an operand. A layer that is
+refitted at that sum can also correct the errors of the other operand.
+"""
 
 from __future__ import annotations
 
@@ -19,54 +24,55 @@ NORMS = frozenset({aten.native_batch_norm.default})
 
 
 @dataclass(frozen=True, eq=False)
-class Trail:
-    """What came out of a read, and what has happened to it since: each output unit scaled and shifted.
+class TrackedOutput:
+    """The output of a weight op, each unit of which has been scaled and shifted since.
 
     Args:
-        read: the product.
-        again: makes it once more, with the weight as it then is.
+        op: the weight op.
+        recompute: runs it again on the same inputs, with the weight's present values.
         scale: `[out]`.
         shift: `[out]`.
     """
 
-    read: WeightOp
-    again: Callable[[], Tensor]
+    op: WeightOp
+    recompute: Callable[[], Tensor]
     scale: Tensor
     shift: Tensor
 
-    def at(self, tensor: Tensor, rows: Tensor) -> Tensor:
-        """A tensor laid out as what is followed, at some output places of the read: `[len(rows), out]`."""
-        laid = tensor if self.read.geometry else tensor.reshape(-1, tensor.shape[-1])
-        return self.read.answers(laid, rows).movedim(0, 1).flatten(1)
+    def values_at(self, tensor: Tensor, rows: Tensor) -> Tensor:
+        """Entries of a tensor with the layout of the output at some output positions of the op: `[len(rows), out]`."""
+        flat = tensor if self.op.geometry else tensor.reshape(-1, tensor.shape[-1])
+        return self.op.outputs_at(flat, rows).movedim(0, 1).flatten(1)
 
-    def value(self, like: Tensor, offset: Tensor | float = 0.0) -> Tensor:
-        """What is followed, made once more, `offset` `[out]` added to what came out of the read."""
-        made = self.again()
-        shape = [1, -1] + [1] * (made.dim() - 2)
+    def recomputed(self, like: Tensor, offset: Tensor | float = 0.0) -> Tensor:
+        """The op's output computed again, plus `offset` `[out]`, then scaled and shifted, in the shape of `like`."""
+        out = self.recompute()
+        shape = [1, -1] + [1] * (out.dim() - 2)
         shift = self.shift + self.scale * offset
-        return (made * self.scale.reshape(shape) + shift.reshape(shape)).reshape(like.shape)
+        return (out * self.scale.reshape(shape) + shift.reshape(shape)).reshape(like.shape)
 
 
-class OnSum(Protocol):
-    """Called before a sum is made, with the operand that ends a read and the other one."""
+class SumCallback(Protocol):
+    """Called before a sum is computed, with the operand that is a weight op's output and the other operand."""
 
-    def __call__(self, trail: Trail, own: Tensor, other: Tensor) -> None:
+    def __call__(self, output: TrackedOutput, own: Tensor, other: Tensor) -> None:
         """`own` may be written to."""
         ...
 
 
-class Following(WeightOpMode):
-    """Reads, and tells of sums of two equal shapes where an operand is a read's output, at most scaled and shifted.
+class ResidualSumMode(WeightOpMode):
+    """A `WeightOpMode` that also reports sums of two equal shapes with a weight op's output as an operand.
 
-    Where both are, the one with more columns is told of: it can make up for more.
+    If both operands are outputs of weight ops, the one whose weight has more columns is reported: it has more degrees of
+    freedom to be refitted.
 
     Args:
         model: see `WeightOpMode`.
         before: see `WeightOpMode`.
         after: see `WeightOpMode`.
-        on_sum: called before each sum.
-        on_bias: called with a read without a bias, the name of the whole vector that an op after it adds to what it made
-            (1) or takes off (−1, a batch norm's running mean), and that sign.
+        on_sum: called before each such sum.
+        on_bias: called for a weight op without a bias whose output has a vector added or subtracted by a later op. Gets
+            the weight op, the name of the vector, and the sign: 1 for an added one, −1 for the running mean of a batch norm.
     """
 
     def __init__(
@@ -74,75 +80,76 @@ class Following(WeightOpMode):
         model: nn.Module,
         before: Callable[[WeightOp], None] | None = None,
         after: Callable[[WeightOp, Tensor], None] | None = None,
-        on_sum: OnSum | None = None,
+        on_sum: SumCallback | None = None,
         on_bias: Callable[[WeightOp, str, int], None] | None = None,
     ) -> None:
         super().__init__(model, before, after)
         self.on_sum, self.on_bias = on_sum, on_bias
-        self.trails = WeakTensorKeyDictionary()
+        self._tracked = WeakTensorKeyDictionary()
 
-    def came_out(self, read: WeightOp, out: Tensor, again: Callable[[], Tensor]) -> None:
-        """Begin to follow what a read made."""
-        ones = torch.ones(len(read.weight), dtype=out.dtype, device=out.device)
-        self.trails[out] = Trail(read, again, ones, torch.zeros_like(ones))
+    def on_output(self, op: WeightOp, out: Tensor, recompute: Callable[[], Tensor]) -> None:
+        """Start to track the output of a weight op."""
+        ones = torch.ones(len(op.weight), dtype=out.dtype, device=out.device)
+        self._tracked[out] = TrackedOutput(op, recompute, ones, torch.zeros_like(ones))
 
-    def pass_by(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """Run an op; follow what it makes if it only scales, shifts or lays out anew."""
-        biased = func in SUMS and not kwargs and self._add(*args)
-        follow = FOLLOWED.get(func)
-        trail = self.trails.get(args[0]) if follow and isinstance(args[0], Tensor) else None
-        out = func(*args) if biased else super().pass_by(func, args, kwargs)
-        made = follow(trail, out, *args) if follow and trail else None
-        if made is not None:
-            self._mean(func, made, args)
-            self.trails[out[0] if isinstance(out, tuple) else out] = made
+    def run_other_op(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Run an op; its result is tracked if the op is in `TRACKED_OPS` and its argument is tracked."""
+        adds_bias = func in SUMS and not kwargs and self._report_sum(*args)
+        transform = TRACKED_OPS.get(func)
+        before = self._tracked.get(args[0]) if transform and isinstance(args[0], Tensor) else None
+        out = func(*args) if adds_bias else super().run_other_op(func, args, kwargs)
+        after = transform(before, out, *args) if transform and before else None
+        if after is not None:
+            self._report_running_mean(func, after, args)
+            self._tracked[out[0] if isinstance(out, tuple) else out] = after
         if func._schema.is_mutable:
             for tensor in args:
                 if isinstance(tensor, Tensor):
-                    self.trails.pop(tensor, None)
+                    self._tracked.pop(tensor, None)
         return out
 
-    def _mean(self, func: Any, trail: Trail, args: Any) -> None:
-        """Tell of a batch norm right after a read without a bias: its running mean can take what a bias would."""
-        mean = self.owner(args[3]) if func in NORMS and trail.read.bias is None else None
-        if mean is not None and mean[1].shape == trail.scale.shape and self.on_bias is not None:
-            self.on_bias(trail.read, mean[0], -1)
+    def _report_running_mean(self, func: Any, output: TrackedOutput, args: Any) -> None:
+        """Call `on_bias` for a batch norm directly after a weight op without a bias."""
+        mean = self.named_tensor(args[3]) if func in NORMS and output.op.bias is None else None
+        if mean is not None and mean[1].shape == output.scale.shape and self.on_bias is not None:
+            self.on_bias(output.op, mean[0], -1)
 
-    def _add(self, one: Any, two: Any) -> bool:
-        """Tell of a sum; whether it was a read and its bias."""
+    def _report_sum(self, one: Any, two: Any) -> bool:
+        """Call `on_bias` or `on_sum` for a sum; returns whether it adds a bias to a weight op's output."""
         if not isinstance(one, Tensor) or not isinstance(two, Tensor) or one is two:
             return False
-        ends = [(self.trails.get(own), own, other) for own, other in ((one, two), (two, one))]
-        known = [(trail, own, other) for trail, own, other in ends if trail is not None]
-        for trail, _, other in known:
-            added = self.owner(other)
-            if added is not None and trail.read.bias is None and other.shape == added[1].shape == trail.scale.shape:
+        operands = [(self._tracked.get(own), own, other) for own, other in ((one, two), (two, one))]
+        known = [(output, own, other) for output, own, other in operands if output is not None]
+        for output, _, other in known:
+            added = self.named_tensor(other)
+            if added is not None and output.op.bias is None and other.shape == added[1].shape == output.scale.shape:
                 if self.on_bias is not None:
-                    self.on_bias(trail.read, added[0], 1)
+                    self.on_bias(output.op, added[0], 1)
                 return True
         if known and one.shape == two.shape and self.on_sum is not None:
-            self.on_sum(*max(known, key=lambda end: end[0].read.matrix().shape[-1]))
+            self.on_sum(*max(known, key=lambda entry: entry[0].op.matrix().shape[-1]))
         return False
 
 
-def _normed(trail: Trail, out: Any, x: Tensor, weight: Any, bias: Any, mean: Any, variance: Any, *rest: Any) -> Any:
-    training, _, epsilon = rest[:3]
+def _through_batch_norm(output: TrackedOutput, out: Any, *args: Any) -> TrackedOutput | None:
+    """Scale and shift after a batch norm with running statistics; None for one that takes them from the batch."""
+    _, weight, bias, mean, variance, training, _, epsilon = args
     if training or mean is None:
         return None
     scale = (variance + epsilon).rsqrt() * (1 if weight is None else weight)
     shift = (0 if bias is None else bias) - mean * scale
-    return replace(trail, scale=trail.scale * scale, shift=trail.shift * scale + shift)
+    return replace(output, scale=output.scale * scale, shift=output.shift * scale + shift)
 
 
-def _laid_out(trail: Trail, out: Tensor, x: Tensor, *rest: Any) -> Trail | None:
-    """A dense output's rows may be laid out anew, each one staying whole."""
-    whole = out.dim() > 0 and out.shape[-1] == x.shape[-1] and trail.read.geometry is None
-    return trail if whole and out.shape[-1] == len(trail.read.weight) else None
+def _through_view(output: TrackedOutput, out: Tensor, x: Tensor, *rest: Any) -> TrackedOutput | None:
+    """Unchanged after a view that keeps the last axis of a dense product's output; None for any other view."""
+    keeps_units = out.dim() > 0 and out.shape[-1] == x.shape[-1] and output.op.geometry is None
+    return output if keeps_units and out.shape[-1] == len(output.op.weight) else None
 
 
-FOLLOWED: dict[Any, Callable[..., Trail | None]] = {
-    aten.native_batch_norm.default: _normed,
-    aten.view.default: _laid_out,
-    aten._unsafe_view.default: _laid_out,
+TRACKED_OPS: dict[Any, Callable[..., TrackedOutput | None]] = {
+    aten.native_batch_norm.default: _through_batch_norm,
+    aten.view.default: _through_view,
+    aten._unsafe_view.default: _through_view,
 }
-"""Ops that a read's output is followed through, unit by unit."""
+"""Ops through which the output of a weight op is tracked, and how scale and shift change in each."""

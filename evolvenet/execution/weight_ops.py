@@ -1,4 +1,9 @@
-"""What every weight multiplies, seen op by op: the types of the modules and the ways to call a layer do not matter."""
+"""Every product of a weight with data in a run of a model, as `WeightOp`s.
+
+`WeightOpMode` is a dispatch mode: it runs the model unchanged and compares the storage of every operand of a matrix
+product or convolution with the model's parameters. A product with a parameter is passed to a callback as a `WeightOp`,
+which gives the inputs, outputs and the weight as matrices, whatever module or function ran it.
+"""
 
 from __future__ import annotations
 
@@ -21,16 +26,16 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class Geometry:
-    """How a convolution walks over its input; a transposed one comes as the plain one over a spread input.
+    """The geometry of a convolution; a transposed one is given as a plain one over an input with zeros between its entries.
 
     Args:
-        kernel: extents of the kernel, one an axis of space; as the next ones.
-        stride: between output places.
-        before: zeros added before the input, negative to leave places out.
-        after: the same behind it.
-        dilation: between kernel places.
-        spread: the input's places lie this far apart, zeros between them; 1 but for transposed convolutions.
-        groups: independent parts that the channels fall into.
+        kernel: size of the kernel on each spatial axis; the next five also have one entry for each spatial axis.
+        stride: of the kernel over the input.
+        before: zeros padded in front of the input; negative values crop it.
+        after: zeros padded behind the input.
+        dilation: of the kernel.
+        spread: distance of neighbouring input entries, with zeros between them; above 1 only for transposed convolutions.
+        groups: of channels.
     """
 
     kernel: tuple[int, ...]
@@ -44,17 +49,17 @@ class Geometry:
 
 @dataclass(frozen=True, eq=False)
 class WeightOp:
-    """One product of a weight with data, as it happens.
+    """One product of a weight with data.
 
     Args:
-        tensor: name of the weight.
-        axis: the weight's axis along which it reads: 1, but 0 for transposed convolutions and weights `[in, out]`.
-        start: the first row of the weight's other axis that takes part: an attention layer may use a third at a time.
-        weight: the entries that take part, a view that can be written to: `[out, in / groups, k…]`.
-        bias: the bias that is added in the same op, a view `[out]`, or None.
-        bias_name: its name.
+        tensor: name of the parameter.
+        axis: the parameter's input axis: 1; 0 for transposed convolutions and for weights stored as `[in, out]`.
+        start: first output row of the parameter that is used; attention may use one third of it at a time.
+        weight: the used part of the parameter, a writable view `[out, in / groups, k…]`.
+        bias: the bias added by the same op, a writable view `[out]`, or None.
+        bias_name: name of the bias.
         inputs: `[rows, in]`, for a convolution `[N, in, space…]`.
-        geometry: None for a dense product.
+        geometry: of a convolution; None for a dense product.
     """
 
     tensor: str
@@ -68,14 +73,14 @@ class WeightOp:
 
     @property
     def groups(self) -> int:
-        """Independent parts of the product."""
+        """Number of channel groups; 1 for a dense product."""
         return self.geometry.groups if self.geometry else 1
 
-    def units(self, rows: Tensor) -> Tensor:
-        """What the weight's `in / groups` columns read at some places: `[len(rows) · groups, in / groups]`.
+    def input_rows(self, rows: Tensor) -> Tensor:
+        """The inputs at some positions: `[len(rows) · groups, in / groups]`.
 
         Args:
-            rows: numbers of places of the input: rows, or samples × space.
+            rows: indices of input positions (see `input_positions`).
         """
         if self.geometry is None:
             return self.inputs[rows]
@@ -85,23 +90,23 @@ class WeightOp:
         return chosen.reshape(len(rows) * self.groups, -1)
 
     @property
-    def places(self) -> int:
-        """Number of places of the input: rows, or samples × space."""
+    def input_positions(self) -> int:
+        """Number of input positions: rows of a dense input, samples × spatial positions of a convolution's."""
         return self.inputs.shape[0] if self.geometry is None else self.inputs[:, :1].numel()
 
     @property
-    def products(self) -> int:
-        """How often each entry of the weight is multiplied: once an output place, transposed ones once an input place."""
+    def uses_per_entry(self) -> int:
+        """Multiplications of each weight entry: one per output position; per input position for transposed products."""
         if self.geometry is None or self.axis == 0:
-            return self.places
+            return self.input_positions
         patches = _patches(self.inputs, self.geometry)
         return patches.shape[0] * patches.shape[2 : 2 + len(self.geometry.kernel)].numel()
 
     def columns(self, rows: Tensor) -> Tensor:
-        """The matrix that the weight multiplies at some output places: `[groups, len(rows), columns]`.
+        """The unfolded input (im2col) at some output positions: `[groups, len(rows), columns]`.
 
         Args:
-            rows: numbers of output places: rows, or samples × output space.
+            rows: indices of output positions (see `output_positions`).
         """
         if self.geometry is None:
             return self.inputs[rows][None]
@@ -112,20 +117,20 @@ class WeightOp:
         return chosen.reshape(len(rows), self.groups, -1).movedim(1, 0)
 
     @property
-    def turned(self) -> tuple[int, ...]:
-        """The axes along which the kernel is turned round: those of a transposed convolution."""
+    def flipped_dims(self) -> tuple[int, ...]:
+        """The axes along which the kernel is flipped: the spatial ones of a transposed convolution."""
         return tuple(range(2, self.weight.dim())) if self.axis == 0 else ()
 
     def matrix(self) -> Tensor:
-        """The weight as it multiplies `columns`: `[groups, out / groups, columns]`."""
-        return self.weight.flip(self.turned).reshape(self.groups, self.weight.shape[0] // self.groups, -1)
+        """The weight as a matrix, `[groups, out / groups, columns]`; its product with `columns` is the output without bias."""
+        return self.weight.flip(self.flipped_dims).reshape(self.groups, self.weight.shape[0] // self.groups, -1)
 
-    def put(self, matrix: Tensor) -> None:
-        """Write a matrix as `matrix` gives it into the weight."""
-        self.weight.copy_(matrix.reshape(self.weight.shape).flip(self.turned))
+    def write_matrix(self, matrix: Tensor) -> None:
+        """Write a matrix `[groups, out / groups, columns]` into the weight."""
+        self.weight.copy_(matrix.reshape(self.weight.shape).flip(self.flipped_dims))
 
-    def answers(self, out: Tensor, rows: Tensor) -> Tensor:
-        """What came out at the same output places as in `columns`: `[groups, len(rows), out / groups]`."""
+    def outputs_at(self, out: Tensor, rows: Tensor) -> Tensor:
+        """The entries of the output `out` at some output positions: `[groups, len(rows), out / groups]`."""
         if self.geometry is None:
             return out[rows][None]
         space = out.shape[2:].numel()
@@ -133,13 +138,13 @@ class WeightOp:
         return chosen.reshape(len(rows), self.groups, -1).movedim(1, 0)
 
 
-def out_places(read: WeightOp, out: Tensor) -> int:
-    """Number of output places: rows, or samples × output space."""
-    return len(out) if read.geometry is None else out[:, :1].numel()
+def output_positions(op: WeightOp, out: Tensor) -> int:
+    """Number of output positions: rows of a dense output, samples × spatial positions of a convolution's."""
+    return len(out) if op.geometry is None else out[:, :1].numel()
 
 
 def _patches(x: Tensor, geometry: Geometry) -> Tensor:
-    """`[N, channels, output space…, kernel…]`, a view of the padded input: only what is chosen is ever copied."""
+    """`[N, channels, output space…, kernel…]`, a view of the padded input, so that only selected positions are copied."""
     if any(step > 1 for step in geometry.spread):
         extents = [(size - 1) * step + 1 for size, step in zip(x.shape[2:], geometry.spread, strict=True)]
         wide = x.new_zeros(*x.shape[:2], *extents)
@@ -147,26 +152,29 @@ def _patches(x: Tensor, geometry: Geometry) -> Tensor:
         x = wide
     sides = zip(reversed(geometry.before), reversed(geometry.after), strict=True)
     padded = functional.pad(x, [amount for side in sides for amount in side]).contiguous()
-    walks = list(zip(padded.shape[2:], geometry.kernel, geometry.stride, geometry.dilation, strict=True))
-    counts = [(size - dilation * (kernel - 1) - 1) // stride + 1 for size, kernel, stride, dilation in walks]
+    axes = list(zip(padded.shape[2:], geometry.kernel, geometry.stride, geometry.dilation, strict=True))
+    counts = [(size - dilation * (kernel - 1) - 1) // stride + 1 for size, kernel, stride, dilation in axes]
     steps = padded.stride()
     return padded.as_strided(
         (*x.shape[:2], *counts, *geometry.kernel),
         (
             *steps[:2],
-            *(step * stride for step, (_, _, stride, _) in zip(steps[2:], walks, strict=True)),
-            *(step * dilation for step, (_, _, _, dilation) in zip(steps[2:], walks, strict=True)),
+            *(step * stride for step, (_, _, stride, _) in zip(steps[2:], axes, strict=True)),
+            *(step * dilation for step, (_, _, _, dilation) in zip(steps[2:], axes, strict=True)),
         ),
     )
 
 
 class WeightOpMode(TorchDispatchMode):
-    """Lets a model run as it is and tells of every product of one of its weights with data.
+    """Runs a model unchanged and passes every product of one of its weights with data to callbacks.
 
     Args:
         model: the model, uncompiled.
-        before: called with each read before it happens; it may write into the read's weight and bias.
-        after: called with each read and what came out.
+        before: called with each weight op before it runs; may write into its weight and bias.
+        after: called with each weight op and its output.
+
+    Attributes:
+        other_uses: names of the tensors that took part in any op that is no weight op.
     """
 
     def __init__(
@@ -177,58 +185,57 @@ class WeightOpMode(TorchDispatchMode):
     ) -> None:
         super().__init__()
         self.before, self.after = before, after
-        self.others: set[str] = set()
-        """Names of the tensors that took part in anything but reads: a fit of one's reads would be wrong for it."""
-        self._owners: dict[int, list[tuple[str, Tensor]]] = {}
+        self.other_uses: set[str] = set()
+        self._by_storage: dict[int, list[tuple[str, Tensor]]] = {}
         tensors = named_tensors(model)[0]
         self.devices = {tensor.device.type for tensor in tensors.values()}
         for name, tensor in tensors.items():
-            self._owners.setdefault(tensor.untyped_storage().data_ptr(), []).append((name, tensor))
+            self._by_storage.setdefault(tensor.untyped_storage().data_ptr(), []).append((name, tensor))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the op."""
         kwargs = kwargs or {}
-        made = KINDS[func](self, *args) if func in KINDS and not kwargs else None
-        if made is None:
-            return self.pass_by(func, args, kwargs)
+        op = WEIGHT_OPS[func](self, *args) if func in WEIGHT_OPS and not kwargs else None
+        if op is None:
+            return self.run_other_op(func, args, kwargs)
         if self.before is not None:
-            self.before(made)
+            self.before(op)
         out = func(*args)
         if self.after is not None:
-            self.after(made, out)
-        self.came_out(made, out, lambda: func(*args))
+            self.after(op, out)
+        self.on_output(op, out, lambda: func(*args))
         return out
 
-    def pass_by(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """Run an op that is no read, and note which weights it uses."""
+    def run_other_op(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Run an op that is no weight op and add the model's tensors among its arguments to `other_uses`."""
         if not func.is_view:
-            self.others |= {hit[0] for leaf in tree_leaves((args, kwargs)) if (hit := self.owner(leaf))}
+            self.other_uses |= {hit[0] for leaf in tree_leaves((args, kwargs)) if (hit := self.named_tensor(leaf))}
         return func(*args, **kwargs)
 
-    def came_out(self, read: WeightOp, out: Tensor, again: Callable[[], Tensor]) -> None:
-        """Called with what a read made, and how to make it once more."""
+    def on_output(self, op: WeightOp, out: Tensor, recompute: Callable[[], Tensor]) -> None:
+        """Called after each weight op with its output and a function that runs it again; subclasses override it."""
 
-    def owner(self, tensor: Any) -> tuple[str, Tensor] | None:
-        """Name and whole of the model's tensor that this one is a part of."""
+    def named_tensor(self, tensor: Any) -> tuple[str, Tensor] | None:
+        """Name and whole of the parameter or buffer that a tensor is a view of, or None."""
         if not isinstance(tensor, Tensor) or not tensor.numel():
             return None
-        for name, whole in self._owners.get(tensor.untyped_storage().data_ptr(), ()):
+        for name, whole in self._by_storage.get(tensor.untyped_storage().data_ptr(), ()):
             if 0 <= tensor.storage_offset() - whole.storage_offset() < whole.numel():
                 return name, whole
         return None
 
 
 def _dense(mode: WeightOpMode, bias: Tensor | None, x: Tensor, right: Tensor) -> WeightOp | None:
-    """X · right, `[rows, in]` by `[in, out]`: right is a part of a weight, or of one on its side."""
-    found = mode.owner(right)
-    if found is None or found[1].dim() != 2 or mode.owner(x) is not None:
+    """X · right, `[rows, in]` by `[in, out]`, where right is (a part of) a weight `[out, in]` transposed, or one `[in, out]`."""
+    found = mode.named_tensor(right)
+    if found is None or found[1].dim() != 2 or mode.named_tensor(x) is not None:
         return None
     name, whole = found
     if right.stride() == whole.stride() and right.shape == whole.shape and right.stride(0) != right.stride(1):
-        return _made(mode, name, 0, 0, right.T, bias, x, None)
+        return _weight_op(mode, name, 0, 0, right.T, bias, x, None)
     first, rest = divmod(int(right.storage_offset() - whole.storage_offset()), whole.stride(0))
     if right.stride() == whole.stride()[::-1] and right.shape[0] == whole.shape[1] and not rest:
-        return _made(mode, name, 1, first, right.T, bias, x, None)
+        return _weight_op(mode, name, 1, first, right.T, bias, x, None)
     return None
 
 
@@ -244,7 +251,7 @@ def _convolution(
     output_padding: Sequence[int],
     groups: int,
 ) -> WeightOp | None:
-    found = mode.owner(weight)
+    found = mode.named_tensor(weight)
     if found is None or weight.shape != found[1].shape or weight.stride() != found[1].stride():
         return None
     space = weight.dim() - 2
@@ -255,17 +262,19 @@ def _convolution(
     )
     ones = (1,) * space
     if not transposed:
-        return _made(mode, found[0], 1, 0, weight, bias, x, Geometry(kernel, steps, sides, sides, apart, ones, groups))
+        return _weight_op(
+            mode, found[0], 1, 0, weight, bias, x, Geometry(kernel, steps, sides, sides, apart, ones, groups)
+        )
     if groups != 1:
         return None
     # From Dumoulin and Visin, "A guide to convolution arithmetic for deep learning", 2016, section 4.
     before = tuple(gap * (size - 1) - side for gap, size, side in zip(apart, kernel, sides, strict=True))
     after = tuple(start + more for start, more in zip(before, extra, strict=True))
-    turned = Geometry(kernel, ones, before, after, apart, steps)
-    return _made(mode, found[0], 0, 0, weight.transpose(0, 1), bias, x, turned)
+    geometry = Geometry(kernel, ones, before, after, apart, steps)
+    return _weight_op(mode, found[0], 0, 0, weight.transpose(0, 1), bias, x, geometry)
 
 
-def _made(
+def _weight_op(
     mode: WeightOpMode,
     name: str,
     axis: int,
@@ -275,30 +284,30 @@ def _made(
     x: Tensor,
     geometry: Geometry | None,
 ) -> WeightOp:
-    added = None if bias is None else mode.owner(bias)
+    added = None if bias is None else mode.named_tensor(bias)
     usable = added is not None and bias is not None and bias.dim() == 1 and len(bias) == len(weight)
     if added is not None and not usable:
-        mode.others.add(added[0])
+        mode.other_uses.add(added[0])
     return WeightOp(
         name, axis, start, weight, bias if usable else None, added[0] if usable and added else None, x, geometry
     )
 
 
-KINDS: Mapping[Any, Callable[..., WeightOp | None]] = {
+WEIGHT_OPS: Mapping[Any, Callable[..., WeightOp | None]] = {
     aten.mm.default: lambda mode, x, right: _dense(mode, None, x, right),
     aten.addmm.default: _dense,
     aten.convolution.default: _convolution,
 }
-"""The ops that multiply a weight with data; other uses of a weight are kept in `WeightOpMode.others`."""
+"""The ops that multiply a weight with data, and how a `WeightOp` is made from their arguments."""
 
 
 @contextmanager
-def watched(reading: WeightOpMode) -> Iterator[None]:
-    """Every op of the model goes through `reading`: no compiled code, no autocast, no attention that hides its products."""
+def watched(mode: WeightOpMode) -> Iterator[None]:
+    """Every op of the model goes through `mode`: no compiled code, no autocast, no attention that hides its products."""
     with ExitStack() as stack:
         stack.enter_context(op_by_op())
         # Autocast multiplies with a copy of the weight: one could not tell which weight it is.
-        for kind in reading.devices:
+        for kind in mode.devices:
             stack.enter_context(torch.autocast(kind, enabled=False))
-        stack.enter_context(reading)
+        stack.enter_context(mode)
         yield

@@ -19,7 +19,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from evolvenet.execution.sampling import evenly
 from evolvenet.execution.shadow_tensors import sandbox
-from evolvenet.execution.weight_ops import Geometry, WeightOp, out_places
+from evolvenet.execution.weight_ops import Geometry, WeightOp, output_positions
 from evolvenet.graph.index_map import NEW_UNIT
 from evolvenet.graph.width_graph import CONSUMES, PRODUCES, Tie
 from evolvenet.growth.expanded_model import Growth, differentiable, finite
@@ -141,27 +141,27 @@ def demand(growth: Growth, method: str) -> Demand:
 
 
 def _known(growth: Growth, tie: Tie, dim: int) -> bool:
-    """Whether the tie is the natural axis of a module that `read_by` knows, and no other module uses its tensors."""
+    """Whether the tie is the natural axis of a module that `weight_op_of` knows, and no other module uses its tensors."""
     module = growth.model.get_submodule(tie.module)
-    known = read_by.dispatch(type(module)) is not read_by.dispatch(object)
+    known = weight_op_of.dispatch(type(module)) is not weight_op_of.dispatch(object)
     names = [f"{tie.module}.{name}" if tie.module else name for name in dict(module.named_parameters(recurse=False))]
     return known and tie.dim == dim and tie.tensor in names and all(is_own(growth.graph, name) for name in names)
 
 
 @singledispatch
-def read_by(module: nn.Module, path: str, x: Tensor) -> WeightOp | None:
+def weight_op_of(module: nn.Module, path: str, x: Tensor) -> WeightOp | None:
     """The product that the module makes of its weight and an input; None for another type or a setting that is unusual."""
     return None
 
 
-@read_by.register
+@weight_op_of.register
 def _(module: nn.Linear, path: str, x: Tensor) -> WeightOp | None:
     return WeightOp(path, 1, 0, module.weight, module.bias, None, x.flatten(0, -2), None) if x.dim() > 1 else None
 
 
-@read_by.register(nn.Conv1d)
-@read_by.register(nn.Conv2d)
-@read_by.register(nn.Conv3d)
+@weight_op_of.register(nn.Conv1d)
+@weight_op_of.register(nn.Conv2d)
+@weight_op_of.register(nn.Conv3d)
 def _(module: nn.Conv1d | nn.Conv2d | nn.Conv3d, path: str, x: Tensor) -> WeightOp | None:
     space = len(module.kernel_size)
     unusual = module.groups != 1 or module.padding_mode != "zeros" or isinstance(module.padding, str)
@@ -181,18 +181,18 @@ class _Seen:
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         value: Any = args[0] if args else kwargs.get("input")
-        read = read_by(module, self.path, value.detach()) if isinstance(value, Tensor) else None
-        if read is None:
+        op = weight_op_of(module, self.path, value.detach()) if isinstance(value, Tensor) else None
+        if op is None:
             return
         # As the read has it: a dense layer's samples and positions on one axis.
-        shape = (-1, output.shape[-1]) if read.geometry is None else output.shape
-        total = out_places(read, output.detach().reshape(shape))
+        shape = (-1, output.shape[-1]) if op.geometry is None else output.shape
+        total = output_positions(op, output.detach().reshape(shape))
         rows = evenly(total, self.most).to(value.device)
-        record = _Record(read.columns(rows)[0], rows * len(value) // total)
+        record = _Record(op.columns(rows)[0], rows * len(value) // total)
         self.records.append(record)
         if output.requires_grad:
             # A hook, because an activation in place would leave the gradient of its own output here.
-            output.register_hook(lambda gradient: record.take(read.answers(gradient.reshape(shape), rows)[0]))
+            output.register_hook(lambda gradient: record.take(op.outputs_at(gradient.reshape(shape), rows)[0]))
 
     def second(self) -> Tensor:
         """E[x·xᵀ], `[columns, columns]` float64."""
@@ -241,7 +241,7 @@ def _exact(parts: list[Tensor]) -> Tensor:
 
 @singledispatch
 def answer(module: nn.Module, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """What a reader that `read_by` knows would answer with another weight and bias."""
+    """What a reader that `weight_op_of` knows would answer with another weight and bias."""
     raise AssertionError(f"{type(module).__name__} is no reader")
 
 

@@ -186,15 +186,15 @@ class _Halves:
             )
 
 
-def _gather(by_tensor: Mapping[str, Mapping[Tie, _Halves]], samples: int, before: int, read: WeightOp) -> None:
+def _gather(by_tensor: Mapping[str, Mapping[Tie, _Halves]], samples: int, before: int, op: WeightOp) -> None:
     """Add what a weight reads to the moments of all its ties; `before` samples came in earlier batches."""
-    for tie, halves in by_tensor.get(read.tensor, {}).items():
-        if tie.dim != read.axis or not read.places:
+    for tie, halves in by_tensor.get(op.tensor, {}).items():
+        if tie.dim != op.axis or not op.input_positions:
             continue
-        row = evenly(read.places, max(1, CAP // (tie.repeat * read.groups))).to(read.inputs.device)
+        row = evenly(op.input_positions, max(1, CAP // (tie.repeat * op.groups))).to(op.inputs.device)
         size = len(halves.moments[0].mean)
-        features = read.units(row).detach()
+        features = op.input_rows(row).detach()
         part = features[:, tie.start : tie.start + size * tie.repeat].reshape(len(features), size, tie.repeat)
-        odd = (row * samples // read.places + before) % 2 == 1
-        with torch.autocast(read.inputs.device.type, enabled=False):
-            halves.add(part.movedim(1, -1).reshape(-1, size), odd.repeat_interleave(read.groups * tie.repeat))
+        odd = (row * samples // op.input_positions + before) % 2 == 1
+        with torch.autocast(op.inputs.device.type, enabled=False):
+            halves.add(part.movedim(1, -1).reshape(-1, size), odd.repeat_interleave(op.groups * tie.repeat))

@@ -142,9 +142,9 @@ def uses(model: nn.Module, example_inputs: Any) -> dict[str, float]:
     samples = first.shape[0] if first is not None else 1
     found: dict[str, float] = {}
 
-    def count(read: WeightOp) -> None:
-        part = read.weight.numel() / tensors[read.tensor].numel()
-        found[read.tensor] = found.get(read.tensor, 0.0) + part * read.products / samples
+    def count(op: WeightOp) -> None:
+        part = op.weight.numel() / tensors[op.tensor].numel()
+        found[op.tensor] = found.get(op.tensor, 0.0) + part * op.uses_per_entry / samples
 
     tensors, _, _ = named_tensors(model)
     with sandbox(model), watched(WeightOpMode(model, before=count)):

@@ -19,7 +19,7 @@ from evolvenet.errors import SpectrumError, TraceError
 from evolvenet.execution.evaluation import quiet
 from evolvenet.execution.inputs import arguments
 from evolvenet.execution.sampling import evenly, samples_in
-from evolvenet.execution.weight_ops import WeightOp, WeightOpMode, out_places, watched
+from evolvenet.execution.weight_ops import WeightOp, WeightOpMode, output_positions, watched
 from evolvenet.graph.width_graph import Tie, Width, WidthGraph
 from evolvenet.measurement.activation_moments import CAP, Moments
 
@@ -73,18 +73,16 @@ def output_spectra(model: nn.Module, graph: WidthGraph, batches: Iterable[Any]) 
     return {name: values for name, values in found.items() if values is not None}
 
 
-def _gather(gathered: dict[Tie, Moments], read: WeightOp, out: Tensor) -> None:
+def _gather(gathered: dict[Tie, Moments], op: WeightOp, out: Tensor) -> None:
     """Add what a weight has made to the moments of its ties, each place of a unit as a sample of its own."""
-    ties = [tie for tie in gathered if tie.tensor == read.tensor and tie.dim == 1 - read.axis]
+    ties = [tie for tie in gathered if tie.tensor == op.tensor and tie.dim == 1 - op.axis]
     if not ties:
         return
-    rows = evenly(out_places(read, out), CAP).to(out.device)
-    columns, matrix = (
-        part if part.element_size() >= 4 else part.float() for part in (read.columns(rows), read.matrix())
-    )
+    rows = evenly(output_positions(op, out), CAP).to(out.device)
+    columns, matrix = (part if part.element_size() >= 4 else part.float() for part in (op.columns(rows), op.matrix()))
     made = (columns @ matrix.mT).movedim(0, 1).flatten(1)
     for tie in ties:
-        size, start = len(gathered[tie].mean), tie.start - read.start
+        size, start = len(gathered[tie].mean), tie.start - op.start
         if 0 <= start <= made.shape[1] - size * tie.repeat:
             part = made[:, start : start + size * tie.repeat].reshape(len(made), size, tie.repeat)
             gathered[tie] = gathered[tie].merge(Moments.of(part.movedim(1, -1).reshape(-1, size)))

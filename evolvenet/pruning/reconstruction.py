@@ -20,10 +20,10 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from evolvenet.execution.evaluation import quiet
 from evolvenet.execution.inputs import arguments, first_samples
-from evolvenet.execution.residual_sums import Following, Trail
+from evolvenet.execution.residual_sums import ResidualSumMode, TrackedOutput
 from evolvenet.execution.sampling import evenly, samples_in
 from evolvenet.execution.shadow_tensors import sandbox
-from evolvenet.execution.weight_ops import WeightOp, out_places, watched
+from evolvenet.execution.weight_ops import WeightOp, output_positions, watched
 from evolvenet.graph.naming import named_tensors
 from evolvenet.graph.width_graph import FOLLOWS, WidthGraph
 from evolvenet.linalg.ridge import fit_reader
@@ -108,9 +108,9 @@ def reconstruct(
         return surgery
     args, kwargs = arguments(batch, model=model)
     goals = _Goals(readers, effort)
-    with quiet(model), watched(reading := Following(model, None, goals.read, goals.sum, goals.bias)):
+    with quiet(model), watched(mode := ResidualSumMode(model, None, goals.read, goals.sum, goals.bias)):
         model(*args, **kwargs)
-    kept = goals.usable(reading.others)
+    kept = goals.usable(mode.other_uses)
     if not kept:
         return surgery
     changes = {change.name: change for change in surgery.changes}
@@ -121,7 +121,7 @@ def reconstruct(
             for name, change in changes.items():
                 shadows[name].copy_(change.value)
         fits = _Fits(kept, changes, samples_in(batch), shadows)
-        with quiet(model), watched(Following(model, fits.read, None, fits.sum)):
+        with quiet(model), watched(ResidualSumMode(model, fits.read, None, fits.sum)):
             model(*args, **kwargs)
         fitted = {name: shadows[name].detach().clone() for name in fits.touched}
     tensors, _, _ = named_tensors(model)
@@ -180,32 +180,30 @@ class _Goals:
         # Weak, or every reader's input would stay in memory until the end of the pass.
         self._place: WeakKeyDictionary[WeightOp, tuple[str, int]] = WeakKeyDictionary()
 
-    def read(self, read: WeightOp, out: Tensor) -> None:
-        bias = (
-            None if read.bias is None or read.bias_name is None else (read.bias_name, int(read.bias.storage_offset()))
-        )
+    def read(self, op: WeightOp, out: Tensor) -> None:
+        bias = None if op.bias is None or op.bias_name is None else (op.bias_name, int(op.bias.storage_offset()))
         if bias is not None:
             self.biases[bias] += 1
-        if read.tensor not in self.readers:
+        if op.tensor not in self.readers:
             return
-        total = out_places(read, out)
-        rows = evenly(total, self.effort.rows_for(read.matrix().shape[-1])).to(out.device)
-        outputs = read.answers(out, rows).movedim(0, 1).flatten(1)
-        goals = self.found.setdefault(read.tensor, [])
-        self._place[read] = (read.tensor, len(goals))
-        goals.append(Goal(read.start, len(read.weight), read.axis, bias, rows, total, outputs))
+        total = output_positions(op, out)
+        rows = evenly(total, self.effort.rows_for(op.matrix().shape[-1])).to(out.device)
+        outputs = op.outputs_at(out, rows).movedim(0, 1).flatten(1)
+        goals = self.found.setdefault(op.tensor, [])
+        self._place[op] = (op.tensor, len(goals))
+        goals.append(Goal(op.start, len(op.weight), op.axis, bias, rows, total, outputs))
 
-    def sum(self, trail: Trail, own: Tensor, other: Tensor) -> None:
-        if trail.read in self._place:
-            name, index = self._place[trail.read]
+    def sum(self, output: TrackedOutput, own: Tensor, other: Tensor) -> None:
+        if output.op in self._place:
+            name, index = self._place[output.op]
             goal = self.found[name][index]
-            summed = trail.at(own, goal.rows) + trail.at(other, goal.rows)
+            summed = output.values_at(own, goal.rows) + output.values_at(other, goal.rows)
             self.found[name][index] = replace(goal, outputs=summed, summed=True)
 
-    def bias(self, read: WeightOp, name: str, sign: int) -> None:
+    def bias(self, op: WeightOp, name: str, sign: int) -> None:
         self.biases[name, 0] += 1
-        if read in self._place:
-            tensor, index = self._place[read]
+        if op in self._place:
+            tensor, index = self._place[op]
             if self.found[tensor][index].bias is None:
                 self.found[tensor][index] = replace(self.found[tensor][index], bias=(name, 0), late=sign)
 
@@ -239,57 +237,57 @@ class _Fits:
         self.touched: set[str] = set()
         self._waiting: dict[WeightOp, Goal] = {}
 
-    def read(self, read: WeightOp) -> None:
-        if not self.goals.get(read.tensor):
+    def read(self, op: WeightOp) -> None:
+        if not self.goals.get(op.tensor):
             return
-        goal = self.goals[read.tensor].pop(0)
+        goal = self.goals[op.tensor].pop(0)
         if goal.summed:
-            self._waiting[read] = goal
+            self._waiting[op] = goal
         else:
-            self._fit(read, goal, self._kept(read, goal))
+            self._fit(op, goal, self._kept(op, goal))
 
-    def sum(self, trail: Trail, own: Tensor, other: Tensor) -> None:
-        goal = self._waiting.pop(trail.read, None)
+    def sum(self, output: TrackedOutput, own: Tensor, other: Tensor) -> None:
+        goal = self._waiting.pop(output.op, None)
         if goal is None:
             return
-        summed = self._kept(trail.read, goal)
-        if summed.shape[1] != len(trail.read.weight):
+        summed = self._kept(output.op, goal)
+        if summed.shape[1] != len(output.op.weight):
             return
         # A unit that the norm after it switches off has nothing to be fitted to.
-        off = trail.scale.abs() < 1e-6 * trail.scale.abs().max()
-        missing = summed - trail.at(own, goal.rows) - trail.at(other, goal.rows)
-        step = missing.masked_fill(off, 0) / trail.scale.masked_fill(off, 1)
-        answers = trail.read.answers(trail.again(), goal.rows).movedim(0, 1).flatten(1)
-        if (offset := self._fit(trail.read, goal, answers + step)) is not None:
-            own.copy_(trail.value(own, offset if goal.late else 0.0))
+        off = output.scale.abs() < 1e-6 * output.scale.abs().max()
+        missing = summed - output.values_at(own, goal.rows) - output.values_at(other, goal.rows)
+        step = missing.masked_fill(off, 0) / output.scale.masked_fill(off, 1)
+        answers = output.op.outputs_at(output.recompute(), goal.rows).movedim(0, 1).flatten(1)
+        if (offset := self._fit(output.op, goal, answers + step)) is not None:
+            own.copy_(output.recomputed(own, offset if goal.late else 0.0))
 
-    def _kept(self, read: WeightOp, goal: Goal) -> Tensor:
+    def _kept(self, op: WeightOp, goal: Goal) -> Tensor:
         """The goal's outputs of the units that the cut model still has."""
-        change = self.changes.get(read.tensor)
+        change = self.changes.get(op.tensor)
         kept = change.axes.get(1 - goal.axis) if change else None
         if kept is None:
             return goal.outputs
         ends = goal.start, goal.start + goal.length
         return goal.outputs[:, [index - goal.start for index in kept.indices if ends[0] <= index < ends[1]]]
 
-    def _fit(self, read: WeightOp, goal: Goal, outputs: Tensor) -> Tensor | None:
+    def _fit(self, op: WeightOp, goal: Goal, outputs: Tensor) -> Tensor | None:
         """Fit the weight and the bias in place; what the bias has gained `[out]`, or None if nothing moved."""
-        bias = self.shadows[goal.bias[0]] if goal.late and goal.bias else read.bias
-        if outputs.shape[1] != len(read.weight) or (bias is None) != (goal.bias is None):
+        bias = self.shadows[goal.bias[0]] if goal.late and goal.bias else op.bias
+        if outputs.shape[1] != len(op.weight) or (bias is None) != (goal.bias is None):
             return None
-        wanted = outputs.reshape(len(outputs), read.groups, -1).movedim(1, 0)
-        start = None if bias is None else (bias * (not goal.late)).reshape(read.groups, -1)
+        wanted = outputs.reshape(len(outputs), op.groups, -1).movedim(1, 0)
+        start = None if bias is None else (bias * (not goal.late)).reshape(op.groups, -1)
         odd = goal.rows * self.samples // goal.places % 2 == 1
-        made = fit_reader(read.columns(goal.rows), wanted, read.matrix(), start, odd)
+        made = fit_reader(op.columns(goal.rows), wanted, op.matrix(), start, odd)
         if made is None:
             return None
-        read.put(made[0].to(read.weight.dtype))
-        self.touched.add(read.tensor)
+        op.write_matrix(made[0].to(op.weight.dtype))
+        self.touched.add(op.tensor)
         gained = (made[1] if start is None else made[1] - start).flatten()
         if bias is not None and goal.bias is not None:
             bias.add_(gained * (goal.late or 1))
             self.touched.add(goal.bias[0])
-        return gained.to(read.weight.dtype)
+        return gained.to(op.weight.dtype)
 
 
 def _joined(batches: Iterable[Any], effort: Effort) -> Any:

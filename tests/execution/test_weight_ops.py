@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from evolvenet.execution.residual_sums import Following, Trail
-from evolvenet.execution.weight_ops import WeightOp, WeightOpMode, out_places, watched
+from evolvenet.execution.residual_sums import ResidualSumMode, TrackedOutput
+from evolvenet.execution.weight_ops import WeightOp, WeightOpMode, output_positions, watched
 from tests.helpers.cases import FLOAT
 
 
@@ -50,9 +50,9 @@ READERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 }
 
 
-def reads_of(model: nn.Module, *inputs: Any) -> list[tuple[WeightOp, Tensor]]:
+def weight_ops_of(model: nn.Module, *inputs: Any) -> list[tuple[WeightOp, Tensor]]:
     found: list[tuple[WeightOp, Tensor]] = []
-    with watched(WeightOpMode(model, after=lambda read, out: found.append((read, out)))):
+    with watched(WeightOpMode(model, after=lambda op, out: found.append((op, out)))):
         model(*inputs)
     return found
 
@@ -64,38 +64,38 @@ def test_columns_times_matrix_is_what_came_out(name: str, kept: torch.memory_for
     model, x = made().double(), torch.randn(shape, dtype=FLOAT)
     if kept is torch.channels_last and x.dim() == 4 and name.startswith("conv"):
         model, x = model.to(memory_format=kept), x.to(memory_format=kept)  # type: ignore
-    ((read, out),) = reads_of(model, x)
-    assert read.tensor == "weight"
-    rows = torch.tensor([0, out_places(read, out) - 1, out_places(read, out) // 2])
-    bias = 0 if read.bias is None else read.bias.reshape(read.groups, 1, -1)
-    torch.testing.assert_close(read.columns(rows) @ read.matrix().mT + bias, read.answers(out, rows))
+    ((op, out),) = weight_ops_of(model, x)
+    assert op.tensor == "weight"
+    rows = torch.tensor([0, output_positions(op, out) - 1, output_positions(op, out) // 2])
+    bias = 0 if op.bias is None else op.bias.reshape(op.groups, 1, -1)
+    torch.testing.assert_close(op.columns(rows) @ op.matrix().mT + bias, op.outputs_at(out, rows))
     before = model.get_parameter("weight").detach().clone()
     with torch.no_grad():
-        read.put(read.matrix().clone())
+        op.write_matrix(op.matrix().clone())
     assert torch.equal(before, model.get_parameter("weight"))
 
 
 @pytest.mark.parametrize("name", READERS)
 def test_units_are_what_the_input_axis_reads(name: str) -> None:
     made, shape = READERS[name]
-    ((read, _),) = reads_of(made().double(), torch.randn(shape, dtype=FLOAT))
-    units = read.units(torch.arange(read.places))
-    assert units.shape[1] == read.weight.shape[1]
-    torch.testing.assert_close(units.sort(0).values.sum(), read.inputs.sum())
+    ((op, _),) = weight_ops_of(made().double(), torch.randn(shape, dtype=FLOAT))
+    units = op.input_rows(torch.arange(op.input_positions))
+    assert units.shape[1] == op.weight.shape[1]
+    torch.testing.assert_close(units.sort(0).values.sum(), op.inputs.sum())
 
 
 def test_attention_shows_its_projections() -> None:
     model = nn.MultiheadAttention(8, 2, batch_first=True).double().eval()
     x, y = torch.randn(2, 3, 5, 8, dtype=FLOAT)
     biases: list[tuple[str, str, int]] = []
-    following = Following(model, on_bias=lambda read, name, sign: biases.append((read.tensor, name, sign)))
-    with watched(following):
+    mode = ResidualSumMode(model, on_bias=lambda op, name, sign: biases.append((op.tensor, name, sign)))
+    with watched(mode):
         model(x, x, x)
     assert biases == [("in_proj_weight", "in_proj_bias", 1)]
-    assert not following.others
-    own = [(read.tensor, read.start, len(read.weight)) for read, _ in reads_of(model, x, x, x)]
+    assert not mode.other_uses
+    own = [(op.tensor, op.start, len(op.weight)) for op, _ in weight_ops_of(model, x, x, x)]
     assert own == [("in_proj_weight", 0, 24), ("out_proj.weight", 0, 8)]
-    across = [(read.tensor, read.start, len(read.weight)) for read, _ in reads_of(model, x, y, y)]
+    across = [(op.tensor, op.start, len(op.weight)) for op, _ in weight_ops_of(model, x, y, y)]
     assert across == [("in_proj_weight", 0, 8), ("in_proj_weight", 8, 16), ("out_proj.weight", 0, 8)]
 
 
@@ -104,8 +104,8 @@ def test_functional_calls_show_as_modules_do() -> None:
         def forward(self, input: Tensor) -> Tensor:
             return F.linear(input, self.weight[:2], self.bias[:2])
 
-    ((read, _),) = reads_of(Functional(4, 3), torch.zeros(5, 4))
-    assert (read.tensor, read.start, len(read.weight), read.bias_name) == ("weight", 0, 2, "bias")
+    ((op, _),) = weight_ops_of(Functional(4, 3), torch.zeros(5, 4))
+    assert (op.tensor, op.start, len(op.weight), op.bias_name) == ("weight", 0, 2, "bias")
 
 
 def test_other_uses_of_a_weight_are_noted() -> None:
@@ -119,10 +119,10 @@ def test_other_uses_of_a_weight_are_noted() -> None:
             return F.linear(self.plain(self.table(x)) * self.scale, self.table.weight)
 
     model = Tied()
-    reading = WeightOpMode(model)
-    with watched(reading):
+    mode = WeightOpMode(model)
+    with watched(mode):
         model(torch.tensor([[1, 2]]))
-    assert reading.others == {"table.weight", "scale"}
+    assert mode.other_uses == {"table.weight", "scale"}
 
 
 class Block(nn.Module):
@@ -146,13 +146,13 @@ def test_a_branch_is_followed_to_its_sum(projected: bool) -> None:
     model, x = Block(projected).double().eval(), torch.randn(2, 3, 5, 5, dtype=FLOAT)
     found: list[tuple[str, Tensor, Tensor]] = []
 
-    def on_sum(trail: Trail, own: Tensor, other: Tensor) -> None:
-        torch.testing.assert_close(trail.value(own), own)
-        found.append((trail.read.tensor, own.clone(), other.clone()))
+    def on_sum(output: TrackedOutput, own: Tensor, other: Tensor) -> None:
+        torch.testing.assert_close(output.recomputed(own), own)
+        found.append((output.op.tensor, own.clone(), other.clone()))
 
     means: list[tuple[str, str, int]] = []
     with watched(
-        Following(model, on_sum=on_sum, on_bias=lambda read, mean, sign: means.append((read.tensor, mean, sign)))
+        ResidualSumMode(model, on_sum=on_sum, on_bias=lambda op, mean, sign: means.append((op.tensor, mean, sign)))
     ):
         model(x)
     assert means == [("conv2.weight", "norm.running_mean", -1)]
@@ -172,8 +172,8 @@ def test_what_is_done_with_it_on_the_way_ends_the_trail(spoil: Callable[[Tensor]
         def forward(self, x: Tensor) -> Tensor:
             return spoil(self.layer(x)) + torch.ones(4, 4)
 
-    found: list[Trail] = []
+    found: list[TrackedOutput] = []
     model = Spoiled()
-    with watched(Following(model, on_sum=lambda trail, own, other: found.append(trail))):
+    with watched(ResidualSumMode(model, on_sum=lambda output, own, other: found.append(output))):
         model(torch.zeros(4, 4))
     assert not found

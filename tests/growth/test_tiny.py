@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from evolvenet.graph.index_map import IndexMap
 from evolvenet.graph.width_graph import Tie
 from evolvenet.growth.expanded_model import Growth, trial
-from evolvenet.growth.tiny import RIDGE, Scale, corrected, demand, read_by
+from evolvenet.growth.tiny import RIDGE, Scale, corrected, demand, weight_op_of
 from evolvenet.surgery.resize_model import compile_surgery
 from evolvenet.tracing.trace import trace
 from tests.helpers.small_models import images, mlp
@@ -164,13 +164,13 @@ def test_a_correction_changes_the_gradients_of_new_units_alone() -> None:
     ],
 )
 def test_what_a_module_multiplies_is_known(module: Any, x: Tensor) -> None:
-    read = read_by(module, "here", x)
-    assert read is not None
+    op = weight_op_of(module, "here", x)
+    assert op is not None
     y = module(x).detach()
     out = y.reshape(-1, 3) if isinstance(module, nn.Linear) else y
     rows = torch.arange(out[:, :1].numel())
-    answers = read.columns(rows)[0] @ read.matrix()[0].T + module.bias
-    torch.testing.assert_close(answers, read.answers(out, rows)[0])
+    answers = op.columns(rows)[0] @ op.matrix()[0].T + module.bias
+    torch.testing.assert_close(answers, op.outputs_at(out, rows)[0])
 
 
 @pytest.mark.parametrize(
@@ -185,4 +185,4 @@ def test_what_a_module_multiplies_is_known(module: Any, x: Tensor) -> None:
     ],
 )
 def test_what_is_not_known_is_left_out(module: nn.Module, x: Tensor) -> None:
-    assert read_by(module, "here", x) is None
+    assert weight_op_of(module, "here", x) is None
