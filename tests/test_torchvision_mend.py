@@ -6,56 +6,17 @@ torchvision, so that they say the same in an environment where the real one matc
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from tests.helpers.interpreters import BROKEN, MATCHING, fake_torchvision, run_script
+
 SYMPTOM = "operator torchvision::nms does not exist"
-BROKEN = """
-print("run")
-from . import part
-import torch
-runs = globals().get("runs", 0) + 1
-torch.library.register_fake("torchvision::nms")(lambda dets, scores, iou_threshold: dets)
-torch.library.register_fake("torchvision::qnms")(lambda dets, scores, iou_threshold: dets)
-class Image: pass
-"""
-MATCHING = """
-print("run")
-import torch
-library = torch.library.Library("torchvision", "FRAGMENT")
-library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-class Image: pass
-"""
-
-
-def run(script: str, package: Path | None = None) -> list[str]:
-    """The lines that a fresh interpreter prints; `package` is a folder that comes first on its path."""
-    path = os.pathsep.join(str(part) for part in (package, os.environ.get("PYTHONPATH")) if part)
-    done = subprocess.run(
-        [sys.executable, "-c", script],
-        env={**os.environ, "PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout.split("\n")[:-1]
-
-
-def fake(folder: Path, source: str) -> Path:
-    """A package called torchvision, with one submodule `part`."""
-    (folder / "torchvision").mkdir()
-    (folder / "torchvision" / "__init__.py").write_text(source)
-    (folder / "torchvision" / "part.py").write_text('print("part")')
-    return folder
 
 
 def test_torchvision_and_lightning_import_in_this_environment() -> None:
-    lines = run(
+    lines = run_script(
         "import sys, evolvenet, torchvision, lightning, torch\n"
         "torchvision.models.resnet18, torchvision.transforms.ToTensor, torch.ops.torchvision.nms\n"
         "print(issubclass(evolvenet.WidthEvolution, lightning.Callback))\n"
@@ -65,7 +26,7 @@ def test_torchvision_and_lightning_import_in_this_environment() -> None:
 
 
 def test_missing_operators_are_declared_and_the_import_done_again(tmp_path: Path) -> None:
-    lines = run(
+    lines = run_script(
         "import sys, importlib.util, pickle, evolvenet\n"
         "assert importlib.util.find_spec('torchvision').origin.endswith('__init__.py')\n"
         "assert 'torchvision' not in sys.modules\n"
@@ -76,40 +37,40 @@ def test_missing_operators_are_declared_and_the_import_done_again(tmp_path: Path
         "assert torchvision.runs == 1, 'the second run must not see the names of the first'\n"
         "assert pickle.loads(pickle.dumps(torchvision.Image)) is torchvision.Image\n"
         "import gc; gc.collect(); assert torch.ops.torchvision.nms\n",
-        fake(tmp_path, BROKEN),
+        fake_torchvision(tmp_path, BROKEN),
     )
     assert lines == ["run", "part", "run", "part"], "the second run must not find the first one's submodules"
 
 
 def test_an_import_that_failed_before_evolvenet_was_there_is_mended_too(tmp_path: Path) -> None:
-    lines = run(
+    lines = run_script(
         "try:\n import torchvision\nexcept RuntimeError as error:\n print(error)\n"
         "import evolvenet, torchvision\nprint(torchvision.Image.__name__)\n",
-        fake(tmp_path, BROKEN),
+        fake_torchvision(tmp_path, BROKEN),
     )
     assert lines[2] == SYMPTOM
     assert lines[-1] == "Image"
 
 
 def test_threads_that_import_at_once_all_get_it(tmp_path: Path) -> None:
-    lines = run(
+    lines = run_script(
         "import evolvenet\nfrom concurrent.futures import ThreadPoolExecutor as Pool\n"
         "def load(_):\n import torchvision\n return torchvision.Image\n"
         "with Pool(4) as pool:\n print(len(set(pool.map(load, range(4)))))\n",
-        fake(tmp_path, BROKEN),
+        fake_torchvision(tmp_path, BROKEN),
     )
     assert lines == ["run", "part", "run", "part", "1"]
 
 
 def test_a_matching_torchvision_is_left_alone(tmp_path: Path) -> None:
-    lines = run(
+    lines = run_script(
         "import sys\nbefore = list(sys.meta_path)\n"
-        "import evolvenet\nfrom evolvenet import _torchvision\n_torchvision.mend_torchvision()\n"
+        "import evolvenet\nfrom evolvenet import _compat\n_compat.mend_torchvision()\n"
         "assert len(sys.meta_path) == len(before) + 1, 'a second call adds nothing'\n"
         "import torchvision, torch\n"
-        "assert sys.meta_path == before and not _torchvision._libraries\n"
+        "assert sys.meta_path == before and not _compat._libraries\n"
         "assert not hasattr(torch.ops.torchvision, 'qnms')\n",
-        fake(tmp_path, MATCHING),
+        fake_torchvision(tmp_path, MATCHING),
     )
     assert lines == ["run"]
 
@@ -118,20 +79,20 @@ def test_a_matching_torchvision_is_left_alone(tmp_path: Path) -> None:
     "error", ["RuntimeError('operator torchvision::roi_align does not exist')", "ImportError('libcudart.so.13')"]
 )
 def test_another_error_of_torchvision_passes_through(tmp_path: Path, error: str) -> None:
-    lines = run(
+    lines = run_script(
         "import sys, evolvenet\n"
         "for _ in range(2):\n"
         " try:\n  import torchvision\n"
         " except Exception as error:\n  print(repr(error), 'torchvision' in sys.modules)\n"
         "from evolvenet._compat import _libraries\nprint(_libraries)\n",
-        fake(tmp_path, f"print('run')\nraise {error}\n"),
+        fake_torchvision(tmp_path, f"print('run')\nraise {error}\n"),
     )
     seen = error.replace('"', "'")
     assert lines == ["run", f"{seen} False"] * 2 + ["[]"]
 
 
 def test_without_torchvision_or_with_it_imported_nothing_happens() -> None:
-    lines = run(
+    lines = run_script(
         "import sys, types, importlib, importlib.util\n"
         "import evolvenet\n"
         "from evolvenet._compat import mend_torchvision\n"
@@ -156,7 +117,7 @@ def test_importing_is_quick_and_leaves_lightning_alone() -> None:
     seconds = []
     # Other work on the machine makes an import slower, never faster: the quickest of up to five is the true one.
     while len(seconds) < 5 and min(seconds, default=9.0) >= 0.3:
-        spent, imported = run(script)
+        spent, imported = run_script(script)
         assert imported == "set()"
         seconds.append(float(spent))
     assert min(seconds) < 0.3, f"import evolvenet took {min(seconds):.2f} s beyond torch's own, expected 0.3 s at most"

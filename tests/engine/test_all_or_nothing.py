@@ -14,8 +14,8 @@ from torch import nn
 
 from evolvenet import Evolver
 from evolvenet.errors import SpectrumError
-from tests.engine.test_evolver import Fixed
 from tests.helpers.cases import CASES
+from tests.helpers.policies import Fixed
 from tests.helpers.states import State
 
 BY_NAME = {case.name: case for case in CASES}

@@ -15,18 +15,7 @@ from torch import nn
 from evolvenet import EvolveNetError, Evolver, History, IndexMap, Threshold, TraceError, resize, trace
 from evolvenet.measurement.width_spectra import WidthStatistics
 from evolvenet.policies.base import Proposal
-
-
-class Fixed:
-    """A policy that asks for given sizes."""
-
-    def __init__(self, sizes: Mapping[str, int]) -> None:
-        self.sizes = sizes
-        self.seen: list[dict[str, WidthStatistics]] = []
-
-    def propose(self, measures: Mapping[str, WidthStatistics], graph: object) -> dict[str, Proposal]:
-        self.seen.append(dict(measures))
-        return {name: Proposal(size, "asked for") for name, size in self.sizes.items() if measures[name].size != size}
+from tests.helpers.policies import Fixed
 
 
 def network() -> nn.Sequential:

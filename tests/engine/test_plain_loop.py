@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import evolvenet
-from tests.test_torchvision_mend import BROKEN, fake, run
+from tests.helpers.interpreters import BROKEN, fake_torchvision, run_script
 
 BLOCK = """
 import sys
@@ -40,17 +40,17 @@ print(event.skipped, model[0].out_features < 64, evolver.history.events == [even
 
 def test_a_plain_loop_needs_no_trainer_library_and_mends_torchvision(tmp_path: Path) -> None:
     ending = f"print({EDGES!r} & set(sys.modules))\nimport torchvision\nprint(torchvision.Image.__name__)"
-    lines = run(BLOCK.format(names=EDGES) + LOOP + ending, fake(tmp_path, BROKEN))
+    lines = run_script(BLOCK.format(names=EDGES) + LOOP + ending, fake_torchvision(tmp_path, BROKEN))
     assert lines == ["None True True", "set()", "run", "part", "run", "part", "Image"]
 
 
 def test_a_plain_loop_imports_no_trainer_library_that_is_there() -> None:
-    lines = run(LOOP + f"import sys\nprint({EDGES | {'torchvision'}!r} & set(sys.modules))")
+    lines = run_script(LOOP + f"import sys\nprint({EDGES | {'torchvision'}!r} & set(sys.modules))")
     assert lines == ["None True True", "set()"]
 
 
 def test_a_missing_library_is_named_when_its_edge_is_asked_for() -> None:
-    lines = run(
+    lines = run_script(
         BLOCK.format(names=EDGES) + "import evolvenet\n"
         "try:\n evolvenet.transformers\n"
         "except evolvenet.MissingPackageError as error:\n print(isinstance(error, ImportError), error)\n"

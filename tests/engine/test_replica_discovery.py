@@ -19,8 +19,8 @@ import evolvenet
 from evolvenet import TraceError, WidthEvolution
 from evolvenet.measurement.width_spectra import WidthStatistics
 from evolvenet.policies.base import Proposal
-from tests.helpers.runs import Batches, batch, trainer
-from tests.lightning.test_user_modules import Breathes, User
+from tests.helpers.policies import ShrinkThenGrow
+from tests.helpers.runs import Batches, User, batch, trainer
 
 
 def fit(
@@ -32,7 +32,9 @@ def fit(
     policy: Any = None,
     **options: Any,
 ) -> WidthEvolution:
-    evolution = WidthEvolution(policy or Breathes(), every_n_steps=5, calibration_batches=2, stop=1.0, copies=copies)
+    evolution = WidthEvolution(
+        policy or ShrinkThenGrow(), every_n_steps=5, calibration_batches=2, stop=1.0, copies=copies
+    )
     run = trainer(tmp_path, [*others, evolution], **options)
     run.fit(model, Batches(size=48), ckpt_path=ckpt, weights_only=True)
     return evolution

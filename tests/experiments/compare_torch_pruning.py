@@ -23,7 +23,8 @@ from experiments.models.resnet import ResNet, UnpaddedResNet
 from experiments.training import torch_pruning
 from experiments.training.classifier import Cycles
 from experiments.training.controls import ControlError
-from tests.experiments.test_train import ROOT, train
+from tests.helpers.experiment_runs import train
+from tests.helpers.paths import ROOT
 
 EXAMPLE = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import evolvenet  # noqa: F401  isort: skip  # its mend comes before torchvision
 
 import importlib
-import itertools
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,12 +12,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from experiments.compare import growth as compare_growth
 from experiments.compare.gromo import SCALES, gromo_tiny
 from experiments.compare.growth import GROMO, ROWS, SUBJECTS, Images, Outcome, kept, main, table
 from experiments.data.images import Split
+from tests.helpers.gromo import Gromo
 
 
 @pytest.fixture
@@ -79,45 +79,6 @@ def test_batches_are_the_same_for_the_same_seed_and_see_every_image_once_an_epoc
     labels = torch.cat([labels for _, labels in one])
     assert len(labels) == 250
     assert labels[:100].sort().values.tolist() == list(range(100))
-
-
-class Gromo(nn.Module):
-    """What the comparison uses of gromo's `GrowingMLP`, with new units that answer `scale` times the input's first entry."""
-
-    def __init__(self, inputs: int, outputs: int, hidden: int, count: int, activation: nn.Module, device: Any) -> None:
-        super().__init__()
-        sizes = [inputs, *[hidden] * count, outputs]
-        self.layers = nn.ModuleList([nn.Linear(a, b) for a, b in itertools.pairwise(sizes)])
-        self.activation, self.scale, self.told = activation, 0.0, []
-        self.applied = 0.0
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.extended_forward(x, self.applied)
-
-    def extended_forward(self, x: Tensor, scale: float | None = None) -> Tensor:
-        x = x.flatten(1)
-        extra = x[:, :1] * (self.scale if scale is None else scale)
-        for layer in self.layers[:-1]:
-            x = self.activation(layer(x))
-        return self.layers[-1](x) + extra * torch.eye(10)[3]
-
-    def set_scaling_factor(self, scale: float) -> None:
-        self.scale = scale
-
-    def update_computation(self) -> None:
-        gradient = self.layers[-1].bias.grad
-        assert isinstance(gradient, Tensor)
-        self.told.append(("update_computation", gradient.clone()))
-
-    def apply_change(self) -> None:
-        self.applied += self.scale
-        self.told.append(("applied", self.scale))
-
-    def __getattr__(self, name: str) -> Any:
-        told = ("set_growing_layers", "init_computation", "compute_optimal_updates")
-        if name in (*told, "reset_computation", "dummy_select_update"):
-            return lambda **options: self.told.append((name, options))
-        return super().__getattr__(name)
 
 
 def test_gromo_gets_the_same_network_and_the_best_scale(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -31,7 +31,7 @@ from experiments.compare.schedule import (
     table,
 )
 from experiments.data.images import Split
-from tests.experiments.test_compare_growth import Gromo
+from tests.helpers.gromo import Gromo
 
 SHORT = Schedule(start=2, added=3, growths=2, epochs=3)
 

@@ -16,9 +16,10 @@ from evolvenet.engine.history import History
 from experiments.data.span_augment import SpanAugment
 from experiments.training import classifier, points
 from experiments.training.classifier import Classifier
-from experiments.training.run import readable_errors, run
+from experiments.training.run import readable_errors
 from experiments.training.sweep import draw_sweep, sweep_table
-from tests.experiments.test_data import write_npz
+from tests.helpers.experiment_runs import train
+from tests.helpers.image_files import write_npz
 from tests.helpers.paths import ROOT
 
 # What evolving runs are compared with: no widths of theirs are EvolveNet's to change. Each is run by a test of its own.
@@ -58,24 +59,6 @@ def data(tmp_path):
     write_npz(tmp_path / "mnist.npz", (28, 28))
     write_npz(tmp_path / "cifar10.npz", (32, 32, 3))
     return [f"data.root={tmp_path}", "data.batch_size=12", "data.val_size=10"]
-
-
-def train(tmp_path, overrides):
-    """What `train.py` does with these overrides; returns the result file's content."""
-    output = tmp_path / "run"
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        config = compose("train", [*overrides, f"output={output}"])
-    with readable_errors():
-        run(
-            config,
-            data=instantiate(config.data),
-            classifier=instantiate(config.classifier),
-            trainer=instantiate(config.trainer),
-            evolution=instantiate(config.evolve),
-            points=instantiate(config.points),
-            callbacks=instantiate(config.callbacks),
-        )
-    return json.loads((output / "result.json").read_text())
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)

@@ -24,7 +24,8 @@ from torch import Tensor, distributed, nn
 from evolvenet import Tolerance, WidthEvolution
 from evolvenet.engine import distributed as processes
 from evolvenet.errors import RankMismatchError
-from tests.helpers.runs import Batches, Classifier, Walk, trainer
+from tests.helpers.policies import Walk
+from tests.helpers.runs import Batches, Classifier, trainer
 
 SIZES = ((9, 16), (9, 20), (12, 7), (6, 11))
 VARIANTS: dict[str, dict[str, Any]] = {

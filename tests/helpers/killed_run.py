@@ -34,8 +34,8 @@ from fsspec.implementations.local import LocalFileOpener
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from tests.helpers.resuming import Randomness, evolution
 from tests.helpers.runs import Batches, fresh, trainer
-from tests.lightning.test_checkpoints import Randomness, evolution
 
 SEEN = struct.Struct("cqq")
 """What the child is at, the steps that it has done, and the step that it has saved last."""

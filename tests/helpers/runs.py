@@ -11,9 +11,6 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 
-from evolvenet.measurement.width_spectra import WidthStatistics
-from evolvenet.policies.base import Proposal
-
 
 class Batches:
     """Batches that depend on the epoch and their place in it alone, and can be taken up anywhere.
@@ -85,17 +82,15 @@ class Classifier(lightning.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": torch.optim.lr_scheduler.StepLR(optimizer, 2)}
 
 
-class Walk:
-    """A policy that asks for one set of sizes after the other, by the sizes that are there: a pure function."""
+class User(Classifier):
+    """Nothing logged, and an optimizer with momenta."""
 
-    def __init__(self, *sizes: Sequence[int]) -> None:
-        self.sizes = [tuple(each) for each in sizes]
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        x, y = batch
+        return nn.functional.cross_entropy(self(x), y)
 
-    def propose(self, measures: Mapping[str, WidthStatistics], graph: Any) -> dict[str, Proposal]:
-        now = tuple(graph.sizes.values())
-        place = self.sizes.index(now) + 1 if now in self.sizes else 0
-        wanted = dict(zip(graph.sizes, self.sizes[place % len(self.sizes)], strict=True))
-        return {name: Proposal(size, "next") for name, size in wanted.items() if size != graph.sizes[name]}
+    def configure_optimizers(self) -> Any:
+        return torch.optim.Adam(self.parameters(), lr=1e-2)
 
 
 def trainer(folder: Path, callbacks: Sequence[Any] = (), **options: Any) -> lightning.Trainer:

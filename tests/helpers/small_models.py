@@ -35,6 +35,15 @@ def convnet(bias: bool = False) -> Any:
     )
 
 
+def wide(width: int = 48) -> nn.Sequential:
+    """Three convolutions and a dense layer of one width each, in float32; input `[b, 1, h, w]`."""
+    return nn.Sequential(
+        nn.Conv2d(1, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Conv2d(width, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU(), nn.Conv2d(width, width, 3, padding=1),
+        nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 5),
+    )  # fmt: skip
+
+
 class Residual(nn.Module):
     """A trunk with two producers and two consumers; input `[b, 3, 6, 6]`."""
 

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import evolvenet
 from evolvenet import PolicyError, Threshold, TraceError, UnsupportedStrategyError, WidthEvolution
-from tests.engine.test_evolver import Fixed
+from tests.helpers.policies import Fixed
 from tests.helpers.runs import trainer
 
 

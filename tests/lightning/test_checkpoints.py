@@ -15,19 +15,14 @@ from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, OnE
 from torch import Tensor, nn
 
 import evolvenet
-from evolvenet import IndexMap, WidthEvolution, resize
+from evolvenet import IndexMap, resize
 from evolvenet.errors import RecordError
 from evolvenet.surgery.checkpoint import NOTE, Note, let_load_reshape
 from tests.helpers.cases import CASES, Case, distance, graph_of, outputs
 from tests.helpers.paths import ROOT
-from tests.helpers.runs import Batches, Classifier, Walk, fresh, trainer
+from tests.helpers.resuming import Randomness, assert_same, evolution
+from tests.helpers.runs import Batches, Classifier, fresh, trainer
 from tests.helpers.states import State
-
-WALK = Walk((9, 16), (9, 20), (12, 7), (6, 11))
-
-
-def evolution() -> WidthEvolution:
-    return WidthEvolution(WALK, every_n_steps=5, calibration_batches=3, stop=1.0)
 
 
 def everything(run: Any, model: nn.Module) -> dict[str, Any]:
@@ -57,37 +52,6 @@ class Run:
     @property
     def all(self) -> dict[str, Any]:
         return everything(self, self.model)
-
-
-class Randomness(lightning.Callback):
-    """Dropout's random numbers go on where they were: Lightning leaves that to its users."""
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"cpu": torch.random.get_rng_state()}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.state = state_dict["cpu"]
-
-    def on_train_start(self, *args: Any) -> None:
-        if hasattr(self, "state"):
-            torch.random.set_rng_state(self.state)
-
-
-def assert_same(one: Any, two: Any) -> None:
-    """Bit for bit."""
-    assert type(one) is type(two)
-    if isinstance(one, dict):
-        assert one.keys() == two.keys()
-        for key in one:
-            assert_same(one[key], two[key])
-    elif isinstance(one, (list, tuple)):
-        assert len(one) == len(two)
-        for left, right in zip(one, two, strict=True):
-            assert_same(left, right)
-    elif isinstance(one, Tensor):
-        assert torch.equal(one, two)
-    else:
-        assert one == two
 
 
 def test_a_resumed_run_is_the_uninterrupted_one_from_any_step(tmp_path: Path) -> None:
@@ -195,8 +159,8 @@ def test_a_fresh_process_loads_with_the_callback_imported(tmp_path: Path) -> Non
     run = Run(tmp_path, max_epochs=2)
     run.trainer.save_checkpoint(tmp_path / "end.ckpt")
     script = f"""
-import evolvenet.callback, torch, json
-from tests.runs import Classifier
+import evolvenet.lightning.callback, torch, json
+from tests.helpers.runs import Classifier
 model = Classifier.load_from_checkpoint({str(tmp_path / "end.ckpt")!r}, weights_only=True).eval()
 print(json.dumps(model(torch.ones(1, 6)).tolist()))
 """

@@ -25,7 +25,7 @@ from evolvenet.measurement.width_spectra import WidthStatistics
 from evolvenet.surgery.checkpoint import reshape_before_load
 from tests.helpers import networks
 from tests.helpers.paths import ROOT
-from tests.transformers.test_callback import bert, evolution, trainer
+from tests.helpers.transformers_runs import bert, evolution, trainer
 
 NETWORKS: dict[str, tuple[Any, tuple[int, ...]]] = {
     "mlp": (networks.Mlp, (5,)),

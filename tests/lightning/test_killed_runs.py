@@ -31,7 +31,7 @@ import torch
 
 from tests.helpers.killed_run import EVENT, IDLE, SAVING, TRAINING
 from tests.helpers.paths import ROOT
-from tests.lightning.test_checkpoints import assert_same
+from tests.helpers.resuming import assert_same
 
 EPOCHS, SHORT = 20, 3
 STEPS = 8

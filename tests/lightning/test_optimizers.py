@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from evolvenet import Evolver, IndexMap, resize, trace
-from tests.helpers.walks import InTurn, check_fits
+from tests.helpers.optimizer_checks import check_fits
+from tests.helpers.policies import InTurn
 
 SIZES = ({"0": 7, "2": 6}, {"0": 11, "2": 9}, {"0": 5, "2": 8})
 """Shrink, grow, and at last one of each."""

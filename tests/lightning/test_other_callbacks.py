@@ -34,7 +34,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from evolvenet import WidthEvolution
-from tests.helpers.runs import Batches, Classifier, Walk, batch, fresh, trainer
+from tests.helpers.policies import Walk
+from tests.helpers.runs import Batches, Classifier, batch, fresh, trainer
 
 SIZES = ((9, 16), (9, 20), (12, 7))
 

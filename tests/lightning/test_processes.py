@@ -22,9 +22,9 @@ from evolvenet.errors import EvolveNetError, RankMismatchError
 from evolvenet.lightning.loading import EXTRA, _reshaping, _with_states
 from evolvenet.pruning.selection import plan_prune
 from evolvenet.surgery.resize_model import install
-from tests.engine.test_evolver import Fixed
 from tests.helpers.cases import CASES
 from tests.helpers.paths import HELPERS
+from tests.helpers.policies import Fixed
 
 SCRIPT = HELPERS / "ddp_run.py"
 HEALTHY = ("plain", "unused", "static", "buckets", "manual", "accumulated")

@@ -18,7 +18,8 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader, TensorDataset
 
 from evolvenet import WidthEvolution
-from tests.helpers.walks import InTurn, check_fits
+from tests.helpers.optimizer_checks import check_fits
+from tests.helpers.policies import InTurn
 
 SIZES = ({"net.0": 7, "net.2": 6}, {"net.0": 11, "net.2": 9}, {"net.0": 5, "net.2": 8})
 """Shrink, grow, and at last one of each."""

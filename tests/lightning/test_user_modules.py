@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import random
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -19,37 +19,14 @@ from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
 
 from evolvenet import Evolver, TraceError, WidthEvolution
-from evolvenet.measurement.width_spectra import WidthStatistics
-from evolvenet.policies.base import Proposal
-from tests.helpers.runs import Batches, Classifier, trainer
-
-
-class Breathes:
-    """Every width a step down at one event and two up at the next, by its size: a pure function."""
-
-    def propose(self, measures: Mapping[str, WidthStatistics], graph: Any) -> dict[str, Proposal]:
-        return {
-            name: Proposal(measure.size - measure.step if measure.size > 15 else measure.size + 2 * measure.step, "")
-            for name, measure in measures.items()
-            if measure.size > 15 or measure.growable
-        }
-
-
-class User(Classifier):
-    """Nothing logged, and an optimizer with momenta."""
-
-    def training_step(self, batch: Any, batch_idx: int) -> Any:
-        x, y = batch
-        return nn.functional.cross_entropy(self(x), y)
-
-    def configure_optimizers(self) -> Any:
-        return torch.optim.Adam(self.parameters(), lr=1e-2)
+from tests.helpers.policies import ShrinkThenGrow
+from tests.helpers.runs import Batches, User, trainer
 
 
 def fit(tmp_path: Path, model: lightning.LightningModule, data: Any = None, **options: Any) -> WidthEvolution:
     """Through three events or more, each of which changes something."""
     settings = {"every_n_steps": 5, "calibration_batches": 2, "stop": 1.0, **options.pop("evolution", {})}
-    evolution = WidthEvolution(Breathes(), **settings)
+    evolution = WidthEvolution(ShrinkThenGrow(), **settings)
     validation = options.pop("validation", None)
     run = trainer(tmp_path, [*options.pop("callbacks", []), evolution], **options)
     run.fit(model, data or Batches(size=48), validation)
@@ -310,7 +287,7 @@ def test_what_is_copied_or_pickled_while_listening_is_deaf(tmp_path: Path) -> No
 def test_no_batch_stays_in_memory() -> None:
     """Not even its storage: a view of two samples would keep all of it."""
     model = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 3))
-    evolver = Evolver(model, None, Breathes(), torch.randn(500, 6))
+    evolver = Evolver(model, None, ShrinkThenGrow(), torch.randn(500, 6))
     evolver.observe(torch.randn(500, 6))
     evolver.step()
     evolver.forget()
@@ -322,4 +299,4 @@ def test_packed_sequences_are_refused_with_the_remedy() -> None:
     model = nn.LSTM(6, 8, batch_first=True)
     packed = nn.utils.rnn.pack_sequence([torch.randn(3, 6), torch.randn(2, 6)])
     with pytest.raises(TraceError, match="got a PackedSequence"):
-        Evolver(model, None, Breathes(), packed)
+        Evolver(model, None, ShrinkThenGrow(), packed)

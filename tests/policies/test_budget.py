@@ -20,7 +20,7 @@ from evolvenet.measurement.cost import Costs, macs, parameters, size_in_bytes
 from evolvenet.measurement.width_spectra import WidthStatistics, measure
 from evolvenet.policies.base import PolicyContext, Proposal, Scheduled
 from tests.helpers.cases import CASES, Case, graph_of
-from tests.helpers.small_models import mlp
+from tests.helpers.small_models import mlp, wide
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -34,14 +34,6 @@ def test_costs_of_other_widths_are_those_of_the_resized_model(case: Case) -> Non
     assert costs.at("bytes", sizes) == size_in_bytes(model)
     if not costs.rest["macs"]:
         assert costs.at("macs", sizes) == macs(model, case.inputs())
-
-
-def wide(width: int = 48) -> nn.Sequential:
-    return nn.Sequential(
-        nn.Conv2d(1, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU(), nn.MaxPool2d(2),
-        nn.Conv2d(width, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU(), nn.Conv2d(width, width, 3, padding=1),
-        nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 5),
-    )  # fmt: skip
 
 
 COST = {

@@ -14,7 +14,7 @@ from torch import nn
 from evolvenet import Budget, Evolver, Front, PolicyError, trace
 from evolvenet.measurement.cost import Costs, parameters
 from evolvenet.policies.base import PolicyContext
-from tests.policies.test_budget import wide
+from tests.helpers.small_models import wide
 
 POINTS = (12_000, 5_000, 1_500)
 

@@ -20,8 +20,8 @@ from evolvenet import Evolver, PolicyError, Tolerance, WidthEvolution
 from evolvenet.engine.snapshot import Snapshot
 from evolvenet.measurement.cost import parameters
 from evolvenet.policies.tolerance import Standing
+from tests.helpers.resuming import Randomness
 from tests.helpers.runs import Batches, Classifier, trainer
-from tests.lightning.test_checkpoints import Randomness
 
 
 def network(seed: int = 0) -> nn.Sequential:

@@ -2,28 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from torch import Tensor
 from torch.optim import Optimizer
 
-from evolvenet.measurement.width_spectra import WidthStatistics
-from evolvenet.policies.base import Proposal
 from evolvenet.surgery.optimizer_state import validate_state
 
 REDUCED = {"row_var": -1, "col_var": -2}
 """Adafactor's factors hold one value for all of an axis."""
-
-
-class InTurn:
-    """Asks for the next sizes at every event, then for nothing more."""
-
-    def __init__(self, *sizes: Mapping[str, int]) -> None:
-        self.left = list(sizes)
-
-    def propose(self, measures: Mapping[str, WidthStatistics], graph: object) -> dict[str, Proposal]:
-        sizes = self.left.pop(0) if self.left else {}
-        return {name: Proposal(size, "asked for") for name, size in sizes.items() if measures[name].size != size}
 
 
 def check_fits(optimizers: Sequence[Optimizer]) -> None:

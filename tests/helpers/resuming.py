@@ -1,0 +1,49 @@
+"""Runs that are stopped and resumed: the evolution that they share, their random numbers, and the comparison bit for bit."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning
+import torch
+from torch import Tensor
+
+from evolvenet import WidthEvolution
+from tests.helpers.policies import Walk
+
+WALK = Walk((9, 16), (9, 20), (12, 7), (6, 11))
+
+
+def evolution() -> WidthEvolution:
+    return WidthEvolution(WALK, every_n_steps=5, calibration_batches=3, stop=1.0)
+
+
+class Randomness(lightning.Callback):
+    """Dropout's random numbers go on where they were: Lightning leaves that to its users."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"cpu": torch.random.get_rng_state()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.state = state_dict["cpu"]
+
+    def on_train_start(self, *args: Any) -> None:
+        if hasattr(self, "state"):
+            torch.random.set_rng_state(self.state)
+
+
+def assert_same(one: Any, two: Any) -> None:
+    """Bit for bit."""
+    assert type(one) is type(two)
+    if isinstance(one, dict):
+        assert one.keys() == two.keys()
+        for key in one:
+            assert_same(one[key], two[key])
+    elif isinstance(one, (list, tuple)):
+        assert len(one) == len(two)
+        for left, right in zip(one, two, strict=True):
+            assert_same(left, right)
+    elif isinstance(one, Tensor):
+        assert torch.equal(one, two)
+    else:
+        assert one == two
