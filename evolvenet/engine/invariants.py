@@ -59,7 +59,7 @@ def validate(
         ValidationError: naming the first thing that is wrong.
         OptimizerStateError: if a state does not fit.
 
-    >>> from evolvenet.trace import trace
+    >>> from evolvenet.tracing.trace import trace
     >>> model, x = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2)), torch.zeros(1, 4)
     >>> before, graph = Before.of(model, x), trace(model, x)
     >>> model[0].out_features = 5

@@ -36,7 +36,7 @@ def follow(copy: nn.Module, graph: WidthGraph, surgery: Surgery, batches: Sequen
         ResizeError: if the copy does not have the graph's shapes.
 
     >>> from evolvenet.graph.index_map import IndexMap
-    >>> from evolvenet.trace import trace
+    >>> from evolvenet.tracing.trace import trace
     >>> model, copy = (nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2)) for _ in range(2))
     >>> graph = trace(model, torch.zeros(1, 4))
     >>> grown = compile_surgery(model, graph, {"0": IndexMap.grow(3, 1)})

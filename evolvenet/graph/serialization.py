@@ -17,7 +17,7 @@ def to_plain(graph: WidthGraph) -> dict[str, Any]:
     """A graph as dicts, lists, strings and numbers, fit for JSON and for `weights_only` checkpoints.
 
     >>> import torch
-    >>> from evolvenet.trace import trace
+    >>> from evolvenet.tracing.trace import trace
     >>> graph = trace(nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2)), torch.zeros(1, 4))
     >>> from_plain(to_plain(graph)) == graph
     True

@@ -82,7 +82,7 @@ def evidence(
         SpectrumError: for NaN or infinite ones.
         ResizeError: as `grow`.
 
-    >>> from evolvenet.trace import trace
+    >>> from evolvenet.tracing.trace import trace
     >>> _ = torch.manual_seed(0)
     >>> model, inputs = nn.Sequential(nn.Linear(4, 2), nn.ReLU(), nn.Linear(2, 2)), torch.randn(512, 4)
     >>> wanted = model(inputs).detach() - inputs[:, :2].abs()  # the gradient of half the squared error

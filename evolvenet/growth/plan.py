@@ -61,7 +61,7 @@ def plan_growth(
         SpectrumError: for NaN or infinite weights, activations or gradients.
         TraceError: if there is no batch in `batches`.
 
-    >>> from evolvenet.trace import trace
+    >>> from evolvenet.tracing.trace import trace
     >>> model = nn.Sequential(nn.Linear(4, 2), nn.ReLU(), nn.Linear(2, 2))
     >>> surgery = plan_growth(model, trace(model, torch.zeros(1, 4)), {"0": 3})
     >>> values = {change.name: change.value for change in surgery.changes}

@@ -133,7 +133,7 @@ def collect(model: nn.Module, graph: WidthGraph, batches: Iterable[Any]) -> Acti
         TraceError: if there is no batch, or no sample in any.
         SpectrumError: if a consumer reads NaN or infinite values.
 
-    >>> from evolvenet.trace import trace
+    >>> from evolvenet.tracing.trace import trace
     >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
     >>> statistics = collect(model, trace(model, torch.zeros(1, 4)), [torch.randn(10, 4), torch.randn(6, 4)])
     >>> [(tie.tensor, moments.count, moments.mean.shape) for tie, moments in statistics.items()]

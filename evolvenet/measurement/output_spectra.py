@@ -45,7 +45,7 @@ def output_spectra(model: nn.Module, graph: WidthGraph, batches: Iterable[Any]) 
         TraceError: if there is no sample in `batches`.
         SpectrumError: if a layer makes NaN or infinite values.
 
-    >>> from evolvenet.trace import trace
+    >>> from evolvenet.tracing.trace import trace
     >>> model = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 2)).double()
     >>> _ = nn.init.eye_(model[0].weight)
     >>> x = torch.tensor([[6.0, 0.0], [0.0, 0.0], [0.0, 2.0], [0.0, 2.0]]).double()

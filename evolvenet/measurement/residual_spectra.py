@@ -84,7 +84,7 @@ def block_spectra(model: nn.Module, graph: WidthGraph, example_inputs: Any) -> d
     Raises:
         SpectrumError: for NaN or infinite weights.
 
-    >>> from evolvenet.trace import trace
+    >>> from evolvenet.tracing.trace import trace
     >>> class Net(nn.Module):
     ...     def __init__(self):
     ...         super().__init__()
@@ -125,7 +125,7 @@ def residual_blocks(
     Returns:
         ({inner width: block}, {any other resizable width: reason}).
 
-    >>> from evolvenet.trace import trace
+    >>> from evolvenet.tracing.trace import trace
     >>> model = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 2))
     >>> residual_blocks(model, trace(model, torch.zeros(1, 2)), torch.zeros(1, 2))
     ({}, {'0': "0.weight reads the width '0:in', 2.weight makes the width '2'"})

@@ -67,7 +67,7 @@ def spectra(model: nn.Module, graph: WidthGraph, batches: Iterable[Any] | None =
         SpectrumError: for NaN or infinite weights or activations.
         TraceError: if there is no batch in `batches`.
 
-    >>> from evolvenet.trace import trace
+    >>> from evolvenet.tracing.trace import trace
     >>> model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
     >>> _ = nn.init.eye_(model[0].weight)
     >>> spectra(model, trace(model, torch.zeros(1, 4)))

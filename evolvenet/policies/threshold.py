@@ -41,7 +41,7 @@ class Threshold:
         PolicyError: for a value outside its range, or `prune` not below `grow`.
 
     >>> from torch import nn, zeros
-    >>> from evolvenet.trace import trace
+    >>> from evolvenet.tracing.trace import trace
     >>> graph = trace(nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2)), zeros(1, 4))
     >>> measure = WidthStatistics("0", 3, step=1, spectrum=(2.0, 1.0, 0.1), idle=9, growable=True)
     >>> Threshold(prune=0.01, grow=0.9).propose({"0": measure}, graph)["0"]

@@ -60,7 +60,7 @@ def allocate(
         ResizeError: if the model cannot be made so small.
         SpectrumError, TraceError: as `collect`.
 
-    >>> from evolvenet.trace import trace
+    >>> from evolvenet.tracing.trace import trace
     >>> model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
     >>> model[2].weight.data[1:] = 0
     >>> allocate(model, trace(model, torch.zeros(1, 8)), parameters=120)

@@ -74,7 +74,7 @@ def choose(
         ResizeError: for an unknown or frozen width, or a size that it cannot take.
         SpectrumError: for NaN or infinite weights.
 
-    >>> from evolvenet.trace import trace
+    >>> from evolvenet.tracing.trace import trace
     >>> model = nn.Sequential(nn.Linear(2, 4), nn.ReLU(), nn.Linear(4, 2))
     >>> model[0].weight.data = torch.tensor([[3.0, 0.0], [0.0, 0.1], [0.0, 4.0], [0.1, 0.0]])
     >>> _ = nn.init.ones_(model[2].weight)
@@ -122,7 +122,7 @@ def plan_prune(
         SpectrumError: as `choose`.
 
     >>> from evolvenet.measurement.activation_moments import collect
-    >>> from evolvenet.trace import trace
+    >>> from evolvenet.tracing.trace import trace
     >>> model = nn.Sequential(nn.Linear(2, 4), nn.ReLU(), nn.Linear(4, 2))
     >>> graph = trace(model, torch.zeros(1, 2))
     >>> surgery = plan_prune(model, graph, {"0": 3}, collect(model, graph, [torch.randn(50, 2)]))
