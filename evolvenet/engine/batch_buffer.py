@@ -9,18 +9,18 @@ from typing import Any
 
 from torch import Tensor
 
-from evolvenet.engine.distributed import Processes, pooled
+from evolvenet.engine.distributed import ProcessGroup, gather_batches
 from evolvenet.execution.inputs import is_plain, moved_like
 
 
-class Observed:
+class BatchBuffer:
     """The last batches, each with the gradients of the loss at the model's answer, as far as they are known.
 
     Args:
         example_inputs: what the model is called with; of a longer tuple (inputs, targets) as many entries are taken.
         most: batches that are kept.
 
-    >>> seen = Observed(example_inputs=Tensor([[1.0]]), most=2)
+    >>> seen = BatchBuffer(example_inputs=Tensor([[1.0]]), most=2)
     >>> seen.add((Tensor([[2.0]]), "its target"))
     >>> seen.batches, seen.gradients
     ([(tensor([[2.]]),)], [()])
@@ -54,9 +54,9 @@ class Observed:
         """Let all of them go."""
         self._kept.clear()
 
-    def pooled(self, group: Processes) -> tuple[list[Any], list[Sequence[Tensor | None]]]:
-        """Batches of all ranks and their gradients, for rank 0, see `processes.pooled`."""
-        return pooled(group, self.batches), pooled(group, self.gradients)
+    def gather(self, group: ProcessGroup) -> tuple[list[Any], list[Sequence[Tensor | None]]]:
+        """Batches of all ranks and their gradients, for rank 0, see `gather_batches`."""
+        return gather_batches(group, self.batches), gather_batches(group, self.gradients)
 
     def state_dict(self) -> dict[str, list[Any]]:
         """The batches that a `weights_only` checkpoint may hold."""

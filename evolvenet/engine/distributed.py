@@ -20,7 +20,7 @@ from evolvenet.surgery.resize_model import Surgery, compile_surgery, with_values
 Answer = TypeVar("Answer")
 
 
-class Processes(Protocol):
+class ProcessGroup(Protocol):
     """Those that train together; every method is called by all of them at once."""
 
     @property
@@ -33,7 +33,7 @@ class Processes(Protocol):
         """How many there are."""
         ...
 
-    def gather(self, value: Any) -> list[Any]:
+    def all_gather(self, value: Any) -> list[Any]:
         """Everybody's value, by rank, on every rank."""
         ...
 
@@ -41,22 +41,22 @@ class Processes(Protocol):
         """Rank 0's value."""
         ...
 
-    def collect(self, value: Any) -> list[Any]:
+    def gather(self, value: Any) -> list[Any]:
         """Everybody's value, by rank, on rank 0; elsewhere nothing."""
         ...
 
 
-class Alone:
+class SingleProcess:
     """One process.
 
-    >>> Alone().gather("here")
+    >>> SingleProcess().all_gather("here")
     ['here']
     """
 
     rank = 0
     size = 1
 
-    def gather(self, value: Any) -> list[Any]:
+    def all_gather(self, value: Any) -> list[Any]:
         """The value."""
         return [value]
 
@@ -64,12 +64,12 @@ class Alone:
         """The value."""
         return value
 
-    def collect(self, value: Any) -> list[Any]:
+    def gather(self, value: Any) -> list[Any]:
         """The value."""
         return [value]
 
 
-class Distributed:
+class TorchDistributed:
     """All processes of torch.distributed's default group, whatever its backend."""
 
     @property
@@ -82,7 +82,7 @@ class Distributed:
         """How many there are."""
         return distributed.get_world_size()
 
-    def gather(self, value: Any) -> list[Any]:
+    def all_gather(self, value: Any) -> list[Any]:
         """Everybody's value, by rank, on every rank."""
         found: list[Any] = [None] * self.size
         distributed.all_gather_object(found, value)
@@ -94,20 +94,20 @@ class Distributed:
         distributed.broadcast_object_list(box, src=0)
         return box[0]
 
-    def collect(self, value: Any) -> list[Any]:
+    def gather(self, value: Any) -> list[Any]:
         """Everybody's value, by rank, on rank 0; elsewhere nothing."""
         found: list[Any] | None = [None] * self.size if self.rank == 0 else None
         distributed.gather_object(value, found, dst=0)
         return found or []
 
 
-def processes() -> Processes:
+def process_group() -> ProcessGroup:
     """Those of torch.distributed where it runs with more than one, else this one alone."""
     running = distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
-    return Distributed() if running else Alone()
+    return TorchDistributed() if running else SingleProcess()
 
 
-def decided(group: Processes, decide: Callable[[], Answer]) -> Answer:
+def run_on_rank_0(group: ProcessGroup, decide: Callable[[], Answer]) -> Answer:
     """What rank 0 decides; where it fails, all of them do.
 
     Raises:
@@ -121,7 +121,7 @@ def decided(group: Processes, decide: Callable[[], Answer]) -> Answer:
         except Exception as error:  # noqa: BLE001  the others wait for an answer, whatever went wrong
             failure = error
     if group.size > 1:
-        answer, message = group.broadcast((answer, None if failure is None else _said(failure)))
+        answer, message = group.broadcast((answer, None if failure is None else _message(failure)))
         if failure is None and message is not None:
             raise EvolveNetError(f"rank 0: {message}")
     if failure is not None:
@@ -129,7 +129,7 @@ def decided(group: Processes, decide: Callable[[], Answer]) -> Answer:
     return answer
 
 
-def together(group: Processes, act: Callable[[], Answer]) -> Answer:
+def run_on_all_ranks(group: ProcessGroup, act: Callable[[], Answer]) -> Answer:
     """What this rank's act gives; where one rank's fails, all fail.
 
     Raises:
@@ -142,7 +142,7 @@ def together(group: Processes, act: Callable[[], Answer]) -> Answer:
         answer = act()
     except Exception as error:  # noqa: BLE001  the others must hear of it, whatever it is
         failure = error
-    messages = group.gather(None if failure is None else _said(failure))
+    messages = group.all_gather(None if failure is None else _message(failure))
     if failure is not None:
         raise failure
     for rank, message in enumerate(messages):
@@ -151,11 +151,11 @@ def together(group: Processes, act: Callable[[], Answer]) -> Answer:
     return answer
 
 
-def _said(error: Exception) -> str:
+def _message(error: Exception) -> str:
     return f"{type(error).__name__}: {error}"
 
 
-def agree(group: Processes, what: str, value: str) -> None:
+def check_agreement(group: ProcessGroup, what: str, value: str) -> None:
     """Stop unless every rank has the same value.
 
     Args:
@@ -166,7 +166,7 @@ def agree(group: Processes, what: str, value: str) -> None:
     Raises:
         RankMismatchError: on every rank, naming who has what.
     """
-    values = group.gather(value)
+    values = group.all_gather(value)
     if len(set(values)) == 1:
         return
     listed = "; ".join(f"rank {rank}: {each}" for rank, each in enumerate(values))
@@ -186,7 +186,7 @@ def fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()[:12]
 
 
-def pooled(group: Processes, batches: Sequence[Any]) -> list[Any]:
+def gather_batches(group: ProcessGroup, batches: Sequence[Any]) -> list[Any]:
     """Batches of all ranks for rank 0 to measure on, together about as many samples as one rank has.
 
     Moving a few hundred inputs is far less than reducing a second moment for every weight, and what one rank computes
@@ -202,13 +202,15 @@ def pooled(group: Processes, batches: Sequence[Any]) -> list[Any]:
     if group.size == 1:
         return list(batches)
     shares = [first_samples(batch, -(-samples_in(batch) // group.size)) for batch in batches]
-    found = group.collect(tree_map_only(Tensor, lambda tensor: tensor.cpu(), shares))
+    found = group.gather(tree_map_only(Tensor, lambda tensor: tensor.cpu(), shares))
     devices = [leaf.device for leaf in tree_leaves(list(batches)) if isinstance(leaf, Tensor)]
     everyone = [batch for rank in found for batch in rank]
     return tree_map_only(Tensor, lambda tensor: tensor.to(devices[0]), everyone) if devices else everyone
 
 
-def shared(group: Processes, model: nn.Module, graph: WidthGraph, decide: Callable[[], Surgery]) -> Surgery:
+def broadcast_surgery(
+    group: ProcessGroup, model: nn.Module, graph: WidthGraph, decide: Callable[[], Surgery]
+) -> Surgery:
     """Rank 0's surgery on this rank's model: same maps, same values.
 
     Raises:
@@ -223,7 +225,7 @@ def shared(group: Processes, model: nn.Module, graph: WidthGraph, decide: Callab
         maps = {name: (index_map.indices, index_map.size) for name, index_map in made[0].maps.items()}
         return maps, {change.name: change.value.cpu() for change in made[0].changes}
 
-    maps, values = decided(group, plain)
+    maps, values = run_on_rank_0(group, plain)
     if made:
         return made[0]
     surgery = compile_surgery(model, graph, {name: IndexMap.of(*entry) for name, entry in maps.items()})

@@ -14,14 +14,22 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_map_only
 
-from evolvenet.engine.batch_buffer import Observed
-from evolvenet.engine.distributed import Processes, agree, decided, fingerprint, processes, shared, together
-from evolvenet.engine.failure_policy import Failures
+from evolvenet.engine.batch_buffer import BatchBuffer
+from evolvenet.engine.distributed import (
+    ProcessGroup,
+    broadcast_surgery,
+    check_agreement,
+    fingerprint,
+    process_group,
+    run_on_all_ranks,
+    run_on_rank_0,
+)
+from evolvenet.engine.failure_policy import FailurePolicy
 from evolvenet.engine.functional import apply, as_list
 from evolvenet.engine.history import Event, History, WidthChange, changed
-from evolvenet.engine.invariants import Before, check_finite_weights, refuse_fixed, validate
-from evolvenet.engine.replica_update import apart, follow
-from evolvenet.engine.snapshot import PendingCut, Snapshot, go_back
+from evolvenet.engine.invariants import ModelReference, check_finite_weights, check_resizable, validate
+from evolvenet.engine.replica_update import plan_replica_update, without_shared_tensors
+from evolvenet.engine.snapshot import PendingCut, Snapshot, roll_back
 from evolvenet.errors import RankMismatchError, SkippedEvent
 from evolvenet.execution.inputs import first_samples, is_plain
 from evolvenet.execution.shadow_tensors import forget_compiled
@@ -98,16 +106,16 @@ class Evolver:
         self.copies = copies
         self.after_change = after_change
         self.graph = graph or trace(model, self.example_inputs)
-        refuse_fixed(model, self.graph)
+        check_resizable(model, self.graph)
         self._macs = macs(model, self.example_inputs)
         self.history = History(self._snapshot(0, (), parameters(model), 0.0))
-        self._seen = Observed(example_inputs, calibration_batches)
+        self._buffer = BatchBuffer(example_inputs, calibration_batches)
         self._observed = 0
         self._events = 0
         self._changed: dict[str, list[int]] = {}
         self._seed = seed
         self._stage = ""
-        self._failures = Failures()
+        self._failures = FailurePolicy()
         self._pending_cut = PendingCut(policy) if isinstance(policy, Judging) else None
 
     @property
@@ -118,7 +126,7 @@ class Evolver:
     @property
     def observed(self) -> int:
         """Batches that an event would measure on now."""
-        return len(self._seen)
+        return len(self._buffer)
 
     def observe(self, batch: Any, gradients: Sequence[Tensor | None] = ()) -> None:
         """Remember a batch to measure on. Nothing is computed until `step`.
@@ -128,12 +136,12 @@ class Evolver:
             gradients: of the loss with respect to each tensor that the model answered with in training, or to its first
                 samples; with them, widths grow only where the loss asks for it. None of them is changed.
         """
-        self._seen.add(batch, gradients)
+        self._buffer.add(batch, gradients)
         self._observed += 1
 
     def forget(self) -> None:
         """Let go of the batches observed so far."""
-        self._seen.clear()
+        self._buffer.clear()
 
     def step(self, at: int | None = None, progress: float = 1.0) -> Event:
         """Measure, let the policy decide, and change the widths.
@@ -156,10 +164,10 @@ class Evolver:
         moment = self._observed if at is None else at
         if self.off is not None:
             return self._snapshot(moment, (), before, 0.0, self.off)
-        group = processes()
-        agree(group, "event, step and widths", f"event {self._events} at step {moment}, {self.graph.sizes}")
+        group = process_group()
+        check_agreement(group, "event, step and widths", f"event {self._events} at step {moment}, {self.graph.sizes}")
         # Before anything is done: making DDP's wrapper anew would hide it by sending rank 0's weights to all.
-        agree(group, "weights", fingerprint(self.model) if group.size > 1 else "")
+        check_agreement(group, "weights", fingerprint(self.model) if group.size > 1 else "")
         self._events += 1
         skipped, changes = None, []
         ranks, kept = {}, {}
@@ -171,7 +179,7 @@ class Evolver:
         except Exception as problem:  # noqa: BLE001  whatever it was, everything is as before and the run can go on
             skipped = self._failures.explain(group, self._stage, moment, problem)
         _tell(moment, changes)
-        agree(group, "weights", fingerprint(self.model) if group.size > 1 else "")
+        check_agreement(group, "weights", fingerprint(self.model) if group.size > 1 else "")
         event = self._snapshot(moment, tuple(changes), before, time.perf_counter() - started, skipped, ranks, kept)
         self.history.events.append(event)
         return event
@@ -185,7 +193,7 @@ class Evolver:
         Returns:
             The event, where a cut was taken back.
         """
-        group, started = processes(), time.perf_counter()
+        group, started = process_group(), time.perf_counter()
         value = group.broadcast(value)
         past = self._pending_cut.judge(value) if self._pending_cut else None
         if self._pending_cut is None or past is None:
@@ -194,8 +202,8 @@ class Evolver:
         skipped, reason = None, f"taken back: {value:.6g} after the cut, {self._pending_cut.standing.best:.6g} before"
         self._stage = "taking back"
         try:
-            copies = together(group, self._copies)
-            go_back(group, past, self._present(copies), self, copies)
+            copies = run_on_all_ranks(group, self._copies)
+            roll_back(group, past, self._present(copies), self, copies)
             self.graph = past.graph
         except RankMismatchError:
             raise
@@ -222,7 +230,7 @@ class Evolver:
             "events": self._events,
             "changed": {name: list(entry) for name, entry in self._changed.items()},
             "graph": to_plain(self.graph),
-            **self._seen.state_dict(),
+            **self._buffer.state_dict(),
             **self._failures.state_dict(),
             "note": Note.of(self.model, self.graph).read(self.model),
             "pending_cut": self._pending_cut.state_dict() if self._pending_cut else None,
@@ -245,7 +253,7 @@ class Evolver:
         self.history = History.from_dict(state["history"])
         self._observed, self._events = state["observed"], state["events"]
         self._changed = {name: list(entry) for name, entry in state["changed"].items()}
-        self._seen.load_state_dict(state)
+        self._buffer.load_state_dict(state)
         self._failures.load_state_dict(state)
         if self._pending_cut and state.get("pending_cut"):
             self._pending_cut.load_state_dict(state["pending_cut"])
@@ -269,7 +277,7 @@ class Evolver:
         undo.pop_all()
 
     def _evolve(
-        self, group: Processes, changes: list[WidthChange], undo: ExitStack, progress: float
+        self, group: ProcessGroup, changes: list[WidthChange], undo: ExitStack, progress: float
     ) -> tuple[dict[str, float], dict[str, float]]:
         """One event: prune first, so that growth is paid for, then grow. What is done is added to `changes`.
 
@@ -278,19 +286,19 @@ class Evolver:
         """
         past: Snapshot | None = None
         self._stage = "gathering batches"
-        batches, gradients = self._seen.pooled(group)
+        batches, gradients = self._buffer.gather(group)
         found: list[ActivationMoments] = []
-        measures, proposals = decided(group, lambda: self._propose(batches, gradients, found, progress))
+        measures, proposals = run_on_rank_0(group, lambda: self._propose(batches, gradients, found, progress))
         sizes = self.graph.sizes
         down = {name: proposal for name, proposal in proposals.items() if proposal.size < sizes[name]}
         up = {name: proposal for name, proposal in proposals.items() if proposal.size > sizes[name]}
         if down or up:
             self._stage = "validation"
-            before = together(group, lambda: Before.of(self.model, self.example_inputs))
+            before = run_on_all_ranks(group, lambda: ModelReference.of(self.model, self.example_inputs))
             self._stage = "weight averages"
-            copies = together(group, self._copies)
+            copies = run_on_all_ranks(group, self._copies)
             self._stage = "keeping what may be taken back"
-            past = together(group, lambda: self._present(copies)) if self._pending_cut else None
+            past = run_on_all_ranks(group, lambda: self._present(copies)) if self._pending_cut else None
             if down:
                 self._change(
                     group, down, lambda: self._pruning(down, found[0], batches), batches, copies, changes, undo
@@ -298,11 +306,13 @@ class Evolver:
             if up:
                 self._change(group, up, lambda: self._growth(up), batches, copies, changes, undo)
             self._stage = "validation"
-            together(group, lambda: validate(self.model, self.graph, self.optimizers, self.example_inputs, before))
+            run_on_all_ranks(
+                group, lambda: validate(self.model, self.graph, self.optimizers, self.example_inputs, before)
+            )
             self._stage = "counting costs"
-            self._macs = together(group, lambda: macs(self.model, self.example_inputs))
+            self._macs = run_on_all_ranks(group, lambda: macs(self.model, self.example_inputs))
             self._stage = "what follows a change"
-            together(group, self.after_change)
+            run_on_all_ranks(group, self.after_change)
             forget_compiled()
         if self._pending_cut:
             self._pending_cut.cut(past, [change.width for change in changes])
@@ -356,7 +366,7 @@ class Evolver:
 
     def _change(
         self,
-        group: Processes,
+        group: ProcessGroup,
         wanted: Mapping[str, Proposal],
         decide: Callable[[], Surgery],
         batches: Sequence[Any],
@@ -365,19 +375,19 @@ class Evolver:
         undo: ExitStack,
     ) -> None:
         graph = self.graph
-        surgery = shared(group, self.model, graph, decide)
+        surgery = broadcast_surgery(group, self.model, graph, decide)
         self._stage = "weight averages"
         # Of each copy before the model itself changes, which a copy may share buffers with.
-        along = [
-            (copy, apart(shared(group, copy, graph, partial(follow, copy, graph, surgery, batches)), self.model))
-            for copy in copies
-        ]
+        replicas: list[tuple[nn.Module, Surgery]] = []
+        for copy in copies:
+            own = broadcast_surgery(group, copy, graph, partial(plan_replica_update, copy, graph, surgery, batches))
+            replicas.append((copy, without_shared_tensors(own, self.model)))
         self._stage = "surgery"
         reasons = {name: proposal.reason for name, proposal in wanted.items()}
         changes.extend(changed(graph.sizes, surgery.graph.sizes, reasons))
-        together(group, lambda: apply(self.model, surgery, self.optimizers, undo))
-        for copy, own in along:
-            together(group, partial(apply, copy, own, (), undo))
+        run_on_all_ranks(group, lambda: apply(self.model, surgery, self.optimizers, undo))
+        for copy, own in replicas:
+            run_on_all_ranks(group, partial(apply, copy, own, (), undo))
         self.graph = surgery.graph
         after = self.graph.sizes
         for name in wanted:

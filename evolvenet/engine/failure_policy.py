@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-from evolvenet.engine.distributed import Processes
+from evolvenet.engine.distributed import ProcessGroup
 from evolvenet.errors import SkippedEvent, SpectrumError
 
 FAILURES = 2
@@ -16,14 +16,14 @@ FAILURES = 2
 log = logging.getLogger("evolvenet")
 
 
-class Failures:
+class FailurePolicy:
     """Counts them by stage; `off` says why evolution is off, None while it is on."""
 
     def __init__(self) -> None:
         self.counts: Counter[str] = Counter()
         self.off: str | None = None
 
-    def explain(self, group: Processes, stage: str, moment: int, problem: Exception) -> str:
+    def explain(self, group: ProcessGroup, stage: str, moment: int, problem: Exception) -> str:
         """Warn, and switch off where a stage failed again; the same on every rank.
 
         Returns:

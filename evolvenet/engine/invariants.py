@@ -19,7 +19,7 @@ from evolvenet.surgery.resize_model import stale_attributes
 
 
 @dataclass(frozen=True, eq=False)
-class Before:
+class ModelReference:
     """A model as it was before a change, as far as the change must leave it so.
 
     Args:
@@ -33,14 +33,14 @@ class Before:
     finite: bool
 
     @classmethod
-    def of(cls, model: nn.Module, example_inputs: Any) -> Before:
+    def of(cls, model: nn.Module, example_inputs: Any) -> ModelReference:
         """Take down a model; it is run once, in eval mode."""
         found = answers(model, example_inputs)
         return cls(dict(model.named_parameters()), _shapes(found), _finite(found))
 
 
 def validate(
-    model: nn.Module, graph: WidthGraph, optimizers: Iterable[Optimizer], example_inputs: Any, before: Before
+    model: nn.Module, graph: WidthGraph, optimizers: Iterable[Optimizer], example_inputs: Any, before: ModelReference
 ) -> None:
     """Check a model after a change of its widths.
 
@@ -61,7 +61,7 @@ def validate(
 
     >>> from evolvenet.tracing.trace import trace
     >>> model, x = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2)), torch.zeros(1, 4)
-    >>> before, graph = Before.of(model, x), trace(model, x)
+    >>> before, graph = ModelReference.of(model, x), trace(model, x)
     >>> model[0].out_features = 5
     >>> validate(model, graph, [], x, before)
     Traceback (most recent call last):
@@ -88,7 +88,7 @@ def validate(
         raise _wrong("finite outputs", "NaN or infinite ones")
 
 
-def refuse_fixed(model: nn.Module, graph: WidthGraph) -> None:
+def check_resizable(model: nn.Module, graph: WidthGraph) -> None:
     """Go on only with a model in which something can be resized.
 
     Raises:

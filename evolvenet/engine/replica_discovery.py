@@ -32,7 +32,7 @@ class Replica:
     sources: Mapping[str, nn.Module]
 
 
-class Replicas:
+class ReplicaDiscovery:
     """Finds the modules that are copies of parts of a network, and tells which of them follow its widths.
 
     A copy is of the same type and has the same names and shapes, did not run in the trace, and no optimizer trains it.

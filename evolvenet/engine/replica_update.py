@@ -17,7 +17,7 @@ from evolvenet.pruning.selection import plan_cut
 from evolvenet.surgery.resize_model import Surgery, TensorChange, compile_surgery, moved
 
 
-def follow(copy: nn.Module, graph: WidthGraph, surgery: Surgery, batches: Sequence[Any]) -> Surgery:
+def plan_replica_update(copy: nn.Module, graph: WidthGraph, surgery: Surgery, batches: Sequence[Any]) -> Surgery:
     """What a change of a model's widths means for a copy of it with weights of its own. Nothing is changed yet.
 
     The same units go and come. What reads a removed unit is fitted to what the copy itself answered, since another model's
@@ -40,7 +40,7 @@ def follow(copy: nn.Module, graph: WidthGraph, surgery: Surgery, batches: Sequen
     >>> model, copy = (nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2)) for _ in range(2))
     >>> graph = trace(model, torch.zeros(1, 4))
     >>> grown = compile_surgery(model, graph, {"0": IndexMap.grow(3, 1)})
-    >>> change = follow(copy, graph, grown, []).changes[0]
+    >>> change = plan_replica_update(copy, graph, grown, []).changes[0]
     >>> change.name, torch.equal(change.value[:3], copy[0].weight), torch.equal(change.value[3:], grown.changes[0].value[3:])
     ('0.weight', True, True)
     """
@@ -52,11 +52,11 @@ def follow(copy: nn.Module, graph: WidthGraph, surgery: Surgery, batches: Sequen
     return replace(own, changes=tuple(_born(change, values[change.name]) for change in own.changes))
 
 
-def apart(surgery: Surgery, model: nn.Module) -> Surgery:
+def without_shared_tensors(surgery: Surgery, model: nn.Module) -> Surgery:
     """A copy's surgery without the tensors that it shares with the model: they go through the model's.
 
     Args:
-        surgery: from `follow`.
+        surgery: from `plan_replica_update`.
         model: what the copy is a copy of.
     """
     tensors, _, _ = named_tensors(model)

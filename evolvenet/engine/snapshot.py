@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from evolvenet.engine.distributed import Processes, together
-from evolvenet.engine.invariants import Before, validate
+from evolvenet.engine.distributed import ProcessGroup, run_on_all_ranks
+from evolvenet.engine.invariants import ModelReference, validate
 from evolvenet.execution.shadow_tensors import forget_compiled
 from evolvenet.graph.serialization import from_plain, to_plain
 from evolvenet.graph.width_graph import WidthGraph
@@ -89,8 +89,8 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
     return {**dict(model.named_parameters()), **dict(model.named_buffers())}
 
 
-class InTraining(Protocol):
-    """What `go_back` needs to know of an `Evolver`."""
+class TrainingRun(Protocol):
+    """What `roll_back` needs to know of an `Evolver`."""
 
     model: nn.Module
     optimizers: list[Optimizer]
@@ -98,19 +98,19 @@ class InTraining(Protocol):
     after_change: Callable[[], object]
 
 
-def go_back(
-    group: Processes, past: Snapshot, present: Snapshot, run: InTraining, copies: Sequence[nn.Module] = ()
+def roll_back(
+    group: ProcessGroup, past: Snapshot, present: Snapshot, run: TrainingRun, copies: Sequence[nn.Module] = ()
 ) -> None:
     """Restore the past on every rank and check it, or leave the present on all of them.
 
     Raises:
         EvolveNetError: what the check or the restoring met, here or on another rank.
     """
-    before = together(group, lambda: Before.of(run.model, run.example_inputs))
+    before = run_on_all_ranks(group, lambda: ModelReference.of(run.model, run.example_inputs))
     try:
-        together(group, lambda: past.restore(run.model, run.optimizers, copies))
-        together(group, lambda: validate(run.model, past.graph, run.optimizers, run.example_inputs, before))
-        together(group, run.after_change)
+        run_on_all_ranks(group, lambda: past.restore(run.model, run.optimizers, copies))
+        run_on_all_ranks(group, lambda: validate(run.model, past.graph, run.optimizers, run.example_inputs, before))
+        run_on_all_ranks(group, run.after_change)
     except BaseException:
         present.restore(run.model, run.optimizers, copies)
         run.after_change()

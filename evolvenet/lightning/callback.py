@@ -11,10 +11,10 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from evolvenet.engine.distributed import agree, processes, together
+from evolvenet.engine.distributed import check_agreement, process_group, run_on_all_ranks
 from evolvenet.engine.evolver import Evolver
 from evolvenet.engine.history import History
-from evolvenet.engine.replica_discovery import Replicas
+from evolvenet.engine.replica_discovery import ReplicaDiscovery
 from evolvenet.errors import PolicyError, RecordError, TraceError
 from evolvenet.execution.call_recorder import CallRecorder
 from evolvenet.execution.inputs import first_samples
@@ -22,8 +22,22 @@ from evolvenet.execution.shadow_tensors import forget_compiled
 from evolvenet.graph.serialization import check_fits, from_plain
 from evolvenet.graph.width_graph import WidthGraph
 from evolvenet.lightning.loading import install
-from evolvenet.lightning.module import averages, hushed, listening, network, optimizers_of, places
-from evolvenet.lightning.trainer_parts import default_type, log_event, metric_of, refuse_sharding, rewrap, share_done
+from evolvenet.lightning.module import (
+    find_network,
+    logging_muted,
+    modules_to_search,
+    optimizers_of,
+    record_calls,
+    weight_averages,
+)
+from evolvenet.lightning.trainer_parts import (
+    check_strategy,
+    default_dtype,
+    log_event,
+    metric_of,
+    progress_of,
+    rebuild_ddp,
+)
 from evolvenet.policies.base import Judging, Policy, Scheduled
 from evolvenet.policies.schedule import Schedule
 from evolvenet.surgery.checkpoint import NOTE, Note, fit_shapes, let_load_reshape
@@ -32,7 +46,7 @@ from evolvenet.tracing.trace import trace
 log = logging.getLogger("evolvenet")
 install()
 
-PATIENCE = 8
+MAX_BATCHES_WITHOUT_CALL = 8
 """Batches without a call of any module, since a training step may skip some, before there seems to be no network."""
 
 
@@ -102,7 +116,7 @@ class WidthEvolution(Callback):
         self._note: RemovableHandle | None = None
         self._root = ""
         self._outer: LightningModule | None = None
-        self._replicas: Replicas | None = None
+        self._replicas: ReplicaDiscovery | None = None
         self._averages: list[nn.Module] = []
         self._silent = 0
         self._deaf = False
@@ -120,9 +134,9 @@ class WidthEvolution(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse what cannot work, and let the model take a checkpoint's widths when one is loaded."""
-        refuse_sharding(trainer.strategy)
+        check_strategy(trainer.strategy)
         # Other callbacks may have copied the module before this one was asked.
-        for module in (pl_module, *averages(trainer, pl_module)):
+        for module in (pl_module, *weight_averages(trainer, pl_module)):
             let_load_reshape(module)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -131,7 +145,7 @@ class WidthEvolution(Callback):
         if self.evolver is not None:
             self._take_up(trainer, pl_module, self.evolver)
         else:
-            self._listener = listening(pl_module)
+            self._listener = record_calls(pl_module)
         self._replicas = None
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -139,7 +153,7 @@ class WidthEvolution(Callback):
         boundary = batch_idx % trainer.accumulate_grad_batches == 0
         if self._replicas is None:
             # Only now has everybody made the copies that they need.
-            self._replicas = Replicas(places(trainer, pl_module), self.copies)
+            self._replicas = ReplicaDiscovery(modules_to_search(trainer, pl_module), self.copies)
             self._replicas.load_state_dict(self._resumed.get("replicas", {}) if self._resumed else {})
         if self.evolver is None:
             self._begin_with(trainer, pl_module, lambda: self._known(trainer))
@@ -216,7 +230,7 @@ class WidthEvolution(Callback):
         self._seen_step = state_dict.get("seen_step")
         self._metric = state_dict.get("metric")
 
-    def take_back(self, pl_module: LightningModule, state: dict[str, Any]) -> None:
+    def load_worker_state(self, pl_module: LightningModule, state: dict[str, Any]) -> None:
         """After a run in processes of their own: its events, and the module's numbers that no state dict holds."""
         self.load_state_dict(state)
         if self._resumed is not None:
@@ -232,9 +246,11 @@ class WidthEvolution(Callback):
             if found is not None:
                 self._begin(trainer, pl_module, *found)
 
-        together(processes(), begin)
+        run_on_all_ranks(process_group(), begin)
         if self.evolver is not None:
-            agree(processes(), "widths and times of events", f"{self.evolver.graph.sizes}, {self._when()}")
+            check_agreement(
+                process_group(), "widths and times of events", f"{self.evolver.graph.sizes}, {self._when()}"
+            )
 
     def _known(self, trainer: Trainer) -> tuple[str, list[Any]] | None:
         """The network's path and inputs of its, where some are known before the first batch."""
@@ -250,14 +266,15 @@ class WidthEvolution(Callback):
         """The network's path and what the first batch that was not skipped called it with."""
         if self._listener is None or not self._listener.names:
             self._silent += 1
-            if self._silent < PATIENCE:
+            if self._silent < MAX_BATCHES_WITHOUT_CALL:
                 return None
             raise TraceError(
-                f"{type(pl_module).__name__}'s training step has run on {PATIENCE} batches without calling any module, so "
-                "there is nothing to trace. Call the network as a module (self(x) or self.net(x), not self.forward(x)), or give "
+                f"{type(pl_module).__name__}'s training step has run on {MAX_BATCHES_WITHOUT_CALL} batches without calling "
+                "any module, so there is nothing to trace. Call the network as a module "
+                "(self(x) or self.net(x), not self.forward(x)), or give "
                 "WidthEvolution(example_inputs=...)."
             )
-        root = self._resumed_root() or network(pl_module, self._listener, optimizers_of(trainer, pl_module))
+        root = self._resumed_root() or find_network(pl_module, self._listener, optimizers_of(trainer, pl_module))
         return root, self._listener.heard(root)
 
     def _begin(self, trainer: Trainer, pl_module: LightningModule, path: str, calls: list[Any]) -> None:
@@ -266,12 +283,12 @@ class WidthEvolution(Callback):
         heard = self._listener.calls(self._root) if self._listener else []
         self._silence()
         root = pl_module.get_submodule(self._root)
-        self._averages = [copy.get_submodule(self._root) for copy in averages(trainer, pl_module)]
+        self._averages = [copy.get_submodule(self._root) for copy in weight_averages(trainer, pl_module)]
         state = self._resumed["evolver"] if self._resumed else None
-        with default_type(trainer), hushed(pl_module):
+        with default_dtype(trainer), logging_muted(pl_module):
             self.evolver = Evolver(
                 root, optimizers_of(trainer, pl_module), self.policy, calls[0], self.calibration_batches, self.seed,
-                self._along, after_change=partial(rewrap, trainer.strategy, pl_module),
+                self._along, after_change=partial(rebuild_ddp, trainer.strategy, pl_module),
                 graph=self._graph(root, calls[0]) if state is None else from_plain(state["graph"]),
             )  # fmt: skip
         if state is not None:
@@ -300,7 +317,7 @@ class WidthEvolution(Callback):
         if known and _fits(evolver):
             replicas = self._replicas.state_dict() if self._replicas else {}
             self._resumed = {"evolver": {**state, "batches": []}, "root": self._root, "replicas": replicas}
-        self._listener = listening(pl_module)
+        self._listener = record_calls(pl_module)
 
     def _noted(self, pl_module: LightningModule) -> Note | None:
         """What a checkpoint has to say of the widths besides shapes; None before they are known."""
@@ -335,8 +352,8 @@ class WidthEvolution(Callback):
     def _event(self, trainer: Trainer, pl_module: LightningModule, evolver: Evolver) -> None:
         # Some runs make new ones on their way.
         evolver.optimizers = optimizers_of(trainer, pl_module)
-        with default_type(trainer), hushed(pl_module):
-            event = evolver.step(at=trainer.global_step, progress=share_done(trainer))
+        with default_dtype(trainer), logging_muted(pl_module):
+            event = evolver.step(at=trainer.global_step, progress=progress_of(trainer))
         evolver.forget()
         self._silence()
         if self._deaf:
@@ -350,7 +367,7 @@ class WidthEvolution(Callback):
         if self._metric is None or self.evolver is None:
             return
         self.evolver.optimizers = optimizers_of(trainer, pl_module)
-        with default_type(trainer), hushed(pl_module):
+        with default_dtype(trainer), logging_muted(pl_module):
             event = self.evolver.judge(self._metric, at=trainer.global_step)
         self._metric = None
         if event is not None:
@@ -377,7 +394,7 @@ class WidthEvolution(Callback):
     def _is_due(self, trainer: Trainer, batch_idx: int) -> bool:
         before, self._seen_step = self._seen_step, trainer.global_step
         epoch = trainer.current_epoch if batch_idx == 0 else None
-        return self.schedule.due(trainer.global_step, share_done(trainer), epoch, before)
+        return self.schedule.due(trainer.global_step, progress_of(trainer), epoch, before)
 
     def _silence(self) -> None:
         if self._listener is not None:

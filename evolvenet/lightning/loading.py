@@ -30,7 +30,7 @@ class Returning(Protocol):
         """What it knows."""
         ...
 
-    def take_back(self, pl_module: LightningModule, state: dict[str, Any]) -> None:
+    def load_worker_state(self, pl_module: LightningModule, state: dict[str, Any]) -> None:
         """Take the state that `state_dict` gave in the other process."""
         ...
 
@@ -93,7 +93,7 @@ def _reshaping(recover: Any) -> Any:
         recover(self, worker_output, trainer)
         states = torch.load(io.BytesIO(worker_output.extra[EXTRA]), weights_only=True)
         for callback, state in zip(_returning(trainer), states, strict=True):
-            callback.take_back(trainer.lightning_module, state)
+            callback.load_worker_state(trainer.lightning_module, state)
 
     return take
 

@@ -15,12 +15,12 @@ from evolvenet.errors import TraceError
 from evolvenet.execution.call_recorder import CallRecorder
 
 
-def listening(pl_module: LightningModule) -> CallRecorder:
+def record_calls(pl_module: LightningModule) -> CallRecorder:
     """A listener to whatever the training step may call: the module itself, or a network in it."""
     return CallRecorder({"": pl_module, **dict(pl_module.named_children())}, outer=pl_module)
 
 
-def network(pl_module: LightningModule, listener: CallRecorder, optimizers: Iterable[Optimizer]) -> str:
+def find_network(pl_module: LightningModule, listener: CallRecorder, optimizers: Iterable[Optimizer]) -> str:
     """Where the network is: the LightningModule itself if it was called, else the one child that is trained.
 
     Children without a trained parameter (a teacher, a perceptual loss) are passed over: what they are called with is no
@@ -53,7 +53,7 @@ def optimizers_of(trainer: Trainer, pl_module: LightningModule) -> list[Optimize
     return found + [each for each in own if not any(each is known for known in found)]
 
 
-def averages(trainer: Trainer, pl_module: LightningModule) -> Iterator[LightningModule]:
+def weight_averages(trainer: Trainer, pl_module: LightningModule) -> Iterator[LightningModule]:
     """Copies of the module that other callbacks keep."""
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         for value in vars(callback).values():
@@ -62,7 +62,7 @@ def averages(trainer: Trainer, pl_module: LightningModule) -> Iterator[Lightning
                 yield kept
 
 
-def places(trainer: Trainer, pl_module: LightningModule) -> dict[str, nn.Module]:
+def modules_to_search(trainer: Trainer, pl_module: LightningModule) -> dict[str, nn.Module]:
     """Where copies of the network may be, beside the `averages`: in the module, in its lists, and in callbacks."""
     kept = {
         f"{type(callback).__name__}.{name}": value
@@ -75,7 +75,7 @@ def places(trainer: Trainer, pl_module: LightningModule) -> dict[str, nn.Module]
             if isinstance(value, (list, tuple))
             else {name: value}
         )
-    known = {id(module) for average in averages(trainer, pl_module) for module in average.modules()}
+    known = {id(module) for average in weight_averages(trainer, pl_module) for module in average.modules()}
     known |= {id(module) for module in pl_module.modules()}
     others = {name: value for name, value in kept.items() if isinstance(value, nn.Module) and id(value) not in known}
     return {"": pl_module, **{name: each for name, each in others.items() if not _is_average(each, pl_module)}}
@@ -86,7 +86,7 @@ def _is_average(module: nn.Module, pl_module: LightningModule) -> bool:
 
 
 @contextmanager
-def hushed(pl_module: LightningModule) -> Iterator[None]:
+def logging_muted(pl_module: LightningModule) -> Iterator[None]:
     """`self.log` does nothing: runs of the network beside training are none of the loggers' business."""
     parts: list[nn.Module] = [module for module in pl_module.modules() if isinstance(module, LightningModule)]
     before = [(part, "log" in vars(part), vars(part).get("log")) for part in parts]

@@ -17,7 +17,7 @@ STRATEGIES = (SingleDeviceStrategy, SingleDeviceXLAStrategy, DDPStrategy)
 """Strategies under which every process holds whole parameters. Their subclasses may not."""
 
 
-def refuse_sharding(strategy: Strategy) -> None:
+def check_strategy(strategy: Strategy) -> None:
     """Go on only under strategies known to keep whole parameters on every process.
 
     Raises:
@@ -31,7 +31,7 @@ def refuse_sharding(strategy: Strategy) -> None:
         )
 
 
-def rewrap(strategy: Strategy, pl_module: LightningModule) -> None:
+def rebuild_ddp(strategy: Strategy, pl_module: LightningModule) -> None:
     """Make DDP's wrapper anew: its hooks are gone with the parameters' old shapes, and its buckets are of them."""
     if isinstance(strategy, DDPStrategy):
         strategy.model = pl_module
@@ -39,13 +39,13 @@ def rewrap(strategy: Strategy, pl_module: LightningModule) -> None:
         strategy._pl_static_graph_delay_done = False
 
 
-def share_done(trainer: Trainer) -> float:
+def progress_of(trainer: Trainer) -> float:
     """Of the epochs' batches, or of `max_steps`, which counts the steps of every optimizer; 0 … 1."""
     done = trainer.fit_loop.epoch_loop._batches_that_stepped / trainer.estimated_stepping_batches
     return max(done, trainer.global_step / trainer.max_steps) if trainer.max_steps > 0 else done
 
 
-def default_type(trainer: Trainer) -> AbstractContextManager[Any]:
+def default_dtype(trainer: Trainer) -> AbstractContextManager[Any]:
     """What the forward makes by itself has the type that training runs in ("64-true"); autocast is not needed here."""
     plugin = trainer.precision_plugin
     return nullcontext() if isinstance(plugin, MixedPrecision) else plugin.forward_context()

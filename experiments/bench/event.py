@@ -30,7 +30,7 @@ import torchvision
 from torch import Tensor, nn
 
 from evolvenet.engine.functional import commit
-from evolvenet.engine.invariants import Before, validate
+from evolvenet.engine.invariants import ModelReference, validate
 from evolvenet.measurement.activation_moments import collect
 from evolvenet.measurement.width_spectra import measure
 from evolvenet.pruning.reconstruction import QUICK, reconstruct
@@ -104,7 +104,7 @@ def one_round(subject: Subject, model: nn.Module, graph: evolvenet.WidthGraph, s
     found["selection"], surgery = timed(lambda: plan_prune(model, graph, sizes, gathered))
     found["compensation"], surgery = timed(lambda: reconstruct(model, graph, surgery, batches, QUICK))
     steps += [timed(lambda: training_step(model, optimizer, batches[0], labels))[0] for _ in range(2)]
-    before_seconds, before = timed(lambda: Before.of(model, batches[0][:2]))
+    before_seconds, before = timed(lambda: ModelReference.of(model, batches[0][:2]))
     found["surgery"], after = timed(lambda: commit(model, surgery, optimizer))
     after_seconds, _ = timed(lambda: validate(model, after, [optimizer], batches[0][:2], before))
     found["checks"] = before_seconds + after_seconds

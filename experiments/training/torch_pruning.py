@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from evolvenet.engine.history import Event, History, changed
 from evolvenet.errors import MissingPackageError
 from evolvenet.graph.width_graph import WidthGraph
-from evolvenet.lightning.trainer_parts import share_done
+from evolvenet.lightning.trainer_parts import progress_of
 from evolvenet.measurement.cost import Costs, macs, parameters
 from evolvenet.policies.base import PolicyContext
 from evolvenet.policies.front import Front
@@ -84,10 +84,10 @@ class TorchPruning(lightning.Callback):
         assert self._start is not None
         assert self.history is not None
         due = trainer.global_step - self.delay
-        if not self.schedule.due(due, share_done(trainer) - self.delay / trainer.estimated_stepping_batches):
+        if not self.schedule.due(due, progress_of(trainer) - self.delay / trainer.estimated_stepping_batches):
             return
         began, before = time.perf_counter(), [self.history.initial, *self.history.events][-1]
-        target = allowed(self.policy, self._start[1], share_done(trainer))
+        target = allowed(self.policy, self._start[1], progress_of(trainer))
         if before.parameters > target:
             prune(pl_module.model, self._example, target, sum(before.sizes.values()))
             renew(trainer.optimizers[0], pl_module.parameters())

@@ -29,18 +29,23 @@ class Run:
         self.model = self.case.model().train()
         self.average = deepcopy(self.model)
         self.optimizer = torch.optim.AdamW(self.model.parameters())
-        self.rewrapped = 0
+        self.rebuilt = 0
         graph_sizes = Evolver(self.model, None, Fixed({}), self.case.inputs()).graph.sizes
         sizes = {name: size + 2 if k % 2 else size - 1 for k, (name, size) in enumerate(graph_sizes.items())}
         self.policy = Fixed(sizes)
         self.evolver = Evolver(
-            self.model, self.optimizer, self.policy, self.case.inputs(), copies=[self.average], after_change=self.rewrap
+            self.model,
+            self.optimizer,
+            self.policy,
+            self.case.inputs(),
+            copies=[self.average],
+            after_change=self.rebuild,
         )
         for seed in range(3):
             self.train(seed)
 
-    def rewrap(self) -> None:
-        self.rewrapped += 1
+    def rebuild(self) -> None:
+        self.rebuilt += 1
 
     def train(self, seed: int) -> None:
         inputs = torch.cat([self.case.inputs(8 * seed + k) for k in range(8)])
@@ -80,7 +85,7 @@ STAGES = {
     "evolvenet.engine.evolver:measures_of": "spectra",
     "evolvenet.engine.evolver:plan_prune": "choosing units",
     "evolvenet.engine.evolver:reconstruct": "compensation",
-    "evolvenet.engine.evolver:follow": "weight averages",
+    "evolvenet.engine.evolver:plan_replica_update": "weight averages",
     "evolvenet.engine.functional:compile_state": "surgery",
     "evolvenet.surgery.resize_model:_gradient": "surgery|compensation",
     "evolvenet.surgery.resize_model:refresh": "surgery|compensation",
@@ -157,10 +162,10 @@ def test_a_policy_or_what_follows_a_change_may_fail(
     run.evolver.step()
     assert_nothing_happened(run, before, graph, caplog, "policy")
     caplog.clear()
-    run.evolver.after_change = Fails(run.rewrap)
+    run.evolver.after_change = Fails(run.rebuild)
     run.evolver.step()
     assert_nothing_happened(run, before, graph, caplog, "what follows a change")
-    assert run.rewrapped == 1, "what wraps the model is made anew for the shapes that are back"
+    assert run.rebuilt == 1, "what wraps the model is made anew for the shapes that are back"
 
 
 def test_a_wrong_result_is_found_and_taken_back(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from evolvenet import Evolver, Threshold, WidthEvolution
-from evolvenet.engine.batch_buffer import Observed
+from evolvenet.engine.batch_buffer import BatchBuffer
 from tests.helpers.runs import Batches, Classifier, trainer
 
 
@@ -79,27 +79,27 @@ def test_gradients_go_through_a_checkpoint_with_their_batches() -> None:
 
 
 class Pair:
-    """Rank 0 of two, the other of which has seen what it has."""
+    """Rank 0 of two, the other of which has buffer what it has."""
 
     rank, size = 0, 2
 
-    def gather(self, value: Any) -> list[Any]:
+    def all_gather(self, value: Any) -> list[Any]:
         return [value, value]
 
     def broadcast(self, value: Any) -> Any:
         return value
 
-    def collect(self, value: Any) -> list[Any]:
+    def gather(self, value: Any) -> list[Any]:
         return [value, value]
 
 
 def test_batches_of_all_processes_keep_their_gradients() -> None:
-    seen = Observed(torch.zeros(1, 2), 4)
+    buffer = BatchBuffer(torch.zeros(1, 2), 4)
     for number in range(3):
         x = torch.full((6, 2), float(number))
-        seen.add(x, [x[:, :1].clone(), None])
-    seen.add(torch.full((6, 2), 3.0))
-    batches, gradients = seen.pooled(Pair())
+        buffer.add(x, [x[:, :1].clone(), None])
+    buffer.add(torch.full((6, 2), 3.0))
+    batches, gradients = buffer.gather(Pair())
     assert len(batches) == len(gradients) == 8
     for batch, found in zip(batches, gradients, strict=True):
         assert batch.shape == (3, 2)

@@ -17,7 +17,15 @@ import torch
 from torch import nn
 
 from evolvenet import WidthEvolution, trace
-from evolvenet.engine.distributed import Alone, agree, decided, fingerprint, pooled, shared, together
+from evolvenet.engine.distributed import (
+    SingleProcess,
+    broadcast_surgery,
+    check_agreement,
+    fingerprint,
+    gather_batches,
+    run_on_all_ranks,
+    run_on_rank_0,
+)
 from evolvenet.errors import EvolveNetError, RankMismatchError
 from evolvenet.lightning.loading import EXTRA, _reshaping, _with_states
 from evolvenet.pruning.selection import plan_prune
@@ -122,12 +130,12 @@ class Scripted:
     def __init__(self, rank: int, other: Callable[[Any], Any]) -> None:
         self.rank, self.size, self.other = rank, 2, other
 
-    def gather(self, value: Any) -> list[Any]:
+    def all_gather(self, value: Any) -> list[Any]:
         found = [value, self.other(value)]
         return found if self.rank == 0 else found[::-1]
 
-    def collect(self, value: Any) -> list[Any]:
-        return self.gather(value) if self.rank == 0 else []
+    def gather(self, value: Any) -> list[Any]:
+        return self.all_gather(value) if self.rank == 0 else []
 
     def broadcast(self, value: Any) -> Any:
         return value if self.rank == 0 else self.other(value)
@@ -136,29 +144,29 @@ class Scripted:
 def test_rank_0_measures_on_a_share_of_everybodys_batches() -> None:
     mine = [torch.zeros(10, 3), {"x": torch.zeros(5), "flag": True}]
     theirs = [torch.ones(5, 3), {"x": torch.ones(3), "flag": True}]
-    everyone = pooled(Scripted(0, lambda value: theirs), mine)
+    everyone = gather_batches(Scripted(0, lambda value: theirs), mine)
     assert [len(everyone[0]), len(everyone[1]["x"]), float(everyone[2].sum())] == [5, 3, 15.0]
-    assert pooled(Scripted(1, lambda value: mine), theirs) == []
-    assert pooled(Alone(), mine)[0] is mine[0]
+    assert gather_batches(Scripted(1, lambda value: mine), theirs) == []
+    assert gather_batches(SingleProcess(), mine)[0] is mine[0]
 
 
 def test_what_one_rank_decides_or_fails_at_holds_for_all() -> None:
-    assert decided(Scripted(0, lambda value: None), lambda: 7) == 7
+    assert run_on_rank_0(Scripted(0, lambda value: None), lambda: 7) == 7
     with pytest.raises(ZeroDivisionError):
-        decided(Scripted(0, lambda value: None), lambda: 1 // 0)
+        run_on_rank_0(Scripted(0, lambda value: None), lambda: 1 // 0)
     with pytest.raises(EvolveNetError, match="rank 0: ZeroDivisionError: no"):
-        decided(Scripted(1, lambda value: (None, "ZeroDivisionError: no")), lambda: 7)
-    assert together(Scripted(0, lambda value: None), lambda: 7) == 7
+        run_on_rank_0(Scripted(1, lambda value: (None, "ZeroDivisionError: no")), lambda: 7)
+    assert run_on_all_ranks(Scripted(0, lambda value: None), lambda: 7) == 7
     with pytest.raises(EvolveNetError, match="rank 1: ValueError: no"):
-        together(Scripted(0, lambda value: "ValueError: no"), lambda: 7)
+        run_on_all_ranks(Scripted(0, lambda value: "ValueError: no"), lambda: 7)
     with pytest.raises(ZeroDivisionError):
-        together(Scripted(0, lambda value: None), lambda: 1 // 0)
+        run_on_all_ranks(Scripted(0, lambda value: None), lambda: 1 // 0)
 
 
 def test_disagreement_names_who_has_what() -> None:
-    agree(Scripted(0, lambda value: value), "widths", "a")
+    check_agreement(Scripted(0, lambda value: value), "widths", "a")
     with pytest.raises(RankMismatchError, match="same widths on all 2 processes, got rank 0: a; rank 1: b"):
-        agree(Scripted(0, lambda value: "b"), "widths", "a")
+        check_agreement(Scripted(0, lambda value: "b"), "widths", "a")
 
 
 @pytest.mark.parametrize("case", CASES[:8], ids=str)
@@ -176,8 +184,8 @@ def test_another_rank_gets_rank_0s_values(case: Any) -> None:
 
     group = Scripted(0, keep)
     group.broadcast = keep  # type: ignore[method-assign]
-    assert shared(group, model, graph, lambda: surgery) is surgery
-    theirs = shared(Scripted(1, lambda value: sent[0]), replica, graph, lambda: surgery)
+    assert broadcast_surgery(group, model, graph, lambda: surgery) is surgery
+    theirs = broadcast_surgery(Scripted(1, lambda value: sent[0]), replica, graph, lambda: surgery)
     install(model, surgery)
     install(replica, theirs)
     assert fingerprint(model) == fingerprint(replica)
