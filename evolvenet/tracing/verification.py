@@ -10,6 +10,7 @@ from __future__ import annotations
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
@@ -24,6 +25,8 @@ from evolvenet.tracing.grouping import Built, build_graph
 from evolvenet.tracing.labels import Ledger
 
 Item = TypeVar("Item")
+PACKAGE = Path(__file__).parents[1]
+"""The folder of all of EvolveNet's own code."""
 
 
 @dataclass(frozen=True)
@@ -272,9 +275,9 @@ def _first_line(error: Exception) -> str:
 def _source_line(error: Exception) -> str:
     """The line of the model's code that raised: the innermost one outside torch and this package."""
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
-        parts = frame.filename.replace("\\", "/").split("/")
-        if "torch" not in parts and "evolvenet" not in parts[-2:]:
-            return f" at {'/'.join(parts[-2:])}:{frame.lineno}: {frame.line}"
+        file = Path(frame.filename)
+        if "torch" not in file.parts and PACKAGE not in file.parents:
+            return f" at {'/'.join(file.parts[-2:])}:{frame.lineno}: {frame.line}"
     return ""
 
 

@@ -26,8 +26,8 @@ EXACT = 1e-9
 STEPS = {
     "exchange": "evolvenet.surgery.resize_model",
     "refresh": "evolvenet.surgery.resize_model",
-    "apply_state": "evolvenet.resize",
-    "validate_state": "evolvenet.resize",
+    "apply_state": "evolvenet.engine.functional",
+    "validate_state": "evolvenet.engine.functional",
 }
 """What a resize does, by the module that calls it."""
 OPTIMIZERS: dict[str, Callable[[nn.Module], Optimizer]] = {

@@ -131,7 +131,7 @@ def break_once(variant: str) -> None:
     module = sys.modules[
         "evolvenet.surgery.resize_model" if variant == "fails on one rank" else "evolvenet.engine.evolver"
     ]
-    name = "exchange" if variant == "fails on one rank" else "compensate"
+    name = "exchange" if variant == "fails on one rank" else "reconstruct"
     honest, calls = getattr(module, name), []
 
     def fails(*args: Any, **kwargs: Any) -> Any:
