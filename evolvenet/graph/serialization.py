@@ -41,10 +41,11 @@ def to_plain(graph: WidthGraph) -> dict[str, Any]:
 
 def from_plain(plain: Mapping[str, Any]) -> WidthGraph:
     """The graph that `to_plain` was called on."""
-    widths = {
-        entry["name"]: Width(**{**entry, "ties": (), "patches": tuple(map(tuple, entry["patches"]))})
-        for entry in plain["widths"]
-    }
+    widths: dict[str, Width] = {}
+    for entry in plain["widths"]:
+        # Graphs saved by earlier versions have a step of 1 besides.
+        given = {key: value for key, value in entry.items() if key != "step"}
+        widths[entry["name"]] = Width(**{**given, "ties": (), "patches": tuple(map(tuple, entry["patches"]))})
     layouts = {
         name: {dim: tuple(Segment(*part) for part in segments) for dim, segments in axes}
         for name, axes in plain["layouts"].items()

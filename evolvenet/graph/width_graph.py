@@ -58,7 +58,6 @@ class Width:
     Args:
         name: path of the first module, in execution order, that produces it.
         size: number of units.
-        step: how many units must come and go together; sizes are multiples of it.
         frozen: None, or the reason why it cannot be resized.
         parameters: number of parameters that lie in it (each weight entry counted once).
         ties: every tensor axis that it shows in.
@@ -70,13 +69,17 @@ class Width:
 
     name: str
     size: int
-    step: int = 1
     frozen: str | None = None
     parameters: int = 0
     ties: tuple[Tie, ...] = ()
     mixed: str | None = None
     smallest: int = 1
     patches: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def step(self) -> int:
+        """How many units come and go together: always 1, so that every size from `smallest` on is possible."""
+        return 1
 
     @property
     def producers(self) -> tuple[Tie, ...]:
@@ -169,7 +172,7 @@ class WidthGraph:
         """The maps under the widths' own names, after refusing what cannot be done.
 
         Raises:
-            ResizeError: for an unknown or frozen width, a map made for another size, or one that breaks a step.
+            ResizeError: for an unknown or frozen width, a map made for another size, or too small a size.
         """
         checked: dict[str, IndexMap] = {}
         for asked, index_map in maps.items():
@@ -188,11 +191,6 @@ class WidthGraph:
             if width.name in checked:
                 raise ResizeError(
                     f"Width {width.name!r} was named twice ({asked!r} is another name of it). Name it once."
-                )
-            if index_map.new_size % width.step:
-                raise ResizeError(
-                    f"Width {width.name!r} changes in steps of {width.step}, got a new size of {index_map.new_size}. "
-                    f"Take a multiple of {width.step}."
                 )
             checked[width.name] = index_map
         return checked
@@ -278,7 +276,7 @@ class WidthGraph:
             ResizeError: if no width has that name.
         """
         width = self.widths[name]
-        lines = [f"{width.name}: {width.size} units, step {width.step}, {width.parameters:,} parameters"]
+        lines = [f"{width.name}: {width.size} units, {width.parameters:,} parameters"]
         if width.frozen is not None:
             lines.append(f"frozen: {width.frozen}")
         for tie in width.ties:
@@ -297,26 +295,25 @@ class WidthGraph:
         caption = Text(f"coverage {self.coverage:.1%} of {self.parameters:,} parameters")
         table = Table(box=SIMPLE_HEAD, pad_edge=False, caption=caption, caption_justify="left")
         table.add_column("name", overflow="fold")
-        for title in ("size", "step", "parameters"):
+        for title in ("size", "parameters"):
             table.add_column(title, justify="right", no_wrap=True)
         table.add_column("ties")
         table.add_column("frozen", overflow="fold")
         for width in self.widths.values():
-            cells = [width.name, str(width.size), str(width.step), f"{width.parameters:,}", _roles(width)]
+            cells = [width.name, str(width.size), f"{width.parameters:,}", _roles(width)]
             style = "dim" if width.frozen else ""
             # As text: a reason may quote code, in which rich would take brackets for its own.
             table.add_row(*map(Text, [*cells, width.frozen or ""]), style=style)
         return table
 
     def __str__(self) -> str:
-        rows = [("name", "size", "step", "parameters", "ties", "frozen")]
+        rows = [("name", "size", "parameters", "ties", "frozen")]
         rows += [
-            (w.name, str(w.size), str(w.step), f"{w.parameters:,}", str(len(w.ties)), w.frozen or "")
-            for w in self.widths.values()
+            (w.name, str(w.size), f"{w.parameters:,}", str(len(w.ties)), w.frozen or "") for w in self.widths.values()
         ]
-        columns = [max(len(row[i]) for row in rows) for i in range(5)]
+        columns = [max(len(row[i]) for row in rows) for i in range(4)]
         lines = [
-            "  ".join([*(cell.ljust(size) for cell, size in zip(row, columns, strict=False)), row[5]]) for row in rows
+            "  ".join([*(cell.ljust(size) for cell, size in zip(row, columns, strict=False)), row[4]]) for row in rows
         ]
         lines.append(f"coverage {self.coverage:.1%} of {self.parameters:,} parameters")
         return "\n".join(line.rstrip() for line in lines)

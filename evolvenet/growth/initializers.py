@@ -97,20 +97,18 @@ def start_paired(growth: Growth) -> dict[Tie, Tensor]:
     """
     halves = {}
     for width in growth.widths:
-        blocks = -(-growth.count(width) // width.step)
-        pairs = bool(_pure_readers(growth, width))
-        halves[width.name] = width.step * (-(-blocks // 2) if pairs else blocks)
+        count = growth.count(width)
+        halves[width.name] = -(-count // 2) if _pure_readers(growth, width) else count
     half = growth.of(halves)
     start = start_orthogonal(half)
     found: dict[Tie, Tensor] = {}
     for width in growth.widths:
         readers = _pure_readers(growth, width)
         unit = torch.arange(growth.count(width))
-        block = unit // width.step
-        replica = (block // 2) * width.step + unit % width.step if readers else unit
+        replica = unit // 2 if readers else unit
         found |= {tie: start[tie][replica] for tie in width.ties if tie in start}
-        alone = block == block[-1] if int(block[-1]) % 2 == 0 else torch.zeros_like(block, dtype=torch.bool)
-        sign = torch.where(alone, 0.0, 1.0 - 2.0 * (block % 2)).double()[:, None]
+        alone = unit == unit[-1] if int(unit[-1]) % 2 == 0 else torch.zeros_like(unit, dtype=torch.bool)
+        sign = torch.where(alone, 0.0, 1.0 - 2.0 * (unit % 2)).double()[:, None]
         for tie in readers:
             found[tie] = sign * _random(half, width, tie)[replica]
     return found
@@ -199,26 +197,24 @@ def _outside(growth: Growth, start: dict[Tie, Tensor]) -> dict[Tie, Tensor]:
         room, reads = free[width.name], pool.surgery.graph.widths[width.name].consumers
         shares = [unpredicted(statistics[tie].covariance, width.size + room) for tie in reads if tie in statistics]
         if shares:
-            added = _chosen(torch.stack(shares).mean(0), growth.count(width) - room, width.step)
+            added = _chosen(torch.stack(shares).mean(0), growth.count(width) - room)
             chosen = [*range(room), *(room + row for row in added)]
             found |= {tie: tried[tie][chosen] for tie in width.ties if tie in tried}
     return found
 
 
-def _chosen(share: Tensor, count: int, step: int) -> list[int]:
-    """Those of the candidates that add most to what comes before them, whole blocks of `step`."""
-    blocks = [range(first, first + step) for first in range(0, len(share), step)]
-    taken = pivots(share, blocks, count // step)
+def _chosen(share: Tensor, count: int) -> list[int]:
+    """Those of the candidates that add most to what comes before them."""
+    taken = pivots(share, count)
     # Where nothing adds anything any more, one is as good as another.
-    taken += [block for block in range(len(blocks)) if block not in taken][: count // step - len(taken)]
-    return [row for block in taken for row in blocks[block]]
+    return taken + [row for row in range(len(share)) if row not in taken][: count - len(taken)]
 
 
 def _room(growth: Growth, width: Width) -> int:
-    """How many of a width's new units, in whole steps, can be orthogonal to the rows of every producer."""
+    """How many of a width's new units can be orthogonal to the rows of every producer."""
     rows = [growth.units(tie, width) for tie in growth.matrices(width, PRODUCES)]
     room = min((part.shape[1] - _projection(part)[0] for part in rows), default=growth.count(width))
-    return min(room // width.step * width.step, growth.count(width))
+    return min(room, growth.count(width))
 
 
 def unpredicted(covariance: Tensor, known: int) -> Tensor:

@@ -23,7 +23,6 @@ class WidthStatistics:
     Args:
         width: its name.
         size: its number of units.
-        step: how many units must come and go together.
         spectrum: its `size` singular values, descending.
         idle: events since its last change, 1 at the event right after it; a large number if it never changed.
         growable: whether growing keeps the function.
@@ -33,7 +32,6 @@ class WidthStatistics:
 
     width: str
     size: int
-    step: int
     spectrum: tuple[float, ...]
     idle: int
     growable: bool
@@ -138,9 +136,7 @@ def measures_of(
         read = [model.get_parameter(tie.tensor) for tie in width.consumers if tie.tensor in graph.trainable]
         learns = not read or any(parameter.requires_grad for parameter in read)
         growable = width.mixed is None and bool(width.producers) and learns
-        found[name] = WidthStatistics(
-            name, width.size, width.step, tuple(spectrum.tolist()), event - at, growable, last, turns
-        )
+        found[name] = WidthStatistics(name, width.size, tuple(spectrum.tolist()), event - at, growable, last, turns)
     if few:
         problem = (
             f"Expected at least {PLACES} places (samples × positions) a unit to measure on, got "

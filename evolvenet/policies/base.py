@@ -92,12 +92,12 @@ class Policy(Protocol):
 
 
 def enlarged(measure: WidthStatistics, growth: float) -> int:
-    """The size of a width after it grew by a share of itself, in whole steps.
+    """The size of a width after it grew by a share of itself, rounded up.
 
-    >>> enlarged(WidthStatistics("0", 8, step=2, spectrum=(1.0,) * 8, idle=9, growable=True), 0.3)
-    12
+    >>> enlarged(WidthStatistics("0", 8, spectrum=(1.0,) * 8, idle=9, growable=True), 0.3)
+    11
     """
-    return measure.size + math.ceil(math.ceil(growth * measure.size) / measure.step) * measure.step
+    return measure.size + math.ceil(growth * measure.size)
 
 
 def check_fields(policy: object, shares: Iterable[str], least: Mapping[str, float]) -> None:

@@ -189,23 +189,19 @@ class _Now:
         return [*hull, (top, below - math.log1p(self.budget.trust * least * (top - measure.size)))]
 
     def _most(self, measure: WidthStatistics) -> int:
-        growth = math.floor(self.budget.growth * measure.size / measure.step) * measure.step
+        growth = math.floor(self.budget.growth * measure.size)
         may = self.budget.growth and measure.growable
         if not may or effective_rank(measure.spectrum) < self.budget.saturated * measure.size:
             return measure.size
-        unit = self._unit(measure)
+        unit = self.budget.multiple
         return measure.size + max(growth, unit - measure.size % unit)
-
-    def _unit(self, measure: WidthStatistics) -> int:
-        """What sizes are multiples of."""
-        return math.lcm(measure.step, self.budget.multiple)
 
     def _grid(self, measure: WidthStatistics, graph: WidthGraph, top: int) -> list[int]:
         """Sizes that the width may take now, ascending."""
         width = graph.widths[measure.width]
         least = max(measure.size - math.floor(self.budget.largest_step * measure.size), smallest(width))
         least = max(least, min(self.budget.smallest, measure.size))
-        unit = self._unit(measure)
+        unit = self.budget.multiple
         if measure.size < unit:
             return [measure.size]
         sizes = [size for size in range(unit, top + 1, unit) if size >= least]

@@ -33,7 +33,7 @@ class Price:
         band: a width grows where its last units are worth more than so many times the price, 1 or more.
         largest_step: largest share of a width's units that goes in one event, 0 … 1.
         most: largest share of the outputs' variance that all cuts of one event may be worth together, 0 … 1.
-        growth: units added at a growth as a share of the size, 0 … 1, rounded up to the width's step.
+        growth: units added at a growth as a share of the size, 0 … 1, rounded up.
         cooldown: events for which a width that grew is not pruned and one that was pruned does not grow.
         rise: share of the run over which the price rises to its full height, by the same factor in equal times, 0 … 1; 0 for
             none. While it is low a narrow start becomes wide enough that it is cut down in the end, as a wide one is.
@@ -125,17 +125,17 @@ class _Now:
         if measure.last > 0 and self._rests(measure):
             return measure.size
         size = measure.size
-        while size - measure.step >= least:
-            worth = loss_at(hull, size - measure.step) - loss_at(hull, size)
-            if worth >= self._asked(self._saved(measure, size - measure.step, size)):
+        while size - 1 >= least:
+            worth = loss_at(hull, size - 1) - loss_at(hull, size)
+            if worth >= self._asked(self._saved(measure, size - 1, size)):
                 break
-            size -= measure.step
+            size -= 1
         return size
 
     def _grown(self, measure: WidthStatistics, hull: Curve) -> dict[str, Proposal]:
         if not measure.growable or (measure.last < 0 and self._rests(measure)):
             return {}
-        below = measure.size - measure.step
+        below = measure.size - 1
         if below <= 0:
             return {}
         worth, saved = loss_at(hull, below), self._saved(measure, below, measure.size)

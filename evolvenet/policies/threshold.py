@@ -27,7 +27,7 @@ class Threshold:
         prune: share of the energy that may go in one event, 0 … 1, below `grow`.
         grow: saturation from which a width grows, 0 … 1; 1 practically never.
         largest_step: largest share of a width's units that goes in one event, 0 … 1.
-        growth: units added at a growth as a share of the size, 0 … 1, rounded up to the width's step; 0 for never.
+        growth: units added at a growth as a share of the size, 0 … 1, rounded up; 0 for never.
         cooldown: events for which a width that grew is not pruned, and one that was pruned does not grow; twice as many
             with each turn that it has made before, so that widths settle: a growth whose units did not come to carry
             anything is tried again later and later.
@@ -43,7 +43,7 @@ class Threshold:
     >>> from torch import nn, zeros
     >>> from evolvenet.tracing.trace import trace
     >>> graph = trace(nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2)), zeros(1, 4))
-    >>> measure = WidthStatistics("0", 3, step=1, spectrum=(2.0, 1.0, 0.1), idle=9, growable=True)
+    >>> measure = WidthStatistics("0", 3, spectrum=(2.0, 1.0, 0.1), idle=9, growable=True)
     >>> Threshold(prune=0.01, grow=0.9).propose({"0": measure}, graph)["0"]
     Proposal(size=2, reason='1 direction carries 0.2 % of the energy (threshold 1.0 %)')
     """
@@ -132,8 +132,7 @@ class Threshold:
             return None
         kept = units_for_energy(measure.spectrum, prune)
         slowest = measure.size - math.floor(self.largest_step * measure.size)
-        least = max(kept, slowest, self.smallest, graph.widths[measure.width].smallest)
-        size = math.ceil(least / measure.step) * measure.step
+        size = max(kept, slowest, self.smallest, graph.widths[measure.width].smallest)
         if size >= measure.size:
             return None
         gone = measure.size - size

@@ -144,7 +144,7 @@ def share_out(graph: WidthGraph, curves: Mapping[str, Curve], parameters: int) -
         best: tuple[float, str, int, int] | None = None
         for name in hulls:
             width = graph.widths[name]
-            size = max(smallest(width), sizes[name] - _units(width, STEP * width.size))
+            size = max(smallest(width), sizes[name] - max(1, int(STEP * width.size)))
             saved = now - graph.proposed_parameters({**sizes, name: size})
             if saved > 0:
                 price = (loss_at(hulls[name], size) - loss_at(hulls[name], sizes[name])) / saved
@@ -154,13 +154,12 @@ def share_out(graph: WidthGraph, curves: Mapping[str, Curve], parameters: int) -
                 f"Allocate: expected {now:,} parameters or more, the fewest that the model can have, got {parameters:,}."
             )
         _, name, size, saved = best
-        width = graph.widths[name]
         # The last cut takes no more than it must.
-        while now - saved < parameters and size + width.step < sizes[name]:
-            less = now - graph.proposed_parameters({**sizes, name: size + width.step})
+        while now - saved < parameters and size + 1 < sizes[name]:
+            less = now - graph.proposed_parameters({**sizes, name: size + 1})
             if now - less > parameters:
                 break
-            size, saved = size + width.step, less
+            size, saved = size + 1, less
         sizes[name], now = size, now - saved
     return sizes
 
@@ -194,20 +193,13 @@ def loss_at(curve: Curve, size: int) -> float:
 
 
 def smallest(width: Width) -> int:
-    """The fewest units that the width can have: one, or as many as must stay, in whole steps."""
-    return max(1, -(-width.smallest // width.step)) * width.step
-
-
-def _units(width: Width, units: float) -> int:
-    return max(1, int(units) // width.step) * width.step
+    """The fewest units that the width can have: one, or as many as must stay."""
+    return max(1, width.smallest)
 
 
 def _trial_sizes(width: Width, shares: Sequence[float]) -> list[int]:
     # Rounded, a large share of a few units is all of them: without a trial the last one would seem to be worth everything.
-    next_one = width.size - width.step
-    wanted = {
-        max(smallest(width), min(next_one, round(share * width.size / width.step) * width.step)) for share in shares
-    }
+    wanted = {max(smallest(width), min(width.size - 1, round(share * width.size))) for share in shares}
     return sorted((size for size in wanted if size < width.size), reverse=True)
 
 

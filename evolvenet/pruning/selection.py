@@ -90,7 +90,7 @@ def choose(
                 f"got {size}. To add units, use grow."
             )
         maps[width.name] = IndexMap.identity(width.size)
-        # Refuse before choosing: whole blocks are chosen, a broken step would go unnoticed.
+        # Refuse before choosing, which takes a while.
         graph.check({width.name: IndexMap.keep(range(size), width.size)})
         if size < width.size:
             kept = _choose_units(model, graph, width, size, statistics)
@@ -242,19 +242,17 @@ def fit(moments: Moments, kept: Tensor, removed: Tensor, ridge: float, *, bias: 
 def _choose_units(
     model: nn.Module, graph: WidthGraph, width: Width, size: int, statistics: ActivationMoments | None
 ) -> list[int]:
-    blocks = [range(start, start + width.step) for start in range(0, width.size, width.step)]
-    count = size // width.step
     parts = {
         tie: statistics[tie].second if _bias(model, graph, tie) is None else statistics[tie].covariance
         for tie in width.consumers
         if statistics is not None and tie in statistics
     }
-    taken = pivots(consumer_weighted(model, width, parts), blocks, count) if parts else []
-    if len(taken) < count:
-        strength = _magnitude(model, graph, width).reshape(len(blocks), -1).sum(1)
+    taken = pivots(consumer_weighted(model, width, parts), size) if parts else []
+    if len(taken) < size:
+        strength = _magnitude(model, graph, width)
         ranked = strength.argsort(descending=True, stable=True).tolist()
-        taken += [block for block in ranked if block not in taken][: count - len(taken)]
-    return [unit for block in taken for unit in blocks[block]]
+        taken += [unit for unit in ranked if unit not in taken][: size - len(taken)]
+    return taken
 
 
 def _magnitude(model: nn.Module, graph: WidthGraph, width: Width) -> Tensor:

@@ -236,12 +236,10 @@ def _search(
 
 def _nudge(graph: WidthGraph, name: str, down: bool) -> IndexMap:
     width = graph.widths[name]
-    if not down or width.size - width.step < max(width.smallest, 2):
+    if not down or width.size - 1 < max(width.smallest, 2):
         # A size-1 axis carries no labels, so a trial that ends there could not be compared.
-        return IndexMap.grow(width.size, width.step)
-    middle = width.size // 2 // width.step * width.step
-    gone = range(middle, middle + width.step)
-    return IndexMap.keep([unit for unit in range(width.size) if unit not in gone], width.size)
+        return IndexMap.grow(width.size, 1)
+    return IndexMap.keep([unit for unit in range(width.size) if unit != width.size // 2], width.size)
 
 
 def _failure(

@@ -99,7 +99,7 @@ def one_round(subject: Subject, model: nn.Module, graph: evolvenet.WidthGraph, s
     steps = [timed(lambda: training_step(model, optimizer, batches[0], labels))[0] for _ in range(2)]
     found["statistics"], gathered = timed(lambda: collect(model, graph, batches))
     found["spectra"], _ = timed(lambda: measure(model, graph, gathered))
-    sizes = {w.name: max(w.smallest, int(CUT * w.size) // w.step * w.step) for w in graph.resizable}
+    sizes = {w.name: max(w.smallest, int(CUT * w.size)) for w in graph.resizable}
     sizes = {name: size for name, size in sizes.items() if size}
     found["selection"], surgery = timed(lambda: plan_prune(model, graph, sizes, gathered))
     found["compensation"], surgery = timed(lambda: reconstruct(model, graph, surgery, batches, QUICK))

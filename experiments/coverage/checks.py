@@ -140,9 +140,7 @@ def permute(bench: Bench) -> dict[str, Any]:
     graph = bench.graph
     maps = {}
     for width in graph.resizable:
-        blocks = torch.randperm(width.size // width.step)
-        order = (blocks[:, None] * width.step + torch.arange(width.step)).flatten()
-        maps[width.name] = evolvenet.IndexMap.of(order.tolist(), width.size)
+        maps[width.name] = evolvenet.IndexMap.of(torch.randperm(width.size).tolist(), width.size)
 
     def change() -> None:
         bench.graphs.append(evolvenet.resize(bench.model, graph, maps))
@@ -166,14 +164,13 @@ def grow(bench: Bench) -> dict[str, Any]:
 
 
 def grown_size(width: evolvenet.Width) -> int:
-    """25 % more, rounded up to whole steps."""
-    return width.step * math.ceil(GROWTH * width.size / width.step)
+    """25 % more, rounded up."""
+    return math.ceil(GROWTH * width.size)
 
 
 def pruned_size(width: evolvenet.Width) -> int:
-    """30 % less, rounded to whole steps, never below the fewest units that it can have."""
-    fewest = width.step * math.ceil(width.smallest / width.step)
-    return min(width.size, max(fewest, width.step, width.step * round(SHARE_LEFT * width.size / width.step)))
+    """30 % less, rounded, never below the fewest units that it can have."""
+    return min(width.size, max(width.smallest, 1, round(SHARE_LEFT * width.size)))
 
 
 def _compared(bench: Bench, change: Callable[[], None]) -> dict[str, Any]:

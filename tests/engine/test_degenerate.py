@@ -255,7 +255,7 @@ def test_narrow_types(case: Case, dtype: torch.dtype, monkeypatch: pytest.Monkey
 @pytest.mark.parametrize("case", MODELS, ids=str)
 def test_down_to_a_single_unit_and_up_again(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     inputs, model, graph = samples(case), case.model(), graph_of(case)
-    least = {width.name: max(width.smallest, width.step) for width in graph.resizable}
+    least = {width.name: max(width.smallest, 1) for width in graph.resizable}
     optimizer = torch.optim.AdamW(model.parameters())
     graph = evolvenet.prune(model, graph, least, [inputs], optimizer)
     assert graph.sizes == least

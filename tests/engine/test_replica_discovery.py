@@ -331,9 +331,7 @@ class Shrinks:
     """Every width by a step, as long as three are left."""
 
     def propose(self, measures: Mapping[str, WidthStatistics], graph: Any) -> dict[str, Proposal]:
-        return {
-            name: Proposal(each.size - each.step, "") for name, each in measures.items() if each.size > 2 * each.step
-        }
+        return {name: Proposal(each.size - 1, "") for name, each in measures.items() if each.size > 2}
 
 
 def test_a_checkpoint_keeps_the_numbers_of_copies_too(tmp_path: Path) -> None:

@@ -70,11 +70,9 @@ def test_a_result_of_other_code_is_run_again(folder: Path) -> None:
     assert json.loads(path.read_text("utf-8"))["state"] != "older"
 
 
-def test_sizes_keep_to_steps_and_the_fewest_units() -> None:
+def test_sizes_keep_to_the_fewest_units() -> None:
     assert grown_size(evolvenet.Width("w", 10)) == 13
     assert pruned_size(evolvenet.Width("w", 10)) == 7
-    assert grown_size(evolvenet.Width("w", 8, step=4)) == 12
-    assert pruned_size(evolvenet.Width("w", 8, step=4)) == 4
     assert pruned_size(evolvenet.Width("w", 2, smallest=2)) == 2
     assert pruned_size(evolvenet.Width("w", 1)) == 1
 

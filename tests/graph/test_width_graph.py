@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import Tensor
 
-import evolvenet
 from evolvenet.engine.functional import resize
 from evolvenet.errors import ResizeError
 from evolvenet.graph.index_map import IndexMap
@@ -135,15 +134,6 @@ def test_what_cannot_be_done_is_refused(case: str, maps: dict[str, IndexMap], me
         assert message in str(caught.value)
 
 
-def test_a_step_is_kept() -> None:
-    graph = graph_of(BY_NAME["mlp"])
-    stepped = dataclasses.replace(graph.widths["0"], step=4)
-    graph = dataclasses.replace(graph, widths=evolvenet.graph.width_graph.Widths({**dict(graph.widths), "0": stepped}))
-    assert graph.check({"0": IndexMap.keep(range(8), 12)})["0"].new_size == 8
-    with pytest.raises(ResizeError, match=r"changes in steps of 4, got a new size of 6\. Take a multiple of 4"):
-        graph.check({"0": IndexMap.keep(range(6), 12)})
-
-
 def test_no_maps_change_nothing() -> None:
     graph = graph_of(BY_NAME["resnet"])
     assert graph.axis_maps({}) == {}
@@ -162,11 +152,11 @@ def test_resized_is_a_function_of_composed_maps() -> None:
 def test_what_it_prints() -> None:
     graph = graph_of(BY_NAME["densenet"])
     table = str(graph).splitlines()
-    assert table[0].split() == ["name", "size", "step", "parameters", "ties", "frozen"]
-    assert table[1].split()[:3] == ["stem", "6", "1"]
+    assert table[0].split() == ["name", "size", "parameters", "ties", "frozen"]
+    assert table[1].split()[:3] == ["stem", "6", "696"]
     assert table[-1] == f"coverage {graph.coverage:.1%} of {graph.parameters:,} parameters"
     lines = graph.explain("convs.0").splitlines()
-    assert lines[0].startswith("convs.0: 4 units, step 1, ")
+    assert lines[0].startswith("convs.0: 4 units, ")
     assert "  produces convs.0.weight axis 0 [0:4]" in lines
     assert "  consumes head.weight axis 1 [6:10]" in lines
     assert "  follows  norms.1.bias axis 0 [6:10]" in lines

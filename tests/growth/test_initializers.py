@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from evolvenet.graph.width_graph import WidthGraph, Widths
+from evolvenet.graph.width_graph import WidthGraph
 from evolvenet.growth.initializers import orthogonal, unpredicted
 from evolvenet.growth.plan import plan_growth
 from evolvenet.surgery.resize_model import install
@@ -144,23 +143,6 @@ def test_pairs_are_alike_and_taken_off_each_other(count: int) -> None:
     norms = values["6.weight"][:, 6 * 16 :].unflatten(1, (count, 16)).movedim(1, 0).flatten(1).norm(dim=1)
     old = model[6].weight.detach().unflatten(1, (6, 16)).movedim(1, 0).flatten(1).norm(dim=1).mean()
     torch.testing.assert_close(norms[: count // 2 * 2], old.expand(count // 2 * 2))
-
-
-@pytest.mark.parametrize("method", ["orthogonal", "paired"])
-@pytest.mark.parametrize("count", [2, 4, 6])
-def test_units_that_come_in_steps_start_in_steps(method: str, count: int) -> None:
-    model, x = mlp(3, 4, 2), torch.randn(30, 3).double()
-    graph, before = trace(model, x), model(x).detach()
-    paired = replace(graph, widths=Widths({**graph.widths, "0": replace(graph.widths["0"], step=2)}))
-    values = values_of(model, paired, {"0": 4 + count}, method, batches=[x])
-    columns = values["2.weight"][:, 4:]
-    if method == "paired":
-        for first in range(0, count - 2, 4):
-            assert torch.equal(columns[:, first : first + 2], -columns[:, first + 2 : first + 4])
-            assert torch.equal(values["0.weight"][4 + first : 6 + first], values["0.weight"][6 + first : 8 + first])
-        assert bool(columns.any()) == (count > 2)
-    install(model, plan_growth(model, paired, {"0": 4 + count}, method, batches=[x]))
-    torch.testing.assert_close(model(x).detach(), before, rtol=1e-12, atol=1e-12)
 
 
 def test_pairs_come_apart_with_the_first_step_and_learn() -> None:

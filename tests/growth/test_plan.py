@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from evolvenet.errors import ResizeError, SpectrumError
-from evolvenet.graph.width_graph import Tie, Widths
+from evolvenet.graph.width_graph import Tie
 from evolvenet.growth.plan import plan_growth
 from evolvenet.surgery.resize_model import install
 from evolvenet.tracing.trace import trace
@@ -187,9 +186,6 @@ def test_what_cannot_grow_is_refused() -> None:
         plan_growth(model, graph, {"2": 5})
     with pytest.raises(ResizeError, match="No width is called 'nothing'"):
         plan_growth(model, graph, {"nothing": 5})
-    paired = replace(graph, widths=Widths({**graph.widths, "0": replace(graph.widths["0"], step=2)}))
-    with pytest.raises(ResizeError, match="steps of 2"):
-        plan_growth(model, paired, {"0": 5})
     with torch.no_grad():
         model[0].weight[0, 0] = float("inf")
     with pytest.raises(SpectrumError, match=r"0\.weight"):

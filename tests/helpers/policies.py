@@ -46,11 +46,11 @@ class Walk:
 
 
 class ShrinkThenGrow:
-    """Every width a step down at one event and two up at the next, by its size: a pure function."""
+    """Every width one unit down at one event and two up at the next, by its size: a pure function."""
 
     def propose(self, measures: Mapping[str, WidthStatistics], graph: Any) -> dict[str, Proposal]:
         return {
-            name: Proposal(measure.size - measure.step if measure.size > 15 else measure.size + 2 * measure.step, "")
+            name: Proposal(measure.size - 1 if measure.size > 15 else measure.size + 2, "")
             for name, measure in measures.items()
             if measure.size > 15 or measure.growable
         }

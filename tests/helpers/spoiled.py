@@ -101,7 +101,7 @@ def samples(case: Case, count: int = MANY) -> Tensor:
 
 def halves(graph: WidthGraph) -> dict[str, int]:
     """Half of the units of every width, rounded up."""
-    return {w.name: max(w.smallest, -(-w.size // (2 * w.step)) * w.step) for w in graph.resizable}
+    return {w.name: max(w.smallest, -(-w.size // 2)) for w in graph.resizable}
 
 
 def doubles(graph: WidthGraph) -> dict[str, int]:

@@ -243,8 +243,8 @@ def test_a_second_fit_goes_on(tmp_path: Path) -> None:
 def test_a_state_dict_with_a_note_carries_what_shapes_do_not_say(case: Case, tmp_path: Path) -> None:
     """Numbers of the model's own code and buffers that are not persistent."""
     model, graph = case.model(seed=3), graph_of(case)
-    maps = {name: IndexMap.keep(range(graph.widths[name].step, size), size) for name, size in graph.sizes.items()
-            if size - graph.widths[name].step >= graph.widths[name].smallest}  # fmt: skip
+    maps = {name: IndexMap.keep(range(1, size), size) for name, size in graph.sizes.items()
+            if size - 1 >= graph.widths[name].smallest}  # fmt: skip
     graph = resize(model, graph, maps)
     outer, other = nn.ModuleDict({"inner": model}), nn.ModuleDict({"inner": case.model()})
     handle = Note.of(model, graph, "inner").register(outer)

@@ -50,8 +50,8 @@ class Breathes:
 
     def _size(self, each: WidthStatistics, smallest: int) -> int:
         if self.events > 1:
-            return each.size + each.step if each.growable else each.size
-        return max(each.size - max(each.size // 3 // each.step, 1) * each.step, smallest, each.step)
+            return each.size + 1 if each.growable else each.size
+        return max(each.size - max(each.size // 3, 1), smallest, 1)
 
 
 class Task(lightning.LightningModule):

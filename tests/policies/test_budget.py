@@ -28,7 +28,7 @@ def test_costs_of_other_widths_are_those_of_the_resized_model(case: Case) -> Non
     """Multiply-accumulates that no weight explains (attention's products) are taken as they are now."""
     model, graph = case.model(), graph_of(case)
     costs = Costs.of(model, graph, case.inputs())
-    sizes = {width.name: max(width.smallest, width.size - width.step) for width in graph.resizable}
+    sizes = {width.name: max(width.smallest, width.size - 1) for width in graph.resizable}
     resize(model, graph, {name: IndexMap.keep(range(size), graph.widths[name].size) for name, size in sizes.items()})
     assert costs.at("params", sizes) == parameters(model)
     assert costs.at("bytes", sizes) == size_in_bytes(model)
@@ -111,7 +111,7 @@ def moment(model: nn.Module, x: Any, timed: Any = None, progress: float = 1.0) -
 def measures(model: nn.Module, x: Any, spectra: Mapping[str, list[float]] | None = None) -> dict[str, WidthStatistics]:
     graph = trace(model, x)
     found = spectra or {name: values.tolist() for name, values in measure(model, graph).items()}
-    return {name: WidthStatistics(name, graph.sizes[name], 1, tuple(each), 99, True) for name, each in found.items()}
+    return {name: WidthStatistics(name, graph.sizes[name], tuple(each), 99, True) for name, each in found.items()}
 
 
 def proposals(
@@ -328,8 +328,8 @@ def test_growth_that_others_pay_for_is_asked_of_the_loss(t_statistic: float | No
     model, asked = mlp(6, 8, 8, 3), []
     x = torch.zeros(1, 6).double()
     graph = trace(model, x)
-    spare = WidthStatistics("0", 8, 1, (1.0, 1.0, 1.0, 1.0, 1e-4, 1e-4, 1e-4, 1e-4), 99, True)
-    full = WidthStatistics("2", 8, 1, (1.0,) * 8, 99, True)
+    spare = WidthStatistics("0", 8, (1.0, 1.0, 1.0, 1.0, 1e-4, 1e-4, 1e-4, 1e-4), 99, True)
+    full = WidthStatistics("2", 8, (1.0,) * 8, 99, True)
 
     def answer(sizes: Mapping[str, int]) -> dict[str, Evidence]:
         asked.append(dict(sizes))
@@ -348,7 +348,7 @@ def test_growth_that_others_pay_for_is_asked_of_the_loss(t_statistic: float | No
 def test_growth_towards_a_budget_above_needs_no_reason() -> None:
     model, x = mlp(6, 8, 8, 3), torch.zeros(1, 6).double()
     graph = trace(model, x)
-    full = {name: WidthStatistics(name, 8, 1, (1.0,) * 8, 99, True) for name in ("0", "2")}
+    full = {name: WidthStatistics(name, 8, (1.0,) * 8, 99, True) for name in ("0", "2")}
     moment = PolicyContext(1.0, graph.sizes, Costs.of(model, graph, x), evidence=lambda _: pytest.fail("was asked"))
     policy = Budget(params=2 * graph.parameters, by=0.5, growth=0.25).at(moment)
     assert policy is not None

@@ -30,7 +30,7 @@ def line(name: str, price: float) -> list[tuple[int, float]]:
 
 
 def measured(name: str, **rest: Any) -> WidthStatistics:
-    return WidthStatistics(name, 20, 1, (1.0,) * 20, **{"idle": 99, "growable": True, **rest})
+    return WidthStatistics(name, 20, (1.0,) * 20, **{"idle": 99, "growable": True, **rest})
 
 
 def decide(

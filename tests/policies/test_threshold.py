@@ -32,7 +32,7 @@ GRAPH = trace(mlp(6, 8, 8, 3), torch.zeros(1, 6).double())
 
 def measured(spectrum: list[float], width: str = "0", **rest: Any) -> WidthStatistics:
     """A width that may change in any way, of as many units as its spectrum has values."""
-    defaults = {"size": len(spectrum), "step": 1, "idle": LONG_AGO, "growable": True}
+    defaults = {"size": len(spectrum), "idle": LONG_AGO, "growable": True}
     return WidthStatistics(width, spectrum=tuple(spectrum), **{**defaults, **rest})
 
 
@@ -102,20 +102,18 @@ def test_no_width_falls_below_what_its_layers_need() -> None:
 
 @given(
     st.lists(st.floats(0, 10), min_size=1, max_size=24),
-    st.sampled_from([1, 2, 3, 4]),
     st.floats(0, 0.5),
     st.floats(0.51, 1),
     st.floats(0, 1),
     st.floats(0, 1),
 )
 def test_every_proposal_is_a_size_that_the_width_can_take(
-    values: list[float], step: int, prune: float, grow: float, largest_step: float, growth: float
+    values: list[float], prune: float, grow: float, largest_step: float, growth: float
 ) -> None:
-    spectrum = sorted(values * step, reverse=True)
+    spectrum = sorted(values, reverse=True)
     size = len(spectrum)
     policy = Threshold(prune=prune, grow=grow, largest_step=largest_step, growth=growth)
-    for proposal in decide(policy, measured(spectrum, step=step)).values():
-        assert proposal.size % step == 0
+    for proposal in decide(policy, measured(spectrum)).values():
         assert proposal.size != size
         if proposal.size < size:
             assert proposal.size >= 2
@@ -123,11 +121,10 @@ def test_every_proposal_is_a_size_that_the_width_can_take(
             energy = sum(value**2 for value in spectrum)
             assert sum(value**2 for value in spectrum[proposal.size :]) <= prune * energy * (1 + 1e-9)
         else:
-            assert 0 < proposal.size - size < math.ceil(growth * size) + step
+            assert 0 < proposal.size - size < math.ceil(growth * size) + 1
 
 
-def test_growth_is_rounded_up_to_the_step() -> None:
-    assert decide(Threshold(prune=0.01, grow=0.9, growth=0.1), flat(8, step=4))["0"].size == 12
+def test_growth_is_rounded_up() -> None:
     assert decide(Threshold(prune=0.01, grow=0.9, growth=0.01), flat(8))["0"].size == 9
     assert decide(Threshold(prune=0.01, grow=0.9, growth=0), flat(8)) == {}
 
@@ -252,8 +249,8 @@ def test_above_max_parameters_the_least_energetic_go_even_where_all_is_saturated
         nn.Sequential(nn.Linear(4, 10), nn.ReLU(), nn.Linear(10, 8), nn.ReLU(), nn.Linear(8, 2)), torch.zeros(1, 4)
     )
     flat = {
-        "0": WidthStatistics("0", 10, 1, (1.0,) * 9 + (0.9,), 1000, True),
-        "2": WidthStatistics("2", 8, 1, (1.0,) * 8, 1000, True),
+        "0": WidthStatistics("0", 10, (1.0,) * 9 + (0.9,), 1000, True),
+        "2": WidthStatistics("2", 8, (1.0,) * 8, 1000, True),
     }
     bound = graph.parameters - 1
     found = Threshold(prune=0.01, grow=0.9, max_parameters=bound).propose(flat, graph)
@@ -265,7 +262,7 @@ def test_above_max_parameters_the_least_energetic_go_even_where_all_is_saturated
 
 def test_the_reason_counts_what_goes_where_the_largest_step_is_less_than_the_threshold_allows() -> None:
     graph = trace(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), torch.zeros(1, 4))
-    one_direction = {"0": WidthStatistics("0", 8, 1, (1.0,) + (0.0,) * 7, 1000, True)}
+    one_direction = {"0": WidthStatistics("0", 8, (1.0,) + (0.0,) * 7, 1000, True)}
     proposal = Threshold(prune=0.01, grow=0.9, largest_step=0.25).propose(one_direction, graph)["0"]
     assert proposal.size == 6
     assert proposal.reason.startswith("2 directions carry 0.0 %")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,7 +14,6 @@ from torch import Tensor, nn
 import evolvenet
 from evolvenet.errors import ResizeError, SpectrumError
 from evolvenet.graph.index_map import IndexMap
-from evolvenet.graph.width_graph import Widths
 from evolvenet.linalg.pivoted_cholesky import pivots
 from evolvenet.measurement.activation_moments import collect
 from evolvenet.pruning.selection import absorb, choose, plan_prune
@@ -63,13 +61,13 @@ def test_pivots_equal_a_greedy_search_by_least_squares(size: int, rank: int, cou
         left = (samples - fitted).square().sum(0)
         left[chosen] = -1
         chosen.append(int(left.argmax()))
-    assert pivots(samples.T @ samples, [[unit] for unit in range(size)], count) == chosen
+    assert pivots(samples.T @ samples, count) == chosen
 
 
 def test_pivots_stop_where_only_rounding_is_left() -> None:
     samples = torch.randn(50, 3, dtype=torch.float64) @ torch.randn(3, 8, dtype=torch.float64)
-    assert len(pivots(samples.T @ samples, [[unit] for unit in range(8)], 8)) == 3
-    assert pivots(torch.zeros(4, 4), [[unit] for unit in range(4)], 2) == []
+    assert len(pivots(samples.T @ samples, 8)) == 3
+    assert pivots(torch.zeros(4, 4), 2) == []
 
 
 def test_without_statistics_the_joint_magnitude_decides() -> None:
@@ -106,18 +104,6 @@ def test_names_of_other_producers_and_the_same_size_are_understood() -> None:
     assert choose(model, graph, {"conv2": 5}) == choose(model, graph, {"stem": 5})
     assert choose(model, graph, {"stem": 8}) == {"stem": IndexMap.identity(8)}
     assert plan_prune(model, graph, {"stem": 8}).changes == ()
-
-
-def test_units_that_come_together_go_together() -> None:
-    model, x = mlp(4, 8, 3), torch.randn(100, 4, dtype=torch.float64)
-    graph = trace(model, x)
-    paired = replace(graph, widths=Widths({**graph.widths, "0": replace(graph.widths["0"], step=2)}))
-    for statistics in (None, collect(model, graph, [x])):
-        kept = choose(model, paired, {"0": 4}, statistics)["0"].indices
-        assert len(kept) == 4
-        assert all(unit ^ 1 in kept for unit in kept)
-    with pytest.raises(ResizeError, match="steps of 2"):
-        choose(model, paired, {"0": 3})
 
 
 @pytest.mark.parametrize("size", [0, -1, 7])
