@@ -32,7 +32,7 @@ from evolvenet.engine.replica_update import plan_replica_update, without_shared_
 from evolvenet.engine.snapshot import PendingCut, Snapshot, roll_back
 from evolvenet.errors import RankMismatchError, SkippedEvent
 from evolvenet.execution.inputs import first_samples, is_plain
-from evolvenet.execution.shadow_tensors import forget_compiled
+from evolvenet.execution.isolation import reset_compiled_code
 from evolvenet.graph.serialization import check_fits, from_plain, to_plain
 from evolvenet.graph.width_graph import WidthGraph
 from evolvenet.growth.loss_test import Gradients, evidence
@@ -313,7 +313,7 @@ class Evolver:
             self._macs = run_on_all_ranks(group, lambda: macs(self.model, self.example_inputs))
             self._stage = "what follows a change"
             run_on_all_ranks(group, self.after_change)
-            forget_compiled()
+            reset_compiled_code()
         if self._pending_cut:
             self._pending_cut.cut(past, [change.width for change in changes])
         return ranks_and_energies(measures, self.graph.sizes)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from evolvenet.errors import SkippedEvent, TraceError, ValidationError
-from evolvenet.execution.evaluation import answers
+from evolvenet.execution.isolation import model_outputs
 from evolvenet.graph.naming import named_tensors
 from evolvenet.graph.width_graph import WidthGraph
 from evolvenet.surgery.optimizer_state import validate_state
@@ -35,7 +35,7 @@ class ModelReference:
     @classmethod
     def of(cls, model: nn.Module, example_inputs: Any) -> ModelReference:
         """Take down a model; it is run once, in eval mode."""
-        found = answers(model, example_inputs)
+        found = model_outputs(model, example_inputs)
         return cls(dict(model.named_parameters()), _shapes(found), _finite(found))
 
 
@@ -81,7 +81,7 @@ def validate(
         raise _wrong(f"{change.name} of {module} to be {change.value}", f"{getattr(change.module, change.name)}")
     for optimizer in optimizers:
         validate_state(optimizer)
-    found = answers(model, example_inputs)
+    found = model_outputs(model, example_inputs)
     if _shapes(found) != before.shapes:
         raise _wrong(f"outputs of the shapes {before.shapes}", f"{_shapes(found)}")
     if before.finite and not _finite(found):

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from evolvenet.engine.distributed import ProcessGroup, run_on_all_ranks
 from evolvenet.engine.invariants import ModelReference, validate
-from evolvenet.execution.shadow_tensors import forget_compiled
+from evolvenet.execution.isolation import reset_compiled_code
 from evolvenet.graph.serialization import from_plain, to_plain
 from evolvenet.graph.width_graph import WidthGraph
 from evolvenet.policies.base import Judging
@@ -115,7 +115,7 @@ def roll_back(
         present.restore(run.model, run.optimizers, copies)
         run.after_change()
         raise
-    forget_compiled()
+    reset_compiled_code()
 
 
 class PendingCut:

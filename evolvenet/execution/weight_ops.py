@@ -7,8 +7,8 @@ which gives the inputs, outputs and the weight as matrices, whatever module or f
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,6 @@ from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from evolvenet.execution.shadow_tensors import op_by_op
 from evolvenet.graph.naming import named_tensors
 
 aten = torch.ops.aten
@@ -168,6 +167,8 @@ def _patches(x: Tensor, geometry: Geometry) -> Tensor:
 class WeightOpMode(TorchDispatchMode):
     """Runs a model unchanged and passes every product of one of its weights with data to callbacks.
 
+    To be entered by `op_by_op(mode)`. Autocast is off while the mode is active.
+
     Args:
         model: the model, uncompiled.
         before: called with each weight op before it runs; may write into its weight and bias.
@@ -186,11 +187,22 @@ class WeightOpMode(TorchDispatchMode):
         super().__init__()
         self.before, self.after = before, after
         self.other_uses: set[str] = set()
+        self._autocast_off = ExitStack()
         self._by_storage: dict[int, list[tuple[str, Tensor]]] = {}
         tensors = named_tensors(model)[0]
-        self.devices = {tensor.device.type for tensor in tensors.values()}
+        self._devices = {tensor.device.type for tensor in tensors.values()}
         for name, tensor in tensors.items():
             self._by_storage.setdefault(tensor.untyped_storage().data_ptr(), []).append((name, tensor))
+
+    def __enter__(self) -> WeightOpMode:
+        # Autocast would multiply with a copy of the weight, which could not be attributed to a parameter.
+        for device in self._devices:
+            self._autocast_off.enter_context(torch.autocast(device, enabled=False))
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self._autocast_off.close()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the op."""
@@ -299,15 +311,3 @@ WEIGHT_OPS: Mapping[Any, Callable[..., WeightOp | None]] = {
     aten.convolution.default: _convolution,
 }
 """The ops that multiply a weight with data, and how a `WeightOp` is made from their arguments."""
-
-
-@contextmanager
-def watched(mode: WeightOpMode) -> Iterator[None]:
-    """Every op of the model goes through `mode`: no compiled code, no autocast, no attention that hides its products."""
-    with ExitStack() as stack:
-        stack.enter_context(op_by_op())
-        # Autocast multiplies with a copy of the weight: one could not tell which weight it is.
-        for kind in mode.devices:
-            stack.enter_context(torch.autocast(kind, enabled=False))
-        stack.enter_context(mode)
-        yield

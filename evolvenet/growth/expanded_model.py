@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -12,9 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from evolvenet.errors import ResizeError, SpectrumError
-from evolvenet.execution.evaluation import quiet
 from evolvenet.execution.inputs import arguments
-from evolvenet.execution.shadow_tensors import sandbox
+from evolvenet.execution.isolation import isolated
 from evolvenet.graph.index_map import NEW_UNIT, IndexMap
 from evolvenet.graph.naming import named_tensors
 from evolvenet.graph.width_graph import FOLLOWS, PRODUCES, Tie, Width, WidthGraph
@@ -214,31 +213,17 @@ def place(growth: Growth, directions: Entries) -> Surgery:
 
 @contextmanager
 def trial(growth: Growth, directions: Entries) -> Iterator[Mapping[str, Tensor]]:
-    """The model widened, on shadows of its tensors; on leaving it is as it was.
+    """The model widened, on shadows of its tensors, in eval mode with gradients; on leaving it is as it was.
 
     Yields:
         The shadows that are of a new shape, by name.
     """
-    with torch.inference_mode(False), sandbox(growth.model):
+    with isolated(growth.model, shadows=True, gradients=True):
         shadows, _, _ = named_tensors(growth.model)
         placed = place(growth, directions)
         changes = tuple(replace(change, tensor=shadows[change.name]) for change in placed.changes)
         install(growth.model, replace(placed, changes=changes))
         yield {change.name: change.tensor for change in changes}
-
-
-@contextmanager
-def differentiable(model: nn.Module) -> Iterator[None]:
-    """Eval mode with gradients; on leaving, training flags, buffers and random states are as before."""
-    # cuDNN's recurrent layers have no backward pass in eval mode; PyTorch's own have.
-    recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
-    with ExitStack() as stack:
-        if recurrent:
-            stack.enter_context(torch.backends.cudnn.flags(enabled=False))
-        stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(quiet(model))
-        stack.enter_context(torch.enable_grad())
-        yield
 
 
 def finite(entries: Tensor, where: str) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from evolvenet.graph.width_graph import CONSUMES, PRODUCES, Tie, Width
-from evolvenet.growth.expanded_model import Entries, Growth, Slot, differentiable, finite, trial
+from evolvenet.growth.expanded_model import Entries, Growth, Slot, finite, trial
 from evolvenet.growth.tiny import Corrections, Demand, Scale, corrected
 
 STEPS = 10
@@ -51,7 +51,6 @@ def climb(growth: Growth, start: Entries, asked: Demand, method: str) -> dict[Ti
     found = _Found(start, rows)
     with (
         trial(growth, start) as shadows,
-        differentiable(growth.model),
         corrected(growth, asked.updates) as corrections,
     ):
         network = _Network(growth, shadows, corrections, pairs)

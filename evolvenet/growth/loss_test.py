@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from evolvenet.execution.inputs import arguments, first_samples, tensors_of
 from evolvenet.graph.index_map import IndexMap
 from evolvenet.graph.width_graph import CONSUMES, Width, WidthGraph
-from evolvenet.growth.expanded_model import Growth, differentiable, finite, trial
+from evolvenet.growth.expanded_model import Growth, finite, trial
 from evolvenet.growth.initializers import METHODS
 from evolvenet.surgery.resize_model import compile_surgery
 
@@ -102,7 +102,7 @@ def evidence(
     }
     growth = Growth(model, graph, compile_surgery(model, graph, maps), generator)
     start = METHODS["orthogonal"](growth)
-    with trial(growth, start) as shadows, differentiable(model):
+    with trial(growth, start) as shadows:
         found = _Trial(growth, dict(shadows), known)
         try:
             return found.found() if found.fits() else {}

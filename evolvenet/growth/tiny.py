@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.modules.conv import _ConvNd
 
+from evolvenet.execution.isolation import isolated
 from evolvenet.execution.sampling import evenly
-from evolvenet.execution.shadow_tensors import sandbox
 from evolvenet.execution.weight_ops import Geometry, WeightOp, output_positions
 from evolvenet.graph.index_map import NEW_UNIT
 from evolvenet.graph.width_graph import CONSUMES, PRODUCES, Tie
-from evolvenet.growth.expanded_model import Growth, differentiable, finite
+from evolvenet.growth.expanded_model import Growth, finite
 from evolvenet.linalg.ridge import fit_reader
 from evolvenet.pruning.selection import is_own
 
@@ -127,7 +127,7 @@ def demand(growth: Growth, method: str) -> Demand:
     readers = [tie for width in growth.widths for tie in growth.matrices(width, CONSUMES) if _known(growth, tie, 1)]
     pairs = growth.pairs(method)
     seen = {tie.module: _Seen(tie.module, max(2, ROWS // len(pairs))) for tie in (*makers, *readers)}
-    with torch.inference_mode(False), sandbox(growth.model), differentiable(growth.model), ExitStack() as hooks:
+    with isolated(growth.model, shadows=True, gradients=True), ExitStack() as hooks:
         for path, module_seen in seen.items():
             module = growth.model.get_submodule(path)
             module.get_parameter("weight").requires_grad_()

@@ -18,7 +18,7 @@ from evolvenet.engine.replica_discovery import ReplicaDiscovery
 from evolvenet.errors import PolicyError, RecordError, TraceError
 from evolvenet.execution.call_recorder import CallRecorder
 from evolvenet.execution.inputs import first_samples
-from evolvenet.execution.shadow_tensors import forget_compiled
+from evolvenet.execution.isolation import reset_compiled_code
 from evolvenet.graph.serialization import check_fits, from_plain
 from evolvenet.graph.width_graph import WidthGraph
 from evolvenet.lightning.loading import install
@@ -168,7 +168,7 @@ class WidthEvolution(Callback):
                 else:
                     # Code compiled before the hook was there does not run it.
                     self._deaf, self._batches = True, 0
-                    forget_compiled()
+                    reset_compiled_code()
         if boundary and self._is_due(trainer, batch_idx) and self._due_since is None:
             self._due_since, self._batches = trainer.global_step, 0
         if self._due_since is not None and self.evolver is not None and self._listener is None:
@@ -357,7 +357,7 @@ class WidthEvolution(Callback):
         evolver.forget()
         self._silence()
         if self._deaf:
-            forget_compiled()
+            reset_compiled_code()
         self._deaf = False
         self._due_since = None
         log_event(trainer, event)

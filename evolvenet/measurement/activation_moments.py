@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from evolvenet.errors import SpectrumError, TraceError
-from evolvenet.execution.evaluation import quiet
 from evolvenet.execution.inputs import arguments
+from evolvenet.execution.isolation import isolated, op_by_op
 from evolvenet.execution.sampling import evenly, samples_in
-from evolvenet.execution.weight_ops import WeightOp, WeightOpMode, watched
+from evolvenet.execution.weight_ops import WeightOp, WeightOpMode
 from evolvenet.graph.width_graph import Tie, WidthGraph
 
 CAP = 8192
@@ -146,10 +146,10 @@ def collect(model: nn.Module, graph: WidthGraph, batches: Iterable[Any]) -> Acti
     for tie, halves in gathered.items():
         by_tensor.setdefault(tie.tensor, {})[tie] = halves
     seen, ran = 0, False
-    with quiet(model):
+    with isolated(model):
         for batch in batches:
             args, kwargs = arguments(batch, model=model)
-            with watched(WeightOpMode(model, before=partial(_gather, by_tensor, max(1, samples_in(batch)), seen))):
+            with op_by_op(WeightOpMode(model, before=partial(_gather, by_tensor, max(1, samples_in(batch)), seen))):
                 model(*args, **kwargs)
             seen += samples_in(batch)
             ran = True

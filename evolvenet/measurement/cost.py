@@ -16,8 +16,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from evolvenet.errors import TraceError
 from evolvenet.execution.inputs import arguments
-from evolvenet.execution.shadow_tensors import op_by_op, sandbox
-from evolvenet.execution.weight_ops import WeightOp, WeightOpMode, watched
+from evolvenet.execution.isolation import isolated, op_by_op
+from evolvenet.execution.weight_ops import WeightOp, WeightOpMode
 from evolvenet.graph.index_map import IndexMap
 from evolvenet.graph.naming import named_tensors
 from evolvenet.graph.width_graph import WidthGraph
@@ -65,8 +65,7 @@ def macs(model: nn.Module, example_inputs: Any) -> int:
     for device in ("meta", None):
         args, kwargs = arguments(tree_map_only(Tensor, lambda t: t.detach().clone(), example_inputs), device, model)
         try:
-            with sandbox(model, device), op_by_op(), FlopCounterMode(display=False) as counter:
-                model.eval()
+            with isolated(model, shadows=True, device=device), op_by_op(counter := FlopCounterMode(display=False)):
                 model(*args, **kwargs)
         except Exception as error:  # noqa: BLE001  the model's own code may raise anything
             failure = error
@@ -147,8 +146,7 @@ def uses(model: nn.Module, example_inputs: Any) -> dict[str, float]:
         found[op.tensor] = found.get(op.tensor, 0.0) + part * op.uses_per_entry / samples
 
     tensors, _, _ = named_tensors(model)
-    with sandbox(model), watched(WeightOpMode(model, before=count)):
-        model.eval()
+    with isolated(model, shadows=True), op_by_op(WeightOpMode(model, before=count)):
         model(*args, **kwargs)
     return found
 

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from evolvenet.errors import SpectrumError, TraceError
-from evolvenet.execution.evaluation import quiet
 from evolvenet.execution.inputs import arguments
+from evolvenet.execution.isolation import isolated, op_by_op
 from evolvenet.execution.sampling import evenly, samples_in
-from evolvenet.execution.weight_ops import WeightOp, WeightOpMode, output_positions, watched
+from evolvenet.execution.weight_ops import WeightOp, WeightOpMode, output_positions
 from evolvenet.graph.width_graph import Tie, Width, WidthGraph
 from evolvenet.measurement.activation_moments import CAP, Moments
 
@@ -61,10 +61,10 @@ def output_spectra(model: nn.Module, graph: WidthGraph, batches: Iterable[Any]) 
         if tie.tensor in graph.trainable
     }
     seen = 0
-    with quiet(model):
+    with isolated(model):
         for batch in batches:
             args, kwargs = arguments(batch, model=model)
-            with watched(WeightOpMode(model, after=partial(_gather, gathered))):
+            with op_by_op(WeightOpMode(model, after=partial(_gather, gathered))):
                 model(*args, **kwargs)
             seen += samples_in(batch)
     if not seen:

@@ -15,13 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from evolvenet.errors import SpectrumError
-from evolvenet.execution.evaluation import quiet
 from evolvenet.execution.inputs import arguments
+from evolvenet.execution.isolation import isolated, op_by_op
 from evolvenet.graph.naming import named_tensors
 from evolvenet.graph.width_graph import Width, WidthGraph
 from evolvenet.linalg.spectrum import matricize, residual_operator, singular_values
 from evolvenet.tracing.op_trace import Op, Record, Value
-from evolvenet.tracing.trace import quiet_run
 
 ACTIVATIONS = frozenset(("celu", "elu", "gelu", "hardsigmoid", "hardswish", "hardtanh", "leaky_relu", "mish")) | {
     *("_prelu_kernel", "relu", "selu", "sigmoid", "silu", "softplus", "tanh"),
@@ -133,7 +132,7 @@ def residual_blocks(
     tensors, _, _ = named_tensors(model)
     args, kwargs = arguments(example_inputs, model=model)
     record = Record(tensors)
-    with quiet(model), quiet_run(record):
+    with isolated(model), op_by_op(record, fused=False):
         model(*args, **kwargs)
     found: dict[str, Block] = {}
     refused: dict[str, str] = {}

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from evolvenet.errors import ResizeError
-from evolvenet.execution.evaluation import answers
 from evolvenet.execution.inputs import first_samples
+from evolvenet.execution.isolation import model_outputs
 from evolvenet.execution.sampling import samples_in
 from evolvenet.graph.width_graph import Width, WidthGraph
 from evolvenet.linalg.spectrum import energy_shares
@@ -216,7 +216,9 @@ def _first(batches: Sequence[Any], samples: int) -> list[Any]:
 
 def _answers(model: nn.Module, batches: Sequence[Any]) -> list[Tensor]:
     """Every tensor that the model answers with, of all batches together where those belong together."""
-    each = [[tensor.double() for tensor in answers(model, batch) if tensor.is_floating_point()] for batch in batches]
+    each = [
+        [tensor.double() for tensor in model_outputs(model, batch) if tensor.is_floating_point()] for batch in batches
+    ]
     if len({tuple(tensor.shape[1:] if tensor.dim() else () for tensor in found) for found in each}) > 1:
         return each[0]
     return [

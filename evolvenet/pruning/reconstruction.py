@@ -18,12 +18,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from evolvenet.execution.evaluation import quiet
 from evolvenet.execution.inputs import arguments, first_samples
+from evolvenet.execution.isolation import isolated, op_by_op
 from evolvenet.execution.residual_sums import ResidualSumMode, TrackedOutput
 from evolvenet.execution.sampling import evenly, samples_in
-from evolvenet.execution.shadow_tensors import sandbox
-from evolvenet.execution.weight_ops import WeightOp, output_positions, watched
+from evolvenet.execution.weight_ops import WeightOp, output_positions
 from evolvenet.graph.naming import named_tensors
 from evolvenet.graph.width_graph import FOLLOWS, WidthGraph
 from evolvenet.linalg.ridge import fit_reader
@@ -108,20 +107,20 @@ def reconstruct(
         return surgery
     args, kwargs = arguments(batch, model=model)
     goals = _Goals(readers, effort)
-    with quiet(model), watched(mode := ResidualSumMode(model, None, goals.read, goals.sum, goals.bias)):
+    with isolated(model), op_by_op(mode := ResidualSumMode(model, None, goals.read, goals.sum, goals.bias)):
         model(*args, **kwargs)
     kept = goals.usable(mode.other_uses)
     if not kept:
         return surgery
     changes = {change.name: change for change in surgery.changes}
-    with sandbox(model, None):
+    with isolated(model, shadows=True):
         install(model, compile_surgery(model, graph, surgery.maps))
         shadows, _, _ = named_tensors(model)
         with torch.no_grad():
             for name, change in changes.items():
                 shadows[name].copy_(change.value)
         fits = _Fits(kept, changes, samples_in(batch), shadows)
-        with quiet(model), watched(ResidualSumMode(model, fits.read, None, fits.sum)):
+        with isolated(model), op_by_op(ResidualSumMode(model, fits.read, None, fits.sum)):
             model(*args, **kwargs)
         fitted = {name: shadows[name].detach().clone() for name in fits.touched}
     tensors, _, _ = named_tensors(model)

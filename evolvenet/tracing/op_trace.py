@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from evolvenet.tracing.trace import PlainMode
+from evolvenet.tracing.trace import TracingMode
 
 
 class Value(int):
@@ -36,7 +36,7 @@ class Op:
     output: Value
 
 
-class Record(PlainMode):
+class Record(TracingMode):
     """Lets every op run as it is and writes down what it read and made.
 
     Args:

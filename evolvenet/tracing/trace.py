@@ -7,24 +7,23 @@ mode, on shadows without data where its code allows that and on copies where it 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
+from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakTensorKeyDictionary
 
 import evolvenet.tracing.contraction_rules  # registers its rules
 import evolvenet.tracing.reduction_rules  # noqa: F401  registers its rules
 from evolvenet.errors import TraceError
 from evolvenet.execution.inputs import arguments, tensors_of
-from evolvenet.execution.shadow_tensors import op_by_op, sandbox
+from evolvenet.execution.isolation import isolated, op_by_op
 from evolvenet.graph.naming import named_tensors
 from evolvenet.graph.width_graph import WidthGraph
 from evolvenet.tracing.labels import DATA, LABELLED, Label, Ledger
@@ -58,7 +57,7 @@ def trace(model: nn.Module, example_inputs: Any) -> WidthGraph:
     last_error: Exception | None = None
     for device, modes in ATTEMPTS:
         try:
-            with sandbox(model, device):
+            with isolated(model, shadows=True, device=device):
                 ledger = read_labels(model, example_inputs, device, modes)
         except TraceError:
             raise
@@ -108,11 +107,11 @@ def read_shapes(
     model: nn.Module, example_inputs: Any, device: str | None, modes: Sequence[bool] = (False, True)
 ) -> list[tuple[int, ...]]:
     """The shapes of the outputs in the first mode, as `read_labels` finds them, in a fraction of its time."""
-    results = [_run(model, example_inputs, device, training, PlainMode()) for training in modes]
+    results = [_run(model, example_inputs, device, training, TracingMode()) for training in modes]
     return [tuple(leaf.shape) for leaf in tensors_of(results[0])]
 
 
-def _run(model: nn.Module, example_inputs: Any, device: str | None, training: bool, mode: PlainMode) -> Any:
+def _run(model: nn.Module, example_inputs: Any, device: str | None, training: bool, mode: TracingMode) -> Any:
     """One forward pass under `mode`. A train mode that refuses a batch of one is given the batch twice."""
     # A model may write into its inputs; those on another device are copies anyway.
     inputs = tree_map_only(Tensor, lambda t: t.detach().clone(), example_inputs) if device is None else example_inputs
@@ -120,12 +119,12 @@ def _run(model: nn.Module, example_inputs: Any, device: str | None, training: bo
     model.train(training)
     mode.names = {id(module): name for name, module in model.named_modules()}
     try:
-        with quiet_run(mode):
+        with op_by_op(mode, fused=False):
             return model(*args, **kwargs)
     except ValueError:
         if not training:
             raise
-    with quiet_run(mode):
+    with op_by_op(mode, fused=False):
         return model(*_twice(args), **_twice(kwargs))
 
 
@@ -136,18 +135,6 @@ def _telling_modes(ledger: Ledger) -> tuple[bool, ...]:
 
 def _twice(inputs: Any) -> Any:
     return tree_map_only(Tensor, lambda t: torch.cat([t, t]) if t.dim() else t, inputs)
-
-
-@contextmanager
-def quiet_run(mode: PlainMode) -> Iterator[None]:
-    """Eager, without gradients, and with every fused kernel that would hide its steps switched off."""
-    with ExitStack() as stack:
-        stack.enter_context(op_by_op())
-        stack.callback(torch.backends.mkldnn.set_flags, torch.backends.mkldnn.set_flags(False)[0])
-        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-        stack.enter_context(mode.follow_modules())
-        stack.enter_context(mode)
-        yield
 
 
 def _batch_norm_shapes(source: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -163,13 +150,29 @@ WITHOUT_DATA = {torch.ops.aten.native_batch_norm.default: _batch_norm_shapes}
 """Ops of which a run without data takes most of its time in working out shapes, and a quicker way to do it."""
 
 
-class PlainMode(TorchDispatchMode):
-    """Lets every op run as it is."""
+class TracingMode(TorchDispatchMode):
+    """Runs every op unchanged.
+
+    Attributes:
+        names: path of every module by its `id`.
+        path: path and type of the modules that are running while the mode is active, the innermost one last.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self.path: list[str] = []
         self.names: dict[int, str] = {}
+        self.path: list[str] = []
+        self._hooks: list[RemovableHandle] = []
+
+    def __enter__(self) -> TracingMode:
+        self._hooks.append(register_module_forward_pre_hook(self._enter_module))
+        self._hooks.append(register_module_forward_hook(self._leave_module, always_call=True))
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        for _ in range(2):
+            self._hooks.pop().remove()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the op."""
@@ -178,26 +181,15 @@ class PlainMode(TorchDispatchMode):
             return quick(*args)
         return func(*args, **(kwargs or {}))
 
-    @contextmanager
-    def follow_modules(self) -> Iterator[None]:
-        """Keep the path and type of the module that is running, for reasons that a person reads."""
+    def _enter_module(self, module: nn.Module, inputs: Any) -> None:
+        name = self.names.get(id(module))
+        self.path.append(f"{name} ({type(module).__name__})" if name else type(module).__name__)
 
-        def enter(module: nn.Module, inputs: Any) -> None:
-            name = self.names.get(id(module))
-            self.path.append(f"{name} ({type(module).__name__})" if name else type(module).__name__)
-
-        def leave(module: nn.Module, inputs: Any, output: Any) -> None:
-            self.path.pop()
-
-        handles = [register_module_forward_pre_hook(enter), register_module_forward_hook(leave, always_call=True)]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
+    def _leave_module(self, module: nn.Module, inputs: Any, output: Any) -> None:
+        self.path.pop()
 
 
-class LabelMode(PlainMode):
+class LabelMode(TracingMode):
     """Lets every op run as it is and passes the labels of its inputs on to its outputs."""
 
     def __init__(self, ledger: Ledger) -> None:

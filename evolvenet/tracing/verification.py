@@ -16,7 +16,7 @@ from typing import TypeVar
 import numpy as np
 from torch import Tensor, nn
 
-from evolvenet.execution.shadow_tensors import sandbox
+from evolvenet.execution.isolation import isolated
 from evolvenet.graph.index_map import IndexMap
 from evolvenet.graph.width_graph import WidthGraph, Widths
 from evolvenet.surgery.resize_model import compile_surgery, install
@@ -108,7 +108,7 @@ class Proof:
     """Trials of one model.
 
     Args:
-        model: the model, in a sandbox at every trial.
+        model: the model, replaced by shadows in every trial.
         ledger: what its run has shown.
         device: where its shadows live.
         rerun: how to run it again, the quickest way.
@@ -246,7 +246,7 @@ def _failure(
     proof: Proof, graph: WidthGraph, maps: dict[str, IndexMap], joined: frozenset[str], thorough: bool
 ) -> str | None:
     try:
-        with sandbox(proof.model, proof.device):
+        with isolated(proof.model, shadows=True, device=proof.device):
             surgery = compile_surgery(proof.model, graph, maps)
             install(proof.model, surgery)
             again = proof.rerun.labels(proof.model) if thorough else proof.rerun.shapes(proof.model)

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from evolvenet.execution.isolation import op_by_op
 from evolvenet.execution.residual_sums import ResidualSumMode, TrackedOutput
-from evolvenet.execution.weight_ops import WeightOp, WeightOpMode, output_positions, watched
+from evolvenet.execution.weight_ops import WeightOp, WeightOpMode, output_positions
 from tests.helpers.cases import FLOAT
 
 
@@ -52,7 +53,7 @@ READERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 
 def weight_ops_of(model: nn.Module, *inputs: Any) -> list[tuple[WeightOp, Tensor]]:
     found: list[tuple[WeightOp, Tensor]] = []
-    with watched(WeightOpMode(model, after=lambda op, out: found.append((op, out)))):
+    with op_by_op(WeightOpMode(model, after=lambda op, out: found.append((op, out)))):
         model(*inputs)
     return found
 
@@ -89,7 +90,7 @@ def test_attention_shows_its_projections() -> None:
     x, y = torch.randn(2, 3, 5, 8, dtype=FLOAT)
     biases: list[tuple[str, str, int]] = []
     mode = ResidualSumMode(model, on_bias=lambda op, name, sign: biases.append((op.tensor, name, sign)))
-    with watched(mode):
+    with op_by_op(mode):
         model(x, x, x)
     assert biases == [("in_proj_weight", "in_proj_bias", 1)]
     assert not mode.other_uses
@@ -120,7 +121,7 @@ def test_other_uses_of_a_weight_are_noted() -> None:
 
     model = Tied()
     mode = WeightOpMode(model)
-    with watched(mode):
+    with op_by_op(mode):
         model(torch.tensor([[1, 2]]))
     assert mode.other_uses == {"table.weight", "scale"}
 
@@ -151,7 +152,7 @@ def test_a_branch_is_followed_to_its_sum(projected: bool) -> None:
         found.append((output.op.tensor, own.clone(), other.clone()))
 
     means: list[tuple[str, str, int]] = []
-    with watched(
+    with op_by_op(
         ResidualSumMode(model, on_sum=on_sum, on_bias=lambda op, mean, sign: means.append((op.tensor, mean, sign)))
     ):
         model(x)
@@ -174,6 +175,6 @@ def test_what_is_done_with_it_on_the_way_ends_the_trail(spoil: Callable[[Tensor]
 
     found: list[TrackedOutput] = []
     model = Spoiled()
-    with watched(ResidualSumMode(model, on_sum=lambda output, own, other: found.append(output))):
+    with op_by_op(ResidualSumMode(model, on_sum=lambda output, own, other: found.append(output))):
         model(torch.zeros(4, 4))
     assert not found

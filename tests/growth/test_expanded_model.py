@@ -7,9 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from evolvenet.errors import SpectrumError
+from evolvenet.execution.isolation import isolated
 from evolvenet.graph.index_map import IndexMap
 from evolvenet.graph.width_graph import CONSUMES, PRODUCES
-from evolvenet.growth.expanded_model import Growth, differentiable, finite, place, trial
+from evolvenet.growth.expanded_model import Growth, finite, place, trial
 from evolvenet.surgery.resize_model import compile_surgery, moved
 from evolvenet.tracing.trace import trace
 from tests.helpers.cases import CASES, Case, graph_of, outputs
@@ -85,7 +86,7 @@ def test_a_trial_widens_the_model_and_leaves_no_trace() -> None:
 def test_a_gradient_in_eval_mode_leaves_flags_and_buffers() -> None:
     model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Dropout())
     state = {name: t.clone() for name, t in model.state_dict().items()}
-    with torch.no_grad(), differentiable(model):
+    with torch.no_grad(), isolated(model, gradients=True):
         assert not model.training
         assert model(torch.ones(2, 3)).requires_grad
     assert model.training

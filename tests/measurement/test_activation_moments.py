@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from evolvenet.errors import SpectrumError, TraceError
-from evolvenet.execution.evaluation import quiet
+from evolvenet.execution.isolation import isolated
 from evolvenet.graph.width_graph import Tie, WidthGraph
 from evolvenet.measurement import activation_moments as module
 from evolvenet.measurement.activation_moments import Moments, collect
@@ -238,7 +238,7 @@ def test_a_backward_through_saved_buffers_still_works_after_measuring() -> None:
     model = Restless().eval()
     graph = trace(model, torch.zeros(2, 3))
     loss = model(torch.randn(4, 3)).sum()
-    with quiet(model):
+    with isolated(model):
         pass
     collect(model, graph, [torch.randn(4, 3)])
     loss.backward()

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from evolvenet.execution.shadow_tensors import sandbox
+from evolvenet.execution.isolation import isolated
 from evolvenet.graph.width_graph import CONSUMES
 from evolvenet.tracing.labels import Ledger, merge, reshaped
 from evolvenet.tracing.trace import read_labels, read_shapes
@@ -137,6 +137,6 @@ def test_a_run_for_shapes_alone_finds_the_same_ones() -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 2))
     x = torch.randn(2, 3, 8, 8)
     for device in ("meta", None):
-        with sandbox(model, device):
+        with isolated(model, shadows=True, device=device):
             shapes = read_shapes(model, x, device)
             assert shapes == read_labels(model, x, device).outputs == [tuple(model(x.to(device)).shape)]

@@ -1,4 +1,4 @@
-"""Inside a sandbox everything may happen; outside nothing has."""
+"""`isolated` restores everything that runs of the model inside it have changed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from evolvenet.errors import TraceError
-from evolvenet.execution.shadow_tensors import sandbox
+from evolvenet.execution.isolation import isolated
 from tests.helpers import networks
 from tests.helpers.cases import CASES, Case
 from tests.helpers.states import State
@@ -61,7 +61,7 @@ def test_everything_is_put_back(device: str | None) -> None:
     model = Keeper()
     model.inner.bias.grad = torch.ones(3)
     before, order = State.of(model), list(vars(model))
-    with sandbox(model, device):
+    with isolated(model, shadows=True, device=device):
         model.misbehave()
     assert before.differences(model) == []
     assert list(vars(model)) == order
@@ -74,7 +74,7 @@ def test_everything_is_put_back_after_an_error(device: str | None) -> None:
     model = Keeper()
     model.fail = True
     before = State.of(model)
-    with pytest.raises(KeyboardInterrupt), sandbox(model, device):
+    with pytest.raises(KeyboardInterrupt), isolated(model, shadows=True, device=device):
         model.misbehave()
     assert before.differences(model) == []
 
@@ -83,7 +83,7 @@ def test_everything_is_put_back_after_an_error(device: str | None) -> None:
 def test_the_real_tensors_are_out_of_reach(case: Case) -> None:
     model = case.model()
     before = State.of(model)
-    with sandbox(model), torch.no_grad():
+    with isolated(model, shadows=True), torch.no_grad():
         for tensor in (*model.parameters(), *model.buffers()):
             tensor.fill_(1)
             tensor.data = torch.zeros(0, dtype=tensor.dtype)
@@ -95,7 +95,7 @@ def test_shadows_are_like_what_they_stand_for() -> None:
     model.inner.weight.requires_grad_(False)
     real = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     for device in ("meta", None):
-        with sandbox(model, device):
+        with isolated(model, shadows=True, device=device):
             assert model.inner.weight is model.tied.weight
             assert not model.inner.weight.requires_grad
             assert model.inner.bias.requires_grad
@@ -116,7 +116,7 @@ def test_recurrent_modules_run_on_their_shadows() -> None:
     flat = list(model._flat_weights)
     x = torch.randn(2, 1, 3)
     expected = model(x)[0]
-    with sandbox(model), torch.no_grad():
+    with isolated(model, shadows=True), torch.no_grad():
         for parameter in model.parameters():
             parameter.zero_()
         assert not model(x)[0].any()
@@ -127,7 +127,7 @@ def test_recurrent_modules_run_on_their_shadows() -> None:
 def test_nothing_is_deep_copied() -> None:
     """A lock cannot be."""
     model = networks.Locked()
-    with sandbox(model, "meta"):
+    with isolated(model, shadows=True, device="meta"):
         assert model(torch.zeros(2, 5, device="meta")).shape == (2, 3)
         assert (model.calls, len(model.seen)) == (1, 1)
     assert (model.calls, model.seen) == (0, [])
@@ -136,9 +136,9 @@ def test_nothing_is_deep_copied() -> None:
 def test_lazy_parameters_are_refused_and_the_rest_put_back() -> None:
     model = nn.Sequential(nn.Linear(3, 4), nn.LazyLinear(2))
     weight = model[0].weight
-    with pytest.raises(TraceError, match="got a lazy one"), sandbox(model):
+    with pytest.raises(TraceError, match="got a lazy one"), isolated(model, shadows=True):
         pass
     assert model[0].weight is weight
     model(torch.zeros(1, 3))
-    with sandbox(model):
+    with isolated(model, shadows=True):
         assert model(torch.zeros(1, 3)).shape == (1, 2)

@@ -1,0 +1,145 @@
+"""Running the user's model without side effects.
+
+`isolated` runs code with the model in eval mode and restores everything that the model's code may write; it can put
+shadows in the place of all parameters and buffers, so that a trial may write to them or give them other shapes. `op_by_op`
+makes every op of the model visible to a dispatch mode. `model_outputs` uses both.
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.parameter import is_lazy
+
+from evolvenet.errors import TraceError
+from evolvenet.execution.inputs import arguments, tensors_of
+from evolvenet.execution.state_guard import SavedState
+from evolvenet.surgery.module_handlers import refresh
+
+
+@contextmanager
+def isolated(
+    model: nn.Module, *, shadows: bool = False, device: torch.device | str | None = None, gradients: bool = False
+) -> Iterator[None]:
+    """The model in eval mode; on leaving, the model, what its hooks reach and the random generators are as before.
+
+    What is restored is listed at `SavedState`; it includes training flags and values of buffers. Parameters are restored
+    only with `shadows`. A deep copy would double the memory and fail on modules that hold what cannot be copied (a
+    trainer, locks, files).
+
+    Args:
+        model: any module.
+        shadows: whether every parameter and buffer is replaced by a copy inside.
+        device: of the shadows; "meta" for shadows without data, None for the tensors' own devices. Integer tensors are
+            indices and keep their data and device.
+        gradients: whether autograd is on inside, even under `no_grad` or `inference_mode`; off by default.
+
+    Raises:
+        TraceError: with `shadows`, if the model has lazy parameters or holds a scripted module.
+
+    >>> model = nn.Sequential(nn.Linear(1, 1), nn.Dropout())
+    >>> weight = model[0].weight
+    >>> with isolated(model, shadows=True):
+    ...     model.training, model[0].weight is weight
+    (False, False)
+    >>> model.training, model[0].weight is weight
+    (True, True)
+    """
+    modules = list(model.modules())
+    if shadows:
+        _refuse_scripted(modules)
+    with ExitStack() as stack:
+        if gradients:
+            if any(isinstance(module, nn.RNNBase) for module in modules):
+                # cuDNN's recurrent layers have no backward pass in eval mode; PyTorch's own have.
+                stack.enter_context(torch.backends.cudnn.flags(enabled=False))
+            stack.enter_context(torch.inference_mode(False))
+        stack.callback(SavedState(model, with_buffers=not shadows).restore)
+        stack.callback(random.setstate, random.getstate())
+        stack.callback(np.random.set_state, np.random.get_state())
+        cuda = {tensor.device for tensor in (*model.parameters(), *model.buffers()) if tensor.is_cuda}
+        stack.enter_context(torch.random.fork_rng(devices=sorted(cuda, key=str)))
+        if shadows:
+            _install_shadows(modules, device)
+        model.eval()
+        stack.enter_context(torch.set_grad_enabled(gradients))
+        yield
+
+
+@contextmanager
+def op_by_op(mode: AbstractContextManager[Any] | None = None, *, fused: bool = True) -> Iterator[None]:
+    """No compiled code and no fast path of `nn.MultiheadAttention`: a dispatch mode sees every op of a model.
+
+    Args:
+        mode: the dispatch mode that is active inside, if any.
+        fused: False also switches off kernels that hide matrix products or softmaxes: oneDNN's and fused attention.
+    """
+    with ExitStack() as stack:
+        stack.callback(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled())
+        torch.backends.mha.set_fastpath_enabled(False)
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
+        if not fused:
+            stack.callback(torch.backends.mkldnn.set_flags, torch.backends.mkldnn.set_flags(False)[0])
+            stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        if mode is not None:
+            stack.enter_context(mode)
+        yield
+
+
+def model_outputs(model: nn.Module, inputs: Any) -> list[Tensor]:
+    """Every tensor among a model's outputs, from an `isolated`, uncompiled run.
+
+    >>> model_outputs(nn.Linear(2, 3), torch.zeros(4, 2))[0].shape
+    torch.Size([4, 3])
+    """
+    args, kwargs = arguments(inputs, model=model)
+    with isolated(model), op_by_op():
+        return tensors_of(model(*args, **kwargs))
+
+
+def reset_compiled_code() -> None:
+    """Discard what `torch.compile` has compiled: after some eight shapes it would run a module eagerly for good."""
+    # Importing dynamo takes seconds, and if it was never imported there is no compiled code.
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
+
+
+def _install_shadows(modules: list[nn.Module], device: torch.device | str | None) -> None:
+    shadows: dict[int, Tensor] = {}
+    for module in modules:
+        tables: tuple[dict[str, Any], dict[str, Any]] = (module._parameters, module._buffers)
+        for table in tables:
+            for name, tensor in table.items():
+                if tensor is not None:
+                    # One shadow for each tensor, so that tied parameters stay tied.
+                    table[name] = shadows.setdefault(id(tensor), _shadow(tensor, device))
+        refresh(module)
+
+
+def _refuse_scripted(modules: list[nn.Module]) -> None:
+    for module in modules:
+        if isinstance(module, torch.jit.ScriptModule):
+            raise TraceError(
+                f"Expected modules in Python, got a scripted {module.original_name}: its code cannot take other widths. "
+                "Build the network from the Python modules and script it once its widths are settled."
+            )
+
+
+def _shadow(tensor: Tensor, device: torch.device | str | None) -> Tensor:
+    if is_lazy(tensor):
+        raise TraceError(
+            "Expected parameters with shapes, got a lazy one. Run the model once on a batch before tracing it."
+        )
+    # Integer tensors are indices, whose values decide which units belong together.
+    without_data = device is not None and tensor.is_floating_point()
+    with torch.no_grad():
+        value = tensor.detach().to(device) if without_data else tensor.detach().clone()
+    return nn.Parameter(value, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else value
