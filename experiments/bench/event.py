@@ -19,7 +19,7 @@ import shlex
 import statistics as numbers
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,8 +35,8 @@ from evolvenet.measurement.activation_moments import collect
 from evolvenet.measurement.width_spectra import measure
 from evolvenet.pruning.reconstruction import QUICK, reconstruct
 from evolvenet.pruning.selection import plan_prune
-from experiments.bench.machine import machine_line
 from experiments.models.resnet import ResNet
+from experiments.pages import machine_line, markdown, write_whole
 
 EPOCH = 60_000
 CUT = 0.9
@@ -100,7 +100,6 @@ def one_round(subject: Subject, model: nn.Module, graph: evolvenet.WidthGraph, s
     found["statistics"], gathered = timed(lambda: collect(model, graph, batches))
     found["spectra"], _ = timed(lambda: measure(model, graph, gathered))
     sizes = {w.name: max(w.smallest, int(CUT * w.size)) for w in graph.resizable}
-    sizes = {name: size for name, size in sizes.items() if size}
     found["selection"], surgery = timed(lambda: plan_prune(model, graph, sizes, gathered))
     found["compensation"], surgery = timed(lambda: reconstruct(model, graph, surgery, batches, QUICK))
     steps += [timed(lambda: training_step(model, optimizer, batches[0], labels))[0] for _ in range(2)]
@@ -112,23 +111,26 @@ def one_round(subject: Subject, model: nn.Module, graph: evolvenet.WidthGraph, s
     return found
 
 
-def table(subject: Subject, rounds: list[dict[str, float]]) -> Iterator[str]:
+def table(subject: Subject, rounds: list[dict[str, float]]) -> list[str]:
     """Lines of Markdown: each stage in training steps, as a share of 100 steps and of an epoch."""
-    epoch = EPOCH / subject.batch
-    yield "| stage | training steps | of 100 steps | of an epoch |"
-    yield "| --- | --- | --- | --- |"
+    epoch, rows = EPOCH / subject.batch, []
     for stage in (*STAGES, "the whole event"):
         names = STAGES if stage not in STAGES else (stage,)
         ratios = sorted(sum(each[name] for name in names) / each["step"] for each in rounds)
         middle = numbers.median(ratios)
         low, high = ratios[len(ratios) // 4], ratios[-1 - len(ratios) // 4]
         spread = (high - low) / 2
-        yield f"| {stage} | {middle:.2f} ± {spread:.2f} | {middle:.1f} % | {100 * middle / epoch:.2f} % |"
+        rows.append([stage, f"{middle:.2f} ± {spread:.2f}", f"{middle:.1f} %", f"{100 * middle / epoch:.2f} %"])
+    return markdown(["stage", "training steps", "of 100 steps", "of an epoch"], rows)
 
 
 def main(arguments: list[str]) -> None:
     """Measure the subjects and write the page."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.bench.event",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--only", nargs="*", default=list(SUBJECTS), help="subjects, by name")
     parser.add_argument("--out", type=Path, help="a Markdown file; without it the page is printed")
@@ -146,10 +148,10 @@ def main(arguments: list[str]) -> None:
         count = subject.batch * subject.observed
         lines += [f"## {name}", "", f"Batches of {subject.batch}, {count} images measured on.", ""]
         lines += [*table(subject, rounds), ""]
-        print("\n".join(lines[-11:]), file=sys.stderr, flush=True)
+        print("\n".join(lines[-len(STAGES) - 5 :]), file=sys.stderr, flush=True)
     page = "\n".join(lines)
     if options.out:
-        options.out.write_text(page, encoding="utf-8")
+        write_whole(options.out, page)
     else:
         print(page)
 

@@ -26,7 +26,7 @@ from torch import nn
 from torchvision import models
 
 import evolvenet
-from experiments.bench.machine import machine_line
+from experiments.pages import machine_line, markdown, write_whole
 
 MODELS = ("resnet50", "densenet121", "vit_b_16", "swin_t", "convnext_tiny", "googlenet")
 TRACE, PROVE = (importlib.import_module(f"evolvenet.tracing.{name}") for name in ("trace", "verification"))
@@ -44,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for what in ("forward", "trace"):
             row[f"memory_{what}"] = _in_child(f"memory-{what}", name, options)
         rows.append(row)
-        print(_row(row), flush=True)
+        print(" | ".join(_row(row)), flush=True)
         _write(options, rows)
     print(f"table: {options.table}")
     return None
@@ -57,7 +57,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--peer-limit", type=float, default=180, help="seconds for Torch-Pruning (default %(default)s)")
     parser.add_argument("--threads", type=int, default=1, help="of each process (default %(default)s)")
     parser.add_argument("--side", type=int, default=224, help="of the input image")
-    parser.add_argument("--table", type=Path, default=Path("experiments/bench/trace.md"), help="what to write")
+    parser.add_argument("--table", type=Path, default=Path(__file__).with_suffix(".md"), help="page to write")
     parser.add_argument("--child", choices=("speed", "memory-forward", "memory-trace"), help=argparse.SUPPRESS)
     return parser.parse_args(arguments)
 
@@ -182,10 +182,10 @@ def _resident(field: str) -> float:
     return int(line.split()[1]) / 1024
 
 
-HEAD = (
-    "| model | forward, ms | trace, ms | proof, ms | trace / forward | proof / forward | Torch-Pruning, ms | "
-    "both / Torch-Pruning | model, MB | forward, MB more | trace, MB more | memory / forward's |"
-)
+HEAD = [
+    "model", "forward, ms", "trace, ms", "proof, ms", "trace / forward", "proof / forward", "Torch-Pruning, ms",
+    "both / Torch-Pruning", "model, MB", "forward, MB more", "trace, MB more", "memory / forward's",
+]  # fmt: skip
 EXPLANATION = """\
 - **forward**: one pass of one image in eval mode without gradients.
   **trace**: labels in both modes and the first graph. Goal: ≤ 10 forward passes.
@@ -195,11 +195,11 @@ EXPLANATION = """\
   ratio to a forward pass. Goal: ≤ 2."""
 
 
-def _row(row: dict[str, Any]) -> str:
+def _row(row: dict[str, Any]) -> list[str]:
     forward, trace, proof = (row[part] for part in ("forward", "trace", "proof"))
     peak = {what: sum(row[f"memory_{what}"].values()) for what in ("forward", "trace")}
     peer = row.get("peer") if row["trouble"] is None else None
-    cells = [
+    return [
         row["model"],
         *(f"{1000 * seconds:.0f}" for seconds in (forward, trace, proof)),
         f"{trace / forward:.1f}",
@@ -210,7 +210,6 @@ def _row(row: dict[str, Any]) -> str:
         *(f"{row[f'memory_{what}']['more']:.0f}" for what in ("forward", "trace")),
         f"{peak['trace'] / peak['forward']:.2f}",
     ]
-    return f"| {' | '.join(cells)} |"
 
 
 def _write(options: argparse.Namespace, rows: Sequence[dict[str, Any]]) -> None:
@@ -223,11 +222,9 @@ def _write(options: argparse.Namespace, rows: Sequence[dict[str, Any]]) -> None:
         "",
         EXPLANATION,
         "",
-        HEAD,
-        "| --- |" + " ---: |" * 11,
-        *map(_row, rows),
+        *markdown(HEAD, list(map(_row, rows))),
     ]
-    options.table.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write_whole(options.table, "\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch.nn import functional
 
 SCALES = tuple(2.0 ** (power / 2) for power in range(-12, 13))
 """Scaling factors that gromo's line search tries, beside 0."""
@@ -66,7 +66,7 @@ def gromo_widen(grown: Any, pairs: Pairs, units: int) -> Any:
         for images, labels in pairs:
             grown.zero_grad()
             # Summed: its thresholds are meant for the gradient of each sample's own loss.
-            F.cross_entropy(grown(images), labels, reduction="sum").backward()
+            functional.cross_entropy(grown(images), labels, reduction="sum").backward()
             grown.update_computation()
         grown.compute_optimal_updates(maximum_added_neurons=units)
         grown.reset_computation()
@@ -83,7 +83,7 @@ def _line_search(grown: Any, pairs: Pairs) -> float:
     for scale in (0.0, *SCALES):
         grown.set_scaling_factor(scale)
         with torch.no_grad():
-            losses[scale] = sum(float(F.cross_entropy(grown.extended_forward(x), y)) for x, y in pairs)
+            losses[scale] = sum(float(functional.cross_entropy(grown.extended_forward(x), y)) for x, y in pairs)
     return min(losses, key=lambda scale: losses[scale])
 
 

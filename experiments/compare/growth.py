@@ -10,7 +10,6 @@ import evolvenet  # isort: skip  # its mend comes before torchvision
 
 import argparse
 import copy
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,14 +19,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch.nn import functional
 from torch.optim import AdamW
 
 from evolvenet.growth.initializers import METHODS
-from experiments.bench.machine import machine_line
 from experiments.compare.gromo import Pairs, gromo_tiny, installed, version
 from experiments.data.images import MnistData, Split
 from experiments.models.resnet import ResNet
+from experiments.pages import add_data, add_seeds, machine_line, markdown, write_whole
 
 BATCH = 128
 LATER = (100, 1000)
@@ -73,7 +72,7 @@ SUBJECTS = (
         "averaged to 14 × 14, every width doubled",
         lambda: ResNet(1, widths=(4, 8), blocks=(1, 1), strides=(1, 2), stem_stride=2, hidden=16),
         calibration=(8, 256),
-        prepare=lambda images: F.avg_pool2d(images, 2),
+        prepare=lambda images: functional.avg_pool2d(images, 2),
     ),
 )
 
@@ -152,7 +151,7 @@ class Images:
         model.eval()
         with torch.no_grad():
             parts = zip(self.images[:MEASURED].split(1000), self.labels[:MEASURED].split(1000), strict=True)
-            losses = [F.cross_entropy(model(x), y, reduction="sum") for x, y in parts]
+            losses = [functional.cross_entropy(model(x), y, reduction="sum") for x, y in parts]
         model.train(flags)
         return float(torch.stack(losses).sum()) / min(MEASURED, len(self.labels))
 
@@ -162,7 +161,7 @@ def train(model: nn.Module, optimizer: AdamW, pairs: Pairs) -> None:
     model.train()
     for images, labels in pairs:
         optimizer.zero_grad()
-        F.cross_entropy(model(images), labels).backward()
+        functional.cross_entropy(model(images), labels).backward()
         optimizer.step()
 
 
@@ -213,7 +212,7 @@ def follow(subject: Subject, row: Row, start: Trained, data: Images) -> Outcome:
             optimizers=optimizer,
             generator=torch.Generator().manual_seed(seed),
             batches=pairs if row.data else None,
-            loss=F.cross_entropy if row.data else None,
+            loss=functional.cross_entropy if row.data else None,
         )
     seconds = time.perf_counter() - began
     losses.append(data.loss(model))
@@ -241,15 +240,15 @@ def table(found: Mapping[str, Sequence[Outcome]]) -> list[str]:
     heads = ["right before", "right after", *(f"{steps:,} steps later" for steps in LATER)]
     heads.append(f"{LATER[-1]:,} steps later − no growth")
     control = [outcome.losses[-1] for outcome in found[ROWS[0].title]]
-    lines = [f"| new units | {' | '.join(heads)} | parameters | growth, s |", "| --- |" + " ---: |" * (len(heads) + 2)]
+    rows = []
     for title, outcomes in found.items():
         columns = list(zip(*(outcome.losses for outcome in outcomes), strict=True))
         apart = [outcome.losses[-1] - loss for outcome, loss in zip(outcomes, control, strict=True)]
         cells = [f"{fmean(column):.4f} ± {stdev(column):.4f}" for column in columns]
         cells.append(f"{fmean(apart):+.4f} ± {stdev(apart):.4f}")
         seconds = "" if "no growth" in title else f"{median(outcome.seconds for outcome in outcomes):.2f}"
-        lines.append(f"| {title} | {' | '.join(cells)} | {outcomes[0].parameters:,} | {seconds} |")
-    return lines
+        rows.append([title, *cells, f"{outcomes[0].parameters:,}", seconds])
+    return markdown(["new units", *heads, "parameters", "growth, s"], rows)
 
 
 def kept(found: Mapping[str, Sequence[Outcome]]) -> str:
@@ -296,19 +295,17 @@ def write(path: Path, results: Mapping[Subject, Mapping[str, Sequence[Outcome]]]
         about = f"{subject.about}; learning rate {subject.rate:g}; with data: {batches} batches of {images} images."
         lines += ["", f"## {subject.name}", "", about, ""]
         lines += [*table(found), "", kept(found)]
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write_whole(path, "\n".join(lines) + "\n")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run all and write the page."""
     parser = argparse.ArgumentParser(prog="python -m experiments.compare.growth", description=__doc__)
-    parser.add_argument("--data", type=Path, default=Path(os.environ.get("EVOLVENET_DATA", "data")), help="folder")
+    add_data(parser)
     parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".md"), help="page to write")
-    parser.add_argument("--seeds", type=int, default=5, help="networks of each kind, at least 2")
+    add_seeds(parser, default=5)
     parser.add_argument("--epochs", type=float, default=1.0, help="training before the growth")
     options = parser.parse_args(arguments)
-    if options.seeds < 2:
-        parser.error("--seeds: expected 2 or more, for a standard deviation")
     split, results = MnistData(root=options.data).read()[0], {}
     for subject in SUBJECTS:
         results[subject] = run(subject, Images(split, subject.prepare), options.seeds, options.epochs)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-import os
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -14,12 +13,13 @@ from typing import Any
 
 import torch
 from torch import Generator, Tensor, nn
-from torch.nn import functional as F
+from torch.nn import functional
 from torch.nn.utils import convert_conv2d_weight_memory_format
 from torchvision.transforms.v2 import functional as images_of
 
 from experiments.data.images import Augment, BatchLoader, Cifar10Data, DigitsData, ImageData, MnistData, Split
 from experiments.models.resnet import ResNet
+from experiments.pages import write_whole
 
 CALIBRATION = 1024
 """Training images that methods which measure may look at; BatchNorm is re-estimated on the same ones."""
@@ -163,7 +163,7 @@ class Bench:
                 optimizer.zero_grad()
                 with torch.autocast("cpu", torch.bfloat16):
                     logits = model(images.contiguous(memory_format=torch.channels_last))
-                F.cross_entropy(logits.float(), labels).backward()
+                functional.cross_entropy(logits.float(), labels).backward()
                 optimizer.step()
                 schedule.step()
         convert_conv2d_weight_memory_format(model.eval(), torch.contiguous_format)
@@ -193,7 +193,7 @@ def uncut(bench: Bench, seed: int, folder: Path) -> tuple[nn.Module, dict[str, A
     }
     folder.mkdir(parents=True, exist_ok=True)
     torch.save(model.state_dict(), weights)
-    save(record, found)
+    write_whole(record, json.dumps(found, indent=1))
     return model, found
 
 
@@ -225,10 +225,3 @@ def reestimate(model: nn.Module, batches: Iterable[Tensor]) -> None:
 def copied(model: nn.Module) -> nn.Module:
     """A network of its own with the same weights."""
     return copy.deepcopy(model).eval()
-
-
-def save(path: Path, record: dict[str, Any]) -> None:
-    """Write a record whole or not at all: another process may read it at any time."""
-    fresh = path.with_suffix(f".{os.getpid()}.new")
-    fresh.write_text(json.dumps(record, indent=1), encoding="utf-8")
-    os.replace(fresh, path)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,9 +19,10 @@ from torch import nn
 
 import evolvenet
 from experiments.compare import peers
-from experiments.compare.networks import Bench, copied, reestimate, save, tasks, uncut
+from experiments.compare.networks import Bench, copied, reestimate, tasks, uncut
 from experiments.compare.table import write_table
 from experiments.coverage.run import state
+from experiments.pages import add_data, write_whole
 
 RATIOS = (30, 50, 70, 90)
 EQUAL, OWN = "equal", "own"
@@ -135,7 +135,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m experiments.compare.pruning", description=__doc__)
-    parser.add_argument("--data", type=Path, default=Path(os.environ.get("EVOLVENET_DATA", "data")), help="folder")
+    add_data(parser)
     parser.add_argument("--only", nargs="+", choices=tuple(tasks()), help="data sets (default: mnist cifar10)")
     parser.add_argument("--seeds", nargs="+", type=int, help="of the networks (default: each data set's own)")
     parser.add_argument("--ratios", nargs="+", type=int, default=RATIOS, help="percent of the parameters removed")
@@ -144,7 +144,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--one-shot", action="store_true", help="leave out the epoch after the cut")
     parser.add_argument("--keep-old", action="store_true", help="keep results of an older state of the package")
     parser.add_argument("--cache", type=Path, default=Path("outputs/compare"), help="folder of the JSON files")
-    parser.add_argument("--table", type=Path, default=Path("experiments/compare/pruning.md"), help="what to write")
+    parser.add_argument("--table", type=Path, default=Path(__file__).with_suffix(".md"), help="page to write")
     return parser.parse_args(arguments)
 
 
@@ -165,7 +165,7 @@ def run(bench: Bench, seed: int, options: argparse.Namespace) -> Iterator[dict[s
                 case = Case(bench, seed, copied(model), graph, target, sizes)
                 found = {"allocation": allocation, "ratio": ratio, "method": name, **made_of}
                 found |= measured(case, method, not options.one_shot)
-                save(path, found)
+                write_whole(path, json.dumps(found, indent=1))
                 yield found
 
 

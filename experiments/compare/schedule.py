@@ -10,7 +10,6 @@ from __future__ import annotations
 import evolvenet  # isort: skip  # its mend comes before torchvision
 
 import argparse
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,14 +18,13 @@ from statistics import median
 
 import torch
 from torch import nn
-from torch.nn import functional as F
+from torch.nn import functional
 from torch.optim import AdamW
 
-from experiments.bench.machine import machine_line
 from experiments.compare.gromo import Pairs, gromo_of, gromo_widen, installed, version
 from experiments.compare.growth import BATCH, Images
-from experiments.compare.table import cell, span
 from experiments.data.images import MnistData, Split
+from experiments.pages import add_data, add_seeds, cell, machine_line, markdown, span, write_whole
 
 CALIBRATION = 8, 512
 """Batches, and training images in each, that methods with data look at."""
@@ -104,7 +102,7 @@ def ours(method: str, added: int, fresh: bool = False) -> Change:
             optimizers=optimizer,
             generator=torch.Generator().manual_seed(seed),
             batches=pairs if asks else None,
-            loss=F.cross_entropy if asks else None,
+            loss=functional.cross_entropy if asks else None,
         )
         return model, anew(model, optimizer) if fresh else optimizer
 
@@ -153,7 +151,7 @@ def follow(row: Row, schedule: Schedule, data: Images, test: Pairs, seed: int) -
         for group in optimizer.param_groups:
             group["lr"] = schedule.rate * (1 - step / (schedule.epochs * epoch))
         optimizer.zero_grad()
-        F.cross_entropy(model(images), labels).backward()
+        functional.cross_entropy(model(images), labels).backward()
         optimizer.step()
     with torch.no_grad():
         right = sum(int((model(images).argmax(1) == labels).sum()) for images, labels in test)
@@ -163,18 +161,16 @@ def follow(row: Row, schedule: Schedule, data: Images, test: Pairs, seed: int) -
 
 def table(found: Mapping[str, Sequence[Outcome]]) -> list[str]:
     """Markdown, one line a row: mean ± standard deviation over the seeds."""
-    lines = [
-        "| dense network | parameters | test accuracy, % | of each seed | growths, s |",
-        "| --- | ---: | ---: | --- | ---: |",
-    ]
+    rows = []
     for title, outcomes in found.items():
         accuracies = [outcome.accuracy for outcome in outcomes]
         sizes = span([f"{size:,}" for size in sorted(outcome.parameters for outcome in outcomes)])
         each = " ".join(f"{100 * accuracy:.2f}" for accuracy in accuracies)
         took = median(outcome.seconds for outcome in outcomes)
-        cells = [title, sizes, cell(accuracies), each, f"{took:.1f}" if took else ""]
-        lines.append(f"| {' | '.join(cells)} |")
-    return lines
+        rows.append([title, sizes, cell(accuracies), each, f"{took:.1f}" if took else ""])
+    return markdown(
+        ["dense network", "parameters", "test accuracy, %", "of each seed", "growths, s"], rows, text=(0, 3)
+    )
 
 
 ABOUT = """\
@@ -201,12 +197,10 @@ def batches(split: Split, like: Images) -> Pairs:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run all and write the page."""
     parser = argparse.ArgumentParser(prog="python -m experiments.compare.schedule", description=__doc__)
-    parser.add_argument("--data", type=Path, default=Path(os.environ.get("EVOLVENET_DATA", "data")), help="folder")
+    add_data(parser)
     parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".md"), help="page to write")
-    parser.add_argument("--seeds", type=int, default=5, help="runs of each kind, at least 2")
+    add_seeds(parser, default=5)
     options = parser.parse_args(arguments)
-    if options.seeds < 2:
-        parser.error("--seeds: expected 2 or more, for a standard deviation")
     schedule = Schedule()
     train, test = MnistData(root=options.data).read()
     data = Images(train, lambda images: images)
@@ -214,7 +208,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for row in rows(schedule):
         found[row.title] = [follow(row, schedule, data, held, seed) for seed in range(options.seeds)]
         print(table(found)[-1], flush=True)
-    options.out.write_text(page(found, schedule, options.seeds), encoding="utf-8")
+    write_whole(options.out, page(found, schedule, options.seeds))
     print(f"page: {options.out}")
 
 

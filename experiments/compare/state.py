@@ -1,4 +1,4 @@
-"""What the optimizer's state is worth after a width change: `python -m experiments.compare.state --data DIR --out FILE.md`.
+"""What the optimizer's state is worth after a width change: `python -m experiments.compare.state --data DIR`, or `make compare`.
 
 One network is trained, changed once, and trained on twice from there: with the state that the maps carried, and with
 fresh optimizers. Both see the same batches. A control does the same where nothing was changed.
@@ -19,7 +19,6 @@ from statistics import mean, stdev
 import torch
 from scipy import stats
 
-from experiments.bench.machine import machine_line
 from experiments.compare.state_runs import (
     BATCH,
     CALIBRATION,
@@ -34,6 +33,7 @@ from experiments.compare.state_runs import (
     Subject,
     outcomes,
 )
+from experiments.pages import add_data, add_seeds, machine_line, markdown, write_whole
 
 BOUND = 1.5
 """The largest update of new units that is asked for, in mean updates of survivors."""
@@ -66,11 +66,18 @@ Run = tuple[Subject, float, list[dict[str, Outcome]]]
 
 def loss_lines(runs: Sequence[Run]) -> list[str]:
     """The table of losses, one line an event."""
-    lines = [
-        "| optimizer | network | learning rate | event | loss, carried | loss, reset | carried − reset | carried is | "
-        "less the control's | less the control's, carried is |",
-        "| --- | --- | ---: | --- | ---: | ---: | ---: | --- | ---: | --- |",
+    head = [
+        "optimizer",
+        "network",
+        "learning rate",
+        "event",
+        "loss, carried",
+        "loss, reset",
+        "carried − reset",
+        "carried is",
     ]
+    head += ["less the control's", "less the control's, carried is"]
+    rows = []
     for subject, rate, seeds in runs:
         control = [found[EVENTS[0]].difference for found in seeds]
         for event in EVENTS:
@@ -80,8 +87,8 @@ def loss_lines(runs: Sequence[Run]) -> list[str]:
             cells = [subject.optimizer, subject.network, f"{rate:g}", event, f"{mean(carried):.4f}"]
             cells += [f"{mean(reset):.4f}", _signed(apart), verdict(apart)]
             cells += ["", ""] if event == EVENTS[0] else [_signed(extra), verdict(extra)]
-            lines.append(f"| {' | '.join(cells)} |")
-    return lines
+            rows.append(cells)
+    return markdown(head, rows, text=(0, 1, 3, 7, 9))
 
 
 def _signed(values: Sequence[float]) -> str:
@@ -94,18 +101,16 @@ RATIO_COLUMNS = tuple(product(("weights", "vectors"), ("new units", "survivors",
 def ratio_lines(runs: Sequence[Run]) -> list[str]:
     """The table of updates after the growth, one line a state."""
     heads = [f"{kind}: {who}" for kind, who in RATIO_COLUMNS]
-    lines = [
-        f"| optimizer | network | learning rate | state | {' | '.join(heads)} | new units, mean over steps |",
-        f"| --- | --- | ---: | --- |{' ---: |' * (len(heads) + 1)}",
-    ]
+    rows = []
     for subject, rate, seeds in runs:
         for state in STATES:
             found = [each["growth"].ratios[state] for each in seeds]
             cells = [subject.optimizer, subject.network, f"{rate:g}", state]
             cells += [f"{largest(found, column):.2f}" for column in RATIO_COLUMNS]
             cells.append(f"{max(mean(steps) for ratios in found for steps in ratios.steps.values()):.2f}")
-            lines.append(f"| {' | '.join(cells)} |")
-    return lines
+            rows.append(cells)
+    head = ["optimizer", "network", "learning rate", "state", *heads, "new units, mean over steps"]
+    return markdown(head, rows, text=(0, 1, 3))
 
 
 def largest(found: Sequence[Ratios], column: tuple[str, str]) -> float:
@@ -124,10 +129,10 @@ def goal_lines(runs: Sequence[Run]) -> list[str]:
         "- Beside the control, where nothing was changed, the change took something from the carried state's advantage: "
         f"{_worse(runs, less_control=True) or 'nowhere'}.",
         f"- Carried, the mean update of the new units is at most {BOUND} times the survivors': in weights "
-        f"{'yes' if met['weights'] else 'no'} (largest {most['weights, new_units']}), in vectors "
-        f"{'yes' if met['vectors'] else 'no'} (largest {most['vectors, new_units']}; as many survivors reach "
-        f"{most['vectors, survivors']}). One new unit alone: {most['weights, one new_unit']} and "
-        f"{most['vectors, one new_unit']}, where one survivor reaches {most['weights, one survivor']} and "
+        f"{'yes' if met['weights'] else 'no'} (largest {most['weights, new units']}), in vectors "
+        f"{'yes' if met['vectors'] else 'no'} (largest {most['vectors, new units']}; as many survivors reach "
+        f"{most['vectors, survivors']}). One new unit alone: {most['weights, one new unit']} and "
+        f"{most['vectors, one new unit']}, where one survivor reaches {most['weights, one survivor']} and "
         f"{most['vectors, one survivor']}.",
     ]
 
@@ -190,7 +195,7 @@ def write(path: Path, runs: Sequence[Run], command: str, about: Mapping[str, obj
         "",
         *ratio_lines(runs),
     ]
-    path.write_text("\n".join(lines) + "\n", "utf-8")
+    write_whole(path, "\n".join(lines) + "\n")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -207,23 +212,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
             runs.append((subject, rate, found))
             print(*loss_lines(runs[-1:])[2:], *ratio_lines(runs[-1:])[2:], sep="\n", flush=True)
     about = {"batch": BATCH, "kept": KEPT, "grown": GROWN, "calibration": CALIBRATION, **vars(options)}
-    command = (
-        f"OMP_NUM_THREADS={torch.get_num_threads()} python -m experiments.compare.state --data DIR --out {options.out}"
-    )
+    numbers = " ".join(f"--{name} {getattr(options, name)}" for name in ("seeds", "before", "after"))
+    command = f"OMP_NUM_THREADS={torch.get_num_threads()} python -m experiments.compare.state --data DIR {numbers}"
     write(options.out, runs, command, about, time.process_time() - start)
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m experiments.compare.state", description=__doc__)
-    parser.add_argument("--data", type=Path, required=True, help="directory of mnist.npz, or to download MNIST into")
-    parser.add_argument("--out", type=Path, required=True, help="the Markdown file to write")
-    parser.add_argument("--seeds", type=int, default=10, help="2 or more (default %(default)s)")
+    add_data(parser)
+    parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".md"), help="page to write")
+    add_seeds(parser, default=10)
     parser.add_argument("--before", type=int, default=300, help="steps before the event (default %(default)s)")
     parser.add_argument("--after", type=int, default=100, help="steps after it (default %(default)s)")
-    options = parser.parse_args(arguments)
-    if options.seeds < 2:
-        parser.error(f"expected --seeds of 2 or more, to have a deviation, got {options.seeds}")
-    return options
+    return parser.parse_args(arguments)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from statistics import mean
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch.nn import functional
 from torch.optim import Optimizer
 
 from experiments.data.images import MnistData
@@ -89,7 +89,7 @@ class Batches:
         generator = torch.Generator().manual_seed(seed)
         for _ in range(count):
             index = torch.randint(0, len(labels), (BATCH,), generator=generator)
-            yield F.avg_pool2d(self.data.normalise(images[index]), 2), labels[index]
+            yield functional.avg_pool2d(self.data.normalise(images[index]), 2), labels[index]
 
 
 @dataclass
@@ -139,7 +139,7 @@ def train(
     """Train on the batches; the loss of each step."""
     losses = []
     for images, labels in batches:
-        loss = F.cross_entropy(model(images), labels)
+        loss = functional.cross_entropy(model(images), labels)
         for optimizer in optimizers:
             optimizer.zero_grad()
         loss.backward()

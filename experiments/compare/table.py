@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
 
-from experiments.bench.machine import machine_line
+from experiments.pages import cell, machine_line, markdown, write_whole
 
 Record = Mapping[str, Any]
 Cell = tuple[str, int, str]
@@ -89,10 +88,7 @@ def write_table(path: Path, cache: Path, state: str) -> None:
     ]
     for folder in sorted(cache.glob("*"), key=lambda found: (found.name != "mnist", found.name)):
         lines += _task(folder, state)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = path.with_suffix(f".{os.getpid()}.new")
-    fresh.write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
-    os.replace(fresh, path)
+    write_whole(path, "\n".join(lines).rstrip() + "\n")
 
 
 def _commit() -> str:
@@ -168,36 +164,9 @@ def _tables(found: Mapping[tuple[int, str], Mapping[int, Record]], count: int) -
     return [*markdown(["one shot", *titles], rows), "", *markdown(["after an epoch", *titles], after)]
 
 
-def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """A table; the first column is text, the others are numbers."""
-    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
-    return [f"| {' | '.join(line)} |" for line in lines]
-
-
 def _shown(by_seed: Mapping[int, Record], what: str, count: int) -> str:
     values = [record[what] for record in by_seed.values() if what in record]
     return cell(values) + (f" (n = {len(values)})" if 0 < len(values) < count else "")
-
-
-def cell(values: Sequence[float]) -> str:
-    """Mean ± standard deviation of shares, in percent.
-
-    >>> cell([0.99, 0.98]), cell([0.5]), cell([])
-    ('98.50 ± 0.71', '50.00', '')
-    """
-    if not values:
-        return ""
-    spread = f" ± {100 * stdev(values):.2f}" if len(values) > 1 else ""
-    return f"{100 * fmean(values):.2f}{spread}"
-
-
-def span(ascending: Sequence[str]) -> str:
-    """The first and the last, or the one that all are.
-
-    >>> span(["690", "695", "700"]), span(["5", "5"])
-    ('690 … 700', '5')
-    """
-    return " … ".join(dict.fromkeys((ascending[0], ascending[-1])))
 
 
 def goals(task: str, allocation: str, found: Mapping[tuple[int, str], Mapping[int, Record]], uncut: float) -> list[str]:

@@ -170,7 +170,7 @@ def grown_size(width: evolvenet.Width) -> int:
 
 def pruned_size(width: evolvenet.Width) -> int:
     """30 % less, rounded, never below the fewest units that it can have."""
-    return min(width.size, max(width.smallest, 1, round(SHARE_LEFT * width.size)))
+    return min(width.size, max(width.smallest, round(SHARE_LEFT * width.size)))
 
 
 def _compared(bench: Bench, change: Callable[[], None]) -> dict[str, Any]:

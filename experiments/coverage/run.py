@@ -11,7 +11,6 @@ import fnmatch
 import hashlib
 import importlib.util
 import json
-import os
 import resource
 import subprocess
 import sys
@@ -23,10 +22,10 @@ from typing import Any
 import torch
 
 import evolvenet
-from experiments.bench.machine import versions
 from experiments.coverage.checks import check_ours, check_torch_pruning
 from experiments.coverage.subjects import subjects
 from experiments.coverage.table import OURS, PEER, write_table
+from experiments.pages import versions, write_whole
 
 CHECKS = {OURS: check_ours, PEER: check_torch_pruning}
 
@@ -59,7 +58,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--memory", type=float, default=14, help="GB of address space for one model")
     parser.add_argument("--threads", type=int, default=1, help="of one model's process")
     parser.add_argument("--cache", type=Path, default=Path("outputs/coverage"), help="folder of the JSON files")
-    parser.add_argument("--table", type=Path, default=Path("experiments/coverage/coverage.md"), help="what to write")
+    parser.add_argument("--table", type=Path, default=Path(__file__).with_name("coverage.md"), help="page to write")
     parser.add_argument("--keep-old", action="store_true", help="keep results of an older state of the package")
     parser.add_argument("--only", choices=tuple(CHECKS), help="leave the other one's results as they are")
     parser.add_argument("--child", choices=tuple(CHECKS), help=argparse.SUPPRESS)
@@ -98,7 +97,6 @@ def state() -> str:
 
 def _run_child(name: str, part: str, record: Path, options: argparse.Namespace) -> None:
     """One model in a process of its own; what stopped it, if anything did, is added to its record."""
-    record.parent.mkdir(parents=True, exist_ok=True)
     limit = options.limit if part == OURS else options.peer_limit
     passed = ["--child", part, "--memory", str(options.memory), "--threads", str(options.threads)]
     command = [sys.executable, "-m", "experiments.coverage.run", name, *passed, "--cache", str(options.cache)]
@@ -136,9 +134,7 @@ def _child(options: argparse.Namespace) -> None:
 
 
 def _save(record: Path, found: Mapping[str, Any]) -> None:
-    fresh = record.with_suffix(".new")
-    fresh.write_text(json.dumps(found, indent=1), encoding="utf-8")
-    os.replace(fresh, record)
+    write_whole(record, json.dumps(found, indent=1))
 
 
 def _write(options: argparse.Namespace) -> None:

@@ -7,7 +7,7 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch.nn import functional
 from torch.nn.utils import parametrizations, parametrize
 
 Entry = tuple[Callable[[], nn.Module], tuple[tuple[int, ...], ...], tuple[int, ...]]
@@ -32,11 +32,11 @@ class UNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`[b, 3, h, w]` → `[b, 2, h, w]`."""
-        one = F.relu(self.down1(x))
-        two = F.relu(self.down2(F.max_pool2d(one, 2)))
-        x = F.relu(self.bottom(F.max_pool2d(two, 2)))
-        x = F.relu(self.merge2(torch.cat([self.up2(x), two], 1)))
-        x = F.relu(self.merge1(torch.cat([self.up1(x), one], 1)))
+        one = functional.relu(self.down1(x))
+        two = functional.relu(self.down2(functional.max_pool2d(one, 2)))
+        x = functional.relu(self.bottom(functional.max_pool2d(two, 2)))
+        x = functional.relu(self.merge2(torch.cat([self.up2(x), two], 1)))
+        x = functional.relu(self.merge1(torch.cat([self.up1(x), one], 1)))
         return self.head(x)
 
 
@@ -55,7 +55,7 @@ class Dense(nn.Module):
         """`[b, 3, h, w]` → `[b, 5]`."""
         parts = [self.stem(x)]
         for norm, conv in zip(self.norms, self.convs, strict=True):
-            parts.append(conv(F.relu(norm(torch.cat(parts, 1)))))
+            parts.append(conv(functional.relu(norm(torch.cat(parts, 1)))))
         return self.head(torch.cat(parts, 1).mean((2, 3)))
 
 
@@ -120,7 +120,7 @@ class Tied(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         """`[b, steps]` → `[b, steps, 50]`."""
         x = self.embed(tokens)
-        return self.head(x + self.down(F.relu(self.up(x))))
+        return self.head(x + self.down(functional.relu(self.up(x))))
 
 
 class Reused(nn.Module):
@@ -132,9 +132,9 @@ class Reused(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`[b, 6]` → `[b, 3]`."""
-        x = F.relu(self.embed(x))
+        x = functional.relu(self.embed(x))
         for _ in range(3):
-            x = x + F.relu(self.step(x))
+            x = x + functional.relu(self.step(x))
         return self.head(x)
 
 
@@ -194,7 +194,7 @@ class SwiGlu(nn.Module):
         """`[b, steps]` → `[b, steps, 50]`."""
         x = self.embed(tokens)
         inner = self.norm1(x)
-        x = x + self.down(F.silu(self.gate(inner)) * self.up(inner))
+        x = x + self.down(functional.silu(self.gate(inner)) * self.up(inner))
         return self.head(self.norm2(x))
 
 
@@ -211,9 +211,9 @@ class Inverted(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`[b, 3, h, w]` → `[b, 5]`."""
-        x = F.hardswish(self.stem(x))
-        inner = F.relu6(self.norm2(self.depthwise(F.hardswish(self.norm1(self.expand(x))))))
-        scale = torch.sigmoid(self.excite(F.relu(self.squeeze(inner.mean((2, 3), keepdim=True)))))
+        x = functional.hardswish(self.stem(x))
+        inner = functional.relu6(self.norm2(self.depthwise(functional.hardswish(self.norm1(self.expand(x))))))
+        scale = torch.sigmoid(self.excite(functional.relu(self.squeeze(inner.mean((2, 3), keepdim=True)))))
         return self.head((x + self.project(inner * scale)).mean((2, 3)))
 
 

@@ -8,9 +8,10 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
-from experiments.bench.machine import machine_line
+from experiments.pages import machine_line, markdown, write_whole
 
 OURS, PEER = "evolvenet", "torch-pruning"
+TITLE = "Torch-Pruning"
 Record = Mapping[str, Any]
 Records = Mapping[tuple[str, str], Record]
 """(model, part) → what its process has written."""
@@ -63,27 +64,35 @@ def write_table(
     lines += [EXPLANATION, *_totals(names, records), ""]
     for library, group in groupby(names, key=lambda name: name.partition("/")[0]):
         lines += [f"## {library}", "", *_library(list(group), records), ""]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
+    write_whole(path, "\n".join(lines).rstrip() + "\n")
 
 
 def _totals(names: Sequence[str], records: Records) -> list[str]:
-    lines = [
-        "| | models | run | traced | pruned | grown | permuted | coverage: mean | least | seconds: median | Torch-Pruning |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | --- | ---: | ---: |",
+    head = [
+        "",
+        "models",
+        "run",
+        "traced",
+        "pruned",
+        "grown",
+        "permuted",
+        "coverage: mean",
+        "least",
+        "seconds: median",
+        TITLE,
     ]
-    for library, group in groupby(names, key=lambda name: name.partition("/")[0]):
-        lines.append(_total(library, list(group), records))
-    return [*lines, _total("all", names, records)]
+    groups = groupby(names, key=lambda name: name.partition("/")[0])
+    rows = [_total(library, list(group), records) for library, group in groups]
+    return markdown(head, [*rows, _total("all", names, records)], text=(0, 8))
 
 
-def _total(label: str, names: Sequence[str], records: Records) -> str:
+def _total(label: str, names: Sequence[str], records: Records) -> list[str]:
     ours = [records[name, OURS] for name in names if (name, OURS) in records]
     peers = [records[name, PEER] for name in names if (name, PEER) in records]
     traced = [record for record in ours if _figures(record, "trace").get("ok")]
     coverage = {record["name"].partition("/")[2]: record["stages"]["trace"]["coverage"] for record in traced}
     least = min(coverage, key=lambda name: coverage[name], default=None)
-    cells = [
+    return [
         label,
         str(len(names)),
         str(len(ours)),
@@ -96,7 +105,6 @@ def _total(label: str, names: Sequence[str], records: Records) -> str:
         f"{median(r['stages']['trace']['trace_seconds'] for r in traced):.1f}" if traced else "",
         f"{sum(_passed(_figures(record, 'cut')) for record in peers)} of {len(peers)}",
     ]
-    return f"| {' | '.join(cells)} |"
 
 
 def _figures(record: Record, stage: str) -> Mapping[str, Any]:
@@ -108,16 +116,24 @@ def _passed(figures: Mapping[str, Any]) -> bool:
 
 
 def _library(names: Sequence[str], records: Records) -> list[str]:
-    lines = [
-        "| model | parameters | seconds | widths | coverage | frozen, and why | pruned | grown | permuted | Torch-Pruning |",
-        "| --- | ---: | ---: | ---: | ---: | --- | --- | --- | --- | --- |",
+    head = [
+        "model",
+        "parameters",
+        "seconds",
+        "widths",
+        "coverage",
+        "frozen, and why",
+        "pruned",
+        "grown",
+        "permuted",
+        TITLE,
     ]
+    rows = []
     for name in names:
         record = records.get((name, OURS))
         peer = records.get((name, PEER))
-        cells = [name.partition("/")[2], *(_ours(record) if record else ["not run", *[""] * 7]), _peer(peer)]
-        lines.append(f"| {' | '.join(cells)} |")
-    return lines
+        rows.append([name.partition("/")[2], *(_ours(record) if record else ["not run", *[""] * 7]), _peer(peer)])
+    return markdown(head, rows, text=(0, 5, 6, 7, 8, 9))
 
 
 def _ours(record: Record) -> list[str]:

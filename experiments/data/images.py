@@ -14,7 +14,7 @@ import lightning
 import numpy as np
 import torch
 from torch import Generator, Tensor
-from torch.nn import functional as F
+from torch.nn import functional
 from torchvision.transforms.v2 import functional as images_of
 
 from evolvenet.errors import EvolveNetError
@@ -57,8 +57,8 @@ class Augment:
         if not (self.shift or self.rotation or self.flip or self.stretch):
             return images
         affine = self._affine(len(images), images.shape[-2:], generator).to(images.device)
-        grid = F.affine_grid(affine, list(images.shape), align_corners=False)
-        return F.grid_sample(images, grid, align_corners=False)
+        grid = functional.affine_grid(affine, list(images.shape), align_corners=False)
+        return functional.grid_sample(images, grid, align_corners=False)
 
     def _affine(self, count: int, size: torch.Size, generator: Generator) -> Tensor:
         angle = (torch.rand(count, generator=generator) * 2 - 1) * float(np.deg2rad(self.rotation))

@@ -13,13 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from evolvenet.errors import EvolveNetError
-from experiments.compare.table import cell, span
+from experiments.pages import cell, markdown, span
 from experiments.training.run import RESULT, readable_errors
 
-_HEAD = [
-    "| parameters | validation, % | test, % | of each seed | epoch | minutes |",
-    "| ---: | ---: | ---: | --- | ---: | ---: |",
-]
+_HEAD = ["parameters", "validation, %", "test, %", "of each seed", "epoch", "minutes"]
 
 
 class FrontsError(EvolveNetError):
@@ -44,11 +41,11 @@ def fronts_table(results: Sequence[Mapping[str, Any]]) -> str:
     epochs = [[point["epoch"] for point in front] for front in fronts]
     if not fronts or not fronts[0] or any(each != epochs[0] for each in epochs):
         raise FrontsError(f"Fronts: expected runs whose points are of the same epochs, got {epochs}.")
-    return "\n".join([*_HEAD, *map(_row, zip(*fronts, strict=True))]) + "\n"
+    return "\n".join(markdown(_HEAD, list(map(_row, zip(*fronts, strict=True))), text=(3,))) + "\n"
 
 
-def _row(points: Sequence[Mapping[str, Any]]) -> str:
-    cells = [
+def _row(points: Sequence[Mapping[str, Any]]) -> list[str]:
+    return [
         span([f"{point['parameters']:,}" for point in sorted(points, key=lambda point: point["parameters"])]),
         cell([point["val_acc"] for point in points]),
         cell([point["test_acc"] for point in points]),
@@ -56,12 +53,13 @@ def _row(points: Sequence[Mapping[str, Any]]) -> str:
         str(points[0]["epoch"]),
         span([f"{seconds / 60:.1f}" for seconds in sorted(point["seconds"] for point in points)]),
     ]
-    return f"| {' | '.join(cells)} |"
 
 
 def main() -> None:
     """Print the table of the runs named on the command line."""
-    parser = argparse.ArgumentParser(description="Mean ± standard deviation at each point of a front.")
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.training.fronts", description="Mean ± standard deviation at each point of a front."
+    )
     parser.add_argument("runs", nargs="+", type=Path, help=f"folders with {RESULT}, one for each seed")
     with readable_errors():
         print(fronts_table([_read(folder / RESULT) for folder in parser.parse_args().runs]))

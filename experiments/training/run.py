@@ -78,6 +78,30 @@ def readable_errors() -> Iterator[None]:
         raise SystemExit(f"error: {cause}") from None
 
 
+def run_config(config: DictConfig) -> float:
+    """Build what a configuration names, and `run` it; ends with one line on an error of the user's.
+
+    Args:
+        config: of `conf/train.yaml`.
+
+    Returns:
+        The last validation accuracy.
+
+    Raises:
+        SystemExit: see `readable_errors`.
+    """
+    with readable_errors():
+        return run(
+            config,
+            data=instantiate(config.data),
+            classifier=instantiate(config.classifier),
+            trainer=instantiate(config.trainer),
+            evolution=instantiate(config.evolve),
+            points=instantiate(config.points),
+            callbacks=instantiate(config.callbacks),
+        )
+
+
 def run(
     config: DictConfig,
     data: ImageData,

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 from omegaconf import DictConfig, OmegaConf
 
-from experiments.compare.table import cell, span
+from experiments.pages import cell, markdown, span
 from experiments.training.fronts import fronts_table
 
 
@@ -64,12 +64,9 @@ def draw_sweep(directory: Path) -> Figure:
 
 def sweep_table(directory: Path) -> str:
     """The results under a sweep's directory as a Markdown table, the highest validation accuracy first."""
-    lines = [
-        "| run | settings | parameters | MACs | validation | test | seconds |",
-        "| --- | --- | ---: | ---: | ---: | ---: | ---: |",
-    ]
-    lines += [_row(name, own, result) for name, own, result in _runs(directory)]
-    return "\n".join(lines) + "\n"
+    head = ["run", "settings", "parameters", "MACs", "validation", "test", "seconds"]
+    rows = [_row(name, own, result) for name, own, result in _runs(directory)]
+    return "\n".join(markdown(head, rows, text=(0, 1))) + "\n"
 
 
 def seeds_table(directory: Path) -> str:
@@ -77,18 +74,16 @@ def seeds_table(directory: Path) -> str:
     groups = _groups(directory)
     if all(len(results) == 1 for results in groups.values()):
         return ""
-    lines = [
-        "| settings | parameters | validation, % | test, % | of each seed |",
-        "| --- | ---: | ---: | ---: | --- |",
-    ]
+    rows = []
     for settings, results in groups.items():
         counts = [result["end"]["parameters"] for result in results]
         each = " ".join(
             f"{count:,}: {100 * result['test_acc']:.2f}" for count, result in zip(counts, results, strict=True)
         )
         validation = cell([result["val_acc"] for result in results if result["val_acc"] is not None])
-        lines.append(f"| {settings} | {fmean(counts):,.0f} | {validation} | {_tests(results)} | {each} |")
-    return "\n" + "\n".join(lines) + "\n"
+        rows.append([settings, f"{fmean(counts):,.0f}", validation, _tests(results), each])
+    head = ["settings", "parameters", "validation, %", "test, %", "of each seed"]
+    return "\n" + "\n".join(markdown(head, rows, text=(0, 4))) + "\n"
 
 
 def _tests(results: Sequence[Mapping[str, Any]]) -> str:
@@ -121,8 +116,8 @@ def _overrides(folder: Path) -> list[str]:
     return [str(override) for override in OmegaConf.load(folder / ".hydra" / "overrides.yaml")]
 
 
-def _row(name: str, settings: str, result: Mapping[str, Any]) -> str:
-    cells = [
+def _row(name: str, settings: str, result: Mapping[str, Any]) -> list[str]:
+    return [
         name,
         settings,
         f"{result['end']['parameters']:,}",
@@ -131,4 +126,3 @@ def _row(name: str, settings: str, result: Mapping[str, Any]) -> str:
         f"{result['test_acc']:.2%}",
         f"{result['seconds']:.0f}",
     ]
-    return f"| {' | '.join(cells)} |"

@@ -10,10 +10,8 @@ import copy
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from torch import nn
 
@@ -23,8 +21,7 @@ from experiments.models.resnet import ResNet, UnpaddedResNet
 from experiments.training import torch_pruning
 from experiments.training.classifier import Cycles
 from experiments.training.controls import ControlError
-from tests.helpers.experiment_runs import train
-from tests.helpers.paths import ROOT
+from tests.helpers.experiments import configuration, train, write_random
 
 EXAMPLE = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
 
@@ -125,9 +122,7 @@ BUDGETS = (900, 700, 600, 500, 300)
 
 def short(folder: Path, experiment: str) -> list[str]:
     """Overrides for a short run: an epoch of 12 steps for each budget, events at every third step."""
-    draw = np.random.default_rng(0)
-    images, labels = draw.integers(0, 256, (140, 28, 28), np.uint8), draw.integers(0, 10, 140)
-    np.savez(folder / "mnist.npz", x_train=images, y_train=labels, x_test=images, y_test=labels)
+    write_random(folder, 140)
     small = [f"evolve.policy.points.{place}.params={count}" for place, count in enumerate(BUDGETS)]
     return [
         f"+experiment={experiment}", f"data.root={folder}", "data.batch_size=10",
@@ -156,8 +151,7 @@ def test_its_front_is_cut_when_ours_is_and_to_the_same_budgets(tmp_path: Path) -
 def test_what_is_cut_trains_on_with_a_new_optimizer_and_the_old_schedule(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        config = compose("train", [*short(tmp_path, "mnist_torch_pruning"), f"output={tmp_path}"])
+    config = configuration(*short(tmp_path, "mnist_torch_pruning"), output=tmp_path)
     honest, cuts = torch_pruning.prune, []
 
     def seen(model: nn.Module, *given: Any) -> None:

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from torch import Tensor, nn
 
@@ -17,20 +16,15 @@ from experiments.models.hybrid import HybridResNet, MixerBlock
 from experiments.training import averaged_points
 from experiments.training.averaged_points import AveragedPoints, averaged, teacher
 from experiments.training.controls import from_scratch
-from tests.helpers.paths import CONF
+from tests.helpers.experiments import configuration
 
 
 def small() -> HybridResNet:
     return HybridResNet(widths=(8, 16, 24), mixers=(0, 1, 1), expansion=2)
 
 
-def configured(*overrides: str):
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        return compose("train", [*overrides, "output=unused"])
-
-
 def test_the_configured_network_is_large_and_its_policy_takes_it_through_both_sizes() -> None:
-    config = configured("+experiment=cifar_resnet")
+    config = configuration("+experiment=cifar_resnet")
     model, policy = instantiate(config.model), instantiate(config.evolve).policy
     count = sum(parameter.numel() for parameter in model.parameters())
     assert model(torch.randn(2, 3, 32, 32)).shape == (2, 10)
@@ -78,7 +72,7 @@ def _evolved() -> tuple[HybridResNet, Evolver]:
     count = sum(parameter.numel() for parameter in model.parameters())
     sizes = (count, 0.5 * count, 0.3 * count)
     points = [f"evolve.policy.points.{place}.params={size}" for place, size in enumerate(sizes)]
-    policy = instantiate(configured("+experiment=cifar_resnet", *points).evolve).policy
+    policy = instantiate(configuration("+experiment=cifar_resnet", *points).evolve).policy
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     evolver = Evolver(model, [optimizer], policy, torch.randn(2, 3, 8, 8))
     for step, progress in enumerate((0.1, 0.5, 0.6, 0.9, 1.0)):
@@ -136,7 +130,7 @@ class Run:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, directory: Path, epochs: int = 4) -> None:
         monkeypatch.setattr(averaged_points.Points, "_save", found)
-        self.module = instantiate(configured("+experiment=cifar_resnet", "model.widths=[4,6,8]").classifier)
+        self.module = instantiate(configuration("+experiment=cifar_resnet", "model.widths=[4,6,8]").classifier)
         self.module.bf16_above = None
         self.points, self.max_epochs, self.current_epoch = AveragedPoints([1, 1], directory), epochs, 0
         self.datamodule = self

@@ -9,7 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -18,16 +17,14 @@ from experiments.compare import growth as compare_growth
 from experiments.compare.gromo import SCALES, gromo_tiny
 from experiments.compare.growth import GROMO, ROWS, SUBJECTS, Images, Outcome, kept, main, table
 from experiments.data.images import Split
+from tests.helpers.experiments import write_random
 from tests.helpers.gromo import Gromo
 
 
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
     """A directory with random images in place of MNIST's."""
-    draw = np.random.default_rng(0)
-    images, labels = draw.integers(0, 256, (300, 28, 28), np.uint8), draw.integers(0, 10, 300)
-    np.savez(tmp_path / "mnist.npz", x_train=images, y_train=labels, x_test=images, y_test=labels)
-    return tmp_path
+    return write_random(tmp_path, 300)
 
 
 def test_the_page_has_a_line_for_every_method_and_the_loss_is_kept(
@@ -92,13 +89,13 @@ def test_gromo_gets_the_same_network_and_the_best_scale(monkeypatch: pytest.Monk
         assert torch.equal(theirs.weight, ours.weight)
         assert torch.equal(theirs.bias, ours.bias)
     loss = nn.functional.cross_entropy(model(x[:20]), labels[:20], reduction="sum")
-    torch.testing.assert_close(grown.told[2][1], torch.autograd.grad(loss, model[5].bias)[0])
-    told = [name for name, _ in grown.told]
+    torch.testing.assert_close(grown.calls[2][1], torch.autograd.grad(loss, model[5].bias)[0])
+    called = [name for name, _ in grown.calls]
     once = ["set_growing_layers", "init_computation", *["update_computation"] * 2, "compute_optimal_updates"]
-    assert told == [*once, "reset_computation", "dummy_select_update", "applied"] * 2
-    assert grown.told[4] == ("compute_optimal_updates", {"maximum_added_neurons": 8})
-    assert grown.told[0][1] == {"index": 0}
-    scale = grown.told[7][1]
+    assert called == [*once, "reset_computation", "dummy_select_update", "applied"] * 2
+    assert grown.calls[4] == ("compute_optimal_updates", {"maximum_added_neurons": 8})
+    assert grown.calls[0][1] == {"index": 0}
+    scale = grown.calls[7][1]
     assert scale in SCALES
     assert scale > 1
     assert all(parameter.grad is None for parameter in grown.parameters())

@@ -123,7 +123,7 @@ def test_gromos_network_is_built_once_and_its_optimizer_starts_anew(
     optimizer = AdamW(model.parameters(), lr=0.25)
     first, fresh = gromo(3)(model, optimizer, pairs, 0)
     assert isinstance(first, Gromo)
-    assert ("compute_optimal_updates", {"maximum_added_neurons": 3}) in first.told
+    assert ("compute_optimal_updates", {"maximum_added_neurons": 3}) in first.calls
     assert fresh.param_groups[0]["lr"] == 0.25
     assert set(fresh.param_groups[0]["params"]) == set(first.parameters())
     second, again = gromo(3)(first, fresh, pairs, 0)

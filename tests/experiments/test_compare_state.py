@@ -8,7 +8,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -29,16 +28,13 @@ from experiments.compare.state_runs import (
     outcomes,
     train,
 )
+from tests.helpers.experiments import write_random
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory with random images in place of MNIST's."""
-    path = tmp_path_factory.mktemp("data")
-    draw = np.random.default_rng(0)
-    images, labels = draw.integers(0, 256, (100, 28, 28), np.uint8), draw.integers(0, 10, 100)
-    np.savez(path / "mnist.npz", x_train=images, y_train=labels, x_test=images, y_test=labels)
-    return path
+    return write_random(tmp_path_factory.mktemp("data"), 100)
 
 
 def test_the_page_has_a_line_for_every_optimizer_rate_event_and_state(
@@ -59,7 +55,7 @@ def test_the_page_has_a_line_for_every_optimizer_rate_event_and_state(
 def test_one_seed_has_no_deviation(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["--data", str(data), "--out", "page.md", "--seeds", "1"])
-    assert "expected --seeds of 2 or more" in capsys.readouterr().err
+    assert "--seeds: expected 2 or more, for a standard deviation, got 1" in capsys.readouterr().err
 
 
 def test_carried_without_a_change_is_training_uninterrupted(data: Path) -> None:

@@ -8,7 +8,8 @@ from statistics import mean, stdev
 
 import pytest
 
-from experiments.compare.table import ALLOCATIONS, ONE_SHOT, cell, goals, write_table
+from experiments.compare.table import ALLOCATIONS, ONE_SHOT, goals, write_table
+from experiments.pages import cell
 
 SEEDS = (0, 1, 2)
 

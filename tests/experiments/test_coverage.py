@@ -70,7 +70,7 @@ def test_a_result_of_other_code_is_run_again(folder: Path) -> None:
     assert json.loads(path.read_text("utf-8"))["state"] != "older"
 
 
-def test_sizes_keep_to_the_fewest_units() -> None:
+def test_sizes_are_rounded_and_keep_the_fewest_units() -> None:
     assert grown_size(evolvenet.Width("w", 10)) == 13
     assert pruned_size(evolvenet.Width("w", 10)) == 7
     assert pruned_size(evolvenet.Width("w", 2, smallest=2)) == 2

@@ -14,7 +14,7 @@ from torchvision.transforms.v2 import functional as images_of
 
 from evolvenet.errors import EvolveNetError
 from experiments.data.images import Augment, BatchLoader, Cifar10Data, DataError, DigitsData, MnistData, Split
-from tests.helpers.image_files import write_npz
+from tests.helpers.experiments import write_numbered
 
 
 def numbered(count=24):
@@ -35,7 +35,7 @@ def plain(images, generator):
     ("kind", "name", "shape"), [(MnistData, "mnist", (28, 28)), (Cifar10Data, "cifar10", (32, 32, 3))]
 )
 def test_reads_keras_layout_into_one_uint8_tensor_a_split(tmp_path, kind, name, shape):
-    write_npz(tmp_path / f"{name}.npz", shape)
+    write_numbered(tmp_path / f"{name}.npz", shape)
     data = kind(root=tmp_path, batch_size=8, val_size=10)
     data.setup()
     channels = shape[2] if len(shape) == 3 else 1
@@ -51,7 +51,7 @@ def test_reads_keras_layout_into_one_uint8_tensor_a_split(tmp_path, kind, name, 
 
 
 def test_validation_comes_out_of_training_and_test_is_apart(tmp_path):
-    write_npz(tmp_path / "mnist.npz", (4, 4))
+    write_numbered(tmp_path / "mnist.npz", (4, 4))
     found = {}
     for seed in (0, 1):
         data = MnistData(root=tmp_path, batch_size=8, val_size=10, seed=seed)

@@ -10,7 +10,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from torch import nn
@@ -22,14 +21,13 @@ from experiments.models.resnet import UnpaddedResNet
 from experiments.training.controls import ControlError
 from experiments.training.run import readable_errors
 from experiments.training.torch_pruning import TorchPruning, allowed, renew, sizes_of
-from tests.helpers.paths import CONF
+from tests.helpers.experiments import configuration
 
 EXAMPLE = torch.zeros(1, 1, 28, 28)
 
 
 def config(experiment: str) -> dict:
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        return OmegaConf.to_container(compose("train", [f"+experiment={experiment}", "output=unused"]), resolve=True)  # type: ignore[return-value]
+    return OmegaConf.to_container(configuration(f"+experiment={experiment}"), resolve=True)  # type: ignore[return-value]
 
 
 def test_only_the_pruner_is_another() -> None:

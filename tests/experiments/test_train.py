@@ -8,7 +8,6 @@ import sys
 import lightning
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 
 import evolvenet
@@ -18,15 +17,12 @@ from experiments.training import classifier, points
 from experiments.training.classifier import Classifier
 from experiments.training.run import readable_errors
 from experiments.training.sweep import draw_sweep, sweep_table
-from tests.helpers.experiment_runs import train
-from tests.helpers.image_files import write_npz
-from tests.helpers.paths import ROOT
+from tests.helpers.experiments import configuration, train, write_numbered
+from tests.helpers.paths import CONF, ROOT
 
 # What evolving runs are compared with: no widths of theirs are EvolveNet's to change. Each is run by a test of its own.
 CONTROLS = ("_scratch", "_uniform", "_torch_pruning")
-EXPERIMENTS = sorted(
-    path.stem for path in (ROOT / "conf" / "experiment").glob("*.yaml") if not path.stem.endswith(CONTROLS)
-)
+EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml") if not path.stem.endswith(CONTROLS))
 UNPADDED = ["model.width=8", "model.inside=[12,12]"]
 SMALL = {
     "mnist_resnet": UNPADDED,
@@ -56,8 +52,8 @@ def _one_thread():
 @pytest.fixture
 def data(tmp_path):
     """Made-up mnist.npz and cifar10.npz, and the overrides that use them."""
-    write_npz(tmp_path / "mnist.npz", (28, 28))
-    write_npz(tmp_path / "cifar10.npz", (32, 32, 3))
+    write_numbered(tmp_path / "mnist.npz", (28, 28))
+    write_numbered(tmp_path / "cifar10.npz", (32, 32, 3))
     return [f"data.root={tmp_path}", "data.batch_size=12", "data.val_size=10"]
 
 
@@ -84,8 +80,7 @@ def test_every_experiment_runs_and_leaves_its_results(tmp_path, data, experiment
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_every_experiment_builds_at_full_size(experiment):
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        config = compose("train", [f"+experiment={experiment}", "output=unused"])
+    config = configuration(f"+experiment={experiment}")
     model = instantiate(config.classifier).model
     assert sum(parameter.numel() for parameter in model.parameters()) >= LEAST.get(experiment, 2_000_000)
     assert isinstance(instantiate(config.evolve), evolvenet.WidthEvolution)
@@ -94,9 +89,7 @@ def test_every_experiment_builds_at_full_size(experiment):
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_no_experiment_insists_on_evolving(experiment):
     """`evolve=none` is the control of every one of them; an experiment that sets `evolve.…` itself would bring it back."""
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        config = compose("train", [f"+experiment={experiment}", "evolve=none", "output=unused"])
-    assert config.evolve is None
+    assert configuration(f"+experiment={experiment}", "evolve=none").evolve is None
 
 
 def test_digits_learn_while_widths_change(tmp_path, caplog):
@@ -119,8 +112,7 @@ def test_digits_learn_while_widths_change(tmp_path, caplog):
 def test_the_saved_model_is_the_evolved_one(tmp_path):
     overrides = ["model.widths=[16,16,16]", *TINY, *EAGER]
     result = train(tmp_path, overrides)
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        model = instantiate(compose("train", [*overrides, "output=unused"]).model)
+    model = instantiate(configuration(*overrides).model)
     evolvenet.load(model, tmp_path / "run" / "last.ckpt")
     assert sum(parameter.numel() for parameter in model.parameters()) == result["end"]["parameters"]
     assert model(torch.zeros(1, 1, 8, 8)).shape == (1, 10)

@@ -1,4 +1,4 @@
-"""A stand-in for gromo, which is not installed where the tests run."""
+"""A stand-in for gromo, which is installed in the environment of the comparisons alone."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from torch import Tensor, nn
 
 
 class Gromo(nn.Module):
-    """What the comparison uses of gromo's `GrowingMLP`, with new units that answer `scale` times the input's first entry."""
+    """What the comparisons use of gromo's `GrowingMLP`, with new units whose output is `scale` times the input's first entry."""
 
     def __init__(self, inputs: int, outputs: int, hidden: int, count: int, activation: nn.Module, device: Any) -> None:
         super().__init__()
         sizes = [inputs, *[hidden] * count, outputs]
         self.layers = nn.ModuleList([nn.Linear(a, b) for a, b in itertools.pairwise(sizes)])
-        self.activation, self.scale, self.told = activation, 0.0, []
+        self.activation, self.scale, self.calls = activation, 0.0, []
         self.applied = 0.0
 
     def forward(self, x: Tensor) -> Tensor:
@@ -35,14 +35,14 @@ class Gromo(nn.Module):
     def update_computation(self) -> None:
         gradient = self.layers[-1].bias.grad
         assert isinstance(gradient, Tensor)
-        self.told.append(("update_computation", gradient.clone()))
+        self.calls.append(("update_computation", gradient.clone()))
 
     def apply_change(self) -> None:
         self.applied += self.scale
-        self.told.append(("applied", self.scale))
+        self.calls.append(("applied", self.scale))
 
     def __getattr__(self, name: str) -> Any:
-        told = ("set_growing_layers", "init_computation", "compute_optimal_updates")
-        if name in (*told, "reset_computation", "dummy_select_update"):
-            return lambda **options: self.told.append((name, options))
+        recorded = ("set_growing_layers", "init_computation", "compute_optimal_updates")
+        if name in (*recorded, "reset_computation", "dummy_select_update"):
+            return lambda **options: self.calls.append((name, options))
         return super().__getattr__(name)
