@@ -392,8 +392,8 @@ class Evolver:
         after = self.graph.sizes
         for name in wanted:
             units = after[name] - graph.widths[name].size
-            _, last, turns = self._changed.get(name, (0, 0, 0))
-            self._changed[name] = [self._events, units, turns + (units * last < 0)]
+            _, last_change, reversals = self._changed.get(name, (0, 0, 0))
+            self._changed[name] = [self._events, units, reversals + (units * last_change < 0)]
 
     def _snapshot(
         self,

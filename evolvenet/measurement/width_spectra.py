@@ -24,19 +24,19 @@ class WidthStatistics:
         width: its name.
         size: its number of units.
         spectrum: its `size` singular values, descending.
-        idle: events since its last change, 1 at the event right after it; a large number if it never changed.
+        events_since_change: 1 at the event right after its last change; a large number if it never changed.
         growable: whether growing keeps the function.
-        last: units of its last change, negative if it was pruned; 0 if that is not known, or it never changed.
-        turns: how often it grew after it was pruned, or was pruned after it grew.
+        last_change: units added at its last change, negative if it was pruned; 0 if that is not known, or it never changed.
+        reversals: how often it grew after it was pruned, or was pruned after it grew.
     """
 
     width: str
     size: int
     spectrum: tuple[float, ...]
-    idle: int
+    events_since_change: int
     growable: bool
-    last: int = 0
-    turns: int = 0
+    last_change: int = 0
+    reversals: int = 0
 
 
 log = logging.getLogger("evolvenet")
@@ -116,7 +116,7 @@ def measures_of(
         model: the model of the graph.
         graph: its widths.
         statistics: from `collect`.
-        changed: of widths that changed, the number of the event, by how many units, and the turns so far.
+        changed: of widths that changed, the number of the event, by how many units, and the reversals so far.
         event: the number of this one.
 
     Raises:
@@ -130,13 +130,15 @@ def measures_of(
         if seen and max(seen) < PLACES * width.size:
             few[name] = max(seen)
             continue
-        at, last, turns = changed.get(name, (-_NEVER, 0, 0))
+        at, last_change, reversals = changed.get(name, (-_NEVER, 0, 0))
         # Without a row of its own a new unit would stay dead, and where units mix it would change the function.
         # What reads it must learn to: nobody would ever read a new unit of a frozen reader.
         read = [model.get_parameter(tie.tensor) for tie in width.consumers if tie.tensor in graph.trainable]
         learns = not read or any(parameter.requires_grad for parameter in read)
         growable = width.mixed is None and bool(width.producers) and learns
-        found[name] = WidthStatistics(name, width.size, tuple(spectrum.tolist()), event - at, growable, last, turns)
+        found[name] = WidthStatistics(
+            name, width.size, tuple(spectrum.tolist()), event - at, growable, last_change, reversals
+        )
     if few:
         problem = (
             f"Expected at least {PLACES} places (samples × positions) a unit to measure on, got "

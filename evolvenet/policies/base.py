@@ -94,7 +94,7 @@ class Policy(Protocol):
 def enlarged(measure: WidthStatistics, growth: float) -> int:
     """The size of a width after it grew by a share of itself, rounded up.
 
-    >>> enlarged(WidthStatistics("0", 8, spectrum=(1.0,) * 8, idle=9, growable=True), 0.3)
+    >>> enlarged(WidthStatistics("0", 8, spectrum=(1.0,) * 8, events_since_change=9, growable=True), 0.3)
     11
     """
     return measure.size + math.ceil(growth * measure.size)

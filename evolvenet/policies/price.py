@@ -122,7 +122,7 @@ class _Now:
         policy = self.policy
         least = max(policy.smallest, smallest(graph.widths[measure.width]))
         least = max(least, measure.size - max(1, math.floor(policy.largest_step * self._pace * measure.size)))
-        if measure.last > 0 and self._rests(measure):
+        if measure.last_change > 0 and self._rests(measure):
             return measure.size
         size = measure.size
         while size - 1 >= least:
@@ -133,7 +133,7 @@ class _Now:
         return size
 
     def _grown(self, measure: WidthStatistics, hull: Curve) -> dict[str, Proposal]:
-        if not measure.growable or (measure.last < 0 and self._rests(measure)):
+        if not measure.growable or (measure.last_change < 0 and self._rests(measure)):
             return {}
         below = measure.size - 1
         if below <= 0:
@@ -145,7 +145,7 @@ class _Now:
         return {measure.width: Proposal(size, self._why(measure.width, measure, below, worth))}
 
     def _rests(self, measure: WidthStatistics) -> bool:
-        return measure.idle <= self.policy.cooldown
+        return measure.events_since_change <= self.policy.cooldown
 
     def _saved(self, measure: WidthStatistics, low: int, high: int) -> float:
         costs = (self.costs.at(self.policy.kind, {measure.width: size}) for size in (high, low))

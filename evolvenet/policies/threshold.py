@@ -43,7 +43,7 @@ class Threshold:
     >>> from torch import nn, zeros
     >>> from evolvenet.tracing.trace import trace
     >>> graph = trace(nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2)), zeros(1, 4))
-    >>> measure = WidthStatistics("0", 3, spectrum=(2.0, 1.0, 0.1), idle=9, growable=True)
+    >>> measure = WidthStatistics("0", 3, spectrum=(2.0, 1.0, 0.1), events_since_change=9, growable=True)
     >>> Threshold(prune=0.01, grow=0.9).propose({"0": measure}, graph)["0"]
     Proposal(size=2, reason='1 direction carries 0.2 % of the energy (threshold 1.0 %)')
     """
@@ -128,7 +128,7 @@ class Threshold:
 
     def _shrink(self, measure: WidthStatistics, graph: WidthGraph, prune: float) -> Proposal | None:
         """The pruning of one width, if there is enough to prune."""
-        if measure.last >= 0 and self._rests(measure):
+        if measure.last_change >= 0 and self._rests(measure):
             return None
         kept = units_for_energy(measure.spectrum, prune)
         slowest = measure.size - math.floor(self.largest_step * measure.size)
@@ -145,11 +145,11 @@ class Threshold:
 
     def _rests(self, measure: WidthStatistics) -> bool:
         # Beyond 2⁶⁰ events it rests for good.
-        return measure.idle <= self.cooldown * 2 ** min(measure.turns, 60)
+        return measure.events_since_change <= self.cooldown * 2 ** min(measure.reversals, 60)
 
     def _larger(self, measure: WidthStatistics) -> int:
         """The size to which one width would grow now; its present one if it may not."""
-        if not measure.growable or (measure.last <= 0 and self._rests(measure)):
+        if not measure.growable or (measure.last_change <= 0 and self._rests(measure)):
             return measure.size
         return enlarged(measure, self.growth)
 

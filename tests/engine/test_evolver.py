@@ -64,10 +64,10 @@ def test_the_policy_is_told_what_happened_before() -> None:
     evolver.step()
     evolver.step()
     first, second, third = policy.seen
-    assert first["0"].last == 0
-    assert first["0"].idle > 1000
-    assert (second["0"].idle, second["0"].last, second["2"].last) == (1, -7, 4)
-    assert third["0"].idle == 2
+    assert first["0"].last_change == 0
+    assert first["0"].events_since_change > 1000
+    assert (second["0"].events_since_change, second["0"].last_change, second["2"].last_change) == (1, -7, 4)
+    assert third["0"].events_since_change == 2
     assert len(second["0"].spectrum) == 5
 
 
@@ -190,15 +190,15 @@ def test_one_optimizer_may_be_given_bare() -> None:
 
 
 def test_a_growth_that_is_pruned_again_is_tried_later_and_later() -> None:
-    """What the evolver tells the policy of turns, in a run where nothing that grows comes to carry anything."""
+    """What the evolver tells the policy of reversals, in a run where nothing that grows comes to carry anything."""
 
     class Flaps:
         def __init__(self) -> None:
-            self.turns: list[int] = []
+            self.reversals: list[int] = []
 
         def propose(self, measures: Mapping[str, WidthStatistics], graph: object) -> dict[str, Proposal]:
             measure = measures["0"]
-            self.turns.append(measure.turns)
+            self.reversals.append(measure.reversals)
             return {"0": Proposal(14 if measure.size == 12 else 12, "to and fro")}
 
     model, policy = network(), Flaps()
@@ -206,13 +206,13 @@ def test_a_growth_that_is_pruned_again_is_tried_later_and_later() -> None:
     for _ in range(5):
         evolver.observe(batch())
         evolver.step()
-    assert policy.turns == [0, 0, 1, 2, 3]
+    assert policy.reversals == [0, 0, 1, 2, 3]
     other = Evolver(network(), None, Flaps(), batch()[:1])
     resize(other.model, other.graph, {"0": IndexMap.grow(12, 2)})
     other.load_state_dict(evolver.state_dict())
     other.observe(batch())
     other.step()
-    assert other.policy.turns == [4]  # type: ignore[union-attr]
+    assert other.policy.reversals == [4]  # type: ignore[union-attr]
 
 
 def test_a_width_that_sees_too_little_is_named_once(caplog: pytest.LogCaptureFixture) -> None:

@@ -166,12 +166,12 @@ def test_trials_say_what_a_cut_does_to_the_outputs_and_energies_do_not() -> None
     model, x = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4)), torch.zeros(1, 8)
     now = moment(model, x)
     seen = measures(model, x, {"0": [1.0] * 8, "2": [1.0] * 8})
-    for idle, used in (("0", "2"), ("2", "0")):
-        curves = {idle: [(0, 9.0), (2, 0.0), (8, 0.0)], used: [(0, 9.0), (2, 3.0), (8, 0.0)]}
+    for unused, used in (("0", "2"), ("2", "0")):
+        curves = {unused: [(0, 9.0), (2, 0.0), (8, 0.0)], used: [(0, 9.0), (2, 3.0), (8, 0.0)]}
         budget = Budget(params=130, by=0, growth=0, trials=True)
         found = proposals(budget, replace(now, trials=lambda curves=curves: curves), seen, trace(model, x))
-        assert set(found) == {idle}
-        assert "of the outputs' variance" in found[idle].reason
+        assert set(found) == {unused}
+        assert "of the outputs' variance" in found[unused].reason
 
 
 def test_an_event_makes_the_trials_on_its_batches() -> None:

@@ -30,7 +30,7 @@ def line(name: str, price: float) -> list[tuple[int, float]]:
 
 
 def measured(name: str, **rest: Any) -> WidthStatistics:
-    return WidthStatistics(name, 20, (1.0,) * 20, **{"idle": 99, "growable": True, **rest})
+    return WidthStatistics(name, 20, (1.0,) * 20, **{"events_since_change": 99, "growable": True, **rest})
 
 
 def decide(
@@ -72,10 +72,10 @@ def test_cuts_of_one_event_are_not_worth_more_than_may_go_at_once() -> None:
 @pytest.mark.parametrize(
     ("rest", "pruned", "grown"),
     [
-        ({"last": 3, "idle": 2}, False, True),
-        ({"last": 3, "idle": 3}, True, True),
-        ({"last": -3, "idle": 2}, True, False),
-        ({"last": -3, "idle": 3}, True, True),
+        ({"last_change": 3, "events_since_change": 2}, False, True),
+        ({"last_change": 3, "events_since_change": 3}, True, True),
+        ({"last_change": -3, "events_since_change": 2}, True, False),
+        ({"last_change": -3, "events_since_change": 3}, True, True),
         ({"growable": False}, True, False),
     ],
 )

@@ -32,7 +32,7 @@ GRAPH = trace(mlp(6, 8, 8, 3), torch.zeros(1, 6).double())
 
 def measured(spectrum: list[float], width: str = "0", **rest: Any) -> WidthStatistics:
     """A width that may change in any way, of as many units as its spectrum has values."""
-    defaults = {"size": len(spectrum), "idle": LONG_AGO, "growable": True}
+    defaults = {"size": len(spectrum), "events_since_change": LONG_AGO, "growable": True}
     return WidthStatistics(width, spectrum=tuple(spectrum), **{**defaults, **rest})
 
 
@@ -129,25 +129,27 @@ def test_growth_is_rounded_up() -> None:
     assert decide(Threshold(prune=0.01, grow=0.9, growth=0), flat(8)) == {}
 
 
-@pytest.mark.parametrize("idle", [1, 2, 3])
-@pytest.mark.parametrize("last", [-3, 0, 3])
-def test_a_change_of_direction_waits_for_the_cooldown(idle: int, last: int) -> None:
+@pytest.mark.parametrize("events_since_change", [1, 2, 3])
+@pytest.mark.parametrize("last_change", [-3, 0, 3])
+def test_a_change_of_direction_waits_for_the_cooldown(events_since_change: int, last_change: int) -> None:
     policy = Threshold(prune=0.01, grow=0.9, cooldown=2)
-    shrinks = bool(decide(policy, low(8, 2, idle=idle, last=last)))
-    grows = bool(decide(policy, flat(8, idle=idle, last=last)))
-    assert shrinks == (idle > 2 or last < 0)
-    assert grows == (idle > 2 or last > 0)
+    shrinks = bool(decide(policy, low(8, 2, events_since_change=events_since_change, last_change=last_change)))
+    grows = bool(decide(policy, flat(8, events_since_change=events_since_change, last_change=last_change)))
+    assert shrinks == (events_since_change > 2 or last_change < 0)
+    assert grows == (events_since_change > 2 or last_change > 0)
 
 
 def flapping(policy: Threshold, events: int) -> list[int]:
     """The events at which a width changed that looks saturated at 8 units, and whose every further unit carries nothing."""
-    size, turns, last, at, seen = 8, 0, 0, -LONG_AGO, []
+    size, reversals, last_change, at, seen = 8, 0, 0, -LONG_AGO, []
     for event in range(events):
         spectrum = [1.0] * 8 + [1e-4] * (size - 8)
-        measure = measured(spectrum, size=size, idle=event - at, last=last, turns=turns)
+        measure = measured(
+            spectrum, size=size, events_since_change=event - at, last_change=last_change, reversals=reversals
+        )
         for proposal in decide(policy, measure).values():
-            turns += last * (proposal.size - size) < 0
-            size, last, at = proposal.size, proposal.size - size, event
+            reversals += last_change * (proposal.size - size) < 0
+            size, last_change, at = proposal.size, proposal.size - size, event
             seen.append(event)
     return seen
 
@@ -163,15 +165,15 @@ def test_widths_settle_instead_of_flapping() -> None:
 
 def test_growth_in_one_direction_is_not_held_back_by_turns() -> None:
     policy = Threshold(prune=0.01, grow=0.9, cooldown=2)
-    assert decide(policy, flat(8, idle=1, last=2, turns=9))
-    assert not decide(policy, flat(8, idle=500, last=-2, turns=9))
-    assert decide(policy, low(8, 2, idle=1, last=-2, turns=9))
+    assert decide(policy, flat(8, events_since_change=1, last_change=2, reversals=9))
+    assert not decide(policy, flat(8, events_since_change=500, last_change=-2, reversals=9))
+    assert decide(policy, low(8, 2, events_since_change=1, last_change=-2, reversals=9))
 
 
 def test_without_a_cooldown_nothing_waits() -> None:
     policy = Threshold(prune=0.01, grow=0.9, cooldown=0)
-    assert decide(policy, low(8, 2, idle=1, last=3))
-    assert decide(policy, flat(8, idle=1, last=-3))
+    assert decide(policy, low(8, 2, events_since_change=1, last_change=3))
+    assert decide(policy, flat(8, events_since_change=1, last_change=-3))
 
 
 def test_what_is_mixed_does_not_grow_but_shrinks() -> None:
@@ -299,7 +301,7 @@ def test_the_loss_is_not_asked_where_nothing_would_grow_or_nobody_wants_to_know(
     policy = Threshold(prune=0.01, grow=0.9)
     assert asking(policy, {}, low(8, 4)) == (decide(policy, low(8, 4)), [])
     assert asking(policy, {}, flat(8, growable=False)) == ({}, [])
-    assert asking(policy, {}, flat(8, last=-1, idle=1)) == ({}, [])
+    assert asking(policy, {}, flat(8, last_change=-1, events_since_change=1)) == ({}, [])
     assert asking(replace(policy, certain=0), {"0": -9.0}, flat(8)) == (decide(policy, flat(8)), [])
 
 
