@@ -19,7 +19,6 @@ import signal
 import struct
 import sys
 import tempfile
-import time
 import traceback
 import warnings
 from collections.abc import Callable
@@ -37,8 +36,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from tests.helpers.resuming import Randomness, evolution
 from tests.helpers.runs import Batches, fresh, trainer
 
-SEEN = struct.Struct("cqq")
-"""What the child is at, the steps that it has done, and the step that it has saved last."""
+SEEN = struct.Struct("cqqq")
+"""What the child is at, the steps of the run that are done, the step saved last, and the steps of this life."""
 IDLE, TRAINING, EVENT, SAVING = b".", b"t", b"e", b"s"
 BLINK = 2e-4
 """Seconds between two looks at what the child is at."""
@@ -49,11 +48,11 @@ class Witness(lightning.Callback):
 
     def __init__(self, seen: mmap.mmap, pipe: int) -> None:
         self.seen, self.pipe = seen, pipe
-        self.phase, self.done, self.saved = IDLE, 0, 0
+        self.phase, self.done, self.saved, self.lived = IDLE, 0, 0, 0
 
     def note(self, **values: Any) -> None:
         vars(self).update(values)
-        SEEN.pack_into(self.seen, 0, self.phase, self.done, self.saved)
+        SEEN.pack_into(self.seen, 0, self.phase, self.done, self.saved, self.lived)
 
     def during(self, phase: bytes, function: Callable[..., Any]) -> Callable[..., Any]:
         def watched(*args: Any, **kwargs: Any) -> Any:
@@ -70,7 +69,7 @@ class Witness(lightning.Callback):
         os.write(self.pipe, b"!")
 
     def on_train_batch_end(self, trainer: lightning.Trainer, *rest: Any) -> None:
-        self.note(done=trainer.global_step)
+        self.note(done=trainer.global_step, lived=self.lived + 1)
 
     def on_train_end(self, *args: Any) -> None:
         self.note(phase=IDLE)
@@ -210,19 +209,20 @@ def ends(pipe: int, seconds: float | None) -> bool:
 
 def survives(order: dict[str, Any], seen: mmap.mmap, pipe: int) -> bool:
     """Wait for the moment at which the child has to die; it may have ended before."""
-    if ends(pipe, order.get("after")):
-        return False
-    aim = order.get("aim", "").encode()
-    while aim and seen[:1] != aim:
+    if "steps" not in order:
+        return not ends(pipe, None)
+    while True:
+        phase, _, _, lived = SEEN.unpack_from(seen)
+        if lived >= order["steps"] and order["aim"].encode() in (b"", phase):
+            return not ends(pipe, order["more"])
         if ends(pipe, BLINK):
             return False
-    return not ends(pipe, order.get("more", 0.0))
 
 
 def lived(order: dict[str, Any]) -> dict[str, Any]:
     """A life from birth to death."""
     seen = mmap.mmap(-1, SEEN.size)
-    SEEN.pack_into(seen, 0, IDLE, 0, 0)
+    SEEN.pack_into(seen, 0, IDLE, 0, 0, 0)
     pipe, other = os.pipe()
     child = os.fork()
     if not child:
@@ -230,14 +230,12 @@ def lived(order: dict[str, Any]) -> dict[str, Any]:
         born(order, seen, other)
     os.close(other)
     os.read(pipe, 1)
-    began = time.perf_counter()
     if survives(order, seen, pipe):
         os.kill(child, signal.SIGKILL)
     status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     os.close(pipe)
-    phase, done, saved = SEEN.unpack_from(seen)
-    seconds = time.perf_counter() - began
-    return {"status": status, "phase": phase.decode(), "done": done, "saved": saved, "seconds": seconds}
+    phase, done, saved, _ = SEEN.unpack_from(seen)
+    return {"status": status, "phase": phase.decode(), "done": done, "saved": saved}
 
 
 if __name__ == "__main__":

@@ -20,9 +20,10 @@ import signal
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from itertools import cycle
+from functools import cache
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +34,10 @@ from tests.helpers.killed_run import EVENT, IDLE, SAVING, TRAINING
 from tests.helpers.paths import ROOT
 from tests.helpers.resuming import assert_same
 
-EPOCHS, SHORT = 20, 3
+SHORT = 3
+"""Epochs of a run that is killed at chosen places."""
 STEPS = 8
 """Of an epoch."""
-KILLS, OF_ONE_RUN = 30, 10
 KEEPERS: tuple[dict[str, Any], ...] = (
     {"every_n_train_steps": 1, "save_top_k": -1},
     {"every_n_train_steps": 2, "save_top_k": -1, "save_last": True},
@@ -87,7 +88,6 @@ class Whole:
     """The run that was never killed, with what it saved after each step."""
 
     folder: Path
-    seconds: float
     known: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def at(self, name: str) -> dict[str, Any]:
@@ -96,26 +96,29 @@ class Whole:
         return self.known[name]
 
 
-Wholes = Mapping[int, Whole]
+Wholes = Callable[[int], Whole]
+"""From a run's epochs to the run that was never killed."""
 
 
 @pytest.fixture(scope="module")
 def wholes(lives: Lives, tmp_path_factory: pytest.TempPathFactory) -> Wholes:
-    """A long and a short one, by their epochs."""
-    found = {}
-    for epochs in (EPOCHS, SHORT):
+    """Makes each run once."""
+
+    @cache
+    def whole(epochs: int) -> Whole:
         folder = tmp_path_factory.mktemp("whole")
         life = lives(**{"folder": str(folder), "from": None, "epochs": epochs, "keeper": KEEPERS[0]})
         assert life["status"] == 0
-        found[epochs] = Whole(folder, life["seconds"])
-    return found
+        return Whole(folder)
+
+    return whole
 
 
 class Run:
     """A run that is killed and resumed."""
 
     def __init__(self, lives: Lives, wholes: Wholes, folder: Path, keeper: dict[str, Any], epochs: int) -> None:
-        self.lives, self.whole, self.folder, self.keeper, self.epochs = lives, wholes[epochs], folder, keeper, epochs
+        self.lives, self.whole, self.folder, self.keeper, self.epochs = lives, wholes(epochs), folder, keeper, epochs
         self.sound: set[tuple[str, int]] = set()
         folder.mkdir()
 
@@ -161,23 +164,28 @@ class Run:
         return hits
 
     def moment(self, moments: random.Random, number: int) -> dict[str, Any]:
-        """Any; every third one from there on in the next event, and every third in the next save."""
+        """Some steps after the life began; every third one in the next event, and every third in the next save."""
         aim = AIMS[number % len(AIMS)]
-        return {"after": moments.uniform(0, self.whole.seconds / 8), "aim": aim, "more": moments.uniform(0, MORE[aim])}
+        return {"steps": moments.randrange(self.epochs * STEPS // 8), "aim": aim, "more": moments.uniform(0, MORE[aim])}
 
 
-def test_thirty_random_kills_lose_nothing_and_change_nothing(lives: Lives, wholes: Wholes, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("kills", "epochs"), [(9, 5), pytest.param(30, 20, marks=pytest.mark.long)])
+def test_random_kills_lose_nothing_and_change_nothing(
+    kills: int, epochs: int, lives: Lives, wholes: Wholes, tmp_path: Path
+) -> None:
+    """A third of them in each of three runs, which save differently; more runs if a phase was missed."""
     moments = random.Random(2)
     hits: list[dict[str, Any]] = []
-    for number, keeper in enumerate(cycle(KEEPERS)):
-        run = Run(lives, wholes, tmp_path / str(number), keeper, EPOCHS)
-        hits += run.to_the_end(moments, min(OF_ONE_RUN, KILLS - len(hits)))
-        if len(hits) == KILLS:
+    for number, keeper in enumerate(islice(cycle(KEEPERS), 30)):
+        run = Run(lives, wholes, tmp_path / str(number), keeper, epochs)
+        hits += run.to_the_end(moments, kills // len(KEEPERS))
+        phases = {hit["phase"].encode() for hit in hits}
+        if len(hits) >= kills and len(phases) == 3:
             break
     print(Counter(hit["phase"] for hit in hits), [(hit["phase"], hit["done"], hit["saved"]) for hit in hits])
-    assert {hit["phase"].encode() for hit in hits} == {TRAINING, EVENT, SAVING}
-    events = wholes[EPOCHS].at("end.ckpt")["callbacks"]["WidthEvolution"]["evolver"]["history"]["events"]
-    assert len(events) == 31
+    assert phases == {TRAINING, EVENT, SAVING}
+    events = wholes(epochs).at("end.ckpt")["callbacks"]["WidthEvolution"]["evolver"]["history"]["events"]
+    assert len(events) == (epochs * STEPS - 3) // 5, "every 5 steps, on the 3 batches after them"
     assert all(event["changes"] for event in events)
 
 
