@@ -1,4 +1,12 @@
-"""The errors a user can meet. Each message says what was expected, what was got, where, and the remedy."""
+"""The errors a user can meet. Each message says what was expected, what was got, where, and the remedy.
+
+`stage` marks the steps of an event, so that whatever fails in one carries its name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
 class EvolveNetError(Exception):
@@ -51,3 +59,33 @@ class RankMismatchError(EvolveNetError, RuntimeError):
 
 class MissingPackageError(EvolveNetError, ImportError):
     """An optional package that a part of EvolveNet builds on is not installed."""
+
+
+@contextmanager
+def stage(name: str) -> Iterator[None]:
+    """Tag an exception that leaves the body with the name of this stage; of nested stages the innermost names it.
+
+    >>> try:
+    ...     with stage("validation"), stage("forward pass"):
+    ...         1 / 0
+    ... except ZeroDivisionError as error:
+    ...     stage_of(error)
+    'forward pass'
+    """
+    try:
+        stage_boundary(name, entering=True)
+        yield
+        stage_boundary(name, entering=False)
+    except BaseException as error:
+        if stage_of(error) is None:
+            error._evolvenet_stage = name  # type: ignore[attr-defined]
+        raise
+
+
+def stage_boundary(name: str, entering: bool) -> None:
+    """Called where a stage begins and where it has ended. It does nothing: tests replace it, to make a stage fail there."""
+
+
+def stage_of(error: BaseException) -> str | None:
+    """The stage in which an exception was raised, None if it was raised outside of all stages."""
+    return getattr(error, "_evolvenet_stage", None)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
@@ -17,7 +17,6 @@ from torch.utils._pytree import tree_map_only
 from evolvenet.engine.batch_buffer import BatchBuffer
 from evolvenet.engine.distributed import (
     ProcessGroup,
-    broadcast_surgery,
     check_agreement,
     fingerprint,
     process_group,
@@ -25,12 +24,12 @@ from evolvenet.engine.distributed import (
     run_on_rank_0,
 )
 from evolvenet.engine.failure_policy import FailurePolicy
-from evolvenet.engine.functional import apply, as_list
+from evolvenet.engine.functional import as_list
 from evolvenet.engine.history import Event, History, WidthChange, changed
 from evolvenet.engine.invariants import ModelReference, check_finite_weights, check_resizable, validate
-from evolvenet.engine.replica_update import plan_replica_update, without_shared_tensors
 from evolvenet.engine.snapshot import PendingCut, Snapshot, roll_back
-from evolvenet.errors import RankMismatchError, SkippedEvent
+from evolvenet.engine.transaction import Transaction
+from evolvenet.errors import RankMismatchError, SkippedEvent, stage
 from evolvenet.execution.inputs import first_samples, is_plain
 from evolvenet.execution.isolation import reset_compiled_code
 from evolvenet.graph.serialization import check_fits, from_plain, to_plain
@@ -108,13 +107,12 @@ class Evolver:
         self.graph = graph or trace(model, self.example_inputs)
         check_resizable(model, self.graph)
         self._macs = macs(model, self.example_inputs)
-        self.history = History(self._snapshot(0, (), parameters(model), 0.0))
+        self.history = History(self._event(0, (), parameters(model), 0.0))
         self._buffer = BatchBuffer(example_inputs, calibration_batches)
         self._observed = 0
         self._events = 0
         self._changed: dict[str, list[int]] = {}
         self._seed = seed
-        self._stage = ""
         self._failures = FailurePolicy()
         self._pending_cut = PendingCut(policy) if isinstance(policy, Judging) else None
 
@@ -163,26 +161,26 @@ class Evolver:
         before = parameters(self.model)
         moment = self._observed if at is None else at
         if self.off is not None:
-            return self._snapshot(moment, (), before, 0.0, self.off)
+            return self._event(moment, (), before, 0.0, self.off)
         group = process_group()
         check_agreement(group, "event, step and widths", f"event {self._events} at step {moment}, {self.graph.sizes}")
         # Before anything is done: making DDP's wrapper anew would hide it by sending rank 0's weights to all.
         check_agreement(group, "weights", fingerprint(self.model) if group.size > 1 else "")
         self._events += 1
-        skipped, changes = None, []
-        ranks, kept = {}, {}
+        changes: list[WidthChange] = []
+        ranks, kept, skipped = {}, {}, None
         try:
-            with self._all_or_nothing(changes) as undo:
+            with ExitStack() as undo:
+                undo.callback(self._revert, self.graph, dict(self._changed), self._macs, changes)
                 ranks, kept = self._evolve(group, changes, undo, progress)
+                undo.pop_all()
         except RankMismatchError:
             raise
         except Exception as problem:  # noqa: BLE001  whatever it was, everything is as before and the run can go on
-            skipped = self._failures.explain(group, self._stage, moment, problem)
-        _tell(moment, changes)
+            skipped = self._failures.explain(group, moment, problem)
         check_agreement(group, "weights", fingerprint(self.model) if group.size > 1 else "")
-        event = self._snapshot(moment, tuple(changes), before, time.perf_counter() - started, skipped, ranks, kept)
-        self.history.events.append(event)
-        return event
+        seconds = time.perf_counter() - started
+        return self._record(self._event(moment, tuple(changes), before, seconds, skipped, ranks, kept))
 
     def judge(self, value: float, at: int | None = None) -> Event | None:
         """Tell a policy that judges its cuts, such as `Tolerance`, the value of its metric, after a validation.
@@ -200,23 +198,20 @@ class Evolver:
             return None
         moment, sizes, count = self._observed if at is None else at, self.graph.sizes, parameters(self.model)
         skipped, reason = None, f"taken back: {value:.6g} after the cut, {self._pending_cut.standing.best:.6g} before"
-        self._stage = "taking back"
         try:
-            copies = run_on_all_ranks(group, self._copies)
-            roll_back(group, past, self._present(copies), self, copies)
+            with stage("rollback"):
+                copies = run_on_all_ranks(group, self._copies)
+                roll_back(group, past, self._take_snapshot(copies), self, copies)
             self.graph = past.graph
         except RankMismatchError:
             raise
         except Exception as problem:  # noqa: BLE001  the cut then stays, and the run can go on
-            skipped = self._failures.explain(group, self._stage, moment, problem)
+            skipped = self._failures.explain(group, moment, problem)
         self._macs = macs(self.model, self.example_inputs)
         changes = changed(sizes, self.graph.sizes, dict.fromkeys(sizes, reason))
-        _tell(moment, changes)
-        event = self._snapshot(moment, tuple(changes), count, time.perf_counter() - started, skipped)
-        self.history.events.append(event)
-        return event
+        return self._record(self._event(moment, tuple(changes), count, time.perf_counter() - started, skipped))
 
-    def _present(self, copies: Sequence[nn.Module]) -> Snapshot:
+    def _take_snapshot(self, copies: Sequence[nn.Module]) -> Snapshot:
         return Snapshot.of(self.model, self.graph, self.optimizers, copies)
 
     def _copies(self) -> Sequence[nn.Module]:
@@ -258,61 +253,48 @@ class Evolver:
         if self._pending_cut and state.get("pending_cut"):
             self._pending_cut.load_state_dict(state["pending_cut"])
 
-    @contextmanager
-    def _all_or_nothing(self, changes: list[WidthChange]) -> Iterator[ExitStack]:
-        """Where the body fails, what it put on the stack is undone, and the evolver is as before."""
-        before = self.graph, dict(self._changed), self._macs
-        undo = ExitStack()
-        try:
-            yield undo
-        except BaseException:
-            touched = bool(changes)
-            undo.close()
-            self.graph, self._changed, self._macs = before
+    def _revert(self, graph: WidthGraph, changed: dict[str, list[int]], macs: int, changes: list[WidthChange]) -> None:
+        """Restore the evolver's own state, after the model's, where an event has failed."""
+        self.graph, self._changed, self._macs = graph, changed, macs
+        if changes:
             changes.clear()
-            if touched:
-                # What wraps the model was made for the shapes that are no more.
+            # Wrappers of the model were made for the shapes that have just been reverted.
+            with stage("after_change"):
                 self.after_change()
-            raise
-        undo.pop_all()
 
     def _evolve(
         self, group: ProcessGroup, changes: list[WidthChange], undo: ExitStack, progress: float
     ) -> tuple[dict[str, float], dict[str, float]]:
-        """One event: prune first, so that growth is paid for, then grow. What is done is added to `changes`.
+        """One event; the changed widths are appended to `changes`, and `undo` reverts them.
 
         Returns:
-            Of each width measured, the effective rank, and the share of the energy in as many directions as units stay.
+            Of each measured width, the effective rank, and the share of the energy in as many directions as it has units.
         """
-        past: Snapshot | None = None
-        self._stage = "gathering batches"
-        batches, gradients = self._buffer.gather(group)
+        with stage("batch gathering"):
+            batches, gradients = self._buffer.gather(group)
         found: list[ActivationMoments] = []
         measures, proposals = run_on_rank_0(group, lambda: self._propose(batches, gradients, found, progress))
-        sizes = self.graph.sizes
-        down = {name: proposal for name, proposal in proposals.items() if proposal.size < sizes[name]}
-        up = {name: proposal for name, proposal in proposals.items() if proposal.size > sizes[name]}
-        if down or up:
-            self._stage = "validation"
-            before = run_on_all_ranks(group, lambda: ModelReference.of(self.model, self.example_inputs))
-            self._stage = "weight averages"
-            copies = run_on_all_ranks(group, self._copies)
-            self._stage = "keeping what may be taken back"
-            past = run_on_all_ranks(group, lambda: self._present(copies)) if self._pending_cut else None
-            if down:
-                self._change(
-                    group, down, lambda: self._pruning(down, found[0], batches), batches, copies, changes, undo
-                )
-            if up:
-                self._change(group, up, lambda: self._growth(up), batches, copies, changes, undo)
-            self._stage = "validation"
-            run_on_all_ranks(
-                group, lambda: validate(self.model, self.graph, self.optimizers, self.example_inputs, before)
+        past: Snapshot | None = None
+        with stage("policy"):
+            due = any(proposal.size != self.graph.sizes[name] for name, proposal in proposals.items())
+        if due:
+            with stage("validation"):
+                before = run_on_all_ranks(group, lambda: ModelReference.of(self.model, self.example_inputs))
+            with stage("replica update"):
+                copies = run_on_all_ranks(group, self._copies)
+            with stage("snapshot"):
+                past = run_on_all_ranks(group, lambda: self._take_snapshot(copies)) if self._pending_cut else None
+            self._apply(
+                Transaction(group, self.model, self.optimizers, copies, batches, undo, changes), proposals, found
             )
-            self._stage = "counting costs"
-            self._macs = run_on_all_ranks(group, lambda: macs(self.model, self.example_inputs))
-            self._stage = "what follows a change"
-            run_on_all_ranks(group, self.after_change)
+            with stage("validation"):
+                run_on_all_ranks(
+                    group, lambda: validate(self.model, self.graph, self.optimizers, self.example_inputs, before)
+                )
+            with stage("cost count"):
+                self._macs = run_on_all_ranks(group, lambda: macs(self.model, self.example_inputs))
+            with stage("after_change"):
+                run_on_all_ranks(group, self.after_change)
             reset_compiled_code()
         if self._pending_cut:
             self._pending_cut.cut(past, [change.width for change in changes])
@@ -321,81 +303,76 @@ class Evolver:
     def _propose(
         self, batches: Sequence[Any], gradients: Sequence[Gradients], found: list[ActivationMoments], progress: float
     ) -> tuple[dict[str, WidthStatistics], dict[str, Proposal]]:
-        """What was measured and what the policy makes of it; the statistics are added to `found`."""
-        self._stage = "checking weights"
-        check_finite_weights(self.model)
+        """Measured statistics and the policy's proposals; the activation moments, if collected, are appended to `found`."""
+        with stage("weight check"):
+            check_finite_weights(self.model)
         if not batches:
             raise SkippedEvent(
                 "Expected at least one observed batch to measure on, got none. Call observe(batch) first."
             )
         policy = self.policy
         if isinstance(policy, Scheduled):
-            self._stage = "policy"
-            costs = Costs.of(self.model, self.graph, self.example_inputs)
-            trials = partial(trial_curves, self.model, self.graph, batches)
-            standing = self._pending_cut and self._pending_cut.standing
-            asked = partial(
-                evidence, self.model, self.graph, batches=batches, gradients=gradients, generator=self._generator()
-            )
-            policy = policy.at(PolicyContext(progress, self.history.initial.sizes, costs, trials, standing, asked))
+            with stage("policy"):
+                costs = Costs.of(self.model, self.graph, self.example_inputs)
+                trials = partial(trial_curves, self.model, self.graph, batches)
+                standing = self._pending_cut and self._pending_cut.standing
+                asked = partial(
+                    evidence, self.model, self.graph, batches=batches, gradients=gradients, generator=self._generator()
+                )
+                policy = policy.at(PolicyContext(progress, self.history.initial.sizes, costs, trials, standing, asked))
             if policy is None:
                 return {}, {}
-        self._stage = "statistics"
-        statistics = collect(self.model, self.graph, batches)
-        found.append(statistics)
-        self._stage = "spectra"
-        measures = measures_of(self.model, self.graph, statistics, self._changed, self._events)
-        self._stage = "policy"
-        return measures, dict(policy.propose(measures, self.graph))
+        with stage("statistics"):
+            statistics = collect(self.model, self.graph, batches)
+            found.append(statistics)
+        with stage("spectra"):
+            measures = measures_of(self.model, self.graph, statistics, self._changed, self._events)
+        with stage("policy"):
+            return measures, dict(policy.propose(measures, self.graph))
 
-    def _pruning(
-        self, wanted: Mapping[str, Proposal], statistics: ActivationMoments, batches: Sequence[Any]
+    def _apply(
+        self, transaction: Transaction, proposals: Mapping[str, Proposal], found: Sequence[ActivationMoments]
+    ) -> None:
+        """Prune first, then grow: what grows is added to the pruned model, within the parameters that were freed."""
+        sizes = self.graph.sizes
+        down = {name: proposal for name, proposal in proposals.items() if proposal.size < sizes[name]}
+        up = {name: proposal for name, proposal in proposals.items() if proposal.size > sizes[name]}
+        if down:
+            self._change(transaction, down, lambda: self._plan_pruning(down, found[0], transaction.batches))
+        if up:
+            self._change(transaction, up, lambda: self._plan_growth(up))
+
+    def _change(self, transaction: Transaction, proposals: Mapping[str, Proposal], plan: Callable[[], Surgery]) -> None:
+        before = self.graph.sizes
+        self.graph = transaction.apply(self.graph, plan, {name: each.reason for name, each in proposals.items()})
+        for name in proposals:
+            units = self.graph.sizes[name] - before[name]
+            _, last_change, reversals = self._changed.get(name, (0, 0, 0))
+            self._changed[name] = [self._events, units, reversals + (units * last_change < 0)]
+
+    def _plan_pruning(
+        self, proposals: Mapping[str, Proposal], moments: ActivationMoments, batches: Sequence[Any]
     ) -> Surgery:
-        self._stage = "choosing units"
-        surgery = plan_prune(self.model, self.graph, {name: each.size for name, each in wanted.items()}, statistics)
-        self._stage = "compensation"
-        return reconstruct(self.model, self.graph, surgery, batches, QUICK)
+        with stage("unit selection"):
+            surgery = plan_prune(self.model, self.graph, {name: each.size for name, each in proposals.items()}, moments)
+        with stage("reconstruction"):
+            return reconstruct(self.model, self.graph, surgery, batches, QUICK)
 
-    def _growth(self, wanted: Mapping[str, Proposal]) -> Surgery:
-        self._stage = "growth"
-        sizes = {name: each.size for name, each in wanted.items()}
-        return plan_growth(self.model, self.graph, sizes, generator=self._generator())
+    def _plan_growth(self, proposals: Mapping[str, Proposal]) -> Surgery:
+        sizes = {name: each.size for name, each in proposals.items()}
+        with stage("growth"):
+            return plan_growth(self.model, self.graph, sizes, generator=self._generator())
 
     def _generator(self) -> torch.Generator:
         return torch.Generator().manual_seed(self._seed + self._events)
 
-    def _change(
-        self,
-        group: ProcessGroup,
-        wanted: Mapping[str, Proposal],
-        decide: Callable[[], Surgery],
-        batches: Sequence[Any],
-        copies: Sequence[nn.Module],
-        changes: list[WidthChange],
-        undo: ExitStack,
-    ) -> None:
-        graph = self.graph
-        surgery = broadcast_surgery(group, self.model, graph, decide)
-        self._stage = "weight averages"
-        # Of each copy before the model itself changes, which a copy may share buffers with.
-        replicas: list[tuple[nn.Module, Surgery]] = []
-        for copy in copies:
-            own = broadcast_surgery(group, copy, graph, partial(plan_replica_update, copy, graph, surgery, batches))
-            replicas.append((copy, without_shared_tensors(own, self.model)))
-        self._stage = "surgery"
-        reasons = {name: proposal.reason for name, proposal in wanted.items()}
-        changes.extend(changed(graph.sizes, surgery.graph.sizes, reasons))
-        run_on_all_ranks(group, lambda: apply(self.model, surgery, self.optimizers, undo))
-        for copy, own in replicas:
-            run_on_all_ranks(group, partial(apply, copy, own, (), undo))
-        self.graph = surgery.graph
-        after = self.graph.sizes
-        for name in wanted:
-            units = after[name] - graph.widths[name].size
-            _, last_change, reversals = self._changed.get(name, (0, 0, 0))
-            self._changed[name] = [self._events, units, reversals + (units * last_change < 0)]
+    def _record(self, event: Event) -> Event:
+        for change in event.changes:
+            log.info("step %d: %s %d → %d: %s", event.step, change.width, change.before, change.after, change.reason)
+        self.history.events.append(event)
+        return event
 
-    def _snapshot(
+    def _event(
         self,
         at: int,
         changes: tuple[WidthChange, ...],
@@ -408,8 +385,3 @@ class Evolver:
         count = parameters(self.model)
         sizes = dict(self.graph.sizes)
         return Event(at, changes, sizes, before, count, self._macs, seconds, skipped, ranks or {}, kept or {})
-
-
-def _tell(moment: int, changes: Iterable[WidthChange]) -> None:
-    for change in changes:
-        log.info("step %d: %s %d → %d: %s", moment, change.width, change.before, change.after, change.reason)

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from evolvenet.engine.distributed import ProcessGroup
-from evolvenet.errors import SkippedEvent, SpectrumError
+from evolvenet.errors import SkippedEvent, SpectrumError, stage_of
 
 FAILURES = 2
 """Failures of one stage after which evolution is switched off for the rest of the run."""
@@ -23,14 +23,19 @@ class FailurePolicy:
         self.counts: Counter[str] = Counter()
         self.off: str | None = None
 
-    def explain(self, group: ProcessGroup, stage: str, moment: int, problem: Exception) -> str:
+    def explain(self, group: ProcessGroup, moment: int, problem: Exception) -> str:
         """Warn, and switch off where a stage failed again; the same on every rank.
+
+        Args:
+            group: the processes; all of them count the stage in which rank 0 failed.
+            moment: the optimizer step, for the message.
+            problem: what was raised, tagged with its `stage`.
 
         Returns:
             Why nothing was changed.
         """
         passing = isinstance(problem, (SkippedEvent, SpectrumError))
-        stage, passing = group.broadcast((stage, passing))
+        stage, passing = group.broadcast((stage_of(problem) or "event", passing))
         reason = str(problem) if passing else f"{stage} failed: {problem or type(problem).__name__}"
         log.debug("step %d: %s", moment, stage, exc_info=problem)
         if not passing:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from evolvenet.errors import stage
 from evolvenet.graph.index_map import IndexMap
 from evolvenet.graph.width_graph import WidthGraph
 from evolvenet.growth.expanded_model import Loss
@@ -133,13 +134,14 @@ def apply(model: nn.Module, surgery: Surgery, optimizers: Sequence[Optimizer], u
     Raises:
         OptimizerStateError: if a state does not fit, before or after.
     """
-    with torch.inference_mode(False):
+    with stage("optimizer state"), torch.inference_mode(False):
         plans = [compile_state(optimizer, surgery.changes) for optimizer in optimizers]
     undo.callback(install(model, surgery))
     for plan in plans:
         undo.callback(apply_state, apply_state(plan))
-    for optimizer in optimizers:
-        validate_state(optimizer)
+    with stage("optimizer state check"):
+        for optimizer in optimizers:
+            validate_state(optimizer)
 
 
 def as_list(optimizers: Optimizer | Sequence[Optimizer] | None) -> list[Optimizer]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim import LBFGS, Adam, AdamW, Optimizer
 
-from evolvenet.errors import OptimizerStateError
+from evolvenet.errors import OptimizerStateError, stage
 from evolvenet.graph.index_map import NEW_UNIT, IndexMap
 
 
@@ -273,7 +273,8 @@ def apply_state(plan: StatePlan) -> StatePlan:
         {name: getattr(optimizer, name) for name in plan.attributes},
     )
     try:
-        _assign(plan)
+        with stage("optimizer state"):
+            _assign(plan)
     except BaseException:
         _assign(undo)
         raise
@@ -366,6 +367,7 @@ def _holds_tensors(entry: Any) -> bool:
 
 
 @torch.no_grad()
+@stage("optimizer state")
 def _carried(optimizer: Optimizer, key: str, entry: Any, change: Change, group: Mapping[str, Any]) -> Any:
     """One entry of a parameter's state after the change; the very same object where nothing changes."""
     shared = _fitting(optimizer, key, entry, change.tensor.shape, change.name)

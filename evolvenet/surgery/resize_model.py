@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from evolvenet.errors import ResizeError, SpectrumError
+from evolvenet.errors import ResizeError, SpectrumError, stage
 from evolvenet.graph.index_map import NEW_UNIT, IndexMap, laid_out_as
 from evolvenet.graph.naming import named_tensors
 from evolvenet.graph.width_graph import WidthGraph
@@ -212,11 +212,13 @@ def install(model: nn.Module, surgery: Surgery) -> Callable[[], None]:
     try:
         gradients = [_gradient(change) for change in surgery.changes]
         for change, grad in zip(surgery.changes, gradients, strict=True):
-            exchange(change.tensor, change.value, grad)
-        for change in surgery.attributes:
-            setattr(change.module, change.name, change.value)
-        for module in modules:
-            refresh(module)
+            with stage("tensor exchange"):
+                exchange(change.tensor, change.value, grad)
+        with stage("module attributes"):
+            for change in surgery.attributes:
+                setattr(change.module, change.name, change.value)
+            for module in modules:
+                refresh(module)
     except BaseException:
         undo()
         raise
@@ -224,6 +226,7 @@ def install(model: nn.Module, surgery: Surgery) -> Callable[[], None]:
     return undo
 
 
+@stage("gradient")
 def _gradient(change: TensorChange) -> Tensor | None:
     grad = change.tensor.grad
     if grad is None:

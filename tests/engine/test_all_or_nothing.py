@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
-import sys
-from collections.abc import Callable
+from collections import Counter
 from copy import deepcopy
+from functools import cache, partial
 from typing import Any
 
 import pytest
@@ -16,6 +16,7 @@ from evolvenet import Evolver
 from evolvenet.errors import SpectrumError
 from tests.helpers.cases import CASES
 from tests.helpers.policies import Fixed
+from tests.helpers.stages import at_boundary, failing
 from tests.helpers.states import State
 
 BY_NAME = {case.name: case for case in CASES}
@@ -59,43 +60,37 @@ class Run:
         return State.of(self.model, [self.optimizer]), State.of(self.average)
 
 
-class Fails:
-    """A function that raises at its n-th call and otherwise does what it did."""
+STAGES = (
+    "batch gathering",
+    "weight check",
+    "policy",
+    "statistics",
+    "spectra",
+    "validation",
+    "replica update",
+    "snapshot",
+    "unit selection",
+    "reconstruction",
+    "growth",
+    "surgery",
+    "gradient",
+    "tensor exchange",
+    "module attributes",
+    "optimizer state",
+    "optimizer state check",
+    "cost count",
+    "after_change",
+)
+"""All stages of an event that prunes and grows."""
 
-    def __init__(self, function: Callable[..., Any], at: int = 1, error: Exception | None = None) -> None:
-        self.function, self.at, self.calls = function, at, 0
-        self.error = error or ZeroDivisionError("boom")
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        self.calls += 1
-        if self.calls == self.at:
-            raise self.error
-        return self.function(*args, **kwargs)
-
-
-def inject(monkeypatch: pytest.MonkeyPatch, where: str, at: int = 1, error: Exception | None = None) -> Fails:
-    module, name = where.split(":")
-    fails = Fails(getattr(sys.modules[module], name), at, error)
-    monkeypatch.setattr(sys.modules[module], name, fails)
-    return fails
-
-
-STAGES = {
-    "evolvenet.engine.evolver:collect": "statistics",
-    "evolvenet.engine.evolver:measures_of": "spectra",
-    "evolvenet.engine.evolver:plan_prune": "choosing units",
-    "evolvenet.engine.evolver:reconstruct": "compensation",
-    "evolvenet.engine.evolver:plan_replica_update": "weight averages",
-    "evolvenet.engine.functional:compile_state": "surgery",
-    "evolvenet.surgery.resize_model:_gradient": "surgery|compensation",
-    "evolvenet.surgery.resize_model:refresh": "surgery|compensation",
-    "evolvenet.engine.functional:apply_state": "surgery",
-    "evolvenet.surgery.optimizer_state:_assign": "surgery",
-    "evolvenet.engine.functional:validate_state": "surgery",
-    "evolvenet.engine.evolver:plan_growth": "growth",
-    "evolvenet.engine.evolver:validate": "validation",
-    "evolvenet.engine.evolver:macs": "counting costs",
-}
+@cache
+def boundaries_of_a_good_event(name: str) -> Counter[str]:
+    """How many times an event enters or leaves each stage."""
+    run = Run(name)
+    with at_boundary("none", act=lambda: None) as passed:
+        assert run.evolver.step().skipped is None
+    return passed
 
 
 def assert_nothing_happened(run: Run, before: tuple[State, State], graph: object, caplog: Any, stage: str) -> None:
@@ -104,73 +99,72 @@ def assert_nothing_happened(run: Run, before: tuple[State, State], graph: object
     assert run.evolver.graph is graph
     event = run.evolver.history.events[-1]
     assert event.changes == ()
-    assert event.skipped in {f"{each} failed: boom" for each in stage.split("|")}
+    assert event.skipped == f"{stage} failed: boom"
     warnings = [record for record in caplog.records if record.levelno >= logging.WARNING]
     assert len(warnings) == 1
     assert f"widths are left as they are: {event.skipped}" in warnings[0].message
 
 
-@pytest.mark.parametrize("where", STAGES)
-def test_a_failure_anywhere_leaves_all_as_it_was(
-    where: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_these_are_all_stages_of_an_event() -> None:
+    assert set(boundaries_of_a_good_event("resnet")) == set(STAGES)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_failure_on_entering_a_stage_leaves_all_as_it_was(stage: str, caplog: pytest.LogCaptureFixture) -> None:
     run = Run()
     before, graph = run.states(), run.evolver.graph
-    fails = inject(monkeypatch, where)
-    run.evolver.step()
-    assert fails.calls
-    assert_nothing_happened(run, before, graph, caplog, STAGES[where])
+    with failing(stage):
+        run.evolver.step()
+    assert_nothing_happened(run, before, graph, caplog, stage)
     run.train(7)
     assert len(run.evolver.step().changes) == len(run.policy.sizes)
     run.train(8)
 
 
-def calls_of_a_good_event(monkeypatch: pytest.MonkeyPatch, where: str) -> int:
-    with monkeypatch.context() as context:
-        counter = inject(context, where, at=0)
-        run = Run("mlp")
-        counter.calls = 0
-        assert run.evolver.step().skipped is None
-        return counter.calls
-
-
-@pytest.mark.parametrize(
-    "where", ["evolvenet.surgery.resize_model:exchange", "evolvenet.surgery.optimizer_state:_carried"]
-)
-def test_a_failure_at_any_tensor_leaves_all_as_it_was(
-    where: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_failure_at_any_boundary_of_a_stage_leaves_all_as_it_was(
+    stage: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    total = calls_of_a_good_event(monkeypatch, where)
-    assert total >= 16
+    """Before and after every tensor, every optimizer entry, every surgery."""
+    total = boundaries_of_a_good_event("mlp")[stage]
+    assert total >= (32 if stage in ("tensor exchange", "optimizer state") else 2)
     run = Run("mlp")
     before, graph = run.states(), run.evolver.graph
     for at in range(1, total + 1):
         caplog.clear()
         run.evolver._failures.counts.clear()
-        with monkeypatch.context() as context:
-            inject(context, where, at)
+        with failing(stage, at):
             run.evolver.step()
-        assert_nothing_happened(run, before, graph, caplog, "surgery|compensation|weight averages")
+        assert_nothing_happened(run, before, graph, caplog, stage)
 
 
-def test_a_policy_or_what_follows_a_change_may_fail(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_policy_or_after_change_may_fail(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     run = Run()
     before, graph = run.states(), run.evolver.graph
-    monkeypatch.setattr(run.policy, "propose", Fails(run.policy.propose))
-    run.evolver.step()
+
+    def fails(*args: Any) -> None:
+        raise ZeroDivisionError("boom")
+
+    with monkeypatch.context() as context:
+        context.setattr(run.policy, "propose", fails)
+        run.evolver.step()
     assert_nothing_happened(run, before, graph, caplog, "policy")
     caplog.clear()
-    run.evolver.after_change = Fails(run.rebuild)
+    calls = 0
+
+    def fails_once() -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 1:
+            raise ZeroDivisionError("boom")
+
+    run.evolver.after_change = fails_once
     run.evolver.step()
-    assert_nothing_happened(run, before, graph, caplog, "what follows a change")
-    assert run.rebuilt == 1, "what wraps the model is made anew for the shapes that are back"
+    assert_nothing_happened(run, before, graph, caplog, "after_change")
+    assert calls == 2, "wrappers of the model are made anew for the shapes that are back"
 
 
-def test_a_wrong_result_is_found_and_taken_back(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_wrong_result_is_found_and_reverted() -> None:
     """Each thing that `validate` looks at, spoiled after a surgery that itself went well."""
 
     def another_object(run: Run) -> None:
@@ -198,20 +192,11 @@ def test_a_wrong_result_is_found_and_taken_back(
         shape: "running_mean of shape",
         nan: "finite outputs",
     }
-    module = sys.modules["evolvenet.engine.evolver"]
-    honest = module.apply  # type: ignore[attr-defined]
+    last = boundaries_of_a_good_event("resnet")["surgery"]
     for spoil, message in expected.items():
         run = Run()
         graph = run.evolver.graph
-
-        def spoiled(model: nn.Module, *args: Any, run: Run = run, spoil: Any = spoil) -> None:
-            honest(model, *args)
-            last = any(index_map.new_units for index_map in args[0].maps.values())
-            if model is run.model and last:
-                spoil(run)
-
-        with monkeypatch.context() as context:
-            context.setattr(module, "apply", spoiled)
+        with at_boundary("surgery", partial(spoil, run), last):
             event = run.evolver.step()
         assert event.changes == ()
         assert event.skipped is not None
@@ -219,52 +204,44 @@ def test_a_wrong_result_is_found_and_taken_back(
         assert run.evolver.graph is graph
 
 
-def test_the_same_stage_failing_twice_switches_evolution_off(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_the_same_stage_failing_twice_switches_evolution_off(caplog: pytest.LogCaptureFixture) -> None:
     run = Run()
     before = run.states()
-    monkeypatch.setattr(sys.modules["evolvenet.engine.evolver"], "reconstruct", Fails(lambda *args: 1 / 0, at=0))
-    for _ in range(5):
-        run.evolver.step()
+    with failing("reconstruction", at=None):
+        for _ in range(5):
+            run.evolver.step()
     assert [record.levelname for record in caplog.records] == ["WARNING", "ERROR"]
-    assert "compensation failed: division by zero. It was not the first time" in caplog.text
+    assert "reconstruction failed: boom. It was not the first time" in caplog.text
     assert run.evolver.off is not None
     assert len(run.evolver.history.events) == 2
     assert before[0].differences(run.model, [run.optimizer]) == []
     run.train(9)
 
 
-def test_two_stages_failing_once_each_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_stages_failing_once_each_leave_evolution_on() -> None:
     run = Run()
-    inject(monkeypatch, "evolvenet.engine.evolver:collect")
-    inject(monkeypatch, "evolvenet.engine.evolver:reconstruct")
-    run.evolver.step()
-    run.evolver.step()
+    for stage in ("statistics", "reconstruction"):
+        with failing(stage):
+            run.evolver.step()
     assert run.evolver.off is None
     assert run.evolver.step().changes
 
 
-def test_what_is_wrong_with_the_data_of_the_moment_never_switches_off(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_batches_or_weights_that_cannot_be_measured_never_switch_evolution_off() -> None:
     run = Run()
-    monkeypatch.setattr(
-        sys.modules["evolvenet.engine.evolver"], "collect", Fails(lambda *args: None, error=SpectrumError("NaN"))
-    )
-    event = run.evolver.step()
-    assert event.skipped == "NaN"
+    for _ in range(4):
+        with failing("statistics", error=SpectrumError):
+            assert run.evolver.step().skipped == "boom"
     run.model.get_parameter("stem.weight").data[0] = float("nan")
     for _ in range(4):
         assert "Expected finite weights" in (run.evolver.step().skipped or "")
     assert run.evolver.off is None
 
 
-def test_an_interrupt_is_passed_on_and_leaves_all_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupt_is_passed_on_and_leaves_all_as_it_was() -> None:
     run = Run()
     before = run.states()
-    inject(monkeypatch, "evolvenet.surgery.resize_model:exchange", at=9, error=KeyboardInterrupt())  # type: ignore[arg-type]
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt), failing("tensor exchange", 17, KeyboardInterrupt):
         run.evolver.step()
     assert before[0].differences(run.model, [run.optimizer]) == []
     assert before[1].differences(run.average) == []
@@ -294,5 +271,5 @@ def test_an_unlike_copy_skips_the_event() -> None:
     run = Run()
     run.evolver.copies = [nn.Linear(2, 2)]
     before = run.states()
-    assert "weight averages failed" in (run.evolver.step().skipped or "")
+    assert "replica update failed" in (run.evolver.step().skipped or "")
     assert before[0].differences(run.model, [run.optimizer]) == []

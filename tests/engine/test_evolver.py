@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from evolvenet import EvolveNetError, Evolver, History, IndexMap, Threshold, Tra
 from evolvenet.measurement.width_spectra import WidthStatistics
 from evolvenet.policies.base import Proposal
 from tests.helpers.policies import Fixed
+from tests.helpers.stages import failing
 
 
 def network() -> nn.Sequential:
@@ -105,7 +105,7 @@ def test_nan_weights_skip_the_event_with_a_warning(caplog: pytest.LogCaptureFixt
     assert evolver.step(at=8).sizes["0"] == 5
 
 
-def test_a_failing_surgery_skips_the_event_and_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failing_surgery_skips_the_event_and_changes_nothing() -> None:
     model = network()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     evolver = Evolver(model, optimizer, Fixed({"0": 5}), batch()[:1])
@@ -113,12 +113,9 @@ def test_a_failing_surgery_skips_the_event_and_changes_nothing(monkeypatch: pyte
     before = {name: value.clone() for name, value in model.state_dict().items()}
     momenta = {p: optimizer.state[p]["momentum_buffer"].clone() for p in model.parameters()}
 
-    def fails(optimizer: torch.optim.Optimizer) -> None:
-        raise RuntimeError("boom")
-
-    monkeypatch.setattr(sys.modules["evolvenet.engine.functional"], "validate_state", fails)
-    event = evolver.step()
-    assert event.skipped == "surgery failed: boom"
+    with failing("optimizer state check", at=2):
+        event = evolver.step()
+    assert event.skipped == "optimizer state check failed: boom"
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert all(torch.equal(optimizer.state[p]["momentum_buffer"], momenta[p]) for p in model.parameters())
     assert model[0].out_features == 12

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from copy import deepcopy
 from pathlib import Path
@@ -21,6 +20,7 @@ from evolvenet.measurement.width_spectra import WidthStatistics
 from evolvenet.policies.base import Proposal
 from tests.helpers.policies import ShrinkThenGrow
 from tests.helpers.runs import Batches, User, batch, trainer
+from tests.helpers.stages import failing
 
 
 def fit(
@@ -267,13 +267,10 @@ def test_averages_in_callbacks_and_lists_go_along(tmp_path: Path) -> None:
     follows(hides.hidden[0], hides.net)
 
 
-def test_an_event_taken_back_takes_back_the_copy_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fails(*args: Any) -> None:
-        raise ZeroDivisionError("boom")
-
-    monkeypatch.setattr(sys.modules["evolvenet.engine.evolver"], "validate", fails)
+def test_a_failed_event_reverts_the_replica_too(tmp_path: Path) -> None:
     model = Teacher()
-    assert "validation failed: boom" in reasons(fit(tmp_path, model))
+    with failing("cost count", at=None):
+        assert "cost count failed: boom" in reasons(fit(tmp_path, model))
     assert model.teacher[0].weight.shape == model.net[0].weight.shape == (16, 6)
     assert model.teacher[0].out_features == 16
 

@@ -21,7 +21,7 @@ import torch
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, distributed, nn
 
-from evolvenet import Tolerance, WidthEvolution
+from evolvenet import Tolerance, WidthEvolution, errors
 from evolvenet.engine import distributed as processes
 from evolvenet.errors import RankMismatchError
 from tests.helpers.policies import Walk
@@ -127,21 +127,18 @@ def leave() -> None:
 
 
 def break_once(variant: str) -> None:
-    """The next surgery fails here, after it has begun."""
-    module = sys.modules[
-        "evolvenet.surgery.resize_model" if variant == "fails on one rank" else "evolvenet.engine.evolver"
-    ]
-    name = "exchange" if variant == "fails on one rank" else "reconstruct"
-    honest, calls = getattr(module, name), []
+    """The next event fails on this rank: after it has exchanged four tensors, or where rank 0 plans."""
+    stage, at = ("tensor exchange", 9) if variant == "fails on one rank" else ("reconstruction", 1)
+    inner, passed = errors.stage_boundary, 0
 
-    def fails(*args: Any, **kwargs: Any) -> Any:
-        calls.append(1)
-        if len(calls) == (5 if name == "exchange" else 1):
-            setattr(module, name, honest)
+    def boundary(name: str, entering: bool) -> None:
+        nonlocal passed
+        passed += name == stage
+        if passed == at:
+            errors.stage_boundary = inner
             raise RuntimeError("boom")
-        return honest(*args, **kwargs)
 
-    setattr(module, name, fails)
+    errors.stage_boundary = boundary
 
 
 def run(variant: str, options: argparse.Namespace) -> dict[str, Any]:

@@ -74,7 +74,7 @@ def test_two_processes_train_one_network_in_every_kind_of_wrapper(tmp_path: Path
         assert ranks[0][variant] == ranks[1][variant]
     for variant, messages in {
         "fails on one rank": ("surgery failed: rank 1: RuntimeError: boom", "surgery failed: boom"),
-        "fails on rank 0": ("compensation failed: boom", "compensation failed: rank 0: RuntimeError: boom"),
+        "fails on rank 0": ("reconstruction failed: boom", "reconstruction failed: rank 0: RuntimeError: boom"),
     }.items():
         for found, message in zip(ranks, messages, strict=True):
             assert found[variant]["compared"] == 24

@@ -203,7 +203,7 @@ def test_what_cannot_be_taken_back_stays_and_the_run_goes_on(monkeypatch: pytest
     monkeypatch.setattr("evolvenet.engine.snapshot.validate", fails)
     done = loop.evolver.judge(0.5)
     assert done is not None
-    assert done.skipped == "taking back failed: boom"
+    assert done.skipped == "rollback failed: boom"
     assert done.changes == ()
     assert_equal(now, loop.everything())
     assert loop.evolver.graph.sizes == sizes
