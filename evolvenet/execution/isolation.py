@@ -20,8 +20,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parameter import is_lazy
 
 from evolvenet.errors import TraceError
-from evolvenet.execution.inputs import arguments, tensors_of
 from evolvenet.execution.state_guard import SavedState
+from evolvenet.execution.step import network_outputs
 from evolvenet.surgery.module_handlers import refresh
 
 
@@ -100,9 +100,8 @@ def model_outputs(model: nn.Module, inputs: Any) -> list[Tensor]:
     >>> model_outputs(nn.Linear(2, 3), torch.zeros(4, 2))[0].shape
     torch.Size([4, 3])
     """
-    args, kwargs = arguments(inputs, model=model)
     with isolated(model), op_by_op():
-        return tensors_of(model(*args, **kwargs))
+        return network_outputs(model, inputs)
 
 
 def reset_compiled_code() -> None:

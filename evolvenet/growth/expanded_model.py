@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from evolvenet.errors import ResizeError, SpectrumError
-from evolvenet.execution.inputs import arguments
 from evolvenet.execution.isolation import isolated
+from evolvenet.execution.step import run_model
 from evolvenet.graph.index_map import NEW_UNIT, IndexMap
 from evolvenet.graph.naming import named_tensors
 from evolvenet.graph.width_graph import FOLLOWS, PRODUCES, Tie, Width, WidthGraph
@@ -138,8 +138,7 @@ class Growth:
             ResizeError: if it is no scalar, or has no gradient.
         """
         assert self.loss is not None, "pairs() refuses a growth without a loss"
-        args, kwargs = arguments(inputs, model=self.model)
-        value = self.loss(self.model(*args, **kwargs), targets)
+        value = self.loss(run_model(self.model, inputs), targets)
         if not isinstance(value, Tensor) or value.numel() != 1:
             got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
             raise ResizeError(

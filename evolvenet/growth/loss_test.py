@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from evolvenet.execution.inputs import arguments, first_samples, tensors_of
+from evolvenet.execution.inputs import first_samples
+from evolvenet.execution.step import network_outputs
 from evolvenet.graph.index_map import IndexMap
 from evolvenet.graph.width_graph import CONSUMES, Width, WidthGraph
 from evolvenet.growth.expanded_model import Growth, finite, trial
@@ -196,8 +197,7 @@ class _Trial:
             self.shadows[name].copy_(value)
 
     def _answers(self, inputs: Any) -> list[Tensor]:
-        args, kwargs = arguments(inputs, model=self.growth.model)
-        return tensors_of(self.growth.model(*args, **kwargs))
+        return network_outputs(self.growth.model, inputs)
 
 
 def _fit(answers: Sequence[Tensor], gradients: Gradients) -> bool:

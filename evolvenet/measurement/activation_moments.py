@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from evolvenet.errors import SpectrumError, TraceError
-from evolvenet.execution.inputs import arguments
 from evolvenet.execution.isolation import isolated, op_by_op
 from evolvenet.execution.sampling import evenly, samples_in
+from evolvenet.execution.step import run_model
 from evolvenet.execution.weight_ops import WeightOp, WeightOpMode
 from evolvenet.graph.width_graph import Tie, WidthGraph
 
@@ -148,9 +148,8 @@ def collect(model: nn.Module, graph: WidthGraph, batches: Iterable[Any]) -> Acti
     seen, ran = 0, False
     with isolated(model):
         for batch in batches:
-            args, kwargs = arguments(batch, model=model)
             with op_by_op(WeightOpMode(model, before=partial(_gather, by_tensor, max(1, samples_in(batch)), seen))):
-                model(*args, **kwargs)
+                run_model(model, batch)
             seen += samples_in(batch)
             ran = True
     if not ran or not seen:

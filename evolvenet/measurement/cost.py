@@ -15,8 +15,8 @@ from torch.utils._pytree import tree_flatten, tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
 from evolvenet.errors import TraceError
-from evolvenet.execution.inputs import arguments
 from evolvenet.execution.isolation import isolated, op_by_op
+from evolvenet.execution.step import run_model
 from evolvenet.execution.weight_ops import WeightOp, WeightOpMode
 from evolvenet.graph.index_map import IndexMap
 from evolvenet.graph.naming import named_tensors
@@ -63,10 +63,9 @@ def macs(model: nn.Module, example_inputs: Any) -> int:
     samples = first.shape[0] if first is not None else 1
     failure: Exception | None = None
     for device in ("meta", None):
-        args, kwargs = arguments(tree_map_only(Tensor, lambda t: t.detach().clone(), example_inputs), device, model)
         try:
             with isolated(model, shadows=True, device=device), op_by_op(counter := FlopCounterMode(display=False)):
-                model(*args, **kwargs)
+                run_model(model, tree_map_only(Tensor, lambda t: t.detach().clone(), example_inputs), device)
         except Exception as error:  # noqa: BLE001  the model's own code may raise anything
             failure = error
             continue
@@ -136,7 +135,6 @@ def uses(model: nn.Module, example_inputs: Any) -> dict[str, float]:
     >>> uses(nn.Conv2d(1, 2, 3), torch.zeros(2, 1, 5, 5))
     {'weight': 9.0}
     """
-    args, kwargs = arguments(example_inputs, model=model)
     first = next((leaf for leaf in tree_flatten(example_inputs)[0] if isinstance(leaf, Tensor) and leaf.dim()), None)
     samples = first.shape[0] if first is not None else 1
     found: dict[str, float] = {}
@@ -147,7 +145,7 @@ def uses(model: nn.Module, example_inputs: Any) -> dict[str, float]:
 
     tensors, _, _ = named_tensors(model)
     with isolated(model, shadows=True), op_by_op(WeightOpMode(model, before=count)):
-        model(*args, **kwargs)
+        run_model(model, example_inputs)
     return found
 
 
@@ -160,10 +158,9 @@ def _timed(model: nn.Module, graph: WidthGraph, example_inputs: Any, sizes: Mapp
             few, many = IndexMap.keep(range(min(size, width.size)), width.size), max(0, size - width.size)
             maps[width.name] = IndexMap.grow(width.size, many) if many else few
     trial = copy.deepcopy(model).eval()
-    args, kwargs = arguments(example_inputs, model=model)
     install(trial, compile_surgery(trial, graph, maps))
     with torch.no_grad():
-        return min(_seconds(lambda: trial(*args, **kwargs)) for _ in range(TIMINGS))
+        return min(_seconds(lambda: run_model(trial, example_inputs)) for _ in range(TIMINGS))
 
 
 def _seconds(run: Callable[[], object]) -> float:

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from evolvenet.errors import SpectrumError, TraceError
-from evolvenet.execution.inputs import arguments
 from evolvenet.execution.isolation import isolated, op_by_op
 from evolvenet.execution.sampling import evenly, samples_in
+from evolvenet.execution.step import run_model
 from evolvenet.execution.weight_ops import WeightOp, WeightOpMode, output_positions
 from evolvenet.graph.width_graph import Tie, Width, WidthGraph
 from evolvenet.measurement.activation_moments import CAP, Moments
@@ -63,9 +63,8 @@ def output_spectra(model: nn.Module, graph: WidthGraph, batches: Iterable[Any]) 
     seen = 0
     with isolated(model):
         for batch in batches:
-            args, kwargs = arguments(batch, model=model)
             with op_by_op(WeightOpMode(model, after=partial(_gather, gathered))):
-                model(*args, **kwargs)
+                run_model(model, batch)
             seen += samples_in(batch)
     if not seen:
         raise TraceError("Batches: expected at least one sample of model inputs, got none.")

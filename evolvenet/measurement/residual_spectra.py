@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from evolvenet.errors import SpectrumError
-from evolvenet.execution.inputs import arguments
 from evolvenet.execution.isolation import isolated, op_by_op
+from evolvenet.execution.step import run_model
 from evolvenet.graph.naming import named_tensors
 from evolvenet.graph.width_graph import Width, WidthGraph
 from evolvenet.linalg.spectrum import matricize, residual_operator, singular_values
@@ -130,10 +130,9 @@ def residual_blocks(
     ({}, {'0': "0.weight reads the width '0:in', 2.weight makes the width '2'"})
     """
     tensors, _, _ = named_tensors(model)
-    args, kwargs = arguments(example_inputs, model=model)
     record = Record(tensors)
     with isolated(model), op_by_op(record, fused=False):
-        model(*args, **kwargs)
+        run_model(model, example_inputs)
     found: dict[str, Block] = {}
     refused: dict[str, str] = {}
     for width in graph.resizable:

@@ -227,7 +227,8 @@ def _answers(model: nn.Module, batches: Sequence[Any]) -> list[Tensor]:
 
 
 def _apart(whole: Sequence[Tensor], moved: Sequence[Tensor]) -> float:
-    """Σ‖moved − whole‖² / Σ‖whole − mean over the samples‖²."""
-    apart = sum(float((one - two).square().sum()) for one, two in zip(whole, moved, strict=True))
-    level = sum(float((each - each.mean(0, keepdim=True)).square().sum()) for each in whole if each.dim())
+    """Σ‖moved − whole‖² / Σ‖whole − mean over the samples‖²; outputs that are themselves cut are left out."""
+    pairs = [(one, two) for one, two in zip(whole, moved, strict=True) if one.shape == two.shape]
+    apart = sum(float((one - two).square().sum()) for one, two in pairs)
+    level = sum(float((one - one.mean(0, keepdim=True)).square().sum()) for one, _ in pairs if one.dim())
     return apart / max(level, torch.finfo(torch.float64).tiny)

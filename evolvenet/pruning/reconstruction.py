@@ -18,10 +18,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from evolvenet.execution.inputs import arguments, first_samples
+from evolvenet.execution.inputs import first_samples
 from evolvenet.execution.isolation import isolated, op_by_op
 from evolvenet.execution.residual_sums import ResidualSumMode, TrackedOutput
 from evolvenet.execution.sampling import evenly, samples_in
+from evolvenet.execution.step import run_model
 from evolvenet.execution.weight_ops import WeightOp, output_positions
 from evolvenet.graph.naming import named_tensors
 from evolvenet.graph.width_graph import FOLLOWS, WidthGraph
@@ -105,10 +106,9 @@ def reconstruct(
     readers = _readers(graph, surgery)
     if batch is None or not readers:
         return surgery
-    args, kwargs = arguments(batch, model=model)
     goals = _Goals(readers, effort)
     with isolated(model), op_by_op(mode := ResidualSumMode(model, None, goals.read, goals.sum, goals.bias)):
-        model(*args, **kwargs)
+        run_model(model, batch)
     kept = goals.usable(mode.other_uses)
     if not kept:
         return surgery
@@ -121,7 +121,7 @@ def reconstruct(
                 shadows[name].copy_(change.value)
         fits = _Fits(kept, changes, samples_in(batch), shadows)
         with isolated(model), op_by_op(ResidualSumMode(model, fits.read, None, fits.sum)):
-            model(*args, **kwargs)
+            run_model(model, batch)
         fitted = {name: shadows[name].detach().clone() for name in fits.touched}
     tensors, _, _ = named_tensors(model)
     for name, value in fitted.items():

@@ -20,10 +20,12 @@ from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakTensorKeyDictionary
 
 import evolvenet.tracing.contraction_rules  # registers its rules
+import evolvenet.tracing.loss_rules  # registers its rules
 import evolvenet.tracing.reduction_rules  # noqa: F401  registers its rules
 from evolvenet.errors import TraceError
-from evolvenet.execution.inputs import arguments, tensors_of
+from evolvenet.execution.inputs import tensors_of
 from evolvenet.execution.isolation import isolated, op_by_op
+from evolvenet.execution.step import run_model
 from evolvenet.graph.naming import named_tensors
 from evolvenet.graph.width_graph import WidthGraph
 from evolvenet.tracing.labels import DATA, LABELLED, Label, Ledger
@@ -115,17 +117,16 @@ def _run(model: nn.Module, example_inputs: Any, device: str | None, training: bo
     """One forward pass under `mode`. A train mode that refuses a batch of one is given the batch twice."""
     # A model may write into its inputs; those on another device are copies anyway.
     inputs = tree_map_only(Tensor, lambda t: t.detach().clone(), example_inputs) if device is None else example_inputs
-    args, kwargs = arguments(inputs, device, model)
     model.train(training)
     mode.names = {id(module): name for name, module in model.named_modules()}
     try:
         with op_by_op(mode, fused=False):
-            return model(*args, **kwargs)
+            return run_model(model, inputs, device)
     except ValueError:
         if not training:
             raise
     with op_by_op(mode, fused=False):
-        return model(*_twice(args), **_twice(kwargs))
+        return run_model(model, _twice(inputs), device)
 
 
 def _telling_modes(ledger: Ledger) -> tuple[bool, ...]:

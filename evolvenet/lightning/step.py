@@ -1,0 +1,125 @@
+"""A LightningModule's training or validation step as a function of the module and a batch that leaves nothing behind."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.loggers.logger import DummyLogger
+from torch import nn
+
+MUTED = ("log", "log_dict", "print", "manual_backward", "clip_gradients", "toggle_optimizer", "untoggle_optimizer")
+"""Methods of a LightningModule that do nothing in a step beside training."""
+
+
+class ModuleStep:
+    """Runs one of a LightningModule's steps on a batch, for an `execution.step.Step`.
+
+    Logs, optimizers, schedulers and backward passes do nothing meanwhile. Parameters that the step writes to itself, as a
+    momentum teacher's are, are found in its first run and are as before after each.
+
+    Args:
+        name: "training_step" or "validation_step".
+    """
+
+    def __init__(self, name: str = "training_step") -> None:
+        self.name = name
+        self.written: tuple[str, ...] | None = None
+
+    def __call__(self, module: nn.Module, batch: Any) -> Any:
+        """What the step returns."""
+        assert isinstance(module, LightningModule)
+        parameters = dict(module.named_parameters())
+        names = parameters if self.written is None else self.written
+        before = {name: (parameters[name]._version, parameters[name].detach().clone()) for name in names}
+        try:
+            with without_effects(module):
+                return _called(getattr(module, self.name), batch)
+        finally:
+            changed = [name for name, (version, _) in before.items() if parameters[name]._version != version]
+            with torch.no_grad():
+                for name in changed:
+                    parameters[name].copy_(before[name][1])
+            self.written = tuple(changed)
+
+
+def _called(step: Callable[..., Any], batch: Any) -> Any:
+    """The step with index 0 for whatever else it takes: `batch_idx`, `dataloader_idx`."""
+    given = inspect.signature(step).parameters.values()
+    others = [each for each in given if each.default is each.empty and each.kind is each.POSITIONAL_OR_KEYWORD]
+    return step(batch, *[0] * (len(others) - 1))
+
+
+@contextmanager
+def without_effects(module: LightningModule) -> Iterator[None]:
+    """Logs, optimizers, schedulers and backward passes of a LightningModule and of those in it do nothing.
+
+    A closure given to an optimizer's `step` is run, since it holds a part of the training step.
+    """
+    trainer = module._trainer
+    with ExitStack() as stack:
+        for part in module.modules():
+            if isinstance(part, LightningModule):
+                replaced: dict[str, Any] = dict.fromkeys(MUTED, _nothing)
+                optimizers = part.optimizers(use_pl_optimizer=False) if trainer is not None else []
+                replaced["optimizers"] = _returning(optimizers, StillOptimizer)
+                replaced["lr_schedulers"] = _returning(
+                    part.lr_schedulers() if trainer is not None else None, StillScheduler
+                )
+                stack.enter_context(patch.dict(part.__dict__, replaced))
+        if trainer is not None:
+            stack.callback(setattr, trainer, "loggers", trainer.loggers)
+            trainer.loggers = [DummyLogger() for _ in trainer.loggers]
+        stack.enter_context(patch.object(torch.Tensor, "backward", _nothing))
+        stack.enter_context(patch.object(torch.autograd, "backward", _nothing))
+        yield
+
+
+def _nothing(*args: Any, **kwargs: Any) -> None:
+    """In place of a method that would have an effect."""
+
+
+def _returning(real: Any, kind: Callable[[Any], Any]) -> Callable[..., Any]:
+    """A method that returns stand-ins in the form of the real objects: one, a list, or none."""
+    found = [kind(each) for each in real] if isinstance(real, list) else None if real is None else kind(real)
+    return lambda *args, **kwargs: found
+
+
+class StillOptimizer:
+    """An optimizer whose `step` and `zero_grad` do nothing; everything else is the real one's."""
+
+    def __init__(self, optimizer: Any) -> None:
+        self._optimizer = optimizer
+
+    def step(self, closure: Callable[[], Any] | None = None, **kwargs: Any) -> Any:
+        """Run the closure, if there is one."""
+        return None if closure is None else closure()
+
+    def zero_grad(self, *args: Any, **kwargs: Any) -> None:
+        """Do nothing."""
+
+    @contextmanager
+    def toggle_model(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """Leave `requires_grad` as it is."""
+        yield
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._optimizer, name)
+
+
+class StillScheduler:
+    """A learning rate scheduler whose `step` does nothing; everything else is the real one's."""
+
+    def __init__(self, scheduler: Any) -> None:
+        self._scheduler = scheduler
+
+    def step(self, *args: Any, **kwargs: Any) -> None:
+        """Do nothing."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._scheduler, name)
