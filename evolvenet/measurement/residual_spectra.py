@@ -20,7 +20,7 @@ from evolvenet.execution.step import run_model
 from evolvenet.graph.naming import named_tensors
 from evolvenet.graph.width_graph import Width, WidthGraph
 from evolvenet.linalg.spectrum import matricize, residual_operator, singular_values
-from evolvenet.tracing.op_trace import Op, Record, Value
+from evolvenet.tracing.op_trace import Op, OpTrace, Value
 
 ACTIVATIONS = frozenset(("celu", "elu", "gelu", "hardsigmoid", "hardswish", "hardtanh", "leaky_relu", "mish")) | {
     *("_prelu_kernel", "relu", "selu", "sigmoid", "silu", "softplus", "tanh"),
@@ -130,29 +130,29 @@ def residual_blocks(
     ({}, {'0': "0.weight reads the width '0:in', 2.weight makes the width '2'"})
     """
     tensors, _, _ = named_tensors(model)
-    record = Record(tensors)
-    with isolated(model), op_by_op(record, fused=False):
+    op_trace = OpTrace(tensors)
+    with isolated(model), op_by_op(op_trace, fused=False):
         run_model(model, example_inputs)
     found: dict[str, Block] = {}
     refused: dict[str, str] = {}
     for width in graph.resizable:
         try:
-            found[width.name] = _block(graph, record, tensors, width)
+            found[width.name] = _block(graph, op_trace, tensors, width)
         except SpectrumError as reason:
             refused[width.name] = str(reason)
     return found, refused
 
 
-def _block(graph: WidthGraph, record: Record, tensors: Mapping[str, Tensor], width: Width) -> Block:
+def _block(graph: WidthGraph, op_trace: OpTrace, tensors: Mapping[str, Tensor], width: Width) -> Block:
     one, two, outer = _candidates(graph, width)
-    first, second = _use(record, one), _use(record, two)
-    after, carried = _added(record, second.output)
-    into = _between(record, carried, _before(record, first))
-    inside = _between(record, first.output, _before(record, second))
-    ends = (carried, _before(record, first), first.output, _before(record, second), second.output)
+    first, second = _use(op_trace, one), _use(op_trace, two)
+    after, carried = _added(op_trace, second.output)
+    into = _between(op_trace, carried, _before(op_trace, first))
+    inside = _between(op_trace, first.output, _before(op_trace, second))
+    ends = (carried, _before(op_trace, first), first.output, _before(op_trace, second), second.output)
     dense = tensors[one].dim() == 2
-    _check_sizes([record.shapes[value] for value in ends], dense=dense)
-    front, middle, back = (_scale(record, tensors, ops, dense=dense) for ops in (into, inside, after))
+    _check_sizes([op_trace.shapes[value] for value in ends], dense=dense)
+    front, middle, back = (_scale(op_trace, tensors, ops, dense=dense) for ops in (into, inside, after))
     a, b = _times(tensors[one], middle, front), _times(tensors[two], back, None)
     return Block(width.name, outer, a, b)
 
@@ -177,34 +177,34 @@ def _candidates(graph: WidthGraph, width: Width) -> tuple[str, str, str]:
     return one, two, reads
 
 
-def _before(record: Record, op: Op) -> Value:
+def _before(op_trace: OpTrace, op: Op) -> Value:
     """The one tensor that an op reads besides parameters and buffers."""
-    inputs = [value for value in op.inputs if value not in record.held]
+    inputs = [value for value in op.inputs if value not in op_trace.tensor_names]
     if len(inputs) != 1:
         raise SpectrumError(f"{op.name} reads {len(inputs)} tensors besides parameters")
     return inputs[0]
 
 
-def _between(record: Record, start: Value, stop: Value) -> list[Op]:
+def _between(op_trace: OpTrace, start: Value, stop: Value) -> list[Op]:
     """The ops that make `stop` out of `start`, all of them norms, activations or views."""
     found: list[Op] = []
     while stop > start:
-        op = record.makers.get(stop)
+        op = op_trace.producers.get(stop)
         if op is None:
             break
         _check_passes(op)
         found.append(op)
-        stop = _before(record, op)
+        stop = _before(op_trace, op)
     if stop != start:
         raise SpectrumError("what the first weight reads is not made out of what the second one is added to")
     return found
 
 
-def _added(record: Record, start: Value) -> tuple[list[Op], Value]:
+def _added(op_trace: OpTrace, start: Value) -> tuple[list[Op], Value]:
     """The ops from `start` to an addition, all of them norms, activations or views, and what it is added to."""
     found: list[Op] = []
     while True:
-        readers = record.readers.get(start, [])
+        readers = op_trace.consumers.get(start, [])
         if len(readers) != 1:
             raise SpectrumError(f"what the second weight makes is read {len(readers)} times")
         (op,) = readers
@@ -223,26 +223,26 @@ def _check_passes(op: Op) -> None:
         raise SpectrumError("a batch norm without running statistics scales by what the batch holds")
 
 
-def _use(record: Record, name: str) -> Op:
+def _use(op_trace: OpTrace, name: str) -> Op:
     """The one product or convolution of stride 1 that a weight is used in."""
     uses = {
         op.output: op
-        for value, held in record.held.items()
-        for op in record.readers.get(value, ())
-        if held == name and op.output not in record.held
+        for value, held in op_trace.tensor_names.items()
+        for op in op_trace.consumers.get(value, ())
+        if held == name and op.output not in op_trace.tensor_names
     }
     if len(uses) != 1:
         raise SpectrumError(f"{name} is used {len(uses)} times")
     (op,) = uses.values()
     if op.name in ("mm", "addmm"):
-        turned = record.makers.get(op.args[-1])
-        plain = turned is not None and turned.name == "t" and turned.args[0] in record.own and not op.kwargs
+        turned = op_trace.producers.get(op.args[-1])
+        plain = turned is not None and turned.name == "t" and turned.args[0] in op_trace.own_values and not op.kwargs
     else:
-        plain = op.name == "convolution" and op.args[1] in record.own
+        plain = op.name == "convolution" and op.args[1] in op_trace.own_values
     if not plain:
         raise SpectrumError(f"{name} goes into {op.name} and not as it is into a dense layer or a convolution")
     if op.name == "convolution":
-        _check_convolution(name, op, record.shapes[op.args[1]][2:])
+        _check_convolution(name, op, op_trace.shapes[op.args[1]][2:])
     return op
 
 
@@ -263,18 +263,18 @@ def _check_sizes(shapes: list[tuple[int, ...]], *, dense: bool) -> None:
         raise SpectrumError(f"its places change on the way: {shapes}")
 
 
-def _scale(record: Record, tensors: Mapping[str, Tensor], ops: list[Op], *, dense: bool) -> Tensor | None:
+def _scale(op_trace: OpTrace, tensors: Mapping[str, Tensor], ops: list[Op], *, dense: bool) -> Tensor | None:
     """What the batch norms among the ops multiply each unit with; None without any."""
     found = None
     for op in (op for op in ops if op.name in NORMS):
         weight, variance = op.args[1], op.args[4]
-        if dense and len(record.shapes[op.args[0]]) != 2:
+        if dense and len(op_trace.shapes[op.args[0]]) != 2:
             raise SpectrumError("a batch norm over another axis than the units lies between")
-        if not record.own >= {weight, variance} - {None}:
+        if not op_trace.own_values >= {weight, variance} - {None}:
             raise SpectrumError("a batch norm scales by what is not as it is a parameter or buffer")
-        scale = (tensors[record.held[variance]].double() + op.args[7]).rsqrt()
+        scale = (tensors[op_trace.tensor_names[variance]].double() + op.args[7]).rsqrt()
         if weight is not None:
-            scale = scale * tensors[record.held[weight]].detach().double()
+            scale = scale * tensors[op_trace.tensor_names[weight]].detach().double()
         found = scale if found is None else found * scale
     return found
 

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from evolvenet.tracing.labels import CONSTANT, KERNEL, Label, align, merge, place, varying
+from evolvenet.tracing.labels import CONSTANT, KERNEL, Label, align, arrange, merge, varying
 from evolvenet.tracing.rules import Call, rule
 
 
@@ -20,44 +20,44 @@ def batch_norm(call: Call) -> None:
     """Each channel by itself: its affine parameters and statistics are tied to it."""
     source, outputs = call.args[0], call.outputs
     affine = [t for t in call.tensors[1:] if t.dim() == 1 and t.shape[0] == source.shape[1]]
-    shaped = [[layer.view(1, -1, *[1] * (source.dim() - 2)) for layer in call.read(t).layers] for t in affine]
-    call.put(outputs[0], _normed(call, source, shaped))
+    shaped = [[layer.view(1, -1, *[1] * (source.dim() - 2)) for layer in call.label_of(t).layers] for t in affine]
+    call.label_output(outputs[0], _normed(call, source, shaped))
 
 
 def _normed(call: Call, source: Tensor, affine: Sequence[Sequence[Tensor]]) -> tuple[Tensor, ...]:
     """The layers of what is normalised, joined with those of the norm's own parameters, which data holds fixed."""
-    label = call.read(source)
+    label = call.label_of(source)
     axes = {axis for layer in label.layers for axis in varying(layer)}
     for layers in affine:
         for layer in layers:
             if label.kind != CONSTANT and not axes & set(varying(layer)):
-                call.ledger.freeze(layer, f"{call.place} scales data of a fixed size with it")
-    return merge(call.ledger, [label.layers, *affine])
+                call.label_graph.freeze(layer, f"{call.location} scales data of a fixed size with it")
+    return merge(call.label_graph, [label.layers, *affine])
 
 
 @rule("native_group_norm")
 def group_norm(call: Call) -> None:
     """Channels of one group are normalised together, so whole groups come and go; one single group mixes its units."""
-    source, groups = call.args[0], call.bound("group")
-    affine = [t for t in (call.bound("weight"), call.bound("bias")) if t is not None]
-    shaped = [[layer.view(1, -1, *[1] * (source.dim() - 2)) for layer in call.read(t).layers] for t in affine]
+    source, groups = call.args[0], call.argument("group")
+    affine = [t for t in (call.argument("weight"), call.argument("bias")) if t is not None]
+    shaped = [[layer.view(1, -1, *[1] * (source.dim() - 2)) for layer in call.label_of(t).layers] for t in affine]
     layers = _normed(call, source, shaped)
     for layer in layers:
         channels = layer.reshape(layer.shape[0], layer.shape[1], -1)[:, :, 0]
         if 1 not in varying(layer):
             continue
         if groups == 1:
-            call.ledger.mix(layer, f"{call.place} normalises across its units")
+            call.label_graph.mark_mixed(layer, f"{call.location} normalises across its units")
         else:
             whole_groups(call, channels[0], groups)
-    call.put(call.outputs[0], layers)
+    call.label_output(call.outputs[0], layers)
 
 
 def whole_groups(call: Call, channels: Tensor, groups: int) -> None:
     """Tie the channels `[C]` of each of `groups` equal groups together; at least two groups must remain."""
     blocks = channels.view(groups, -1)
-    call.ledger.union(blocks, blocks[:, :1])
-    call.ledger.whole_groups.append(channels)
+    call.label_graph.union(blocks, blocks[:, :1])
+    call.label_graph.whole_groups.append(channels)
 
 
 @rule("native_layer_norm", "_fused_rms_norm")
@@ -66,39 +66,39 @@ def layer_norm(call: Call) -> None:
     source = call.args[0]
     normalised = set(range(source.dim() - len(call.args[1]), source.dim()))
     affine = [t for t in call.tensors[1:] if t.dim() <= source.dim()]
-    shaped = [[align(layer, source.dim()) for layer in call.read(t).layers] for t in affine]
+    shaped = [[align(layer, source.dim()) for layer in call.label_of(t).layers] for t in affine]
     layers = _normed(call, source, shaped)
     for layer in layers:
         if normalised & set(varying(layer)):
-            call.ledger.mix(layer, f"{call.place} normalises across its units")
-    call.put(call.outputs[0], layers)
+            call.label_graph.mark_mixed(layer, f"{call.location} normalises across its units")
+    call.label_output(call.outputs[0], layers)
 
 
 @rule("_weight_norm_interface", "_weight_norm")
 def weight_norm(call: Call) -> None:
     """A direction times a length for each place of one axis: elementwise; the norm over the rest leaves zeros out."""
     weight = call.args[0]
-    kept = call.bound("dim") % weight.dim()
+    kept = call.argument("dim") % weight.dim()
     # The direction last: of equal layers the last one stays, and its units are those of the origin.
-    layers = merge(call.ledger, [call.read(tensor).layers for tensor in reversed(call.tensors)])
-    call.put(call.outputs[0], layers, origin=call.read(weight).origin)
+    layers = merge(call.label_graph, [call.label_of(tensor).layers for tensor in reversed(call.tensors)])
+    call.label_output(call.outputs[0], layers, origin=call.label_of(weight).origin)
     for norms in call.outputs[1:]:
-        call.put(norms, [layer for layer in layers if set(varying(layer)) <= {kept}])
+        call.label_output(norms, [layer for layer in layers if set(varying(layer)) <= {kept}])
 
 
 @rule("embedding")
 def embedding(call: Call) -> None:
     """Rows are picked by the data; columns are units."""
     weight, indices = call.args[0], call.args[1]
-    label = call.read(weight)
+    label = call.label_of(weight)
     out = []
     for layer in label.layers:
         if 0 in varying(layer):
-            call.ledger.freeze(layer, f"{call.place} looks its rows up by data")
+            call.label_graph.freeze(layer, f"{call.location} looks its rows up by data")
         else:
-            call.ledger.role(label.origin, layer, consumed=False)
+            call.label_graph.role(label.origin, layer, consumed=False)
             out.append(layer.view((1,) * indices.dim() + (-1,)))
-    call.put(call.out, out)
+    call.label_output(call.out, out)
 
 
 @rule("mm", "addmm", "bmm", "baddbmm", "mv", "dot", "vdot", "addmv", "addbmm")
@@ -116,8 +116,12 @@ def matrix_product(call: Call) -> None:
     }.get(call.op, ("nk", "km", "nm"))
     layers = contract(call, operands[0], names[0], operands[1], names[1], names[2])
     if bias is not None:
-        layers = merge(call.ledger, [layers, [align(layer, len(names[2])) for layer in call.read(bias).layers]])
-    call.put(call.out, layers, origin=call.read(operands[0]).origin if _of_weights(call, operands) else None)
+        layers = merge(
+            call.label_graph, [layers, [align(layer, len(names[2])) for layer in call.label_of(bias).layers]]
+        )
+    call.label_output(
+        call.out, layers, origin=call.label_of(operands[0]).origin if _of_weights(call, operands) else None
+    )
 
 
 def _of_weights(call: Call, operands: Sequence[Tensor]) -> bool:
@@ -125,9 +129,9 @@ def _of_weights(call: Call, operands: Sequence[Tensor]) -> bool:
 
     A table of coordinates that a dense layer reads is a buffer: that is a product with data.
     """
-    origins = [call.read(operand).origin for operand in operands]
+    origins = [call.label_of(operand).origin for operand in operands]
     vectors = min(operand.dim() for operand in operands) == 1
-    return None not in origins and (vectors or call.ledger.trainable.issuperset(origins))
+    return None not in origins and (vectors or call.label_graph.trainable.issuperset(origins))
 
 
 def contract(
@@ -136,7 +140,7 @@ def contract(
     """Labels through a sum over the names that the output lacks; returns the output's layers."""
     every = {name: position for position, name in enumerate(dict.fromkeys(one_names + two_names))}
     summed = {name for name in every if name not in out_names}
-    sides = [(call.read(t), names, t) for t, names in ((one, one_names), (two, two_names))]
+    sides = [(call.label_of(t), names, t) for t, names in ((one, one_names), (two, two_names))]
     passed: list[list[Tensor]] = [[], []]
     of_weights = _of_weights(call, (one, two))
     for side, (label, names, _) in enumerate(sides):
@@ -144,20 +148,20 @@ def contract(
         for layer in label.layers:
             over = {names[dim] for dim in varying(layer)}
             if not of_weights:
-                call.ledger.role(label.origin, layer, consumed=bool(over & summed))
+                call.label_graph.role(label.origin, layer, consumed=bool(over & summed))
             elif over & summed and min(len(one_names), len(two_names)) > 1:
                 # W = B A: what A makes is what B reads; which way the ends face, the use of W tells.
-                call.ledger.role(label.origin, layer, consumed=side == 0)
+                call.label_graph.role(label.origin, layer, consumed=side == 0)
             if not over & summed:
                 passed[side].append(layer)
                 continue
             partners = [p for p in other.layers if {other_names[d] for d in varying(p)} & over & summed]
-            _tie(call, place(layer, names, every), [place(p, other_names, every) for p in partners], other)
+            _tie(call, arrange(layer, names, every), [arrange(p, other_names, every) for p in partners], other)
             if not (label.origin or other.origin):
-                call.ledger.mix(layer, f"{call.place} multiplies it with another activation")
+                call.label_graph.mark_mixed(layer, f"{call.location} multiplies it with another activation")
     target = {name: position for position, name in enumerate(out_names)}
     return merge(
-        call.ledger,
+        call.label_graph,
         _finest([list(_onto(layers, names, target)) for layers, (_, names, _) in zip(passed, sides, strict=True)]),
     )
 
@@ -176,32 +180,32 @@ def _finest(sides: Sequence[list[Tensor]]) -> list[list[Tensor]]:
 
 def _tie(call: Call, layer: Tensor, partners: Sequence[Tensor], other: Label) -> None:
     for partner in partners:
-        call.ledger.union(layer, partner)
+        call.label_graph.union(layer, partner)
     if not partners and other.kind != CONSTANT:
-        call.ledger.freeze(layer, f"{call.place} reads data of a fixed size with it")
+        call.label_graph.freeze(layer, f"{call.location} reads data of a fixed size with it")
 
 
 def _onto(layers: Sequence[Tensor], names: str, target: dict[str, int]) -> Iterator[Tensor]:
     for layer in layers:
         dims = [dim for dim, name in enumerate(names) if name in target]
         kept = layer.reshape([layer.shape[dim] for dim in dims])
-        yield place(kept, [names[dim] for dim in dims], target)
+        yield arrange(kept, [names[dim] for dim in dims], target)
 
 
 @rule("convolution", "_convolution", "mkldnn_convolution", "cudnn_convolution")
 def convolution(call: Call) -> None:
     """A contraction over the input channels; with groups, whole groups of input and output channels are one unit."""
     source, weight = call.args[0], call.args[1]
-    bias, groups, transposed = call.bound("bias"), call.bound("groups", 1), call.bound("transposed", False)
+    bias, groups, transposed = call.argument("bias"), call.argument("groups", 1), call.argument("transposed", False)
     if source.dim() != weight.dim():
-        return call.freeze_all(f"{call.place} runs without a batch dimension")
+        return call.freeze_all(f"{call.location} runs without a batch dimension")
     space = "xyz"[: weight.dim() - 2]
     names = ("co" if transposed else "oc") + space
-    inputs = call.read(source).layers
+    inputs = call.label_of(source).layers
     _set_kernel_aside(call, weight)
     for layer in inputs:
         if 1 not in varying(layer):
-            call.ledger.freeze(layer, f"{call.place} works along its units")
+            call.label_graph.freeze(layer, f"{call.location} works along its units")
     if groups == 1:
         layers = contract(call, source, "bc" + space.upper(), weight, names, "bo" + space.upper())
         layers = tuple(layer for layer in layers if 1 in varying(layer))
@@ -209,20 +213,20 @@ def convolution(call: Call) -> None:
         layers = grouped(call, inputs, weight, groups, names.index("o"))
     if bias is not None:
         shape = (1, -1) + (1,) * len(space)
-        layers = merge(call.ledger, [layers, [layer.view(shape) for layer in call.read(bias).layers]])
-    call.put(call.out, layers)
+        layers = merge(call.label_graph, [layers, [layer.view(shape) for layer in call.label_of(bias).layers]])
+    call.label_output(call.out, layers)
     return None
 
 
 def _set_kernel_aside(call: Call, weight: Tensor) -> None:
     """A kernel's extent counts positions, and with groups its second axis counts within one group: no widths."""
-    label = call.read(weight)
-    units = 2 if call.bound("groups", 1) == 1 else 1
+    label = call.label_of(weight)
+    units = 2 if call.argument("groups", 1) == 1 else 1
     kept = tuple(layer for layer in label.layers if min(varying(layer)) < units)
     for layer in label.layers:
         if min(varying(layer)) >= units:
-            call.ledger.freeze(layer, KERNEL)
-    call.write(weight, replace(label, layers=kept))
+            call.label_graph.freeze(layer, KERNEL)
+    call.set_label(weight, replace(label, layers=kept))
 
 
 def grouped(call: Call, inputs: Sequence[Tensor], weight: Tensor, groups: int, out_dim: int) -> tuple[Tensor, ...]:
@@ -231,7 +235,7 @@ def grouped(call: Call, inputs: Sequence[Tensor], weight: Tensor, groups: int, o
     The weight's first axis counts over all groups (outputs; inputs when transposed), its second within one, so the
     second keeps its size. Depthwise is the case of one input channel a group.
     """
-    label = call.read(weight)
+    label = call.label_of(weight)
     rows = next((layer for layer in label.layers if 0 in varying(layer)), None)
     if rows is None:
         return ()
@@ -240,10 +244,10 @@ def grouped(call: Call, inputs: Sequence[Tensor], weight: Tensor, groups: int, o
     firsts = channels.view(groups, -1)[:, :1]
     carried = [layer for layer in inputs if 1 in varying(layer)]
     if not carried:
-        call.ledger.freeze(channels, f"{call.place} reads data of a fixed size with it")
+        call.label_graph.freeze(channels, f"{call.location} reads data of a fixed size with it")
     for layer in carried:
         per_channel = layer.transpose(0, 1).reshape(layer.shape[1], -1)
-        call.ledger.union(per_channel.view(groups, -1), firsts)
+        call.label_graph.union(per_channel.view(groups, -1), firsts)
     if out_dim == 0:
         return (channels.view(1, -1, *[1] * (weight.dim() - 2)),)
     spread = firsts.expand(groups, weight.shape[1]).reshape(1, -1, *[1] * (weight.dim() - 2))

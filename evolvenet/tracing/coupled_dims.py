@@ -1,9 +1,9 @@
-"""What can be tried with widths that do not survive their trial alone: numbers in attributes, heads, partners.
+"""Candidate fixes for widths that fail their trial alone: units to tie together and attributes to update.
 
-Code such as `x.view(b, t, self.num_heads, self.head_dim)` holds Python numbers that labels cannot see. But it shows that
-it treats the units as a grid of heads × places in a head, so units can go in slices (one place of every head) or by whole
-heads; and the numbers themselves can follow, where an attribute has both the name and the value of one. Everything
-proposed here is only an idea: it counts once its trial has passed.
+Code such as `x.view(b, t, self.num_heads, self.head_dim)` has sizes in Python numbers, which have no labels. But the view
+lays the units out as a grid of heads × places in a head, so two kinds of fix are possible: tying the units of one place
+in all heads ("slice") or those of one head ("head"), and updating attributes whose name and value are those of a size. A
+fix is accepted only after its trial has passed.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from evolvenet.graph.width_graph import Width
-from evolvenet.tracing.grouping import Built
-from evolvenet.tracing.labels import Ledger
+from evolvenet.tracing.grouping import GroupedWidths
+from evolvenet.tracing.labels import LabelGraph
 
 PLAIN, SLICE, HEAD = "plain", "slice", "head"
 
@@ -30,23 +30,23 @@ input_size num_hiddens shape"""
 _HEAD_SIZES = """head_dim attention_head_size key_value_proj_dim d_kv dim_head head_size dim_per_head d_head key_dim val_dim
 head_width"""
 _HEAD_COUNTS = "num_heads n_heads num_attention_heads nhead heads n_head num_key_value_heads"
-NAMES: Mapping[str, frozenset[str]] = {
+ATTRIBUTE_NAMES: Mapping[str, frozenset[str]] = {
     PLAIN: frozenset(_SIZES.split()),
     SLICE: frozenset(_SIZES.split() + _HEAD_SIZES.split()),
     HEAD: frozenset(_SIZES.split() + _HEAD_COUNTS.split()),
 }
-"""Attribute names that hold the size of a width, by the kind of remedy. Add your own model's to the frozen sets."""
+"""Attribute names that hold the size of a width, by the kind of fix."""
 
 
 @dataclass(frozen=True)
-class Proposal:
-    """One idea for one or several failing widths.
+class CandidateFix:
+    """One candidate fix for one or several failing widths.
 
     Args:
-        anchors: of the widths that it would mend.
-        kind: "plain", "slice" or "head": which attribute names may follow.
-        edges: ids that become one unit, pairwise.
-        key: equal for proposals of the same structure, which are tried together.
+        anchors: of the widths that it fixes.
+        kind: "plain", "slice" or "head": which attribute names may be updated, see `ATTRIBUTE_NAMES`.
+        edges: two equally long tensors of ids that are tied element by element.
+        key: equal for fixes of the same structure, which are tried together.
     """
 
     anchors: tuple[int, ...]
@@ -57,63 +57,63 @@ class Proposal:
 
 @dataclass(frozen=True)
 class Grid:
-    """A failing width's units as heads × places: `ids[h, d]` is one id of that unit."""
+    """The units of a failing width as heads × places: `ids[h, d]` is one id of place d in head h."""
 
     width: Width
     anchor: int
     ids: Tensor
 
 
-Remedy = Callable[[Built, Ledger, Sequence[str]], list[Proposal]]
+FixStrategy = Callable[[GroupedWidths, LabelGraph, Sequence[str]], list[CandidateFix]]
 
 
-def attributes_follow(built: Built, ledger: Ledger, failed: Sequence[str]) -> list[Proposal]:
-    """Units may go one by one if attributes that hold their number follow."""
-    grids = {grid.width.name for grid in _grids(built, ledger, failed)}
+def update_attributes(built: GroupedWidths, label_graph: LabelGraph, failed: Sequence[str]) -> list[CandidateFix]:
+    """Update the attributes that hold the number of units; no units are tied."""
+    grids = {grid.width.name for grid in _grids(built, label_graph, failed)}
     rest = [name for name in failed if name not in grids]
-    return [Proposal((built.anchors[n],), PLAIN, _none(), structure(built.graph.widths[n])) for n in rest]
+    return [CandidateFix((built.anchors[n],), PLAIN, _no_edges(), structure(built.graph.widths[n])) for n in rest]
 
 
-def pieces_of_one_split(built: Built, ledger: Ledger) -> list[Proposal]:
-    """One place goes of every equal piece that the code cuts a tensor into, where each piece is a width of its own.
+def pieces_of_one_split(built: GroupedWidths, label_graph: LabelGraph) -> list[CandidateFix]:
+    """Tie corresponding units of equal pieces that the code splits a tensor into, if each piece is a width of its own.
 
-    `chunk(3)` and `split(n)` cut elsewhere as soon as one piece has another size than the rest, so this needs no trial
-    to show it.
+    `chunk(3)` and `split(n)` split at other indices as soon as one piece has another size than the rest, so these fixes
+    are applied without a trial of the untied widths.
     """
     names = {members: name for name, members in built.members.items()}
-    found: dict[tuple[int, ...], Proposal] = {}
-    for ids in ledger.grids.values():
+    found: dict[tuple[int, ...], CandidateFix] = {}
+    for ids in label_graph.grids.values():
         rows = [names.get(tuple(dict.fromkeys(row))) for row in built.component[ids.numpy()].tolist()]
         widths = [built.graph.widths[row] for row in dict.fromkeys(rows) if row is not None]
         if None in rows or len(widths) < 2 or all(width.frozen for width in widths):
             continue
         anchors = tuple(built.anchors[width.name] for width in widths)
         if len({width.size for width in widths}) == 1 and not any(set(anchors) & set(taken) for taken in found):
-            found[anchors] = Proposal(anchors, PLAIN, _join_rows(ids), (len(rows), widths[0].size))
+            found[anchors] = CandidateFix(anchors, PLAIN, _tie_columns(ids), (len(rows), widths[0].size))
     return list(found.values())
 
 
-def slices(built: Built, ledger: Ledger, failed: Sequence[str]) -> list[Proposal]:
-    """One place of every head goes together."""
+def slices(built: GroupedWidths, label_graph: LabelGraph, failed: Sequence[str]) -> list[CandidateFix]:
+    """Tie the units of one place in all heads."""
     return [
-        Proposal((grid.anchor,), SLICE, _join_rows(grid.ids), structure(grid.width))
-        for grid in _grids(built, ledger, failed)
+        CandidateFix((grid.anchor,), SLICE, _tie_columns(grid.ids), structure(grid.width))
+        for grid in _grids(built, label_graph, failed)
     ]
 
 
-def slices_of_one_module(built: Built, ledger: Ledger, failed: Sequence[str]) -> list[Proposal]:
-    """One place of every head goes, of queries, keys and values alike: they share a head size."""
-    return _by_module(built, ledger, failed, SLICE)
+def slices_of_one_module(built: GroupedWidths, label_graph: LabelGraph, failed: Sequence[str]) -> list[CandidateFix]:
+    """Tie the units of one place in all heads of queries, keys and values, which have the same head size."""
+    return _by_module(built, label_graph, failed, SLICE)
 
 
-def heads_of_one_module(built: Built, ledger: Ledger, failed: Sequence[str]) -> list[Proposal]:
-    """Whole heads go, of queries, keys and values alike: they share a number of heads."""
-    return _by_module(built, ledger, failed, HEAD)
+def heads_of_one_module(built: GroupedWidths, label_graph: LabelGraph, failed: Sequence[str]) -> list[CandidateFix]:
+    """Tie the units of one head of queries, keys and values, which have the same number of heads."""
+    return _by_module(built, label_graph, failed, HEAD)
 
 
-def slices_with_stream(built: Built, ledger: Ledger, failed: Sequence[str]) -> list[Proposal]:
-    """One place of every head goes, and as many channels of the stream around, where both must be equally many."""
-    grids = _grids(built, ledger, failed)
+def slices_with_stream(built: GroupedWidths, label_graph: LabelGraph, failed: Sequence[str]) -> list[CandidateFix]:
+    """Tie the units of one place in all heads to as many channels of a residual stream that is as wide as all heads."""
+    grids = _grids(built, label_graph, failed)
     plain = [name for name in failed if name not in {grid.width.name for grid in grids}]
     found = []
     for size, rows in sorted({(grid.ids.numel(), len(grid.ids)) for grid in grids}):
@@ -121,44 +121,44 @@ def slices_with_stream(built: Built, ledger: Ledger, failed: Sequence[str]) -> l
         streams = [name for name in plain if built.graph.widths[name].size == size]
         if not streams:
             continue
-        # Any pairing of channels with slices will do, so take neighbours: their places stay together in every weight.
+        # Any pairing of channels with slices is valid; neighbours stay contiguous in every weight.
         views = [_ids(built, name).view(-1, rows).T for name in streams] + [grid.ids for grid in chosen]
         anchors = [built.anchors[name] for name in streams] + [grid.anchor for grid in chosen]
         found.append(
-            Proposal(tuple(anchors), SLICE, _join([_join_rows(v) for v in views], [v[0] for v in views]), size)
+            CandidateFix(tuple(anchors), SLICE, _tie_all([_tie_columns(v) for v in views], [v[0] for v in views]), size)
         )
     return found
 
 
-REMEDIES: tuple[Remedy, ...] = (
-    attributes_follow,
+FIX_STRATEGIES: tuple[FixStrategy, ...] = (
+    update_attributes,
     slices_with_stream,
     slices,
     slices_of_one_module,
     heads_of_one_module,
 )
-"""In the order in which they are tried. A stream that no attribute mends and that is as wide as the heads together most
-likely hangs with them, and finding that out first saves many trials; of the rest the finest come first."""
+"""In the order in which they are tried. A residual stream that fails and is as wide as all heads together most likely has
+to have their size, and trying that first saves many trials; of the others the finest come first."""
 
 
-def patches(model: nn.Module, width: Width, kind: str) -> tuple[tuple[str, str], ...]:
-    """(module path, attribute) of the numbers that follow a width: right name, right value, on or above its modules."""
+def attributes_to_update(model: nn.Module, width: Width, kind: str) -> tuple[tuple[str, str], ...]:
+    """(module path, attribute) of all attributes with a width's size as value and a name of a size, on or above its modules."""
     totals: dict[tuple[str, int], int] = defaultdict(int)
     for tie in width.ties:
         totals[tie.tensor, tie.dim] += tie.repeat * width.size
     values = {width.size} | {total * k for total in totals.values() for k in (1, 2, 3, 4)}
-    paths = dict.fromkeys(path for tie in width.ties for path in _upwards(tie.module))
+    paths = dict.fromkeys(path for tie in width.ties for path in _ancestors(tie.module))
     others = {path: _other_lengths(model, path, totals) for path in paths}
     return tuple(
         (path, name)
         for path in paths
         for name, value in vars(model.get_submodule(path)).items()
-        if name in NAMES[kind] and number_in(value) in values - others[path] and number_in(value) > 1
+        if name in ATTRIBUTE_NAMES[kind] and single_number(value) in values - others[path] and single_number(value) > 1
     )
 
 
-def number_in(value: object) -> int:
-    """The number that an attribute holds, `8` or `(8, 1, 1)`; 0 if it holds anything else."""
+def single_number(value: object) -> int:
+    """The number in an attribute's value, `8` or `(8, 1, 1)`; 0 if it is anything else."""
     if type(value) is int:
         return value
     longer = [entry for entry in value if entry != 1] if isinstance(value, tuple) else []
@@ -166,7 +166,7 @@ def number_in(value: object) -> int:
 
 
 def _other_lengths(model: nn.Module, path: str, totals: Mapping[tuple[str, int], int]) -> set[int]:
-    """Lengths of a module's own axes that the width does not fill, unless it fills another of that length."""
+    """Lengths of a module's axes that the width does not fill, except those of axes that it does fill."""
     filled, other = set(), set()
     for name, tensor in model.get_submodule(path).named_parameters(path, recurse=False):
         for dim, length in enumerate(tensor.shape):
@@ -174,17 +174,17 @@ def _other_lengths(model: nn.Module, path: str, totals: Mapping[tuple[str, int],
     return other - filled
 
 
-def _upwards(path: str) -> Iterator[str]:
+def _ancestors(path: str) -> Iterator[str]:
     while path:
         yield path
         path = path.rpartition(".")[0]
     yield ""
 
 
-def _grids(built: Built, ledger: Ledger, failed: Sequence[str]) -> list[Grid]:
-    """The grid of every failing width that the model's code has laid out as one, each unit once."""
+def _grids(built: GroupedWidths, label_graph: LabelGraph, failed: Sequence[str]) -> list[Grid]:
+    """The grids of the failing widths that the model's code has laid out as one, with each unit once."""
     by_first: dict[int, list[Tensor]] = defaultdict(list)
-    for ids in ledger.grids.values():
+    for ids in label_graph.grids.values():
         if bool((ids >= 0).all()) and min(ids.shape) > 1:
             by_first[int(built.component[int(ids[0, 0])])].append(ids)
     found = []
@@ -197,50 +197,50 @@ def _grids(built: Built, ledger: Ledger, failed: Sequence[str]) -> list[Grid]:
     return found
 
 
-def _by_module(built: Built, ledger: Ledger, failed: Sequence[str], kind: str) -> list[Proposal]:
-    together: dict[tuple[str, int], list[Grid]] = defaultdict(list)
-    for grid in _grids(built, ledger, failed):
-        together[_block(grid.width), len(grid.ids)].append(grid)
+def _by_module(built: GroupedWidths, label_graph: LabelGraph, failed: Sequence[str], kind: str) -> list[CandidateFix]:
+    by_module: dict[tuple[str, int], list[Grid]] = defaultdict(list)
+    for grid in _grids(built, label_graph, failed):
+        by_module[_enclosing_module(grid.width), len(grid.ids)].append(grid)
     found = []
-    for (_, rows), grids in together.items():
+    for (_, rows), grids in by_module.items():
         views = [grid.ids.T if kind == HEAD else grid.ids for grid in grids]
         if len({view.shape[1] for view in views}) > 1:
             continue
-        edges = _join([_join_rows(view) for view in views], [view[0] for view in views])
+        edges = _tie_all([_tie_columns(view) for view in views], [view[0] for view in views])
         key = (rows, tuple(structure(grid.width) for grid in grids))
-        found.append(Proposal(tuple(grid.anchor for grid in grids), kind, edges, key))
+        found.append(CandidateFix(tuple(grid.anchor for grid in grids), kind, edges, key))
     return found
 
 
-def _block(width: Width) -> str:
-    """Path around the module of a width's first producer: where a fused projection and separate ones meet."""
+def _enclosing_module(width: Width) -> str:
+    """Path of the module that holds a width's projections: its first producer if it is a fused one, else the parent."""
     first = (width.producers or width.ties)[0].module
     return first if any(tie.module == first and tie.start for tie in width.ties) else first.rpartition(".")[0]
 
 
-def _join_rows(ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Edges that make every column of `[rows, columns]` one unit."""
+def _tie_columns(ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Edges that tie each column of `[rows, columns]` together."""
     return ids.reshape(-1), ids[:1].expand_as(ids).reshape(-1)
 
 
-def _join(edges: Sequence[tuple[Tensor, Tensor]], firsts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """All edges, and those that make the equally long `firsts` one."""
+def _tie_all(edges: Sequence[tuple[Tensor, Tensor]], firsts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """All edges, and those that tie the equally long `firsts` to each other."""
     across = [(row, firsts[0]) for row in firsts[1:]]
     ones, twos = zip(*edges, *across, strict=True)
     return torch.cat(ones), torch.cat(twos)
 
 
-def _none() -> tuple[Tensor, Tensor]:
+def _no_edges() -> tuple[Tensor, Tensor]:
     return torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.int64)
 
 
-def _ids(built: Built, name: str) -> Tensor:
+def _ids(built: GroupedWidths, name: str) -> Tensor:
     """One id of every unit of a width, in order."""
     _, first = np.unique(built.component, return_index=True)
     return torch.from_numpy(first[list(built.members[name])])
 
 
 def structure(width: Width) -> tuple[object, ...]:
-    """What a width looks like apart from where it stands: equal ones pass or fail their trials alike."""
-    shows = {(".".join(tie.tensor.split(".")[-2:]), tie.dim, tie.role, tie.repeat) for tie in width.ties}
-    return width.size, tuple(sorted(shows))
+    """The size and ties of a width without module paths: widths of equal structure pass or fail trials alike."""
+    ties = {(".".join(tie.tensor.split(".")[-2:]), tie.dim, tie.role, tie.repeat) for tie in width.ties}
+    return width.size, tuple(sorted(ties))

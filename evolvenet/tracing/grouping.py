@@ -1,4 +1,8 @@
-"""From a ledger of ties to a `WidthGraph`: connected components are units, units that show alike form a width."""
+"""From a `LabelGraph` to a `WidthGraph`.
+
+The connected components of the label graph are the model's units. Units that occur on the same axes equally often, with the
+same reasons to be frozen, are grouped into one width, and every axis of a tensor is divided into segments of widths.
+"""
 
 from __future__ import annotations
 
@@ -11,22 +15,22 @@ from torch import Tensor, nn
 
 from evolvenet.graph.naming import named_tensors
 from evolvenet.graph.width_graph import CONSUMES, FOLLOWS, PRODUCES, Segment, Width, WidthGraph, assemble
-from evolvenet.tracing.labels import KERNEL, AxisIds, Ledger
+from evolvenet.tracing.labels import KERNEL, AxisIds, LabelGraph
 
-Parts = tuple[tuple[int | None, int, int], ...]
+AxisRuns = tuple[tuple[int | None, int, int], ...]
 """An axis as runs of (group or None, length, repeat)."""
 
 
 @dataclass(frozen=True)
 class Group:
-    """Units with one and the same structure, before they have a name.
+    """Units of the same structure: a width before it has a name.
 
     Args:
         members: their component numbers, in order.
-        anchor: the first id of the first member; it stays the same when units are joined further.
-        frozen: why they must stay, or None.
-        mixed: which op mixes them, or None.
-        smallest: the fewest that may remain.
+        anchor: first id of the first member; it does not change when more units are tied.
+        frozen: why the width is frozen, or None.
+        mixed: the op in which they influence each other, or None.
+        smallest: smallest number of units that may remain.
     """
 
     members: tuple[int, ...]
@@ -37,15 +41,15 @@ class Group:
 
 
 @dataclass(frozen=True)
-class Built:
-    """A graph with what later steps need to find its widths in the ledger again.
+class GroupedWidths:
+    """A width graph with the place of its widths in the label graph.
 
     Args:
         graph: the graph.
         component: component of every id, `[units]`.
         anchors: name of every width → its anchor.
         members: name of every width → its components, in order.
-        joined: names of the widths whose units were joined beyond what the ledger says.
+        joined: names of the widths whose units are tied by a fix.
     """
 
     graph: WidthGraph
@@ -55,19 +59,19 @@ class Built:
     joined: frozenset[str] = frozenset()
 
 
-def build_graph(model: nn.Module, ledger: Ledger) -> Built:
-    """Group units into widths and lay every axis out as segments of them."""
-    component = ledger.components()
-    ledger.spread_roles()
-    groups = _groups(ledger, component)
+def build_graph(model: nn.Module, label_graph: LabelGraph) -> GroupedWidths:
+    """Group units into widths and divide every axis into segments of them."""
+    component = label_graph.components()
+    label_graph.propagate_roles()
+    groups = _groups(label_graph, component)
     where = {member: (g, u) for g, group in enumerate(groups) for u, member in enumerate(group.members)}
-    layouts: dict[str, dict[int, Parts]] = defaultdict(dict)
-    disordered = _partly_treated(ledger, component, groups, where)
-    for axis in ledger.axes:
+    layouts: dict[str, dict[int, AxisRuns]] = defaultdict(dict)
+    disordered = _partly_changed(label_graph, component, groups, where)
+    for axis in label_graph.axes:
         places = [where[int(c)] for c in component[axis.start : axis.start + axis.size]]
         layouts[axis.tensor][axis.dim] = _segments(places, groups, axis, disordered)
     tensors, aliases, trainable = named_tensors(model)
-    names = _names(groups, layouts, ledger, trainable)
+    names = _names(groups, layouts, label_graph, trainable)
     widths = {name: _width(name, groups[g], disordered.get(g)) for g, name in names.items()}
     named = {
         tensor: {
@@ -77,17 +81,17 @@ def build_graph(model: nn.Module, ledger: Ledger) -> Built:
         for tensor in tensors
     }
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    graph = assemble(widths, named, shapes, trainable, aliases, ledger.roles)
+    graph = assemble(widths, named, shapes, trainable, aliases, label_graph.roles)
     anchors = {name: groups[g].anchor for g, name in names.items()}
-    return Built(graph, component, anchors, {name: groups[g].members for g, name in names.items()})
+    return GroupedWidths(graph, component, anchors, {name: groups[g].members for g, name in names.items()})
 
 
-def _partly_treated(
-    ledger: Ledger, component: np.ndarray, groups: Sequence[Group], where: Mapping[int, tuple[int, int]]
+def _partly_changed(
+    label_graph: LabelGraph, component: np.ndarray, groups: Sequence[Group], where: Mapping[int, tuple[int, int]]
 ) -> dict[int, str]:
-    """Groups of which an op has changed some units and not the others, `h[:, :4] *= 2`: they differ by their place."""
+    """{group: reason} for groups of which an op changes some units and not the others, such as `h[:, :4] *= 2`."""
     found: dict[int, str] = {}
-    for ids, reason in ledger.treated.items():
+    for ids, reason in label_graph.changed.items():
         members = np.unique(component[np.frombuffer(ids, np.int64)])
         inside = Counter(where[member][0] for member in members.tolist() if member in where)
         for group, count in inside.items():
@@ -101,28 +105,31 @@ def _width(name: str, group: Group, disorder: str | None) -> Width:
     return Width(name, len(group.members), frozen=frozen, mixed=group.mixed, smallest=group.smallest)
 
 
-def _groups(ledger: Ledger, component: np.ndarray) -> list[Group]:
-    """Components with equal counts on equal axes and equal notes, in order of their first id."""
-    frozen, mixed = (_notes(book, component) for book in (ledger.frozen, ledger.mixed))
-    whole = {int(c) for labels in ledger.whole_groups for c in component[labels.reshape(-1).numpy()]}
-    shows = _shows(ledger, component, frozen)
+def _groups(label_graph: LabelGraph, component: np.ndarray) -> list[Group]:
+    """Groups of components with equal signatures and equal reasons, in order of their first id."""
+    frozen, mixed = (_reasons(entries, component) for entries in (label_graph.frozen, label_graph.mixed))
+    whole = {int(c) for labels in label_graph.whole_groups for c in component[labels.reshape(-1).numpy()]}
+    signatures = _signatures(label_graph, component, frozen)
     _, first = np.unique(component, return_index=True)
     together: dict[tuple[bytes, str | None, str | None, bool], list[int]] = defaultdict(list)
-    for member in sorted(shows, key=lambda m: first[m]):
-        together[shows[member], frozen.get(member), mixed.get(member), member in whole].append(member)
+    for member in sorted(signatures, key=lambda m: first[m]):
+        together[signatures[member], frozen.get(member), mixed.get(member), member in whole].append(member)
     return [
         Group(tuple(members), int(first[members[0]]), frozen=key[1], mixed=key[2], smallest=2 if key[3] else 1)
         for key, members in together.items()
     ]
 
 
-def _shows(ledger: Ledger, component: np.ndarray, frozen: dict[int, str]) -> dict[int, bytes]:
-    """For every component that a tensor holds, on which axes it shows how often, in a form that compares."""
+def _signatures(label_graph: LabelGraph, component: np.ndarray, frozen: dict[int, str]) -> dict[int, bytes]:
+    """{component: bytes} that are equal for components that occur on the same axes equally often.
+
+    Components of tensors that never ran are added to `frozen`.
+    """
     rows = []
-    for number, axis in enumerate(ledger.axes):
+    for number, axis in enumerate(label_graph.axes):
         members, counts = np.unique(component[axis.start : axis.start + axis.size], return_counts=True)
         rows.append(np.stack([members, np.full_like(members, number), counts], axis=1))
-        if axis.tensor not in ledger.order:
+        if axis.tensor not in label_graph.first_use:
             for member in members.tolist():
                 frozen.setdefault(member, "never ran on the example inputs")
     table = np.concatenate(rows) if rows else np.zeros((0, 3), np.int64)
@@ -136,19 +143,21 @@ def _shows(ledger: Ledger, component: np.ndarray, frozen: dict[int, str]) -> dic
     }
 
 
-def _notes(book: Sequence[tuple[Tensor, str]], component: np.ndarray) -> dict[int, str]:
+def _reasons(entries: Sequence[tuple[Tensor, str]], component: np.ndarray) -> dict[int, str]:
     found: dict[int, str] = {}
-    for labels, reason in book:
+    for labels, reason in entries:
         for member in np.unique(component[labels.numpy()]).tolist():
             found.setdefault(member, reason)
     return found
 
 
-def _segments(places: list[tuple[int, int]], groups: list[Group], axis: AxisIds, disordered: dict[int, str]) -> Parts:
-    """Cut an axis into (group, length, repeat) runs that hold all units of a group in order.
+def _segments(
+    places: list[tuple[int, int]], groups: list[Group], axis: AxisIds, disordered: dict[int, str]
+) -> AxisRuns:
+    """Divide an axis into (group, length, repeat) runs that hold all units of a group in order.
 
-    A group whose units stand in another order anywhere is noted in `disordered`: how its new units would have to be
-    laid out there is not known.
+    A group whose units are in another order on the axis is added to `disordered`: where new units would have to be
+    inserted is not known.
     """
     parts: list[tuple[int | None, int, int]] = []
     start = 0
@@ -170,26 +179,33 @@ def _segments(places: list[tuple[int, int]], groups: list[Group], axis: AxisIds,
 
 
 def _names(
-    groups: list[Group], layouts: Mapping[str, Mapping[int, Parts]], ledger: Ledger, trainable: frozenset[str]
+    groups: list[Group],
+    layouts: Mapping[str, Mapping[int, AxisRuns]],
+    label_graph: LabelGraph,
+    trainable: frozenset[str],
 ) -> dict[int, str]:
-    """Name every group that holds parameters after its first producer, in execution order."""
-    late = len(ledger.order)
-    shows: dict[int, list[tuple[bool, int, str, int]]] = defaultdict(list)
+    """{group: name} of every group with parameters: the module of its first producer in execution order."""
+    late = len(label_graph.first_use)
+    occurrences: dict[int, list[tuple[bool, int, str, int]]] = defaultdict(list)
     for tensor, axes in layouts.items():
         for dim, parts in axes.items():
-            # A weight's own use names its units, before what is added to it.
-            role = ledger.roles.get((tensor, dim), FOLLOWS) if (tensor, dim) not in ledger.lent else FOLLOWS
+            # A role inherited from a weight that is added (LoRA) does not name a width.
+            role = (
+                label_graph.roles.get((tensor, dim), FOLLOWS)
+                if (tensor, dim) not in label_graph.inherited_roles
+                else FOLLOWS
+            )
             for group in {part[0] for part in parts if part[0] is not None}:
-                shows[group].append((role != PRODUCES, ledger.order.get(tensor, late), tensor, dim))
+                occurrences[group].append((role != PRODUCES, label_graph.first_use.get(tensor, late), tensor, dim))
     names: dict[int, str] = {}
     taken: set[str] = set()
-    for group in sorted(shows, key=lambda g: min((show[1], show[0]) for show in shows[g])):
-        if groups[group].frozen == KERNEL or not any(show[2] in trainable for show in shows[group]):
+    for group in sorted(occurrences, key=lambda g: min((entry[1], entry[0]) for entry in occurrences[g])):
+        if groups[group].frozen == KERNEL or not any(entry[2] in trainable for entry in occurrences[group]):
             continue
-        not_produced, _, tensor, dim = min(shows[group])
+        not_produced, _, tensor, dim = min(occurrences[group])
         module = tensor.rpartition(".")[0] or tensor
-        reads = ledger.roles.get((tensor, dim)) == CONSUMES
-        base = module if not not_produced else f"{module}:in" if reads else f"{tensor}[{dim}]"
+        consumes = label_graph.roles.get((tensor, dim)) == CONSUMES
+        base = module if not not_produced else f"{module}:in" if consumes else f"{tensor}[{dim}]"
         name, count = base, 2
         while name in taken:
             name, count = f"{base}#{count}", count + 1

@@ -1,8 +1,11 @@
-"""Label layers: which unit every element of a tensor belongs to, and the ledger of what was found tied to what.
+"""Label layers, which say to which unit each element of a tensor belongs, and the graph of units that are tied together.
 
-A *unit* is one place of one axis of one parameter or buffer; it has an id. A *layer* is an int64 tensor that says, for
-each element of some tensor, the unit it belongs to; it is stored at size 1 along the dimensions in which it is constant.
-A weight `[out, in]` has two layers, its activations usually one. Id −1 means "no unit here" (padding, data).
+A *unit* is one index of one axis of one parameter or buffer; it has an integer id. A *label layer* of a tensor is an
+int64 tensor that holds the id of the unit of each element; it is stored at size 1 along dimensions in which it is
+constant. A weight `[out, in]` has two label layers, its activations usually one. Id −1 means "no unit" (padding, data).
+
+The rules of `rules` pass label layers through the ops of a model and add an edge to the `LabelGraph` for every two units
+that an op ties together. Connected components of that graph are units that can only be resized together.
 """
 
 from __future__ import annotations
@@ -23,18 +26,19 @@ DATA = "data"
 CONSTANT = "constant"
 LABELLED = "labelled"
 KERNEL = "counts positions of a kernel, not units"
+"""Why the spatial axes of a convolution's weight are frozen."""
 
 
 @dataclass(frozen=True)
 class Label:
-    """What is known of one tensor.
+    """The label layers of one tensor and where it comes from.
 
     Args:
-        layers: its label layers, each with the tensor's number of dimensions.
-        kind: "labelled"; "data" (comes from outside or has lost its labels: it will not follow a resize);
-            "constant" (made by the model's own code during the run from current shapes: it may well follow).
-        origin: the parameter or buffer that the tensor is a rearrangement of, or that it was made from together with
-            other parameters alone; None for what depends on data.
+        layers: label layers, each with the tensor's number of dimensions.
+        kind: "labelled"; "data" (an input, or computed without labels: its size does not change with a width's);
+            "constant" (made during the run from the shapes of other tensors: its size may change with a width's).
+        origin: name of the parameter or buffer that the tensor is a rearrangement of, or that it was computed from
+            together with other parameters only; None for what depends on data.
     """
 
     layers: tuple[Tensor, ...] = ()
@@ -44,7 +48,7 @@ class Label:
 
 @dataclass(frozen=True)
 class AxisIds:
-    """Ids `start … start + size − 1` belong to the places of axis `dim` of a tensor."""
+    """The units of axis `dim` of a tensor: the ids `start … start + size − 1`."""
 
     tensor: str
     dim: int
@@ -53,8 +57,28 @@ class AxisIds:
 
 
 @dataclass
-class Ledger:
-    """What one or several runs of the model have shown. Filled by the rules, read once by `components`."""
+class LabelGraph:
+    """Units as nodes, ties between them as edges, from one or several runs of the model.
+
+    Args:
+        axes: the axes of parameters and buffers in the order of their ids.
+        units: number of ids given so far.
+        edges: pairs of equally long id tensors that are tied element by element.
+        frozen: ids that must keep their number, with the reason.
+        mixed: ids that influence each other in an op, with the op.
+        whole_groups: ids of the channels of grouped ops, of which at least two groups must remain.
+        roles: (tensor, axis) → whether the weight produces or consumes the axis's units.
+        trainable: names of the parameters.
+        same_roles: pairs of axes of weights that are added to each other.
+        inherited_roles: the axes whose role is that of another axis in `same_roles`.
+        first_use: tensor → rank of its first use in the run.
+        output_shapes: of the model's outputs.
+        grids: id grids `[rows, columns]` that the model's code has laid units out as, by their bytes.
+        placeholder_ties: (layer, placeholders) as flat, equally long id tensors; see `add_placeholders`.
+        placeholder_ids: the ids of all placeholders.
+        changed: sets of ids (their bytes) that an op changes, with the op; see `mark_changed`.
+        modes_with_new_tensors: for each run, whether it used a tensor that no earlier run had used.
+    """
 
     axes: list[AxisIds] = field(default_factory=list)
     units: int = 0
@@ -64,18 +88,18 @@ class Ledger:
     whole_groups: list[Tensor] = field(default_factory=list)
     roles: dict[tuple[str, int], str] = field(default_factory=dict)
     trainable: frozenset[str] = frozenset()
-    equals: list[tuple[tuple[str, int], tuple[str, int]]] = field(default_factory=list)
-    lent: set[tuple[str, int]] = field(default_factory=set)
-    order: dict[str, int] = field(default_factory=dict)
-    outputs: list[tuple[int, ...]] = field(default_factory=list)
+    same_roles: list[tuple[tuple[str, int], tuple[str, int]]] = field(default_factory=list)
+    inherited_roles: set[tuple[str, int]] = field(default_factory=set)
+    first_use: dict[str, int] = field(default_factory=dict)
+    output_shapes: list[tuple[int, ...]] = field(default_factory=list)
     grids: dict[bytes, Tensor] = field(default_factory=dict)
-    rows: list[tuple[Tensor, Tensor]] = field(default_factory=list)
-    row_ids: set[int] = field(default_factory=set)
-    treated: dict[bytes, str] = field(default_factory=dict)
-    modes: list[bool] = field(default_factory=list)
+    placeholder_ties: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    placeholder_ids: set[int] = field(default_factory=set)
+    changed: dict[bytes, str] = field(default_factory=dict)
+    modes_with_new_tensors: list[bool] = field(default_factory=list)
 
-    def enroll(self, name: str, shape: Sequence[int]) -> tuple[Tensor, ...]:
-        """Give ids to every axis longer than 1 of a parameter or buffer; a size-1 axis is a broadcast, not a width."""
+    def add_tensor(self, name: str, shape: Sequence[int]) -> tuple[Tensor, ...]:
+        """Give ids to each axis longer than 1 of a parameter or buffer (one of size 1 broadcasts); its label layers."""
         layers = []
         for dim, size in enumerate(shape):
             if size > 1:
@@ -86,14 +110,14 @@ class Ledger:
         return tuple(layers)
 
     def union(self, first: Tensor, second: Tensor) -> None:
-        """Corresponding elements (after broadcasting) are one unit; a partner without a unit freezes the other."""
+        """Tie corresponding elements (after broadcasting); one whose partner belongs to no unit is frozen."""
         if first.shape == second.shape and torch.equal(first, second):
             return
         one, two = (part.reshape(-1) for part in torch.broadcast_tensors(first, second))
         real = (one >= 0) & (two >= 0)
         if not bool(real.all()):
-            lonely = torch.cat([one[(two < 0) & (one >= 0)], two[(one < 0) & (two >= 0)]])
-            self.freeze(lonely, "tied to places that belong to no unit (padding or data)")
+            unpaired = torch.cat([one[(two < 0) & (one >= 0)], two[(one < 0) & (two >= 0)]])
+            self.freeze(unpaired, "tied to places that belong to no unit (padding or data)")
             one, two = one[real], two[real]
         if len(one) > 4096:
             pairs = torch.unique(one * self.units + two)
@@ -101,102 +125,106 @@ class Ledger:
         if len(one):
             self.edges.append((one, two))
 
-    def grid(self, layer: Tensor) -> None:
-        """Remember a layer whose units vary along two dimensions: the model's code sees them as rows × columns."""
+    def add_grid(self, layer: Tensor) -> None:
+        """Keep a layer whose units vary along two dimensions: the model's code has laid them out as rows × columns."""
         if len(varying(layer)) == 2 and layer.numel() <= self.units:
             rows = layer.squeeze()
             first = dict.fromkeys(map(tuple, rows.tolist()))
             kept = torch.tensor(list(first))
             self.grids.setdefault(kept.numpy().tobytes(), kept)
 
-    def pieces(self, parts: Sequence[Tensor]) -> None:
-        """Remember equal pieces that the model's code has cut units into, as a grid of pieces × places."""
+    def add_pieces(self, parts: Sequence[Tensor]) -> None:
+        """Keep equal pieces that the model's code has split units into, as a grid of pieces × units of a piece."""
         rows = [part.reshape(-1) for part in parts]
         if len(rows) > 1 and len({len(row) for row in rows}) == 1 and len(rows[0]) > 1:
             self.grids.setdefault(torch.stack(rows).numpy().tobytes(), torch.stack(rows))
 
-    def row_units(self, layer: Tensor, dims: set[int]) -> Tensor:
-        """A stand-in for what is left of a grid of units once an op has summed over some of its dimensions.
+    def add_placeholders(self, layer: Tensor, dims: set[int]) -> Tensor:
+        """New ids for the rows of a grid of units that an op has reduced over `dims`: the layer of its result.
 
-        A norm over every head leaves one number a head, which need not tie the head's units to each other: they do so
-        only where something else turns out to be tied to that number (`components` finds out).
+        A norm over each head results in one number per head, which alone does not tie the units of a head to each other.
+        `components` ties them if their placeholder is tied to a unit of a tensor, frozen or mixed.
         """
         shape = [1 if dim in dims else size for dim, size in enumerate(layer.shape)]
-        stand_in = torch.arange(self.units, self.units + math.prod(shape)).view(shape)
-        self.units += stand_in.numel()
-        self.row_ids.update(stand_in.reshape(-1).tolist())
-        self.follow_rows(layer, stand_in)
-        return stand_in
+        placeholders = torch.arange(self.units, self.units + math.prod(shape)).view(shape)
+        self.units += placeholders.numel()
+        self.placeholder_ids.update(placeholders.reshape(-1).tolist())
+        self.tie_to_placeholders(layer, placeholders)
+        return placeholders
 
-    def follow_rows(self, layer: Tensor, stand_in: Tensor) -> None:
-        """The rows of a grid go together if their stand-in turns out to be tied to something."""
-        one, two = torch.broadcast_tensors(layer, stand_in)
-        self.rows.append((one.reshape(-1), two.reshape(-1)))
+    def tie_to_placeholders(self, layer: Tensor, placeholders: Tensor) -> None:
+        """Tie the units of each row of a grid to the row's placeholder, under the condition in `add_placeholders`."""
+        one, two = torch.broadcast_tensors(layer, placeholders)
+        self.placeholder_ties.append((one.reshape(-1), two.reshape(-1)))
 
-    def stands_in(self, layer: Tensor) -> bool:
-        """Whether a layer holds stand-ins for rows alone."""
-        return bool(self.row_ids) and int(layer.reshape(-1)[0]) in self.row_ids
+    def is_placeholder(self, layer: Tensor) -> bool:
+        """Whether a layer holds placeholders."""
+        return bool(self.placeholder_ids) and int(layer.reshape(-1)[0]) in self.placeholder_ids
 
     def freeze(self, labels: Tensor, reason: str) -> None:
-        """These units keep their number; the first reason given is the one reported."""
-        self._note(self.frozen, labels, reason)
+        """Freeze units; of several reasons for a unit the first one is reported."""
+        self._append(self.frozen, labels, reason)
 
-    def treat(self, labels: Tensor, reason: str) -> None:
-        """These units are changed by an op: if others of their width are not, they differ and must stay."""
+    def mark_changed(self, labels: Tensor, reason: str) -> None:
+        """Keep which units an op changes: a width of which an op changes some units and not others is frozen."""
         found = torch.unique(labels)
-        self.treated.setdefault(found[found >= 0].numpy().tobytes(), reason)
+        self.changed.setdefault(found[found >= 0].numpy().tobytes(), reason)
 
-    def mix(self, labels: Tensor, reason: str) -> None:
-        """These units influence each other there: growing cannot keep the function exactly."""
-        self._note(self.mixed, labels, reason)
+    def mark_mixed(self, labels: Tensor, reason: str) -> None:
+        """Keep that units influence each other in an op, so that growth cannot preserve the function exactly."""
+        self._append(self.mixed, labels, reason)
 
     @staticmethod
-    def _note(book: list[tuple[Tensor, str]], labels: Tensor, reason: str) -> None:
+    def _append(entries: list[tuple[Tensor, str]], labels: Tensor, reason: str) -> None:
         found = torch.unique(labels)
         found = found[found >= 0]
         if len(found):
-            book.append((found, reason))
+            entries.append((found, reason))
 
     def role(self, origin: str | None, layer: Tensor, consumed: bool) -> None:
-        """Remember whether an axis of a weight makes units or reads them; a consumer stays one."""
+        """Keep whether an axis of a weight produces or consumes its units; one that consumes them once is a consumer."""
         axis = None if origin is None or layer.numel() == 0 else self._axis(int(layer.reshape(-1)[0]))
         if axis is not None and (consumed or axis not in self.roles):
             self.roles[axis] = CONSUMES if consumed else PRODUCES
 
-    def alike(self, layers: Sequence[Tensor]) -> None:
-        """Axes of weights that are added to each other make units or read them alike."""
+    def share_role(self, layers: Sequence[Tensor]) -> None:
+        """Axes of weights that are added to each other have the same role."""
         axes = dict.fromkeys(self._axis(int(layer.reshape(-1)[0])) for layer in layers)
-        self.equals += permutations([axis for axis in axes if axis is not None], 2)
+        self.same_roles += permutations([axis for axis in axes if axis is not None], 2)
 
-    def spread_roles(self) -> None:
-        """Give the axes that are alike the role of the one that a use has shown."""
-        for _ in self.equals:
-            found = {two: self.roles[one] for one, two in self.equals if one in self.roles and two not in self.roles}
+    def propagate_roles(self) -> None:
+        """Give axes without a role the role of an axis that they are paired with in `same_roles`."""
+        for _ in self.same_roles:
+            found = {
+                two: self.roles[one] for one, two in self.same_roles if one in self.roles and two not in self.roles
+            }
             if not found:
                 break
             self.roles.update(found)
-            self.lent.update(found)
+            self.inherited_roles.update(found)
 
     def _axis(self, label: int) -> tuple[str, int] | None:
-        """(tensor, axis) of a unit's id; None for a stand-in, which has none."""
+        """(tensor, axis) of a unit's id; None for a placeholder."""
         found = bisect_right(self.axes, label, key=lambda axis: axis.start) - 1
         if found < 0 or label >= self.axes[found].start + self.axes[found].size:
             return None
         return self.axes[found].tensor, self.axes[found].dim
 
     def components(self) -> np.ndarray:
-        """Component of every id, int array `[units]`.
+        """Number of the connected component of every id, int array `[units]`.
 
-        A row of a grid becomes one unit as soon as its stand-in is tied to a place of a tensor, or must not change.
+        The units of a grid's row are tied if the row's placeholder is connected to a unit of a tensor, frozen or mixed.
         """
         component = _connected(self.units, self.edges)
-        held = np.concatenate([np.arange(axis.start, axis.start + axis.size) for axis in self.axes] or [[]]).astype(int)
-        held = np.concatenate([held, *(labels.numpy() for labels, _ in (*self.frozen, *self.mixed))])
-        whole = [pair for pair in self.rows if bool((pair[0] >= 0).all())]
+        fixed = np.concatenate([np.arange(axis.start, axis.start + axis.size) for axis in self.axes] or [[]]).astype(
+            int
+        )
+        fixed = np.concatenate([fixed, *(labels.numpy() for labels, _ in (*self.frozen, *self.mixed))])
+        whole = [pair for pair in self.placeholder_ties if bool((pair[0] >= 0).all())]
         joined: list[tuple[Tensor, Tensor]] = []
-        # Each pass joins one pair or more that the passes before it made due, or is the last.
+        # Each pass joins at least one more pair, or is the last.
         for _ in whole:
-            real = set(component[held].tolist())
+            real = set(component[fixed].tolist())
             due = [pair for pair in whole if not real.isdisjoint(component[pair[1].numpy()].tolist())]
             if len(due) == len(joined):
                 break
@@ -219,7 +247,7 @@ def _connected(units: int, edges: Sequence[tuple[Tensor, Tensor]]) -> np.ndarray
 
 
 def varying(layer: Tensor) -> tuple[int, ...]:
-    """Dimensions along which a layer's unit changes."""
+    """Dimensions along which a layer varies."""
     return tuple(dim for dim, size in enumerate(layer.shape) if size > 1)
 
 
@@ -228,7 +256,7 @@ def compress(labels: Tensor) -> Tensor:
     for dim, size in enumerate(labels.shape):
         if size > 1:
             first = labels.narrow(dim, 0, 1)
-            # Two corners tell most layers that vary without looking at all of them.
+            # Comparing two corners first finds most layers that vary without comparing all elements.
             if labels.stride(dim) == 0 or (
                 _corner(first) == _corner(labels.narrow(dim, size - 1, 1)) and bool((labels == first).all())
             ):
@@ -241,9 +269,9 @@ def _corner(labels: Tensor) -> int:
 
 
 def reshaped(layer: Tensor, old: Sequence[int], new: Sequence[int]) -> Tensor:
-    """The layer of a tensor of shape `old` after a view as `new`, without spreading it over where it is constant.
+    """The layer of a tensor of shape `old` after a view as `new`, still of size 1 where it is constant.
 
-    Old and new dimensions fall into runs of equal products; where a layer is constant over a run, it stays so.
+    Old and new dimensions are divided into runs of equal products; a layer that is constant over a run stays so.
     """
     before: list[int] = []
     after: list[int] = []
@@ -265,7 +293,7 @@ def reshaped(layer: Tensor, old: Sequence[int], new: Sequence[int]) -> Tensor:
 
 
 def useful(layers: Iterable[Tensor]) -> tuple[Tensor, ...]:
-    """Layers that still tell units apart; one without any variation or any unit is dropped."""
+    """The layers that distinguish units: constant ones and those without any unit are dropped."""
     return tuple(layer for layer in layers if layer.numel() > 1 and bool((layer >= 0).any()))
 
 
@@ -274,30 +302,30 @@ def align(layer: Tensor, dims: int) -> Tensor:
     return layer.view((1,) * (dims - layer.dim()) + tuple(layer.shape))
 
 
-def merge(ledger: Ledger, groups: Sequence[Sequence[Tensor]]) -> tuple[Tensor, ...]:
-    """Join the layers of several aligned tensors that are combined element by element.
+def merge(label_graph: LabelGraph, groups: Sequence[Sequence[Tensor]]) -> tuple[Tensor, ...]:
+    """The layers of the elementwise combination of several tensors, given the layers of each with equal dimensions.
 
-    Layers that vary along a common dimension describe the same units and are united; the smaller one stays.
+    Layers that vary along a common dimension are tied to each other; the smallest one of them is kept.
     """
     merged: list[Tensor] = []
-    # Stand-ins come last: they follow the finer layers that they stand in for.
-    for layer in sorted((layer for layers in groups for layer in layers), key=ledger.stands_in):
+    # Placeholders come last, so that they can be tied to finer layers.
+    for layer in sorted((layer for layers in groups for layer in layers), key=label_graph.is_placeholder):
         axes = set(varying(layer))
-        finer = [other for other in merged if axes < set(varying(other))] if ledger.stands_in(layer) else []
+        finer = [other for other in merged if axes < set(varying(other))] if label_graph.is_placeholder(layer) else []
         if finer:
             for other in finer:
-                ledger.follow_rows(other, layer)
+                label_graph.tie_to_placeholders(other, layer)
             continue
         shared = [k for k, other in enumerate(merged) if set(varying(other)) & axes]
         for k in shared:
-            ledger.union(merged[k], layer)
+            label_graph.union(merged[k], layer)
         smallest = min([layer, *(merged[k] for k in shared)], key=lambda each: each.numel())
         merged = [other for k, other in enumerate(merged) if k not in shared] + [smallest]
     return tuple(merged)
 
 
-def place(layer: Tensor, names: Sequence[str], target: Mapping[str, int]) -> Tensor:
-    """Rearrange a layer whose dimensions are `names` onto a grid in which name `n` is dimension `target[n]`."""
+def arrange(layer: Tensor, names: Sequence[str], target: Mapping[str, int]) -> Tensor:
+    """A layer with dimensions `names`, rearranged so that name `n` is dimension `target[n]`."""
     grid = [1] * len(target)
     order = sorted(range(len(names)), key=lambda dim: target[names[dim]])
     for dim in order:

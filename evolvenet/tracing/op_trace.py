@@ -1,4 +1,4 @@
-"""A model's run, operation by operation: what was made out of what."""
+"""The data flow of one run of a model: which op produced and which ops consumed every tensor."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from evolvenet.tracing.trace import TracingMode
 
 
 class Value(int):
-    """Number of a tensor in a `Record`; one that is written into gets a new number."""
+    """Number of a tensor in an `OpTrace`; a tensor that is written to in place gets a new one."""
 
 
 @dataclass(frozen=True)
 class Op:
-    """One operation that ran.
+    """One op that has run.
 
     Args:
-        name: "convolution", "add", …; of one in place that of the other.
+        name: "convolution", "add", …; an in-place op has the name of the other one.
         args: its arguments, with a `Value` for every tensor.
         kwargs: the same by keyword.
         inputs: the tensors among them.
@@ -36,60 +36,60 @@ class Op:
     output: Value
 
 
-class Record(TracingMode):
-    """Lets every op run as it is and writes down what it read and made.
+class OpTrace(TracingMode):
+    """Runs every op unchanged and records its inputs and its output.
 
     Args:
         tensors: parameters and buffers by name.
 
     Attributes:
         shapes: of every value.
-        makers: for every value but inputs and `own` ones the op that made it.
-        readers: the ops that read a value.
-        own: the values of the tensors themselves.
-        held: name of the tensor for each of `own` and for all that is made of them alone.
+        producers: value → the op that produced it; inputs and `own_values` have none.
+        consumers: value → the ops that consumed it.
+        own_values: the values of `tensors`.
+        tensor_names: value → name of the tensor, for `own_values` and for what is computed from them alone.
 
     >>> import torch
     >>> weight = torch.ones(3, 2)
-    >>> with (record := Record({"weight": weight})):
+    >>> with (op_trace := OpTrace({"weight": weight})):
     ...     made = torch.mm(torch.ones(1, 2), weight.t()).relu_()
-    >>> [op.name for op in record.makers.values()]
+    >>> [op.name for op in op_trace.producers.values()]
     ['ones', 't', 'mm', 'relu']
-    >>> sorted(record.held.values())
+    >>> sorted(op_trace.tensor_names.values())
     ['weight', 'weight']
     """
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         super().__init__()
         self.shapes: list[tuple[int, ...]] = []
-        self.makers: dict[Value, Op] = {}
-        self.readers: dict[Value, list[Op]] = {}
+        self.producers: dict[Value, Op] = {}
+        self.consumers: dict[Value, list[Op]] = {}
         self._values = WeakTensorKeyDictionary()
-        self.held: dict[Value, str] = {self._new(tensor): name for name, tensor in tensors.items()}
-        self.own = frozenset(self.held)
+        self.tensor_names: dict[Value, str] = {self._new(tensor): name for name, tensor in tensors.items()}
+        self.own_values = frozenset(self.tensor_names)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run the op and write it down."""
-        numbered, named = tree_map_only(Tensor, self._of, (args, kwargs or {}))
+        """Run the op and record it."""
+        numbered, named = tree_map_only(Tensor, self._value_of, (args, kwargs or {}))
         out = super().__torch_dispatch__(func, types, args, kwargs)
         made = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
         if made:
             name = func._schema.name.rpartition("::")[2]
             if func._schema.is_mutable:
                 name = name.removesuffix("_")
-                self._forget(made)
+                self._renumber(made)
             inputs = tuple(leaf for leaf in tree_leaves((numbered, named)) if isinstance(leaf, Value))
             self._note(Op(name, numbered, named, inputs, self._new(made[0])))
         return out
 
     def _note(self, op: Op) -> None:
-        self.makers[op.output] = op
+        self.producers[op.output] = op
         for value in set(op.inputs):
-            self.readers.setdefault(value, []).append(op)
-        if op.inputs and all(value in self.held for value in op.inputs):
-            self.held[op.output] = self.held[op.inputs[0]]
+            self.consumers.setdefault(value, []).append(op)
+        if op.inputs and all(value in self.tensor_names for value in op.inputs):
+            self.tensor_names[op.output] = self.tensor_names[op.inputs[0]]
 
-    def _of(self, tensor: Tensor) -> Value:
+    def _value_of(self, tensor: Tensor) -> Value:
         known = self._values.get(tensor)
         return self._new(tensor) if known is None else known
 
@@ -98,8 +98,8 @@ class Record(TracingMode):
         self.shapes.append(tuple(tensor.shape))
         return value
 
-    def _forget(self, written: list[Tensor]) -> None:
-        """What shares memory with a tensor that was written into is no longer what it was."""
+    def _renumber(self, written: list[Tensor]) -> None:
+        """Give a new number to all tensors that share memory with one that was written to."""
         places = {tensor.untyped_storage()._cdata for tensor in written}
         for tensor in [tensor for tensor in self._values if tensor.untyped_storage()._cdata in places]:
             self._new(tensor)

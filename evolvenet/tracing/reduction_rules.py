@@ -21,24 +21,24 @@ def reduction(call: Call) -> None:
     source = call.args[0]
     if len(call.tensors) > 1:
         return elementwise(call)
-    given = call.bound("dim")
+    given = call.argument("dim")
     dims = range(source.dim()) if given is None or given == [] else ([given] if isinstance(given, int) else given)
     reduced = {dim % source.dim() for dim in dims} if source.dim() else set()
     positions = "arg" in call.op or (call.op in ("aten::max", "aten::min", "aten::median") and given is not None)
     kept = []
-    for layer in call.read(source).layers:
+    for layer in call.label_of(source).layers:
         over = reduced & set(varying(layer))
         if over:
-            note = call.ledger.freeze if positions else call.ledger.mix
-            note(layer, f"{call.place} runs over its units")
+            note = call.label_graph.freeze if positions else call.label_graph.mark_mixed
+            note(layer, f"{call.location} runs over its units")
         if not over:
             kept.append(layer)
         elif over != set(varying(layer)) and not positions and bool((layer >= 0).all()):
-            kept.append(call.ledger.row_units(layer, over))
+            kept.append(call.label_graph.add_placeholders(layer, over))
     for out in call.outputs:
         shrunk = out.dim() != source.dim()
-        call.put(
-            out, [_squeeze(layer, reduced) if shrunk else layer for layer in kept], origin=call.read(source).origin
+        call.label_output(
+            out, [_squeeze(layer, reduced) if shrunk else layer for layer in kept], origin=call.label_of(source).origin
         )
     return None
 
@@ -54,16 +54,16 @@ def softmax(call: Call) -> None:
     Where units lie on a grid (branches × channels), those that compete with each other come and go together.
     """
     source = call.args[0]
-    axis = call.bound("dim") % max(source.dim(), 1)
-    layers = call.read(source).layers
+    axis = call.argument("dim") % max(source.dim(), 1)
+    layers = call.label_of(source).layers
     for layer in layers:
         if axis not in varying(layer):
             continue
         if len(varying(layer)) > 1:
-            call.ledger.union(layer, layer.narrow(axis, 0, 1))
+            call.label_graph.union(layer, layer.narrow(axis, 0, 1))
         else:
-            call.ledger.freeze(layer, f"{call.place} makes its units compete")
-    call.put(call.out, layers)
+            call.label_graph.freeze(layer, f"{call.location} makes its units compete")
+    call.label_output(call.out, layers)
 
 
 SPATIAL = {"1d": 1, "2d": 2, "3d": 3}
@@ -79,7 +79,7 @@ def spatial(call: Call) -> None:
     """Works along the last one to three dimensions and leaves the others alone."""
     source = call.args[0]
     last = next((count for mark, count in SPATIAL.items() if mark in call.op), 2)
-    call.treat(source)
+    call.mark_changed(source)
     _along(call, set(range(source.dim() - last, source.dim())))
 
 
@@ -88,18 +88,18 @@ def by_place(call: Call) -> None:
     """What comes out at a place depends on where it stands along a dimension: units must not lie there."""
     source = call.args[0]
     matrix = call.op in ("aten::tril", "aten::triu")
-    dims = (-2, -1) if matrix else (call.bound("dim"),)
-    call.treat(source)
+    dims = (-2, -1) if matrix else (call.argument("dim"),)
+    call.mark_changed(source)
     _along(call, {dim % max(source.dim(), 1) for dim in dims})
 
 
 def _along(call: Call, worked: set[int]) -> None:
     source = call.args[0]
     kept = []
-    for layer in call.read(source).layers:
+    for layer in call.label_of(source).layers:
         if worked & set(varying(layer)):
-            call.ledger.freeze(layer, f"{call.place} works along its units")
+            call.label_graph.freeze(layer, f"{call.location} works along its units")
         else:
             kept.append(layer)
     for out in call.outputs:
-        call.put(out, kept)
+        call.label_output(out, kept)

@@ -1,8 +1,8 @@
-"""How label layers pass through an operation: one table from ATen op to rule, an uncovered op freezes its widths.
+"""Label rules: how label layers pass through an op. `RULES` maps ATen ops to rules; an op without one freezes its units.
 
-Four families cover most of ATen: *movement* (the op itself, run on the labels), *elementwise* (corresponding elements
-are one unit), *contraction* (units along the contracted dimension are one unit) and *reduction*. What is recognised by
-the op's own schema or tags needs no entry; the rest is registered by name with `rule`.
+Most of ATen falls into four families: *movement* (the op itself is run on the label layers), *elementwise* (corresponding
+elements are tied), *contraction* (units along the contracted dimension are tied) and *reduction*. Movement and elementwise
+ops are recognised by their schema or tags; all others are registered by name with `rule`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from evolvenet.tracing.labels import (
     DATA,
     LABELLED,
     Label,
-    Ledger,
+    LabelGraph,
     align,
     compress,
     merge,
@@ -33,16 +33,27 @@ from evolvenet.tracing.labels import (
 
 @dataclass(frozen=True)
 class Call:
-    """One operation as it ran: what a rule may look at."""
+    """One op that has run: the input of a rule.
+
+    Args:
+        func: the op.
+        args: its positional arguments.
+        kwargs: its keyword arguments.
+        out: its result.
+        where: path and type of the module that ran it.
+        label_graph: to which the rule adds ties.
+        label_of: gives the label of a tensor.
+        set_label: sets that of a tensor.
+    """
 
     func: OpOverload
     args: Sequence[Any]
     kwargs: dict[str, Any]
     out: Any
     where: str
-    ledger: Ledger
-    read: Callable[[Tensor], Label]
-    write: Callable[[Tensor, Label], None]
+    label_graph: LabelGraph
+    label_of: Callable[[Tensor], Label]
+    set_label: Callable[[Tensor, Label], None]
 
     @property
     def op(self) -> str:
@@ -60,11 +71,11 @@ class Call:
         return [leaf for leaf in tree_flatten((self.args, self.kwargs))[0] if isinstance(leaf, Tensor)]
 
     @property
-    def place(self) -> str:
-        """Where in the model, for a reason that a person reads."""
+    def location(self) -> str:
+        """Op and module, as named in reasons."""
         return f"{self.op} in {self.where}"
 
-    def bound(self, name: str, default: Any = None) -> Any:
+    def argument(self, name: str, default: Any = None) -> Any:
         """An argument by its schema name."""
         for position, argument in enumerate(self.func._schema.arguments):
             if argument.name == name:
@@ -73,21 +84,23 @@ class Call:
                 return self.kwargs.get(name, argument.default_value)
         return default
 
-    def put(self, tensor: Tensor, layers: Sequence[Tensor], fallback: str = DATA, origin: str | None = None) -> None:
-        """Label an output; without any useful layer it becomes `fallback`."""
+    def label_output(
+        self, tensor: Tensor, layers: Sequence[Tensor], fallback: str = DATA, origin: str | None = None
+    ) -> None:
+        """Set the label of an output; without any useful layer its kind is `fallback`."""
         kept = useful(layers)
-        self.write(tensor, Label(kept, LABELLED if kept else fallback, origin))
+        self.set_label(tensor, Label(kept, LABELLED if kept else fallback, origin))
 
-    def treat(self, tensor: Tensor) -> None:
-        """Note that the op changes every unit that this tensor holds, so a width is changed as a whole or not at all."""
-        for layer in self.read(tensor).layers:
-            self.ledger.treat(layer, f"{self.place} works on a part of its units")
+    def mark_changed(self, tensor: Tensor) -> None:
+        """Keep that the op changes every unit that this tensor holds; see `LabelGraph.mark_changed`."""
+        for layer in self.label_of(tensor).layers:
+            self.label_graph.mark_changed(layer, f"{self.location} works on a part of its units")
 
     def freeze_all(self, reason: str) -> None:
         """Freeze every unit that reaches this op."""
         for tensor in self.tensors:
-            for layer in self.read(tensor).layers:
-                self.ledger.freeze(layer, reason)
+            for layer in self.label_of(tensor).layers:
+                self.label_graph.freeze(layer, reason)
 
 
 class NeedsDataError(RuntimeError):
@@ -121,10 +134,10 @@ def apply_rule(call: Call) -> None:
     if found is not None:
         found(call)
     else:
-        call.freeze_all(f"{call.place} has no rule")
+        call.freeze_all(f"{call.location} has no rule")
         for out in call.outputs:
             # One written in place may have another shape now.
-            call.write(out, Label())
+            call.set_label(out, Label())
 
 
 def _by_schema(call: Call) -> Rule | None:
@@ -144,7 +157,7 @@ def _by_schema(call: Call) -> Rule | None:
 def constant(call: Call) -> None:
     """Made by the code from shapes at hand: it is free to follow a resize."""
     for out in call.outputs:
-        call.write(out, Label((), CONSTANT))
+        call.set_label(out, Label((), CONSTANT))
 
 
 @rule("arange", "linspace", "logspace", "eye", "tril_indices", "triu_indices", "randperm")
@@ -152,13 +165,13 @@ def constant(call: Call) -> None:
 def positional(call: Call) -> None:
     """Made by the code, but another number at every place: units that meet it must keep theirs, as with data."""
     for out in call.outputs:
-        call.write(out, Label())
+        call.set_label(out, Label())
 
 
 @rule("uniform_", "normal_", "bernoulli_", "zero_", "fill_", "exponential_", "random_")
 def unchanged(call: Call) -> None:
     """Filled in place: the units stay what they were."""
-    call.treat(call.args[0])
+    call.mark_changed(call.args[0])
 
 
 @rule("unsafe_split", "unsafe_split_with_sizes", "unsafe_chunk", "_unsafe_view", "roll", "flip", "repeat")
@@ -166,13 +179,13 @@ def unchanged(call: Call) -> None:
 def movement(call: Call) -> None:
     """Elements are only rearranged: run the same op on the labels."""
     source = call.args[0]
-    label = call.read(source)
+    label = call.label_of(source)
     strided = call.op in ("aten::as_strided", "aten::_reshape_alias")
     if strided and not (source.is_contiguous() and source.storage_offset() == 0):
-        call.freeze_all(f"{call.place} reads memory that is laid out in another way than it looks")
+        call.freeze_all(f"{call.location} reads memory that is laid out in another way than it looks")
         label = Label()
     if label.layers and any(tensor.device.type == "meta" for tensor in call.tensors[1:]):
-        raise NeedsDataError(f"{call.place} moves units to places that only data can tell")
+        raise NeedsDataError(f"{call.location} moves units to places that only data can tell")
     results: list[list[Tensor]] = [[] for _ in call.outputs]
     for layer in label.layers:
         if call.op in RESHAPING:
@@ -182,27 +195,27 @@ def movement(call: Call) -> None:
             moved = call.func(whole.contiguous() if strided else whole, *call.args[1:], **call.kwargs)
         for result, part in zip(results, tree_flatten(moved)[0], strict=True):
             result.append(compress(part))
-            call.ledger.grid(result[-1])
+            call.label_graph.add_grid(result[-1])
         if call.op == "aten::split" and all(len(varying(each[-1])) == 1 for each in results):
-            call.ledger.pieces([each[-1] for each in results])
+            call.label_graph.add_pieces([each[-1] for each in results])
     for out, layers in zip(call.outputs, results, strict=True):
-        call.put(out, layers, label.kind if label.kind == CONSTANT else DATA, label.origin)
+        call.label_output(out, layers, label.kind if label.kind == CONSTANT else DATA, label.origin)
 
 
 @rule("index", "index_select")
 def pick(call: Call) -> None:
     """Places picked by an index: the other dimensions' units pass."""
-    source, label = call.args[0], call.read(call.args[0])
+    source, label = call.args[0], call.label_of(call.args[0])
     picked = _picked(call)
     # Without data there is no index to read; where the units do not vary, any will do.
     rest = tree_map_only(Tensor, lambda t: torch.zeros(t.shape, dtype=t.dtype) if t.is_meta else t.cpu(), call.args[1:])
     layers = []
     for layer in label.layers:
         if picked & set(varying(layer)):
-            call.ledger.freeze(layer, f"{call.place} picks them by an index")
+            call.label_graph.freeze(layer, f"{call.location} picks them by an index")
         else:
             layers.append(compress(call.func(layer.expand(source.shape), *rest)))
-    call.put(call.out, layers, origin=label.origin)
+    call.label_output(call.out, layers, origin=label.origin)
 
 
 def _picked(call: Call) -> set[int]:
@@ -223,14 +236,14 @@ def _picked(call: Call) -> set[int]:
 def pad(call: Call) -> None:
     """Padding adds places that belong to no unit."""
     source, widths = call.args[0], call.args[1]
-    label = call.read(source)
+    label = call.label_of(source)
     padded = {source.dim() - 1 - k // 2 for k, amount in enumerate(widths) if amount}
     layers = []
     for layer in label.layers:
         if padded & set(varying(layer)):
             layer = compress(torch.constant_pad_nd(layer.expand(source.shape), widths, -1))
         layers.append(layer)
-    call.put(call.out, layers)
+    call.label_output(call.out, layers)
 
 
 @rule("clone", "_to_copy", "copy_", "hardswish", "hardswish_", "_prelu_kernel")
@@ -240,28 +253,28 @@ def elementwise(call: Call) -> None:
     """Corresponding elements are one unit; what does not carry units along a unit's axis holds its number fixed."""
     tensors = call.tensors
     dims = max(tensor.dim() for tensor in tensors)
-    labels = [call.read(tensor) for tensor in tensors]
+    labels = [call.label_of(tensor) for tensor in tensors]
     for tensor in tensors:
-        call.treat(tensor)
+        call.mark_changed(tensor)
     held = _held(call, tensors, labels, dims)
     origin = _still(tensors, labels, call.outputs)
     # Of equal layers the last one stays: the origin's own, by which its axes are known.
     order = sorted(labels, key=lambda label: label.origin is not None and label.origin == origin)
     aligned = [[align(layer, dims) for layer in label.layers] for label in order]
-    layers = merge(call.ledger, aligned)
+    layers = merge(call.label_graph, aligned)
     if origin is not None:
         for dim in range(dims):
-            call.ledger.alike([layer for each in aligned for layer in each if varying(layer) == (dim,)])
+            call.label_graph.share_role([layer for each in aligned for layer in each if varying(layer) == (dim,)])
     # Units that have just been frozen are let go, or they would freeze whatever a later reshape lays across them.
     layers = [layer for layer in layers if not held & set(varying(layer))]
     target = call.args[0] if call.op.endswith("_") else None
     if isinstance(target, Tensor) and target._base is not None and not labels[0].layers:
         for layer in layers:
-            call.ledger.freeze(layer, f"{call.place} writes it into a part of another tensor")
+            call.label_graph.freeze(layer, f"{call.location} writes it into a part of another tensor")
     all_constant = all(label.kind == CONSTANT for label in labels)
     for out in call.outputs:
         if out.dim() == dims:
-            call.put(out, layers, CONSTANT if all_constant else DATA, origin)
+            call.label_output(out, layers, CONSTANT if all_constant else DATA, origin)
 
 
 def _still(tensors: Sequence[Tensor], labels: Sequence[Label], outputs: Sequence[Tensor]) -> str | None:
@@ -282,7 +295,7 @@ def _held(call: Call, tensors: Sequence[Tensor], labels: Sequence[Label], dims: 
                 sizes = (1,) * (dims - tensor.dim()) + _real_sizes(tensor)
                 known = {axis for each in other.layers for axis in varying(align(each, dims))}
                 if other.kind != CONSTANT and not known & axes and any(sizes[axis] > 1 for axis in axes):
-                    call.ledger.freeze(layer, f"{call.place} combines it with data that has a fixed size")
+                    call.label_graph.freeze(layer, f"{call.location} combines it with data that has a fixed size")
                     held |= axes
     return held
 
@@ -296,11 +309,11 @@ def _real_sizes(tensor: Tensor) -> tuple[int, ...]:
 def cat(call: Call) -> None:
     """Side by side along one dimension; along the others the tensors must agree, so their units are one."""
     tensors = [t for t in call.args[0] if not (t.dim() == 1 and t.numel() == 0)]
-    axis = (call.bound("dim") or 0) % tensors[0].dim()
-    along = [[layer for layer in call.read(t).layers if axis in varying(layer)] for t in tensors]
-    across = [[layer for layer in call.read(t).layers if axis not in varying(layer)] for t in tensors]
+    axis = (call.argument("dim") or 0) % tensors[0].dim()
+    along = [[layer for layer in call.label_of(t).layers if axis in varying(layer)] for t in tensors]
+    across = [[layer for layer in call.label_of(t).layers if axis not in varying(layer)] for t in tensors]
     count = max(len(layers) for layers in (*along, [])) if along else 0
-    joined = list(merge(call.ledger, across))
+    joined = list(merge(call.label_graph, across))
     for k in range(count):
         held = [
             layers[k] if k < len(layers) else torch.full((1,) * t.dim(), -1)
@@ -313,26 +326,26 @@ def cat(call: Call) -> None:
             for layer, t in zip(held, tensors, strict=True)
         ]
         joined.append(compress(torch.cat(parts, axis)))
-    all_constant = all(call.read(t).kind == CONSTANT for t in tensors)
-    call.put(call.out, joined, CONSTANT if all_constant else DATA)
+    all_constant = all(call.label_of(t).kind == CONSTANT for t in tensors)
+    call.label_output(call.out, joined, CONSTANT if all_constant else DATA)
 
 
 @rule("stack")
 def stack(call: Call) -> None:
     """The tensors agree in all their dimensions, so their units are one."""
     tensors = call.args[0]
-    axis = (call.bound("dim") or 0) % call.out.dim()
-    layers = merge(call.ledger, [call.read(t).layers for t in tensors])
-    call.put(call.out, [layer.unsqueeze(axis) for layer in layers])
+    axis = (call.argument("dim") or 0) % call.out.dim()
+    layers = merge(call.label_graph, [call.label_of(t).layers for t in tensors])
+    call.label_output(call.out, [layer.unsqueeze(axis) for layer in layers])
 
 
 @rule("glu")
 def glu(call: Call) -> None:
     """The first half gated by the second: unit i of one half is unit i of the other."""
     source = call.args[0]
-    axis = call.bound("dim") % source.dim()
+    axis = call.argument("dim") % source.dim()
     halves = [[], []]
-    for layer in call.read(source).layers:
+    for layer in call.label_of(source).layers:
         for half, part in zip(halves, layer.expand(source.shape).chunk(2, axis), strict=True):
             half.append(compress(part))
-    call.put(call.out, merge(call.ledger, halves))
+    call.label_output(call.out, merge(call.label_graph, halves))

@@ -1,8 +1,8 @@
-"""`trace`: run a model once and find out which widths it has and what each one is tied to.
+"""`trace`: from a model and example inputs to the graph of its widths.
 
-The model runs eagerly under a dispatch mode that passes unit labels (`labels`) beside the tensors, in eval and in train
-mode, on shadows without data where its code allows that and on copies where it does not. What comes out is proved
-(`prove`) before it is offered.
+The model runs op by op in eval and in train mode, on shadows without data if its code allows that and on copies
+otherwise. A dispatch mode passes label layers (`labels`) from the inputs of each op to its outputs and collects which units
+are tied. `grouping` makes a `WidthGraph` of them, and `verification` freezes every width that cannot be resized.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ from evolvenet.execution.isolation import isolated, op_by_op
 from evolvenet.execution.step import run_model
 from evolvenet.graph.naming import named_tensors
 from evolvenet.graph.width_graph import WidthGraph
-from evolvenet.tracing.labels import DATA, LABELLED, Label, Ledger
+from evolvenet.tracing.labels import DATA, LABELLED, Label, LabelGraph
 from evolvenet.tracing.rules import Call, apply_rule
-from evolvenet.tracing.verification import Rerun, prove
+from evolvenet.tracing.verification import Rerun, verify
 
 ATTEMPTS = (("meta", (False, True)), (None, (False, True)), ("meta", (False,)), (None, (False,)))
-"""(device, modes) to trace in, in order, until the model runs: a train mode that cannot run counts as not run."""
+"""(device of the shadows, training flags), tried in this order until the model runs; train mode is given up last."""
 
 
 def trace(model: nn.Module, example_inputs: Any) -> WidthGraph:
-    """Find every width of a model and prove which ones can be resized.
+    """Find every width of a model and verify by trials which of them can be resized.
 
     Args:
-        model: any module; it is left as it was, bit for bit.
+        model: any module; it is not changed.
         example_inputs: what it is called with: a tensor, a tuple of arguments or a dict of keyword arguments.
 
     Returns:
@@ -60,7 +60,7 @@ def trace(model: nn.Module, example_inputs: Any) -> WidthGraph:
     for device, modes in ATTEMPTS:
         try:
             with isolated(model, shadows=True, device=device):
-                ledger = read_labels(model, example_inputs, device, modes)
+                label_graph = run_for_labels(model, example_inputs, device, modes)
         except TraceError:
             raise
         except Exception as error:  # noqa: BLE001  the model's own code may raise anything
@@ -68,53 +68,53 @@ def trace(model: nn.Module, example_inputs: Any) -> WidthGraph:
             continue
         runs = [
             Rerun(
-                partial(read_labels, example_inputs=example_inputs, device=device, modes=each),
-                partial(read_shapes, example_inputs=example_inputs, device=device, modes=each),
+                partial(run_for_labels, example_inputs=example_inputs, device=device, modes=each),
+                partial(run_for_shapes, example_inputs=example_inputs, device=device, modes=each),
             )
-            for each in dict.fromkeys((_telling_modes(ledger), modes))
+            for each in dict.fromkeys((_needed_modes(label_graph), modes))
         ]
-        return prove(model, ledger, device, runs)
+        return verify(model, label_graph, device, runs)
     raise TraceError(
         f"The model does not run on the example inputs: {type(last_error).__name__}: {last_error}. Give example_inputs "
         "exactly as the model is called: a tensor, a tuple of arguments, or a dict of keyword arguments."
     ) from last_error
 
 
-def read_labels(
+def run_for_labels(
     model: nn.Module, example_inputs: Any, device: str | None, modes: Sequence[bool] = (False, True)
-) -> Ledger:
-    """Run the (shadowed) model in eval mode (False) and in train mode (True) and write down all ties.
+) -> LabelGraph:
+    """The ties of all units in a run of a (shadowed) model in each mode: eval (False), train (True).
 
-    Auxiliary heads run in train mode only.
+    Train mode is included because auxiliary heads run in it only.
     """
     tensors, _, trainable = named_tensors(model)
-    ledger = Ledger(trainable=trainable)
-    enrolled = {name: ledger.enroll(name, tensor.shape) for name, tensor in tensors.items()}
+    label_graph = LabelGraph(trainable=trainable)
+    layers_of = {name: label_graph.add_tensor(name, tensor.shape) for name, tensor in tensors.items()}
     for training in modes:
-        mode = LabelMode(ledger)
-        ran = len(ledger.order)
+        mode = LabelMode(label_graph)
+        used = len(label_graph.first_use)
         for name, tensor in tensors.items():
-            mode.write(tensor, Label(enrolled[name], LABELLED if enrolled[name] else DATA, name))
+            mode.set_label(tensor, Label(layers_of[name], LABELLED if layers_of[name] else DATA, name))
         result = _run(model, example_inputs, device, training, mode)
         for leaf in tensors_of(result):
             if training == modes[0]:
-                ledger.outputs.append(tuple(leaf.shape))
-            for layer in mode.read(leaf).layers:
-                ledger.freeze(layer, "is the model's output")
-        ledger.modes.append(len(ledger.order) > ran)
-    return ledger
+                label_graph.output_shapes.append(tuple(leaf.shape))
+            for layer in mode.label_of(leaf).layers:
+                label_graph.freeze(layer, "is the model's output")
+        label_graph.modes_with_new_tensors.append(len(label_graph.first_use) > used)
+    return label_graph
 
 
-def read_shapes(
+def run_for_shapes(
     model: nn.Module, example_inputs: Any, device: str | None, modes: Sequence[bool] = (False, True)
 ) -> list[tuple[int, ...]]:
-    """The shapes of the outputs in the first mode, as `read_labels` finds them, in a fraction of its time."""
+    """The shapes of the outputs in the first mode, as in `run_for_labels`, in a fraction of its time."""
     results = [_run(model, example_inputs, device, training, TracingMode()) for training in modes]
     return [tuple(leaf.shape) for leaf in tensors_of(results[0])]
 
 
 def _run(model: nn.Module, example_inputs: Any, device: str | None, training: bool, mode: TracingMode) -> Any:
-    """One forward pass under `mode`. A train mode that refuses a batch of one is given the batch twice."""
+    """One forward pass under `mode`; with the batch twice if train mode raises a ValueError (batch norm on one sample)."""
     # A model may write into its inputs; those on another device are copies anyway.
     inputs = tree_map_only(Tensor, lambda t: t.detach().clone(), example_inputs) if device is None else example_inputs
     model.train(training)
@@ -126,20 +126,20 @@ def _run(model: nn.Module, example_inputs: Any, device: str | None, training: bo
         if not training:
             raise
     with op_by_op(mode, fused=False):
-        return run_model(model, _twice(inputs), device)
+        return run_model(model, _doubled(inputs), device)
 
 
-def _telling_modes(ledger: Ledger) -> tuple[bool, ...]:
-    """The modes that each trial must run: train mode only where it reaches parameters that eval mode does not."""
-    return (False, True) if ledger.modes[1:] == [True] else (False,)
+def _needed_modes(label_graph: LabelGraph) -> tuple[bool, ...]:
+    """The modes that a trial must run: train mode only if it uses parameters that eval mode does not."""
+    return (False, True) if label_graph.modes_with_new_tensors[1:] == [True] else (False,)
 
 
-def _twice(inputs: Any) -> Any:
+def _doubled(inputs: Any) -> Any:
     return tree_map_only(Tensor, lambda t: torch.cat([t, t]) if t.dim() else t, inputs)
 
 
 def _batch_norm_shapes(source: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """What batch norm returns, without the dozens of steps that PyTorch takes to find its shape without data."""
+    """Batch norm on a meta tensor, without the dozens of ops that PyTorch runs to find the shapes of its outputs."""
     channels = source.shape[1]
     for tensor in others[:4]:
         if tensor is not None and tuple(tensor.shape) != (channels,):
@@ -147,8 +147,8 @@ def _batch_norm_shapes(source: Tensor, *others: Any) -> tuple[Tensor, Tensor, Te
     return torch.empty_like(source), source.new_empty(channels), source.new_empty(channels)
 
 
-WITHOUT_DATA = {torch.ops.aten.native_batch_norm.default: _batch_norm_shapes}
-"""Ops of which a run without data takes most of its time in working out shapes, and a quicker way to do it."""
+META_SHORTCUTS = {torch.ops.aten.native_batch_norm.default: _batch_norm_shapes}
+"""Ops that are slow on meta tensors, with a faster implementation."""
 
 
 class TracingMode(TorchDispatchMode):
@@ -177,9 +177,9 @@ class TracingMode(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the op."""
-        quick = WITHOUT_DATA.get(func)
-        if quick is not None and args[0].is_meta:
-            return quick(*args)
+        shortcut = META_SHORTCUTS.get(func)
+        if shortcut is not None and args[0].is_meta:
+            return shortcut(*args)
         return func(*args, **(kwargs or {}))
 
     def _enter_module(self, module: nn.Module, inputs: Any) -> None:
@@ -191,19 +191,19 @@ class TracingMode(TorchDispatchMode):
 
 
 class LabelMode(TracingMode):
-    """Lets every op run as it is and passes the labels of its inputs on to its outputs."""
+    """Runs every op unchanged and passes the labels of its inputs to its outputs by the op's rule."""
 
-    def __init__(self, ledger: Ledger) -> None:
+    def __init__(self, label_graph: LabelGraph) -> None:
         super().__init__()
-        self.ledger = ledger
+        self.label_graph = label_graph
         self.labels = WeakTensorKeyDictionary()
 
-    def read(self, tensor: Tensor) -> Label:
-        """What is known of a tensor; one never seen before is data."""
+    def label_of(self, tensor: Tensor) -> Label:
+        """The label of a tensor; one without is data."""
         return self.labels.get(tensor) or Label()
 
-    def write(self, tensor: Tensor, label: Label) -> None:
-        """Remember what a tensor carries."""
+    def set_label(self, tensor: Tensor, label: Label) -> None:
+        """Set the label of a tensor."""
         self.labels[tensor] = label
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -213,18 +213,18 @@ class LabelMode(TracingMode):
             return self._view_in_place(func, args, kwargs)
         out = super().__torch_dispatch__(func, types, args, kwargs)
         where = self.path[-1] if self.path else "the model"
-        call = Call(func, args, kwargs, out, where, self.ledger, self.read, self.write)
+        call = Call(func, args, kwargs, out, where, self.label_graph, self.label_of, self.set_label)
         for tensor in call.tensors:
-            origin = self.read(tensor).origin
+            origin = self.label_of(tensor).origin
             if origin is not None:
-                self.ledger.order.setdefault(origin, len(self.ledger.order))
+                self.label_graph.first_use.setdefault(origin, len(self.label_graph.first_use))
         apply_rule(call)
         return out
 
     def _view_in_place(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """`transpose_` and its kin: what `transpose` makes carries the labels that the tensor itself will."""
+        """Run an op such as `transpose_`; the label of its result is that of `transpose`."""
         with self:
             view = getattr(torch.ops.aten, func._schema.name.rpartition("::")[2].removesuffix("_"))(*args, **kwargs)
         out = func(*args, **kwargs)
-        self.write(out, self.read(view))
+        self.set_label(out, self.label_of(view))
         return out

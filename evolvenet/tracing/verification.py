@@ -1,8 +1,9 @@
-"""Every width is tried, up and down, on shadows of the model before it is offered.
+"""Verification of a traced graph: every width is resized in trials on shadows of the model, and frozen if one fails.
 
-A trial resizes, runs the model again under labels and compares: the outputs must have their old shapes, and what is tied
-to what must be what the graph says, since a slice at a hard-coded place can pass by its shapes alone. Widths that fail
-are tried again with each of the `remedies`; what then still fails is frozen, with what its trial raised and where.
+A trial shrinks some widths by one unit, grows others by one and runs the model again. It fails if the model raises, if an
+output has another shape than before, or if units are tied in another way than the graph predicts: a slice at a
+hard-coded index may change which units it selects without changing a shape. For widths that fail, the candidate fixes
+of `coupled_dims` are tried in turn; widths that none of them fixes are frozen, with the failure as reason.
 """
 
 from __future__ import annotations
@@ -20,76 +21,84 @@ from evolvenet.execution.isolation import isolated
 from evolvenet.graph.index_map import IndexMap
 from evolvenet.graph.width_graph import WidthGraph, Widths
 from evolvenet.surgery.resize_model import compile_surgery, install
-from evolvenet.tracing.coupled_dims import HEAD, REMEDIES, SLICE, Proposal, patches, pieces_of_one_split, structure
-from evolvenet.tracing.grouping import Built, build_graph
-from evolvenet.tracing.labels import Ledger
+from evolvenet.tracing.coupled_dims import (
+    FIX_STRATEGIES,
+    HEAD,
+    SLICE,
+    CandidateFix,
+    attributes_to_update,
+    pieces_of_one_split,
+    structure,
+)
+from evolvenet.tracing.grouping import GroupedWidths, build_graph
+from evolvenet.tracing.labels import LabelGraph
 
 Item = TypeVar("Item")
 PACKAGE = Path(__file__).parents[1]
-"""The folder of all of EvolveNet's own code."""
+"""The folder of EvolveNet's own code."""
 
 
 @dataclass(frozen=True)
 class Rerun:
-    """How to run a shadowed model again.
+    """Functions that run a resized model rerun.
 
     Args:
-        labels: under labels, for all that a trace finds.
-        shapes: for the shapes of its outputs alone, several times as quick.
+        labels: with labels; returns the ties of its units.
+        shapes: without labels; returns the shapes of its outputs, several times as fast.
     """
 
-    labels: Callable[[nn.Module], Ledger]
+    labels: Callable[[nn.Module], LabelGraph]
     shapes: Callable[[nn.Module], list[tuple[int, ...]]]
 
 
-def prove(model: nn.Module, ledger: Ledger, device: str | None, runs: Sequence[Rerun]) -> WidthGraph:
-    """The graph of a traced model in which every width that is not frozen has survived its trials.
+def verify(model: nn.Module, label_graph: LabelGraph, device: str | None, runs: Sequence[Rerun]) -> WidthGraph:
+    """The graph of a traced model in which every width that is not frozen has passed its trials.
 
     Args:
         model: the traced model.
-        ledger: what its run has shown.
-        device: where the shadows live, "meta" or None for copies.
-        runs: what runs the shadowed model under labels, the quickest way first. The last one, which runs all of it, has
-            the last word: if it fails where the others did not, all is proved anew with it alone.
+        label_graph: the ties of its units.
+        device: of the shadows, "meta" or None for copies.
+        runs: how to run the model again, the fastest way first. The last one runs everything; if it fails where the
+            others passed, the verification is repeated with it alone.
     """
-    for careful in (False, True):
-        proof = Proof(model, ledger, device, runs[0], runs[-1], careful)
-        built, at_once, failed = _mended(proof)
+    for search_with_labels in (False, True):
+        verification = Verification(model, label_graph, device, runs[0], runs[-1], search_with_labels)
+        built, at_once, failed = _with_fixes(verification)
         names = [width.name for width in built.graph.resizable]
-        # All of them together, up and down, under labels: this is what proves them, whatever was looked at before.
-        if at_once or proof.whole(built, names) is None:
+        # Whatever was tried before, all widths together, resized both ways and run with labels, must pass.
+        if at_once or verification.try_all(built, names) is None:
             return built.graph
         if not failed:
             break
     if len(runs) > 1:
-        return prove(model, ledger, device, runs[-1:])
-    return _frozen(built.graph, proof.failures(built, names))
+        return verify(model, label_graph, device, runs[-1:])
+    return _frozen(built.graph, verification.failures(built, names))
 
 
-def _mended(proof: Proof) -> tuple[Built, bool, bool]:
-    """The graph after trials and remedies, with what nothing helps frozen.
+def _with_fixes(verification: Verification) -> tuple[GroupedWidths, bool, bool]:
+    """The graph after trials with and without candidate fixes; widths that fail all of them are frozen.
 
     Returns:
-        The graph, whether all of it survived at once, and whether any width failed.
+        The graph, whether it passed without any fix, and whether any width failed.
     """
-    built = proof.build([])
-    accepted = pieces_of_one_split(built, proof.ledger)
-    built = proof.build(accepted) if accepted else built
+    built = verification.build([])
+    accepted = pieces_of_one_split(built, verification.label_graph)
+    built = verification.build(accepted) if accepted else built
     names = [width.name for width in built.graph.resizable]
-    if proof.whole(built, names) is None:
+    if verification.try_all(built, names) is None:
         return built, True, False
-    failed = proof.failures(built, names)
+    failed = verification.failures(built, names)
     reasons = {built.anchors[name]: reason for name, reason in failed.items()}
-    for remedy in REMEDIES:
+    for strategy in FIX_STRATEGIES:
         if not reasons:
             break
         names = [name for name, anchor in built.anchors.items() if anchor in reasons]
-        helped = proof.accept(accepted, remedy(built, proof.ledger, names))
-        if helped:
-            accepted += helped
-            built = proof.build(accepted)
-            for proposal in helped:
-                for anchor in proposal.anchors:
+        working = verification.accept(accepted, strategy(built, verification.label_graph, names))
+        if working:
+            accepted += working
+            built = verification.build(accepted)
+            for fix in working:
+                for anchor in fix.anchors:
                     reasons.pop(anchor, None)
     graph = _frozen(built.graph, {name: reasons[a] for name, a in built.anchors.items() if a in reasons})
     return replace(built, graph=graph), False, bool(failed)
@@ -104,33 +113,34 @@ def _frozen(graph: WidthGraph, reasons: Mapping[str, str]) -> WidthGraph:
 
 
 @dataclass
-class Proof:
+class Verification:
     """Trials of one model.
 
     Args:
         model: the model, replaced by shadows in every trial.
-        ledger: what its run has shown.
-        device: where its shadows live.
-        rerun: how to run it again, the quickest way.
-        all_of_it: how to run all of it again, the parts too that run in train mode alone.
-        careful: whether every part of a search is run under labels, not for its shapes alone.
+        label_graph: the ties of its units.
+        device: of the shadows.
+        rerun: how to run it again, the fastest way.
+        full_rerun: how to run all of it again, including parts that run in train mode only.
+        search_with_labels: whether the search for failing widths also uses runs with labels.
+        trials: number of trials so far.
     """
 
     model: nn.Module
-    ledger: Ledger
+    label_graph: LabelGraph
     device: str | None
     rerun: Rerun
-    all_of_it: Rerun
-    careful: bool = True
+    full_rerun: Rerun
+    search_with_labels: bool = True
     trials: int = field(default=0)
 
-    def build(self, accepted: Sequence[Proposal]) -> Built:
-        """The graph with the units that the proposals join, and the attributes that follow."""
+    def build(self, accepted: Sequence[CandidateFix]) -> GroupedWidths:
+        """The graph with the units tied and the attributes updated as the accepted fixes say."""
         edges: list[tuple[Tensor, Tensor]] = [p.edges for p in accepted if len(p.edges[0])]
-        built = build_graph(self.model, replace(self.ledger, edges=[*self.ledger.edges, *edges]))
+        built = build_graph(self.model, replace(self.label_graph, edges=[*self.label_graph.edges, *edges]))
         kinds = {min(p.anchors): p.kind for p in accepted}
         widths = {
-            name: replace(width, patches=patches(self.model, width, kinds[built.anchors[name]]))
+            name: replace(width, patches=attributes_to_update(self.model, width, kinds[built.anchors[name]]))
             if built.anchors[name] in kinds
             else width
             for name, width in built.graph.widths.items()
@@ -138,59 +148,63 @@ class Proof:
         joined = frozenset(name for name, a in built.anchors.items() if kinds.get(a) in (SLICE, HEAD))
         return replace(built, graph=replace(built.graph, widths=Widths(widths)), joined=joined)
 
-    def accept(self, accepted: Sequence[Proposal], proposals: Sequence[Proposal]) -> list[Proposal]:
-        """The proposals that work."""
+    def accept(self, accepted: Sequence[CandidateFix], candidates: Sequence[CandidateFix]) -> list[CandidateFix]:
+        """The candidates that pass their trial, on top of the fixes accepted before."""
 
-        def attempt(chosen: Sequence[Proposal], thorough: bool) -> str | None:
+        def attempt(chosen: Sequence[CandidateFix], with_labels: bool) -> str | None:
             built = self.build([*accepted, *chosen])
             anchors = {min(p.anchors) for p in chosen}
             names = [name for name, anchor in built.anchors.items() if anchor in anchors]
             if any(built.graph.widths[name].frozen for name in names):
-                return "joins what cannot be joined"
-            return self.trial(built, names, thorough=thorough)
+                return "ties units that cannot be tied"
+            return self.trial(built, names, with_labels=with_labels)
 
-        failed = self._sieve(_classes(proposals, lambda proposal: (proposal.key, proposal.kind)), attempt)
-        return [proposal for k, proposal in enumerate(proposals) if k not in failed]
+        failed = self._failing(_classes(candidates, lambda fix: (fix.key, fix.kind)), attempt)
+        return [fix for k, fix in enumerate(candidates) if k not in failed]
 
-    def whole(self, built: Built, names: Sequence[str]) -> str | None:
-        """All widths together, up and down, and once in everything that the model runs; None if all is well."""
-        everything = replace(self, rerun=self.all_of_it)
+    def try_all(self, built: GroupedWidths, names: Sequence[str]) -> str | None:
+        """All widths resized together, both ways, one of them in the full run; the failure, or None."""
+        everything = replace(self, rerun=self.full_rerun)
         return everything.trial(built, names, (0,)) or self.trial(built, names, (1,))
 
-    def failures(self, built: Built, names: Sequence[str]) -> dict[str, str]:
-        """Names of the widths that fail, with the reason; alike widths are tried together."""
+    def failures(self, built: GroupedWidths, names: Sequence[str]) -> dict[str, str]:
+        """{width that fails: reason}; widths of equal structure are tried together."""
         if self.trial(built, names) is None:
             return {}
         classes = _classes(names, lambda name: structure(built.graph.widths[name]))
-        failed = self._sieve(classes, lambda chosen, thorough: self.trial(built, chosen, thorough=thorough))
-        # Something is wrong: where no shape shows it, the ties do.
+        failed = self._failing(classes, lambda chosen, with_labels: self.trial(built, chosen, with_labels=with_labels))
+        # All together they fail: if not by a shape, then by their ties.
         failed = failed or _search(classes, lambda chosen: self.trial(built, chosen))
         return {names[k]: reason for k, reason in failed.items()}
 
-    def _sieve(
+    def _failing(
         self, classes: Sequence[Sequence[tuple[int, Item]]], trial: Callable[[Sequence[Item], bool], str | None]
     ) -> dict[int, str]:
-        """Numbers of the items that fail: by shapes alone first, which is quick; then what is left, under labels."""
+        """{number of an item that fails: reason}: by a search without labels, then one with labels among the others."""
         failed = _search(classes, lambda chosen: trial(chosen, False))
-        if not self.careful:
+        if not self.search_with_labels:
             return failed
         left = [kept for members in classes if (kept := [entry for entry in members if entry[0] not in failed])]
         return {**failed, **_search(left, lambda chosen: trial(chosen, True))}
 
     def trial(
-        self, built: Built, names: Sequence[str], turns: Sequence[int] = (0, 1), thorough: bool = True
+        self, built: GroupedWidths, names: Sequence[str], phases: Sequence[int] = (0, 1), with_labels: bool = True
     ) -> str | None:
-        """Every second one a step down while the others go a step up, then the reverse; None if all is well.
+        """Shrink every second width and grow the others, then the reverse; the failure, or None.
 
-        One that is not thorough looks at the shapes alone.
+        Args:
+            built: the graph.
+            names: of the widths to resize.
+            phases: 0 shrinks the first, third, … width; 1 the second, fourth, ….
+            with_labels: whether ties are compared too, not only the shapes of the outputs.
         """
         if not names:
             return None
         graph = built.graph
-        for turn in turns:
-            maps = {name: _nudge(graph, name, (k + turn) % 2 == 0) for k, name in enumerate(names)}
+        for phase in phases:
+            maps = {name: _one_step(graph, name, (k + phase) % 2 == 0) for k, name in enumerate(names)}
             self.trials += 1
-            reason = _failure(self, graph, maps, built.joined, thorough)
+            reason = _trial_failure(self, graph, maps, built.joined, with_labels)
             if reason is not None:
                 return reason
         return None
@@ -206,10 +220,10 @@ def _classes(items: Sequence[Item], key: Callable[[Item], object]) -> list[list[
 def _search(
     classes: Sequence[Sequence[tuple[int, Item]]], trial: Callable[[Sequence[Item]], str | None]
 ) -> dict[int, str]:
-    """Numbers of the items that fail, by bisection: first over classes, then within a class that fails.
+    """{number of an item that fails: reason}, by bisection over classes, then within a class that fails.
 
-    A class of which the first member fails as well is given up whole: its members are alike. Whether all that passed
-    in parts also passes together is for the caller to try; parts that only fail together are added one by one.
+    If the first member of a class fails alone, the whole class is taken to fail. Parts that only fail together are added
+    one by one. Parts that pass may still fail together: the caller has to try that.
     """
     items = [entry for members in classes for entry in members]
     reason = trial([item for _, item in items]) if items else None
@@ -234,34 +248,38 @@ def _search(
     return failed
 
 
-def _nudge(graph: WidthGraph, name: str, down: bool) -> IndexMap:
+def _one_step(graph: WidthGraph, name: str, down: bool) -> IndexMap:
     width = graph.widths[name]
     if not down or width.size - 1 < max(width.smallest, 2):
-        # A size-1 axis carries no labels, so a trial that ends there could not be compared.
+        # An axis of size 1 has no labels, so the ties of a width of that size could not be compared.
         return IndexMap.grow(width.size, 1)
     return IndexMap.keep([unit for unit in range(width.size) if unit != width.size // 2], width.size)
 
 
-def _failure(
-    proof: Proof, graph: WidthGraph, maps: dict[str, IndexMap], joined: frozenset[str], thorough: bool
+def _trial_failure(
+    verification: Verification, graph: WidthGraph, maps: dict[str, IndexMap], joined: frozenset[str], with_labels: bool
 ) -> str | None:
     try:
-        with isolated(proof.model, shadows=True, device=proof.device):
-            surgery = compile_surgery(proof.model, graph, maps)
-            install(proof.model, surgery)
-            again = proof.rerun.labels(proof.model) if thorough else proof.rerun.shapes(proof.model)
+        with isolated(verification.model, shadows=True, device=verification.device):
+            surgery = compile_surgery(verification.model, graph, maps)
+            install(verification.model, surgery)
+            rerun = (
+                verification.rerun.labels(verification.model)
+                if with_labels
+                else verification.rerun.shapes(verification.model)
+            )
     except Exception as error:  # noqa: BLE001  the model's own code may raise anything on a shape it does not expect
         return f"a trial raised {type(error).__name__}: {_first_line(error)}{_source_line(error)}"
-    outputs = again.outputs if isinstance(again, Ledger) else again
-    if outputs != proof.ledger.outputs:
-        return f"a trial changed the output's shape from {proof.ledger.outputs} to {outputs}"
-    if not isinstance(again, Ledger):
+    outputs = rerun.output_shapes if isinstance(rerun, LabelGraph) else rerun
+    if outputs != verification.label_graph.output_shapes:
+        return f"a trial changed the output's shape from {verification.label_graph.output_shapes} to {outputs}"
+    if not isinstance(rerun, LabelGraph):
         return None
-    predicted = _predicted(surgery.graph, again)
-    place = _disagreement(predicted, again) or _torn_heads(surgery.graph, predicted, again, joined)
-    if place is not None:
-        return f"a trial tied its units differently on {place}"
-    part = _partly_treated(surgery.graph, predicted, again)
+    predicted = _predicted(surgery.graph, rerun)
+    axis = _disagreement(predicted, rerun) or _split_heads(surgery.graph, predicted, rerun, joined)
+    if axis is not None:
+        return f"a trial tied its units differently on {axis}"
+    part = _partly_changed(surgery.graph, predicted, rerun)
     return f"in a trial {part}" if part else None
 
 
@@ -271,7 +289,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _source_line(error: Exception) -> str:
-    """The line of the model's code that raised: the innermost one outside torch and this package."""
+    """The line of the model's code that raised: the innermost one outside torch and EvolveNet."""
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
         file = Path(frame.filename)
         if "torch" not in file.parts and PACKAGE not in file.parents:
@@ -279,34 +297,34 @@ def _source_line(error: Exception) -> str:
     return ""
 
 
-def _disagreement(predicted: np.ndarray, again: Ledger) -> str | None:
-    """Where the re-traced ties differ from what the graph predicts, or None.
+def _disagreement(predicted: np.ndarray, rerun: LabelGraph) -> str | None:
+    """The first axis on which the ties of the new run differ from those that the graph predicts, or None.
 
-    What the graph holds for one unit may be several in the re-trace (units were joined on purpose), never the reverse.
+    One unit of the graph may be several in the new run, as fixes tie units that no op ties; never the reverse.
     """
     known = predicted[:, 0] >= 0
-    found, units = again.components()[: len(predicted)][known], predicted[known]
+    found, units = rerun.components()[: len(predicted)][known], predicted[known]
     if not len(found):
         return None
     code = units[:, 0] * (units[:, 1].max() + 1) + units[:, 1]
-    owner = np.full(found.max() + 1, -1)
-    # Backwards, so that the first one that shows a component owns it.
-    owner[found[::-1]] = code[::-1]
-    wrong = np.flatnonzero(known)[owner[found] != code]
+    expected = np.full(found.max() + 1, -1)
+    # Backwards, so that the first occurrence of a component counts.
+    expected[found[::-1]] = code[::-1]
+    wrong = np.flatnonzero(known)[expected[found] != code]
     if not len(wrong):
         return None
-    axis = next(axis for axis in again.axes if axis.start <= wrong[0] < axis.start + axis.size)
+    axis = next(axis for axis in rerun.axes if axis.start <= wrong[0] < axis.start + axis.size)
     return f"axis {axis.dim} of {axis.tensor}"
 
 
-def _torn_heads(graph: WidthGraph, predicted: np.ndarray, again: Ledger, joined: frozenset[str]) -> str | None:
-    """Where the re-traced code sees rows × columns that cut through joined units, or None.
+def _split_heads(graph: WidthGraph, predicted: np.ndarray, rerun: LabelGraph, joined: frozenset[str]) -> str | None:
+    """The failure if the new run lays units out in grids that cut through units tied by a fix, or None.
 
-    Joined units are whole rows or whole columns of what the code treats as heads × places; if they are no longer, the
-    boundaries of the heads have shifted, which no shape shows.
+    Units tied by a fix are whole rows or whole columns of grids of heads × places. If they no longer are, the boundaries
+    between heads have moved, which changes no shape.
     """
     numbers = {k for k, name in enumerate(graph.widths) if name in joined}
-    for ids in again.grids.values():
+    for ids in rerun.grids.values():
         grid = predicted[ids.numpy()]
         if int(ids.min()) < 0 or len(np.unique(grid[..., 0])) > 1 or int(grid[0, 0, 0]) not in numbers:
             continue
@@ -316,14 +334,13 @@ def _torn_heads(graph: WidthGraph, predicted: np.ndarray, again: Ledger, joined:
     return None
 
 
-def _partly_treated(graph: WidthGraph, predicted: np.ndarray, again: Ledger) -> str | None:
-    """What the re-traced code did to some units of a width and not to the others, or None.
+def _partly_changed(graph: WidthGraph, predicted: np.ndarray, rerun: LabelGraph) -> str | None:
+    """The op that in the new run changes some units of a width and not the others, or None.
 
-    A cut at a number in the code, `h[:, :8].tanh()`, ties nothing and may fit by its shape, but falls between other
-    units than before.
+    A slice at a number in the code, `h[:, :8].tanh()`, ties no units and changes no shape, but selects other units.
     """
     sizes = [0 if width.frozen is not None else width.size for width in graph.widths.values()]
-    for ids, reason in again.treated.items():
+    for ids, reason in rerun.changed.items():
         units = np.unique(predicted[np.frombuffer(ids, np.int64)], axis=0)
         numbers, counts = np.unique(units[units[:, 0] >= 0, 0], return_counts=True)
         if any(count < sizes[number] for number, count in zip(numbers, counts, strict=True)):
@@ -331,11 +348,11 @@ def _partly_treated(graph: WidthGraph, predicted: np.ndarray, again: Ledger) -> 
     return None
 
 
-def _predicted(graph: WidthGraph, again: Ledger) -> np.ndarray:
-    """(number of the width, unit) that the graph foresees for every id of a re-trace, −1 where none; `[units, 2]`."""
-    found = np.full((again.units, 2), -1)
+def _predicted(graph: WidthGraph, rerun: LabelGraph) -> np.ndarray:
+    """(number of the width, unit) that the graph predicts for every id of the new run, −1 for none; `[units, 2]`."""
+    found = np.full((rerun.units, 2), -1)
     numbers = {name: k for k, name in enumerate(graph.widths)}
-    for axis in again.axes:
+    for axis in rerun.axes:
         at = axis.start
         for part in graph.layouts.get(axis.tensor, {}).get(axis.dim, ()):
             if part.width is not None:

@@ -29,7 +29,7 @@ import evolvenet
 from experiments.pages import machine_line, markdown, write_whole
 
 MODELS = ("resnet50", "densenet121", "vit_b_16", "swin_t", "convnext_tiny", "googlenet")
-TRACE, PROVE = (importlib.import_module(f"evolvenet.tracing.{name}") for name in ("trace", "verification"))
+TRACE, VERIFICATION = (importlib.import_module(f"evolvenet.tracing.{name}") for name in ("trace", "verification"))
 FORWARDS = 3
 
 
@@ -116,7 +116,7 @@ def _forward(model: nn.Module, image: torch.Tensor) -> float:
 
 def _trace(model: nn.Module, image: torch.Tensor) -> dict[str, float]:
     """Seconds up to the first graph, and of the proof that follows."""
-    spent = {"prove": 0.0, "build": 0.0}
+    spent = {"verify": 0.0, "build": 0.0}
 
     def timed(key: str, action: Callable[..., Any]) -> Callable[..., Any]:
         def run(*args: Any, **kwargs: Any) -> Any:
@@ -129,11 +129,11 @@ def _trace(model: nn.Module, image: torch.Tensor) -> dict[str, float]:
         return run
 
     begin = time.perf_counter()
-    prove, build = timed("prove", TRACE.prove), timed("build", PROVE.build_graph)
-    with patch.object(TRACE, "prove", prove), patch.object(PROVE, "build_graph", build):
+    verify, build = timed("verify", TRACE.verify), timed("build", VERIFICATION.build_graph)
+    with patch.object(TRACE, "verify", verify), patch.object(VERIFICATION, "build_graph", build):
         evolvenet.trace(model, image)
     total = time.perf_counter() - begin
-    proof = spent["prove"] - spent["build"]
+    proof = spent["verify"] - spent["build"]
     return {"trace": total - proof, "proof": proof}
 
 

@@ -12,8 +12,8 @@ from torch import nn
 
 from evolvenet.execution.isolation import isolated
 from evolvenet.graph.width_graph import CONSUMES
-from evolvenet.tracing.labels import Ledger, merge, reshaped
-from evolvenet.tracing.trace import read_labels, read_shapes
+from evolvenet.tracing.labels import LabelGraph, merge, reshaped
+from evolvenet.tracing.trace import run_for_labels, run_for_shapes
 
 
 @st.composite
@@ -45,14 +45,14 @@ def test_a_view_does_not_spread_a_layer_over_a_picture() -> None:
 
 def test_rows_stay_apart_until_something_is_tied_to_them() -> None:
     """A norm over each head's places leaves the places free; a parameter for each head does not."""
-    ledger = Ledger()
-    (grid,) = ledger.enroll("a", (6,))
-    (other,) = ledger.enroll("b", (3,))
-    stand_in = ledger.row_units(grid.view(3, 2), {1})
-    assert stand_in.shape == (3, 1)
-    assert len(set(ledger.components()[:6])) == 6
-    ledger.union(stand_in.view(3), other)
-    component = ledger.components()
+    label_graph = LabelGraph()
+    (grid,) = label_graph.add_tensor("a", (6,))
+    (other,) = label_graph.add_tensor("b", (3,))
+    placeholders = label_graph.add_placeholders(grid.view(3, 2), {1})
+    assert placeholders.shape == (3, 1)
+    assert len(set(label_graph.components()[:6])) == 6
+    label_graph.union(placeholders.view(3), other)
+    component = label_graph.components()
     assert [len(set(component[k : k + 2])) for k in (0, 2, 4)] == [1, 1, 1]
     assert len(set(component[:6])) == 3
     assert component[6:9].tolist() == component[[0, 2, 4]].tolist()
@@ -60,77 +60,77 @@ def test_rows_stay_apart_until_something_is_tied_to_them() -> None:
 
 def test_rows_that_only_other_rows_tie_are_joined_in_a_later_pass() -> None:
     """A mean of norms: the number that is left is tied to a parameter, through it the norms, through them their rows."""
-    ledger = Ledger()
-    (grid,) = ledger.enroll("a", (6,))
-    (single,) = ledger.enroll("b", (2,))
-    norms = ledger.row_units(grid.view(3, 2), {1})
-    total = ledger.row_units(norms, {0})
-    (other,) = ledger.enroll("c", (4,))
-    far = ledger.row_units(other.view(2, 2), {1})
-    ledger.union(total.view(1), single[:1])
-    component = ledger.components()
+    label_graph = LabelGraph()
+    (grid,) = label_graph.add_tensor("a", (6,))
+    (single,) = label_graph.add_tensor("b", (2,))
+    norms = label_graph.add_placeholders(grid.view(3, 2), {1})
+    total = label_graph.add_placeholders(norms, {0})
+    (other,) = label_graph.add_tensor("c", (4,))
+    far = label_graph.add_placeholders(other.view(2, 2), {1})
+    label_graph.union(total.view(1), single[:1])
+    component = label_graph.components()
     assert len(set(component[grid])) == 1
     assert len(set(component[other])) == 4  # nothing is tied to the rows of the other grid
-    ledger.freeze(far, "a reason")
-    component = ledger.components()
+    label_graph.freeze(far, "a reason")
+    component = label_graph.components()
     assert component[other].tolist() == component[other[::2]].repeat(2).tolist()
     assert len(set(component[other])) == 2
 
 
 def test_rows_with_places_that_are_no_units_stay_apart() -> None:
-    ledger = Ledger()
-    (grid,) = ledger.enroll("a", (4,))
+    label_graph = LabelGraph()
+    (grid,) = label_graph.add_tensor("a", (4,))
     padded = torch.cat([grid, torch.tensor([-1, -1])]).view(3, 2)
-    ledger.freeze(ledger.row_units(padded, {1}), "a reason")
-    assert len(set(ledger.components()[:4])) == 4
+    label_graph.freeze(label_graph.add_placeholders(padded, {1}), "a reason")
+    assert len(set(label_graph.components()[:4])) == 4
 
 
 @pytest.mark.parametrize("first", ["rows", "grid"])
-def test_stand_ins_follow_a_finer_layer_in_any_order(first: str) -> None:
+def test_placeholderss_follow_a_finer_layer_in_any_order(first: str) -> None:
     """`h / h.norm()`: the norm of every row may stay apart from the places that it scales."""
-    ledger = Ledger()
-    (grid,) = ledger.enroll("a", (6,))
+    label_graph = LabelGraph()
+    (grid,) = label_graph.add_tensor("a", (6,))
     layer = grid.view(3, 2)
-    rows = ledger.row_units(layer, {1})
+    rows = label_graph.add_placeholders(layer, {1})
     groups = [[rows], [layer]] if first == "rows" else [[layer], [rows]]
-    assert merge(ledger, groups) == (layer,)
-    assert ledger.edges == []
-    assert len(set(ledger.components()[:6])) == 6
+    assert merge(label_graph, groups) == (layer,)
+    assert label_graph.edges == []
+    assert len(set(label_graph.components()[:6])) == 6
 
 
 def test_the_smaller_of_two_layers_stays_and_both_are_united() -> None:
-    ledger = Ledger()
-    (wide,), (narrow,) = ledger.enroll("a", (6,)), ledger.enroll("b", (3,))
-    (merged,) = merge(ledger, [[wide.view(3, 2)], [narrow.view(3, 1)]])
+    label_graph = LabelGraph()
+    (wide,), (narrow,) = label_graph.add_tensor("a", (6,)), label_graph.add_tensor("b", (3,))
+    (merged,) = merge(label_graph, [[wide.view(3, 2)], [narrow.view(3, 1)]])
     assert torch.equal(merged, narrow.view(3, 1))
-    component = ledger.components()
+    component = label_graph.components()
     assert component[:6].tolist() == component[6:9].repeat(2).tolist()
 
 
 def test_layers_along_other_dimensions_stay_beside_each_other() -> None:
-    ledger = Ledger()
-    (rows,), (columns,) = ledger.enroll("a", (3,)), ledger.enroll("b", (2,))
-    merged = merge(ledger, [[rows.view(3, 1)], [columns.view(1, 2)]])
+    label_graph = LabelGraph()
+    (rows,), (columns,) = label_graph.add_tensor("a", (3,)), label_graph.add_tensor("b", (2,))
+    merged = merge(label_graph, [[rows.view(3, 1)], [columns.view(1, 2)]])
     assert [tuple(layer.shape) for layer in merged] == [(3, 1), (1, 2)]
-    assert ledger.edges == []
+    assert label_graph.edges == []
 
 
 def test_axes_that_are_alike_get_the_role_that_a_use_has_shown() -> None:
-    ledger = Ledger()
-    (one,), (two,), (three,) = (ledger.enroll(name, (4,)) for name in "abc")
-    stand_in = ledger.row_units(one.view(2, 2), {1})
-    ledger.alike([one, stand_in, two])
-    ledger.alike([two, three])
-    assert ledger.equals == [
+    label_graph = LabelGraph()
+    (one,), (two,), (three,) = (label_graph.add_tensor(name, (4,)) for name in "abc")
+    placeholders = label_graph.add_placeholders(one.view(2, 2), {1})
+    label_graph.share_role([one, placeholders, two])
+    label_graph.share_role([two, three])
+    assert label_graph.same_roles == [
         (("a", 0), ("b", 0)),
         (("b", 0), ("a", 0)),
         (("b", 0), ("c", 0)),
         (("c", 0), ("b", 0)),
     ]
-    ledger.role("c", three, consumed=True)
-    ledger.spread_roles()
-    assert ledger.roles == dict.fromkeys([("a", 0), ("b", 0), ("c", 0)], CONSUMES)
-    assert ledger.lent == {("a", 0), ("b", 0)}
+    label_graph.role("c", three, consumed=True)
+    label_graph.propagate_roles()
+    assert label_graph.roles == dict.fromkeys([("a", 0), ("b", 0), ("c", 0)], CONSUMES)
+    assert label_graph.inherited_roles == {("a", 0), ("b", 0)}
 
 
 def test_a_run_for_shapes_alone_finds_the_same_ones() -> None:
@@ -138,5 +138,5 @@ def test_a_run_for_shapes_alone_finds_the_same_ones() -> None:
     x = torch.randn(2, 3, 8, 8)
     for device in ("meta", None):
         with isolated(model, shadows=True, device=device):
-            shapes = read_shapes(model, x, device)
-            assert shapes == read_labels(model, x, device).outputs == [tuple(model(x.to(device)).shape)]
+            shapes = run_for_shapes(model, x, device)
+            assert shapes == run_for_labels(model, x, device).output_shapes == [tuple(model(x.to(device)).shape)]

@@ -5,61 +5,61 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from evolvenet.tracing.op_trace import Record
+from evolvenet.tracing.op_trace import OpTrace
 
 
-def names(record: Record) -> list[str]:
-    return [op.name for op in record.makers.values()]
+def names(op_trace: OpTrace) -> list[str]:
+    return [op.name for op in op_trace.producers.values()]
 
 
 def test_every_op_is_noted_with_what_it_read_and_made() -> None:
     weight, x = torch.randn(3, 2), torch.randn(4, 2)
-    with (record := Record({"weight": weight})):
+    with (op_trace := OpTrace({"weight": weight})):
         out = torch.add(torch.mm(x, weight.t()), 1.0, alpha=2).sum(1, keepdim=True)
-    turn, product, add, total = record.makers.values()
-    assert names(record) == ["t", "mm", "add", "sum"]
-    assert record.own == {0} == set(turn.inputs)
+    turn, product, add, total = op_trace.producers.values()
+    assert names(op_trace) == ["t", "mm", "add", "sum"]
+    assert op_trace.own_values == {0} == set(turn.inputs)
     assert (turn.output, product.inputs, product.output) == (1, (2, 1), 3)
     assert add.inputs == (product.output,)
     assert add.kwargs == {"alpha": 2}
     assert add.args[1] == 1.0
     assert total.args[1:] == ([1], True)
-    assert record.shapes[total.output] == (4, 1) == tuple(out.shape)
-    assert record.readers[product.output] == [add]
-    assert total.output not in record.readers
+    assert op_trace.shapes[total.output] == (4, 1) == tuple(out.shape)
+    assert op_trace.consumers[product.output] == [add]
+    assert total.output not in op_trace.consumers
 
 
 def test_what_is_made_of_parameters_alone_is_held() -> None:
     one, two, x = torch.randn(3, 3), torch.randn(3), torch.randn(2, 3)
-    with (record := Record({"one": one, "two": two})):
+    with (op_trace := OpTrace({"one": one, "two": two})):
         mixed = one * two
         torch.mm(x, mixed.exp())
-    product = list(record.makers.values())[-1]
-    assert [record.held.get(value) for value in product.inputs] == [None, "one"]
-    assert product.output not in record.held
-    assert record.own == {value for value, name in record.held.items() if value < 2}
+    product = list(op_trace.producers.values())[-1]
+    assert [op_trace.tensor_names.get(value) for value in product.inputs] == [None, "one"]
+    assert product.output not in op_trace.tensor_names
+    assert op_trace.own_values == {value for value, name in op_trace.tensor_names.items() if value < 2}
 
 
-def _chain(record: Record, last: str) -> list[str]:
+def _chain(op_trace: OpTrace, last: str) -> list[str]:
     """Names of the ops that lead to the last op of a name, as far as they are known."""
     found = []
-    op = [each for each in record.makers.values() if each.name == last][-1]
+    op = [each for each in op_trace.producers.values() if each.name == last][-1]
     while op is not None:
         found.append(op.name)
-        op = record.makers.get(op.inputs[0]) if op.inputs else None
+        op = op_trace.producers.get(op.inputs[0]) if op.inputs else None
     return found[::-1]
 
 
 def test_what_is_written_into_gets_a_new_number() -> None:
     x = torch.randn(2, 3)
-    with (record := Record({})):
+    with (op_trace := OpTrace({})):
         made = x.exp()
         before = made.sum()
         made.mul_(2.0)
         after = made.sum()
-    assert names(record) == ["exp", "sum", "mul", "sum"]
-    assert _chain(record, "sum") == ["exp", "mul", "sum"]
-    first, second = (op for op in record.makers.values() if op.name == "sum")
+    assert names(op_trace) == ["exp", "sum", "mul", "sum"]
+    assert _chain(op_trace, "sum") == ["exp", "mul", "sum"]
+    first, second = (op for op in op_trace.producers.values() if op.name == "sum")
     assert first.inputs != second.inputs
     assert bool((before * 2 - after).abs() < 1e-5)
 
@@ -67,12 +67,12 @@ def test_what_is_written_into_gets_a_new_number() -> None:
 def test_what_shares_its_memory_is_no_longer_known() -> None:
     """A view is written into: its base has changed, and no op made the base what it is now."""
     x = torch.randn(2, 3)
-    with (record := Record({})):
+    with (op_trace := OpTrace({})):
         made = x.exp()
         made.view(-1).mul_(2.0)
         made.relu()
-    (relu,) = (op for op in record.makers.values() if op.name == "relu")
-    assert relu.inputs[0] not in record.makers
+    (relu,) = (op for op in op_trace.producers.values() if op.name == "relu")
+    assert relu.inputs[0] not in op_trace.producers
 
 
 def test_a_module_in_place_is_followed() -> None:
@@ -85,8 +85,8 @@ def test_a_module_in_place_is_followed() -> None:
             return self.act(self.layer(x)) + 1
 
     model, x = Net(), torch.randn(2, 3)
-    with torch.no_grad(), (record := Record(dict(model.named_parameters()))):
+    with torch.no_grad(), (op_trace := OpTrace(dict(model.named_parameters()))):
         model(x)
-    assert names(record) == ["t", "addmm", "relu", "add"]
-    relu, add = list(record.makers.values())[-2:]
+    assert names(op_trace) == ["t", "addmm", "relu", "add"]
+    relu, add = list(op_trace.producers.values())[-2:]
     assert add.inputs == (relu.output,)
