@@ -40,7 +40,7 @@ PACKAGE = Path(__file__).parents[1]
 
 @dataclass(frozen=True)
 class Rerun:
-    """Functions that run a resized model rerun.
+    """Functions that run a resized model again.
 
     Args:
         labels: with labels; returns the ties of its units.
