@@ -41,7 +41,7 @@ from evolvenet.measurement.cost import Costs, macs, parameters
 from evolvenet.measurement.width_spectra import WidthStatistics, measures_of, ranks_and_energies
 from evolvenet.policies.base import Judging, Policy, PolicyContext, Proposal, Scheduled
 from evolvenet.pruning.allocation import trial_curves
-from evolvenet.pruning.reconstruction import QUICK, reconstruct
+from evolvenet.pruning.reconstruction import TRAINING_LIMITS, reconstruct
 from evolvenet.pruning.selection import plan_prune
 from evolvenet.surgery.checkpoint import Note, fit_shapes
 from evolvenet.surgery.resize_model import Surgery
@@ -356,7 +356,7 @@ class Evolver:
         with stage("unit selection"):
             surgery = plan_prune(self.model, self.graph, {name: each.size for name, each in proposals.items()}, moments)
         with stage("reconstruction"):
-            return reconstruct(self.model, self.graph, surgery, batches, QUICK)
+            return reconstruct(self.model, self.graph, surgery, batches, TRAINING_LIMITS)
 
     def _plan_growth(self, proposals: Mapping[str, Proposal]) -> Surgery:
         sizes = {name: each.size for name, each in proposals.items()}

@@ -12,7 +12,7 @@ from torch import nn
 from evolvenet.graph.naming import named_tensors
 from evolvenet.graph.width_graph import WidthGraph
 from evolvenet.measurement.activation_moments import collect
-from evolvenet.pruning.reconstruction import QUICK, reconstruct
+from evolvenet.pruning.reconstruction import TRAINING_LIMITS, reconstruct
 from evolvenet.pruning.selection import plan_cut
 from evolvenet.surgery.resize_model import Surgery, TensorChange, compile_surgery, moved
 
@@ -46,7 +46,7 @@ def plan_replica_update(copy: nn.Module, graph: WidthGraph, surgery: Surgery, ba
     """
     if any(index_map.removed for index_map in surgery.maps.values()):
         cut = plan_cut(copy, graph, surgery.maps, collect(copy, graph, batches))
-        return reconstruct(copy, graph, cut, batches, QUICK)
+        return reconstruct(copy, graph, cut, batches, TRAINING_LIMITS)
     own = compile_surgery(copy, graph, surgery.maps)
     values = {change.name: change.value for change in surgery.changes}
     return replace(own, changes=tuple(_born(change, values[change.name]) for change in own.changes))

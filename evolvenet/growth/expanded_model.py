@@ -20,7 +20,7 @@ from evolvenet.graph.width_graph import FOLLOWS, PRODUCES, Tie, Width, WidthGrap
 from evolvenet.linalg.spectrum import matricize
 from evolvenet.surgery.resize_model import Surgery, TensorChange, compile_surgery, install
 
-FRESH_NORM = 3**-0.5
+INITIAL_NORM = 3**-0.5
 """Mean norm of a row that PyTorch's own initialisation makes; for a layer whose rows are all 0."""
 
 Entries = Mapping[Tie, Tensor]
@@ -31,7 +31,7 @@ Loss = Callable[[Any, Any], Tensor]
 
 
 @dataclass(frozen=True)
-class Slot:
+class NewUnitSlice:
     """The new units' places in one tensor.
 
     Args:
@@ -169,14 +169,14 @@ class Growth:
 
     def norm(self, tie: Tie, width: Width) -> float:
         """Mean norm of what one tensor holds for a unit; where a producer's are all 0, what a fresh layer has."""
-        return float(self.units(tie, width).norm(dim=1).mean()) or (FRESH_NORM if tie.role == PRODUCES else 0.0)
+        return float(self.units(tie, width).norm(dim=1).mean()) or (INITIAL_NORM if tie.role == PRODUCES else 0.0)
 
-    def slot(self, tie: Tie, width: Width) -> Slot:
+    def slot(self, tie: Tie, width: Width) -> NewUnitSlice:
         """Where the new units lie in one tensor."""
         axes = self.changes[tie.tensor].axes
         first = axes[tie.dim].indices.index(tie.start) + width.size * tie.repeat
         others = {dim: index_map for dim, index_map in axes.items() if dim != tie.dim}
-        return Slot(tie.dim, first, self.count(width), tie.repeat, others)
+        return NewUnitSlice(tie.dim, first, self.count(width), tie.repeat, others)
 
     def matrices(self, width: Width, role: str) -> tuple[Tie, ...]:
         """The ties of one role that hold more than a number for each unit."""

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from evolvenet.graph.width_graph import CONSUMES, PRODUCES, Tie, Width
-from evolvenet.growth.expanded_model import Entries, Growth, Slot, finite, trial
-from evolvenet.growth.tiny import Corrections, Demand, Scale, corrected
+from evolvenet.growth.expanded_model import Entries, Growth, NewUnitSlice, finite, trial
+from evolvenet.growth.tiny import Bottleneck, Corrections, Scale, subtract_updates
 
 STEPS = 10
 """Rounds of the search, two passes over the batches each."""
 
-DEAD = 1e-8
+NEGLIGIBLE = 1e-8
 """Share of the largest gradient below which a new unit's is rounding."""
 
 
@@ -22,7 +22,7 @@ SAME = 1e-6
 """Relative difference of two gains that counts as none."""
 
 
-def climb(growth: Growth, start: Entries, asked: Demand, method: str) -> dict[Tie, Tensor]:
+def maximize_fan_out_gradient(growth: Growth, start: Entries, asked: Bottleneck, method: str) -> dict[Tie, Tensor]:
     """Rows for which the gradient of the new units' fan-out, 0 as it is, is as large as can be, each orthogonal to others.
 
     Orthogonal iteration (Golub and Van Loan, "Matrix Computations", section 8.2) on the bilinear form in fan-in and
@@ -48,12 +48,12 @@ def climb(growth: Growth, start: Entries, asked: Demand, method: str) -> dict[Ti
     rows = {tie: start[tie] for width in growth.widths for tie in growth.matrices(width, PRODUCES)}
     if not rows:
         return {}
-    found = _Found(start, rows)
+    found = _BestRows(start, rows)
     with (
         trial(growth, start) as shadows,
-        corrected(growth, asked.updates) as corrections,
+        subtract_updates(growth, asked.updates) as corrections,
     ):
-        network = _Network(growth, shadows, corrections, pairs)
+        network = _ExpandedNetwork(growth, shadows, corrections, pairs)
         for step in range(STEPS + 1):
             fan_out = network.gradients(CONSUMES, rows, {})
             gains = {width.name: _gain(growth, width, rows, fan_out, asked) for width in growth.widths}
@@ -62,14 +62,14 @@ def climb(growth: Growth, start: Entries, asked: Demand, method: str) -> dict[Ti
             if step < STEPS:
                 fan_in = network.gradients(PRODUCES, rows, _unit(growth, fan_out))
                 rows = {
-                    tie: _turned(rows[tie], fan_in[tie], gains[width.name], asked.scales.get(tie, Scale()))
+                    tie: _next_rows(rows[tie], fan_in[tie], gains[width.name], asked.scales.get(tie, Scale()))
                     for width in growth.widths
                     for tie in growth.matrices(width, PRODUCES)
                 }
     return found.rows
 
 
-class _Found:
+class _BestRows:
     """The best rows so far: with an activation in between, the last need not be."""
 
     def __init__(self, start: Entries, rows: Entries) -> None:
@@ -84,12 +84,12 @@ class _Found:
             # The sum is the same for every basis of a space; of those, the last is the sharpest.
             if total > 0 and total >= (1 - SAME) * highest:
                 self.highest[width.name] = max(total, highest)
-                alive = (gain > DEAD**2 * gain.max())[:, None]
+                alive = (gain > NEGLIGIBLE**2 * gain.max())[:, None]
                 for tie in growth.matrices(width, PRODUCES):
                     self.rows[tie] = torch.where(alive, rows[tie], self.start[tie])
 
 
-def _gain(growth: Growth, width: Width, rows: Entries, fan_out: Entries, asked: Demand) -> Tensor:
+def _gain(growth: Growth, width: Width, rows: Entries, fan_out: Entries, asked: Bottleneck) -> Tensor:
     """Squared gradient of each new unit's fan-out, for rows of length 1, `[count]`."""
     gain = sum((fan_out[tie].square().sum(1) for tie in growth.matrices(width, CONSUMES)), torch.zeros(()))
     length = sum(
@@ -109,10 +109,10 @@ def _unit(growth: Growth, fan_out: Entries) -> dict[Tie, Tensor]:
     return found
 
 
-def _turned(rows: Tensor, fan_in: Tensor, gain: Tensor, scale: Scale) -> Tensor:
+def _next_rows(rows: Tensor, fan_in: Tensor, gain: Tensor, scale: Scale) -> Tensor:
     """The next rows `[count, places]`: along their gradients, those with more to gain first, orthogonal to each other."""
     count = min(rows.shape)
-    alive = fan_in.norm(dim=1) > DEAD * fan_in.norm(dim=1).max()
+    alive = fan_in.norm(dim=1) > NEGLIGIBLE * fan_in.norm(dim=1).max()
     # A new unit that answers nothing to any input (ReLU) may do so the other way round.
     wanted = torch.where(alive[:, None], scale.gradients(fan_in), -scale.coordinates(rows))[:count]
     order = torch.where(alive, gain, -1.0)[:count].argsort(descending=True, stable=True)
@@ -122,7 +122,7 @@ def _turned(rows: Tensor, fan_in: Tensor, gain: Tensor, scale: Scale) -> Tensor:
     return turned / turned.norm(dim=1, keepdim=True)
 
 
-class _Network:
+class _ExpandedNetwork:
     """The widened model on the batches."""
 
     def __init__(
@@ -133,7 +133,7 @@ class _Network:
         pairs: tuple[tuple[object, object], ...],
     ) -> None:
         self.growth, self.shadows, self.corrections, self.pairs = growth, shadows, corrections, pairs
-        self.slots: dict[Tie, Slot] = {}
+        self.slots: dict[Tie, NewUnitSlice] = {}
         self.sizes: dict[Tie, float] = {}
         for width in growth.widths:
             readers = growth.matrices(width, CONSUMES)

@@ -9,11 +9,11 @@ from torch import Tensor, nn
 
 from evolvenet.graph.width_graph import CONSUMES, PRODUCES, Tie, Width
 from evolvenet.growth.expanded_model import Growth, trial
-from evolvenet.growth.gradmax import climb
-from evolvenet.growth.tiny import Demand, demand
+from evolvenet.growth.gradmax import maximize_fan_out_gradient
+from evolvenet.growth.tiny import Bottleneck, demand
 from evolvenet.linalg.pivoted_cholesky import pivots
 from evolvenet.measurement.activation_moments import collect
-from evolvenet.pruning.selection import is_own
+from evolvenet.pruning.selection import is_unshared
 
 Method = Callable[[Growth], dict[Tie, Tensor]]
 """What grows → directions of norm 1 (or 0) for the new units' rows, kernels and columns; ties left out get zeros."""
@@ -74,7 +74,7 @@ def _projection(rows: Tensor) -> tuple[int, Callable[[Tensor], Tensor]]:
     return alive.shape[1], lambda part: basis @ (basis.T @ part)
 
 
-def start_orthogonal(growth: Growth) -> dict[Tie, Tensor]:
+def init_orthogonal(growth: Growth) -> dict[Tie, Tensor]:
     """Rows orthogonal to all others, read by nobody yet; the default, without data.
 
     Where the rows of a producer already span everything, the others are random; with batches, they are those of
@@ -82,11 +82,11 @@ def start_orthogonal(growth: Growth) -> dict[Tie, Tensor]:
     NORTH* does (Maile, Rachelson, Luga and Wilson, "When, where, and how to add new neurons to ANNs", AutoML 2022).
     Kernels of depthwise convolutions are random.
     """
-    start = _drawn(growth)
-    return start if growth.inputs is None else start | _outside(growth, start)
+    start = _initial_directions(growth)
+    return start if growth.inputs is None else start | _least_predicted(growth, start)
 
 
-def start_paired(growth: Growth) -> dict[Tie, Tensor]:
+def init_paired(growth: Growth) -> dict[Tie, Tensor]:
     """New units in pairs that are alike, with random fan-outs of opposite signs: (V, V) and (Z, −Z).
 
     Together they add nothing, but unlike with a fan-out of 0 their rows learn at once; the first step tells the two apart.
@@ -98,12 +98,12 @@ def start_paired(growth: Growth) -> dict[Tie, Tensor]:
     halves = {}
     for width in growth.widths:
         count = growth.count(width)
-        halves[width.name] = -(-count // 2) if _pure_readers(growth, width) else count
+        halves[width.name] = -(-count // 2) if _plain_consumers(growth, width) else count
     half = growth.of(halves)
-    start = start_orthogonal(half)
+    start = init_orthogonal(half)
     found: dict[Tie, Tensor] = {}
     for width in growth.widths:
-        readers = _pure_readers(growth, width)
+        readers = _plain_consumers(growth, width)
         unit = torch.arange(growth.count(width))
         replica = unit // 2 if readers else unit
         found |= {tie: start[tie][replica] for tie in width.ties if tie in start}
@@ -114,33 +114,33 @@ def start_paired(growth: Growth) -> dict[Tie, Tensor]:
     return found
 
 
-def start_gradmax(growth: Growth) -> dict[Tie, Tensor]:
+def init_gradmax(growth: Growth) -> dict[Tie, Tensor]:
     """Rows for which the gradient of the fan-out, which is 0, is as large as it can be; needs batches and a loss.
 
     Evci, van Merriënboer, Unterthiner and Vladymyrov, "GradMax: growing neural networks using gradient information",
     ICLR 2022, the other way round: there the fan-in is 0 and the fan-out a singular vector of the gradient. A unit with
     a fan-in of 0 answers 0, and ReLU passes no gradient at 0: under ReLU, and batch norm with ReLU, literal GradMax
     never learns. The two problems have the same singular values; here the fan-out is 0 and the fan-in found, through
-    what really lies between (see `climb`). Rows that get no gradient are those of "orthogonal".
+    what really lies between (see `maximize_fan_out_gradient`). Rows that get no gradient are those of "orthogonal".
     """
-    start = _drawn(growth)
-    return start | climb(growth, start, Demand(), "gradmax")
+    start = _initial_directions(growth)
+    return start | maximize_fan_out_gradient(growth, start, Bottleneck(), "gradmax")
 
 
-def start_tiny(growth: Growth) -> dict[Tie, Tensor]:
+def init_tiny(growth: Growth) -> dict[Tie, Tensor]:
     """Rows of the best new units for what the present units cannot do by themselves; needs batches and a loss.
 
     Verbockhaven, Rudkiewicz, Charpiat and Chevallier, "Growing tiny networks: spotting expressivity bottlenecks and
     fixing them optimally", TMLR 2024: the leading singular vectors of S^−½·N, S the second moments of the producers'
     inputs and N their product with the desired change of the readers' outputs that no update of the present weights
     makes (see `demand`). The fan-out of the paper is what one gradient step makes of a fan-out of 0, which keeps the
-    function, so it starts as 0. Activations and norms are not taken for the identity (see `climb`).
+    function, so it starts as 0. Activations and norms are not taken for the identity (see `maximize_fan_out_gradient`).
     """
-    start = _drawn(growth)
-    return start | climb(growth, start, demand(growth, "tiny"), "tiny")
+    start = _initial_directions(growth)
+    return start | maximize_fan_out_gradient(growth, start, demand(growth, "tiny"), "tiny")
 
 
-def start_random(growth: Growth) -> dict[Tie, Tensor]:
+def init_random(growth: Growth) -> dict[Tie, Tensor]:
     """Random rows and random fan-outs: changes what the network computes, for comparison only."""
     found: dict[Tie, Tensor] = {}
     for width in growth.widths:
@@ -151,16 +151,16 @@ def start_random(growth: Growth) -> dict[Tie, Tensor]:
 
 
 METHODS: dict[str, Method] = {
-    "orthogonal": start_orthogonal,
-    "paired": start_paired,
-    "gradmax": start_gradmax,
-    "tiny": start_tiny,
-    "random": start_random,
+    "orthogonal": init_orthogonal,
+    "paired": init_paired,
+    "gradmax": init_gradmax,
+    "tiny": init_tiny,
+    "random": init_random,
 }
 """How new units start, by name."""
 
 
-def _drawn(growth: Growth) -> dict[Tie, Tensor]:
+def _initial_directions(growth: Growth) -> dict[Tie, Tensor]:
     """Orthogonal rows for the producers, random kernels, nothing for the readers."""
     found: dict[Tie, Tensor] = {}
     for width in growth.widths:
@@ -181,43 +181,45 @@ def _random(growth: Growth, width: Width, tie: Tie) -> Tensor:
     return drawn / drawn.norm(dim=1, keepdim=True)
 
 
-def _outside(growth: Growth, start: dict[Tie, Tensor]) -> dict[Tie, Tensor]:
+def _least_predicted(growth: Growth, start: dict[Tie, Tensor]) -> dict[Tie, Tensor]:
     """Other entries for the widths whose row space is full: what their activations add to those that are there."""
-    free = {width.name: _room(growth, width) for width in growth.widths}
+    free = {width.name: _free_directions(growth, width) for width in growth.widths}
     short = [width for width in growth.widths if free[width.name] < growth.count(width)]
     counts = {w.name: free[w.name] + CANDIDATES * (growth.count(w) - free[w.name]) for w in short}
     if not counts:
         return {}
     pool = growth.of(counts)
-    tried = _drawn(pool)
+    tried = _initial_directions(pool)
     with trial(pool, tried):
         statistics = collect(pool.model, pool.surgery.graph, pool.inputs or ())
     found: dict[Tie, Tensor] = {}
     for width in short:
         room, reads = free[width.name], pool.surgery.graph.widths[width.name].consumers
-        shares = [unpredicted(statistics[tie].covariance, width.size + room) for tie in reads if tie in statistics]
+        shares = [
+            unpredicted_covariance(statistics[tie].covariance, width.size + room) for tie in reads if tie in statistics
+        ]
         if shares:
-            added = _chosen(torch.stack(shares).mean(0), growth.count(width) - room)
+            added = _pick_candidates(torch.stack(shares).mean(0), growth.count(width) - room)
             chosen = [*range(room), *(room + row for row in added)]
             found |= {tie: tried[tie][chosen] for tie in width.ties if tie in tried}
     return found
 
 
-def _chosen(share: Tensor, count: int) -> list[int]:
+def _pick_candidates(share: Tensor, count: int) -> list[int]:
     """Those of the candidates that add most to what comes before them."""
     taken = pivots(share, count)
     # Where nothing adds anything any more, one is as good as another.
     return taken + [row for row in range(len(share)) if row not in taken][: count - len(taken)]
 
 
-def _room(growth: Growth, width: Width) -> int:
+def _free_directions(growth: Growth, width: Width) -> int:
     """How many of a width's new units can be orthogonal to the rows of every producer."""
     rows = [growth.units(tie, width) for tie in growth.matrices(width, PRODUCES)]
     room = min((part.shape[1] - _projection(part)[0] for part in rows), default=growth.count(width))
     return min(room, growth.count(width))
 
 
-def unpredicted(covariance: Tensor, known: int) -> Tensor:
+def unpredicted_covariance(covariance: Tensor, known: int) -> Tensor:
     """What linear prediction from the first `known` units leaves of the others, each scaled to a variance of 1.
 
     Args:
@@ -228,7 +230,7 @@ def unpredicted(covariance: Tensor, known: int) -> Tensor:
         `[n − known, n − known]`, a covariance; a unit that never varies has zeros.
 
     >>> x = torch.tensor([[1.0, 2.0, 0.0], [-1.0, -2.0, 0.0], [0.0, 0.0, 3.0]], dtype=torch.float64)
-    >>> unpredicted(x.T @ x, 1).round(decimals=6).tolist()
+    >>> unpredicted_covariance(x.T @ x, 1).round(decimals=6).tolist()
     [[0.0, 0.0], [0.0, 1.0]]
     """
     there, across, new = covariance[:known, :known], covariance[:known, known:], covariance[known:, known:]
@@ -246,7 +248,7 @@ def unpredicted(covariance: Tensor, known: int) -> Tensor:
     return inverse[:, None] * (new - half.T @ half) * inverse
 
 
-def _pure_readers(growth: Growth, width: Width) -> list[Tie]:
+def _plain_consumers(growth: Growth, width: Width) -> list[Tie]:
     """The readers that do nothing but read the units: what they read of one replica, they can take off the other.
 
     A weight that makes units as well, a tied embedding, is also a maker; a transposed use of the same weight shows in
@@ -256,7 +258,7 @@ def _pure_readers(growth: Growth, width: Width) -> list[Tie]:
     return [
         tie
         for tie in growth.matrices(width, CONSUMES)
-        if is_own(growth.graph, tie.tensor)
+        if is_unshared(growth.graph, tie.tensor)
         and not any(tensor == tie.tensor and dim != tie.dim for tensor, dim in reading)
         and not isinstance(growth.model.get_submodule(tie.module), (nn.Embedding, nn.EmbeddingBag))
         and growth.norm(tie, width) > 0

@@ -23,8 +23,8 @@ from evolvenet.execution.weight_ops import Geometry, WeightOp, output_positions
 from evolvenet.graph.index_map import NEW_UNIT
 from evolvenet.graph.width_graph import CONSUMES, PRODUCES, Tie
 from evolvenet.growth.expanded_model import Growth, finite
-from evolvenet.linalg.ridge import fit_reader
-from evolvenet.pruning.selection import is_own
+from evolvenet.linalg.ridge import refit
+from evolvenet.pruning.selection import is_unshared
 
 ROWS = 4096
 """Most places (samples × positions) of one layer that its inputs' moments and its best update come from."""
@@ -93,7 +93,7 @@ class Update:
 
 
 @dataclass(frozen=True, eq=False)
-class Demand:
+class Bottleneck:
     """What is asked of new units beside a large gradient; nothing by default.
 
     Args:
@@ -105,7 +105,7 @@ class Demand:
     updates: Mapping[str, Update] = field(default_factory=dict)
 
 
-def demand(growth: Growth, method: str) -> Demand:
+def demand(growth: Growth, method: str) -> Bottleneck:
     """Measure the inputs of the producers, and what the readers can do without new units.
 
     The desired change of a reader's outputs is minus the loss's gradient. What a ridge fit of it on the reader's present
@@ -123,10 +123,14 @@ def demand(growth: Growth, method: str) -> Demand:
     Raises:
         ResizeError, SpectrumError, TraceError: for batches or a loss that cannot be used, or NaN in them.
     """
-    makers = [tie for width in growth.widths for tie in growth.matrices(width, PRODUCES) if _known(growth, tie, 0)]
-    readers = [tie for width in growth.widths for tie in growth.matrices(width, CONSUMES) if _known(growth, tie, 1)]
+    makers = [
+        tie for width in growth.widths for tie in growth.matrices(width, PRODUCES) if _has_weight_op(growth, tie, 0)
+    ]
+    readers = [
+        tie for width in growth.widths for tie in growth.matrices(width, CONSUMES) if _has_weight_op(growth, tie, 1)
+    ]
     pairs = growth.pairs(method)
-    seen = {tie.module: _Seen(tie.module, max(2, ROWS // len(pairs))) for tie in (*makers, *readers)}
+    seen = {tie.module: _LayerRecorder(tie.module, max(2, ROWS // len(pairs))) for tie in (*makers, *readers)}
     with isolated(growth.model, shadows=True, gradients=True), ExitStack() as hooks:
         for path, module_seen in seen.items():
             module = growth.model.get_submodule(path)
@@ -137,15 +141,15 @@ def demand(growth: Growth, method: str) -> Demand:
             torch.autograd.grad(growth.value(inputs, targets), weights, allow_unused=True)
     scales = {tie: Scale.of(seen[tie.module].second()) for tie in makers if seen[tie.module].records}
     updates = {path: seen[path].update(growth.model.get_submodule(path)) for path in {tie.module for tie in readers}}
-    return Demand(scales, {path: update for path, update in updates.items() if update is not None})
+    return Bottleneck(scales, {path: update for path, update in updates.items() if update is not None})
 
 
-def _known(growth: Growth, tie: Tie, dim: int) -> bool:
+def _has_weight_op(growth: Growth, tie: Tie, dim: int) -> bool:
     """Whether the tie is the natural axis of a module that `weight_op_of` knows, and no other module uses its tensors."""
     module = growth.model.get_submodule(tie.module)
     known = weight_op_of.dispatch(type(module)) is not weight_op_of.dispatch(object)
     names = [f"{tie.module}.{name}" if tie.module else name for name in dict(module.named_parameters(recurse=False))]
-    return known and tie.dim == dim and tie.tensor in names and all(is_own(growth.graph, name) for name in names)
+    return known and tie.dim == dim and tie.tensor in names and all(is_unshared(growth.graph, name) for name in names)
 
 
 @singledispatch
@@ -172,7 +176,7 @@ def _(module: nn.Conv1d | nn.Conv2d | nn.Conv3d, path: str, x: Tensor) -> Weight
     return WeightOp(path, 1, 0, module.weight, module.bias, None, x, geometry)
 
 
-class _Seen:
+class _LayerRecorder:
     """The forward hook of one module: inputs and gradients at the same places of its outputs, sampled evenly."""
 
     def __init__(self, path: str, most: int) -> None:
@@ -206,7 +210,7 @@ class _Seen:
             return None
         weight, bias = module.get_parameter("weight"), module._parameters.get("bias")
         nothing = torch.zeros(weight.shape, dtype=torch.float64).flatten(1)
-        made = fit_reader(
+        made = refit(
             _exact([record.inputs for record in full]),
             _exact([record.gradients for record in full if record.gradients is not None]),
             nothing,
@@ -273,7 +277,7 @@ class Corrections:
 
 
 @contextmanager
-def corrected(growth: Growth, updates: Mapping[str, Update]) -> Iterator[Corrections]:
+def subtract_updates(growth: Growth, updates: Mapping[str, Update]) -> Iterator[Corrections]:
     """Hook the readers of the widened model."""
     made = Corrections()
     with ExitStack() as hooks:

@@ -6,11 +6,15 @@ import torch
 from torch import Tensor
 
 RESIDUE = 1e-12
-"""Share of the energy below which what is left of the units is rounding, and says no more about which to keep."""
+"""Share of the trace below which the remaining diagonal is rounding."""
 
 
 def pivots(matrix: Tensor, count: int) -> list[int]:
-    """Units by pivoted Cholesky: each next one has the most energy that those before it do not explain.
+    """Pivots of a Cholesky factorization: each next one has the largest diagonal entry of the remaining Schur complement.
+
+    For a second moment of units that is the part of its energy that linear prediction from the units before leaves.
+    From Harbrecht, Peters and Schneider, "On the low-rank approximation by the pivoted Cholesky decomposition", Applied
+    Numerical Mathematics 62(4), 2012, algorithm 1.
 
     Args:
         matrix: `[n, n]` positive semidefinite.

@@ -12,7 +12,7 @@ RIDGES = (1e-6, 1e-4, 1e-2, 1e-1, 1.0)
 """Pulls towards the weights as they are, relative to the mean energy of an input."""
 
 
-def fit_reader(
+def refit(
     inputs: Tensor, wanted: Tensor, weight: Tensor, bias: Tensor | None, odd: Tensor
 ) -> tuple[Tensor, Tensor] | None:
     """Weights nearer to what is wanted, or None if none of the ridges does better on samples that it has not seen.
@@ -36,7 +36,7 @@ def fit_reader(
     >>> x = torch.randn(40, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     >>> y = x @ torch.tensor([[1.0], [2.0], [3.0]], dtype=torch.float64) + 4
     >>> zeros = torch.zeros(1, 3, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
-    >>> weight, bias = fit_reader(x, y, *zeros, odd=torch.arange(40) % 2 == 1)
+    >>> weight, bias = refit(x, y, *zeros, odd=torch.arange(40) % 2 == 1)
     >>> weight.round(decimals=2).tolist(), round(bias.item(), 2)
     ([[1.0, 2.0, 3.0]], 4.0)
     """

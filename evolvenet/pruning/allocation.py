@@ -19,7 +19,7 @@ from evolvenet.graph.width_graph import Width, WidthGraph
 from evolvenet.linalg.spectrum import energy_shares
 from evolvenet.measurement.activation_moments import collect
 from evolvenet.measurement.width_spectra import measure
-from evolvenet.pruning.reconstruction import QUICK, reconstruct
+from evolvenet.pruning.reconstruction import TRAINING_LIMITS, reconstruct
 from evolvenet.pruning.selection import plan_prune
 from evolvenet.surgery.resize_model import install
 
@@ -105,13 +105,13 @@ def trial_curves(
     statistics = collect(model, graph, batches)
     few = _first(batches, SAMPLES)
     whole = _answers(model, few)
-    effort = replace(QUICK, samples=SAMPLES)
+    limits = replace(TRAINING_LIMITS, samples=SAMPLES)
     found: dict[str, Curve] = {}
     for width in graph.resizable:
         points = [(width.size, 0.0)]
         for size in _trial_sizes(width, shares):
             surgery = plan_prune(model, graph, {width.name: size}, statistics)
-            undo = install(model, reconstruct(model, graph, surgery, few, effort))
+            undo = install(model, reconstruct(model, graph, surgery, few, limits))
             try:
                 moved = _answers(model, few)
             finally:

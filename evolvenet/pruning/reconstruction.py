@@ -1,8 +1,10 @@
-"""Sequential compensation: after a cut every reader is fitted, in execution order, to what it used to answer.
+"""Sequential reconstruction: after a cut every consumer is refitted, in execution order, to its original outputs.
 
-A reader that is fitted to the units it has lost knows nothing of what the readers before it still get wrong. Here each
-one is fitted on the inputs that it now really gets, errors from before included, against its original outputs: one
-forward pass of the uncut model that remembers outputs, one of the cut model that stops at every reader and fits it.
+`plan_cut` fits each consumer to the units that it loses, so the errors of the layers before it stay. Here each one is
+fitted on the inputs that it gets in the cut model, with the errors of all earlier layers, to the outputs that it had in
+the uncut one. That takes one forward pass of the uncut model, which records outputs, and one of the cut model, in which
+each consumer is fitted before it runs. The asymmetric reconstruction of Zhang, Zou, He and Sun, "Accelerating
+very deep convolutional networks for classification and detection", TPAMI 38(10), 2016, by ridge least squares.
 """
 
 from __future__ import annotations
@@ -26,68 +28,72 @@ from evolvenet.execution.step import run_model
 from evolvenet.execution.weight_ops import WeightOp, output_positions
 from evolvenet.graph.naming import named_tensors
 from evolvenet.graph.width_graph import FOLLOWS, WidthGraph
-from evolvenet.linalg.ridge import fit_reader
+from evolvenet.linalg.ridge import refit
 from evolvenet.surgery.resize_model import Surgery, TensorChange, compile_surgery, install
 
 
 @dataclass(frozen=True)
-class Effort:
-    """How much a compensation may cost.
+class ReconstructionLimits:
+    """Bounds on the memory and the computation of a reconstruction.
 
     Args:
         samples: most samples of the batches that are used.
-        entries: most entries of the inputs that are used: all run in one pass, and a thousand photographs would not fit
+        entries: most numbers in the inputs that are used: all run in one pass, and a thousand photographs would not fit
             in memory.
-        rows: most places (samples × positions) that one reader is fitted on.
-        work: most multiplications for the products of one reader's inputs with each other.
+        rows: most output positions (samples × positions) that one consumer is fitted on.
+        multiplications: most multiplications for the Gram matrix of one consumer's inputs.
     """
 
     samples: int
     entries: int
     rows: int
-    work: float
+    multiplications: float
 
     def rows_for(self, columns: int) -> int:
-        """Places to fit a matrix of so many columns on.
+        """Output positions to fit a matrix of so many columns on.
 
-        >>> QUICK.rows_for(100), QUICK.rows_for(2304)
+        >>> TRAINING_LIMITS.rows_for(100), TRAINING_LIMITS.rows_for(2304)
         (2048, 465)
         """
-        squared = int((self.work / columns) ** 0.5)
-        fitting = squared if squared < 2 * columns else int(self.work / columns**2)
+        # [rows, rows] in the dual form takes rows² · columns, [columns, columns] in the primal one rows · columns².
+        dual = int((self.multiplications / columns) ** 0.5)
+        fitting = dual if dual < 2 * columns else int(self.multiplications / columns**2)
         return max(16, min(self.rows, fitting))
 
 
-THOROUGH = Effort(samples=1024, entries=8_000_000, rows=8192, work=4e10)
-"""For one cut: a thousand images were enough on MNIST."""
+ONE_SHOT_LIMITS = ReconstructionLimits(samples=1024, entries=8_000_000, rows=8192, multiplications=4e10)
+"""For a single cut: a thousand images were enough on MNIST."""
 
-QUICK = Effort(samples=256, entries=8_000_000, rows=2048, work=5e8)
-"""For the cuts of a training run, which comes back to every weight."""
+TRAINING_LIMITS = ReconstructionLimits(samples=256, entries=8_000_000, rows=2048, multiplications=5e8)
+"""For the cuts of a training run: they are many, and training goes on after each."""
 
 
 def reconstruct(
-    model: nn.Module, graph: WidthGraph, surgery: Surgery, batches: Iterable[Any], effort: Effort = THOROUGH
+    model: nn.Module,
+    graph: WidthGraph,
+    surgery: Surgery,
+    batches: Iterable[Any],
+    limits: ReconstructionLimits = ONE_SHOT_LIMITS,
 ) -> Surgery:
-    """The surgery with every reader of a cut width fitted to its original outputs. Nothing is changed yet.
+    """Refit every consumer of a cut width to its original outputs. Nothing is changed yet.
 
-    A reader is a weight that is multiplied with data, in a dense product or a convolution of any kind, whatever module it
-    belongs to; grouped and depthwise kernels group by group. It is left as cut if its entries are used twice in a forward
-    pass or by any other op. Where what a reader makes is added to something of the same shape, as at the end of a residual
-    block, it is fitted at that sum, so that it makes up for the shortcut's errors too. The fit is ridge least squares
-    towards what the surgery holds; the bias takes the mean, or the running mean of a batch norm right after it. What the
-    surgery holds is the fit of `plan_prune`, exact where units depend on each other, and all that other readers get. One
-    half of the samples chooses the ridge that was fitted on the other half; a reader for which none beats the weights as
-    they are keeps them.
+    A consumer is a weight that is multiplied with data, in a dense product or a convolution of any kind, whatever module it
+    belongs to; grouped and depthwise kernels are fitted group by group. It keeps the surgery's values if its entries are
+    used twice in a forward pass or by any other op. Where its output is added to something of the same shape, as at the
+    end of a residual block, it is fitted to the original sum, which also corrects errors of the shortcut. The fit is
+    ridge least squares, shrunk towards the surgery's values, see `linalg.ridge.refit`; the mean goes into the bias, or
+    into the running mean of a batch norm right after it. The ridge is selected on the odd samples after fits on the even
+    ones; a consumer whose error no ridge lowers keeps the surgery's values.
 
     Args:
         model: the model, uncut.
         graph: its widths.
-        surgery: what is going to be done to it.
-        batches: inputs of the model.
-        effort: how many of them are used, and how.
+        surgery: the cut, from `compile_surgery` or `plan_cut`.
+        batches: inputs of the model; only the first one where they cannot be concatenated.
+        limits: how many of them are used, and how.
 
     Returns:
-        The surgery with other values for the readers' weights and biases.
+        The surgery with other values for the consumers' weights and biases.
 
     >>> from evolvenet.graph.index_map import IndexMap
     >>> from evolvenet.tracing.trace import trace
@@ -102,15 +108,15 @@ def reconstruct(
     >>> bool((before - model(x)).abs().max() < 1e-3)
     True
     """
-    batch = _joined(batches, effort)
-    readers = _readers(graph, surgery)
-    if batch is None or not readers:
+    batch = _concatenated(batches, limits)
+    consumers = _consumers(graph, surgery)
+    if batch is None or not consumers:
         return surgery
-    goals = _Goals(readers, effort)
-    with isolated(model), op_by_op(mode := ResidualSumMode(model, None, goals.read, goals.sum, goals.bias)):
+    recorder = _OutputRecorder(consumers, limits)
+    with isolated(model), op_by_op(mode := ResidualSumMode(model, None, recorder.record, recorder.sum, recorder.bias)):
         run_model(model, batch)
-    kept = goals.usable(mode.other_uses)
-    if not kept:
+    targets = recorder.usable(mode.other_uses)
+    if not targets:
         return surgery
     changes = {change.name: change for change in surgery.changes}
     with isolated(model, shadows=True):
@@ -119,10 +125,10 @@ def reconstruct(
         with torch.no_grad():
             for name, change in changes.items():
                 shadows[name].copy_(change.value)
-        fits = _Fits(kept, changes, samples_in(batch), shadows)
-        with isolated(model), op_by_op(ResidualSumMode(model, fits.read, None, fits.sum)):
+        fitter = _ConsumerFitter(targets, changes, samples_in(batch), shadows)
+        with isolated(model), op_by_op(ResidualSumMode(model, fitter.run, None, fitter.sum)):
             run_model(model, batch)
-        fitted = {name: shadows[name].detach().clone() for name in fits.touched}
+        fitted = {name: shadows[name].detach().clone() for name in fitter.fitted}
     tensors, _, _ = named_tensors(model)
     for name, value in fitted.items():
         tensor = tensors[name]
@@ -131,8 +137,8 @@ def reconstruct(
     return replace(surgery, changes=tuple(changes.values()))
 
 
-def _readers(graph: WidthGraph, surgery: Surgery) -> frozenset[str]:
-    """The weights that read a cut width; kernels that go with its units (depthwise ones) see the errors of others."""
+def _consumers(graph: WidthGraph, surgery: Surgery) -> frozenset[str]:
+    """The weights that consume a cut width, and kernels that follow one: depthwise ones pass errors of their inputs on."""
     return frozenset(
         tie.tensor
         for name, index_map in surgery.maps.items()
@@ -143,19 +149,20 @@ def _readers(graph: WidthGraph, surgery: Surgery) -> frozenset[str]:
 
 
 @dataclass(frozen=True, eq=False)
-class Goal:
-    """What a reader of the uncut model answered.
+class Target:
+    """The outputs of one weight op in the uncut model, to which it is fitted in the cut one.
 
     Args:
-        start: first of its rows in the weight.
-        length: their number.
-        axis: along which the weight reads.
-        bias: name and place of its bias, or of the running mean that can take one off.
-        rows: numbers of the output places that are compared.
-        places: number of all output places.
-        outputs: `[rows, out]`, of the sum that the reader ends in if `summed`.
-        summed: whether it is to be fitted at that sum.
-        late: the sign with which the bias is added in an op of its own, `outputs` being without it; 0 if it is not.
+        start: first row of the weight that takes part.
+        length: number of rows.
+        axis: the weight's axis of input units.
+        bias: name and offset of its bias, or of the vector that takes the mean in its place.
+        rows: numbers of the output positions that are compared.
+        positions: number of all output positions.
+        outputs: `[rows, out]`, of the sum that the op ends in if `summed`.
+        summed: whether `outputs` are those of that sum.
+        bias_sign: if the bias is added in an op of its own (1) or is a running mean (−1), its sign; `outputs` are then
+            without it. 0 if the bias is added in the same op.
     """
 
     start: int
@@ -163,138 +170,141 @@ class Goal:
     axis: int
     bias: tuple[str, int] | None
     rows: Tensor
-    places: int
+    positions: int
     outputs: Tensor
     summed: bool = False
-    late: int = 0
+    bias_sign: int = 0
 
 
-class _Goals:
-    """Remembers what the readers of the uncut model answer, in the order in which they do."""
+class _OutputRecorder:
+    """Records the outputs of the consumers of the uncut model, in execution order."""
 
-    def __init__(self, readers: frozenset[str], effort: Effort) -> None:
-        self.readers, self.effort = readers, effort
-        self.found: dict[str, list[Goal]] = {}
-        self.biases: Counter[tuple[str, int]] = Counter()
-        # Weak, or every reader's input would stay in memory until the end of the pass.
-        self._place: WeakKeyDictionary[WeightOp, tuple[str, int]] = WeakKeyDictionary()
+    def __init__(self, consumers: frozenset[str], limits: ReconstructionLimits) -> None:
+        self.consumers, self.limits = consumers, limits
+        self.targets: dict[str, list[Target]] = {}
+        self.bias_uses: Counter[tuple[str, int]] = Counter()
+        # Weak, or every consumer's input would stay in memory until the end of the pass.
+        self._index: WeakKeyDictionary[WeightOp, tuple[str, int]] = WeakKeyDictionary()
 
-    def read(self, op: WeightOp, out: Tensor) -> None:
+    def record(self, op: WeightOp, out: Tensor) -> None:
         bias = None if op.bias is None or op.bias_name is None else (op.bias_name, int(op.bias.storage_offset()))
         if bias is not None:
-            self.biases[bias] += 1
-        if op.tensor not in self.readers:
+            self.bias_uses[bias] += 1
+        if op.tensor not in self.consumers:
             return
         total = output_positions(op, out)
-        rows = evenly(total, self.effort.rows_for(op.matrix().shape[-1])).to(out.device)
+        rows = evenly(total, self.limits.rows_for(op.matrix().shape[-1])).to(out.device)
         outputs = op.outputs_at(out, rows).movedim(0, 1).flatten(1)
-        goals = self.found.setdefault(op.tensor, [])
-        self._place[op] = (op.tensor, len(goals))
-        goals.append(Goal(op.start, len(op.weight), op.axis, bias, rows, total, outputs))
+        targets = self.targets.setdefault(op.tensor, [])
+        self._index[op] = (op.tensor, len(targets))
+        targets.append(Target(op.start, len(op.weight), op.axis, bias, rows, total, outputs))
 
     def sum(self, output: TrackedOutput, own: Tensor, other: Tensor) -> None:
-        if output.op in self._place:
-            name, index = self._place[output.op]
-            goal = self.found[name][index]
-            summed = output.values_at(own, goal.rows) + output.values_at(other, goal.rows)
-            self.found[name][index] = replace(goal, outputs=summed, summed=True)
+        if output.op in self._index:
+            name, index = self._index[output.op]
+            target = self.targets[name][index]
+            summed = output.values_at(own, target.rows) + output.values_at(other, target.rows)
+            self.targets[name][index] = replace(target, outputs=summed, summed=True)
 
     def bias(self, op: WeightOp, name: str, sign: int) -> None:
-        self.biases[name, 0] += 1
-        if op in self._place:
-            tensor, index = self._place[op]
-            if self.found[tensor][index].bias is None:
-                self.found[tensor][index] = replace(self.found[tensor][index], bias=(name, 0), late=sign)
+        self.bias_uses[name, 0] += 1
+        if op in self._index:
+            tensor, index = self._index[op]
+            if self.targets[tensor][index].bias is None:
+                self.targets[tensor][index] = replace(self.targets[tensor][index], bias=(name, 0), bias_sign=sign)
 
-    def usable(self, others: set[str]) -> dict[str, list[Goal]]:
-        """The weights that nothing else uses, and no entry of which is used twice."""
+    def usable(self, other_uses: set[str]) -> dict[str, list[Target]]:
+        """The targets of weights that nothing else uses, and no entry of which is used twice."""
+
+        def own_bias(target: Target) -> bool:
+            shared = target.bias is not None and target.bias_sign >= 0 and target.bias[0] in other_uses
+            return target.bias is None or (self.bias_uses[target.bias] == 1 and not shared)
+
         found = {}
-        for name, goals in self.found.items():
-            spans = sorted((goal.start, goal.start + goal.length) for goal in goals)
-            apart = all(one[1] <= two[0] for one, two in pairwise(spans))
-            own = all(
-                goal.bias is None or (self.biases[goal.bias] == 1 and (goal.late < 0 or goal.bias[0] not in others))
-                for goal in goals
-            )
-            if apart and own and name not in others:
-                found[name] = goals
+        for name, targets in self.targets.items():
+            spans = sorted((target.start, target.start + target.length) for target in targets)
+            disjoint = all(one[1] <= two[0] for one, two in pairwise(spans))
+            if disjoint and name not in other_uses and all(own_bias(target) for target in targets):
+                found[name] = targets
         return found
 
 
-class _Fits:
-    """Fits each reader of the cut model before it runs, or at the sum that it ends in."""
+class _ConsumerFitter:
+    """Fits each consumer of the cut model before it runs, or at the sum that it ends in."""
 
     def __init__(
         self,
-        goals: dict[str, list[Goal]],
+        targets: dict[str, list[Target]],
         changes: dict[str, TensorChange],
         samples: int,
         shadows: Mapping[str, Tensor],
     ) -> None:
-        self.goals = {name: list(each) for name, each in goals.items()}
+        self.targets = {name: list(each) for name, each in targets.items()}
         self.changes, self.samples, self.shadows = changes, samples, shadows
-        self.touched: set[str] = set()
-        self._waiting: dict[WeightOp, Goal] = {}
+        self.fitted: set[str] = set()
+        self._at_sum: dict[WeightOp, Target] = {}
 
-    def read(self, op: WeightOp) -> None:
-        if not self.goals.get(op.tensor):
+    def run(self, op: WeightOp) -> None:
+        if not self.targets.get(op.tensor):
             return
-        goal = self.goals[op.tensor].pop(0)
-        if goal.summed:
-            self._waiting[op] = goal
+        target = self.targets[op.tensor].pop(0)
+        if target.summed:
+            self._at_sum[op] = target
         else:
-            self._fit(op, goal, self._kept(op, goal))
+            self._fit(op, target, self._kept_outputs(op, target))
 
     def sum(self, output: TrackedOutput, own: Tensor, other: Tensor) -> None:
-        goal = self._waiting.pop(output.op, None)
-        if goal is None:
+        target = self._at_sum.pop(output.op, None)
+        if target is None:
             return
-        summed = self._kept(output.op, goal)
+        summed = self._kept_outputs(output.op, target)
         if summed.shape[1] != len(output.op.weight):
             return
-        # A unit that the norm after it switches off has nothing to be fitted to.
+        # A unit that the norm after it scales by 0 contributes nothing to the sum: it keeps its outputs.
         off = output.scale.abs() < 1e-6 * output.scale.abs().max()
-        missing = summed - output.values_at(own, goal.rows) - output.values_at(other, goal.rows)
-        step = missing.masked_fill(off, 0) / output.scale.masked_fill(off, 1)
-        answers = output.op.outputs_at(output.recompute(), goal.rows).movedim(0, 1).flatten(1)
-        if (offset := self._fit(output.op, goal, answers + step)) is not None:
-            own.copy_(output.recomputed(own, offset if goal.late else 0.0))
+        residual = summed - output.values_at(own, target.rows) - output.values_at(other, target.rows)
+        step = residual.masked_fill(off, 0) / output.scale.masked_fill(off, 1)
+        present = output.op.outputs_at(output.recompute(), target.rows).movedim(0, 1).flatten(1)
+        if (offset := self._fit(output.op, target, present + step)) is not None:
+            own.copy_(output.recomputed(own, offset if target.bias_sign else 0.0))
 
-    def _kept(self, op: WeightOp, goal: Goal) -> Tensor:
-        """The goal's outputs of the units that the cut model still has."""
+    def _kept_outputs(self, op: WeightOp, target: Target) -> Tensor:
+        """The target outputs of the units that the cut model still has."""
         change = self.changes.get(op.tensor)
-        kept = change.axes.get(1 - goal.axis) if change else None
+        kept = change.axes.get(1 - target.axis) if change else None
         if kept is None:
-            return goal.outputs
-        ends = goal.start, goal.start + goal.length
-        return goal.outputs[:, [index - goal.start for index in kept.indices if ends[0] <= index < ends[1]]]
+            return target.outputs
+        ends = target.start, target.start + target.length
+        return target.outputs[:, [index - target.start for index in kept.indices if ends[0] <= index < ends[1]]]
 
-    def _fit(self, op: WeightOp, goal: Goal, outputs: Tensor) -> Tensor | None:
-        """Fit the weight and the bias in place; what the bias has gained `[out]`, or None if nothing moved."""
-        bias = self.shadows[goal.bias[0]] if goal.late and goal.bias else op.bias
-        if outputs.shape[1] != len(op.weight) or (bias is None) != (goal.bias is None):
+    def _fit(self, op: WeightOp, target: Target, outputs: Tensor) -> Tensor | None:
+        """Fit the weight and the bias in place; the change of the bias `[out]`, or None if they stay."""
+        bias = self.shadows[target.bias[0]] if target.bias_sign and target.bias else op.bias
+        if outputs.shape[1] != len(op.weight) or (bias is None) != (target.bias is None):
             return None
-        wanted = outputs.reshape(len(outputs), op.groups, -1).movedim(1, 0)
-        start = None if bias is None else (bias * (not goal.late)).reshape(op.groups, -1)
-        odd = goal.rows * self.samples // goal.places % 2 == 1
-        made = fit_reader(op.columns(goal.rows), wanted, op.matrix(), start, odd)
-        if made is None:
+        targets = outputs.reshape(len(outputs), op.groups, -1).movedim(1, 0)
+        # Without the bias where `outputs` are.
+        start = None if bias is None else (bias * (not target.bias_sign)).reshape(op.groups, -1)
+        odd = target.rows * self.samples // target.positions % 2 == 1
+        found = refit(op.columns(target.rows), targets, op.matrix(), start, odd)
+        if found is None:
             return None
-        op.write_matrix(made[0].to(op.weight.dtype))
-        self.touched.add(op.tensor)
-        gained = (made[1] if start is None else made[1] - start).flatten()
-        if bias is not None and goal.bias is not None:
-            bias.add_(gained * (goal.late or 1))
-            self.touched.add(goal.bias[0])
-        return gained.to(op.weight.dtype)
+        weight, offset = found
+        op.write_matrix(weight.to(op.weight.dtype))
+        self.fitted.add(op.tensor)
+        change = (offset if start is None else offset - start).flatten()
+        if bias is not None and target.bias is not None:
+            bias.add_(change * (target.bias_sign or 1))
+            self.fitted.add(target.bias[0])
+        return change.to(op.weight.dtype)
 
 
-def _joined(batches: Iterable[Any], effort: Effort) -> Any:
-    """The batches as one, or the first alone where their leaves cannot be put together; no more than is to be used."""
-    made = list(batches)
-    if not made:
+def _concatenated(batches: Iterable[Any], limits: ReconstructionLimits) -> Any:
+    """The batches as one, or the first alone where their leaves cannot be concatenated; cut to the limits."""
+    listed = list(batches)
+    if not listed:
         return None
-    flat = [tree_flatten(batch) for batch in made]
+    flat = [tree_flatten(batch) for batch in listed]
     leaves = [each[0] for each in flat]
     sizes = [{len(leaf) for leaf in each if isinstance(leaf, Tensor) and leaf.dim()} for each in leaves]
     alike = all(
@@ -303,13 +313,13 @@ def _joined(batches: Iterable[Any], effort: Effort) -> Any:
     )
     shapes = [[leaf.shape[1:] for leaf in each] for each in leaves] if alike else []
     if not alike or any(shape != shapes[0] for shape in shapes):
-        return _few(made[0], effort)
-    return _few(tree_unflatten([torch.cat(parts) for parts in zip(*leaves, strict=True)], flat[0][1]), effort)
+        return _limited(listed[0], limits)
+    return _limited(tree_unflatten([torch.cat(parts) for parts in zip(*leaves, strict=True)], flat[0][1]), limits)
 
 
-def _few(batch: Any, effort: Effort) -> Any:
-    """As many samples as fit the limits."""
+def _limited(batch: Any, limits: ReconstructionLimits) -> Any:
+    """As many samples of the batch as the limits allow, two at least."""
     sizes = [
         leaf[0].numel() for leaf in tree_flatten(batch)[0] if isinstance(leaf, Tensor) and leaf.dim() and len(leaf)
     ]
-    return first_samples(batch, max(2, min(effort.samples, effort.entries // max([1, *sizes]))))
+    return first_samples(batch, max(2, min(limits.samples, limits.entries // max([1, *sizes]))))

@@ -154,7 +154,7 @@ def plan_cut(
     deltas: dict[str, Tensor] = {}
     for name, index_map in maps.items():
         for tie in graph.widths[name].consumers:
-            if tie in statistics and is_own(graph, tie.tensor):
+            if tie in statistics and is_unshared(graph, tie.tensor):
                 for tensor, delta in _refit(model, graph, tie, index_map, statistics):
                     deltas[tensor] = deltas.get(tensor, 0) + delta
     return _with_deltas(model, surgery, deltas)
@@ -279,7 +279,7 @@ def _magnitude(model: nn.Module, graph: WidthGraph, width: Width) -> Tensor:
     return (norm(width.producers) if made is None else made) * norm(width.consumers)
 
 
-def is_own(graph: WidthGraph, tensor: str) -> bool:
+def is_unshared(graph: WidthGraph, tensor: str) -> bool:
     """Whether no other module uses the tensor: a refit for one reader would be wrong for the other."""
     return tensor in graph.shapes and tensor not in graph.aliases.values()
 
@@ -290,7 +290,7 @@ def _bias(model: nn.Module, graph: WidthGraph, tie: Tie) -> str | None:
     local = tie.tensor.rpartition(".")[2].replace("weight", "bias")
     name = f"{tie.module}.{local}" if tie.module else local
     has = getattr(model.get_submodule(tie.module), local, None) is not None
-    return name if has and is_own(graph, name) else None
+    return name if has and is_unshared(graph, name) else None
 
 
 def _refit(

@@ -33,7 +33,7 @@ from evolvenet.engine.functional import commit
 from evolvenet.engine.invariants import ModelReference, validate
 from evolvenet.measurement.activation_moments import collect
 from evolvenet.measurement.width_spectra import measure
-from evolvenet.pruning.reconstruction import QUICK, reconstruct
+from evolvenet.pruning.reconstruction import TRAINING_LIMITS, reconstruct
 from evolvenet.pruning.selection import plan_prune
 from experiments.models.resnet import ResNet
 from experiments.pages import machine_line, markdown, write_whole
@@ -101,7 +101,7 @@ def one_round(subject: Subject, model: nn.Module, graph: evolvenet.WidthGraph, s
     found["spectra"], _ = timed(lambda: measure(model, graph, gathered))
     sizes = {w.name: max(w.smallest, int(CUT * w.size)) for w in graph.resizable}
     found["selection"], surgery = timed(lambda: plan_prune(model, graph, sizes, gathered))
-    found["compensation"], surgery = timed(lambda: reconstruct(model, graph, surgery, batches, QUICK))
+    found["compensation"], surgery = timed(lambda: reconstruct(model, graph, surgery, batches, TRAINING_LIMITS))
     steps += [timed(lambda: training_step(model, optimizer, batches[0], labels))[0] for _ in range(2)]
     before_seconds, before = timed(lambda: ModelReference.of(model, batches[0][:2]))
     found["surgery"], after = timed(lambda: commit(model, surgery, optimizer))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from evolvenet.graph.width_graph import WidthGraph
-from evolvenet.growth.initializers import orthogonal, unpredicted
+from evolvenet.growth.initializers import orthogonal, unpredicted_covariance
 from evolvenet.growth.plan import plan_growth
 from evolvenet.surgery.resize_model import install
 from evolvenet.tracing.trace import trace
@@ -62,11 +62,11 @@ def test_what_is_unpredicted_is_the_residual_of_least_squares(
     x -= x.mean(0)
     left = x[:, known:] - x[:, :known] @ torch.linalg.lstsq(x[:, :known], x[:, known:], driver="gelsd").solution
     left /= x[:, known:].norm(dim=0)
-    torch.testing.assert_close(unpredicted(x.T @ x / 40, known), left.T @ left, rtol=1e-7, atol=1e-9)
+    torch.testing.assert_close(unpredicted_covariance(x.T @ x / 40, known), left.T @ left, rtol=1e-7, atol=1e-9)
 
 
 def test_a_unit_that_never_varies_is_predicted() -> None:
-    found = unpredicted(torch.diag(torch.tensor([1.0, 0.0, 2.0]).double()), 1)
+    found = unpredicted_covariance(torch.diag(torch.tensor([1.0, 0.0, 2.0]).double()), 1)
     torch.testing.assert_close(found, torch.diag(torch.tensor([0.0, 1.0]).double()))
 
 

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from evolvenet.graph.index_map import IndexMap
 from evolvenet.graph.width_graph import Tie
 from evolvenet.growth.expanded_model import Growth, trial
-from evolvenet.growth.tiny import RIDGE, Scale, corrected, demand, weight_op_of
+from evolvenet.growth.tiny import RIDGE, Scale, demand, subtract_updates, weight_op_of
 from evolvenet.surgery.resize_model import compile_surgery
 from evolvenet.tracing.trace import trace
 from tests.helpers.small_models import images, mlp
@@ -132,7 +132,7 @@ def test_a_correction_changes_the_gradients_of_new_units_alone() -> None:
         for width in growth.widths
         for tie in (*growth.matrices(width, "produces"), *growth.matrices(width, "consumes"))
     }
-    with trial(growth, start), corrected(growth, asked.updates) as corrections:
+    with trial(growth, start), subtract_updates(growth, asked.updates) as corrections:
         inputs: dict[str, Tensor] = {}
         hook: Callable[[str], Any] = lambda name: lambda m, args: inputs.setdefault(name, args[0])  # noqa: E731
         hooks = [model.get_submodule(name).register_forward_pre_hook(hook(name)) for name in asked.updates]

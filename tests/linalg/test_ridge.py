@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from evolvenet.linalg import ridge as module
-from evolvenet.linalg.ridge import fit_reader
+from evolvenet.linalg.ridge import refit
 from tests.helpers.cases import FLOAT
 
 
@@ -21,7 +21,7 @@ def test_a_fit_is_least_squares_on_all_rows(columns: int, out: int, bias: bool, 
     solution = torch.linalg.lstsq(wide, y).solution
     start = torch.randn(out, columns, generator=made, dtype=FLOAT)
     odd = torch.arange(80) % 2 == 1
-    found = fit_reader(x, y, start, torch.zeros(out, dtype=FLOAT) if bias else None, odd)
+    found = refit(x, y, start, torch.zeros(out, dtype=FLOAT) if bias else None, odd)
     assert found is not None
     torch.testing.assert_close(found[0], solution[:columns].T, atol=1e-3, rtol=1e-3)
     torch.testing.assert_close(found[1], solution[-1] if bias else torch.zeros(out).double(), atol=5e-3, rtol=1e-3)
@@ -33,7 +33,7 @@ def test_noise_is_not_fitted(rows: int, columns: int, seed: int) -> None:
     made = torch.Generator().manual_seed(seed)
     x, y = (torch.randn(rows, width, generator=made, dtype=FLOAT) for width in (columns, 2))
     weight, odd = torch.zeros(2, columns, dtype=FLOAT), torch.arange(rows) % 2 == 1
-    found = fit_reader(x, y, weight, None, odd)
+    found = refit(x, y, weight, None, odd)
     if found is not None:
         whole = (y - x @ found[0].T).square().sum()
         assert whole <= y.square().sum() * (1 + 1e-9)
@@ -71,7 +71,7 @@ def test_the_solution_is_that_of_the_ridge_problem() -> None:
 def test_groups_are_fitted_each_for_itself() -> None:
     x, odd = torch.randn(3, 50, 4, dtype=FLOAT), torch.arange(50) % 2 == 1
     true = torch.randn(3, 2, 4, dtype=FLOAT)
-    found = fit_reader(x, x @ true.mT + 1, torch.zeros_like(true), torch.zeros(3, 2, dtype=FLOAT), odd)
+    found = refit(x, x @ true.mT + 1, torch.zeros_like(true), torch.zeros(3, 2, dtype=FLOAT), odd)
     assert found is not None
     torch.testing.assert_close(found[0], true, atol=1e-3, rtol=1e-3)
     torch.testing.assert_close(found[1], torch.ones(3, 2, dtype=FLOAT), atol=1e-3, rtol=1e-3)
@@ -81,7 +81,7 @@ def test_a_group_without_input_keeps_its_weights() -> None:
     x, odd = torch.randn(2, 50, 4, dtype=FLOAT), torch.arange(50) % 2 == 1
     x[0] = 0
     weight = torch.randn(2, 1, 4, dtype=FLOAT)
-    found = fit_reader(x, x @ (2 * weight).mT, weight, None, odd)
+    found = refit(x, x @ (2 * weight).mT, weight, None, odd)
     assert found is not None
     torch.testing.assert_close(found[0][0], weight[0])
     torch.testing.assert_close(found[0][1], 2 * weight[1], atol=1e-3, rtol=1e-3)
@@ -91,9 +91,9 @@ def test_a_group_without_input_keeps_its_weights() -> None:
 def test_float32_and_half_inputs_are_fitted_in_float32(rows: int) -> None:
     x, odd = torch.randn(rows, 30), torch.arange(rows) % 2 == 1
     true = torch.randn(2, 30)
-    exact = fit_reader(x.double(), x.double() @ true.T.double(), torch.zeros(2, 30).double(), None, odd)
-    single = fit_reader(x, x @ true.T, torch.zeros(2, 30), None, odd)
-    half = fit_reader(x.bfloat16(), (x @ true.T).bfloat16(), torch.zeros(2, 30).bfloat16(), None, odd)
+    exact = refit(x.double(), x.double() @ true.T.double(), torch.zeros(2, 30).double(), None, odd)
+    single = refit(x, x @ true.T, torch.zeros(2, 30), None, odd)
+    half = refit(x.bfloat16(), (x @ true.T).bfloat16(), torch.zeros(2, 30).bfloat16(), None, odd)
     assert exact is not None
     assert single is not None
     assert half is not None

@@ -1,4 +1,4 @@
-"""Readers fitted one after the other, against least squares on the rows and against the network's own outputs."""
+"""Consumers refitted one after the other, against least squares on the rows and against the network's own outputs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import evolvenet
 from evolvenet.execution import residual_sums as sums_module
 from evolvenet.graph.index_map import IndexMap
 from evolvenet.measurement.activation_moments import collect
-from evolvenet.pruning.reconstruction import Effort, reconstruct
+from evolvenet.pruning.reconstruction import ReconstructionLimits, reconstruct
 from evolvenet.pruning.selection import choose
 from evolvenet.surgery.resize_model import compile_surgery, install
 from evolvenet.tracing.trace import trace
@@ -37,7 +37,7 @@ def convnet() -> nn.Sequential:
     ).double()
 
 
-def test_units_that_others_can_stand_in_for_cost_nothing() -> None:
+def test_multiples_of_other_units_are_cut_without_error() -> None:
     model = convnet().eval()
     with torch.no_grad():
         for name in ("weight", "bias"):
@@ -64,7 +64,7 @@ def test_fitted_outputs_are_nearer_on_images_not_seen() -> None:
     assert error_after(cut, [seen], unseen) < 0.7 * error_after(cut, None, unseen)
 
 
-def test_nothing_is_changed_yet() -> None:
+def test_a_reconstruction_changes_nothing_yet() -> None:
     model = convnet().train()
     x = torch.randn(32, 2, 8, 8, dtype=FLOAT)
     graph = trace(model, x[:1])
@@ -78,7 +78,7 @@ def test_nothing_is_changed_yet() -> None:
 
 
 class Twice(nn.Module):
-    """A layer that runs twice reads two different things: there is no one fit for it."""
+    """A layer that runs twice has two different inputs: no one fit serves both."""
 
     def __init__(self, bias: bool = True) -> None:
         super().__init__()
@@ -89,7 +89,7 @@ class Twice(nn.Module):
 
 
 class Weighed(nn.Module):
-    """A reader whose weight counts in the answer in another way too."""
+    """A consumer whose weight enters the output in another way too."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -100,7 +100,7 @@ class Weighed(nn.Module):
 
 
 class SharedBias(nn.Module):
-    """Two readers with one bias: no fit of one of them may move it."""
+    """Two consumers with one bias: no fit of one of them may move it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -133,7 +133,7 @@ class SharedBias(nn.Module):
         "NaN",
     ],
 )
-def test_without_a_fit_the_cut_is_bare(model: nn.Module, batches: list[Tensor]) -> None:
+def test_a_consumer_that_cannot_be_fitted_keeps_the_cut(model: nn.Module, batches: list[Tensor]) -> None:
     graph = trace(model, torch.zeros(2, 3))
     (name,) = list(graph.sizes)[-1:]
     surgery = compile_surgery(model, graph, {name: IndexMap.keep([0, 2], size=6)})
@@ -143,17 +143,33 @@ def test_without_a_fit_the_cut_is_bare(model: nn.Module, batches: list[Tensor]) 
     assert all(torch.equal(fitted[key], value) for key, value in bare.items() if key not in skipped)
 
 
-def test_batches_of_other_shapes_are_not_joined() -> None:
+def test_batches_of_other_shapes_are_not_concatenated() -> None:
     model = nn.Sequential(nn.Linear(3, 6), nn.ReLU(), nn.Linear(6, 2)).double()
     graph = trace(model, torch.zeros(2, 3, dtype=FLOAT))
-    x = torch.randn(40, 3, dtype=FLOAT)
-    expected = outputs(model, x)
-    evolvenet.prune(model, graph, {"0": 5}, batches=[x, torch.randn(4, 2, 3, dtype=FLOAT)])
-    assert distance(outputs(model, x), expected) < 1
+    x, other = torch.randn(40, 3, dtype=FLOAT), torch.randn(4, 2, 3, dtype=FLOAT)
+    surgery = compile_surgery(model, graph, {"0": IndexMap.keep(range(5), size=6)})
+    both, alone = (reconstruct(model, graph, surgery, batches) for batches in ([x, other], [x]))
+    assert all(torch.equal(one.value, two.value) for one, two in zip(both.changes, alone.changes, strict=True))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_error_of_a_dense_consumer_is_the_least_possible(bias: bool) -> None:
+    """Against `lstsq` of the original outputs on the kept units."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 6), nn.ReLU(), nn.Linear(6, 2, bias=bias)).double().eval()
+    x = torch.randn(512, 3, dtype=FLOAT)
+    surgery = compile_surgery(model, trace(model, x[:2]), {"0": IndexMap.keep([0, 1, 3, 5], size=6)})
+    fitted = {change.name: change.value for change in reconstruct(model, trace(model, x[:2]), surgery, [x]).changes}
+    with torch.no_grad():
+        kept, expected = model[1](model[0](x))[:, [0, 1, 3, 5]], model(x)
+    columns = torch.cat([kept, torch.ones(512, 1, dtype=FLOAT)], dim=1) if bias else kept
+    least = (columns @ torch.linalg.lstsq(columns, expected).solution - expected).square().sum()
+    answer = kept @ fitted["2.weight"].T + (fitted["2.bias"] if bias else 0)
+    assert least <= (answer - expected).square().sum() < 1.01 * least
 
 
 @pytest.mark.parametrize(("entries", "samples"), [(60, 20), (3, 2), (10**9, 50)])
-def test_large_samples_are_taken_in_small_numbers(entries: int, samples: int) -> None:
+def test_fewer_samples_are_run_the_larger_they_are(entries: int, samples: int) -> None:
     """All of them run in one pass, so what they hold is bounded and not only their number."""
     seen: list[int] = []
 
@@ -168,14 +184,13 @@ def test_large_samples_are_taken_in_small_numbers(entries: int, samples: int) ->
     graph = trace(model, torch.zeros(2, 3))
     Watched.seen = seen  # type: ignore[attr-defined]
     surgery = compile_surgery(model, graph, {"0": IndexMap.keep([0, 2], size=6)})
-    effort = Effort(samples=1024, entries=entries, rows=1024, work=1e9)
-    reconstruct(model, graph, surgery, [torch.randn(25, 3), torch.randn(25, 3)], effort)
+    limits = ReconstructionLimits(samples=1024, entries=entries, rows=1024, multiplications=1e9)
+    reconstruct(model, graph, surgery, [torch.randn(25, 3), torch.randn(25, 3)], limits)
     assert seen == [samples] * 2
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_a_fit_does_no_harm_to_any_model(case: Case) -> None:
-    """How much it helps depends on the model: the tests around this one say."""
+def test_a_fit_does_not_raise_the_error_of_any_model(case: Case) -> None:
     model, graph = case.model(), graph_of(case)
     sizes = {width.name: max(width.smallest, width.size // 2) for width in graph.resizable}
     batches = [case.inputs(seed) for seed in range(20, 32)]
@@ -193,7 +208,7 @@ def test_a_fit_does_no_harm_to_any_model(case: Case) -> None:
     assert errors[1] <= errors[0] * 1.05
 
 
-def test_an_attention_layer_takes_the_mean_into_its_bias() -> None:
+def test_the_bias_of_an_attention_layer_takes_the_mean() -> None:
     """Its bias is added in an op of its own."""
 
     class Attention(nn.Module):
@@ -226,8 +241,8 @@ def test_an_attention_layer_takes_the_mean_into_its_bias() -> None:
     assert not torch.equal(moved, bare)
 
 
-def test_a_branch_makes_up_for_its_shortcut() -> None:
-    """The stream's own units go wrong: without the sum as the goal the block's output keeps that error."""
+def test_a_branch_is_fitted_to_the_sum_with_its_shortcut() -> None:
+    """The shortcut has an error of its own: without the sum as the target the block's output keeps it."""
     torch.manual_seed(0)
     model: Any = Residual()
     model.stem = nn.Sequential(nn.Conv2d(3, 12, 3, padding=1), nn.ReLU(), nn.Conv2d(12, 8, 3, padding=1))
