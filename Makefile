@@ -2,9 +2,10 @@
 PYTHON ?= python3
 VENV ?= .venv
 COMPARE ?= .venv-compare
+WORKERS ?= 2
 BIN := $(VENV)/bin
 
-.PHONY: train test install lint clean coverage bench-event bench-trace compare compare-install
+.PHONY: train test test-all install lint clean coverage bench-event bench-trace compare compare-install
 
 install: $(VENV)/.installed
 
@@ -18,8 +19,13 @@ $(VENV)/.installed: pyproject.toml
 train: install
 	$(BIN)/python train.py
 
+# Some minutes on 2 CPU cores. `worksteal` leaves neighbouring tests to one worker: what a module trains once is not trained twice.
 test: install lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+
+# With the long ones: soaks, thirty kills, four processes.
+test-all: install lint
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m ""
 
 lint: install
 	$(BIN)/ruff check .

@@ -152,7 +152,7 @@ def run(variant: str, options: argparse.Namespace) -> dict[str, Any]:
         evolution = WidthEvolution(judging, every_n_epochs=1, calibration_batches=1, stop=1.0)
     watch = Watch(variant, evolution)
     strategy = DDPStrategy(
-        start_method=options.start, process_group_backend="gloo", timeout=timedelta(seconds=60), **VARIANTS[variant]
+        start_method=options.start, process_group_backend="gloo", timeout=timedelta(seconds=240), **VARIANTS[variant]
     )
     leaving = [Leave()] if options.start == "spawn" else []
     fitting = trainer(

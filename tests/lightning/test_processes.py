@@ -36,92 +36,106 @@ from tests.helpers.policies import Fixed
 
 SCRIPT = HELPERS / "ddp_run.py"
 HEALTHY = ("plain", "unused", "static", "buckets", "manual", "accumulated")
+FAILURES = {
+    "fails on one rank": ("surgery failed: rank 1: RuntimeError: boom", "surgery failed: boom"),
+    "fails on rank 0": ("reconstruction failed: boom", "reconstruction failed: rank 0: RuntimeError: boom"),
+}
+"""The record's messages on rank 0 and on rank 1."""
+DISAGREEMENTS = ("other weights", "other widths", "other times")
+
+Ranks = list[dict[str, Any]]
+"""What each process found, by rank, in each variant of the run."""
 
 
-def launch(folder: Path, devices: int, start: str, *variants: str) -> list[dict[str, Any]]:
-    """What each process found, by rank; those that the main process alone reports where it spawns the others."""
-    command = [
-        sys.executable,
-        str(SCRIPT),
-        str(folder / "found"),
-        "--devices",
-        str(devices),
-        "--start",
-        start,
-        *variants,
-    ]
+def launch(folder: Path, devices: int, start: str, *variants: str) -> Ranks:
+    """Run the variants one after the other; where the main process spawns the others, it alone reports."""
+    command = [sys.executable, str(SCRIPT), str(folder / "found"), "--devices", str(devices), "--start", start]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=400, check=False)
+    done = subprocess.run([*command, *variants], capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("found.*.json"))]
 
 
-def assert_healthy(found: dict[str, Any], least: int) -> None:
-    """Weights were compared after every step, and every event did what it was asked to."""
-    assert found["compared"] == 24
+def assert_healthy(found: dict[str, Any], least: int = 10) -> None:
+    """So many events or more changed what they were meant to, and the module has the sizes that the record says."""
     assert len(found["events"]) >= least
     assert all(changes and skipped is None for _, changes, skipped in found["events"])
     assert found["layers"] == list(found["sizes"].values())
     assert found["finite"]
 
 
-def test_two_processes_train_one_network_in_every_kind_of_wrapper(tmp_path: Path) -> None:
-    ranks = launch(tmp_path, 2, "popen", *HEALTHY, "fails on one rank", "fails on rank 0")
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Ranks:
+    """Two processes that run every variant, those that end with an error last."""
+    ranks = launch(tmp_path_factory.mktemp("pair"), 2, "popen", *HEALTHY, *FAILURES, "judged", *DISAGREEMENTS)
     assert len(ranks) == 2
-    for variant in HEALTHY:
-        for found in ranks:
-            assert_healthy(found[variant], 5 if variant == "accumulated" else 10)
-        assert ranks[0][variant] == ranks[1][variant]
-    for variant, messages in {
-        "fails on one rank": ("surgery failed: rank 1: RuntimeError: boom", "surgery failed: boom"),
-        "fails on rank 0": ("reconstruction failed: boom", "reconstruction failed: rank 0: RuntimeError: boom"),
-    }.items():
-        for found, message in zip(ranks, messages, strict=True):
-            assert found[variant]["compared"] == 24
-            failed = [event for event in found[variant]["events"] if event[2]]
-            assert [(event[1], event[2]) for event in failed] == [(0, message)]
-            assert len(found[variant]["events"]) >= 10
-        assert ranks[0][variant]["shapes"] == ranks[1][variant]["shapes"]
+    return ranks
 
 
-def test_four_processes(tmp_path: Path) -> None:
-    ranks = launch(tmp_path, 4, "popen", "plain", "unused", "static")
-    assert len(ranks) == 4
-    for found in ranks:
-        for variant in ("plain", "unused", "static"):
-            assert_healthy(found[variant], 10)
-        assert found == ranks[0]
+@pytest.mark.parametrize("variant", HEALTHY)
+def test_two_processes_train_one_network_in_every_kind_of_wrapper(variant: str, pair: Ranks) -> None:
+    for rank in pair:
+        assert rank[variant]["compared"] == 24
+        assert_healthy(rank[variant], 5 if variant == "accumulated" else 10)
+    assert pair[0][variant] == pair[1][variant]
 
 
-@pytest.mark.parametrize(("devices", "variants"), [(2, ("plain", "unused", "static")), (4, ("plain",))])
-def test_spawned_processes_hand_weights_and_events_back(
-    devices: int, variants: tuple[str, ...], tmp_path: Path
-) -> None:
-    """The main process, whose module never trained, ends with the trained widths, and its callback with the events."""
-    (found,) = launch(tmp_path, devices, "spawn", *variants)
-    for variant in variants:
-        found[variant]["compared"] = 24  # Counted in the processes, which would have failed.
-        assert_healthy(found[variant], 10)
+@pytest.mark.parametrize("variant", FAILURES)
+def test_an_event_that_fails_on_one_rank_is_skipped_on_both(variant: str, pair: Ranks) -> None:
+    for rank, message in zip(pair, FAILURES[variant], strict=True):
+        found = rank[variant]
+        assert found["compared"] == 24
+        assert [(changes, skipped) for _, changes, skipped in found["events"] if skipped] == [(0, message)]
+        assert len(found["events"]) >= 10
+    assert pair[0][variant]["shapes"] == pair[1][variant]["shapes"]
 
 
-def test_cuts_are_judged_and_taken_back_on_every_process(tmp_path: Path) -> None:
-    ranks = launch(tmp_path, 2, "popen", "judged")
-    for rank in ranks:
+def test_cuts_are_judged_and_taken_back_on_every_process(pair: Ranks) -> None:
+    for rank in pair:
         found = rank["judged"]
         assert found["compared"] == 24
         kinds = [(changes > 0, skipped) for _, changes, skipped in found["events"]]
         assert kinds == [(True, None)] * 3, "a cut, a cut, taken back"
         assert found["layers"] == list(found["sizes"].values())
-    assert ranks[0] == ranks[1]
+    assert pair[0]["judged"] == pair[1]["judged"]
 
 
-@pytest.mark.parametrize("variant", ["other weights", "other widths", "other times"])
-def test_ranks_that_disagree_stop_with_a_clear_error(variant: str, tmp_path: Path) -> None:
-    ranks = launch(tmp_path, 2, "popen", variant)
-    assert len(ranks) == 2
+@pytest.mark.parametrize("variant", DISAGREEMENTS)
+def test_ranks_that_disagree_stop_with_a_clear_error(variant: str, pair: Ranks) -> None:
+    for rank in pair:
+        assert "on all 2 processes, got rank 0: " in rank[variant]["error"]
+        assert "the run stops" in rank[variant]["error"]
+
+
+@pytest.mark.long
+def test_four_processes_train_one_network(tmp_path: Path) -> None:
+    ranks = launch(tmp_path, 4, "popen", "plain", "unused", "static")
+    assert len(ranks) == 4
     for found in ranks:
-        assert "on all 2 processes, got rank 0: " in found[variant]["error"]
-        assert "the run stops" in found[variant]["error"]
+        for variant in ("plain", "unused", "static"):
+            assert found[variant]["compared"] == 24
+            assert_healthy(found[variant])
+        assert found == ranks[0]
+
+
+@pytest.mark.parametrize(
+    ("devices", "variants"),
+    [
+        (2, ("plain",)),
+        pytest.param(2, ("unused", "static"), marks=pytest.mark.long),
+        pytest.param(4, ("plain",), marks=pytest.mark.long),
+    ],
+)
+def test_spawned_processes_hand_weights_and_events_back(
+    devices: int, variants: tuple[str, ...], tmp_path: Path
+) -> None:
+    """The main process, whose module never trained, ends with the trained widths, and its callback with the events.
+
+    That weights are the same after every step is asserted in the spawned processes, an error of which ends the run.
+    """
+    (found,) = launch(tmp_path, devices, "spawn", *variants)
+    for variant in variants:
+        assert_healthy(found[variant])
 
 
 class Scripted:
