@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -39,7 +39,7 @@ from evolvenet.growth.plan import plan_growth
 from evolvenet.measurement.activation_moments import ActivationMoments, collect
 from evolvenet.measurement.cost import Costs, macs, parameters
 from evolvenet.measurement.width_spectra import WidthStatistics, measures_of, ranks_and_energies
-from evolvenet.policies.base import Judging, Policy, PolicyContext, Proposal, Scheduled
+from evolvenet.policies.base import JudgingPolicy, Policy, PolicyContext, Proposal, judged_metric
 from evolvenet.pruning.allocation import trial_curves
 from evolvenet.pruning.reconstruction import TRAINING_LIMITS, reconstruct
 from evolvenet.pruning.selection import plan_prune
@@ -63,7 +63,7 @@ class Evolver:
     Args:
         model: the model; it keeps its parameters' identity throughout.
         optimizer: the optimizer that holds them, or several; None for none.
-        policy: proposes sizes from spectra, for example `Threshold`.
+        policy: proposes sizes, for example `Threshold`, or one of your own (see `Policy`).
         example_inputs: what the model is called with: a tensor, a tuple of arguments or a dict of keyword arguments.
         calibration_batches: how many of the last observed batches an event measures on.
         seed: of the new units' random directions; they do not draw from the global generator.
@@ -74,6 +74,7 @@ class Evolver:
 
     Raises:
         TraceError: if the model does not run on the example inputs, or nothing in it can be resized.
+        PolicyError: for a policy without a method `propose`.
 
     >>> from evolvenet import Threshold
     >>> model = nn.Sequential(nn.Linear(4, 64), nn.ReLU(), nn.Linear(64, 2))
@@ -89,7 +90,7 @@ class Evolver:
         self,
         model: nn.Module,
         optimizer: Optimizer | Sequence[Optimizer] | None,
-        policy: Policy | Scheduled,
+        policy: Policy,
         example_inputs: Any,
         calibration_batches: int = 4,
         seed: int = 0,
@@ -97,6 +98,7 @@ class Evolver:
         after_change: Callable[[], object] = lambda: None,
         graph: WidthGraph | None = None,
     ) -> None:
+        judges = judged_metric(policy) is not None
         self.model = model
         self.optimizers = as_list(optimizer)
         self.policy = policy
@@ -114,7 +116,7 @@ class Evolver:
         self._changed: dict[str, list[int]] = {}
         self._seed = seed
         self._failures = FailurePolicy()
-        self._pending_cut = PendingCut(policy) if isinstance(policy, Judging) else None
+        self._pending_cut = PendingCut(cast(JudgingPolicy, policy)) if judges else None
 
     @property
     def off(self) -> str | None:
@@ -193,11 +195,11 @@ class Evolver:
         """
         group, started = process_group(), time.perf_counter()
         value = group.broadcast(value)
-        past = self._pending_cut.judge(value) if self._pending_cut else None
-        if self._pending_cut is None or past is None:
+        judgement, past = self._pending_cut.judge(value) if self._pending_cut else (None, None)
+        if judgement is None or past is None:
             return None
         moment, sizes, count = self._observed if at is None else at, self.graph.sizes, parameters(self.model)
-        skipped, reason = None, f"taken back: {value:.6g} after the cut, {self._pending_cut.standing.best:.6g} before"
+        skipped, reason = None, f"taken back: {judgement.reason}"
         try:
             with stage("rollback"):
                 copies = run_on_all_ranks(group, self._copies)
@@ -297,7 +299,7 @@ class Evolver:
                 run_on_all_ranks(group, self.after_change)
             reset_compiled_code()
         if self._pending_cut:
-            self._pending_cut.cut(past, [change.width for change in changes])
+            self._pending_cut.record(past, [change.width for change in changes])
         return ranks_and_energies(measures, self.graph.sizes)
 
     def _propose(
@@ -310,25 +312,33 @@ class Evolver:
             raise SkippedEvent(
                 "Expected at least one observed batch to measure on, got none. Call observe(batch) first."
             )
-        policy = self.policy
-        if isinstance(policy, Scheduled):
-            with stage("policy"):
-                costs = Costs.of(self.model, self.graph, self.example_inputs)
-                trials = partial(trial_curves, self.model, self.graph, batches)
-                standing = self._pending_cut and self._pending_cut.standing
-                asked = partial(
-                    evidence, self.model, self.graph, batches=batches, gradients=gradients, generator=self._generator()
-                )
-                policy = policy.at(PolicyContext(progress, self.history.initial.sizes, costs, trials, standing, asked))
-            if policy is None:
-                return {}, {}
-        with stage("statistics"):
-            statistics = collect(self.model, self.graph, batches)
-            found.append(statistics)
-        with stage("spectra"):
-            measures = measures_of(self.model, self.graph, statistics, self._changed, self._events)
+        if self._pending_cut and self._pending_cut.past:
+            return {}, {}
+        measured: dict[str, WidthStatistics] = {}
+
+        def measure() -> dict[str, WidthStatistics]:
+            with stage("statistics"):
+                found.append(collect(self.model, self.graph, batches))
+            with stage("spectra"):
+                measured.update(measures_of(self.model, self.graph, found[0], self._changed, self._events))
+            return measured
+
+        context = PolicyContext(
+            self.graph,
+            progress,
+            self.history.initial.sizes,
+            self._pending_cut and self._pending_cut.state,
+            measure,
+            count_costs=lambda: Costs.of(self.model, self.graph, self.example_inputs),
+            run_trials=partial(trial_curves, self.model, self.graph, batches),
+            run_loss_tests=lambda sizes: evidence(self.model, self.graph, sizes, batches, gradients, self._generator()),
+        )
         with stage("policy"):
-            return measures, dict(policy.propose(measures, self.graph))
+            proposals = dict(self.policy.propose(context))
+            if proposals and not found:
+                # Which units are pruned depends on the statistics, also where the policy's sizes do not.
+                measure()
+        return measured, proposals
 
     def _apply(
         self, transaction: Transaction, proposals: Mapping[str, Proposal], found: Sequence[ActivationMoments]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -16,7 +16,7 @@ from evolvenet.engine.invariants import ModelReference, validate
 from evolvenet.execution.isolation import reset_compiled_code
 from evolvenet.graph.serialization import from_plain, to_plain
 from evolvenet.graph.width_graph import WidthGraph
-from evolvenet.policies.base import Judging
+from evolvenet.policies.base import Judgement, JudgingPolicy
 from evolvenet.surgery.checkpoint import Note, fit_shapes
 from evolvenet.surgery.optimizer_state import validate_state
 
@@ -119,38 +119,35 @@ def roll_back(
 
 
 class PendingCut:
-    """Where a policy judges its cuts: how far it has come, and the network as it was before the cut that waits.
+    """The state of a policy that judges its cuts, and while one is pending a snapshot of the network before it.
 
     Args:
-        policy: what judges.
+        policy: judges.
     """
 
-    def __init__(self, policy: Judging) -> None:
+    def __init__(self, policy: JudgingPolicy) -> None:
         self.policy = policy
-        self.standing = policy.begin()
+        self.state: Any = None
         self.past: Snapshot | None = None
 
-    def cut(self, past: Snapshot | None, widths: Iterable[str]) -> None:
-        """An event cut these widths of what was before; or nothing, and there is nothing to go back to."""
+    def record(self, past: Snapshot | None, widths: Sequence[str]) -> None:
+        """Make these changes pending, with a snapshot from before them; None and () if an event changed nothing."""
         if self.past is None:
-            self.standing, self.past = self.policy.after(self.standing, widths), past
+            self.state, self.past = self.policy.record(self.state, widths), past
 
-    def judge(self, value: float) -> Snapshot | None:
-        """What to go back to, after a validation; None where everything stays."""
-        verdict, self.standing = self.policy.judged(self.standing, value)
-        past = self.past
-        if verdict != "wait":
+    def judge(self, value: float) -> tuple[Judgement, Snapshot | None]:
+        """The policy's judgement after a validation, and the snapshot to restore if the pending cut is undone."""
+        judgement, past = self.policy.judge(self.state, value), self.past
+        self.state = judgement.state
+        if judgement.verdict != "wait":
             self.past = None
-        return past if verdict == "undo" else None
+        return judgement, past if judgement.verdict == "undo" else None
 
     def state_dict(self) -> dict[str, Any]:
         """Plain data and tensors, for a checkpoint."""
-        return {
-            "standing": self.policy.plain(self.standing),
-            "past": None if self.past is None else self.past.to_plain(),
-        }
+        return {"state": self.state, "past": None if self.past is None else self.past.to_plain()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """What `state_dict` was called on."""
-        self.standing = self.policy.begin(state["standing"])
+        """Restore what `state_dict` returned."""
+        self.state = state["state"]
         self.past = None if state["past"] is None else Snapshot.from_plain(state["past"])

@@ -38,7 +38,7 @@ from evolvenet.lightning.trainer_parts import (
     progress_of,
     rebuild_ddp,
 )
-from evolvenet.policies.base import Judging, Policy, Scheduled
+from evolvenet.policies.base import Policy, judged_metric
 from evolvenet.policies.schedule import Schedule
 from evolvenet.surgery.checkpoint import NOTE, Note, fit_shapes, let_load_reshape
 from evolvenet.tracing.trace import trace
@@ -68,7 +68,7 @@ class WidthEvolution(Callback):
     from batches of all ranks, and the wrapper is made anew.
 
     Args:
-        policy: proposes sizes from spectra, for example `evolvenet.Threshold`.
+        policy: proposes sizes, for example `evolvenet.Threshold`, or one of your own (see `evolvenet.Policy`).
         every_n_epochs: an event at the start of every n-th epoch; the default, with n = 1, if neither is given. It measures
             on at most half of the epoch's batches.
         every_n_steps: or an event every n optimizer steps; it then measures on at most the batches of n steps.
@@ -81,7 +81,7 @@ class WidthEvolution(Callback):
             to find them.
 
     Raises:
-        PolicyError: for values out of range.
+        PolicyError: for values out of range, or a policy without a method `propose`.
         TraceError: in the first batches, if nothing in the model can be resized.
         UnsupportedStrategyError: before training starts, under a strategy that shards parameters.
         RankMismatchError: during training, if the processes of a DDP run do not agree on the model.
@@ -92,7 +92,7 @@ class WidthEvolution(Callback):
 
     def __init__(
         self,
-        policy: Policy | Scheduled,
+        policy: Policy,
         every_n_epochs: int | None = None,
         every_n_steps: int | None = None,
         start_step: int = 0,
@@ -105,6 +105,7 @@ class WidthEvolution(Callback):
         if calibration_batches < 1:
             raise PolicyError(f"WidthEvolution: expected calibration_batches of 1 or more, got {calibration_batches}.")
         self.policy = policy
+        self._judged_metric = judged_metric(policy)
         self.schedule = Schedule(every_n_epochs, every_n_steps, start_step, stop)
         self.example_inputs = example_inputs
         self.calibration_batches = calibration_batches
@@ -187,8 +188,8 @@ class WidthEvolution(Callback):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep the metric that the policy judges by, until widths may change again."""
-        if isinstance(self.policy, Judging) and not trainer.sanity_checking:
-            self._metric = metric_of(trainer, self.policy.metric)
+        if self._judged_metric is not None and not trainer.sanity_checking:
+            self._metric = metric_of(trainer, self._judged_metric)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Judge the last cut, and leave no hook behind."""

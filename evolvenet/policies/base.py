@@ -1,17 +1,21 @@
-"""Which widths change, and to what size: from their spectra, pure and without the model."""
+"""The protocol of policies: from the measurements of an event to new sizes, without the model."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any, Literal, Protocol
 
 from evolvenet.errors import PolicyError
 from evolvenet.graph.width_graph import WidthGraph
 from evolvenet.growth.loss_test import Evidence
 from evolvenet.measurement.cost import Costs
 from evolvenet.measurement.width_spectra import WidthStatistics
+
+Curves = Mapping[str, Sequence[tuple[int, float]]]
+"""{width: [(size, loss)], by size}."""
 
 
 @dataclass(frozen=True)
@@ -24,80 +28,206 @@ class Proposal:
 
 @dataclass(frozen=True)
 class PolicyContext:
-    """When an event happens in a run, for policies with a schedule.
+    """What a policy may look at in one event. Everything that takes time is computed when it is first accessed, and kept.
 
     Args:
+        graph: the widths.
         progress: share of the run that is done, 0 … 1.
-        initial: sizes of the widths when the run began.
-        costs: what other sizes would cost.
-        trials: cuts every width by itself to some sizes, `shares` of its units if they are given, and tells how far the outputs
-            move: {width: [(size, loss)]}, by size. It takes a while, so it is done only when it is called.
-        standing: how far the run has come under a policy that judges its cuts, see `Judging`.
-        evidence: tells of widths that would grow to some sizes whether the loss asks for that, {} where nothing is known
-            (no gradients were seen). It takes some runs of the network for each.
+        initial: {width: size} when the run began.
+        state: what `JudgingPolicy.judge` and `record` returned last; None before that, and for all other policies.
+        measure: computes `statistics`.
+        count_costs: computes `costs`.
+        run_trials: computes `trials`, with `shares` as a keyword argument.
+        run_loss_tests: computes `loss_tests`.
     """
 
+    graph: WidthGraph
     progress: float
     initial: Mapping[str, int]
-    costs: Costs
-    trials: Callable[..., Mapping[str, Sequence[tuple[int, float]]]] = lambda **_: {}
-    standing: Any = None
-    evidence: Callable[[Mapping[str, int]], Mapping[str, Evidence]] = lambda _: {}
+    state: Any = None
+    measure: Callable[[], Mapping[str, WidthStatistics]] = dict
+    count_costs: Callable[[], Costs] | None = None
+    run_trials: Callable[..., Curves] = lambda **_: {}
+    run_loss_tests: Callable[[Mapping[str, int]], Mapping[str, Evidence]] = lambda _: {}
+    _known: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    @cached_property
+    def statistics(self) -> Mapping[str, WidthStatistics]:
+        """{width: its statistics}, of every resizable width on which enough was measured.
+
+        Takes a forward pass on each observed batch, and the eigenvalues of one covariance a consumer.
+        """
+        return self.measure()
+
+    @cached_property
+    def costs(self) -> Costs:
+        """The cost of the network at other sizes. Takes two forward passes without data."""
+        if self.count_costs is None:
+            raise PolicyError("PolicyContext: expected count_costs where a policy accesses costs, got None.")
+        return self.count_costs()
+
+    def trials(self, shares: Sequence[float] | None = None) -> Curves:
+        """The error of the network's outputs when each width alone is cut and its consumers are fitted anew.
+
+        Takes one reconstruction for each width and share.
+
+        Args:
+            shares: of a width's units that stay in a trial, 0 … 1, descending; None for those of `allocate`.
+
+        Returns:
+            {width: [(size, Σ‖y' − y‖² / Σ‖y − mean‖²)]}, by size, from 0 to the present one.
+        """
+        options = {} if shares is None else {"shares": tuple(shares)}
+        return self._once(("trials", *options.items()), lambda: self.run_trials(**options))
+
+    def loss_tests(self, sizes: Mapping[str, int]) -> Mapping[str, Evidence]:
+        """A t-test for each width that would grow: do new units reduce the loss on samples they were not fitted on?
+
+        Takes a backward pass and some forward passes for each width, see `evolvenet.growth.loss_test`.
+
+        Args:
+            sizes: {width: new size}, above the present ones.
+
+        Returns:
+            {width: the test's result}; {} where the gradients of the loss are not known.
+        """
+        return self._once(("loss_tests", *sizes.items()), lambda: self.run_loss_tests(sizes))
+
+    def only(self, widths: Container[str]) -> PolicyContext:
+        """The same context with the statistics of some widths only."""
+        return replace(
+            self,
+            measure=lambda: {name: each for name, each in self.statistics.items() if name in widths},
+            count_costs=lambda: self.costs,
+            run_trials=self.trials,
+            run_loss_tests=self.loss_tests,
+        )
+
+    def _once(self, key: tuple[Any, ...], compute: Callable[[], Any]) -> Any:
+        if key not in self._known:
+            self._known[key] = compute()
+        return self._known[key]
 
 
-@runtime_checkable
-class Scheduled(Protocol):
-    """A policy that depends on the moment: it is asked for the policy of the moment, which then proposes."""
+class Policy(Protocol):
+    """Anything with a method `propose`: from the context of an event to the sizes that change.
 
-    def at(self, moment: PolicyContext) -> Policy | None:
-        """The policy for one moment of a run; None if nothing is to change, so that nothing needs to be measured."""
+    It should depend on its context alone: then a resumed run is the uninterrupted one, and all ranks agree.
+
+    >>> import torch
+    >>> from evolvenet import Evolver, Proposal
+    >>> class Halve:
+    ...     '''Halve every width of which half the directions carry 99 % of the energy.'''
+    ...
+    ...     def propose(self, context):
+    ...         found = {}
+    ...         for name, width in context.statistics.items():
+    ...             energy, half = [value**2 for value in width.spectrum], width.size // 2
+    ...             if half and sum(energy[:half]) >= 0.99 * sum(energy):
+    ...                 found[name] = Proposal(half, f"{half} of {width.size} directions carry 99 % of the energy")
+    ...         return found
+    >>> model = torch.nn.Sequential(torch.nn.Linear(4, 64), torch.nn.Linear(64, 2))
+    >>> evolver = Evolver(model, None, Halve(), torch.zeros(1, 4))
+    >>> evolver.observe(torch.randn(256, 4))
+    >>> evolver.step().sizes
+    {'0': 32}
+    """
+
+    def propose(self, context: PolicyContext) -> Mapping[str, Proposal]:
+        """New sizes for the widths that change; the others are left out."""
         ...
 
 
-@runtime_checkable
-class Judging(Scheduled, Protocol):
-    """A policy whose cuts are judged by a validation metric afterwards, and taken back where they cost too much.
+Verdict = Literal["keep", "wait", "undo"]
 
-    Its standing is of its own kind and immutable; the evolver keeps it and puts it into checkpoints.
+
+@dataclass(frozen=True)
+class Judgement:
+    """What a value of the metric means for the pending cut.
+
+    Args:
+        verdict: "keep" and "undo" end the cut's being pending, "wait" leaves it pending until the next validation.
+        state: the policy's state from now on, plain data (dicts, lists, tuples, numbers, strings): it goes into checkpoints.
+        reason: for a person to read, where a cut is undone.
+    """
+
+    verdict: Verdict
+    state: Any
+    reason: str = ""
+
+
+class JudgingPolicy(Policy, Protocol):
+    """A policy with a `metric` as well: its changes are pending until `judge` keeps or undoes them after a validation.
+
+    While a change is pending, `propose` is not called. State is plain data, None at first, and never changed in place.
+
+    >>> from evolvenet import Evolver, Threshold
+    >>> class Cautious:
+    ...     '''Threshold, but every change after which the accuracy is below 0.9 is undone.'''
+    ...
+    ...     metric = "val/acc"
+    ...
+    ...     def propose(self, context):
+    ...         return Threshold(prune=0.01, grow=0.9).propose(context)
+    ...
+    ...     def record(self, state, widths):
+    ...         return state
+    ...
+    ...     def judge(self, state, value):
+    ...         return Judgement("keep" if value >= 0.9 else "undo", state, f"{value} is below 0.9")
+    >>> judged_metric(Cautious())
+    'val/acc'
     """
 
     @property
     def metric(self) -> str:
-        """The metric's name, as the module logs it."""
+        """The metric's name, as the module logs it in validation."""
         ...
 
-    def begin(self, state: Mapping[str, Any] | None = None) -> Any:
-        """The standing at the start of a run, or what `plain` made of one."""
+    def record(self, state: Any, widths: Sequence[str]) -> Any:
+        """The state after an event that changed these widths, () if `propose` found nothing to change."""
         ...
 
-    def plain(self, standing: Any) -> dict[str, Any]:
-        """A standing as plain data, for a checkpoint."""
-        ...
-
-    def after(self, standing: Any, widths: Iterable[str]) -> Any:
-        """The standing after an event that cut these widths, which now wait for their judgement; none if it found nothing."""
-        ...
-
-    def judged(self, standing: Any, value: float) -> tuple[str, Any]:
-        """Whether the last cut is to "keep", "undo" or "wait", and the standing after that."""
+    def judge(self, state: Any, value: float) -> Judgement:
+        """What a value of the metric means for the pending cut, if there is one, and the state afterwards."""
         ...
 
 
-class Policy(Protocol):
-    """Anything that proposes sizes: a pure function of what was measured."""
+def judged_metric(policy: object) -> str | None:
+    """The metric by which a policy judges its changes (see `JudgingPolicy`); None for a policy that does not.
 
-    def propose(self, measures: Mapping[str, WidthStatistics], graph: WidthGraph) -> dict[str, Proposal]:
-        """New sizes for the widths that should change; the others are left out."""
-        ...
+    Raises:
+        PolicyError: for what is no policy.
+
+    >>> from evolvenet import Threshold, Tolerance
+    >>> judged_metric(Threshold(prune=0.01, grow=0.9)), judged_metric(Tolerance(metric="val/acc", drop=0.002))
+    (None, 'val/acc')
+    """
+    kind = policy.__name__ if isinstance(policy, type) else type(policy).__name__
+    if isinstance(policy, type) or not callable(getattr(policy, "propose", None)):
+        got = f"the class {kind} itself" if isinstance(policy, type) else f"{policy!r} of type {kind}"
+        raise PolicyError(
+            f"Policy: expected an object with a method propose(context), got {got}. "
+            "Take for example policy=Threshold(prune=0.01, grow=0.9)."
+        )
+    if not callable(getattr(policy, "judge", None)):
+        return None
+    metric = getattr(policy, "metric", None)
+    if not isinstance(metric, str) or not callable(getattr(policy, "record", None)):
+        raise PolicyError(
+            f"Policy: expected {kind}, which has a method judge, to have metric: str and record(state, widths) as well, got "
+            f"metric={metric!r}. See evolvenet.policies.base.JudgingPolicy."
+        )
+    return metric
 
 
-def enlarged(measure: WidthStatistics, growth: float) -> int:
+def enlarged(statistics: WidthStatistics, growth: float) -> int:
     """The size of a width after it grew by a share of itself, rounded up.
 
     >>> enlarged(WidthStatistics("0", 8, spectrum=(1.0,) * 8, events_since_change=9, growable=True), 0.3)
     11
     """
-    return measure.size + math.ceil(growth * measure.size)
+    return statistics.size + math.ceil(growth * statistics.size)
 
 
 def check_fields(policy: object, shares: Iterable[str], least: Mapping[str, float]) -> None:

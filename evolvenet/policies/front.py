@@ -1,4 +1,4 @@
-"""`Front`: several budgets one after the other, so that one run passes through all points of accuracy against cost."""
+"""`Front`: several budgets one after the other, so that one run gives a network for each of them."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 from evolvenet.errors import PolicyError
-from evolvenet.policies.base import Policy, PolicyContext, check_number
+from evolvenet.policies.base import PolicyContext, Proposal, check_number
 from evolvenet.policies.budget import Budget
 
 
 @dataclass(frozen=True)
 class Front:
-    """Budgets in turn. Each has a span of the run to itself, at the end of which the network is a point of the front.
+    """Budgets in turn. Each has a span of the run, at the end of which the network is one point of accuracy against cost.
 
     Within its span a budget behaves as in a run of its own: its `by` is a share of the span, and it sets out from the budget
     before it, the first one from the network as it was at the beginning.
@@ -56,11 +56,29 @@ class Front:
         spans = self.spans or [1] * len(self.points)
         return tuple(done / sum(spans) for done in accumulate(spans))
 
-    def at(self, moment: PolicyContext) -> Policy | None:
-        """The policy for one moment of a run: that of the budget whose span it lies in."""
+    def propose(self, context: PolicyContext) -> dict[str, Proposal]:
+        """The proposals of the budget in whose span this moment of the run lies."""
+        point, start, progress = self._now(context.costs.at(self.points[0].kind, context.initial), context.progress)
+        return point.propose_from(context, start, progress)
+
+    def target(self, start: float, progress: float) -> float:
+        """The most that the network may cost now.
+
+        Args:
+            start: its cost at the beginning of the run.
+            progress: share of the run that is done, 0 … 1.
+
+        >>> front = Front(points=[Budget(params=5_000, by=0.5), Budget(params=1_000, by=0.5)])
+        >>> [front.target(9_000, progress) for progress in (0.0, 0.25, 0.5, 1.0)]
+        [9000.0, 5000.0, 5000.0, 1000.0]
+        """
+        point, start, progress = self._now(start, progress)
+        return point.target(start, progress)
+
+    def _now(self, start: float, progress: float) -> tuple[Budget, float, float]:
+        """The present budget, the cost that it sets out from, and the share of its span that is done."""
         ends = self.ends
-        place = next((place for place, end in enumerate(ends) if moment.progress < end), len(ends) - 1)
+        place = next((place for place, end in enumerate(ends) if progress < end), len(ends) - 1)
         point, begin = self.points[place], ends[place - 1] if place else 0.0
-        before = getattr(self.points[place - 1], point.kind)
-        start = float(before) if place else moment.costs.at(point.kind, moment.initial)
-        return point.on_the_way(moment, start, (moment.progress - begin) / (ends[place] - begin))
+        before = float(getattr(self.points[place - 1], point.kind)) if place else start
+        return point, before, (progress - begin) / (ends[place] - begin)

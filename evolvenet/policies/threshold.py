@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from evolvenet.errors import PolicyError
@@ -11,31 +11,30 @@ from evolvenet.graph.width_graph import WidthGraph
 from evolvenet.growth.loss_test import Evidence
 from evolvenet.linalg.spectrum import effective_rank, energy_shares, units_for_energy
 from evolvenet.measurement.width_spectra import WidthStatistics
-from evolvenet.policies.base import Policy, PolicyContext, Proposal, check_fields, enlarged
+from evolvenet.policies.base import PolicyContext, Proposal, check_fields, enlarged
 
 
 @dataclass(frozen=True)
 class Threshold:
-    """Prune what carries no energy, grow what is saturated and wanted.
+    """Prune directions without energy, grow saturated widths whose new units reduce the loss.
 
-    A width shrinks by as many directions as carry together at most the share `prune` of its energy (the sum of its
-    squared singular values), and grows when its saturation, effective rank (Roy and Vetterli 2007) over size, reaches
-    `grow`, if the loss asks for it: new units must make outputs move as the loss wants on samples that did not choose how, by
-    `certain` standard errors (`evolvenet.growth.loss_test`). Between the two it stays; a saturated width is never pruned.
+    A width shrinks by as many directions as hold together at most the share `prune` of its energy (the sum of its squared
+    singular values). Its saturation is its effective rank (Roy and Vetterli 2007) over its size; where that reaches `grow`, it
+    is not pruned, and grows if it passes the loss test: the t-statistic of the loss's decrease by new units, on samples that they
+    were not fitted on, is at least `certain` (`evolvenet.growth.loss_test`). Between the two thresholds the size stays.
 
     Args:
-        prune: share of the energy that may go in one event, 0 … 1, below `grow`.
+        prune: share of the energy that is removed in one event at most, 0 … 1, below `grow`.
         grow: saturation from which a width grows, 0 … 1; 1 practically never.
-        largest_step: largest share of a width's units that goes in one event, 0 … 1.
+        largest_step: largest share of a width's units that is removed in one event, 0 … 1.
         growth: units added at a growth as a share of the size, 0 … 1, rounded up; 0 for never.
-        cooldown: events for which a width that grew is not pruned, and one that was pruned does not grow; twice as many
-            with each turn that it has made before, so that widths settle: a growth whose units did not come to carry
-            anything is tried again later and later.
+        cooldown: events for which a width that grew is not pruned, and one that was pruned does not grow; twice as many after
+            each reversal, so that widths settle: growth that was pruned again is repeated after longer and longer times.
         smallest: fewest units that a width keeps.
-        certain: standard errors by which the loss must be seen to fall for a width to grow, where its gradients are known; 0
-            to go by the spectrum alone. At 2 one of 44 widths grows by chance.
-        max_parameters: a growth that would take the network above it is left out, and while the network is above it
-            and nothing is left below `prune`, what carries least goes all the same; None for no limit.
+        certain: least t-statistic in the loss test; 0 to go by the spectrum alone, as where the loss's gradients are not
+            known. At 2, one of 44 widths grows by chance.
+        max_parameters: growth that would take the network above it is left out, and while the network is above it
+            and nothing is left below `prune`, `prune` is doubled until a width shrinks; None for no limit.
 
     Raises:
         PolicyError: for a value outside its range, or `prune` not below `grow`.
@@ -43,8 +42,9 @@ class Threshold:
     >>> from torch import nn, zeros
     >>> from evolvenet.tracing.trace import trace
     >>> graph = trace(nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2)), zeros(1, 4))
-    >>> measure = WidthStatistics("0", 3, spectrum=(2.0, 1.0, 0.1), events_since_change=9, growable=True)
-    >>> Threshold(prune=0.01, grow=0.9).propose({"0": measure}, graph)["0"]
+    >>> width = WidthStatistics("0", 3, spectrum=(2.0, 1.0, 0.1), events_since_change=9, growable=True)
+    >>> context = PolicyContext(graph, progress=0.5, initial=graph.sizes, measure=lambda: {"0": width})
+    >>> Threshold(prune=0.01, grow=0.9).propose(context)["0"]
     Proposal(size=2, reason='1 direction carries 0.2 % of the energy (threshold 1.0 %)')
     """
 
@@ -67,108 +67,78 @@ class Threshold:
                 "Widths settle in the gap between the two: take for example prune=0.01, grow=0.9."
             )
 
-    def at(self, moment: PolicyContext) -> Policy:
-        """The policy that asks the moment's gradients before a width grows."""
-        return _Asking(self, moment)
-
-    def propose(
-        self,
-        measures: Mapping[str, WidthStatistics],
-        graph: WidthGraph,
-        evidence: Callable[[Mapping[str, int]], Mapping[str, Evidence]] = lambda _: {},
-    ) -> dict[str, Proposal]:
-        """New sizes for the widths that should change; prunings first, then growths, the most saturated first.
-
-        Args:
-            measures: of the widths.
-            graph: the widths.
-            evidence: whether the loss asks for growths, see `PolicyContext`; by default nothing is known and the
-                spectrum decides.
+    def propose(self, context: PolicyContext) -> dict[str, Proposal]:
+        """New sizes for the widths that change; prunings first, then growths, the most saturated first.
 
         Raises:
             SpectrumError: for a spectrum with negative or NaN values.
         """
-        found: dict[str, Proposal] = {}
-        saturated: list[tuple[float, WidthStatistics]] = []
-        for measure in measures.values():
-            saturation = effective_rank(measure.spectrum) / measure.size
-            if saturation >= self.grow:
-                saturated.append((saturation, measure))
-            elif (shrink := self._shrink(measure, graph, self.prune)) is not None:
-                found[measure.width] = shrink
+        known, graph = context.statistics, context.graph
+        saturation = {name: effective_rank(width.spectrum) / width.size for name, width in known.items()}
+        saturated = [name for name in known if saturation[name] >= self.grow]
+        shrinks = {name: self._shrink(known[name], graph, self.prune) for name in known if name not in saturated}
+        found = {name: shrink for name, shrink in shrinks.items() if shrink is not None}
         if not found and self.max_parameters is not None and graph.parameters > self.max_parameters:
-            return self._relieve(measures, graph)
-        smaller = {name: proposal.size for name, proposal in found.items()}
-        larger = {measure.width: self._larger(measure) for _, measure in saturated}
-        may = {name: size for name, size in larger.items() if size > measures[name].size}
-        may = {name: size for name, size in may.items() if self._fits(graph, {**smaller, name: size})}
-        known = evidence(may) if may and self.certain else {}
-        for _, measure in sorted(saturated, key=lambda pair: -pair[0]):
-            name = measure.width
-            asked = known.get(name)
-            if name in may and (asked is None or asked.t_statistic >= self.certain):
-                sizes = {each: proposal.size for each, proposal in found.items()} | {name: may[name]}
-                if self._fits(graph, sizes):
-                    found[name] = Proposal(may[name], self._why(measure, asked))
+            return self._shrink_anyway(context)
+        sizes = {name: proposal.size for name, proposal in found.items()}
+        larger = {name: self._larger(known[name]) for name in saturated}
+        larger = {name: size for name, size in larger.items() if size > known[name].size}
+        larger = {name: size for name, size in larger.items() if self._fits(graph, {**sizes, name: size})}
+        tests = context.loss_tests(larger) if larger and self.certain else {}
+        for name in sorted(larger, key=lambda name: -saturation[name]):
+            passed = name not in tests or tests[name].t_statistic >= self.certain
+            if passed and self._fits(graph, {**sizes, name: larger[name]}):
+                sizes[name] = larger[name]
+                found[name] = Proposal(larger[name], self._why(known[name], tests.get(name)))
         return found
 
-    def _relieve(self, measures: Mapping[str, WidthStatistics], graph: WidthGraph) -> dict[str, Proposal]:
-        """What goes where the network is above `max_parameters` and nothing is below `prune`: what carries least.
-
-        The threshold is doubled until a width has something to give, saturated or not.
-        """
+    def _shrink_anyway(self, context: PolicyContext) -> dict[str, Proposal]:
+        """Prunings with the threshold doubled until a width shrinks, saturated or not."""
         share = self.prune or 1e-4
         while share < 1:
             share = min(2 * share, 1.0)
-            shrinks = {name: self._shrink(measure, graph, share) for name, measure in measures.items()}
+            shrinks = {name: self._shrink(width, context.graph, share) for name, width in context.statistics.items()}
             found = {name: shrink for name, shrink in shrinks.items() if shrink is not None}
             if found:
                 return found
         return {}
 
-    def _shrink(self, measure: WidthStatistics, graph: WidthGraph, prune: float) -> Proposal | None:
-        """The pruning of one width, if there is enough to prune."""
-        if measure.last_change >= 0 and self._rests(measure):
+    def _shrink(self, width: WidthStatistics, graph: WidthGraph, prune: float) -> Proposal | None:
+        """The pruning of one width; None if it keeps its size."""
+        if width.last_change >= 0 and self._cools_down(width):
             return None
-        kept = units_for_energy(measure.spectrum, prune)
-        slowest = measure.size - math.floor(self.largest_step * measure.size)
-        size = max(kept, slowest, self.smallest, graph.widths[measure.width].smallest)
-        if size >= measure.size:
+        kept = units_for_energy(width.spectrum, prune)
+        slowest = width.size - math.floor(self.largest_step * width.size)
+        size = max(kept, slowest, self.smallest, graph.widths[width.width].smallest)
+        if size >= width.size:
             return None
-        gone = measure.size - size
-        carried = float(energy_shares(measure.spectrum).sort().values[:gone].sum())
+        gone = width.size - size
+        carried = float(energy_shares(width.spectrum).sort().values[:gone].sum())
         reason = (
             f"{gone} direction{'s carry' if gone > 1 else ' carries'} {carried:.1%} of the energy "
             f"(threshold {prune:.1%})"
         ).replace("%", " %")
         return Proposal(size, reason)
 
-    def _rests(self, measure: WidthStatistics) -> bool:
-        # Beyond 2⁶⁰ events it rests for good.
-        return measure.events_since_change <= self.cooldown * 2 ** min(measure.reversals, 60)
+    def _cools_down(self, width: WidthStatistics) -> bool:
+        """Whether its last change is too recent for one of the opposite direction."""
+        # Beyond 2⁶⁰ events: for good.
+        return width.events_since_change <= self.cooldown * 2 ** min(width.reversals, 60)
 
-    def _larger(self, measure: WidthStatistics) -> int:
+    def _larger(self, width: WidthStatistics) -> int:
         """The size to which one width would grow now; its present one if it may not."""
-        if not measure.growable or (measure.last_change <= 0 and self._rests(measure)):
-            return measure.size
-        return enlarged(measure, self.growth)
+        if not width.growable or (width.last_change <= 0 and self._cools_down(width)):
+            return width.size
+        return enlarged(width, self.growth)
 
     def _fits(self, graph: WidthGraph, sizes: Mapping[str, int]) -> bool:
         return self.max_parameters is None or graph.proposed_parameters(sizes) <= self.max_parameters
 
-    def _why(self, measure: WidthStatistics, asked: Evidence | None) -> str:
-        rank = effective_rank(measure.spectrum)
-        wanted = "" if asked is None else f", and the loss asks for it ({asked.t_statistic:.1f} standard errors)"
-        return f"effective rank {rank:.1f} of {measure.size} = {rank / measure.size:.2f} (threshold {self.grow:.2f}){wanted}"
-
-
-@dataclass(frozen=True)
-class _Asking:
-    """`Threshold` at one moment."""
-
-    threshold: Threshold
-    moment: PolicyContext
-
-    def propose(self, measures: Mapping[str, WidthStatistics], graph: WidthGraph) -> dict[str, Proposal]:
-        """New sizes for the widths that should change."""
-        return self.threshold.propose(measures, graph, self.moment.evidence)
+    def _why(self, width: WidthStatistics, test: Evidence | None) -> str:
+        rank = effective_rank(width.spectrum)
+        passed = (
+            "" if test is None else f", t-statistic of new units {test.t_statistic:.1f} (threshold {self.certain:g})"
+        )
+        return (
+            f"effective rank {rank:.1f} of {width.size} = {rank / width.size:.2f} (threshold {self.grow:.2f}){passed}"
+        )

@@ -3,53 +3,48 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Literal
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypedDict
 
 from evolvenet.errors import PolicyError
-from evolvenet.graph.width_graph import WidthGraph
-from evolvenet.measurement.width_spectra import WidthStatistics
-from evolvenet.policies.base import Policy, PolicyContext, Proposal, check_fields
+from evolvenet.policies.base import Judgement, PolicyContext, Proposal, check_fields
 from evolvenet.policies.budget import Budget
 
-Verdict = Literal["wait", "keep", "undo"]
 
-
-@dataclass(frozen=True)
-class Standing:
-    """How far a run under a `Tolerance` has come. Immutable: every change makes a new one.
+class ToleranceState(TypedDict):
+    """The state of a run under a `Tolerance`, plain data.
 
     Args:
-        share: of the network's cost that the next cut takes.
-        best: best value of the metric that a network which was kept had; None before the first one.
-        waiting: widths of the cut that is not yet judged; empty if there is none.
-        heard: validations since that cut.
-        cuts: events so far at which something could have been cut.
-        resting: {width: the number of those events from which on it may be cut again}.
-        failed: {width: how often its cut was taken back}.
+        share: of the network's cost, removed by the next cut.
+        best: best value of the metric so far, of networks that were kept; None before the first one.
+        pending: widths of the cut that is not judged yet, [] if there is none.
+        validations: since that cut.
+        events: at which no cut was pending, so far.
+        free_from: {width: the number of such events from which on it may be cut again}.
+        undone: {width: how often a cut of it was undone}.
     """
 
     share: float
-    best: float | None = None
-    waiting: tuple[str, ...] = ()
-    heard: int = 0
-    cuts: int = 0
-    resting: Mapping[str, int] = field(default_factory=dict)
-    failed: Mapping[str, int] = field(default_factory=dict)
+    best: float | None
+    pending: list[str]
+    validations: int
+    events: int
+    free_from: Mapping[str, int]
+    undone: Mapping[str, int]
 
 
 @dataclass(frozen=True)
 class Tolerance:
-    """Cut while the validation metric allows it; take back what costs too much.
+    """Cut while the validation metric allows it; undo cuts after which it stays too low.
 
-    Each cut takes a share of the network's cost, from the widths where that loses least. It is judged by the metric at the
-    next `validations`: once one of them is within `drop` of the best value that a network had which was kept, it stays; where
-    none is, weights, widths and optimizer state are again as they were before the cut, its widths are left alone for `patience`
+    Each cut removes a share of the network's cost, from the widths where that loses least. It is pending for up to
+    `validations` validations: once the metric is within `drop` of the best value of any network that was kept, the cut is kept;
+    otherwise weights, widths and optimizer state are restored to what they were before the cut, its widths stay for `patience`
     events, longer each time, and the next cut is half as large. Nothing is cut before the first validation.
 
-    The best value is the largest of several, so it is luck in part; a cut gets several validations to reach it too. And training
-    between a cut and its being taken back is lost, so cut where the metric is near what it will be at the end: late, or in the
+    The best value is the largest of several, so chance raises it; with several validations chance raises a cut's values too. And
+    training between a cut and its undoing is lost, so cut where the metric is near its final value: late in a run, or in the
     fine-tuning of a trained network.
 
     Args:
@@ -57,18 +52,18 @@ class Tolerance:
         drop: how far it may fall below the best (rise above it with mode="min"), in the metric's own units.
         mode: "max" if larger is better, "min" if smaller is.
         cost: what is to become small: "params", "macs" or "bytes".
-        share: of the cost that one cut takes at most, 0 … 1.
-        validations: how many a cut may take until the metric is back.
-        patience: events for which a width is left alone after its cut was taken back, times how often it was.
+        share: of the cost, removed by one cut at most, 0 … 1.
+        validations: in how many of them the metric of a cut network may come back.
+        patience: events for which a width stays after a cut of it was undone, times how often it was.
         smallest: fewest units that a width keeps.
-        trials: choose by trials on the network's outputs, see `Budget`.
+        trials: take losses from trials on the network's outputs, see `Budget`.
 
     Raises:
         PolicyError: for a value outside its range.
 
     >>> policy = Tolerance(metric="val/acc", drop=0.002, validations=1)
-    >>> standing = policy.after(policy.judged(policy.begin(), 0.99)[1], ["fc1"])
-    >>> policy.judged(standing, 0.989)[0], policy.judged(standing, 0.98)[0]
+    >>> state = policy.record(policy.judge(None, 0.99).state, ["fc1"])
+    >>> policy.judge(state, 0.989).verdict, policy.judge(state, 0.98).verdict
     ('keep', 'undo')
     """
 
@@ -93,66 +88,51 @@ class Tolerance:
             raise PolicyError(f'Tolerance: expected the name of a metric, for example "val/acc", got {self.metric!r}.')
         check_fields(self, shares=("share",), least={"drop": 0, "validations": 1, "patience": 0, "smallest": 1})
 
-    def begin(self, state: Mapping[str, Any] | None = None) -> Standing:
-        """The standing at the start of a run, or what `plain` made of one."""
-        return Standing(self.share) if state is None else Standing(**{**state, "waiting": tuple(state["waiting"])})
+    def propose(self, context: PolicyContext) -> dict[str, Proposal]:
+        """The next cut, of the widths that are free to be cut; {} before the first validation."""
+        state = self._state(context.state)
+        free = [name for name in context.graph.sizes if state["free_from"].get(name, 0) <= state["events"]]
+        if state["best"] is None or state["pending"] or not free:
+            return {}
+        target: dict[str, Any] = {self.cost: context.costs.at(self.cost, {}) * (1 - state["share"])}
+        budget = Budget(**target, by=0, growth=0, smallest=self.smallest, trials=self.trials)
+        return budget.propose(context.only(free))
 
-    def plain(self, standing: Standing) -> dict[str, Any]:
-        """A standing as dicts, lists and numbers, for a checkpoint."""
-        return {**asdict(standing), "waiting": list(standing.waiting)}
+    def record(self, state: ToleranceState | None, widths: Sequence[str]) -> ToleranceState:
+        """The state after an event that cut these widths; none if there was nothing to cut."""
+        state = self._state(state)
+        return {**state, "pending": list(widths), "validations": 0, "events": state["events"] + 1}
 
-    def after(self, standing: Standing, widths: Iterable[str]) -> Standing:
-        """The standing after an event that cut these widths; none if it found nothing to cut."""
-        return replace(standing, waiting=tuple(widths), heard=0, cuts=standing.cuts + 1)
-
-    def at(self, moment: PolicyContext) -> Policy | None:
-        """The next cut; None while one waits for its judgement, or before the first validation."""
-        standing = moment.standing
-        if standing is None or standing.best is None or standing.waiting:
-            return None
-        return _Cut(self, moment, standing)
-
-    def judged(self, standing: Standing, value: float) -> tuple[Verdict, Standing]:
-        """What a value of the metric means for the cut that waits, and the standing after it. NaN is worse than anything."""
+    def judge(self, state: ToleranceState | None, value: float) -> Judgement:
+        """What a value of the metric means for the pending cut. NaN is worse than any number."""
+        state = self._state(state)
         # NaN is not larger than anything, so it is never the best, and never within the drop.
-        best = -math.inf if standing.best is None else standing.best * self._sign
-        mine = value * self._sign
-        better = replace(standing, best=self._sign * max(best, mine)) if max(best, mine) > -math.inf else standing
-        if not standing.waiting:
-            return "keep", better
-        if mine >= best - self.drop:
-            # Towards the share that it began with, where a failure had made it small.
-            return "keep", replace(better, waiting=(), share=min(self.share, 1.5 * standing.share))
-        if standing.heard + 1 < self.validations:
-            return "wait", replace(standing, heard=standing.heard + 1)
-        failed = {**standing.failed, **{name: standing.failed.get(name, 0) + 1 for name in standing.waiting}}
-        until = {name: standing.cuts + self.patience * failed[name] for name in standing.waiting}
-        return "undo", replace(
-            standing, waiting=(), share=standing.share / 2, failed=failed, resting={**standing.resting, **until}
-        )
+        best = -math.inf if state["best"] is None else state["best"] * self._sign
+        now = value * self._sign
+        better: ToleranceState = {**state, "best": self._sign * max(best, now)} if max(best, now) > -math.inf else state
+        if not state["pending"]:
+            return Judgement("keep", better)
+        if now >= best - self.drop:
+            # Towards the share at the beginning, where undone cuts had made it small.
+            return Judgement("keep", {**better, "pending": [], "share": min(self.share, 1.5 * state["share"])})
+        if state["validations"] + 1 < self.validations:
+            return Judgement("wait", {**state, "validations": state["validations"] + 1})
+        return Judgement("undo", self._undone(state), f"{value:.6g} after the cut, {state['best']:.6g} before")
+
+    def _undone(self, state: ToleranceState) -> ToleranceState:
+        undone = {**state["undone"], **{name: state["undone"].get(name, 0) + 1 for name in state["pending"]}}
+        until = {name: state["events"] + self.patience * undone[name] for name in state["pending"]}
+        free_from = {**state["free_from"], **until}
+        return {**state, "pending": [], "share": state["share"] / 2, "undone": undone, "free_from": free_from}
+
+    def _state(self, state: ToleranceState | None) -> ToleranceState:
+        """The state, or that at the start of a run."""
+        if state is not None:
+            return state
+        return {
+            "share": self.share, "best": None, "pending": [], "validations": 0, "events": 0, "free_from": {}, "undone": {}
+        }  # fmt: skip
 
     @property
     def _sign(self) -> int:
         return 1 if self.mode == "max" else -1
-
-
-@dataclass(frozen=True)
-class _Cut:
-    """One cut, of the widths that are not left alone."""
-
-    policy: Tolerance
-    moment: PolicyContext
-    standing: Standing
-
-    def propose(self, measures: Mapping[str, WidthStatistics], graph: WidthGraph) -> dict[str, Proposal]:
-        """What goes where it loses least, for the share of the cost that may go now."""
-        awake = {
-            name: measure
-            for name, measure in measures.items()
-            if self.standing.resting.get(name, 0) <= self.standing.cuts
-        }
-        now = self.moment.costs.at(self.policy.cost, {})
-        target: dict[str, Any] = {self.policy.cost: now * (1 - self.standing.share)}
-        budget = Budget(**target, by=0, growth=0, smallest=self.policy.smallest, trials=self.policy.trials)
-        cut = budget.on_the_way(self.moment, now, 1.0)
-        return {} if cut is None or not awake else cut.propose(awake, graph)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import heapq
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
@@ -16,7 +18,7 @@ from evolvenet.execution.inputs import first_samples
 from evolvenet.execution.isolation import model_outputs
 from evolvenet.execution.sampling import samples_in
 from evolvenet.graph.width_graph import Width, WidthGraph
-from evolvenet.linalg.spectrum import energy_shares
+from evolvenet.linalg.spectrum import Values, energy_shares
 from evolvenet.measurement.activation_moments import collect
 from evolvenet.measurement.width_spectra import measure
 from evolvenet.pruning.reconstruction import TRAINING_LIMITS, reconstruct
@@ -35,7 +37,10 @@ SAMPLES = 256
 """Most samples of the batches that a trial runs on."""
 
 STEP = 0.03
-"""Share of a width's units that go at once while sizes are shared out."""
+"""Share of a width's units that go at once in `allocate`."""
+
+STRIDES = 32
+"""Cuts in which a width may go at most from its largest to its smallest option."""
 
 
 def allocate(
@@ -66,26 +71,36 @@ def allocate(
     >>> allocate(model, trace(model, torch.zeros(1, 8)), parameters=120)
     {'0': 8, '2': 4}
     """
-    if batches is None:
-        return share_out(graph, energy_curves(model, graph), parameters)
-    kept = list(batches)
-    return share_out(graph, trial_curves(model, graph, kept), parameters)
+    curves = energy_curves(model, graph) if batches is None else trial_curves(model, graph, list(batches))
+    return allocate_by(graph, curves, parameters)
+
+
+def energy_curve(spectrum: Values) -> Curve:
+    """−log of the share of energy in the largest singular values, as many of them as each size keeps.
+
+    What passes one width enters the next one, so kept shares multiply, and their logarithms add up: a width that keeps
+    next to nothing loses more than all others together could save.
+
+    Args:
+        spectrum: `[n]` singular values.
+
+    Raises:
+        SpectrumError: for values that are negative, NaN or infinite.
+
+    >>> [(size, round(loss, 3)) for size, loss in energy_curve([3.0, 1.0])]
+    [(0, 27.631), (1, 0.105), (2, 0.0)]
+    """
+    kept = energy_shares(spectrum).sort(descending=True).values.cumsum(0).clamp(_LEAST, 1).tolist()
+    return [(0, -math.log(_LEAST)), *((size, -math.log(share)) for size, share in enumerate(kept, 1))]
 
 
 def energy_curves(model: nn.Module, graph: WidthGraph) -> dict[str, Curve]:
-    """−log of the energy share of the singular values that each size keeps; a width without a spectrum is left out.
-
-    What one width lets through the next one gets, so kept shares multiply, and their logarithms add up: a width that
-    keeps next to nothing costs more than all that others could save.
+    """The energy curve of each width's producers; a width without a spectrum is left out.
 
     Raises:
         SpectrumError: for NaN or infinite weights.
     """
-    found: dict[str, Curve] = {}
-    for name, values in measure(model, graph).items():
-        kept = energy_shares(values).cumsum(0).clamp(_LEAST, 1).tolist()
-        found[name] = [(0, -math.log(_LEAST)), *((size, -math.log(share)) for size, share in enumerate(kept, 1))]
-    return found
+    return {name: energy_curve(values) for name, values in measure(model, graph).items()}
 
 
 def trial_curves(
@@ -122,7 +137,7 @@ def trial_curves(
     return found
 
 
-def share_out(graph: WidthGraph, curves: Mapping[str, Curve], parameters: int) -> dict[str, int]:
+def allocate_by(graph: WidthGraph, curves: Mapping[str, Curve], parameters: int) -> dict[str, int]:
     """Take units away, a few at a time, where the loss for each parameter saved is least, until the rest fits.
 
     The curves are made convex first: a steep beginning must not hide a flat end.
@@ -162,6 +177,86 @@ def share_out(graph: WidthGraph, curves: Mapping[str, Curve], parameters: int) -
             size, saved = size + 1, less
         sizes[name], now = size, now - saved
     return sizes
+
+
+def fit_to_cost(
+    curves: Mapping[str, Curve],
+    options: Mapping[str, Sequence[int]],
+    start: Mapping[str, int],
+    cost: Callable[[Mapping[str, int]], float],
+    limit: float,
+) -> dict[str, int]:
+    """Sizes within a cost, with a small sum of losses: marginal analysis (Fox 1966), with costs that depend on each other.
+
+    From `start` down, the width is cut next whose loss rises least for the cost saved, by a 32nd of its options at once; what
+    is saved below the limit does not count, so that the last cut takes no more than it must. Then single options are given
+    back, those with the most loss for their cost first, while the cost stays within the limit.
+
+    Args:
+        curves: of each width, convex: a steep beginning must not hide a flat end.
+        options: of each width, the sizes that it may take, ascending.
+        start: sizes from which widths are cut; between two options, the lower one.
+        cost: of some sizes.
+        limit: of the cost.
+
+    Returns:
+        {width: one of its options}; the smallest ones where even their cost is above the limit.
+
+    >>> curves = {"a": [(0, 4.0), (4, 0.0)], "b": [(0, 8.0), (4, 0.0)]}
+    >>> options = {"a": range(1, 5), "b": range(1, 5)}
+    >>> fit_to_cost(curves, options, {"a": 4, "b": 4}, lambda sizes: sum(sizes.values()), limit=4)
+    {'a': 1, 'b': 3}
+    """
+    places = {name: max(0, bisect_right(sizes, start[name]) - 1) for name, sizes in options.items()}
+
+    def cost_with(changed: Mapping[str, int]) -> float:
+        return cost({name: options[name][place] for name, place in {**places, **changed}.items()})
+
+    def next_cut(name: str) -> tuple[float, str, int] | None:
+        """Loss per cost saved, width, new place."""
+        place = places[name] - min(places[name], max(1, len(options[name]) // STRIDES))
+        if place == places[name]:
+            return None
+        loss = loss_at(curves[name], options[name][place]) - loss_at(curves[name], options[name][places[name]])
+        return loss / max(min(now - cost_with({name: place}), now - limit), _LEAST), name, place
+
+    now = cost_with({})
+    queue = [cut for cut in map(next_cut, places) if cut is not None]
+    heapq.heapify(queue)
+    while now > limit and queue:
+        _, name, _ = heapq.heappop(queue)
+        # Loss per cost only rises while other widths shrink: what is still the least when computed anew is the least.
+        cut = next_cut(name)
+        if cut is not None and queue and cut > queue[0]:
+            heapq.heappush(queue, cut)
+        elif cut is not None:
+            places[name] = cut[2]
+            now = cost_with({})
+            heapq.heappush(queue, cut)
+    return _filled(curves, options, places, cost, limit)
+
+
+def _filled(
+    curves: Mapping[str, Curve],
+    options: Mapping[str, Sequence[int]],
+    places: dict[str, int],
+    cost: Callable[[Mapping[str, int]], float],
+    limit: float,
+) -> dict[str, int]:
+    """Give back single options, those with the most loss for their cost first, while the cost stays within the limit."""
+    while True:
+        sizes = {name: options[name][place] for name, place in places.items()}
+        now, gains = cost(sizes), []
+        for name, place in places.items():
+            if place + 1 < len(options[name]):
+                larger = options[name][place + 1]
+                more = cost({**sizes, name: larger})
+                gain = loss_at(curves[name], sizes[name]) - loss_at(curves[name], larger)
+                if more <= limit:
+                    gains.append((gain / max(more - now, _LEAST), name))
+        if not gains:
+            return sizes
+        places[max(gains)[1]] += 1
 
 
 def convex(curve: Curve) -> Curve:

@@ -12,7 +12,7 @@ from evolvenet.engine.evolver import Evolver
 from evolvenet.engine.history import History
 from evolvenet.errors import MissingPackageError, PolicyError, TraceError, UnsupportedStrategyError
 from evolvenet.execution.call_recorder import CallRecorder
-from evolvenet.policies.base import Judging, Policy, Scheduled
+from evolvenet.policies.base import Policy, judged_metric
 from evolvenet.policies.schedule import Schedule
 from evolvenet.surgery.checkpoint import fit_shapes, let_load_reshape
 
@@ -38,7 +38,7 @@ class WidthEvolutionCallback(TrainerCallback):
     "evolve/parameters" and "evolve/macs" are added to what the trainer logs.
 
     Args:
-        policy: proposes sizes from spectra, for example `evolvenet.Threshold`.
+        policy: proposes sizes, for example `evolvenet.Threshold`, or one of your own (see `evolvenet.Policy`).
         every_n_epochs: an event at the start of every n-th epoch; the default, with n = 1, if neither is given.
         every_n_steps: or an event every n optimizer steps.
         start_step: no event before this optimizer step.
@@ -48,7 +48,7 @@ class WidthEvolutionCallback(TrainerCallback):
         seed: of the new units' random directions.
 
     Raises:
-        PolicyError: for values out of range, or a policy that takes cuts back.
+        PolicyError: for values out of range, a policy without a method `propose`, or one that takes cuts back.
         TraceError: after the first batch, if nothing in the model can be resized.
         UnsupportedStrategyError: before training starts, with several processes or devices.
 
@@ -58,7 +58,7 @@ class WidthEvolutionCallback(TrainerCallback):
 
     def __init__(
         self,
-        policy: Policy | Scheduled,
+        policy: Policy,
         every_n_epochs: int | None = None,
         every_n_steps: int | None = None,
         start_step: int = 0,
@@ -69,7 +69,7 @@ class WidthEvolutionCallback(TrainerCallback):
     ) -> None:
         if calibration_batches < 1:
             raise PolicyError(f"Expected calibration_batches of 1 or more, got {calibration_batches}.")
-        if isinstance(policy, Judging):
+        if judged_metric(policy) is not None:
             raise PolicyError(
                 f"Expected a policy that does not take cuts back, got {type(policy).__name__}: what it would go back to cannot "
                 "be kept in the JSON of a transformers checkpoint. Take Threshold or Budget here, or Evolver in your own loop."

@@ -17,8 +17,7 @@ from evolvenet.engine.history import Event, History, changed
 from evolvenet.errors import MissingPackageError
 from evolvenet.graph.width_graph import WidthGraph
 from evolvenet.lightning.trainer_parts import progress_of
-from evolvenet.measurement.cost import Costs, macs, parameters
-from evolvenet.policies.base import PolicyContext
+from evolvenet.measurement.cost import macs, parameters
 from evolvenet.policies.front import Front
 from evolvenet.policies.schedule import Schedule
 from evolvenet.tracing.trace import trace
@@ -65,15 +64,14 @@ class TorchPruning(lightning.Callback):
         self.delay = min(calibration_batches, every_n_steps)
         self.history: History | None = None
         self._example = torch.empty(0)
-        self._start: tuple[WidthGraph, Costs] | None = None
+        self._start: WidthGraph | None = None
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Look at the network as it begins."""
         assert isinstance(pl_module, Classifier)
         images = next(iter(trainer.datamodule.val_dataloader()))[0]  # pyright: ignore[reportAttributeAccessIssue]
         self._example = images[:1].to(pl_module.device)
-        graph = trace(pl_module.model, self._example)
-        self._start = graph, Costs.of(pl_module.model, graph, self._example)
+        self._start = trace(pl_module.model, self._example)
         self.history = History(self._event(pl_module.model, 0, None, 0.0))
 
     def on_train_batch_start(
@@ -87,7 +85,7 @@ class TorchPruning(lightning.Callback):
         if not self.schedule.due(due, progress_of(trainer) - self.delay / trainer.estimated_stepping_batches):
             return
         began, before = time.perf_counter(), [self.history.initial, *self.history.events][-1]
-        target = allowed(self.policy, self._start[1], progress_of(trainer))
+        target = self.policy.target(self._start.parameters, progress_of(trainer))
         if before.parameters > target:
             prune(pl_module.model, self._example, target, sum(before.sizes.values()))
             renew(trainer.optimizers[0], pl_module.parameters())
@@ -98,7 +96,7 @@ class TorchPruning(lightning.Callback):
 
     def _event(self, model: nn.Module, step: int, before: Event | None, seconds: float) -> Event:
         assert self._start is not None
-        sizes, count = sizes_of(model, self._start[0]), parameters(model)
+        sizes, count = sizes_of(model, self._start), parameters(model)
         past = before.sizes if before else sizes
         changes = tuple(changed(past, sizes, dict.fromkeys(sizes, "Torch-Pruning")))
         work = macs(model, self._example)
@@ -118,25 +116,6 @@ def package() -> Any:
             "Torch-Pruning: expected the package torch_pruning, which this control is of, got none in this environment. "
             "Run it in the environment of the comparisons: `make compare-install`, then `.venv-compare/bin/python train.py …`."
         ) from error
-
-
-def allowed(policy: Front, start: Costs, progress: float) -> float:
-    """The parameters that a policy allows now.
-
-    Args:
-        policy: of parameters.
-        start: of the network as the run began.
-        progress: share of the run that is done, 0 … 1.
-
-    >>> from evolvenet import Budget
-    >>> model = nn.Sequential(nn.Linear(4, 15), nn.Linear(15, 2))
-    >>> start = Costs.of(model, trace(model, torch.zeros(1, 4)), torch.zeros(1, 4))
-    >>> [allowed(Front([Budget(params=27, by=0.5)]), start, progress) for progress in (0.0, 0.25, 0.5)]
-    [107.0, 37.0, 27.0]
-    """
-    # What the network costs now is not asked: only whether a target is above it would depend on that.
-    now: Any = policy.at(PolicyContext(progress, {}, start))
-    return float("inf") if now is None else now.target
 
 
 def prune(model: nn.Module, example: Tensor, target: float, units: int) -> None:

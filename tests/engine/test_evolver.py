@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -12,8 +11,7 @@ import torch
 from torch import nn
 
 from evolvenet import EvolveNetError, Evolver, History, IndexMap, Threshold, TraceError, resize, trace
-from evolvenet.measurement.width_spectra import WidthStatistics
-from evolvenet.policies.base import Proposal
+from evolvenet.policies.base import PolicyContext, Proposal
 from tests.helpers.policies import Fixed
 from tests.helpers.stages import failing
 
@@ -43,8 +41,8 @@ def test_a_plain_loop_shrinks_and_grows_and_goes_on() -> None:
     kept = {id(parameter) for parameter in model.parameters()}
     event = evolver.step(at=3)
     assert [(c.width, c.before, c.after, c.reason) for c in event.changes] == [
-        ("0", 12, 5, "asked for"),
-        ("2", 10, 14, "asked for"),
+        ("0", 12, 5, "fixed"),
+        ("2", 10, 14, "fixed"),
     ]
     assert event.sizes == {"0": 5, "2": 14} == evolver.graph.sizes
     assert event.parameters == sum(p.numel() for p in model.parameters()) != event.parameters_before
@@ -193,8 +191,8 @@ def test_a_growth_that_is_pruned_again_is_tried_later_and_later() -> None:
         def __init__(self) -> None:
             self.reversals: list[int] = []
 
-        def propose(self, measures: Mapping[str, WidthStatistics], graph: object) -> dict[str, Proposal]:
-            measure = measures["0"]
+        def propose(self, context: PolicyContext) -> dict[str, Proposal]:
+            measure = context.statistics["0"]
             self.reversals.append(measure.reversals)
             return {"0": Proposal(14 if measure.size == 12 else 12, "to and fro")}
 

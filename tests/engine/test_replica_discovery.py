@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -16,8 +15,7 @@ from torch.optim.swa_utils import AveragedModel
 
 import evolvenet
 from evolvenet import TraceError, WidthEvolution
-from evolvenet.measurement.width_spectra import WidthStatistics
-from evolvenet.policies.base import Proposal
+from evolvenet.policies.base import PolicyContext, Proposal
 from tests.helpers.policies import ShrinkThenGrow
 from tests.helpers.runs import Batches, User, batch, trainer
 from tests.helpers.stages import failing
@@ -327,8 +325,8 @@ class Attends(Teacher):
 class Shrinks:
     """Every width by a step, as long as three are left."""
 
-    def propose(self, measures: Mapping[str, WidthStatistics], graph: Any) -> dict[str, Proposal]:
-        return {name: Proposal(each.size - 1, "") for name, each in measures.items() if each.size > 2}
+    def propose(self, context: PolicyContext) -> dict[str, Proposal]:
+        return {name: Proposal(each.size - 1, "") for name, each in context.statistics.items() if each.size > 2}
 
 
 def test_a_checkpoint_keeps_the_numbers_of_copies_too(tmp_path: Path) -> None:

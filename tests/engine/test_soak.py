@@ -19,7 +19,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils.hooks import RemovableHandle
 
 from evolvenet import Evolver, IndexMap, Proposal, Tie, Width, WidthGraph
-from evolvenet.measurement.width_spectra import WidthStatistics
+from evolvenet.policies.base import PolicyContext
 from evolvenet.surgery.resize_model import Surgery
 
 EVERY = 50
@@ -35,8 +35,8 @@ MEMORY = 16 * 2**20
 class Breathes:
     """A width is wide after one event and narrow after the next."""
 
-    def propose(self, measures: Mapping[str, WidthStatistics], graph: WidthGraph) -> dict[str, Proposal]:
-        return {name: Proposal(WIDE + NARROW - each.size, "breathes") for name, each in measures.items()}
+    def propose(self, context: PolicyContext) -> dict[str, Proposal]:
+        return {name: Proposal(WIDE + NARROW - each.size, "breathes") for name, each in context.statistics.items()}
 
 
 @dataclass(frozen=True)

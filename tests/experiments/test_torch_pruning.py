@@ -16,11 +16,10 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from evolvenet import Budget, Front, IndexMap, resize, trace
-from evolvenet.measurement.cost import Costs
 from experiments.models.resnet import UnpaddedResNet
 from experiments.training.controls import ControlError
 from experiments.training.run import readable_errors
-from experiments.training.torch_pruning import TorchPruning, allowed, renew, sizes_of
+from experiments.training.torch_pruning import TorchPruning, renew, sizes_of
 from tests.helpers.experiments import configuration
 
 EXAMPLE = torch.zeros(1, 1, 28, 28)
@@ -57,23 +56,6 @@ def test_without_the_package_the_run_ends_with_one_line(monkeypatch: pytest.Monk
     assert message.startswith("error: Torch-Pruning: expected the package torch_pruning")
     assert "make compare-install" in message
     assert "\n" not in message
-
-
-def test_what_is_allowed_is_what_the_front_asks_for() -> None:
-    model = UnpaddedResNet(width=8, inside=(12, 12))
-    start = sum(parameter.numel() for parameter in model.parameters())
-    costs = Costs.of(model, trace(model, EXAMPLE), EXAMPLE)
-    points = [Budget(params=500, by=0.5), Budget(params=100, by=0.25)]
-    front = Front(points, spans=[1, 3])
-    assert allowed(front, costs, 0.0) == start
-    # Half of the way to a budget, an eighth of what was above it is left (Zhu and Gupta 2017).
-    assert allowed(front, costs, 0.0625) == 500 + (start - 500) / 8
-    assert [allowed(front, costs, progress) for progress in (0.125, 0.2)] == [500, 500]
-    assert allowed(front, costs, 0.25 + 0.75 * 0.125) == 100 + 400 / 8
-    assert [allowed(front, costs, progress) for progress in (0.25 + 0.75 * 0.25, 1.0)] == [100, 100]
-    assert allowed(Front([Budget(params=1e9, by=0)]), costs, 0.5) >= start, (
-        "a budget above the network asks for nothing"
-    )
 
 
 def test_budgets_of_something_else_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

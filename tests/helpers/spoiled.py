@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from evolvenet.graph.width_graph import WidthGraph
-from evolvenet.measurement.width_spectra import WidthStatistics
-from evolvenet.policies.base import Proposal
+from evolvenet.policies.base import PolicyContext, Proposal
 from tests.helpers.cases import CASES, Case, run
 
 MODELS = [case for case in CASES if case.name in ("mlp", "conv", "resnet", "attention", "resnext")]
@@ -114,8 +113,8 @@ class Asks:
     def __init__(self, sizes: Mapping[str, int]) -> None:
         self.sizes = sizes
 
-    def propose(self, measures: Mapping[str, WidthStatistics], graph: WidthGraph) -> dict[str, Proposal]:
-        return {name: Proposal(size, "asked for") for name, size in self.sizes.items()}
+    def propose(self, context: PolicyContext) -> dict[str, Proposal]:
+        return {name: Proposal(size, "fixed") for name, size in self.sizes.items()}
 
 
 def check_alive(model: nn.Module, optimizer: torch.optim.Optimizer, inputs: Any) -> None:

@@ -99,7 +99,7 @@ def test_widths_change_while_training(
     with caplog.at_level(logging.INFO, logger="evolvenet"):
         trainer(tmp_path, [evolution]).fit(model, loader())
     assert (model.net[0].out_features, model.net[2].out_features) == (9, 30)
-    assert f"step 14: {prefix}0 32 → 9: asked for" in caplog.text
+    assert f"step 14: {prefix}0 32 → 9: fixed" in caplog.text
     assert evolution.history is not None
     assert [event.step for event in evolution.history.events] == [14, 24]
     assert not model._forward_pre_hooks

@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from torch.nn.modules import module as global_hooks
 from torch.utils.data import DataLoader, TensorDataset
 
-from evolvenet import Evolver, Proposal, WidthEvolution, WidthGraph
+from evolvenet import Evolver, Proposal, WidthEvolution
 from evolvenet.measurement.width_spectra import WidthStatistics
+from evolvenet.policies.base import PolicyContext
 from evolvenet.surgery.checkpoint import reshape_before_load
 from tests.helpers import networks
 from tests.helpers.paths import ROOT
@@ -43,10 +44,11 @@ class Breathes:
     def __init__(self) -> None:
         self.events = 0
 
-    def propose(self, measures: Mapping[str, WidthStatistics], graph: WidthGraph) -> dict[str, Proposal]:
+    def propose(self, context: PolicyContext) -> dict[str, Proposal]:
         self.events += 1
-        sizes = {name: self._size(each, graph.widths[name].smallest) for name, each in measures.items()}
-        return {name: Proposal(size, "breathes") for name, size in sizes.items() if size != measures[name].size}
+        known = context.statistics
+        sizes = {name: self._size(each, context.graph.widths[name].smallest) for name, each in known.items()}
+        return {name: Proposal(size, "breathes") for name, size in sizes.items() if size != known[name].size}
 
     def _size(self, each: WidthStatistics, smallest: int) -> int:
         if self.events > 1:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from itertools import pairwise, product
 from typing import Any
@@ -14,11 +14,10 @@ from torch import nn
 
 from evolvenet import Budget, Evolver, PolicyError, resize, trace
 from evolvenet.graph.index_map import IndexMap
-from evolvenet.graph.width_graph import WidthGraph
 from evolvenet.growth.loss_test import Evidence
 from evolvenet.measurement.cost import Costs, macs, parameters, size_in_bytes
 from evolvenet.measurement.width_spectra import WidthStatistics, measure
-from evolvenet.policies.base import PolicyContext, Proposal, Scheduled
+from evolvenet.policies.base import PolicyContext
 from tests.helpers.cases import CASES, Case, graph_of
 from tests.helpers.small_models import mlp, wide
 
@@ -102,53 +101,61 @@ def test_sizes_are_multiples_on_request(multiple: int) -> None:
     assert seen[-1] <= 12_000
 
 
-def moment(model: nn.Module, x: Any, timed: Any = None, progress: float = 1.0) -> PolicyContext:
-    graph = trace(model, x)
-    costs = Costs.of(model, graph, x)
-    return PolicyContext(progress, graph.sizes, costs if timed is None else replace(costs, timed=timed))
-
-
-def measures(model: nn.Module, x: Any, spectra: Mapping[str, list[float]] | None = None) -> dict[str, WidthStatistics]:
+def statistics_of(
+    model: nn.Module, x: Any, spectra: Mapping[str, list[float]] | None = None
+) -> dict[str, WidthStatistics]:
     graph = trace(model, x)
     found = spectra or {name: values.tolist() for name, values in measure(model, graph).items()}
     return {name: WidthStatistics(name, graph.sizes[name], tuple(each), 99, True) for name, each in found.items()}
 
 
-def proposals(
-    policy: Budget, now: PolicyContext, seen: Mapping[str, WidthStatistics], graph: WidthGraph
-) -> dict[str, Proposal]:
-    asked = policy.at(now)
-    return {} if asked is None else asked.propose(seen, graph)
+def context_of(
+    model: nn.Module,
+    x: Any,
+    spectra: Mapping[str, list[float]] | None = None,
+    timed: Callable[[Mapping[str, int]], float] | None = None,
+    progress: float = 1.0,
+) -> PolicyContext:
+    """An event of a network with these spectra; by default those of its weights."""
+    graph = trace(model, x)
+    costs = Costs.of(model, graph, x)
+    return PolicyContext(
+        graph,
+        progress,
+        graph.sizes,
+        measure=lambda: statistics_of(model, x, spectra),
+        count_costs=lambda: costs if timed is None else replace(costs, timed=timed),
+    )
 
 
 def test_latency_is_measured_and_fits() -> None:
     """A clock that counts multiply-accumulates stands in for the machine's."""
     model, x = wide(), torch.zeros(1, 1, 8, 8)
-    asked: list[float] = []
-    costs = moment(model, x).costs
+    timed: list[float] = []
+    costs = context_of(model, x).costs
 
     def clock(sizes: Mapping[str, int]) -> float:
-        asked.append(costs.at("macs", sizes) * 1e-9)
-        return asked[-1]
+        timed.append(costs.at("macs", sizes) * 1e-9)
+        return timed[-1]
 
     policy = Budget(latency=0.4 * clock({}), largest_step=1.0)
-    found = proposals(policy, moment(model, x, clock), measures(model, x), trace(model, x))
+    found = policy.propose(context_of(model, x, timed=clock))
     cost = clock({name: proposal.size for name, proposal in found.items()})
     assert 0.35 * clock({}) < cost <= 0.4 * clock({})
-    assert len(asked) < 20
+    assert len(timed) < 20
 
 
 @pytest.mark.parametrize("allowed", [1.02, 1.1, 1.5, 3.0])
 def test_where_time_is_left_nothing_is_cut(allowed: float) -> None:
     """Latency has a search of its own, which must not begin below what the network has."""
     model, x = wide(12), torch.zeros(1, 1, 8, 8)
-    costs = moment(model, x).costs
-    seen = measures(model, x, {name: [1.0] * size for name, size in trace(model, x).sizes.items()})
+    costs = context_of(model, x).costs
+    spectra = {name: [1.0] * size for name, size in trace(model, x).sizes.items()}
 
     def clock(sizes: Mapping[str, int]) -> float:
         return costs.at("macs", sizes)
 
-    found = proposals(Budget(latency=allowed * clock({}), by=0.5), moment(model, x, clock), seen, trace(model, x))
+    found = Budget(latency=allowed * clock({}), by=0.5).propose(context_of(model, x, spectra, clock))
     assert all(proposal.size > 12 for proposal in found.values())
     assert bool(found) == (allowed > 1.02)
     assert clock({name: proposal.size for name, proposal in found.items()}) <= allowed * clock({})
@@ -156,25 +163,24 @@ def test_where_time_is_left_nothing_is_cut(allowed: float) -> None:
 
 def test_the_real_clock_tells_wide_from_narrow() -> None:
     model, x = wide(), torch.zeros(8, 1, 8, 8)
-    costs = moment(model, x).costs
+    costs = context_of(model, x).costs
     narrow = dict.fromkeys(trace(model, x).sizes, 2)
     assert 0 < costs.at("latency", narrow) < costs.at("latency", {})
 
 
-def test_trials_say_what_a_cut_does_to_the_outputs_and_energies_do_not() -> None:
+def test_with_trials_the_width_is_cut_whose_cut_moves_the_outputs_less() -> None:
     """Both widths have the same spectrum; cutting one of them does nothing to the outputs."""
     model, x = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4)), torch.zeros(1, 8)
-    now = moment(model, x)
-    seen = measures(model, x, {"0": [1.0] * 8, "2": [1.0] * 8})
-    for unused, used in (("0", "2"), ("2", "0")):
-        curves = {unused: [(0, 9.0), (2, 0.0), (8, 0.0)], used: [(0, 9.0), (2, 3.0), (8, 0.0)]}
+    context = context_of(model, x, {"0": [1.0] * 8, "2": [1.0] * 8})
+    for idle, used in (("0", "2"), ("2", "0")):
+        curves = {idle: [(0, 9.0), (2, 0.0), (8, 0.0)], used: [(0, 9.0), (2, 3.0), (8, 0.0)]}
         budget = Budget(params=130, by=0, growth=0, trials=True)
-        found = proposals(budget, replace(now, trials=lambda curves=curves: curves), seen, trace(model, x))
-        assert set(found) == {unused}
-        assert "of the outputs' variance" in found[unused].reason
+        found = budget.propose(replace(context, run_trials=lambda curves=curves: curves))
+        assert set(found) == {idle}
+        assert "of the outputs' variance" in found[idle].reason
 
 
-def test_an_event_makes_the_trials_on_its_batches() -> None:
+def test_in_a_run_trials_are_made_on_the_observed_batches() -> None:
     evolver, seen = run(Budget(params=6_000, by=0.5, trials=True), wide(), events=8)
     assert 0.98 * 6_000 <= seen[-1] <= 6_000
     reasons = [change.reason for event in evolver.history.events for change in event.changes]
@@ -216,26 +222,24 @@ def test_what_whole_units_leave_is_filled_once_the_budget_holds(budget: int) -> 
     )
 
 
-def test_on_the_way_down_nothing_grows_into_what_is_free() -> None:
-    """It would be cut again at the next event. On the way up it is what is wanted."""
+def test_what_is_free_is_filled_on_the_way_up_and_not_on_the_way_down() -> None:
+    """On the way down it would be cut again at the next event."""
     model, x = mlp(6, 8, 8, 3), torch.zeros(1, 6).double()
-    graph, full = trace(model, x), {"0": [1.0] * 8, "2": [1.0] * 8}
-    now = moment(model, x, progress=0.25)
+    context = context_of(model, x, {"0": [1.0] * 8, "2": [1.0] * 8}, progress=0.25)
     for initial, final, grows in ((16, 0.5, False), (4, 2.0, True)):
-        began = replace(now, initial={"0": initial, "2": initial})
+        began = replace(context, initial={"0": initial, "2": initial})
         budget = Budget(params=final * parameters(model), by=1.0)
-        assert budget.target(now.costs.at("params", began.initial), 0.25) > parameters(model) + 40
-        assert bool(proposals(budget, began, measures(model, x, full), graph)) == grows
+        assert budget.target(context.costs.at("params", began.initial), 0.25) > parameters(model) + 40
+        assert bool(budget.propose(began)) == grows
 
 
-def test_uncertain_growth_is_not_even_asked_for() -> None:
-    """No gradients, so nothing is known of what the loss wants: an infinite `certain` means no growth that others pay for."""
+def test_without_growth_that_others_pay_for_no_loss_test_is_run() -> None:
     model, x = mlp(6, 8, 8, 3), torch.zeros(1, 6).double()
-    graph = trace(model, x)
     spectra = {"0": [1.0] * 4 + [1e-6] * 4, "2": [1.0] * 8}
-    now = replace(moment(model, x, progress=0.5), evidence=lambda _: pytest.fail("was asked"))
-    budget = Budget(params=parameters(model), by=0.6, certain=math.inf)
-    assert not proposals(budget, now, measures(model, x, spectra), graph)
+    context = replace(
+        context_of(model, x, spectra, progress=0.5), run_loss_tests=lambda _: pytest.fail("a loss test was run")
+    )
+    assert not Budget(params=parameters(model), by=0.6, certain=math.inf).propose(context)
 
 
 def test_growth_in_one_place_is_paid_by_pruning_in_another() -> None:
@@ -245,38 +249,35 @@ def test_growth_in_one_place_is_paid_by_pruning_in_another() -> None:
         torch.zeros(1, 8),
     )
     spectra = {"0": [1.0] * 16, "2": [1.0] * 4 + [1e-6] * 12}
-    now = moment(model, x, progress=0.5)
-    found = proposals(Budget(params=parameters(model), by=0.6), now, measures(model, x, spectra), trace(model, x))
+    context = context_of(model, x, spectra, progress=0.5)
+    found = Budget(params=parameters(model), by=0.6).propose(context)
     assert found["0"].size > 16
     assert found["2"].size < 16
-    assert now.costs.at("params", {name: proposal.size for name, proposal in found.items()}) <= parameters(model)
-    assert "hopes for" in found["0"].reason
-    assert "gives up" in found["2"].reason
+    assert context.costs.at("params", {name: proposal.size for name, proposal in found.items()}) <= parameters(model)
+    assert "gains" in found["0"].reason
+    assert "loses" in found["2"].reason
 
 
 def test_the_last_cut_takes_no_more_than_it_must() -> None:
-    """A unit of the second width saves more for what it loses, but far more than is asked for."""
+    """A unit of the second width has the smaller loss per cost saved, but saves far more than is needed."""
     model, x = (
         nn.Sequential(nn.Linear(2, 6), nn.ReLU(), nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 40)),
         torch.zeros(1, 2),
     )
-    now = moment(model, x)
+    context = context_of(model, x, {"0": [1.0] * 6, "2": [1.0] * 5})
     curves = {"0": [(0, 9.0), (5, 0.1), (6, 0.0)], "2": [(0, 9.0), (4, 0.2), (5, 0.0)]}
-    seen = measures(model, x, {"0": [1.0] * 6, "2": [1.0] * 5})
-    for asked, cut in ((5, "0"), (40, "2")):
-        budget = Budget(params=parameters(model) - asked, by=0, growth=0, trials=True)
-        found = proposals(budget, replace(now, trials=lambda: curves), seen, trace(model, x))
-        assert set(found) == {cut}, asked
+    for needed, cut in ((5, "0"), (40, "2")):
+        budget = Budget(params=parameters(model) - needed, by=0, growth=0, trials=True)
+        assert set(budget.propose(replace(context, run_trials=lambda: curves))) == {cut}, needed
 
 
-def test_what_is_least_worth_for_its_cost_goes_first() -> None:
-    """Compared with every choice there is."""
+def test_the_loss_is_near_the_least_of_all_sizes_that_fit() -> None:
     model, x = nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 4)), torch.zeros(1, 8)
     graph = trace(model, x)
     spectra = {"0": [5.0, 3, 1, 0.5, 0.2, 0.1], "2": [4.0, 4, 1, 0.3, 0.1]}
     target = 80
     policy = Budget(params=target, growth=0, largest_step=1.0, smallest=1)
-    found = proposals(policy, moment(model, x), measures(model, x, spectra), graph)
+    found = policy.propose(context_of(model, x, spectra))
     sizes = {**graph.sizes, **{name: proposal.size for name, proposal in found.items()}}
 
     def loss(chosen: Mapping[str, int]) -> float:
@@ -318,38 +319,28 @@ def test_a_budget_below_the_smallest_network_goes_as_far_as_it_can() -> None:
     assert seen[-1] > 10
 
 
-def test_it_is_asked_through_its_moment() -> None:
-    assert isinstance(Budget(params=5), Scheduled)
-
-
 @pytest.mark.parametrize(("t_statistic", "grows"), [(1.9, False), (2.1, True), (None, True)])
-def test_growth_that_others_pay_for_is_asked_of_the_loss(t_statistic: float | None, grows: bool) -> None:
-    """At the budget one width has units to spare and the other is saturated: where the loss wants it, they change hands."""
-    model, asked = mlp(6, 8, 8, 3), []
-    x = torch.zeros(1, 6).double()
-    graph = trace(model, x)
-    spare = WidthStatistics("0", 8, (1.0, 1.0, 1.0, 1.0, 1e-4, 1e-4, 1e-4, 1e-4), 99, True)
-    full = WidthStatistics("2", 8, (1.0,) * 8, 99, True)
+def test_growth_that_others_pay_for_needs_to_pass_the_loss_test(t_statistic: float | None, grows: bool) -> None:
+    """At the budget one width has units to spare and the other is saturated; a width that cannot be tested passes."""
+    model, x, tested = mlp(6, 8, 8, 3), torch.zeros(1, 6).double(), []
 
-    def answer(sizes: Mapping[str, int]) -> dict[str, Evidence]:
-        asked.append(dict(sizes))
+    def loss_tests(sizes: Mapping[str, int]) -> dict[str, Evidence]:
+        tested.append(dict(sizes))
         return {} if t_statistic is None else {name: Evidence(0.1, t_statistic) for name in sizes}
 
-    budget = Budget(params=graph.parameters - 1, by=0.5, growth=0.25)
-    moment = PolicyContext(1.0, graph.sizes, Costs.of(model, graph, x), evidence=answer)
-    policy = budget.at(moment)
-    assert policy is not None
-    found = {name: proposal.size for name, proposal in policy.propose({"0": spare, "2": full}, graph).items()}
-    assert asked == [{"2": 10}]
+    budget = Budget(params=parameters(model) - 1, by=0.5, growth=0.25)
+    context = context_of(model, x, {"0": [1.0] * 4 + [1e-4] * 4, "2": [1.0] * 8})
+    found = {name: each.size for name, each in budget.propose(replace(context, run_loss_tests=loss_tests)).items()}
+    assert tested == [{"2": 10}]
     assert found["0"] < 8
     assert (found.get("2", 8) > 8) == grows
 
 
-def test_growth_towards_a_budget_above_needs_no_reason() -> None:
+def test_growth_towards_a_budget_above_is_not_tested() -> None:
     model, x = mlp(6, 8, 8, 3), torch.zeros(1, 6).double()
-    graph = trace(model, x)
-    full = {name: WidthStatistics(name, 8, (1.0,) * 8, 99, True) for name in ("0", "2")}
-    moment = PolicyContext(1.0, graph.sizes, Costs.of(model, graph, x), evidence=lambda _: pytest.fail("was asked"))
-    policy = Budget(params=2 * graph.parameters, by=0.5, growth=0.25).at(moment)
-    assert policy is not None
-    assert {proposal.size for proposal in policy.propose(full, graph).values()} == {10}
+    context = replace(
+        context_of(model, x, {"0": [1.0] * 8, "2": [1.0] * 8}),
+        run_loss_tests=lambda _: pytest.fail("a loss test was run"),
+    )
+    found = Budget(params=2 * parameters(model), by=0.5, growth=0.25).propose(context)
+    assert {proposal.size for proposal in found.values()} == {10}

@@ -11,9 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from evolvenet import Budget, Evolver, Front, PolicyError, trace
-from evolvenet.measurement.cost import Costs, parameters
-from evolvenet.policies.base import PolicyContext
+from evolvenet import Budget, Evolver, Front, PolicyError
+from evolvenet.measurement.cost import parameters
 from tests.helpers.small_models import wide
 
 POINTS = (12_000, 5_000, 1_500)
@@ -49,22 +48,24 @@ def test_one_run_passes_through_all_points() -> None:
     st.lists(st.floats(0.1, 10), min_size=3, max_size=3),
     st.floats(0, 1),
 )
-def test_what_may_be_spent_never_rises_and_ends_at_each_point(spans: list[float], progress: float) -> None:
-    policy = front(spans=spans)
-    model, x = nn.Sequential(nn.Linear(40, 400), nn.ReLU(), nn.Linear(400, 4)), torch.zeros(1, 40)
-    graph = trace(model, x)
-    costs = Costs.of(model, graph, x)
-
-    def allowed(share: float) -> float:
-        asked: Any = policy.at(PolicyContext(share, graph.sizes, costs))
-        return asked.target
-
-    assert allowed(progress) >= allowed(min(1.0, progress + 0.05)) - 1e-6
+def test_the_target_never_rises_and_ends_at_each_point(spans: list[float], progress: float) -> None:
+    policy, start = front(spans=spans), 20_000
+    assert policy.target(start, progress) >= policy.target(start, min(1.0, progress + 0.05)) - 1e-6
     for end, amount in zip(policy.ends, POINTS, strict=True):
-        assert allowed(end * (1 - 1e-9)) == pytest.approx(amount)
+        assert policy.target(start, end * (1 - 1e-9)) == pytest.approx(amount)
 
 
-def test_equal_spans_unless_said_otherwise() -> None:
+def test_each_budget_sets_out_from_the_one_before_it() -> None:
+    """Half of the way to a budget, an eighth of the difference is left (Zhu and Gupta 2017)."""
+    policy = Front([Budget(params=500, by=0.5), Budget(params=100, by=0.25)], spans=[1, 3])
+    assert policy.target(9_000, 0.0) == 9_000
+    assert policy.target(9_000, 0.0625) == 500 + 8_500 / 8
+    assert [policy.target(9_000, progress) for progress in (0.125, 0.2)] == [500, 500]
+    assert policy.target(9_000, 0.25 + 0.75 * 0.125) == 100 + 400 / 8
+    assert [policy.target(9_000, progress) for progress in (0.25 + 0.75 * 0.25, 1.0)] == [100, 100]
+
+
+def test_spans_are_equal_by_default() -> None:
     assert front().ends == pytest.approx((1 / 3, 2 / 3, 1))
 
 

@@ -1,4 +1,4 @@
-"""`Price`: what is not worth its parameters goes, what is worth more grows, in steps that become smaller."""
+"""`Price`: units below the price are removed, widths above the band grow, in steps that become smaller."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ CONSTANT = Price(price=1.0, rise=0.0, settle=0.0, most=1.0)
 
 
 def line(name: str, price: float) -> list[tuple[int, float]]:
-    """A curve on which every unit is worth `price` a thousand parameters."""
+    """A curve on which every unit has a loss of `price` a thousand parameters."""
     return [(0, 20 * EACH[name] * price / 1000), (20, 0.0)]
 
 
@@ -36,32 +36,39 @@ def measured(name: str, **rest: Any) -> WidthStatistics:
 def decide(
     policy: Price, curves: Mapping[str, Sequence[tuple[int, float]]], progress: float = 0.5, **rest: Any
 ) -> dict[str, Proposal]:
-    """What is proposed at a moment of a run."""
-    moment = PolicyContext(progress, GRAPH.sizes, Costs.of(MODEL, GRAPH, X), trials=lambda **_: curves)
-    return policy.at(moment).propose({name: measured(name, **rest) for name in curves}, GRAPH)
+    """What is proposed after a share of a run."""
+    context = PolicyContext(
+        GRAPH,
+        progress,
+        GRAPH.sizes,
+        measure=lambda: {name: measured(name, **rest) for name in curves},
+        count_costs=lambda: Costs.of(MODEL, GRAPH, X),
+        run_trials=lambda **_: curves,
+    )
+    return policy.propose(context)
 
 
 def sizes(found: Mapping[str, Proposal]) -> dict[str, int]:
     return {name: proposal.size for name, proposal in found.items()}
 
 
-@pytest.mark.parametrize(("worth", "size"), [(0.99, 15), (1.01, None), (1.49, None), (1.51, 23)])
-def test_below_the_price_units_go_and_above_the_band_they_come(worth: float, size: int | None) -> None:
-    found = decide(CONSTANT, {"0": line("0", worth)})
+@pytest.mark.parametrize(("loss", "size"), [(0.99, 15), (1.01, None), (1.49, None), (1.51, 23)])
+def test_below_the_price_units_are_removed_and_above_the_band_they_are_added(loss: float, size: int | None) -> None:
+    found = decide(CONSTANT, {"0": line("0", loss)})
     assert sizes(found) == ({} if size is None else {"0": size})
 
 
-def test_the_cut_ends_where_units_are_worth_their_price() -> None:
-    """The last three are worth half of it, the others twice."""
+def test_the_cut_ends_where_the_loss_per_cost_reaches_the_price() -> None:
+    """That of the last three is half of it, that of the others twice."""
     unit = EACH["0"] / 1000
     curve = [(0, 17 * 2 * unit + 1.5 * unit), (17, 1.5 * unit), (20, 0.0)]
     found = decide(CONSTANT, {"0": curve})
     assert sizes(found) == {"0": 17}
-    assert found["0"].reason == "3 units are worth 0.5 of the outputs' variance a thousand params (price 1)"
+    assert found["0"].reason == "3 units hold 0.5 of the outputs' variance a thousand params (price 1)"
 
 
-def test_cuts_of_one_event_are_not_worth_more_than_may_go_at_once() -> None:
-    """Five units of "0" are worth 0.027, of "2" 0.108: the cheaper ones go first, and count against what is left."""
+def test_the_losses_of_all_cuts_of_one_event_add_up_to_at_most_the_most() -> None:
+    """Five units of "0" lose 0.027, of "2" 0.108: the smaller loss comes first."""
     for names in (("0", "2"), ("2", "0")):
         curves = {name: line(name, {"0": 0.2, "2": 0.9}[name]) for name in names}
         assert sizes(decide(CONSTANT, curves)) == {"0": 15, "2": 15}
@@ -79,7 +86,9 @@ def test_cuts_of_one_event_are_not_worth_more_than_may_go_at_once() -> None:
         ({"growable": False}, True, False),
     ],
 )
-def test_after_a_change_a_width_rests_from_the_opposite_one(rest: dict[str, Any], pruned: bool, grown: bool) -> None:
+def test_after_a_change_the_opposite_one_waits_for_the_cooldown(
+    rest: dict[str, Any], pruned: bool, grown: bool
+) -> None:
     assert bool(decide(CONSTANT, {"0": line("0", 0.5)}, **rest)) == pruned
     assert bool(decide(CONSTANT, {"0": line("0", 9.0)}, **rest)) == grown
 
@@ -99,16 +108,16 @@ def test_widths_stay_once_the_steps_have_shrunk_to_nothing(
     progress: float, pruned: int | None, grown: int | None
 ) -> None:
     settling = Price(price=1.0, rise=0.0, settle=0.5)
-    for worth, size in ((0.1, pruned), (9.0, grown)):
-        assert sizes(decide(settling, {"0": line("0", worth)}, progress)) == ({} if size is None else {"0": size})
+    for loss, size in ((0.1, pruned), (9.0, grown)):
+        assert sizes(decide(settling, {"0": line("0", loss)}, progress)) == ({} if size is None else {"0": size})
 
 
-@pytest.mark.parametrize(("progress", "asked"), [(0.0, 0.25), (0.2, 0.5), (0.4, 1.0), (0.9, 1.0)])
-def test_the_price_rises_to_its_height(progress: float, asked: float) -> None:
+@pytest.mark.parametrize(("progress", "price"), [(0.0, 0.25), (0.2, 0.5), (0.4, 1.0), (0.9, 1.0)])
+def test_the_price_rises_to_its_height(progress: float, price: float) -> None:
     policy = Price(price=1.0, rise=0.4, low=0.25)
-    assert policy.now(progress) == pytest.approx(asked)
-    assert sizes(decide(policy, {"0": line("0", 0.98 * asked)}, progress))["0"] < 20
-    assert decide(policy, {"0": line("0", 1.02 * asked)}, progress) == {}
+    assert policy.now(progress) == pytest.approx(price)
+    assert sizes(decide(policy, {"0": line("0", 0.98 * price)}, progress))["0"] < 20
+    assert decide(policy, {"0": line("0", 1.02 * price)}, progress) == {}
 
 
 @pytest.mark.parametrize(
@@ -156,8 +165,8 @@ def test_a_wide_and_a_narrow_start_come_nearer_in_a_real_run() -> None:
 
 
 @pytest.mark.parametrize("kind", ["params", "macs", "bytes"])
-def test_what_is_paid_for(kind: str) -> None:
-    """A unit is worth its price in parameters, a bit more or less; of the others it costs another number."""
+def test_the_price_is_per_thousand_of_the_given_kind(kind: str) -> None:
+    """One percent above and below the price of a unit's cost of this kind."""
     unit = {"params": EACH["0"], "macs": EACH["0"] - 1, "bytes": 8 * EACH["0"]}[kind] / 1000
     policy = replace(CONSTANT, kind=kind, price=0.1)
     assert decide(policy, {"0": [(0, 2.02 * unit), (20, 0.0)]}) == {}

@@ -16,10 +16,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from evolvenet.errors import PolicyError
-from evolvenet.graph.width_graph import Widths
+from evolvenet.graph.width_graph import WidthGraph, Widths
 from evolvenet.growth.loss_test import Evidence
 from evolvenet.linalg.spectrum import effective_rank
-from evolvenet.measurement.cost import Costs
 from evolvenet.measurement.width_spectra import WidthStatistics
 from evolvenet.policies.base import PolicyContext, Proposal
 from evolvenet.policies.threshold import Threshold
@@ -36,9 +35,13 @@ def measured(spectrum: list[float], width: str = "0", **rest: Any) -> WidthStati
     return WidthStatistics(width, spectrum=tuple(spectrum), **{**defaults, **rest})
 
 
-def decide(policy: Threshold, *measures: WidthStatistics) -> dict[str, Proposal]:
+def decide(policy: Threshold, *widths: WidthStatistics) -> dict[str, Proposal]:
     """What the policy proposes for these widths."""
-    return policy.propose({measure.width: measure for measure in measures}, GRAPH)
+    return policy.propose(context_of(*widths))
+
+
+def context_of(*widths: WidthStatistics, graph: WidthGraph = GRAPH, **rest: Any) -> PolicyContext:
+    return PolicyContext(graph, 0.5, graph.sizes, measure=lambda: {each.width: each for each in widths}, **rest)
 
 
 def flat(size: int, **rest: Any) -> WidthStatistics:
@@ -96,8 +99,8 @@ def test_no_width_falls_below_the_smallest(smallest: int, size: int | None) -> N
 def test_no_width_falls_below_what_its_layers_need() -> None:
     needs = replace(GRAPH, widths=Widths({**GRAPH.widths, "0": replace(GRAPH.widths["0"], smallest=3)}))
     policy = Threshold(prune=0.01, grow=0.9, largest_step=1, smallest=1)
-    assert policy.propose({"0": low(8, 1)}, GRAPH)["0"].size == 1
-    assert policy.propose({"0": low(8, 1)}, needs)["0"].size == 3
+    assert policy.propose(context_of(low(8, 1)))["0"].size == 1
+    assert policy.propose(context_of(low(8, 1), graph=needs))["0"].size == 3
 
 
 @given(
@@ -121,7 +124,7 @@ def test_every_proposal_is_a_size_that_the_width_can_take(
             energy = sum(value**2 for value in spectrum)
             assert sum(value**2 for value in spectrum[proposal.size :]) <= prune * energy * (1 + 1e-9)
         else:
-            assert 0 < proposal.size - size < math.ceil(growth * size) + 1
+            assert 0 < proposal.size - size <= math.ceil(growth * size)
 
 
 def test_growth_is_rounded_up() -> None:
@@ -129,33 +132,31 @@ def test_growth_is_rounded_up() -> None:
     assert decide(Threshold(prune=0.01, grow=0.9, growth=0), flat(8)) == {}
 
 
-@pytest.mark.parametrize("events_since_change", [1, 2, 3])
-@pytest.mark.parametrize("last_change", [-3, 0, 3])
-def test_a_change_of_direction_waits_for_the_cooldown(events_since_change: int, last_change: int) -> None:
+@pytest.mark.parametrize("events", [1, 2, 3])
+@pytest.mark.parametrize("last", [-3, 0, 3])
+def test_a_change_of_direction_waits_for_the_cooldown(events: int, last: int) -> None:
     policy = Threshold(prune=0.01, grow=0.9, cooldown=2)
-    shrinks = bool(decide(policy, low(8, 2, events_since_change=events_since_change, last_change=last_change)))
-    grows = bool(decide(policy, flat(8, events_since_change=events_since_change, last_change=last_change)))
-    assert shrinks == (events_since_change > 2 or last_change < 0)
-    assert grows == (events_since_change > 2 or last_change > 0)
+    shrinks = bool(decide(policy, low(8, 2, events_since_change=events, last_change=last)))
+    grows = bool(decide(policy, flat(8, events_since_change=events, last_change=last)))
+    assert shrinks == (events > 2 or last < 0)
+    assert grows == (events > 2 or last > 0)
 
 
 def flapping(policy: Threshold, events: int) -> list[int]:
     """The events at which a width changed that looks saturated at 8 units, and whose every further unit carries nothing."""
-    size, reversals, last_change, at, seen = 8, 0, 0, -LONG_AGO, []
+    size, reversals, last, at, seen = 8, 0, 0, -LONG_AGO, []
     for event in range(events):
         spectrum = [1.0] * 8 + [1e-4] * (size - 8)
-        measure = measured(
-            spectrum, size=size, events_since_change=event - at, last_change=last_change, reversals=reversals
-        )
+        measure = measured(spectrum, size=size, events_since_change=event - at, last_change=last, reversals=reversals)
         for proposal in decide(policy, measure).values():
-            reversals += last_change * (proposal.size - size) < 0
-            size, last_change, at = proposal.size, proposal.size - size, event
+            reversals += last * (proposal.size - size) < 0
+            size, last, at = proposal.size, proposal.size - size, event
             seen.append(event)
     return seen
 
 
 def test_widths_settle_instead_of_flapping() -> None:
-    """Each turn waits twice as long as the one before, so there are about log2 of the events, not a share of them."""
+    """Each reversal waits twice as long as the one before, so there are about log2 of the events, not a share of them."""
     settles = flapping(Threshold(prune=0.01, grow=0.9, cooldown=2), 1000)
     assert 4 < len(settles) <= 2 + math.log2(1000 / 2)
     waits = [two - one for one, two in pairwise(settles)]
@@ -163,7 +164,7 @@ def test_widths_settle_instead_of_flapping() -> None:
     assert len(flapping(Threshold(prune=0.01, grow=0.9, cooldown=0), 1000)) > 300, "without it they do flap"
 
 
-def test_growth_in_one_direction_is_not_held_back_by_turns() -> None:
+def test_growth_in_one_direction_is_not_held_back_by_reversals() -> None:
     policy = Threshold(prune=0.01, grow=0.9, cooldown=2)
     assert decide(policy, flat(8, events_since_change=1, last_change=2, reversals=9))
     assert not decide(policy, flat(8, events_since_change=500, last_change=-2, reversals=9))
@@ -218,10 +219,10 @@ def test_a_width_without_any_energy_shrinks() -> None:
 
 def test_proposing_is_pure() -> None:
     policy = Threshold(prune=0.01, grow=0.9)
-    measures = {"0": flat(8), "2": low(8, 2, width="2")}
-    before = copy.deepcopy(measures)
-    assert policy.propose(measures, GRAPH) == policy.propose(measures, GRAPH)
-    assert measures == before
+    widths = flat(8), low(8, 2, width="2")
+    before = copy.deepcopy(widths)
+    assert decide(policy, *widths) == decide(policy, *widths)
+    assert widths == before
     assert policy == Threshold(prune=0.01, grow=0.9)
 
 
@@ -250,75 +251,68 @@ def test_above_max_parameters_the_least_energetic_go_even_where_all_is_saturated
     graph = trace(
         nn.Sequential(nn.Linear(4, 10), nn.ReLU(), nn.Linear(10, 8), nn.ReLU(), nn.Linear(8, 2)), torch.zeros(1, 4)
     )
-    flat = {
-        "0": WidthStatistics("0", 10, (1.0,) * 9 + (0.9,), 1000, True),
-        "2": WidthStatistics("2", 8, (1.0,) * 8, 1000, True),
-    }
+    context = context_of(measured([1.0] * 9 + [0.9]), flat(8, width="2"), graph=graph)
     bound = graph.parameters - 1
-    found = Threshold(prune=0.01, grow=0.9, max_parameters=bound).propose(flat, graph)
+    found = Threshold(prune=0.01, grow=0.9, max_parameters=bound).propose(context)
     # The last of "0" carries 0.081 / 9.81 = 8.3 % with the doubled thresholds 2, 4, 8, 16 %; one of "2" carries 12.5 %.
     assert {name: proposal.size for name, proposal in found.items()} == {"0": 9, "2": 7}
     assert "threshold 16.0 %" in found["0"].reason
-    assert Threshold(prune=0.01, grow=0.9, max_parameters=graph.parameters).propose(flat, graph) == {}
+    assert Threshold(prune=0.01, grow=0.9, max_parameters=graph.parameters).propose(context) == {}
 
 
 def test_the_reason_counts_what_goes_where_the_largest_step_is_less_than_the_threshold_allows() -> None:
-    graph = trace(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), torch.zeros(1, 4))
-    one_direction = {"0": WidthStatistics("0", 8, (1.0,) + (0.0,) * 7, 1000, True)}
-    proposal = Threshold(prune=0.01, grow=0.9, largest_step=0.25).propose(one_direction, graph)["0"]
+    proposal = decide(Threshold(prune=0.01, grow=0.9, largest_step=0.25), low(8, 1))["0"]
     assert proposal.size == 6
     assert proposal.reason.startswith("2 directions carry 0.0 %")
 
 
-def asking(
-    policy: Threshold, evidence: Mapping[str, float], *measures: WidthStatistics
+def with_loss_tests(
+    policy: Threshold, t_statistics: Mapping[str, float], *widths: WidthStatistics
 ) -> tuple[dict[str, Proposal], list[Any]]:
-    """What is proposed where the loss says so much for each width, and which sizes it was asked of."""
-    asked: list[Any] = []
+    """What is proposed with these results of the loss tests, and the sizes that were tested."""
+    seen: list[Any] = []
 
-    def answer(sizes: Mapping[str, int]) -> dict[str, Evidence]:
-        asked.append(dict(sizes))
-        return {name: Evidence(0.1, evidence[name]) for name in sizes if name in evidence}
+    def loss_tests(sizes: Mapping[str, int]) -> dict[str, Evidence]:
+        seen.append(dict(sizes))
+        return {name: Evidence(0.1, t_statistics[name]) for name in sizes if name in t_statistics}
 
-    moment = PolicyContext(
-        0.5, GRAPH.sizes, Costs.of(mlp(6, 8, 8, 3), GRAPH, torch.zeros(1, 6).double()), evidence=answer
-    )
-    policy_now = policy.at(moment)
-    return policy_now.propose({measure.width: measure for measure in measures}, GRAPH), asked
+    return policy.propose(context_of(*widths, run_loss_tests=loss_tests)), seen
 
 
 @pytest.mark.parametrize(("t_statistic", "grows"), [(1.99, False), (2.0, True), (-9.0, False), (None, True)])
-def test_a_saturated_width_grows_only_if_the_loss_asks_for_it(t_statistic: float | None, grows: bool) -> None:
-    """Where nothing is known, the spectrum decides alone."""
-    found, asked = asking(Threshold(prune=0.01, grow=0.9), {} if t_statistic is None else {"0": t_statistic}, flat(8))
-    assert asked == [{"0": 10}]
+def test_a_saturated_width_grows_only_if_it_passes_the_loss_test(t_statistic: float | None, grows: bool) -> None:
+    """Where the test cannot be made, the spectrum decides alone."""
+    found, seen = with_loss_tests(
+        Threshold(prune=0.01, grow=0.9), {} if t_statistic is None else {"0": t_statistic}, flat(8)
+    )
+    assert seen == [{"0": 10}]
     assert set(found) == ({"0"} if grows else set())
     if t_statistic == 2.0:
-        assert found["0"].reason.endswith("(threshold 0.90), and the loss asks for it (2.0 standard errors)")
+        assert found["0"].reason.endswith("(threshold 0.90), t-statistic of new units 2.0 (threshold 2)")
 
 
-def test_the_loss_is_not_asked_where_nothing_would_grow_or_nobody_wants_to_know() -> None:
+def test_no_loss_test_is_run_where_nothing_would_grow_or_the_spectrum_decides_alone() -> None:
     policy = Threshold(prune=0.01, grow=0.9)
-    assert asking(policy, {}, low(8, 4)) == (decide(policy, low(8, 4)), [])
-    assert asking(policy, {}, flat(8, growable=False)) == ({}, [])
-    assert asking(policy, {}, flat(8, last_change=-1, events_since_change=1)) == ({}, [])
-    assert asking(replace(policy, certain=0), {"0": -9.0}, flat(8)) == (decide(policy, flat(8)), [])
+    assert with_loss_tests(policy, {}, low(8, 4)) == (decide(policy, low(8, 4)), [])
+    assert with_loss_tests(policy, {}, flat(8, growable=False)) == ({}, [])
+    assert with_loss_tests(policy, {}, flat(8, last_change=-1, events_since_change=1)) == ({}, [])
+    assert with_loss_tests(replace(policy, certain=0), {"0": -9.0}, flat(8)) == (decide(policy, flat(8)), [])
 
 
-def test_room_goes_to_the_widths_that_the_loss_asks_for() -> None:
-    """Both would fit alone; the more saturated one is not wanted and must not stand in the other's way for good."""
+def test_parameters_go_to_the_widths_that_pass_the_loss_test() -> None:
+    """Each would fit alone; the more saturated one fails, and leaves room for the other."""
     limit = GRAPH.proposed_parameters({"0": 10})
     policy = Threshold(prune=0.01, grow=0.8, max_parameters=limit)
     less = measured([1.0] * 7 + [0.7], "2")
     assert set(decide(policy, flat(8), less)) == {"0"}
-    assert set(asking(policy, {"0": 0.0, "2": 3.0}, flat(8), less)[0]) == {"2"}
+    assert set(with_loss_tests(policy, {"0": 0.0, "2": 3.0}, flat(8), less)[0]) == {"2"}
 
 
-def test_the_loss_is_asked_only_of_what_would_fit() -> None:
+def test_only_sizes_that_would_fit_are_tested() -> None:
     limit = GRAPH.proposed_parameters({"2": 10})
-    found, asked = asking(
+    found, seen = with_loss_tests(
         Threshold(prune=0.01, grow=0.8, max_parameters=limit), {"2": 3.0}, flat(8), measured([1.0] * 8, "2")
     )
     assert GRAPH.proposed_parameters({"0": 10}) > limit
-    assert asked == [{"2": 10}]
+    assert seen == [{"2": 10}]
     assert set(found) == {"2"}

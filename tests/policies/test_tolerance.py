@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
 from itertools import pairwise
 from pathlib import Path
@@ -19,7 +20,6 @@ import evolvenet
 from evolvenet import Evolver, PolicyError, Tolerance, WidthEvolution
 from evolvenet.engine.snapshot import Snapshot
 from evolvenet.measurement.cost import parameters
-from evolvenet.policies.tolerance import Standing
 from tests.helpers.resuming import Randomness
 from tests.helpers.runs import Batches, Classifier, trainer
 
@@ -103,7 +103,7 @@ def test_a_cut_within_the_tolerance_stays_and_the_best_is_that_of_kept_networks(
     assert loop.evolver.judge(0.9) is None
     first = loop.evolver.step()
     assert first.changes
-    assert loop.evolver.step().changes == (), "one cut waits for its judgement"
+    assert loop.evolver.step().changes == (), "a cut is pending"
     assert loop.evolver.judge(0.895) is None
     assert loop.evolver.step().parameters < first.parameters
     assert loop.evolver.judge(0.889) is not None, "0.9 is still the best"
@@ -132,13 +132,12 @@ def test_widths_that_failed_are_left_alone_for_longer_each_time_and_cuts_get_sma
 @pytest.mark.parametrize("mode", ["max", "min"])
 def test_the_direction_of_the_metric(mode: Any) -> None:
     policy = Tolerance(metric="loss", drop=0.1, mode=mode, validations=1)
-    standing = policy.judged(policy.begin(), 1.0)[1]
-    waiting = policy.after(standing, ["a"])
+    pending = policy.record(policy.judge(None, 1.0).state, ["a"])
     worse = 0.85 if mode == "max" else 1.15
-    assert policy.judged(waiting, worse)[0] == "undo"
-    assert policy.judged(waiting, 2 - worse)[0] == "keep"
-    assert policy.judged(waiting, math.nan)[0] == "undo"
-    assert policy.judged(policy.begin(), math.nan)[1].best is None
+    assert policy.judge(pending, worse).verdict == "undo"
+    assert policy.judge(pending, 2 - worse).verdict == "keep"
+    assert policy.judge(pending, math.nan).verdict == "undo"
+    assert policy.judge(None, math.nan).state["best"] is None
 
 
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=30), st.floats(0, 0.2), st.integers(1, 3))
@@ -146,30 +145,32 @@ def test_a_kept_network_is_never_worse_than_the_best_by_more_than_the_tolerance(
     values: list[float], drop: float, validations: int
 ) -> None:
     policy = Tolerance(metric="acc", drop=drop, validations=validations)
-    standing: Standing = policy.begin()
-    best = -math.inf
+    state, best = None, -math.inf
     for value in values:
-        waited = bool(standing.waiting)
-        verdict, standing = policy.judged(standing, value)
-        if verdict == "keep":
-            assert not waited or value >= best - drop - 1e-12
+        was_pending, before = bool(state and state["pending"]), copy.deepcopy(state)
+        judgement = policy.judge(state, value)
+        assert state == before, "a state is never changed in place"
+        state = judgement.state
+        if judgement.verdict == "keep":
+            assert not was_pending or value >= best - drop - 1e-12
             best = max(best, value)
-            standing = policy.after(standing, ["a", "b"])
-        elif verdict == "undo":
+            state = policy.record(state, ["a", "b"])
+        elif judgement.verdict == "undo":
             assert value < best - drop
-            assert standing.share < policy.share
-        assert standing.best is None or standing.best == best
-        assert policy.begin(policy.plain(standing)) == standing
+            assert state["share"] < policy.share
+        assert state["best"] is None or state["best"] == best
+        assert json.loads(json.dumps(state)) == state, "plain data"
 
 
-def test_a_cut_has_several_validations_to_come_back() -> None:
+def test_a_cut_is_undone_only_after_the_last_of_its_validations() -> None:
     policy = Tolerance(metric="acc", drop=0.0, validations=3)
-    begun = policy.after(policy.judged(policy.begin(), 0.9)[1], ["a"])
+    begun = policy.record(policy.judge(None, 0.9).state, ["a"])
     for values in ([(0.1, "wait"), (0.2, "wait"), (0.8, "undo")], [(0.1, "wait"), (0.9, "keep")], [(0.95, "keep")]):
-        standing = begun
+        state = begun
         for value, verdict in values:
-            found, standing = policy.judged(standing, value)
-            assert found == verdict
+            judgement = policy.judge(state, value)
+            assert judgement.verdict == verdict
+            state = judgement.state
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from torch import nn
 
 import evolvenet
 from evolvenet.errors import ResizeError, TraceError
-from evolvenet.pruning.allocation import allocate, convex, energy_curves, loss_at, share_out, smallest, trial_curves
+from evolvenet.pruning.allocation import allocate, allocate_by, convex, energy_curves, loss_at, smallest, trial_curves
 from evolvenet.tracing.trace import trace
 from tests.helpers.cases import CASES, FLOAT, Case, distance, graph_of, outputs
 from tests.helpers.small_models import mlp
@@ -55,7 +55,7 @@ def test_no_combination_of_convex_curves_does_much_better(rates: list[float], wa
         dict(zip(graph.sizes, each, strict=True)) for each in product(*(range(1, n + 1) for n in graph.sizes.values()))
     ]
     fitting = [sizes for sizes in every if graph.proposed_parameters(sizes) <= wanted]
-    found = share_out(graph, curves, wanted)
+    found = allocate_by(graph, curves, wanted)
     assert graph.proposed_parameters(found) <= wanted
     # One unit more of any width is what the greedy way may be off by.
     slack = (
@@ -69,8 +69,8 @@ def test_no_combination_of_convex_curves_does_much_better(rates: list[float], wa
 def test_what_saves_nothing_for_a_loss_is_kept_and_what_is_free_goes() -> None:
     graph = trace(net(8, 8, 8, 2), torch.zeros(1, 8, dtype=FLOAT))
     curves = {"0": [(0, 8.0), (8, 0.0)], "2": [(0, 1.0), (4, 0.0), (8, 0.0)]}
-    assert share_out(graph, curves, 130) == {"0": 8, "2": 5}
-    assert share_out(graph, curves, graph.parameters) == graph.sizes
+    assert allocate_by(graph, curves, 130) == {"0": 8, "2": 5}
+    assert allocate_by(graph, curves, graph.parameters) == graph.sizes
 
 
 def test_the_last_cut_takes_no_more_than_it_must() -> None:
@@ -78,7 +78,7 @@ def test_the_last_cut_takes_no_more_than_it_must() -> None:
     graph = trace(net(4, 200, 2), torch.zeros(1, 4, dtype=FLOAT))
     curves = {"0": [(0, 1.0), (200, 0.0)]}
     for wanted in range(graph.parameters - 40, graph.parameters, 3):
-        (size,) = share_out(graph, curves, wanted).values()
+        (size,) = allocate_by(graph, curves, wanted).values()
         assert graph.proposed_parameters({"0": size}) <= wanted < graph.proposed_parameters({"0": size + 1})
 
 
