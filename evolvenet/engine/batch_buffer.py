@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from evolvenet.engine.distributed import ProcessGroup, gather_batches
-from evolvenet.execution.inputs import is_plain, moved_like
+from evolvenet.execution.inputs import is_plain, to_device_of
 
 
 class BatchBuffer:
@@ -69,4 +69,4 @@ class BatchBuffer:
         for batch, gradients in zip_longest(
             state["batches"], state.get("gradients", ())[: len(state["batches"])], fillvalue=()
         ):
-            self._kept.append(moved_like((batch, tuple(gradients)), self._example))
+            self._kept.append(to_device_of((batch, tuple(gradients)), self._example))

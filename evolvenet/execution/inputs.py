@@ -1,4 +1,7 @@
-"""What a model is called with, a tensor, a tuple of arguments or a dict of keyword arguments, and what it answers with."""
+"""Inputs and outputs of models in any nesting: as arguments of a call, cut to a few samples, moved, and as flat lists.
+
+The inputs of a model are one tensor, a tuple of arguments or a dict of keyword arguments.
+"""
 
 from __future__ import annotations
 
@@ -22,9 +25,9 @@ def arguments(
 
     Args:
         inputs: a tensor, a tuple of arguments or a dict of keyword arguments.
-        device: where they are moved, if one is named.
-        model: whose type half-precision inputs take, if its parameters are all of one wider type. Autocast lets a float32
-            layer read bfloat16; without it, as a model runs here, the layer would refuse.
+        device: where tensors are moved, if given.
+        model: if all of its parameters have one dtype wider than 16 bits, half-precision inputs are cast to it: under
+            autocast a float32 layer accepts bfloat16, without it (as a model is run here) it does not.
 
     >>> arguments({"x": 1})
     ((), {'x': 1})
@@ -32,7 +35,7 @@ def arguments(
     ((tensor([[0., 0.]]),), {})
     """
     if model is not None:
-        inputs = _widened(inputs, model)
+        inputs = _cast_to_parameters(inputs, model)
     if device is not None:
         inputs = tree_map_only(Tensor, lambda tensor: tensor.to(device), inputs)
     if isinstance(inputs, dict):
@@ -42,21 +45,21 @@ def arguments(
     return (inputs,), {}
 
 
-def _widened(inputs: Any, model: nn.Module) -> Any:
-    """The inputs, half-precision ones in the type of the model's parameters if there is one and it is wider."""
+def _cast_to_parameters(inputs: Any, model: nn.Module) -> Any:
+    """The inputs, with half-precision ones cast to the dtype of the model's parameters if that is one wider dtype."""
     if not any(isinstance(leaf, Tensor) and leaf.dtype in _HALF for leaf in tree_leaves(inputs)):
         return inputs
-    kinds = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
-    if len(kinds) != 1 or kinds <= set(_HALF):
+    dtypes = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
+    if len(dtypes) != 1 or dtypes <= set(_HALF):
         return inputs
-    kind = kinds.pop()
-    return tree_map_only(Tensor, lambda tensor: tensor.to(kind) if tensor.dtype in _HALF else tensor, inputs)
+    dtype = dtypes.pop()
+    return tree_map_only(Tensor, lambda tensor: tensor.to(dtype) if tensor.dtype in _HALF else tensor, inputs)
 
 
-def bound(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """A call's arguments as inputs: one tensor, a tuple, or a dict where any was given by name.
+def inputs_of_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The arguments of a call as inputs: one tensor, a tuple, or a dict if any was given by keyword.
 
-    >>> bound(nn.Bilinear(1, 1, 1), (1,), {"input2": 2})
+    >>> inputs_of_call(nn.Bilinear(1, 1, 1), (1,), {"input2": 2})
     {'input1': 1, 'input2': 2}
     """
     if not kwargs:
@@ -70,10 +73,10 @@ def bound(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> A
 
 
 def first_samples(inputs: Any, count: int) -> Any:
-    """The first samples of a batch: every tensor with the batch's length on its first axis is cut to `count`.
+    """The first samples of a batch: every tensor with the batch size on its first axis is cut to `count` samples.
 
     Raises:
-        TraceError: for packed sequences, whose samples lie across each other.
+        TraceError: for packed sequences, whose samples are interleaved.
     """
     if any(_is_packed(leaf) for leaf in tree_leaves(inputs, is_leaf=_is_packed)):
         raise TraceError(
@@ -92,7 +95,7 @@ def _is_packed(leaf: Any) -> bool:
 
 
 def tensors_of(result: Any) -> list[Tensor]:
-    """Every tensor of what a model answered: nested lists, tuples and dicts, or the fields of a dataclass.
+    """Every tensor in a model's output: of nested lists, tuples and dicts, or of the fields of a dataclass.
 
     >>> [tensor.item() for tensor in tensors_of({"loss": Tensor([1.0]), "name": "a"})]
     [1.0]
@@ -102,14 +105,14 @@ def tensors_of(result: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
 
 
-def moved_like(batch: Any, example: Any) -> Any:
-    """A batch on the device of other inputs."""
+def to_device_of(batch: Any, example: Any) -> Any:
+    """A batch moved to the device of the first tensor of `example`."""
     devices = [leaf.device for leaf in tree_leaves(example) if isinstance(leaf, Tensor)]
     return tree_map_only(Tensor, lambda tensor: tensor.to(devices[0]), batch) if devices else batch
 
 
 def is_plain(batch: Any) -> bool:
-    """Whether a `weights_only` checkpoint may hold it: tensors, numbers and strings in lists, tuples and dicts.
+    """Whether a `weights_only` checkpoint may contain a batch: tensors, numbers and strings in lists, tuples and dicts.
 
     >>> is_plain({"x": Tensor([1.0]), "n": 2}), is_plain(object())
     (True, False)

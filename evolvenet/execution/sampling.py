@@ -1,4 +1,4 @@
-"""How many samples a batch holds, and which of them are taken."""
+"""The number of samples in a batch, and indices of evenly spaced ones."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 GOLDEN = 0.6180339887498949
-"""Multiples of the golden ratio, modulo 1, fall in step with no grid."""
+"""Multiples of the golden ratio modulo 1 have no common period with any grid."""
 
 
 def samples_in(batch: Any) -> int:
-    """Length of the first axis of the first tensor of a batch, 1 if there is none.
+    """Length of the first axis of the first tensor in a batch; 1 if there is none.
 
     >>> samples_in({"x": torch.zeros(5, 3)})
     5
@@ -23,7 +23,7 @@ def samples_in(batch: Any) -> int:
 
 
 def evenly(count: int, cap: int) -> Tensor:
-    """At most `cap` of `count` indices, one in each of equal parts, shifted so as not to fall in step with a grid."""
+    """At most `cap` of the indices `0 … count − 1`, one from each of `cap` equal parts, at positions without a period."""
     if count <= cap:
         return torch.arange(count)
     edges = torch.arange(cap + 1) * count // cap

@@ -276,7 +276,7 @@ class WidthEvolution(Callback):
                 "WidthEvolution(example_inputs=...)."
             )
         root = self._resumed_root() or find_network(pl_module, self._listener, optimizers_of(trainer, pl_module))
-        return root, self._listener.heard(root)
+        return root, self._listener.inputs(root)
 
     def _begin(self, trainer: Trainer, pl_module: LightningModule, path: str, calls: list[Any]) -> None:
         """Make the evolver of the network there, with inputs to run it on."""
