@@ -46,17 +46,36 @@ def _unflatten(parts: Any, function: Callable[[nn.Module, Any], Any]) -> Step:
 register_pytree_node(Step, lambda step: ([step.batch], step.function), _unflatten)
 
 
+@dataclass(frozen=True)
+class InTurn:
+    """Several inputs that the model is run on one after the other: a training step and a validation step, say.
+
+    Args:
+        each: tensors, tuples, dicts, or a `Step` each.
+
+    >>> run_model(nn.Linear(2, 3), InTurn((Tensor([[1.0, 2.0]]), Tensor([[3.0, 4.0]]))))[1].shape
+    torch.Size([1, 3])
+    """
+
+    each: tuple[Any, ...]
+
+
+register_pytree_node(InTurn, lambda runs: (list(runs.each), None), lambda parts, _: InTurn(tuple(parts)))
+
+
 def run_model(model: nn.Module, inputs: Any, device: str | None = None) -> Any:
     """What the model returns for its inputs, or the step function for its batch.
 
     Args:
         model: any module.
-        inputs: a tensor, a tuple of arguments, a dict of keyword arguments, or a `Step`.
+        inputs: a tensor, a tuple of arguments, a dict of keyword arguments, a `Step`, or several `InTurn`.
         device: where the tensors among the inputs are moved first, if one is named.
 
     >>> run_model(nn.Linear(2, 3), Tensor([[1.0, 2.0]])).shape
     torch.Size([1, 3])
     """
+    if isinstance(inputs, InTurn):
+        return [run_model(model, each, device) for each in inputs.each]
     args, kwargs = arguments(inputs, device, model)
     if isinstance(inputs, Step):
         (step,) = args
@@ -76,6 +95,8 @@ def network_outputs(model: nn.Module, inputs: Any) -> list[Tensor]:
     >>> [tuple(output.shape) for output in network_outputs(nets, step)]
     [(1, 2), (1, 4)]
     """
+    if isinstance(inputs, InTurn):
+        return [tensor for each in inputs.each for tensor in network_outputs(model, each)]
     if not isinstance(inputs, Step):
         return tensors_of(run_model(model, inputs))
     with _outermost_outputs(model) as found:

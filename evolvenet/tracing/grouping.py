@@ -17,6 +17,9 @@ from evolvenet.graph.naming import named_tensors
 from evolvenet.graph.width_graph import CONSUMES, FOLLOWS, PRODUCES, Segment, Width, WidthGraph, assemble
 from evolvenet.tracing.labels import KERNEL, AxisIds, LabelGraph
 
+NEVER_RAN = "never ran on the example inputs"
+"""The reason of a width of which no op of the run has used a tensor."""
+
 AxisRuns = tuple[tuple[int | None, int, int], ...]
 """An axis as runs of (group or None, length, repeat)."""
 
@@ -131,7 +134,7 @@ def _signatures(label_graph: LabelGraph, component: np.ndarray, frozen: dict[int
         rows.append(np.stack([members, np.full_like(members, number), counts], axis=1))
         if axis.tensor not in label_graph.first_use:
             for member in members.tolist():
-                frozen.setdefault(member, "never ran on the example inputs")
+                frozen.setdefault(member, NEVER_RAN)
     table = np.concatenate(rows) if rows else np.zeros((0, 3), np.int64)
     table = table[np.argsort(table[:, 0], kind="stable")]
     members, starts = np.unique(table[:, 0], return_index=True)

@@ -41,7 +41,8 @@ def trace(model: nn.Module, example_inputs: Any) -> WidthGraph:
 
     Args:
         model: any module; it is not changed.
-        example_inputs: what it is called with: a tensor, a tuple of arguments or a dict of keyword arguments.
+        example_inputs: what it is called with: a tensor, a tuple of arguments, a dict of keyword arguments, a `Step`, or
+            several of these `InTurn`.
 
     Returns:
         The graph, with a reason for each frozen width.

@@ -1,0 +1,111 @@
+"""Parameters that no traced run has touched, and the widths that might feed them.
+
+A head that starts at a later epoch, a probe that only validation calls, a layer that the traced batch has skipped: the
+trace knows nothing of what they take in. Every width whose number of places fits one of their axes keeps its size.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+
+from evolvenet.graph.width_graph import Width, WidthGraph, Widths
+from evolvenet.tracing.grouping import NEVER_RAN
+
+log = logging.getLogger("evolvenet")
+
+CONVOLUTION = 3
+"""Axes from which on a weight is a kernel, whose channels may be flattened together with space."""
+
+MAY_FEED = "may feed "
+
+
+def unreached_parameters(graph: WidthGraph) -> tuple[str, ...]:
+    """Names of the parameters that no traced run has touched.
+
+    >>> import torch
+    >>> from torch import nn
+    >>> from evolvenet.tracing.trace import trace
+    >>> class Net(nn.Module):
+    ...     def __init__(self):
+    ...         super().__init__()
+    ...         self.body, self.head, self.probe = nn.Linear(4, 8), nn.Linear(8, 2), nn.Linear(8, 3)
+    ...     def forward(self, x):
+    ...         return self.head(self.body(x))
+    >>> unreached_parameters(trace(Net(), torch.zeros(1, 4)))
+    ('probe.weight', 'probe.bias')
+    """
+    idle = {name for name, width in graph.widths.items() if width.frozen == NEVER_RAN}
+    return tuple(
+        tensor
+        for tensor, axes in graph.layouts.items()
+        if tensor in graph.trainable and any(part.width in idle for parts in axes.values() for part in parts)
+    )
+
+
+def freeze_possible_inputs(graph: WidthGraph, besides: Iterable[str] = ()) -> WidthGraph:
+    """The graph in which every width that might feed an unreached parameter keeps its size.
+
+    A width might feed it where an axis that holds the width is as long as an axis of the parameter; convolution channels
+    also where a dense weight's second axis is a multiple of them, since they may be flattened together with space.
+
+    Args:
+        graph: as traced.
+        besides: paths of modules that are not looked at, copies of the network that follow it, for example.
+
+    Returns:
+        The graph, each such width frozen with the parameter as its reason.
+
+    >>> import torch
+    >>> from torch import nn
+    >>> from evolvenet.tracing.trace import trace
+    >>> class Net(nn.Module):
+    ...     def __init__(self):
+    ...         super().__init__()
+    ...         self.body, self.head, self.probe = nn.Linear(4, 8), nn.Linear(8, 2), nn.Linear(8, 3)
+    ...     def forward(self, x):
+    ...         return self.head(self.body(x))
+    >>> freeze_possible_inputs(trace(Net(), torch.zeros(1, 4))).widths["body"].frozen
+    'may feed probe, which has not run: axis 1 of probe.weight has 8 places, too'
+    """
+    left_out = tuple(f"{path}." for path in besides)
+    shapes = {
+        name: graph.shapes[name]
+        for name in unreached_parameters(graph)
+        if not name.startswith(left_out) or not left_out
+    }
+    if not shapes:
+        return graph
+    widths = {name: _checked(graph, width, shapes) for name, width in graph.widths.items()}
+    return replace(graph, widths=Widths(widths))
+
+
+def warn_of_unreached(graph: WidthGraph) -> None:
+    """Warn, once a module, of the widths that keep their size because of it, with what can be done about it."""
+    held: dict[str, list[str]] = {}
+    for width in graph.widths.values():
+        if width.frozen is not None and width.frozen.startswith(MAY_FEED):
+            held.setdefault(width.frozen.removeprefix(MAY_FEED).partition(",")[0], []).append(width.name)
+    for module, names in held.items():
+        log.warning(
+            "%s has not run on the example inputs, so the size of %s stays: expected every module to run there. Trace with "
+            "inputs, or a step, that reach it, or remove it from the model if it is not used.",
+            module,
+            ", ".join(names),
+        )
+
+
+def _checked(graph: WidthGraph, width: Width, shapes: Mapping[str, tuple[int, ...]]) -> Width:
+    if width.frozen is not None:
+        return width
+    lengths = {graph.shapes[tie.tensor][tie.dim] for tie in width.ties}
+    channels = any(len(graph.shapes[tie.tensor]) >= CONVOLUTION for tie in width.producers)
+    for tensor, shape in shapes.items():
+        for dim, length in enumerate(shape):
+            flattened = channels and len(shape) == 2 and dim == 1 and length > width.size and length % width.size == 0
+            if length > 1 and (length in lengths or flattened):
+                module = tensor.rpartition(".")[0] or tensor
+                reason = f"{MAY_FEED}{module}, which has not run: axis {dim} of {tensor} has {length} places, too"
+                return replace(width, frozen=reason, patches=())
+    return width
