@@ -1,6 +1,6 @@
 """Train one experiment: `python train.py`, `python train.py +experiment=mnist_resnet data.root=DIR evolve=none`."""
 
-import evolvenet  # isort: skip  # noqa: F401  (first: it mends PyPI's torchvision, which Lightning imports)
+import evolvenet  # isort: skip  # noqa: F401  (first: it patches PyPI's torchvision, which Lightning imports)
 
 import hydra
 import lightning

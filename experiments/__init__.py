@@ -1,3 +1,3 @@
-"""What EvolveNet is tried on: data sets, models, a plain LightningModule, and the running of one experiment."""
+"""Experiments with EvolveNet: data sets, models, training runs, comparisons with peers, coverage, benchmarks."""
 
-import evolvenet  # noqa: F401  (before anything here imports Lightning: it mends PyPI's torchvision)
+import evolvenet  # noqa: F401  (before Lightning imports torchvision, which it patches)

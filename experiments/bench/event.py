@@ -2,7 +2,7 @@
 
 What is measured: an event that cuts every width of the model by a tenth (what a run does between two epochs; the
 classes have none), its stages each by itself: statistics (forward passes that gather second moments), spectra,
-selection (pivoted Cholesky and the one-pass refit), compensation (two forward passes and the sequential fits), surgery
+selection (pivoted Cholesky and the one-pass refit), reconstruction (two forward passes and the sequential fits), surgery
 (with AdamW's state), checks (what must hold afterwards, with a forward pass before and one after). The unit is a
 training step (forward, backward, AdamW) of the same model on batches of the same size, timed in turns with the stages;
 each figure is the median of `--rounds` rounds, and ± half the distance between the quartiles. An epoch is 60,000
@@ -40,7 +40,7 @@ from experiments.pages import machine_line, markdown, write_whole
 
 EPOCH = 60_000
 CUT = 0.9
-STAGES = ("statistics", "spectra", "selection", "compensation", "surgery", "checks")
+STAGES = ("statistics", "spectra", "selection", "reconstruction", "surgery", "checks")
 
 
 @dataclass(frozen=True)
@@ -73,10 +73,10 @@ SUBJECTS = {
 
 
 def timed(call: Callable[[], Any]) -> tuple[float, Any]:
-    """Seconds, and what came back."""
+    """Seconds, and the call's result."""
     began = time.perf_counter()
-    made = call()
-    return time.perf_counter() - began, made
+    result = call()
+    return time.perf_counter() - began, result
 
 
 def training_step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Tensor, labels: Tensor) -> None:
@@ -101,7 +101,7 @@ def one_round(subject: Subject, model: nn.Module, graph: evolvenet.WidthGraph, s
     found["spectra"], _ = timed(lambda: measure(model, graph, gathered))
     sizes = {w.name: max(w.smallest, int(CUT * w.size)) for w in graph.resizable}
     found["selection"], surgery = timed(lambda: plan_prune(model, graph, sizes, gathered))
-    found["compensation"], surgery = timed(lambda: reconstruct(model, graph, surgery, batches, TRAINING_LIMITS))
+    found["reconstruction"], surgery = timed(lambda: reconstruct(model, graph, surgery, batches, TRAINING_LIMITS))
     steps += [timed(lambda: training_step(model, optimizer, batches[0], labels))[0] for _ in range(2)]
     before_seconds, before = timed(lambda: ModelReference.of(model, batches[0][:2]))
     found["surgery"], after = timed(lambda: commit(model, surgery, optimizer))

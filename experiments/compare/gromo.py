@@ -20,7 +20,7 @@ Pairs = Sequence[tuple[Tensor, Tensor]]
 
 
 def gromo_tiny(model: nn.Module, pairs: Pairs) -> nn.Module:
-    """A dense network with twice the units in each hidden layer, or as many as gromo's statistics offer.
+    """A dense network with twice the units in each hidden layer, or as many as gromo finds.
 
     Args:
         model: `Flatten`, then dense layers with ReLU between them, all hidden ones equally wide.
@@ -35,7 +35,7 @@ def gromo_of(model: nn.Module, images: Tensor) -> Any:
 
     Args:
         model: `Flatten`, then dense layers with ReLU between them, all hidden ones equally wide.
-        images: on which both have to agree.
+        images: on which both must give the same outputs.
     """
     dense = [module for module in model.modules() if isinstance(module, nn.Linear)]
     module = importlib.import_module("gromo.containers.growing_mlp")
@@ -50,10 +50,10 @@ def gromo_of(model: nn.Module, images: Tensor) -> Any:
 
 
 def gromo_widen(grown: Any, pairs: Pairs, units: int) -> Any:
-    """Give every hidden layer so many units more, or as many as gromo's statistics offer; returns the same object.
+    """Give every hidden layer so many units more, or as many as gromo finds; returns the same object.
 
     The scaling factor scales gromo's update of the present weights and the new units' rows and columns; of `SCALES` and 0
-    the one with the least loss on the batches that the statistics are of is taken.
+    the one with the least loss on the statistics' batches is taken.
 
     Args:
         grown: gromo's `GrowingMLP`.
@@ -65,7 +65,7 @@ def gromo_widen(grown: Any, pairs: Pairs, units: int) -> Any:
         grown.init_computation()
         for images, labels in pairs:
             grown.zero_grad()
-            # Summed: its thresholds are meant for the gradient of each sample's own loss.
+            # Summed: gromo's thresholds are for gradients of single samples' losses.
             functional.cross_entropy(grown(images), labels, reduction="sum").backward()
             grown.update_computation()
         grown.compute_optimal_updates(maximum_added_neurons=units)
@@ -88,10 +88,10 @@ def _line_search(grown: Any, pairs: Pairs) -> float:
 
 
 def installed() -> bool:
-    """Whether gromo is there."""
+    """Whether gromo is installed."""
     return importlib.util.find_spec("gromo") is not None
 
 
 def version() -> str:
-    """Which one, for the head of a table."""
+    """Its version, for the head of a page."""
     return importlib.metadata.version("gromo") if installed() else "(not installed)"

@@ -1,12 +1,12 @@
 """How new units start, compared: `python -m experiments.compare.growth --data DIR --out FILE.md`, or `make compare`.
 
-A network is trained, widened once by each method from there, and trained on, on the same batches. On a dense network gromo
-does the same by its own TINY; on a ResNet with BatchNorm our methods are among themselves.
+A network is trained, widened once by each method from there, and trained on, on the same batches. On a dense network
+gromo's TINY is compared too; gromo has no layers for the ResNet with BatchNorm.
 """
 
 from __future__ import annotations
 
-import evolvenet  # isort: skip  # its mend comes before torchvision
+import evolvenet  # isort: skip  # before torchvision, which it patches
 
 import argparse
 import copy
@@ -44,8 +44,8 @@ class Subject:
         name: in the table.
         about: what it is, in words.
         build: a fresh network, its weights from torch's global random state.
-        calibration: batches, and training images in each, that methods with data look at.
-        prepare: images `[N, 1, 28, 28]` → what the network takes.
+        calibration: number of batches, and of training images in each, for the methods with data.
+        prepare: images `[N, 1, 28, 28]` → the network's input.
         rate: of AdamW.
         grown: new size of a width of that many units.
     """
@@ -84,9 +84,9 @@ class Row:
     Args:
         title: in the table.
         method: name of the method, None for the control.
-        data: whether it looks at the calibration batches.
-        keeps: whether the loss right after has to equal the loss right before.
-        fresh: whether AdamW starts anew, as it has to for gromo.
+        data: whether it is given the calibration batches.
+        keeps: whether it keeps the function, so that the loss right after equals the loss right before.
+        fresh: whether AdamW starts without state, as it must for gromo, whose parameters are new.
     """
 
     title: str
@@ -113,11 +113,11 @@ assert {row.method for row in ROWS} == {None, GROMO, *METHODS}
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one method did to one network.
+    """The result of one method on one network.
 
     Args:
-        losses: right before, right after, and after each of `LATER` steps.
-        seconds: that the growth took.
+        losses: right before the growth, right after it, and after each of `LATER` steps.
+        seconds: duration of the growth.
         parameters: after the growth.
     """
 
@@ -127,7 +127,7 @@ class Outcome:
 
 
 class Images:
-    """MNIST's training images in memory, and the batches that are drawn of them."""
+    """MNIST's training images in memory, and batches drawn from them."""
 
     def __init__(self, train: Split, prepare: Callable[[Tensor], Tensor]) -> None:
         pixels = prepare(train.images.float() / 255)
@@ -135,7 +135,7 @@ class Images:
         self.images, self.labels = self.normal(train.images), train.labels
 
     def normal(self, images: Tensor) -> Tensor:
-        """Images uint8 `[N, 1, 28, 28]` as the network takes them, by the mean and deviation of those to train on."""
+        """Images uint8 `[N, 1, 28, 28]` → the network's input, normalised with the mean and deviation of the training images."""
         return (self.prepare(images.float() / 255) - self.mean) / self.deviation
 
     def batches(self, seed: int, count: int, size: int) -> Pairs:
@@ -191,7 +191,7 @@ class Trained:
         return cls(model, optimizer.state_dict(), evolvenet.trace(model, data.images[:2]), seed)
 
 
-def follow(subject: Subject, row: Row, start: Trained, data: Images) -> Outcome:
+def grow_and_train(subject: Subject, row: Row, start: Trained, data: Images) -> Outcome:
     """Widen a copy of the trained network by one method and train on."""
     seed, model = start.seed, copy.deepcopy(start.model)
     torch.manual_seed(seed)
@@ -225,13 +225,13 @@ def follow(subject: Subject, row: Row, start: Trained, data: Images) -> Outcome:
 
 
 def run(subject: Subject, data: Images, seeds: int, epochs: float) -> dict[str, list[Outcome]]:
-    """What every method does to networks of one kind: {row's title: an outcome for each seed}."""
+    """Results of every method on networks of one kind: {row's title: an outcome for each seed}."""
     rows = [row for row in ROWS if row.method != GROMO or (installed() and subject.name == "dense")]
     found: dict[str, list[Outcome]] = {row.title: [] for row in rows}
     for seed in range(seeds):
         start = Trained.of(subject, data, seed, epochs)
         for row in rows:
-            found[row.title].append(follow(subject, row, start, data))
+            found[row.title].append(grow_and_train(subject, row, start, data))
     return found
 
 
@@ -256,7 +256,7 @@ def kept(found: Mapping[str, Sequence[Outcome]]) -> str:
     keeping = [outcome for row in ROWS if row.keeps for outcome in found.get(row.title, ())]
     apart = max(abs(outcome.losses[1] / outcome.losses[0] - 1) for outcome in keeping)
     return (
-        f"Right after equals right before, for every method that is to keep the function: "
+        f"Right after equals right before, for every method that keeps the function: "
         f"{'yes' if apart < 1e-5 else '**no**'}, largest relative difference {apart:.0e} in float32."
     )
 
@@ -268,13 +268,13 @@ Mean cross-entropy on the first {measured:,} training images of MNIST in eval mo
 over n = {seeds} networks, each trained for {epochs:g} epoch(s) with AdamW, batches of {batch}, constant learning rate, then
 widened once by each method and trained on with the same batches, learning rate and carried optimizer state.
 
-- **with data**, gradmax, tiny, gromo: they look at batches of training images, the same ones for all. Without data, orthogonal
+- **with data**, gradmax, tiny, gromo: they use batches of training images, the same ones for all. Without data, orthogonal
   new units of a layer whose rows already span everything are random.
 - **no growth**: the control, training goes on; also with fresh optimizer state, as gromo's layers make new parameters.
 - **− no growth**: the difference from the control of the same network; negative is better.
 - **gromo's TINY**: gromo {gromo}, `GrowingMLP` with the same weights, layer by layer `compute_optimal_updates` and a line search
-  of its scaling factor on those batches. It also updates the old weights, so it is not to keep the function, and AdamW
-  starts anew.
+  of its scaling factor on those batches. It also updates the old weights, so it does not keep the function, and AdamW
+  starts without state.
 - **growth, s**: seconds for the growth, gromo's with its statistics and line search; median."""
 
 

@@ -1,4 +1,4 @@
-"""The networks, the data and the training that `experiments.compare.pruning` uses, the same for every method."""
+"""The networks, the data and the training of `experiments.compare.pruning`, the same for every method."""
 
 from __future__ import annotations
 
@@ -22,24 +22,24 @@ from experiments.models.resnet import ResNet
 from experiments.pages import write_whole
 
 CALIBRATION = 1024
-"""Training images that methods which measure may look at; BatchNorm is re-estimated on the same ones."""
+"""Training images that methods with data measure on; BatchNorm is re-estimated on the same ones."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """A data set and the network that learns it.
+    """A data set and the network that is trained on it.
 
     Args:
         name: of the task; the cache's folder.
-        read: directory → the reader of the data.
+        read: directory → the data module.
         build: a fresh network, its weights from torch's global random state.
         moments: mean and deviation of the training pixels, one each a channel.
         epochs: of the uncut network's training.
-        seeds: that the comparison runs by default.
+        seeds: of the networks in the comparison, by default.
         augment: for training batches; None for none.
         rate: largest learning rate of the uncut network's training.
         batch: images a training batch.
-        default: whether it is run where no data set is named.
+        default: whether it is run where the command names no data set.
     """
 
     name: str
@@ -54,11 +54,11 @@ class Task:
     default: bool = True
 
     def normalise(self, images: Tensor) -> Tensor:
-        """Images uint8 `[N, channels, H, W]` as the network sees them, float."""
+        """Images uint8 `[N, channels, H, W]` → the network's input, float, normalised."""
         return self._scaled(images_of.to_dtype(images, torch.float32, scale=True))
 
     def augmented(self, images: Tensor, generator: Generator) -> Tensor:
-        """The same, each image shifted and mirrored at random where the task says so."""
+        """The same with the task's augmentation, drawn from the generator."""
         return self._scaled(self.augment(images_of.to_dtype(images, torch.float32, scale=True), generator))
 
     def _scaled(self, pixels: Tensor) -> Tensor:
@@ -100,7 +100,7 @@ def tasks() -> dict[str, Task]:
 
 
 @dataclass(frozen=True)
-class Bench:
+class TaskData:
     """A task with its data in memory."""
 
     task: Task
@@ -108,8 +108,8 @@ class Bench:
     test: tuple[Tensor, Tensor]
 
     @classmethod
-    def open(cls, task: Task, root: Path) -> Bench:
-        """Read the data; all training images are for training, the test split is for the accuracies.
+    def open(cls, task: Task, root: Path) -> TaskData:
+        """Read the data: the whole training split for training, the test split for the accuracies.
 
         Raises:
             DataError: if the data is not there.
@@ -123,12 +123,12 @@ class Bench:
         return self.task.normalise(self.train.images[:2])
 
     def calibration(self, seed: int, count: int = CALIBRATION) -> list[Tensor]:
-        """Training images without augmentation, in batches of 256: what methods that measure may look at."""
+        """Training images without augmentation, in batches of 256, for the methods that measure on data."""
         order = torch.randperm(len(self.train.labels), generator=torch.Generator().manual_seed(seed))
         return list(self.task.normalise(self.train.images[order[:count]]).split(256))
 
     def accuracy(self, model: nn.Module) -> float:
-        """Share of the test images that the model gets right, in eval mode."""
+        """Share of the test images that the model classifies correctly, in eval mode."""
         images, labels = self.test
         model.eval()
         with torch.no_grad():
@@ -170,24 +170,24 @@ class Bench:
         return (time.perf_counter() - begin) / epochs
 
 
-def uncut(bench: Bench, seed: int, folder: Path) -> tuple[nn.Module, dict[str, Any]]:
-    """The trained network of a seed, from the folder where it is there.
+def uncut(data: TaskData, seed: int, folder: Path) -> tuple[nn.Module, dict[str, Any]]:
+    """The trained network of a seed: read from the folder if it is there, else trained and saved there.
 
     Returns:
         The network in eval mode, and its record: accuracy on the test split, parameters, seconds an epoch took, and
-        "weights", a fingerprint of what was learned.
+        "weights", a fingerprint of the trained weights.
     """
     weights, record = folder / "uncut.pt", folder / "uncut.json"
     torch.manual_seed(seed)
-    model = bench.task.build()
+    model = data.task.build()
     if record.exists():
         model.load_state_dict(torch.load(weights, weights_only=True))
         return model.eval(), json.loads(record.read_text(encoding="utf-8"))
-    seconds = bench.fit(model, seed, bench.task.epochs, bench.task.rate, warm=0.3)
+    seconds = data.fit(model, seed, data.task.epochs, data.task.rate, warm=0.3)
     found = {
-        "accuracy": bench.accuracy(model),
+        "accuracy": data.accuracy(model),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "epochs": bench.task.epochs,
+        "epochs": data.task.epochs,
         "seconds_an_epoch": round(seconds, 1),
         "weights": fingerprint(model),
     }
@@ -223,5 +223,5 @@ def reestimate(model: nn.Module, batches: Iterable[Tensor]) -> None:
 
 
 def copied(model: nn.Module) -> nn.Module:
-    """A network of its own with the same weights."""
+    """A deep copy in eval mode."""
     return copy.deepcopy(model).eval()

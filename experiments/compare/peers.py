@@ -1,7 +1,7 @@
-"""What EvolveNet's pruning is compared with: which units Torch-Pruning, chance and the 2021 seed keep, and how many.
+"""What EvolveNet's pruning is compared with: Torch-Pruning, random units, and the projection of SVD-evolutive-CNN (2021).
 
-Every peer says which units stay, as `{width: IndexMap}`; `evolvenet.resize` cuts them out. Torch-Pruning's own cut of the
-same units gives the same network (tests/experiments/compare_torch_pruning.py), so what is compared is the choice.
+Every peer returns the units to keep, as `{width: IndexMap}`, and `evolvenet.resize` cuts. Torch-Pruning's own cut of the
+same units gives the same network (tests/experiments/compare_torch_pruning.py), so only the choice of units is compared.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ NEAR = 0.01
 
 
 def fitted(graph: WidthGraph, target: int, propose: Callable[[float], Sizes]) -> float:
-    """The knob in 0 … 1, more of which means more units, that comes nearest to a parameter count.
+    """The setting in 0 … 1 whose sizes come nearest to a parameter count; larger settings propose more units.
 
     Args:
         graph: of the uncut network.
-        target: parameters that are to be left.
-        propose: knob → {width: size}.
+        target: number of parameters after the cut.
+        propose: setting → {width: size}.
 
     Raises:
         ValueError: if no setting comes within 1 % of the uncut network's parameters.
@@ -42,15 +42,16 @@ def fitted(graph: WidthGraph, target: int, propose: Callable[[float], Sizes]) ->
         middle = (low + high) / 2
         tried[middle] = graph.proposed_parameters(propose(middle))
         low, high = (low, middle) if tried[middle] > target else (middle, high)
-    best = min(tried, key=lambda knob: abs(tried[knob] - target))
+    best = min(tried, key=lambda setting: abs(tried[setting] - target))
     if abs(tried[best] - target) > NEAR * graph.parameters:
         raise ValueError(f"expected {target:,} parameters within {NEAR:.0%}, the nearest that fits is {tried[best]:,}")
     return best
 
 
 def equal_sizes(graph: WidthGraph, target: int) -> Sizes:
-    """Every width narrowed by the same factor, to within a unit, so that about `target` parameters are left."""
-    # Widths of one size would all step at once, and miss the count by more than 1 %: each rounds at a point of its own.
+    """Sizes of all widths scaled by one factor, to within a unit, such that about `target` parameters are left."""
+    # If all widths of one size were rounded at the same factor, the count would be missed by more than 1 %: each width has its
+    # own rounding point.
     points = {width.name: (i + 1) / (len(graph.resizable) + 1) for i, width in enumerate(graph.resizable)}
 
     def propose(share: float) -> Sizes:
@@ -88,9 +89,9 @@ def random_scores(graph: WidthGraph, seed: int) -> dict[str, Tensor]:
 
 
 def importance(kind: str | Any) -> Any:
-    """Torch-Pruning's measure of units: "l2" (group norm, Fang et al. 2023) or "bn" (BatchNorm's scale, Liu et al. 2017).
+    """Torch-Pruning's importance measure: "l2" (group norm, Fang et al. 2023) or "bn" (BatchNorm's scale, Liu et al. 2017).
 
-    A measure of Torch-Pruning is taken as it is.
+    An importance object of Torch-Pruning is returned as it is.
     """
     if not isinstance(kind, str):
         return kind
@@ -116,7 +117,7 @@ def pruner(model: nn.Module, example: Tensor, kind: str, ratio: float | dict[nn.
 def torch_pruning_scores(model: nn.Module, graph: WidthGraph, example: Tensor, kind: str) -> dict[str, Tensor]:
     """Torch-Pruning's importance of every unit of every width.
 
-    Where its BN-scale has nothing to say, because no BatchNorm follows the units, by its L2 importance.
+    Units that no BatchNorm follows have no BN-scale; they get their L2 importance.
 
     Raises:
         ValueError: if its groups are not our widths.
@@ -159,11 +160,11 @@ def torch_pruning_kept(
     return kept
 
 
-# The seed's projection (2021)
+# The projection of SVD-evolutive-CNN (2021)
 
 
-def seed_sizes(model: nn.Module, graph: WidthGraph, target: int) -> Sizes:
-    """As many units as directions hold a share of the producers' energy; one share for all widths, about `target` left."""
+def projection_sizes(model: nn.Module, graph: WidthGraph, target: int) -> Sizes:
+    """As many units as directions that hold a share of the producers' energy, one share for all widths, to fit `target`."""
     energy = {w.name: torch.linalg.svdvals(producer_rows(model, w)).square().cumsum(0) for w in graph.resizable}
 
     def propose(share: float) -> Sizes:
@@ -173,13 +174,13 @@ def seed_sizes(model: nn.Module, graph: WidthGraph, target: int) -> Sizes:
     return propose(fitted(graph, target, propose))
 
 
-def seed_project(model: nn.Module, graph: WidthGraph, sizes: Mapping[str, int]) -> Maps:
-    """Keep the first units of each width; its consumers read the removed ones as the 2021 seed projected them.
+def project_consumers(model: nn.Module, graph: WidthGraph, sizes: Mapping[str, int]) -> Maps:
+    """Keep the first units of each width and project its consumers onto them as SVD-evolutive-CNN (2021) did.
 
     With W = U·S·Vᵀ of the producers `[size, inputs]` and r units to stay, U11 = U[:r, :r] and U21 = U[r:, :r]. The projector
-    on the r leading directions, U·Uᵀ, makes U21·U11ᵀ·y_kept + U21·U21ᵀ·y_removed of the removed units; the seed leaves
-    the second part out, so the consumers' kept columns take in their removed columns times U21·U11ᵀ. BatchNorm and ReLU
-    in between are ignored, as they were there. A width with several producers: their matrices side by side.
+    on the r leading directions, U·Uᵀ, replaces the removed units by U21·U11ᵀ·y_kept + U21·U21ᵀ·y_removed. The second term was
+    left out there, so the consumers' removed columns times U21·U11ᵀ are added to their kept columns. BatchNorm and ReLU in
+    between are ignored, as they were there. With several producers their matrices stand side by side.
 
     Args:
         model: its consumers' weights are changed in place; nothing is cut yet.
@@ -202,13 +203,13 @@ def seed_project(model: nn.Module, graph: WidthGraph, sizes: Mapping[str, int]) 
 
 
 def projection(rows: Tensor, size: int) -> Tensor:
-    """U21·U11ᵀ of a matrix `[units, inputs]`: what the removed units are read as, `[units − size, size]`."""
+    """U21·U11ᵀ of a matrix `[units, inputs]`: the removed units as combinations of the kept ones, `[units − size, size]`."""
     u = torch.linalg.svd(rows, full_matrices=False).U[:, :size]
     return u[size:] @ u[:size].T
 
 
 def producer_rows(model: nn.Module, width: Width) -> Tensor:
-    """The weights that make each unit, of all producers side by side, `[size, inputs]` float64."""
+    """The rows of a width's producers, all producers side by side, `[size, inputs]` float64."""
     parts = []
     for tie in width.producers:
         weight = model.get_parameter(tie.tensor).detach().double()

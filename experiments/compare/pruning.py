@@ -19,7 +19,7 @@ from torch import nn
 
 import evolvenet
 from experiments.compare import peers
-from experiments.compare.networks import Bench, copied, reestimate, tasks, uncut
+from experiments.compare.networks import TaskData, copied, reestimate, tasks, uncut
 from experiments.compare.table import write_table
 from experiments.coverage.run import state
 from experiments.pages import add_data, write_whole
@@ -31,18 +31,18 @@ RATE_AFTER, WARM_AFTER = 1e-3, 0.05
 
 @dataclass(frozen=True)
 class Case:
-    """One cut that is asked for.
+    """One cut to be made.
 
     Args:
-        bench: the task with its data.
+        data: the task with its data.
         seed: of the network.
         model: a copy of the uncut network, changed in place by the cut.
         graph: its widths.
-        target: parameters that are to be left.
-        sizes: that every method takes; None for each method's own.
+        target: number of parameters after the cut.
+        sizes: to which every method cuts; None for each method's own allocation.
     """
 
-    bench: Bench
+    data: TaskData
     seed: int
     model: nn.Module
     graph: evolvenet.WidthGraph
@@ -52,7 +52,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Method:
-    """A way to cut: `cut` changes the case's model and returns its new graph; left out where `needs` is not installed."""
+    """A way to cut: `cut` changes the case's model in place and returns its new graph; skipped if `needs` is not installed."""
 
     cut: Callable[[Case], evolvenet.WidthGraph]
     ours: bool = False
@@ -60,10 +60,10 @@ class Method:
 
 
 def torch_pruning(kind: str) -> Callable[[Case], evolvenet.WidthGraph]:
-    """Torch-Pruning's choice by one of its measures."""
+    """Units chosen by one of Torch-Pruning's importance measures."""
 
     def cut(case: Case) -> evolvenet.WidthGraph:
-        example = case.bench.example
+        example = case.data.example
         if case.sizes is None:
             kept = peers.torch_pruning_global(case.model, case.graph, example, kind, case.target)
         else:
@@ -75,7 +75,7 @@ def torch_pruning(kind: str) -> Callable[[Case], evolvenet.WidthGraph]:
 
 
 def at_random(case: Case) -> evolvenet.WidthGraph:
-    """Chance."""
+    """Units chosen by random scores."""
     scores = peers.random_scores(case.graph, case.seed)
     if case.sizes is None:
         kept = peers.best_of_all(case.graph, scores, case.target)
@@ -84,21 +84,21 @@ def at_random(case: Case) -> evolvenet.WidthGraph:
     return evolvenet.resize(case.model, case.graph, kept)
 
 
-def seed_of_2021(case: Case) -> evolvenet.WidthGraph:
-    """The 2021 seed's projection."""
-    sizes = case.sizes or peers.seed_sizes(case.model, case.graph, case.target)
-    kept = peers.seed_project(case.model, case.graph, sizes)
+def projection_of_2021(case: Case) -> evolvenet.WidthGraph:
+    """The first units stay, and the consumers are projected as in SVD-evolutive-CNN (2021)."""
+    sizes = case.sizes or peers.projection_sizes(case.model, case.graph, case.target)
+    kept = peers.project_consumers(case.model, case.graph, sizes)
     return evolvenet.resize(case.model, case.graph, kept)
 
 
 def ours_by_weights(case: Case) -> evolvenet.WidthGraph:
-    """EvolveNet without data."""
+    """EvolveNet's pruning without data."""
     return evolvenet.prune(case.model, case.graph, case.sizes or allocated(case))
 
 
 def ours(case: Case) -> evolvenet.WidthGraph:
-    """EvolveNet with 1,024 training images, without their labels."""
-    batches = case.bench.calibration(case.seed)
+    """EvolveNet's pruning with 1,024 unlabelled training images."""
+    batches = case.data.calibration(case.seed)
     sizes = case.sizes or allocated(case, batches=batches)
     return evolvenet.prune(case.model, case.graph, sizes, batches=batches)
 
@@ -112,7 +112,7 @@ METHODS = {
     "l2": Method(torch_pruning("l2"), needs="torch_pruning"),
     "bn": Method(torch_pruning("bn"), needs="torch_pruning"),
     "random": Method(at_random),
-    "seed": Method(seed_of_2021),
+    "projection": Method(projection_of_2021),
     "weights": Method(ours_by_weights, ours=True),
     "ours": Method(ours, ours=True),
 }
@@ -125,9 +125,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options.state = state()
     for name in options.only or [name for name, task in tasks().items() if task.default]:
         task = tasks()[name]
-        bench = Bench.open(task, options.data)
+        data = TaskData.open(task, options.data)
         for seed in options.seeds if options.seeds is not None else task.seeds:
-            for record in run(bench, seed, options):
+            for record in run(data, seed, options):
                 print(_line(name, seed, record), flush=True)
     write_table(options.table, options.cache, options.state)
     print(f"table: {options.table}")
@@ -148,11 +148,11 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def run(bench: Bench, seed: int, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """All results of one trained network that are not there yet, as they come."""
-    folder = options.cache / bench.task.name / f"seed{seed}"
-    model, trained = uncut(bench, seed, folder)
-    graph = evolvenet.trace(model, bench.example)
+def run(data: TaskData, seed: int, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Yield each missing result of one trained network as soon as it is saved."""
+    folder = options.cache / data.task.name / f"seed{seed}"
+    model, trained = uncut(data, seed, folder)
+    graph = evolvenet.trace(model, data.example)
     for allocation in options.allocations:
         for ratio in options.ratios:
             target = round((1 - ratio / 100) * graph.parameters)
@@ -162,7 +162,7 @@ def run(bench: Bench, seed: int, options: argparse.Namespace) -> Iterator[dict[s
                 made_of = {"weights": trained["weights"], "state": options.state if method.ours else None}
                 if importlib.util.find_spec(method.needs) is None or _is_current(path, made_of, options):
                     continue
-                case = Case(bench, seed, copied(model), graph, target, sizes)
+                case = Case(data, seed, copied(model), graph, target, sizes)
                 found = {"allocation": allocation, "ratio": ratio, "method": name, **made_of}
                 found |= measured(case, method, not options.one_shot)
                 write_whole(path, json.dumps(found, indent=1))
@@ -170,7 +170,7 @@ def run(bench: Bench, seed: int, options: argparse.Namespace) -> Iterator[dict[s
 
 
 def _is_current(path: Path, made_of: dict[str, Any], options: argparse.Namespace) -> bool:
-    """Whether a result is there, of the same trained network and, for ours, of the present code."""
+    """Whether a result exists for the same trained network and, for our methods, for the present code."""
     if not path.exists():
         return False
     found = json.loads(path.read_text(encoding="utf-8"))
@@ -184,13 +184,13 @@ def measured(case: Case, method: Method, epoch: bool) -> dict[str, Any]:
     torch.manual_seed(case.seed)
     graph = method.cut(case)
     found: dict[str, Any] = {"parameters": graph.parameters, "sizes": graph.sizes}
-    found["as_cut"] = case.bench.accuracy(case.model)
+    found["as_cut"] = case.data.accuracy(case.model)
     again = copied(case.model)
-    reestimate(again, case.bench.calibration(case.seed))
-    found["reestimated"] = case.bench.accuracy(again)
+    reestimate(again, case.data.calibration(case.seed))
+    found["reestimated"] = case.data.accuracy(again)
     if epoch:
-        found["seconds"] = round(case.bench.fit(case.model, case.seed + 100, 1, RATE_AFTER, WARM_AFTER), 1)
-        found["after_epoch"] = case.bench.accuracy(case.model)
+        found["seconds"] = round(case.data.fit(case.model, case.seed + 100, 1, RATE_AFTER, WARM_AFTER), 1)
+        found["after_epoch"] = case.data.accuracy(case.model)
     return found
 
 

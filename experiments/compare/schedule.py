@@ -7,7 +7,7 @@ of each run, mean ± standard deviation of a sample over the seeds.
 
 from __future__ import annotations
 
-import evolvenet  # isort: skip  # its mend comes before torchvision
+import evolvenet  # isort: skip  # before torchvision, which it patches
 
 import argparse
 import time
@@ -27,10 +27,10 @@ from experiments.data.images import MnistData, Split
 from experiments.pages import add_data, add_seeds, cell, machine_line, markdown, span, write_whole
 
 CALIBRATION = 8, 512
-"""Batches, and training images in each, that methods with data look at."""
+"""Number of batches, and of training images in each, for the methods with data."""
 
 METHODS = "orthogonal", "paired", "gradmax", "tiny"
-"""Of ours, in the table."""
+"""Our methods in the table."""
 
 Change = Callable[[nn.Module, AdamW, Pairs, int], tuple[nn.Module, AdamW]]
 """(network, optimizer, calibration batches, seed) → both after one growth."""
@@ -45,7 +45,7 @@ class Schedule:
         added: to each at a growth.
         growths: one at the end of each of the first epochs.
         epochs: of the whole run.
-        rate: of AdamW at the beginning; it falls to zero in a line.
+        rate: of AdamW at the beginning; it falls linearly to zero.
     """
 
     start: int = 8
@@ -90,10 +90,10 @@ class Outcome:
 
 
 def ours(method: str, added: int, fresh: bool = False) -> Change:
-    """Growth by EvolveNet, the optimizer's state carried, or thrown away as it has to be for gromo."""
+    """Growth by EvolveNet, with the optimizer's state carried, or with a fresh optimizer as gromo needs it."""
 
     def change(model: nn.Module, optimizer: AdamW, pairs: Pairs, seed: int) -> tuple[nn.Module, AdamW]:
-        graph, asks = evolvenet.trace(model, pairs[0][0][:2]), method in ("gradmax", "tiny")
+        graph, needs_loss = evolvenet.trace(model, pairs[0][0][:2]), method in ("gradmax", "tiny")
         evolvenet.grow(
             model,
             graph,
@@ -101,26 +101,26 @@ def ours(method: str, added: int, fresh: bool = False) -> Change:
             method=method,
             optimizers=optimizer,
             generator=torch.Generator().manual_seed(seed),
-            batches=pairs if asks else None,
-            loss=functional.cross_entropy if asks else None,
+            batches=pairs if needs_loss else None,
+            loss=functional.cross_entropy if needs_loss else None,
         )
-        return model, anew(model, optimizer) if fresh else optimizer
+        return model, fresh_optimizer(model, optimizer) if fresh else optimizer
 
     return change
 
 
-def anew(model: nn.Module, optimizer: AdamW) -> AdamW:
-    """An optimizer without a past."""
+def fresh_optimizer(model: nn.Module, optimizer: AdamW) -> AdamW:
+    """AdamW without state, at the same learning rate."""
     return AdamW(model.parameters(), lr=optimizer.param_groups[0]["lr"])
 
 
 def gromo(added: int) -> Change:
-    """Growth by gromo's TINY; its layers are new parameters, so AdamW starts anew."""
+    """Growth by gromo's TINY; its layers are new parameters, so AdamW starts without state."""
 
     def change(model: nn.Module, optimizer: AdamW, pairs: Pairs, seed: int) -> tuple[nn.Module, AdamW]:
         grown = model if hasattr(model, "set_growing_layers") else gromo_of(model, pairs[0][0])
         grown = gromo_widen(grown, pairs, added)
-        return grown, anew(grown, optimizer)
+        return grown, fresh_optimizer(grown, optimizer)
 
     return change
 
@@ -136,7 +136,7 @@ def rows(schedule: Schedule) -> list[Row]:
     return [*found, Row("gromo's TINY", gromo(schedule.added))] if installed() else found
 
 
-def follow(row: Row, schedule: Schedule, data: Images, test: Pairs, seed: int) -> Outcome:
+def train_row(row: Row, schedule: Schedule, data: Images, test: Pairs, seed: int) -> Outcome:
     """One run from fresh weights to its test accuracy."""
     torch.manual_seed(seed)
     model: nn.Module = schedule.dense(schedule.end if row.whole else schedule.start)
@@ -179,7 +179,7 @@ Written by `python -m experiments.compare.schedule --seeds {seeds}` {machine}; g
 784-{start}-{start}-10 with ReLU on MNIST without augmentation, {epochs} epochs, batches of {batch}, AdamW whose rate falls from
 {rate:g} to zero. After each of the first {growths} epochs both hidden layers get {added} units more, {end} in the end. The test
 split is looked at once, after the last epoch; mean ± standard deviation (of a sample) over n = {seeds} seeds. gromo's layers are
-new parameters, so its AdamW starts anew after each growth; it may find fewer units than it is asked for."""
+new parameters, so its AdamW starts without state after each growth; it may add fewer units than the schedule has."""
 
 
 def page(found: Mapping[str, Sequence[Outcome]], schedule: Schedule, seeds: int) -> str:
@@ -190,7 +190,7 @@ def page(found: Mapping[str, Sequence[Outcome]], schedule: Schedule, seeds: int)
 
 
 def batches(split: Split, like: Images) -> Pairs:
-    """Another split's images as those that were trained on, in batches of 1,000."""
+    """Another split's images, normalised like the training images, in batches of 1,000."""
     return list(zip(like.normal(split.images).split(1000), split.labels.split(1000), strict=True))
 
 
@@ -206,7 +206,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     data = Images(train, lambda images: images)
     held, found = batches(test, data), {}
     for row in rows(schedule):
-        found[row.title] = [follow(row, schedule, data, held, seed) for seed in range(options.seeds)]
+        found[row.title] = [train_row(row, schedule, data, held, seed) for seed in range(options.seeds)]
         print(table(found)[-1], flush=True)
     write_whole(options.out, page(found, schedule, options.seeds))
     print(f"page: {options.out}")

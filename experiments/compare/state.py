@@ -6,7 +6,7 @@ fresh optimizers. Both see the same batches. A control does the same where nothi
 
 from __future__ import annotations
 
-import evolvenet  # noqa: F401  isort: skip  # its mend comes before torchvision
+import evolvenet  # noqa: F401  isort: skip  # before torchvision, which it patches
 
 import argparse
 import math
@@ -36,7 +36,7 @@ from experiments.compare.state_runs import (
 from experiments.pages import add_data, add_seeds, machine_line, markdown, write_whole
 
 BOUND = 1.5
-"""The largest update of new units that is asked for, in mean updates of survivors."""
+"""The goal for the largest update of new units, in mean updates of survivors."""
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
@@ -51,7 +51,7 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
 
 
 def verdict(values: Sequence[float]) -> str:
-    """Whether differences of losses are below 0, above it, or cannot be told from it.
+    """Whether differences of losses are below 0, above 0, or not significantly different from 0.
 
     >>> verdict([-1.0, -1.1, -0.9]), verdict([1.0, -1.0, 0.5]), verdict([0.1, 0.1, 0.11])
     ('better', 'no difference', 'worse')
@@ -61,7 +61,7 @@ def verdict(values: Sequence[float]) -> str:
 
 
 Run = tuple[Subject, float, list[dict[str, Outcome]]]
-"""A subject, its learning rate, and by seed what came after each event."""
+"""A subject, its learning rate, and for each seed the outcome of each event."""
 
 
 def loss_lines(runs: Sequence[Run]) -> list[str]:
@@ -154,7 +154,7 @@ ABOUT = """\
   widths 16, 32, 64, one block a stage, hidden 64. dense: 196-128-128-10. `torch.optim.Muon` takes matrices alone, no
   convolutions, so it trains the dense network, with AdamW at a fifth of its learning rate for the biases. Learning rates
   are constant.
-- **event**, after {before} steps. cut: `evolvenet.prune` to {kept:.0%} of every width, compensated on {calibration} batches.
+- **event**, after {before} steps. cut: `evolvenet.prune` to {kept:.0%} of every width, reconstructed on {calibration} batches.
   growth: orthogonal, to {grown:.0%}. no change: the control.
 - **loss**: mean training loss of the {after} steps after the event. **carried**: the optimizers went through the maps.
   **reset**: fresh optimizers with the same settings, from the same weights, on the same batches.

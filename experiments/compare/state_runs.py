@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import evolvenet  # isort: skip  # its mend comes before torchvision
+import evolvenet  # isort: skip  # before torchvision, which it patches
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,7 +23,7 @@ KEPT, GROWN = 0.7, 1.25
 
 BATCH = 64
 CALIBRATION = 8
-"""Batches that a cut is compensated on."""
+"""Batches that a cut is reconstructed on."""
 
 EVENTS = ("no change", "cut", "growth")
 STATES = ("carried", "reset")
@@ -37,7 +37,7 @@ class Subject:
         optimizer: name of the optimizer.
         network: its name in `NETWORKS`.
         make: (model, learning rate) → optimizers.
-        rates: learning rates to be tried.
+        rates: learning rates.
     """
 
     optimizer: str
@@ -57,7 +57,7 @@ def adamw(model: nn.Module, rate: float) -> list[Optimizer]:
 
 
 def muon(model: nn.Module, rate: float) -> list[Optimizer]:
-    """Muon for the matrices, which is all that it takes, AdamW for the rest."""
+    """Muon for the matrices, since it takes no other parameters, and AdamW for the rest."""
     matrices = [parameter for parameter in model.parameters() if parameter.ndim == 2]
     rest = [parameter for parameter in model.parameters() if parameter.ndim != 2]
     return [torch.optim.Muon(matrices, lr=rate, weight_decay=0.01), torch.optim.AdamW(rest, lr=rate / 5)]
@@ -97,7 +97,7 @@ class Ratios:
     """Mean |update| of units over that of all survivors in the same tensor.
 
     An update is what a step adds to a parameter, decoupled weight decay left out. Survivors taken in groups of as many
-    as there are new units say how far such a mean strays where nothing is new.
+    as there are new units show how far such a mean strays by chance.
 
     Args:
         shapes: of the parameters before they grew, by name; new units come last on every axis.
@@ -111,7 +111,7 @@ class Ratios:
     steps: dict[tuple[str, int], list[float]] = field(default_factory=dict)
 
     def note(self, updates: Mapping[str, Tensor]) -> None:
-        """Take in one step's updates, by parameter."""
+        """Add one step's updates, by parameter."""
         for name, old in self.shapes.items():
             size = updates[name].abs()
             level = float(size[tuple(slice(count) for count in old)].mean())
@@ -180,7 +180,7 @@ def change(event: str, model: nn.Module, optimizers: Sequence[Optimizer], batche
 
 @dataclass(frozen=True)
 class Outcome:
-    """One event on one trained network: mean loss after it by state, and what its new units did."""
+    """One event on one trained network: by state, the mean loss after it and the updates of its new units."""
 
     losses: Mapping[str, float]
     ratios: Mapping[str, Ratios]

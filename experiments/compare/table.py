@@ -1,4 +1,4 @@
-"""The table `experiments/compare/pruning.md`, written from what `experiments.compare.pruning` has found."""
+"""The table `experiments/compare/pruning.md`, written from the results of `experiments.compare.pruning`."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ ONE_SHOT = {
     ("bn", "as_cut"): "Torch-Pruning BN-scale",
     ("bn", "reestimated"): "Torch-Pruning BN-scale + BatchNorm re-estimated",
     ("random", "reestimated"): "random + BatchNorm re-estimated",
-    ("seed", "reestimated"): "the seed's projection + BatchNorm re-estimated",
+    ("projection", "reestimated"): "projection of 2021 + BatchNorm re-estimated",
     ("weights", "as_cut"): "ours, weights only",
     ("ours", "as_cut"): "**ours**",
 }
@@ -34,7 +34,7 @@ AFTER = {
     "l2": "Torch-Pruning L2",
     "bn": "Torch-Pruning BN-scale",
     "random": "random",
-    "seed": "the seed's projection",
+    "projection": "projection of 2021",
     "weights": "ours, weights only",
     "ours": "**ours**",
 }
@@ -45,10 +45,10 @@ GOALS = {
     ("mnist", "equal"): {30: 0.992, 50: 0.991, 70: 0.989, 90: 0.97},
     ("mnist", "own"): {30: 0.993, 50: 0.992, 70: 0.99, 90: 0.986},
 }
-"""Accuracy that ours is to have right after the cut."""
+"""The accuracy right after the cut at which our goal is met."""
 
 HALF = ("cifar10",)
-"""Data sets on which ours is to lose less than half of what the best peer loses."""
+"""Data sets on which the goal is to lose less than half of what the best peer loses."""
 
 EXPLANATION = """Accuracy on the test split, %, mean ± standard deviation (of a sample) over n trained networks. Columns: share of
 the parameters removed.
@@ -62,9 +62,9 @@ the parameters removed.
   (`tests/experiments/compare_torch_pruning.py`).
 - **BatchNorm re-estimated**: mean over 4 batches of 256 training images, the same 1,024 images that ours measures on.
 - **random**: own allocation: the least of one random number a unit, over the whole network.
-- **the seed's projection**: what the code that this project began from did in 2021. The first units stay, and the consumers
-  read the removed ones through U21·U11ᵀ of the producers' SVD (`experiments.compare.peers.seed_project`); own allocation: as
-  many units as directions hold the same share of each width's energy.
+- **projection of 2021**: that of SVD-evolutive-CNN (Dejaegher 2021). The first units stay, and the consumers' removed columns
+  times U21·U11ᵀ of the producers' SVD are added to the kept ones (`experiments.compare.peers.project_consumers`); own
+  allocation: as many units as directions hold the same share of each width's energy.
 - **ours**: `evolvenet.prune` with 1,024 unlabelled training images, **weights only** without; own allocation:
   `evolvenet.allocate`.
 """
@@ -170,7 +170,7 @@ def _shown(by_seed: Mapping[int, Record], what: str, count: int) -> str:
 
 
 def goals(task: str, allocation: str, found: Mapping[tuple[int, str], Mapping[int, Record]], uncut: float) -> list[str]:
-    """What was to be shown at each ratio, and whether it is met."""
+    """The goal at each ratio, and whether it is met."""
     means = {
         (ratio, method, what): fmean(record[what] for record in by_seed.values())
         for (ratio, method), by_seed in found.items()

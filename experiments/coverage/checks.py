@@ -1,7 +1,6 @@
 """What `experiments.coverage.run` does to one model: trace, permute, grow, prune, and the same cut by Torch-Pruning.
 
-Every stage writes down what it found before the next one begins, so a model that runs into the time limit keeps what
-it has reached.
+The results of each stage are written before the next one begins, so they are kept if the model runs into the time limit.
 """
 
 from __future__ import annotations
@@ -35,12 +34,12 @@ OUTPUT = "is the model's output"
 INPUT_REASONS = ("reads data of a fixed size", "looks its rows up by data", "counts positions of a kernel")
 
 Note = Callable[[str, Mapping[str, Any]], None]
-"""Writes down what a stage has found: (stage, its figures)."""
+"""Writes the results of a stage: (stage, its figures)."""
 
 
 @dataclass
-class Bench:
-    """One model on its way through the stages."""
+class ModelUnderTest:
+    """One model, as the stages change it."""
 
     subject: Subject
     dtype: torch.dtype
@@ -59,15 +58,15 @@ class Bench:
 
 
 def check_ours(subject: Subject, note: Note) -> None:
-    """All stages for EvolveNet; a stage that raises is noted with what it raised."""
+    """All stages for EvolveNet; of a stage that raises, the error is its result."""
     model = build(subject, torch.float32)
     count = sum(parameter.numel() for parameter in model.parameters())
     dtype = torch.float64 if count <= LARGEST_DOUBLE else torch.float32
-    bench = Bench(subject, dtype, model.to(dtype))
+    tested = ModelUnderTest(subject, dtype, model.to(dtype))
     note("model", {"parameters": count, "dtype": str(dtype).removeprefix("torch.")})
     for stage in (trace, permute, grow, prune):
-        _attempt(stage.__name__, partial(stage, bench), note)
-        if not bench.graphs:
+        _attempt(stage.__name__, partial(stage, tested), note)
+        if not tested.graphs:
             return
 
 
@@ -88,7 +87,7 @@ def _attempt(name: str, stage: Callable[[], Mapping[str, Any]], note: Note) -> N
 
 
 def build(subject: Subject, dtype: torch.dtype) -> nn.Module:
-    """The model with random weights that hide nothing: norms as after some training, no scale or head at zero."""
+    """The model with random weights that no error can hide behind: norms as after some training, no scale or head at zero."""
     torch.manual_seed(0)
     model = subject.make().to(dtype).eval()
     with torch.no_grad():
@@ -104,27 +103,27 @@ def build(subject: Subject, dtype: torch.dtype) -> nn.Module:
     return model
 
 
-def trace(bench: Bench) -> dict[str, Any]:
-    """Trace and prove; which parameters lie in resizable widths, and why the other widths stay."""
-    inputs = bench.subject.inputs(1, bench.dtype)
+def trace(tested: ModelUnderTest) -> dict[str, Any]:
+    """Trace and verify: the share of parameters in resizable widths, and why the other widths are frozen."""
+    inputs = tested.subject.inputs(1, tested.dtype)
     begin = time.perf_counter()
-    graph = evolvenet.trace(bench.model, inputs)
+    graph = evolvenet.trace(tested.model, inputs)
     seconds = time.perf_counter() - begin
     if not graph.resizable:
-        raise RuntimeError(f"no width can be resized; {len(graph.widths)} are frozen: {_reasons(bench, graph)[:1]}")
-    bench.graphs.append(graph)
+        raise RuntimeError(f"no width can be resized; {len(graph.widths)} are frozen: {_reasons(tested, graph)[:1]}")
+    tested.graphs.append(graph)
     return {
         "widths": len(graph.widths),
         "resizable": len(graph.resizable),
         "coverage": graph.coverage,
-        "frozen": _reasons(bench, graph),
+        "frozen": _reasons(tested, graph),
         "trace_seconds": round(seconds, 2),
     }
 
 
-def _reasons(bench: Bench, graph: evolvenet.WidthGraph) -> list[tuple[str, int, int]]:
+def _reasons(tested: ModelUnderTest, graph: evolvenet.WidthGraph) -> list[tuple[str, int, int]]:
     """(reason, number of widths, their parameters), the weightiest first, without the model's outputs and inputs."""
-    sizes = {size for shape in bench.subject.shapes for size in shape} | set(bench.subject.tokens)
+    sizes = {size for shape in tested.subject.shapes for size in shape} | set(tested.subject.tokens)
     found: dict[str, list[int]] = defaultdict(list)
     for width in graph.widths.values():
         reason = width.frozen
@@ -135,32 +134,32 @@ def _reasons(bench: Bench, graph: evolvenet.WidthGraph) -> list[tuple[str, int, 
     return sorted(rows, key=lambda row: -row[2])
 
 
-def permute(bench: Bench) -> dict[str, Any]:
-    """All units of all widths in another order, which must not change the output."""
-    graph = bench.graph
+def permute(tested: ModelUnderTest) -> dict[str, Any]:
+    """Permute the units of all widths at once, which must not change the output."""
+    graph = tested.graph
     maps = {}
     for width in graph.resizable:
         maps[width.name] = evolvenet.IndexMap.of(torch.randperm(width.size).tolist(), width.size)
 
     def change() -> None:
-        bench.graphs.append(evolvenet.resize(bench.model, graph, maps))
+        tested.graphs.append(evolvenet.resize(tested.model, graph, maps))
 
-    return _compared(bench, change)
+    return _compared(tested, change)
 
 
-def grow(bench: Bench) -> dict[str, Any]:
-    """25 % more units in every width that can grow without changing the function, which must not change the output."""
-    graph = bench.graph
+def grow(tested: ModelUnderTest) -> dict[str, Any]:
+    """Grow every width that keeps the function by 25 %, which must not change the output."""
+    graph = tested.graph
     sizes = {width.name: grown_size(width) for width in graph.resizable if width.mixed is None}
     left_out = len(graph.resizable) - len(sizes)
     if not sizes:
         return {"grown": 0, "left_out": left_out, "equal": True}
 
     def change() -> None:
-        bench.graphs.append(evolvenet.grow(bench.model, graph, sizes))
+        tested.graphs.append(evolvenet.grow(tested.model, graph, sizes))
 
-    figures = _compared(bench, change)
-    return {**figures, "grown": len(sizes), "left_out": left_out, "parameters": bench.graph.parameters}
+    figures = _compared(tested, change)
+    return {**figures, "grown": len(sizes), "left_out": left_out, "parameters": tested.graph.parameters}
 
 
 def grown_size(width: evolvenet.Width) -> int:
@@ -173,44 +172,44 @@ def pruned_size(width: evolvenet.Width) -> int:
     return min(width.size, max(width.smallest, round(SHARE_LEFT * width.size)))
 
 
-def _compared(bench: Bench, change: Callable[[], None]) -> dict[str, Any]:
+def _compared(tested: ModelUnderTest, change: Callable[[], None]) -> dict[str, Any]:
     torch.manual_seed(1)
-    inputs = bench.subject.inputs(BATCH, bench.dtype)
-    with Coarsest(bench.dtype) as coarsest:
-        before = answers(bench.model.eval(), inputs)
+    inputs = tested.subject.inputs(BATCH, tested.dtype)
+    with Coarsest(tested.dtype) as coarsest:
+        before = outputs_of(tested.model.eval(), inputs)
     if all(torch.equal(leaf[0], leaf[1]) for leaf in before):
         raise RuntimeError("the output does not depend on the input, so it shows nothing")
     change()
-    difference = distance(answers(bench.model, inputs), before)
+    difference = distance(outputs_of(tested.model, inputs), before)
     equal = difference <= TOLERANCE[coarsest.dtype]
     return {"difference": difference, "equal": equal, "computes_in": str(coarsest.dtype).removeprefix("torch.")}
 
 
 class Coarsest(TorchDispatchMode):
-    """Finds the coarsest type that a model computes in: some norms go through float32 whatever they are given."""
+    """Finds the coarsest type that a model computes in: some norms compute in float32 for any input."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         super().__init__()
         self.dtype = dtype
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run the op and look at what comes out."""
+        """Run the op and note the type of its results."""
         out = func(*args, **(kwargs or {}))
         if any(leaf.dtype == torch.float32 for leaf in _tensors(out)):
             self.dtype = torch.float32
         return out
 
 
-def prune(bench: Bench) -> dict[str, Any]:
-    """A fresh copy of the model with 30 % fewer units in every width: does it run in both modes, and backward?"""
-    graph = bench.original
-    bench.model = build(bench.subject, bench.dtype)
+def prune(tested: ModelUnderTest) -> dict[str, Any]:
+    """Prune every width of a fresh copy by 30 %, then run it in both modes, and backward."""
+    graph = tested.original
+    tested.model = build(tested.subject, tested.dtype)
     sizes = {width.name: pruned_size(width) for width in graph.resizable}
-    after = evolvenet.prune(bench.model, graph, sizes)
+    after = evolvenet.prune(tested.model, graph, sizes)
     return {
         "parameters": after.parameters,
         "sizes_changed": len(sizes),
-        **runs(bench.model, bench.subject, bench.dtype),
+        **runs(tested.model, tested.subject, tested.dtype),
     }
 
 
@@ -225,7 +224,7 @@ def runs(model: nn.Module, subject: Subject, dtype: torch.dtype) -> dict[str, st
         loss.append(torch.stack([leaf.square().mean() for leaf in floats]).sum())
 
     return {
-        "eval": _outcome(lambda: answers(model.eval(), inputs)),
+        "eval": _outcome(lambda: outputs_of(model.eval(), inputs)),
         "train": _outcome(train),
         "backward": _outcome(lambda: loss[0].backward()) if loss else "not reached",
     }
@@ -255,8 +254,8 @@ def _cut(subject: Subject, model: nn.Module) -> dict[str, Any]:
     return {"parameters": count, **runs(model, subject, torch.float32)}
 
 
-def answers(model: nn.Module, inputs: Any) -> list[Tensor]:
-    """Every tensor that the model answers with, without gradients."""
+def outputs_of(model: nn.Module, inputs: Any) -> list[Tensor]:
+    """Every tensor of the model's output, computed without gradients."""
     args, kwargs = arguments(inputs)
     with torch.no_grad():
         return _tensors(model(*args, **kwargs))
@@ -267,10 +266,10 @@ def _tensors(result: Any) -> list[Tensor]:
 
 
 def distance(one: list[Tensor], two: list[Tensor]) -> float:
-    """Largest relative difference between two answers; infinite where they are not finite.
+    """Largest relative difference between two outputs; infinite where they are not finite.
 
     Raises:
-        ValueError: if the answers' shapes differ.
+        ValueError: if the outputs' shapes differ.
     """
     if [a.shape for a in one] != [b.shape for b in two]:
         raise ValueError(f"the output's shape changed from {[b.shape for b in two]} to {[a.shape for a in one]}")

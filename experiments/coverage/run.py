@@ -1,6 +1,6 @@
 """Which models can be traced, pruned and grown: `python -m experiments.coverage.run`, or `make coverage` for all of them.
 
-Every model runs in a process of its own with limits on time and memory. What it finds is kept as one small JSON file, so a
+Every model runs in a process of its own with limits on time and memory. Its results are kept in one small JSON file, so a
 run can be stopped and resumed; the table `experiments/coverage/coverage.md` is written from those files after every model.
 """
 
@@ -75,7 +75,7 @@ def _record_path(cache: Path, name: str, part: str) -> Path:
 
 
 def _is_current(record: Path, part: str, options: argparse.Namespace) -> bool:
-    """Whether a result is there, of the present code (our part) or the present version (Torch-Pruning's)."""
+    """Whether a complete result exists within the limits and, for our part, for the present code."""
     if not record.exists():
         return False
     found = json.loads(record.read_text(encoding="utf-8"))
@@ -96,7 +96,7 @@ def state() -> str:
 
 
 def _run_child(name: str, part: str, record: Path, options: argparse.Namespace) -> None:
-    """One model in a process of its own; what stopped it, if anything did, is added to its record."""
+    """Run one model in a process of its own; if a limit or a crash stopped it, its record says so."""
     limit = options.limit if part == OURS else options.peer_limit
     passed = ["--child", part, "--memory", str(options.memory), "--threads", str(options.threads)]
     command = [sys.executable, "-m", "experiments.coverage.run", name, *passed, "--cache", str(options.cache)]

@@ -1,4 +1,4 @@
-"""Small networks of our own for `experiments.coverage.run`: one of every kind of structure that a width can meet."""
+"""Small networks of our own for `experiments.coverage.run`: one for every kind of structure that widths occur in."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class UNet(nn.Module):
 
 
 class Dense(nn.Module):
-    """DenseNet style: each layer reads all the earlier ones, concatenated."""
+    """DenseNet style: the inputs of each layer are all the earlier outputs, concatenated."""
 
     def __init__(self, growth: int = 8, layers: int = 3) -> None:
         super().__init__()

@@ -1,6 +1,6 @@
 """The table of models for `experiments.coverage.run`: torchvision, timm, transformers and small ones of our own.
 
-Nothing is built and no other library is imported before a model is asked for.
+No model is built and no other library imported before `Subject.make` is called.
 """
 
 from __future__ import annotations
@@ -15,8 +15,7 @@ import torch
 from torch import Tensor, nn
 from torchvision import models
 
-from experiments.coverage import small_networks as coverage_networks
-from experiments.coverage import transformer_networks as coverage_transformers
+from experiments.coverage import small_networks, transformer_networks
 
 IMAGE = (3, 224, 224)
 
@@ -52,17 +51,17 @@ class Subject:
         return made[0] if len(made) == 1 else tuple(made)
 
 
-class Only(nn.Module):
-    """A model of which one answer counts: what else it returns (an encoder's states) would hold its widths."""
+class OneOutput(nn.Module):
+    """A model that returns one of its outputs: the others (an encoder's states) would freeze widths as outputs of the model."""
 
-    def __init__(self, model: nn.Module, answer: str) -> None:
+    def __init__(self, model: nn.Module, output: str) -> None:
         super().__init__()
         self.model = model
-        self.answer = answer
+        self.output = output
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        """That answer."""
-        return getattr(self.model(*args, **kwargs), self.answer)
+        """That output."""
+        return getattr(self.model(*args, **kwargs), self.output)
 
 
 def subjects() -> dict[str, Subject]:
@@ -97,15 +96,15 @@ def _other_vision() -> list[Subject]:
 
 
 def _transformers() -> list[Subject]:
-    """Tiny configurations; those with several answers are asked for their logits only."""
+    """Tiny configurations; each returns its logits alone."""
     made = []
-    for name, (make, shapes, tokens, keywords) in coverage_transformers.MODELS.items():
+    for name, (make, shapes, tokens, keywords) in transformer_networks.MODELS.items():
         made.append(Subject(name, "transformers", partial(_only_logits, make), shapes, tokens, keywords))
     return made
 
 
 def _only_logits(make: Callable[[], nn.Module]) -> nn.Module:
-    return Only(make(), "logits")
+    return OneOutput(make(), "logits")
 
 
 TIMM = {
@@ -137,6 +136,5 @@ def _make_timm(name: str) -> nn.Module:
 
 def _own() -> list[Subject]:
     return [
-        Subject(name, "own", make, shapes, tokens)
-        for name, (make, shapes, tokens) in coverage_networks.NETWORKS.items()
+        Subject(name, "own", make, shapes, tokens) for name, (make, shapes, tokens) in small_networks.NETWORKS.items()
     ]

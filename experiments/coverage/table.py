@@ -1,4 +1,4 @@
-"""The table `experiments/coverage/coverage.md`, written from what `experiments.coverage.run` has found."""
+"""The table `experiments/coverage/coverage.md`, written from the results of `experiments.coverage.run`."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ EXPLANATION = """Each model has random weights and runs in a process of its own.
 - **seconds**: tracing and proving all widths, in one thread, on a machine that may have had other work.
 - **Torch-Pruning**: the same 30 % everywhere without hints, the last layer kept; then the same three passes. A cross is what
   it or the model raised.
-- Models of transformers are asked for their logits alone; segmenters have their auxiliary head, which train mode runs.
+- Models of transformers return their logits alone; segmenters have their auxiliary head, which train mode runs.
 """
 
 

@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 
 class DataError(EvolveNetError):
-    """A data set is missing, cannot be fetched, or does not look as it should."""
+    """A data set is missing, cannot be downloaded, or has another layout than expected."""
 
 
 class Split(NamedTuple):
@@ -35,7 +35,7 @@ class Split(NamedTuple):
 
 @dataclass(frozen=True)
 class Augment:
-    """Random shift, rotation, stretching and mirror image: every image its own, the whole batch in one resampling.
+    """Random shift, rotation, stretching and mirroring, drawn for each image, the whole batch in one resampling.
 
     Args:
         shift: largest shift along each axis, pixels.
@@ -53,7 +53,7 @@ class Augment:
     stretch: float = 0.0
 
     def __call__(self, images: Tensor, generator: Generator) -> Tensor:
-        """Augment float images `[N, channels, height, width]`; what moves in from outside is 0."""
+        """Augment float images `[N, channels, height, width]`; pixels from outside the image are 0."""
         if not (self.shift or self.rotation or self.flip or self.stretch):
             return images
         affine = self._affine(len(images), images.shape[-2:], generator).to(images.device)
@@ -69,7 +69,7 @@ class Augment:
         down = torch.stack([mirror * angle.sin(), angle.cos(), shift[:, 1] * 2 / height], dim=1)
         affine = torch.stack([across, down], dim=1)
         if self.stretch:
-            # The grid goes from the new image's places to the old one's: there twice as long is half the step.
+            # The grid maps places of the new image to the old one: twice the length is half the step there.
             lengths = 1 + (torch.rand(count, 1, 2, generator=generator) * 2 - 1) * self.stretch
             affine[:, :, :2] /= lengths
         return affine
@@ -79,12 +79,12 @@ class BatchLoader:
     """Batches of a split, drawn by index from one tensor: no workers, no copies of single images.
 
     The order and the augmentation of an epoch depend on `seed` and the epoch's number alone; Lightning sets the
-    number through `sampler`, so that a resumed run sees what the uninterrupted one would have seen.
+    number through `sampler`, so that a resumed run gets the same batches as the uninterrupted one.
 
     Args:
         split: where the batches come from.
         batch_size: images a batch.
-        prepare: uint8 images and a random generator → the float images that the model sees.
+        prepare: uint8 images and a random generator → the model's float inputs.
         shuffle: new order every epoch, an incomplete last batch left out; else in order and complete.
         seed: of the order and of the augmentation.
 
@@ -92,7 +92,7 @@ class BatchLoader:
         DataError: if shuffled batches are asked for that are larger than the split.
     """
 
-    batch_sampler = None  # Lightning reads it of whatever has a `sampler`
+    batch_sampler = None  # Lightning reads it if there is a `sampler`
 
     def __init__(
         self,
@@ -112,7 +112,7 @@ class BatchLoader:
 
     @property
     def sampler(self) -> BatchLoader:
-        """Itself: where Lightning looks for `set_epoch`."""
+        """The loader itself, on which Lightning calls `set_epoch`."""
         return self
 
     def set_epoch(self, epoch: int) -> None:
@@ -132,7 +132,7 @@ class BatchLoader:
 
 
 class ImageData(lightning.LightningDataModule):
-    """What all the data sets share: a held-out validation split, normalisation, the three loaders.
+    """Base of the data sets: a held-out validation split, normalisation, the three loaders.
 
     Args:
         batch_size: images a training batch.
@@ -155,7 +155,7 @@ class ImageData(lightning.LightningDataModule):
         """The training split (validation still inside) and the test split.
 
         Raises:
-            DataError: if the data is not there and cannot be fetched.
+            DataError: if the data is missing and cannot be downloaded.
         """
         raise NotImplementedError
 
@@ -174,7 +174,7 @@ class ImageData(lightning.LightningDataModule):
 
     @property
     def example(self) -> Tensor:
-        """One image as the model sees it, float `[1, channels, height, width]`."""
+        """One image as an input of the model, float `[1, channels, height, width]`."""
         return self.normalise(self.splits["train"].images[:1])
 
     def normalise(self, images: Tensor) -> Tensor:
@@ -209,7 +209,7 @@ class DigitsData(ImageData):
     """scikit-learn's 1,797 handwritten digits, 8 × 8, from inside its wheel; a fifth of them, 359 or 360, for test.
 
     Args:
-        fold: which fifth; the folds 0 to 4 together test every image once. Larger numbers begin anew.
+        fold: which fifth; the folds 0 to 4 together test every image once. Larger numbers are taken modulo 5.
         **options: see `ImageData`.
     """
 
@@ -272,7 +272,7 @@ class FileData(ImageData):
         dataset = getattr(datasets, self.torchvision_name)
         log.info("%s not found, using torchvision's download in %s", path, self.root)
         try:
-            # torchvision prints every mirror that it tries; what matters is in the error below.
+            # torchvision prints every mirror that it tries; the error below has the reason.
             with contextlib.redirect_stdout(io.StringIO()):
                 parts = [dataset(str(self.root), train=train, download=True) for train in (True, False)]
         except (OSError, RuntimeError) as error:

@@ -1,4 +1,4 @@
-"""Augmentation that follows the spans of a front: a small network cannot fit what keeps a large one from overfitting."""
+"""Augmentation of a strength for each span of a front: small networks need less of it than large ones."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from experiments.training.points import span_ends
 
 
 class SpanAugment(lightning.Callback):
-    """Shifts, turns and stretching of each span's images, as shares of what the data module has.
+    """Scales the data module's shift, rotation and stretching by a factor for each span.
 
     Args:
         spans: their relative lengths; each ends at the end of the nearest epoch.
-        strengths: one for each span; 0 leaves only the mirror images.
+        strengths: a factor for each span, 0 or more; 0 leaves only mirroring.
 
     Raises:
         DataError: if there is not one strength, 0 or more, for each span.
@@ -31,7 +31,7 @@ class SpanAugment(lightning.Callback):
         self._whole: Augment | None = None
 
     def strength(self, epoch: int, epochs: int) -> float:
-        """Of an epoch, numbered from 0, of a run of so many.
+        """The factor in an epoch, numbered from 0, of a run of `epochs` epochs.
 
         >>> callback = SpanAugment(spans=[1, 2, 1], strengths=[1, 0.5, 0])
         >>> [callback.strength(epoch, 8) for epoch in range(8)]
@@ -41,7 +41,7 @@ class SpanAugment(lightning.Callback):
         return next((one for end, one in zip(ends, self.strengths, strict=True) if epoch < end), self.strengths[-1])
 
     def on_train_epoch_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Set that of this epoch; by its number alone, so that a resumed run sees the same images."""
+        """Set this epoch's augmentation, by the epoch's number alone, so that a resumed run gets the same images."""
         data: ImageData = trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
         self._whole = self._whole or data.augment
         strength = self.strength(trainer.current_epoch, trainer.max_epochs or 1)

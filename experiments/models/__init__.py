@@ -1,1 +1,1 @@
-"""The networks that the experiments train. They know nothing of EvolveNet."""
+"""The networks that the experiments train. They do not import EvolveNet."""

@@ -1,4 +1,4 @@
-"""A residual network with dense convolutions where pictures are large, and ConvNeXt's blocks where they are small."""
+"""A residual network with dense convolutions at high resolution and ConvNeXt's blocks at low resolution."""
 
 from __future__ import annotations
 

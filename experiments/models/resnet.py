@@ -1,4 +1,4 @@
-"""Plain residual networks, every width of which is an argument. They know nothing of EvolveNet."""
+"""Plain residual networks, every width of which is an argument. They do not import EvolveNet."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 CROPPED = (-2, -2, -2, -2)
-"""What two 3 × 3 convolutions without padding take off the borders: left, right, top, bottom."""
+"""Padding that crops as two 3 × 3 convolutions without padding do: left, right, top, bottom."""
 
 
 class BasicBlock(nn.Module):
     """conv-norm-ReLU-conv-norm plus a shortcut, ReLU after the sum (He et al. 2016, post-activation).
 
     Args:
-        inputs: channels that come in.
+        inputs: channels in.
         width: channels inside and out.
         stride: of the first convolution; the shortcut is a strided 1 × 1 convolution where the shape changes.
     """
@@ -95,7 +95,7 @@ class UnpaddedBlock(nn.Module):
     He et al. 2016's basic block with Chollet's separable convolutions (2017).
 
     Args:
-        width: channels that come in and go out.
+        width: channels in and out.
         inside: channels between.
         negative_slope: of the leaky ReLUs (Maas et al. 2013), inside and at the end; 0 makes them ReLUs.
     """
@@ -114,14 +114,14 @@ class UnpaddedBlock(nn.Module):
         """`[N, width, H, W]` → `[N, width, H − 4, W − 4]`."""
         inside = functional.leaky_relu(self.norm1(self.pointwise1(self.depthwise1(x))), self.negative_slope)
         outside = self.norm2(self.pointwise2(self.depthwise2(inside)))
-        # Not a slice: its gradient would lose `channels_last`, and the steps before it would be slower.
+        # Not a slice: its gradient would lose `channels_last`, which slows the backward pass.
         return functional.leaky_relu(outside + functional.pad(x, CROPPED), self.negative_slope)
 
 
 class UnpaddedResNet(nn.Module):
     """Stem, 2 × 2 max pool, `UnpaddedBlock`s, global average pool, dense output.
 
-    Without padding the borders make no false edges, and the 28 × 28 of a digit become 13 × 13, 9 × 9 and 5 × 5.
+    Without padding there are no artificial edges at the borders; 28 × 28 pixels become 13 × 13, 9 × 9 and 5 × 5.
 
     Args:
         in_channels: channels of the images.

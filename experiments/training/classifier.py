@@ -1,4 +1,4 @@
-"""A plain LightningModule for image classification. It knows nothing of EvolveNet."""
+"""A plain LightningModule for image classification, without EvolveNet."""
 
 from __future__ import annotations
 
@@ -27,11 +27,12 @@ class Classifier(lightning.LightningModule):
         warmup: share of each cycle in which the learning rate rises, 0 … 1.
         cycles: relative lengths of the cycles of the learning rate, one after the other; one over the whole run by default.
         heights: of those cycles, relative to the optimizer's learning rate, each once; all the same by default.
-        soft: share of the loss that asks for the teacher's outputs instead of the labels, once there is a teacher, 0 … 1.
-        temperature: by which both outputs are divided there (Hinton et al. 2015).
-        channels_last: whether images and weights are held with their channels last, which CPUs and tensor cores prefer.
-        bf16_above: parameters above which training runs in bfloat16 where that is safe (autocast); a small network gains no
-            time by it and needs the digits. None for never.
+        soft: weight of the distillation loss towards the teacher's outputs, once there is a teacher, 0 … 1; that of the labels
+            is 1 − soft.
+        temperature: by which both networks' outputs are divided in the distillation loss (Hinton et al. 2015).
+        channels_last: whether images and weights have the channels-last layout, which is faster on CPUs and tensor cores.
+        bf16_above: number of parameters above which training runs under autocast to bfloat16; small networks gain no time by
+            it and lose accuracy. None for never.
     """
 
     def __init__(
@@ -54,7 +55,7 @@ class Classifier(lightning.LightningModule):
         self.bf16_above = bf16_above
         self.cycles, self.heights = cycles, heights
         self.soft, self.temperature = soft, temperature
-        # Outside of the module: it is not trained, not saved, and no copy of the network that should follow it.
+        # A function and not a module: it is neither trained nor saved, nor taken for a replica of the network.
         self.teacher: Callable[[Tensor], Tensor] | None = None
         self.optimizer, self.warmup = optimizer, warmup
         self.train_loss = nn.CrossEntropyLoss(label_smoothing=label_smoothing)
@@ -77,8 +78,8 @@ class Classifier(lightning.LightningModule):
         logits = logits.float()
         loss = self.train_loss(logits, labels)
         if self.teacher is not None and self.soft:
-            wanted = self.teacher(images.contiguous(memory_format=self.layout))
-            loss = (1 - self.soft) * loss + self.soft * self._distance(logits, wanted)
+            targets = self.teacher(images.contiguous(memory_format=self.layout))
+            loss = (1 - self.soft) * loss + self.soft * self._divergence(logits, targets)
         self.log("train/loss", loss, prog_bar=True)
         return loss
 
@@ -87,9 +88,9 @@ class Classifier(lightning.LightningModule):
             return False
         return sum(parameter.numel() for parameter in self.model.parameters()) > self.bf16_above
 
-    def _distance(self, logits: Tensor, wanted: Tensor) -> Tensor:
+    def _divergence(self, logits: Tensor, targets: Tensor) -> Tensor:
         """The Kullback-Leibler divergence of softened outputs `[N, classes]`, times the temperature squared."""
-        ours, theirs = (functional.log_softmax(each / self.temperature, dim=1) for each in (logits, wanted))
+        ours, theirs = (functional.log_softmax(each / self.temperature, dim=1) for each in (logits, targets))
         return functional.kl_div(ours, theirs, reduction="batchmean", log_target=True) * self.temperature**2
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> None:
@@ -113,13 +114,13 @@ class Classifier(lightning.LightningModule):
         """
         optimizer = self.optimizer(self.parameters())
         shape = Cycles(int(self.trainer.estimated_stepping_batches), self.cycles, self.warmup, self.heights)
-        # A function's state stays out of checkpoints: a resumed run follows the cycles it is asked for now, not those it had.
+        # LambdaLR saves no state of a function: a resumed run has the cycles of its own configuration, not the checkpoint's.
         schedule = LambdaLR(optimizer, lambda step: shape(step))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
 class Cycles:
-    """The factor of the learning rate by step: in each cycle it rises from 1/25 to 1, and falls to nearly 0.
+    """The factor of the learning rate by step: in each cycle it rises from 1/25 to 1, then falls to nearly 0.
 
     Args:
         steps: of the whole run.

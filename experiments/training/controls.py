@@ -1,4 +1,4 @@
-"""What evolved networks are compared with."""
+"""Networks that evolved ones are compared with."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from evolvenet.errors import EvolveNetError
 
 
 class ControlError(EvolveNetError):
-    """A control cannot be built from what was given."""
+    """A control cannot be built from the given arguments."""
 
 
 def from_scratch(model: nn.Module, checkpoint: str | Path) -> nn.Module:
-    """The network of a checkpoint with its widths, and weights as if it had just been built with them.
+    """A network with the widths of a checkpoint and newly initialised weights.
 
     Args:
-        model: the network as the evolving run began.
+        model: the network with the widths at the start of the evolving run.
         checkpoint: of any moment of that run, or of one of its points.
 
     Raises:
         RecordError: if the checkpoint is of another model.
-        ControlError: if the file is not there, or a layer with weights cannot start anew.
+        ControlError: if there is no such file, or a layer with weights has no `reset_parameters()`.
     """
     if not Path(checkpoint).is_file():
         raise ControlError(f"Control: expected a checkpoint of an evolving run, got {checkpoint}, which is no file.")

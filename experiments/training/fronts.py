@@ -1,10 +1,10 @@
 """Several seeds of one front: mean ± standard deviation at each point. `python -m experiments.training.fronts RUNS`.
 
-What is averaged: the accuracy at the end of each span's last epoch, the test split looked at once for each network; the
-standard deviation is that of the seeds, n − 1 in its denominator.
+The accuracies are those after each span's last epoch, measured once on the test split for each network. The standard
+deviation is that of a sample over the seeds (n − 1 in the denominator).
 """
 
-import evolvenet  # isort: skip  # noqa: F401  (first: it mends PyPI's torchvision)
+import evolvenet  # isort: skip  # noqa: F401  (before torchvision, which it patches)
 
 import argparse
 import json
@@ -20,14 +20,14 @@ _HEAD = ["parameters", "validation, %", "test, %", "of each seed", "epoch", "min
 
 
 class FrontsError(EvolveNetError):
-    """What was given are not runs of one front."""
+    """The given folders are not runs of one front."""
 
 
 def fronts_table(results: Sequence[Mapping[str, Any]]) -> str:
     """The points of one front over several runs, one a line, as Markdown.
 
     Args:
-        results: what the runs left in `result.json`, one for each seed.
+        results: contents of the runs' `result.json`, one for each seed.
 
     Raises:
         FrontsError: if they are not of one front.

@@ -1,4 +1,4 @@
-"""The points of a front: the network as it is at the end of each span of the run."""
+"""The points of a front: the network at the end of each span of the run."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from experiments.training.classifier import Classifier
 
 @dataclass(frozen=True)
 class Point:
-    """One network of the front; accuracies are shares, the time is that since the beginning of the run."""
+    """One network of the front; accuracies are shares, seconds count from the beginning of the run."""
 
     parameters: int
     macs: int
@@ -45,9 +45,9 @@ def span_ends(spans: Sequence[float], epochs: int) -> list[int]:
 
 
 class Points(lightning.Callback):
-    """Saves the network at the end of each span, and makes that of the first one the teacher of the others.
+    """Saves the network at the end of each span; the network of the first span is the teacher of the others.
 
-    Checkpoints hold the points found so far and the teacher: a resumed run goes on with both.
+    Checkpoints contain the points so far and the teacher, so a resumed run continues with both.
 
     Args:
         spans: their relative lengths; each ends at the end of the nearest epoch.
@@ -58,48 +58,48 @@ class Points(lightning.Callback):
         self.spans, self.directory = spans, Path(directory)
         self.found: list[Point] = []
         self._began = self._before = 0.0
-        # No attribute holds the teacher itself: EvolveNet would ask whether that copy of the network should follow it.
-        self._past: Callable[[], dict[str, Any]] | None = None
+        # No attribute holds the teacher itself: EvolveNet would find it as a replica of the network.
+        self._teacher_state: Callable[[], dict[str, Any]] | None = None
         self._resumed: Mapping[str, Any] | None = None
 
     def state_dict(self) -> dict[str, Any]:
-        """The points found so far, the seconds up to here, and the teacher's state dict, None if there is no teacher."""
+        """The points so far, the seconds up to now, and the teacher's state dict, None without a teacher."""
         return {
             "found": [asdict(point) for point in self.found],
             "seconds": self._seconds(),
-            "teacher": None if self._past is None else self._past(),
+            "teacher": None if self._teacher_state is None else self._teacher_state(),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take up what `state_dict` said; the teacher is built when training starts, from the model at hand."""
+        """Restore the points and the seconds; the teacher is built when training starts, from a copy of the model."""
         self.found = [Point(**point) for point in state_dict["found"]]
         self._before, self._resumed = state_dict["seconds"], state_dict["teacher"]
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Start the clock; in a resumed run, with the teacher that there was."""
+        """Start the clock; in a resumed run, build the teacher again."""
         assert isinstance(pl_module, Classifier)
         self._began = time.perf_counter()
         if self._resumed is not None:
             past = frozen(pl_module.model)
             fit_shapes(past, self._resumed, note=note_for(self._resumed))
             past.load_state_dict(self._resumed)
-            self._teach(pl_module, past)
+            self._set_teacher(pl_module, past)
             self._resumed = None
 
     def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Where a span ends: save the network, and the first time let it teach from now on."""
+        """At the end of a span: save the network; at the end of the first one, make it the teacher."""
         assert isinstance(pl_module, Classifier)
-        # Before the checkpoint is written, which is to hold the teacher too.
-        self._lesson(trainer, pl_module)
+        # Before the checkpoint is written, since it contains the teacher.
+        self._update_teacher(trainer, pl_module)
         if trainer.current_epoch + 1 in span_ends(self.spans, trainer.max_epochs or 0):
             self._save(trainer, pl_module)
 
-    def _lesson(self, trainer: lightning.Trainer, pl_module: Classifier) -> None:
-        if self._past is None and trainer.current_epoch + 1 in span_ends(self.spans, trainer.max_epochs or 0):
-            self._teach(pl_module, frozen(pl_module.model))
+    def _update_teacher(self, trainer: lightning.Trainer, pl_module: Classifier) -> None:
+        if self._teacher_state is None and trainer.current_epoch + 1 in span_ends(self.spans, trainer.max_epochs or 0):
+            self._set_teacher(pl_module, frozen(pl_module.model))
 
-    def _teach(self, pl_module: Classifier, past: nn.Module) -> None:
-        self._past, pl_module.teacher = remembered(past), teacher(past)
+    def _set_teacher(self, pl_module: Classifier, past: nn.Module) -> None:
+        self._teacher_state, pl_module.teacher = past.state_dict, teacher(past)
 
     def _save(self, trainer: lightning.Trainer, pl_module: Classifier) -> None:
         images = next(iter(trainer.datamodule.val_dataloader()))[0][:1]  # pyright: ignore[reportAttributeAccessIssue]
@@ -121,23 +121,18 @@ def frozen(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model).eval().requires_grad_(False)
 
 
-def remembered(past: nn.Module) -> Callable[[], dict[str, Any]]:
-    """What tells the state dict of a network."""
-    return lambda: past.state_dict()
-
-
 def teacher(past: nn.Module, half: bool = False) -> Callable[[Tensor], Tensor]:
-    """The outputs of a network that is trained no more; in bfloat16 where that is safe if `half`."""
+    """The function images → outputs (float32) of a frozen network; under autocast to bfloat16 if `half`."""
 
-    def answer(images: Tensor) -> Tensor:
+    def outputs(images: Tensor) -> Tensor:
         with torch.no_grad(), torch.autocast(images.device.type, torch.bfloat16, enabled=half):
             return past(images).float()
 
-    return answer
+    return outputs
 
 
 def tested(points: Sequence[Point], test: Callable[[str], float]) -> list[dict[str, Any]]:
-    """The points as plain data, each with its accuracy on the test split, looked at once."""
+    """The points as plain data, each with its accuracy on the test split, measured once."""
     return [{**asdict(point), "test_acc": test(point.path)} for point in points]
 
 

@@ -1,4 +1,4 @@
-"""What a person sees while an experiment trains: a bar in a terminal, one line an epoch anywhere else."""
+"""Display of an experiment's progress: a bar in a terminal, one log line an epoch anywhere else."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Progress(TQDMProgressBar):
         super().__init__(refresh_rate=1 if self.terminal else 0)
 
     def get_metrics(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> dict[str, Any]:
-        """What stands at the end of the bar."""
+        """The values at the end of the bar."""
         metrics = {
             name.replace("/", " "): f"{float(value):.4f}"
             for name, value in trainer.progress_bar_metrics.items()
@@ -38,7 +38,7 @@ class Progress(TQDMProgressBar):
         return {**metrics, "parameters": f"{_parameters(pl_module):,}"}
 
     def on_train_epoch_start(self, trainer: lightning.Trainer, *unused: Any) -> None:
-        """Number the epochs as a person does."""
+        """Describe the bar by the epoch's number from 1."""
         super().on_train_epoch_start(trainer, *unused)
         self.train_progress_bar.set_description(f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}")
 

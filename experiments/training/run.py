@@ -1,4 +1,4 @@
-"""One experiment from start to end: fit, one look at the test split, the result file, the report."""
+"""One experiment from start to end: fit, one test on the test split, the result file, the report."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from experiments.training.progress import Progress
 
 RESULT = "result.json"
 
-# Each of these is right in general and says nothing here.
+# Each of these is right in general and does not matter here.
 _KNOWN_WARNINGS = (
     "The number of training batches .* is smaller than the logging interval",  # short trial runs
     "Checkpoint directory .* exists and is not empty",  # Hydra's configuration is there, and in a resumed run its results
@@ -52,17 +52,17 @@ class Curve(lightning.Callback):
         return {"points": list(self.points)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from them."""
+        """Restore the values."""
         self.points = [(step, accuracy) for step, accuracy in state_dict["points"]]
 
     def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Note one value."""
+        """Append one value."""
         self.points.append((trainer.global_step, float(trainer.callback_metrics["val/acc"])))
 
 
 @contextlib.contextmanager
 def readable_errors() -> Iterator[None]:
-    """End with the message alone, without a traceback, on an error that is the user's to mend.
+    """End with the message alone, without a traceback, on an `EvolveNetError`, which the user can fix.
 
     Raises:
         SystemExit: in place of an `EvolveNetError`, also of one that Hydra wrapped while it built an object.
@@ -113,8 +113,8 @@ def run(
 ) -> float:
     """Train, test once, and leave `result.json`, `report.html` and `last.ckpt` in `config.output`.
 
-    `last.ckpt` is written after every epoch: `config.resume` takes it, or that of a point, and goes on from there as if the
-    run had not stopped. Only the time in the result is then that since it went on.
+    `last.ckpt` is written after every epoch. With `config.resume` set to it, or to a point's checkpoint, training continues as
+    if it had not stopped; only the time in the result counts from the resumption.
 
     Args:
         config: what the other arguments were built from; kept in the result file.
@@ -122,14 +122,14 @@ def run(
         classifier: the LightningModule.
         trainer: callbacks → Trainer.
         evolution: the callback that changes the widths, None for fixed widths.
-        points: what saves the points of a front on the way, None for a run with one end.
-        callbacks: others.
+        points: the callback that saves the points of a front, None for a run with a single result.
+        callbacks: further callbacks.
 
     Returns:
         The last validation accuracy.
 
     Raises:
-        RecordError: if `config.resume` is no file, or of another network.
+        RecordError: if `config.resume` is no file, or the checkpoint of another network.
     """
     if config.resume and not Path(config.resume).is_file():
         raise RecordError(
@@ -148,7 +148,7 @@ def run(
     began = time.perf_counter()
     fitting.fit(classifier, datamodule=data, ckpt_path=config.resume, weights_only=True)
     measured: dict[str, Any] = {"seconds": time.perf_counter() - began, "steps": fitting.global_step}
-    fitting.save_checkpoint(output / "last.ckpt")  # anew: a policy may take its last cut back when training ends
+    fitting.save_checkpoint(output / "last.ckpt")  # again: a policy may take its last cut back when training ends
     test = partial(_tested, fitting, classifier, data)
     front = tested(points.found, lambda path: test(_saved(classifier.model, config, path))) if points else []
     measured["test_acc"] = front[-1]["test_acc"] if front else test(classifier.model)
@@ -170,7 +170,7 @@ def _tested(fitting: lightning.Trainer, classifier: Classifier, data: ImageData,
 
 
 def _saved(like: nn.Module, config: DictConfig, path: str) -> nn.Module:
-    """The network of a checkpoint: built as the run began, then given the checkpoint's widths."""
+    """The network of a checkpoint: built from the configuration, then resized to the checkpoint's widths and loaded."""
     classifier = instantiate(config.classifier)
     load(classifier, path)
     return classifier.model.to(next(like.parameters()).device)

@@ -32,7 +32,7 @@ class SweepTable(Callback):
 
 
 def _front(directory: Path) -> str:
-    """Mean and deviation at each point, where all runs are one front with several seeds; else nothing."""
+    """Mean and deviation at each point if all runs are one front with several seeds, else an empty string."""
     groups = list(_groups(directory).values())
     if len(groups) == 1 and len(groups[0]) > 1 and all(result["front"] for result in groups[0]):
         return "\n" + fronts_table(groups[0])
@@ -91,7 +91,7 @@ def _tests(results: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _groups(directory: Path) -> dict[str, list[dict[str, Any]]]:
-    """The results of each setting, in the order of their seeds; what is the same in all runs is left out of the setting."""
+    """The results of each setting, in the order of their seeds; overrides that all runs share are left out of its name."""
     found: dict[str, list[tuple[int, dict[str, Any]]]] = {}
     for name, own, result in _runs(directory):
         words = own.split(" ")
@@ -103,7 +103,7 @@ def _groups(directory: Path) -> dict[str, list[dict[str, Any]]]:
 
 
 def _runs(directory: Path) -> list[tuple[str, str, dict[str, Any]]]:
-    """Of each run its folder's name, the settings that not all have, and its result; the best validation accuracy first."""
+    """For each run its folder's name, the overrides that not all runs share, and its result; best validation first."""
     runs = [(path.parent, json.loads(path.read_text(encoding="utf-8"))) for path in directory.glob("*/result.json")]
     runs.sort(key=lambda run: (-(run[1]["val_acc"] or 0.0), len(run[0].name), run[0].name))
     settings = {folder: _overrides(folder) for folder, _ in runs}

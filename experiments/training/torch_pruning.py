@@ -1,4 +1,4 @@
-"""A control: Torch-Pruning in place of EvolveNet, in a run that is the same in everything else."""
+"""A control: Torch-Pruning in place of EvolveNet, in a run that is otherwise the same."""
 
 from __future__ import annotations
 
@@ -27,21 +27,21 @@ from experiments.training.controls import ControlError
 log = logging.getLogger(__name__)
 
 LEAST = 2
-"""Units that a width keeps, as where EvolveNet cuts depthwise convolutions. Left to itself Torch-Pruning ends with one."""
+"""Units that a width keeps, as where EvolveNet cuts depthwise convolutions. Torch-Pruning alone would leave one."""
 
 
 class TorchPruning(lightning.Callback):
-    """Prunes at the moments, and to the parameters, that `evolvenet.WidthEvolution` would in its place.
+    """Prunes at the steps, and to the parameters, at which `evolvenet.WidthEvolution` would prune.
 
-    Torch-Pruning decides which units go, of all widths together (`global_pruning`), and cuts them out. It makes new
-    parameters and has nothing for an optimizer's state, so the optimizer starts anew each time.
+    Torch-Pruning chooses the units of all widths together (`global_pruning`) and removes them. It creates new parameters and
+    does not carry an optimizer's state, so the optimizer starts without state each time.
 
     Args:
-        policy: budgets of parameters; only their targets are asked for.
+        policy: budgets of parameters; only their targets are used.
         every_n_steps: as in `WidthEvolution`, and so are the next three.
         start_step: no event before this optimizer step.
         stop: share of the run's optimizer steps, 0 … 1, after which widths stay.
-        calibration_batches: an event happens so many batches after it was due. Nothing is measured in them here.
+        calibration_batches: number of batches between the step at which an event is due and the event; nothing is measured.
 
     Raises:
         MissingPackageError: if Torch-Pruning is not installed.
@@ -67,7 +67,7 @@ class TorchPruning(lightning.Callback):
         self._start: WidthGraph | None = None
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Look at the network as it begins."""
+        """Trace the network and record its costs before training."""
         assert isinstance(pl_module, Classifier)
         images = next(iter(trainer.datamodule.val_dataloader()))[0]  # pyright: ignore[reportAttributeAccessIssue]
         self._example = images[:1].to(pl_module.device)
@@ -77,7 +77,7 @@ class TorchPruning(lightning.Callback):
     def on_train_batch_start(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Prune where an event was due as many batches ago as the other run measures on."""
+        """Prune if an event was due `calibration_batches` batches ago."""
         assert isinstance(pl_module, Classifier)
         assert self._start is not None
         assert self.history is not None
@@ -113,7 +113,7 @@ def package() -> Any:
         return importlib.import_module("torch_pruning")
     except ImportError as error:
         raise MissingPackageError(
-            "Torch-Pruning: expected the package torch_pruning, which this control is of, got none in this environment. "
+            "Torch-Pruning: expected the package torch_pruning, which this control needs, got none in this environment. "
             "Run it in the environment of the comparisons: `make compare-install`, then `.venv-compare/bin/python train.py …`."
         ) from error
 
@@ -121,12 +121,12 @@ def package() -> Any:
 def prune(model: nn.Module, example: Tensor, target: float, units: int) -> None:
     """Torch-Pruning, unit by unit until the network has no more than `target` parameters.
 
-    The progressive pruning of its own benchmarks, in as many steps as there are units: importance is asked anew before each.
-    The importance is what its README begins with, the norm of all weights that a unit touches (Fang et al. 2023); its
-    scores from gradients have the same place there, and need a labelled backward pass of their own.
+    The progressive pruning of its own benchmarks, in as many steps as there are units, with the importance computed before each.
+    It is the importance of its README's first example, the norm of all weights that a unit touches (Fang et al. 2023); its
+    gradient-based scores would need a labelled backward pass each.
 
     Args:
-        model: is cut in place; its parameters are new ones afterwards.
+        model: pruned in place; its parameters are new objects afterwards.
         example: images `[N, channels, height, width]`.
         target: number of parameters.
         units: of all widths.
@@ -154,7 +154,7 @@ def prune(model: nn.Module, example: Tensor, target: float, units: int) -> None:
 
 
 def renew(optimizer: Optimizer, parameters: Iterable[nn.Parameter]) -> None:
-    """The same optimizer object, as if it were new and of these parameters: the schedule of its learning rate goes on.
+    """Give an optimizer new parameters and clear its state; the object stays, so its learning rate schedule continues.
 
     >>> optimizer = torch.optim.AdamW(nn.Linear(4, 3).parameters())
     >>> renew(optimizer, nn.Linear(4, 2).parameters())
@@ -167,7 +167,7 @@ def renew(optimizer: Optimizer, parameters: Iterable[nn.Parameter]) -> None:
 
 
 def sizes_of(model: nn.Module, graph: WidthGraph) -> dict[str, int]:
-    """Units of each width, named as when the network was whole.
+    """Units of each width, by the names in the graph of the unpruned network.
 
     >>> model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
     >>> sizes_of(model, trace(model, torch.zeros(1, 4)))

@@ -1,4 +1,4 @@
-"""CIFAR-10's experiment: its network's parts shrink along, averages teach, and its control has its widths."""
+"""CIFAR-10's experiment: its network's parts shrink along, averages teach, and its control has the same widths."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_the_configured_network_is_large_and_its_policy_takes_it_through_both_si
         "the first cut is inside of a cycle"
     )
     assert config.points.spans == config.cycles, "points are saved where the network has cooled down"
-    assert config.points.lessons == config.spans, "the wide network teaches as well"
+    assert config.points.teacher_spans == config.spans, "the wide network teaches as well"
 
 
 def test_a_mixer_adds_its_input_and_mixes_each_place_by_itself_after_the_depthwise_convolution() -> None:
@@ -152,7 +152,7 @@ class Run:
         self.points.on_train_epoch_end(self, self.module)  # type: ignore[arg-type]
 
 
-def test_the_average_of_a_spans_last_epoch_teaches(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_average_of_a_spans_last_epoch_is_the_teacher(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     run = Run(monkeypatch, tmp_path)
     run.epoch(0)
     assert run.module.teacher is None
@@ -181,21 +181,21 @@ def test_the_average_of_a_spans_last_epoch_teaches(monkeypatch: pytest.MonkeyPat
         torch.testing.assert_close(mean, torch.stack(values).mean(0), msg="each epoch has an average of its own")
 
 
-def test_an_average_may_teach_before_the_first_point(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_an_average_can_be_the_teacher_before_the_first_point(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     run = Run(monkeypatch, tmp_path)
-    run.points = AveragedPoints([1, 1], tmp_path, lessons=[1, 2, 1])
+    run.points = AveragedPoints([1, 1], tmp_path, teacher_spans=[1, 2, 1])
     teachers = []
     for number in range(4):
         run.epoch(number)
         teachers.append(run.module.teacher)
         assert len(run.points.found) == [0, 1, 1, 2][number], "points are saved where their spans end"
-    assert teachers[0] is not None, "the first lesson"
-    assert teachers[1] is teachers[0], "a point without a lesson"
-    assert teachers[2] not in (None, teachers[0]), "the second lesson"
+    assert teachers[0] is not None, "the first teacher span ends"
+    assert teachers[1] is teachers[0], "a point inside a teacher span"
+    assert teachers[2] not in (None, teachers[0]), "the second teacher span ends"
     assert teachers[3] is teachers[2]
 
 
-def test_an_average_begins_anew_where_widths_change(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_change_of_widths_begins_a_new_average(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     run = Run(monkeypatch, tmp_path)
     run.epoch(1)
     run.current_epoch = 1
@@ -205,7 +205,7 @@ def test_an_average_begins_anew_where_widths_change(monkeypatch: pytest.MonkeyPa
     assert all(torch.equal(one, two) for one, two in zip(run.points._means, last, strict=True))
 
 
-def test_averaging_leaves_the_network_alone() -> None:
+def test_averaging_does_not_change_the_network() -> None:
     model = small()
     state = copy.deepcopy(model.state_dict())
     past = averaged(model, [torch.zeros_like(p) for p in model.parameters()], [(torch.randn(4, 3, 8, 8), None)])
@@ -217,7 +217,7 @@ def test_averaging_leaves_the_network_alone() -> None:
     assert torch.equal(past(torch.randn(2, 3, 8, 8)), torch.zeros(2, 10))
 
 
-def test_a_teacher_answers_in_float32_without_gradients_in_bfloat16_where_asked() -> None:
+def test_a_teachers_outputs_are_float32_without_gradients_and_in_half_mode_of_bfloat16_precision() -> None:
     past, x = nn.Linear(4, 3), torch.randn(8, 4)
     whole, half = teacher(past, half=False)(x), teacher(past, half=True)(x)
     assert torch.equal(whole, past(x))

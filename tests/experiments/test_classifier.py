@@ -65,7 +65,7 @@ def test_cycles_have_heights_of_their_own():
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_a_resumed_run_follows_the_cycles_it_is_asked_for(tmp_path):
+def test_a_resumed_run_follows_the_cycles_of_its_own_configuration(tmp_path):
     """Of a run of two epochs that goes on for six, the rest has the rates of a run that was to have six from the start."""
 
     def trained(epochs: int, path: str | None = None, **options: Any) -> tuple[list[float], lightning.Trainer]:

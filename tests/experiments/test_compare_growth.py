@@ -39,7 +39,7 @@ def test_the_page_has_a_line_for_every_method_and_the_loss_is_kept(
     titles = [line.split(" | ")[0].removeprefix("| ") for line in text.splitlines() if line.startswith("| ")]
     lines = ["new units", "---", *(row.title for row in ROWS if row.method != GROMO)]
     assert [title.split(" |")[0] for title in titles] == lines * 2
-    assert text.count("keep the function: yes") == 2
+    assert text.count("keeps the function: yes") == 2
     assert "1 steps later | 2 steps later" in text
     assert "gromo (not installed)" in text
     assert "{" not in text
@@ -52,7 +52,7 @@ def test_one_seed_has_no_deviation(data: Path, capsys: pytest.CaptureFixture[str
     assert "expected 2 or more" in capsys.readouterr().err
 
 
-def test_a_loss_that_changed_is_told() -> None:
+def test_a_loss_that_changed_is_reported() -> None:
     same, other = Outcome((0.5, 0.5, 0.4), 0.1, 10), Outcome((0.5, 0.51, 0.4), 0.1, 10)
     assert "yes" in kept({"paired": [same, same], "random (changes the function)": [other]})
     assert "**no**, largest relative difference 2e-02" in kept({"paired": [same, other]})

@@ -1,4 +1,4 @@
-"""What peers keep: the count fits, the best stay, and the seed's projection is what its formula says."""
+"""What peers keep: the count fits, the best units stay, and the projection is that of its formula."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_counts_are_met_within_one_percent(resnet: tuple[nn.Module, evolvenet.Wi
     found = {
         "equal": peers.equal_sizes(graph, target),
         "random": sizes(peers.best_of_all(graph, peers.random_scores(graph, ratio), target)),
-        "seed": peers.seed_sizes(model, graph, target),
+        "projection": peers.projection_sizes(model, graph, target),
     }
     for name, proposed in found.items():
         assert proposed.keys() == graph.sizes.keys(), name
@@ -84,20 +84,20 @@ def test_over_the_whole_network_no_unit_that_goes_beats_one_that_stays(
     assert goes.max() < stays.min()
 
 
-def test_chance_is_the_seeds(resnet: tuple[nn.Module, evolvenet.WidthGraph]) -> None:
+def test_random_scores_depend_on_the_seed(resnet: tuple[nn.Module, evolvenet.WidthGraph]) -> None:
     one, same, other = (peers.random_scores(resnet[1], seed) for seed in (0, 0, 1))
     assert all(torch.equal(one[name], same[name]) for name in one)
     assert not any(torch.equal(one[name], other[name]) for name in one)
 
 
-def test_seed_sizes_are_the_ranks_of_producers_of_low_rank() -> None:
+def test_projection_sizes_are_the_ranks_of_producers_of_low_rank() -> None:
     model, graph = chain(12, 10, 10, 4)
     for name, rank in (("0", 3), ("1", 5)):
         weight = model.get_parameter(f"{name}.weight").data
         rows, columns = (torch.linalg.qr(torch.randn(n, rank, dtype=torch.float64)).Q for n in weight.shape)
         weight.copy_(rows @ columns.T)
     # All directions weigh the same, so one share of the energy gives ranks in the ratio 3 : 5.
-    assert peers.seed_sizes(model, graph, 3 * 12 + 5 * 3 + 4 * 5) == {"0": 3, "1": 5}
+    assert peers.projection_sizes(model, graph, 3 * 12 + 5 * 3 + 4 * 5) == {"0": 3, "1": 5}
 
 
 def test_several_producers_stand_side_by_side(resnet: tuple[nn.Module, evolvenet.WidthGraph]) -> None:
@@ -113,40 +113,40 @@ def projected(rows: Tensor, size: int) -> Tensor:
     return leading @ leading.T
 
 
-def test_the_seeds_projection_is_the_projectors_part_that_reads_kept_units() -> None:
+def test_the_projection_is_the_projectors_block_from_kept_to_removed_units() -> None:
     rows = torch.randn(7, 20, dtype=torch.float64)
     torch.testing.assert_close(peers.projection(rows, 4), projected(rows, 4)[4:, :4])
 
 
-def test_what_the_seeds_projection_misses_is_what_it_leaves_out() -> None:
+def test_the_projections_error_is_the_term_that_it_leaves_out() -> None:
     """A linear network, its producer of exactly the kept rank: all that is missing is U21·U21ᵀ·y_removed."""
     model, graph = chain(9, 6, 3)
     model.get_parameter("0.weight").data.copy_(torch.randn(6, 4).double() @ torch.randn(4, 9).double())
     x = torch.randn(11, 9, dtype=torch.float64)
     rows, reads = (model.get_parameter(f"{name}.weight").detach().clone() for name in (0, 1))
     want = model(x)
-    evolvenet.resize(model, graph, peers.seed_project(model, graph, {"0": 4}))
+    evolvenet.resize(model, graph, peers.project_consumers(model, graph, {"0": 4}))
     left_out = (x @ rows[4:].T) @ projected(rows, 4)[4:, 4:].T
     torch.testing.assert_close(model(x), want - left_out @ reads[:, 4:].T)
 
 
-def test_the_seeds_projection_is_exact_where_the_directions_lie_in_the_kept_units() -> None:
+def test_the_projection_is_exact_where_the_directions_lie_in_the_kept_units() -> None:
     model, graph = chain(9, 6, 5, 3)
     model.get_parameter("0.weight").data[4:] = 0
     model.get_parameter("1.weight").data[3:] = 0
     x = torch.randn(11, 9, dtype=torch.float64)
     want = model(x)
-    evolvenet.resize(model, graph, peers.seed_project(model, graph, {"0": 4, "1": 3}))
+    evolvenet.resize(model, graph, peers.project_consumers(model, graph, {"0": 4, "1": 3}))
     torch.testing.assert_close(model(x), want)
 
 
-def test_the_seeds_projection_at_every_place_of_kernels_and_flattened_maps() -> None:
+def test_the_projection_at_every_place_of_kernels_and_flattened_maps() -> None:
     model = nn.Sequential(nn.Conv2d(1, 5, 3), nn.Conv2d(5, 4, 2), nn.Flatten(), nn.Linear(4 * 9, 2)).double()
     graph = evolvenet.trace(model, torch.zeros(1, 1, 6, 6, dtype=torch.float64))
     begin, conv, dense = (model.get_parameter(f"{name}.weight").detach().clone() for name in (0, 1, 3))
     dense = dense.view(2, 4, 9)
     first, second = peers.projection(begin.flatten(1), 3), peers.projection(conv.flatten(1), 2)
-    kept = peers.seed_project(model, graph, {"0": 3, "1": 2})
+    kept = peers.project_consumers(model, graph, {"0": 3, "1": 2})
     assert {name: index_map.indices for name, index_map in kept.items()} == {"0": (0, 1, 2), "1": (0, 1)}
     want = conv[:, :3] + torch.einsum("orhw,rk->okhw", conv[:, 3:], first)
     torch.testing.assert_close(model.get_parameter("1.weight")[:, :3].detach(), want)

@@ -15,7 +15,7 @@ from torch import nn
 
 import evolvenet
 from experiments.compare import pruning as compare
-from experiments.compare.networks import Bench, copied, fingerprint, reestimate, tasks, uncut
+from experiments.compare.networks import TaskData, copied, fingerprint, reestimate, tasks, uncut
 from experiments.data.images import Split
 
 PEER, OURS = "random", "weights"
@@ -30,8 +30,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def bench() -> Bench:
-    return Bench.open(tasks()["digits"], Path())
+def data() -> TaskData:
+    return TaskData.open(tasks()["digits"], Path())
 
 
 def run(path: Path) -> None:
@@ -89,23 +89,23 @@ def test_results_of_another_trained_network_are_run_again(folder: Path) -> None:
     assert read(path)["weights"] == read(folder / "cache/digits/seed0/uncut.json")["weights"]
 
 
-def test_the_uncut_network_is_trained_once_and_comes_back_as_it_was(folder: Path, bench: Bench) -> None:
-    model, record = uncut(bench, 0, folder / "cache/digits/seed0")
+def test_the_uncut_network_is_trained_once_and_comes_back_as_it_was(folder: Path, data: TaskData) -> None:
+    model, record = uncut(data, 0, folder / "cache/digits/seed0")
     assert fingerprint(model) == record["weights"]
-    assert bench.accuracy(model) == record["accuracy"] > 0.5
+    assert data.accuracy(model) == record["accuracy"] > 0.5
 
 
-def test_training_sees_the_same_images_in_the_same_order(bench: Bench) -> None:
-    bench = replace(bench, train=Split(bench.train.images[:128], bench.train.labels[:128]))
-    start = bench.task.build()
+def test_training_sees_the_same_images_in_the_same_order(data: TaskData) -> None:
+    data = replace(data, train=Split(data.train.images[:128], data.train.labels[:128]))
+    start = data.task.build()
     one, same, other = copied(start), copied(start), copied(start)
     for model, seed in ((one, 0), (same, 0), (other, 1)):
-        bench.fit(model, seed, 1, 1e-3, 0.05)
+        data.fit(model, seed, 1, 1e-3, 0.05)
     assert fingerprint(one) == fingerprint(same) != fingerprint(other)
 
 
-def test_the_fingerprint_knows_every_tensor(bench: Bench) -> None:
-    model = bench.task.build()
+def test_the_fingerprint_depends_on_every_tensor(data: TaskData) -> None:
+    model = data.task.build()
     before = fingerprint(model)
     assert fingerprint(copied(model)) == before
     for name, tensor in model.state_dict().items():
@@ -130,12 +130,12 @@ def test_batch_norm_is_re_estimated_as_the_mean_over_batches() -> None:
     assert not model.training
 
 
-def test_calibration_images_are_plain_training_images(bench: Bench) -> None:
-    images = torch.cat(bench.calibration(0, 100))
-    whole = bench.task.normalise(bench.train.images).flatten(1)
+def test_calibration_images_are_plain_training_images(data: TaskData) -> None:
+    images = torch.cat(data.calibration(0, 100))
+    whole = data.task.normalise(data.train.images).flatten(1)
     assert images.shape == (100, 1, 8, 8)
     assert all((whole == image.flatten()).all(1).any() for image in images)
-    assert not torch.equal(images, torch.cat(bench.calibration(1, 100)))
+    assert not torch.equal(images, torch.cat(data.calibration(1, 100)))
 
 
 @pytest.mark.parametrize("name", list(tasks()))
@@ -159,10 +159,10 @@ def test_a_method_is_left_out_where_its_library_is_not_installed(
 
 @pytest.mark.parametrize("method", [compare.ours_by_weights, compare.ours])
 def test_own_allocation_is_the_packages_and_keeps_to_the_count(
-    folder: Path, bench: Bench, method: Callable[[compare.Case], evolvenet.WidthGraph]
+    folder: Path, data: TaskData, method: Callable[[compare.Case], evolvenet.WidthGraph]
 ) -> None:
-    model, _ = uncut(bench, 0, folder / "cache/digits/seed0")
-    graph = evolvenet.trace(model, bench.example)
+    model, _ = uncut(data, 0, folder / "cache/digits/seed0")
+    graph = evolvenet.trace(model, data.example)
     target = graph.parameters // 2
-    after = method(compare.Case(bench, 0, copied(model), graph, target, None))
+    after = method(compare.Case(data, 0, copied(model), graph, target, None))
     assert 0.9 * target < after.parameters <= target

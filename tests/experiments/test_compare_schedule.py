@@ -23,12 +23,12 @@ from experiments.compare.schedule import (
     Row,
     Schedule,
     batches,
-    follow,
     gromo,
     main,
     ours,
     rows,
     table,
+    train_row,
 )
 from experiments.data.images import Split
 from tests.helpers.gromo import Gromo
@@ -86,10 +86,12 @@ def test_growths_come_after_the_first_epochs_and_the_rate_falls_to_zero(split: S
         return ours("paired", SHORT.added)(model, optimizer, pairs, seed)
 
     data = Images(split, plain)
-    outcome = follow(Row("grown", change), SHORT, data, batches(split, data), seed=0)
+    outcome = train_row(Row("grown", change), SHORT, data, batches(split, data), seed=0)
     # Nine steps: what a growth sees is the rate of the step before it, the third and the sixth.
     assert [(pytest.approx(rate), count) for rate, count in seen] == [(4e-3 * 7 / 9, 8), (4e-3 * 4 / 9, 8)]
-    assert outcome.parameters == follow(Row("whole", None, whole=True), SHORT, data, batches(split, data), 0).parameters
+    assert (
+        outcome.parameters == train_row(Row("whole", None, whole=True), SHORT, data, batches(split, data), 0).parameters
+    )
     assert outcome.seconds > 0
 
 

@@ -95,7 +95,7 @@ def test_no_goal_where_ours_was_not_run() -> None:
     assert goals("mnist", "equal", {(30, "l2"): {0: {"as_cut": 0.9, "reestimated": 0.9}}}, 0.99) == []
 
 
-def test_cells() -> None:
+def test_a_cell_is_mean_and_deviation_in_percent() -> None:
     assert cell([0.5]) == "50.00"
     assert cell([]) == ""
     assert cell([0.1, 0.2, 0.3]) == "20.00 ± 10.00"

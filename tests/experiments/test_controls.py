@@ -47,7 +47,7 @@ def test_the_widths_are_the_points_and_the_weights_are_new(point: Path) -> None:
             assert (module.running_mean == 0).all()
 
 
-def test_what_cannot_start_anew_is_refused(point: Path, tmp_path: Path) -> None:
+def test_missing_files_other_models_and_layers_without_reset_are_refused(point: Path, tmp_path: Path) -> None:
     with pytest.raises(ControlError, match="no file"):
         from_scratch(small(), tmp_path / "nothing.ckpt")
     with pytest.raises(RecordError):

@@ -77,7 +77,7 @@ def test_sizes_are_rounded_and_keep_the_fewest_units() -> None:
     assert pruned_size(evolvenet.Width("w", 1)) == 1
 
 
-def test_answers_that_are_not_finite_are_not_equal() -> None:
+def test_outputs_that_are_not_finite_are_not_equal() -> None:
     bad, good = [torch.tensor([float("nan")])], [torch.ones(1)]
     assert distance(bad, good) == float("inf")
     with pytest.raises(ValueError, match="shape changed"):

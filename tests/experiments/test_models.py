@@ -26,7 +26,7 @@ def parameters(model):
         ("cifar10_resnet", (2, 3, 32, 32), 6, 2_000_000),
     ],
 )
-def test_configured_models(name, images, blocks, at_least):
+def test_every_configured_model_maps_images_to_ten_logits(name, images, blocks, at_least):
     model = instantiate(OmegaConf.load(CONF / "model" / f"{name}.yaml"))
     assert model(torch.randn(images)).shape == (2, 10)
     assert len(model.blocks) == blocks
@@ -82,7 +82,7 @@ def test_stages_of_different_number_are_refused():
 
 
 @pytest.mark.parametrize("module", [models, classifier])
-def test_model_and_module_know_nothing_of_evolvenet(module):
+def test_models_and_classifier_do_not_import_evolvenet(module):
     imports = [line for line in Path(module.__file__).read_text().splitlines() if line.startswith(("import", "from"))]
     assert imports
     assert not any("evolvenet" in line for line in imports)

@@ -27,19 +27,19 @@ def test_spans_end_with_the_nearest_epoch(epochs: int, ends: list[int]) -> None:
     assert span_ends([1, 2, 2], epochs) == ends
 
 
-def test_a_teacher_stays_what_it_was() -> None:
+def test_a_teacher_does_not_change_with_the_network() -> None:
     model, x = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3)), torch.randn(8, 4)
     model.train()
     expected = model.eval()(x)
     model.train()
-    told = teacher(frozen(model))
+    outputs = teacher(frozen(model))
     nn.init.zeros_(model.get_parameter("0.weight"))
-    assert torch.equal(told(x), expected)
-    assert not told(x).requires_grad
+    assert torch.equal(outputs(x), expected)
+    assert not outputs(x).requires_grad
     assert model.training
 
 
-def test_the_teachers_outputs_are_asked_for_in_their_share() -> None:
+def test_the_distillation_loss_has_its_weight() -> None:
     model = nn.Linear(4, 3)
     classifier = Classifier(model, torch.optim.SGD, classes=3, soft=0.25, temperature=2.0)
     classifier.log = lambda *args, **options: None  # type: ignore[method-assign,assignment]
@@ -65,7 +65,7 @@ def test_each_cycle_rises_and_falls() -> None:
         assert all(one > two for one, two in zip(values[top:end], values[top + 1 : end + 1], strict=True))
 
 
-def test_the_table_and_the_picture_say_every_point() -> None:
+def test_the_table_and_the_picture_show_every_point() -> None:
     points: list[dict[str, Any]] = [POINT, {**POINT, "parameters": 700, "test_acc": 0.97}]
     table = front_table(points)
     assert table.row_count == 2

@@ -57,7 +57,7 @@ def test_each_span_has_its_strength_and_flips_stay() -> None:
     assert fit(4)[1] == [WHOLE, half, half, none]
 
 
-def test_a_resumed_run_takes_up_where_it_was(tmp_path: Any) -> None:
+def test_a_resumed_run_has_the_strengths_of_the_uninterrupted_one(tmp_path: Any) -> None:
     trainer, first = fit(4, stop=2)
     trainer.save_checkpoint(tmp_path / "stopped.ckpt")
     _, second = fit(4, path=str(tmp_path / "stopped.ckpt"), weights_only=True)

@@ -29,7 +29,7 @@ def config(experiment: str) -> dict:
     return OmegaConf.to_container(configuration(f"+experiment={experiment}"), resolve=True)  # type: ignore[return-value]
 
 
-def test_only_the_pruner_is_another() -> None:
+def test_the_control_differs_in_the_pruner_alone() -> None:
     ours, theirs = config("mnist_resnet"), config("mnist_torch_pruning")
     assert theirs["evolve"].pop("_target_") == "experiments.training.torch_pruning.TorchPruning"
     assert ours["evolve"].pop("_target_") == "evolvenet.WidthEvolution"
@@ -64,7 +64,7 @@ def test_budgets_of_something_else_are_refused(monkeypatch: pytest.MonkeyPatch) 
         TorchPruning(Front([Budget(macs=1000)]), every_n_steps=2)
 
 
-def test_the_schedules_optimizer_starts_anew_with_new_parameters() -> None:
+def test_a_renewed_optimizer_has_new_parameters_no_state_and_its_schedule() -> None:
     old, new = nn.Linear(4, 3), nn.Linear(4, 2)
     optimizer = torch.optim.AdamW(old.parameters(), lr=0.1, weight_decay=0.5)
     schedule = LambdaLR(optimizer, lambda step: 1 / (1 + step))
@@ -91,7 +91,7 @@ def test_the_schedules_optimizer_starts_anew_with_new_parameters() -> None:
     assert all(torch.equal(*pair) for pair in zip(new.parameters(), reference.parameters(), strict=True))
 
 
-def test_sizes_are_told_by_the_names_of_the_whole_network() -> None:
+def test_sizes_have_the_names_of_the_unpruned_network() -> None:
     model = UnpaddedResNet(width=6, inside=(8, 9))
     graph = trace(model, EXAMPLE)
     assert sizes_of(model, graph) == graph.sizes == {"stem": 6, "blocks.0.pointwise1": 8, "blocks.1.pointwise1": 9}

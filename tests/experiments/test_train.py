@@ -40,15 +40,6 @@ TINY = [
 EAGER = ["evolve.every_n_steps=1", "evolve.start_step=1", "evolve.stop=1.0"]
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """As `train.py` does: on layers this small, threads only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture
 def data(tmp_path):
     """Made-up mnist.npz and cifar10.npz, and the overrides that use them."""
@@ -87,7 +78,7 @@ def test_every_experiment_builds_at_full_size(experiment):
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
-def test_no_experiment_insists_on_evolving(experiment):
+def test_every_experiment_can_run_without_evolving(experiment):
     """`evolve=none` is the control of every one of them; an experiment that sets `evolve.…` itself would bring it back."""
     assert configuration(f"+experiment={experiment}", "evolve=none").evolve is None
 
@@ -124,6 +115,14 @@ def test_without_the_callback_widths_stay(tmp_path):
     assert result["history"]["events"] == []
 
 
+def reload_and_measure(config, path):
+    """Parameters and test accuracy of the network in a point's checkpoint."""
+    split, model = instantiate(config["data"]), evolvenet.load(instantiate(config["model"]), path).eval()
+    split.setup()
+    right = torch.cat([model(images).argmax(1) == labels for images, labels in split.test_dataloader()])
+    return sum(parameter.numel() for parameter in model.parameters()), float(right.float().mean())
+
+
 def test_a_front_is_saved_tested_and_shown_point_by_point(tmp_path, data, capsys, monkeypatch):
     taught, shapes, seen = [], [], []
     honest = lightning.Trainer.test
@@ -135,31 +134,17 @@ def test_a_front_is_saved_tested_and_shown_point_by_point(tmp_path, data, capsys
     monkeypatch.setattr(lightning.Trainer, "test", looked)
     monkeypatch.setattr(points, "teacher", lambda model: taught.append(sum(p.numel() for p in model.parameters())))
     monkeypatch.setattr(classifier, "Cycles", lambda *args: shapes.append(args) or (lambda step: 1.0))
-    result = train(
-        tmp_path,
-        [
-            "+experiment=mnist_resnet",
-            *SMALL["mnist_resnet"],
-            *data,
-            *TINY,
-            *EAGER,
-            "trainer.max_epochs=5",
-            "spans=[1,1,1,1,1]",
-        ],
-    )
+    spans = ["trainer.max_epochs=5", "spans=[1,1,1,1,1]"]
+    result = train(tmp_path, ["+experiment=mnist_resnet", *SMALL["mnist_resnet"], *data, *TINY, *EAGER, *spans])
     front = result["front"]
     assert [point["epoch"] for point in front] == [1, 2, 3, 4, 5]
     assert all(0 <= point["test_acc"] <= 1 for point in front)
     assert front[-1]["parameters"] == result["end"]["parameters"]
     assert front[-1]["test_acc"] == result["test_acc"]
     assert front[-1]["parameters"] <= 1_500
-    split = instantiate(result["config"]["data"])
-    split.setup()
     for point in front:
-        model = evolvenet.load(instantiate(result["config"]["model"]), point["path"]).eval()
-        assert sum(parameter.numel() for parameter in model.parameters()) == point["parameters"]
-        right = torch.cat([model(images).argmax(1) == labels for images, labels in split.test_dataloader()])
-        assert point["test_acc"] == pytest.approx(float(right.float().mean()))
+        expected = point["parameters"], pytest.approx(point["test_acc"])
+        assert reload_and_measure(result["config"], point["path"]) == expected
     assert seen == [point["parameters"] for point in front], "each network is looked at once"
     assert taught[0] == front[0]["parameters"], "the network of the first span is the teacher"
     assert [args[1] for args in shapes] == [[1, 1, 1, 1, 1]], "the learning rate has a cycle for each span"
@@ -171,6 +156,11 @@ def test_a_front_is_saved_tested_and_shown_point_by_point(tmp_path, data, capsys
     )
     assert control["start"]["parameters"] == control["end"]["parameters"] == front[2]["parameters"]
     assert "<h2>The front</h2>" in (tmp_path / "run" / "report.html").read_text()
+
+
+def timeless(front):
+    """A front's points without their times and paths."""
+    return [{key: value for key, value in point.items() if key not in ("seconds", "path")} for point in front]
 
 
 @pytest.mark.parametrize(
@@ -207,14 +197,10 @@ def test_a_front_that_was_stopped_goes_on_where_it_was(tmp_path, data, experimen
     [path] = (tmp_path / "cut" / "run").glob(kept)
     resumed = train(tmp_path / "cut", [*overrides, f"resume={path}"])
     assert len(teachers) == 2 * left, "batches of the epochs that were left"
-    assert None not in teachers, "it is taught as before"
-    timeless = [
-        [{key: value for key, value in point.items() if key not in ("seconds", "path")} for point in one["front"]]
-        for one in (whole, resumed)
-    ]
-    assert timeless[0] == timeless[1]
+    assert None not in teachers, "the teacher is there from the first batch on"
+    assert timeless(whole["front"]) == timeless(resumed["front"])
     for event in (event for one in (whole, resumed) for event in one["history"]["events"]):
-        assert event["skipped"] is None, "the teacher is no copy to ask about"
+        assert event["skipped"] is None, "the teacher is not taken for a replica"
     assert [point["seconds"] for point in resumed["front"]] == sorted(point["seconds"] for point in resumed["front"])
     assert resumed["curve"] == whole["curve"]
     ends = [torch.load(tmp_path / name / "run" / "last.ckpt", weights_only=True) for name in ("whole", "cut")]
@@ -222,7 +208,7 @@ def test_a_front_that_was_stopped_goes_on_where_it_was(tmp_path, data, experimen
         assert torch.equal(value, ends[1]["state_dict"][name]), name
 
 
-def test_a_run_to_resume_that_is_not_there_is_said_in_one_line(tmp_path):
+def test_a_missing_checkpoint_to_resume_ends_with_one_line(tmp_path):
     with pytest.raises(SystemExit, match=r"error: Resume: expected .* got /nowhere/last\.ckpt"):
         train(tmp_path, ["resume=/nowhere/last.ckpt", *TINY])
 
@@ -281,7 +267,7 @@ def command(cwd, *overrides):
     )
 
 
-def test_command_line_without_data_says_so_in_one_line(tmp_path):
+def test_a_command_without_data_ends_with_one_line(tmp_path):
     (tmp_path / "mnist.npz").write_text("no archive")
     done = command(tmp_path, "+experiment=mnist_resnet", f"data.root={tmp_path}")
     assert done.returncode == 1
