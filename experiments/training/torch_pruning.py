@@ -67,7 +67,7 @@ class TorchPruning(lightning.Callback):
         self._start: WidthGraph | None = None
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Trace the network and record its costs before training."""
+        """Trace the network and record its sizes before training."""
         assert isinstance(pl_module, Classifier)
         images = next(iter(trainer.datamodule.val_dataloader()))[0]  # pyright: ignore[reportAttributeAccessIssue]
         self._example = images[:1].to(pl_module.device)
