@@ -1,4 +1,4 @@
-"""Label rules of the ops that hold weights: norms, embeddings, matrix products and convolutions.
+"""Label rules of ops with weights: norms, embeddings, matrix products and convolutions.
 
 Importing this module registers them in `rules.RULES`.
 """
@@ -17,7 +17,7 @@ from evolvenet.tracing.rules import Call, rule
 @rule("native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training", "cudnn_batch_norm")
 @rule("_batch_norm_with_update", "_native_batch_norm_legit_functional", "miopen_batch_norm", "batch_norm")
 def batch_norm(call: Call) -> None:
-    """Each channel by itself: its affine parameters and statistics are tied to it."""
+    """Elementwise over channels: affine parameters and statistics are tied to the channels."""
     source, outputs = call.args[0], call.outputs
     affine = [t for t in call.tensors[1:] if t.dim() == 1 and t.shape[0] == source.shape[1]]
     shaped = [[layer.view(1, -1, *[1] * (source.dim() - 2)) for layer in call.label_of(t).layers] for t in affine]
@@ -25,7 +25,7 @@ def batch_norm(call: Call) -> None:
 
 
 def _normed(call: Call, source: Tensor, affine: Sequence[Sequence[Tensor]]) -> tuple[Tensor, ...]:
-    """The layers of what is normalised, joined with those of the norm's own parameters, which data holds fixed."""
+    """The layers of the input merged with those of the norm's parameters, which are frozen if the input is data."""
     label = call.label_of(source)
     axes = {axis for layer in label.layers for axis in varying(layer)}
     for layers in affine:
@@ -37,7 +37,7 @@ def _normed(call: Call, source: Tensor, affine: Sequence[Sequence[Tensor]]) -> t
 
 @rule("native_group_norm")
 def group_norm(call: Call) -> None:
-    """Channels of one group are normalised together, so whole groups come and go; one single group mixes its units."""
+    """Channels of one group are tied, so that whole groups are resized; a single group mixes its units."""
     source, groups = call.args[0], call.argument("group")
     affine = [t for t in (call.argument("weight"), call.argument("bias")) if t is not None]
     shaped = [[layer.view(1, -1, *[1] * (source.dim() - 2)) for layer in call.label_of(t).layers] for t in affine]
@@ -76,10 +76,10 @@ def layer_norm(call: Call) -> None:
 
 @rule("_weight_norm_interface", "_weight_norm")
 def weight_norm(call: Call) -> None:
-    """A direction times a length for each place of one axis: elementwise; the norm over the rest leaves zeros out."""
+    """A direction times a length along one axis: elementwise; zeros do not change the norm over the other axes."""
     weight = call.args[0]
     kept = call.argument("dim") % weight.dim()
-    # The direction last: of equal layers the last one stays, and its units are those of the origin.
+    # The direction last: of equal layers the last one is kept, which should be the origin's.
     layers = merge(call.label_graph, [call.label_of(tensor).layers for tensor in reversed(call.tensors)])
     call.label_output(call.outputs[0], layers, origin=call.label_of(weight).origin)
     for norms in call.outputs[1:]:
@@ -88,7 +88,7 @@ def weight_norm(call: Call) -> None:
 
 @rule("embedding")
 def embedding(call: Call) -> None:
-    """Rows are picked by the data; columns are units."""
+    """Rows are selected by data and frozen; units along the columns pass."""
     weight, indices = call.args[0], call.args[1]
     label = call.label_of(weight)
     out = []
@@ -103,7 +103,7 @@ def embedding(call: Call) -> None:
 
 @rule("mm", "addmm", "bmm", "baddbmm", "mv", "dot", "vdot", "addmv", "addbmm")
 def matrix_product(call: Call) -> None:
-    """Units along the contracted dimension are one; the others pass to the output; a bias is elementwise."""
+    """Units along the contracted dimension are tied, the others pass to the output; a bias is elementwise."""
     operands = call.tensors
     bias = operands.pop(0) if call.op.startswith("aten::add") or call.op == "aten::baddbmm" else None
     names = {
@@ -125,9 +125,9 @@ def matrix_product(call: Call) -> None:
 
 
 def _of_weights(call: Call, operands: Sequence[Tensor]) -> bool:
-    """Whether a product is a weight made of weights (LoRA), or one times the vectors of a norm of it (spectral norm).
+    """Whether all operands are computed from weights alone (LoRA), or one is a vector of a spectral norm.
 
-    A table of coordinates that a dense layer reads is a buffer: that is a product with data.
+    A matrix product with a buffer (a table of coordinates, for example) is a product with data.
     """
     origins = [call.label_of(operand).origin for operand in operands]
     vectors = min(operand.dim() for operand in operands) == 1
@@ -137,7 +137,18 @@ def _of_weights(call: Call, operands: Sequence[Tensor]) -> bool:
 def contract(
     call: Call, one: Tensor, one_names: str, two: Tensor, two_names: str, out_names: str
 ) -> tuple[Tensor, ...]:
-    """Labels through a sum over the names that the output lacks; returns the output's layers."""
+    """The output's layers of a product summed over the dimensions that the output does not have, as in einsum.
+
+    Units along summed dimensions are tied to those of the other operand, or frozen if it has none.
+
+    Args:
+        call: the op.
+        one: first operand.
+        one_names: a letter for each of its dimensions.
+        two: second operand.
+        two_names: a letter for each of its dimensions.
+        out_names: a letter for each dimension of the output.
+    """
     every = {name: position for position, name in enumerate(dict.fromkeys(one_names + two_names))}
     summed = {name for name in every if name not in out_names}
     sides = [(call.label_of(t), names, t) for t, names in ((one, one_names), (two, two_names))]
@@ -150,7 +161,7 @@ def contract(
             if not of_weights:
                 call.label_graph.role(label.origin, layer, consumed=bool(over & summed))
             elif over & summed and min(len(one_names), len(two_names)) > 1:
-                # W = B A: what A makes is what B reads; which way the ends face, the use of W tells.
+                # W = B·A: A produces what B consumes; the roles of the outer axes are those that W is used in.
                 call.label_graph.role(label.origin, layer, consumed=side == 0)
             if not over & summed:
                 passed[side].append(layer)
@@ -167,9 +178,9 @@ def contract(
 
 
 def _finest(sides: Sequence[list[Tensor]]) -> list[list[Tensor]]:
-    """Of a batch dimension's units and finer ones along it (heads, and places in every head), the finer ones.
+    """The layers of both operands without those for which the other operand has a finer one.
 
-    A product of two batches pairs batch with batch; it does not make one unit of all that lies in one batch.
+    A batched product pairs batch with batch: the head layer of one operand must not tie all places in a head of the other.
     """
     one, two = (
         [layer for layer in layers if not any(set(varying(layer)) < set(varying(finer)) for finer in others)]
@@ -194,7 +205,7 @@ def _onto(layers: Sequence[Tensor], names: str, target: dict[str, int]) -> Itera
 
 @rule("convolution", "_convolution", "mkldnn_convolution", "cudnn_convolution")
 def convolution(call: Call) -> None:
-    """A contraction over the input channels; with groups, whole groups of input and output channels are one unit."""
+    """A contraction over the input channels; with groups, all input and output channels of a group are tied."""
     source, weight = call.args[0], call.args[1]
     bias, groups, transposed = call.argument("bias"), call.argument("groups", 1), call.argument("transposed", False)
     if source.dim() != weight.dim():
@@ -202,7 +213,7 @@ def convolution(call: Call) -> None:
     space = "xyz"[: weight.dim() - 2]
     names = ("co" if transposed else "oc") + space
     inputs = call.label_of(source).layers
-    _set_kernel_aside(call, weight)
+    _freeze_kernel_axes(call, weight)
     for layer in inputs:
         if 1 not in varying(layer):
             call.label_graph.freeze(layer, f"{call.location} works along its units")
@@ -218,8 +229,8 @@ def convolution(call: Call) -> None:
     return None
 
 
-def _set_kernel_aside(call: Call, weight: Tensor) -> None:
-    """A kernel's extent counts positions, and with groups its second axis counts within one group: no widths."""
+def _freeze_kernel_axes(call: Call, weight: Tensor) -> None:
+    """Freeze the spatial axes of the kernel and, with groups, its second axis, which counts within one group."""
     label = call.label_of(weight)
     units = 2 if call.argument("groups", 1) == 1 else 1
     kept = tuple(layer for layer in label.layers if min(varying(layer)) < units)
@@ -230,10 +241,10 @@ def _set_kernel_aside(call: Call, weight: Tensor) -> None:
 
 
 def grouped(call: Call, inputs: Sequence[Tensor], weight: Tensor, groups: int, out_dim: int) -> tuple[Tensor, ...]:
-    """Layers after a grouped convolution: group g's inputs, weight rows and outputs are one unit.
+    """The output's layers of a grouped convolution; inputs, weight rows and outputs of a group are tied.
 
-    The weight's first axis counts over all groups (outputs; inputs when transposed), its second within one, so the
-    second keeps its size. Depthwise is the case of one input channel a group.
+    The weight's first axis counts over all groups (outputs; inputs if transposed), its second within one, so the second
+    keeps its size. A depthwise convolution has one input channel per group.
     """
     label = call.label_of(weight)
     rows = next((layer for layer in label.layers if 0 in varying(layer)), None)

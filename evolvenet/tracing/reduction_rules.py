@@ -1,4 +1,4 @@
-"""Label rules of the ops that work along an axis: reductions, softmax, pooling, sorting.
+"""Label rules of ops along an axis: reductions, softmax, pooling, sorting.
 
 Importing this module registers them in `rules.RULES`.
 """
@@ -14,9 +14,9 @@ from evolvenet.tracing.rules import Call, elementwise, rule
 @rule("sum", "mean", "amax", "amin", "prod", "var", "std", "norm", "linalg_vector_norm", "logsumexp", "any", "all")
 @rule("max", "min", "argmax", "argmin", "var_mean", "std_mean", "median", "_logcumsumexp", "count_nonzero")
 def reduction(call: Call) -> None:
-    """Reduced dimensions go; units along them are mixed, or frozen where the op answers with their position.
+    """Units along the reduced dimensions are mixed, or frozen if the op returns their positions; the others pass.
 
-    Of units on a grid (heads × places, branches × channels) a stand-in for each remaining row or column stays.
+    Of units on a grid (heads × places, branches × channels) a placeholder passes for each remaining row or column.
     """
     source = call.args[0]
     if len(call.tensors) > 1:
@@ -49,9 +49,9 @@ def _squeeze(layer: Tensor, dims: set[int]) -> Tensor:
 
 @rule("_softmax", "_log_softmax", "_safe_softmax", "softmax", "log_softmax")
 def softmax(call: Call) -> None:
-    """Elementwise across the other dimensions; units that compete for a share cannot be added without changing it.
+    """Units along the normalised dimension are frozen, as a new one would change the others; the others pass.
 
-    Where units lie on a grid (branches × channels), those that compete with each other come and go together.
+    Of units on a grid (branches × channels), those that are normalised together are tied.
     """
     source = call.args[0]
     axis = call.argument("dim") % max(source.dim(), 1)
@@ -76,7 +76,7 @@ SPATIAL = {"1d": 1, "2d": 2, "3d": 3}
 @rule("upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d", "upsample_bilinear2d", "upsample_bicubic2d")
 @rule("upsample_trilinear3d", "_upsample_nearest_exact1d", "_upsample_nearest_exact2d", "_upsample_bilinear2d_aa")
 def spatial(call: Call) -> None:
-    """Works along the last one to three dimensions and leaves the others alone."""
+    """Units along the last one to three dimensions are frozen, the others pass."""
     source = call.args[0]
     last = next((count for mark, count in SPATIAL.items() if mark in call.op), 2)
     call.mark_changed(source)
@@ -85,7 +85,7 @@ def spatial(call: Call) -> None:
 
 @rule("cumsum", "cumprod", "logcumsumexp", "cummax", "cummin", "sort", "topk", "tril", "triu")
 def by_place(call: Call) -> None:
-    """What comes out at a place depends on where it stands along a dimension: units must not lie there."""
+    """The output depends on the position along a dimension: units along it are frozen, the others pass."""
     source = call.args[0]
     matrix = call.op in ("aten::tril", "aten::triu")
     dims = (-2, -1) if matrix else (call.argument("dim"),)

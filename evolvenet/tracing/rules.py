@@ -104,15 +104,15 @@ class Call:
 
 
 class NeedsDataError(RuntimeError):
-    """A rule needs the values of a tensor that has none in this run; the model must be run on copies."""
+    """A rule needs the values of a meta tensor: the model has to be run on copies with data."""
 
 
 Rule = Callable[[Call], None]
 RULES: dict[str, Rule] = {}
 RESHAPING = frozenset({"aten::view", "aten::_unsafe_view", "aten::_reshape_copy"})
-"""Other dimensions for the same elements in the same order."""
+"""Ops that give the same elements in the same order other dimensions."""
 REINTERPRETING = frozenset({"aten::view_as_real", "aten::view_as_complex", "aten::_conj", "aten::_neg_view"})
-"""Views of the same memory as other numbers, which no rearrangement of labels follows."""
+"""Views of the same memory as another type, which rearrange no labels."""
 
 
 def rule(*ops: str) -> Callable[[Rule], Rule]:
@@ -127,7 +127,7 @@ def rule(*ops: str) -> Callable[[Rule], Rule]:
 
 
 def apply_rule(call: Call) -> None:
-    """Let labels pass through one op that has run."""
+    """Pass labels through an op that has run, by its rule; without one its units are frozen."""
     if not call.outputs:
         return
     found = RULES.get(call.op) or _by_schema(call)
@@ -136,7 +136,7 @@ def apply_rule(call: Call) -> None:
     else:
         call.freeze_all(f"{call.location} has no rule")
         for out in call.outputs:
-            # One written in place may have another shape now.
+            # An op in place may have changed the shape.
             call.set_label(out, Label())
 
 
@@ -155,7 +155,7 @@ def _by_schema(call: Call) -> Rule | None:
 
 
 def constant(call: Call) -> None:
-    """Made by the code from shapes at hand: it is free to follow a resize."""
+    """Created by the model's code from the shapes of other tensors: its size may change with a width's."""
     for out in call.outputs:
         call.set_label(out, Label((), CONSTANT))
 
@@ -163,21 +163,21 @@ def constant(call: Call) -> None:
 @rule("arange", "linspace", "logspace", "eye", "tril_indices", "triu_indices", "randperm")
 @rule("hann_window", "hamming_window", "blackman_window", "bartlett_window", "kaiser_window")
 def positional(call: Call) -> None:
-    """Made by the code, but another number at every place: units that meet it must keep theirs, as with data."""
+    """Created by the model's code with another number at every position: it counts as data."""
     for out in call.outputs:
         call.set_label(out, Label())
 
 
 @rule("uniform_", "normal_", "bernoulli_", "zero_", "fill_", "exponential_", "random_")
 def unchanged(call: Call) -> None:
-    """Filled in place: the units stay what they were."""
+    """Filled in place: labels do not change."""
     call.mark_changed(call.args[0])
 
 
 @rule("unsafe_split", "unsafe_split_with_sizes", "unsafe_chunk", "_unsafe_view", "roll", "flip", "repeat")
 @rule("pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "_reshape_copy")
 def movement(call: Call) -> None:
-    """Elements are only rearranged: run the same op on the labels."""
+    """Elements are only rearranged: the same op is run on the labels."""
     source = call.args[0]
     label = call.label_of(source)
     strided = call.op in ("aten::as_strided", "aten::_reshape_alias")
@@ -204,10 +204,10 @@ def movement(call: Call) -> None:
 
 @rule("index", "index_select")
 def pick(call: Call) -> None:
-    """Places picked by an index: the other dimensions' units pass."""
+    """Selected by an index: units along the indexed dimensions are frozen, the others pass."""
     source, label = call.args[0], call.label_of(call.args[0])
     picked = _picked(call)
-    # Without data there is no index to read; where the units do not vary, any will do.
+    # A meta index has no values; along dimensions without units any index gives the same labels.
     rest = tree_map_only(Tensor, lambda t: torch.zeros(t.shape, dtype=t.dtype) if t.is_meta else t.cpu(), call.args[1:])
     layers = []
     for layer in label.layers:
@@ -219,7 +219,7 @@ def pick(call: Call) -> None:
 
 
 def _picked(call: Call) -> set[int]:
-    """Dimensions of the source that an index picks along; a mask covers as many as it has."""
+    """Dimensions of the source that are indexed; a mask indexes as many as it has."""
     if call.op == "aten::index_select":
         return {call.args[1] % max(call.args[0].dim(), 1)}
     picked: set[int] = set()
@@ -234,7 +234,7 @@ def _picked(call: Call) -> set[int]:
 
 @rule("constant_pad_nd")
 def pad(call: Call) -> None:
-    """Padding adds places that belong to no unit."""
+    """Padding adds elements that belong to no unit."""
     source, widths = call.args[0], call.args[1]
     label = call.label_of(source)
     padded = {source.dim() - 1 - k // 2 for k, amount in enumerate(widths) if amount}
@@ -250,23 +250,23 @@ def pad(call: Call) -> None:
 @rule("masked_fill", "masked_fill_", "native_dropout", "lift_fresh", "silu_", "elu_", "leaky_relu_", "hardtanh_")
 @rule("hardtanh", "log_sigmoid_forward", "rrelu_with_noise", "softplus", "mish", "hardsigmoid", "celu", "hardshrink")
 def elementwise(call: Call) -> None:
-    """Corresponding elements are one unit; what does not carry units along a unit's axis holds its number fixed."""
+    """Corresponding elements are tied; units combined with data of a fixed size along their axis are frozen."""
     tensors = call.tensors
     dims = max(tensor.dim() for tensor in tensors)
     labels = [call.label_of(tensor) for tensor in tensors]
     for tensor in tensors:
         call.mark_changed(tensor)
-    held = _held(call, tensors, labels, dims)
-    origin = _still(tensors, labels, call.outputs)
-    # Of equal layers the last one stays: the origin's own, by which its axes are known.
+    fixed = _freeze_met_by_data(call, tensors, labels, dims)
+    origin = _origin_after(tensors, labels, call.outputs)
+    # Of equal layers the last one is kept: it should be the origin's, whose ids identify its axes.
     order = sorted(labels, key=lambda label: label.origin is not None and label.origin == origin)
     aligned = [[align(layer, dims) for layer in label.layers] for label in order]
     layers = merge(call.label_graph, aligned)
     if origin is not None:
         for dim in range(dims):
             call.label_graph.share_role([layer for each in aligned for layer in each if varying(layer) == (dim,)])
-    # Units that have just been frozen are let go, or they would freeze whatever a later reshape lays across them.
-    layers = [layer for layer in layers if not held & set(varying(layer))]
+    # Layers just frozen are dropped: a later reshape would tie others to them, which would be frozen too.
+    layers = [layer for layer in layers if not fixed & set(varying(layer))]
     target = call.args[0] if call.op.endswith("_") else None
     if isinstance(target, Tensor) and target._base is not None and not labels[0].layers:
         for layer in layers:
@@ -277,37 +277,37 @@ def elementwise(call: Call) -> None:
             call.label_output(out, layers, CONSTANT if all_constant else DATA, origin)
 
 
-def _still(tensors: Sequence[Tensor], labels: Sequence[Label], outputs: Sequence[Tensor]) -> str | None:
-    """The weight that the output still is: scaled, or added to what comes from weights too (spectral norm, LoRA)."""
+def _origin_after(tensors: Sequence[Tensor], labels: Sequence[Label], outputs: Sequence[Tensor]) -> str | None:
+    """Origin of the output of an elementwise op on weights and constants only (spectral norm, LoRA); else None."""
     met = [(t, label) for t, label in zip(tensors, labels, strict=True) if label.kind != CONSTANT]
     if any(label.origin is None for _, label in met) or not outputs:
         return None
     return next((label.origin for tensor, label in met if tensor.shape == outputs[0].shape), None)
 
 
-def _held(call: Call, tensors: Sequence[Tensor], labels: Sequence[Label], dims: int) -> set[int]:
-    """Freeze units that meet data along their axes; returns those axes."""
-    held: set[int] = set()
+def _freeze_met_by_data(call: Call, tensors: Sequence[Tensor], labels: Sequence[Label], dims: int) -> set[int]:
+    """Freeze units that are combined with data along their axes; returns those axes."""
+    fixed: set[int] = set()
     for label in labels:
         for layer in label.layers:
             axes = set(varying(align(layer, dims)))
             for tensor, other in zip(tensors, labels, strict=True):
-                sizes = (1,) * (dims - tensor.dim()) + _real_sizes(tensor)
+                sizes = (1,) * (dims - tensor.dim()) + _unexpanded_sizes(tensor)
                 known = {axis for each in other.layers for axis in varying(align(each, dims))}
                 if other.kind != CONSTANT and not known & axes and any(sizes[axis] > 1 for axis in axes):
                     call.label_graph.freeze(layer, f"{call.location} combines it with data that has a fixed size")
-                    held |= axes
-    return held
+                    fixed |= axes
+    return fixed
 
 
-def _real_sizes(tensor: Tensor) -> tuple[int, ...]:
-    """The shape, with 1 where `expand` repeats one place: the code took that number from somewhere, and a trial tells."""
+def _unexpanded_sizes(tensor: Tensor) -> tuple[int, ...]:
+    """The shape, with 1 along dimensions that `expand` has repeated: whether that size changes with a width, trials find."""
     return tuple(size if stride else 1 for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
 
 
 @rule("cat", "concat", "concatenate")
 def cat(call: Call) -> None:
-    """Side by side along one dimension; along the others the tensors must agree, so their units are one."""
+    """Units along the concatenated dimension stay side by side; corresponding units along the others are tied."""
     tensors = [t for t in call.args[0] if not (t.dim() == 1 and t.numel() == 0)]
     axis = (call.argument("dim") or 0) % tensors[0].dim()
     along = [[layer for layer in call.label_of(t).layers if axis in varying(layer)] for t in tensors]
@@ -315,15 +315,15 @@ def cat(call: Call) -> None:
     count = max(len(layers) for layers in (*along, [])) if along else 0
     joined = list(merge(call.label_graph, across))
     for k in range(count):
-        held = [
+        pieces = [
             layers[k] if k < len(layers) else torch.full((1,) * t.dim(), -1)
             for t, layers in zip(tensors, along, strict=True)
         ]
-        # Only as large as they vary: spread over a picture they would be what takes most memory.
-        shape = [max(sizes) for sizes in zip(*(layer.shape for layer in held), strict=True)]
+        # Only as large as they vary: expanded over an image they would take most of the memory.
+        shape = [max(sizes) for sizes in zip(*(layer.shape for layer in pieces), strict=True)]
         parts = [
             layer.expand([t.shape[axis] if dim == axis else size for dim, size in enumerate(shape)])
-            for layer, t in zip(held, tensors, strict=True)
+            for layer, t in zip(pieces, tensors, strict=True)
         ]
         joined.append(compress(torch.cat(parts, axis)))
     all_constant = all(call.label_of(t).kind == CONSTANT for t in tensors)
@@ -332,7 +332,7 @@ def cat(call: Call) -> None:
 
 @rule("stack")
 def stack(call: Call) -> None:
-    """The tensors agree in all their dimensions, so their units are one."""
+    """Corresponding units of the tensors are tied."""
     tensors = call.args[0]
     axis = (call.argument("dim") or 0) % call.out.dim()
     layers = merge(call.label_graph, [call.label_of(t).layers for t in tensors])
@@ -341,7 +341,7 @@ def stack(call: Call) -> None:
 
 @rule("glu")
 def glu(call: Call) -> None:
-    """The first half gated by the second: unit i of one half is unit i of the other."""
+    """The first half gated by the second: unit i of one half is tied to unit i of the other."""
     source = call.args[0]
     axis = call.argument("dim") % source.dim()
     halves = [[], []]

@@ -57,7 +57,7 @@ class Keeper(nn.Module):
 
 
 @pytest.mark.parametrize("device", ["meta", None])
-def test_everything_is_put_back(device: str | None) -> None:
+def test_everything_is_restored(device: str | None) -> None:
     model = Keeper()
     model.inner.bias.grad = torch.ones(3)
     before, order = State.of(model), list(vars(model))
@@ -70,7 +70,7 @@ def test_everything_is_put_back(device: str | None) -> None:
 
 
 @pytest.mark.parametrize("device", ["meta", None])
-def test_everything_is_put_back_after_an_error(device: str | None) -> None:
+def test_everything_is_restored_after_an_error(device: str | None) -> None:
     model = Keeper()
     model.fail = True
     before = State.of(model)
@@ -80,7 +80,7 @@ def test_everything_is_put_back_after_an_error(device: str | None) -> None:
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_the_real_tensors_are_out_of_reach(case: Case) -> None:
+def test_writes_to_shadows_do_not_reach_the_real_tensors(case: Case) -> None:
     model = case.model()
     before = State.of(model)
     with isolated(model, shadows=True), torch.no_grad():
@@ -90,7 +90,7 @@ def test_the_real_tensors_are_out_of_reach(case: Case) -> None:
     assert before.differences(model) == []
 
 
-def test_shadows_are_like_what_they_stand_for() -> None:
+def test_shadows_have_the_shape_dtype_and_ties_of_their_tensors() -> None:
     model = Keeper()
     model.inner.weight.requires_grad_(False)
     real = {**dict(model.named_parameters()), **dict(model.named_buffers())}
@@ -124,7 +124,7 @@ def test_recurrent_modules_run_on_their_shadows() -> None:
     assert torch.equal(model(x)[0], expected)
 
 
-def test_nothing_is_deep_copied() -> None:
+def test_a_model_with_a_lock_is_isolated_without_a_deep_copy() -> None:
     """A lock cannot be."""
     model = networks.Locked()
     with isolated(model, shadows=True, device="meta"):
@@ -133,7 +133,7 @@ def test_nothing_is_deep_copied() -> None:
     assert (model.calls, model.seen) == (0, [])
 
 
-def test_lazy_parameters_are_refused_and_the_rest_put_back() -> None:
+def test_lazy_parameters_are_refused_and_the_model_restored() -> None:
     model = nn.Sequential(nn.Linear(3, 4), nn.LazyLinear(2))
     weight = model[0].weight
     with pytest.raises(TraceError, match="got a lazy one"), isolated(model, shadows=True):

@@ -1,4 +1,4 @@
-"""What a weight multiplies, seen op by op, against what came out."""
+"""`WeightOp` against the outputs of the layers, and `ResidualSumMode` against the operands of sums."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Sideways(nn.Module):
         return torch.addmm(self.bias, x, self.weight)
 
 
-READERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "dense": (lambda: nn.Linear(4, 3), (5, 4)),
     "dense over tokens": (lambda: nn.Linear(4, 3), (5, 7, 4)),
     "dense over a grid": (lambda: nn.Linear(4, 3, bias=False), (5, 2, 3, 4)),
@@ -58,10 +58,10 @@ def weight_ops_of(model: nn.Module, *inputs: Any) -> list[tuple[WeightOp, Tensor
     return found
 
 
-@pytest.mark.parametrize("name", READERS)
+@pytest.mark.parametrize("name", LAYERS)
 @pytest.mark.parametrize("kept", [torch.preserve_format, torch.channels_last])
-def test_columns_times_matrix_is_what_came_out(name: str, kept: torch.memory_format) -> None:
-    made, shape = READERS[name]
+def test_columns_times_matrix_is_the_output(name: str, kept: torch.memory_format) -> None:
+    made, shape = LAYERS[name]
     model, x = made().double(), torch.randn(shape, dtype=FLOAT)
     if kept is torch.channels_last and x.dim() == 4 and name.startswith("conv"):
         model, x = model.to(memory_format=kept), x.to(memory_format=kept)  # type: ignore
@@ -76,16 +76,16 @@ def test_columns_times_matrix_is_what_came_out(name: str, kept: torch.memory_for
     assert torch.equal(before, model.get_parameter("weight"))
 
 
-@pytest.mark.parametrize("name", READERS)
-def test_units_are_what_the_input_axis_reads(name: str) -> None:
-    made, shape = READERS[name]
+@pytest.mark.parametrize("name", LAYERS)
+def test_input_rows_hold_the_inputs_of_the_weights_input_axis(name: str) -> None:
+    made, shape = LAYERS[name]
     ((op, _),) = weight_ops_of(made().double(), torch.randn(shape, dtype=FLOAT))
-    units = op.input_rows(torch.arange(op.input_positions))
-    assert units.shape[1] == op.weight.shape[1]
-    torch.testing.assert_close(units.sort(0).values.sum(), op.inputs.sum())
+    rows = op.input_rows(torch.arange(op.input_positions))
+    assert rows.shape[1] == op.weight.shape[1]
+    torch.testing.assert_close(rows.sort(0).values.sum(), op.inputs.sum())
 
 
-def test_attention_shows_its_projections() -> None:
+def test_projections_of_attention_are_weight_ops() -> None:
     model = nn.MultiheadAttention(8, 2, batch_first=True).double().eval()
     x, y = torch.randn(2, 3, 5, 8, dtype=FLOAT)
     biases: list[tuple[str, str, int]] = []
@@ -100,7 +100,7 @@ def test_attention_shows_its_projections() -> None:
     assert across == [("in_proj_weight", 0, 8), ("in_proj_weight", 8, 16), ("out_proj.weight", 0, 8)]
 
 
-def test_functional_calls_show_as_modules_do() -> None:
+def test_functional_calls_are_weight_ops() -> None:
     class Functional(nn.Linear):
         def forward(self, input: Tensor) -> Tensor:
             return F.linear(input, self.weight[:2], self.bias[:2])
@@ -109,7 +109,7 @@ def test_functional_calls_show_as_modules_do() -> None:
     assert (op.tensor, op.start, len(op.weight), op.bias_name) == ("weight", 0, 2, "bias")
 
 
-def test_other_uses_of_a_weight_are_noted() -> None:
+def test_other_uses_of_a_weight_are_in_other_uses() -> None:
     class Tied(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -143,7 +143,7 @@ class Block(nn.Module):
 
 
 @pytest.mark.parametrize("projected", [False, True])
-def test_a_branch_is_followed_to_its_sum(projected: bool) -> None:
+def test_a_branch_is_tracked_to_its_residual_sum(projected: bool) -> None:
     model, x = Block(projected).double().eval(), torch.randn(2, 3, 5, 5, dtype=FLOAT)
     found: list[tuple[str, Tensor, Tensor]] = []
 
@@ -164,7 +164,7 @@ def test_a_branch_is_followed_to_its_sum(projected: bool) -> None:
 
 
 @pytest.mark.parametrize("spoil", [torch.relu_, torch.relu, lambda t: t.transpose(-1, -2)])
-def test_what_is_done_with_it_on_the_way_ends_the_trail(spoil: Callable[[Tensor], Tensor]) -> None:
+def test_an_op_that_is_not_tracked_ends_the_tracking(spoil: Callable[[Tensor], Tensor]) -> None:
     class Spoiled(nn.Module):
         def __init__(self) -> None:
             super().__init__()

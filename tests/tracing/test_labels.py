@@ -1,4 +1,4 @@
-"""Label layers: what stands in for the obvious, slow way gives the same."""
+"""Label layers and the label graph against their plain, slow definitions."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def factorised(draw: st.DrawFn, number: int) -> list[int]:
 
 
 @given(st.data(), st.sampled_from([1, 2, 6, 12, 24, 36]))
-def test_a_view_of_a_compressed_layer_is_that_of_the_whole_one(data: st.DataObject, number: int) -> None:
+def test_reshaping_a_compressed_layer_equals_reshaping_the_expanded_one(data: st.DataObject, number: int) -> None:
     old, new = data.draw(factorised(number)), data.draw(factorised(number))
     shape = [size if data.draw(st.booleans()) else 1 for size in old]
     layer = torch.arange(math.prod(shape)).reshape(shape)
@@ -38,12 +38,12 @@ def test_a_view_of_a_compressed_layer_is_that_of_the_whole_one(data: st.DataObje
     assert got.numel() <= math.prod(new)
 
 
-def test_a_view_does_not_spread_a_layer_over_a_picture() -> None:
+def test_a_view_keeps_constant_dimensions_of_a_layer_at_size_one() -> None:
     channels = torch.arange(8).view(1, 8, 1, 1)
     assert reshaped(channels, (2, 8, 224, 224), (2, 2, 4, 224 * 224)).shape == (1, 2, 4, 1)
 
 
-def test_rows_stay_apart_until_something_is_tied_to_them() -> None:
+def test_units_of_a_row_are_tied_only_if_their_placeholder_is_tied_to_a_tensor() -> None:
     """A norm over each head's places leaves the places free; a parameter for each head does not."""
     label_graph = LabelGraph()
     (grid,) = label_graph.add_tensor("a", (6,))
@@ -58,7 +58,7 @@ def test_rows_stay_apart_until_something_is_tied_to_them() -> None:
     assert component[6:9].tolist() == component[[0, 2, 4]].tolist()
 
 
-def test_rows_that_only_other_rows_tie_are_joined_in_a_later_pass() -> None:
+def test_placeholders_tied_through_other_placeholders_tie_their_rows() -> None:
     """A mean of norms: the number that is left is tied to a parameter, through it the norms, through them their rows."""
     label_graph = LabelGraph()
     (grid,) = label_graph.add_tensor("a", (6,))
@@ -77,7 +77,7 @@ def test_rows_that_only_other_rows_tie_are_joined_in_a_later_pass() -> None:
     assert len(set(component[other])) == 2
 
 
-def test_rows_with_places_that_are_no_units_stay_apart() -> None:
+def test_rows_with_padding_are_not_tied_by_placeholders() -> None:
     label_graph = LabelGraph()
     (grid,) = label_graph.add_tensor("a", (4,))
     padded = torch.cat([grid, torch.tensor([-1, -1])]).view(3, 2)
@@ -86,7 +86,7 @@ def test_rows_with_places_that_are_no_units_stay_apart() -> None:
 
 
 @pytest.mark.parametrize("first", ["rows", "grid"])
-def test_placeholderss_follow_a_finer_layer_in_any_order(first: str) -> None:
+def test_merge_keeps_the_finer_layer_of_placeholders_and_their_units_in_any_order(first: str) -> None:
     """`h / h.norm()`: the norm of every row may stay apart from the places that it scales."""
     label_graph = LabelGraph()
     (grid,) = label_graph.add_tensor("a", (6,))
@@ -98,7 +98,7 @@ def test_placeholderss_follow_a_finer_layer_in_any_order(first: str) -> None:
     assert len(set(label_graph.components()[:6])) == 6
 
 
-def test_the_smaller_of_two_layers_stays_and_both_are_united() -> None:
+def test_merge_keeps_the_smaller_of_two_layers_and_ties_both() -> None:
     label_graph = LabelGraph()
     (wide,), (narrow,) = label_graph.add_tensor("a", (6,)), label_graph.add_tensor("b", (3,))
     (merged,) = merge(label_graph, [[wide.view(3, 2)], [narrow.view(3, 1)]])
@@ -107,7 +107,7 @@ def test_the_smaller_of_two_layers_stays_and_both_are_united() -> None:
     assert component[:6].tolist() == component[6:9].repeat(2).tolist()
 
 
-def test_layers_along_other_dimensions_stay_beside_each_other() -> None:
+def test_merge_keeps_layers_along_different_dimensions() -> None:
     label_graph = LabelGraph()
     (rows,), (columns,) = label_graph.add_tensor("a", (3,)), label_graph.add_tensor("b", (2,))
     merged = merge(label_graph, [[rows.view(3, 1)], [columns.view(1, 2)]])
@@ -115,7 +115,7 @@ def test_layers_along_other_dimensions_stay_beside_each_other() -> None:
     assert label_graph.edges == []
 
 
-def test_axes_that_are_alike_get_the_role_that_a_use_has_shown() -> None:
+def test_axes_with_the_same_role_get_it_from_the_one_that_is_used() -> None:
     label_graph = LabelGraph()
     (one,), (two,), (three,) = (label_graph.add_tensor(name, (4,)) for name in "abc")
     placeholders = label_graph.add_placeholders(one.view(2, 2), {1})
@@ -133,7 +133,7 @@ def test_axes_that_are_alike_get_the_role_that_a_use_has_shown() -> None:
     assert label_graph.inherited_roles == {("a", 0), ("b", 0)}
 
 
-def test_a_run_for_shapes_alone_finds_the_same_ones() -> None:
+def test_run_for_shapes_gives_the_output_shapes_of_run_for_labels() -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 2))
     x = torch.randn(2, 3, 8, 8)
     for device in ("meta", None):

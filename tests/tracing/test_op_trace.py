@@ -1,4 +1,4 @@
-"""What a record says of a run: every tensor by a number, and a new one for what is written into."""
+"""`OpTrace` numbers every tensor of a run, with a new number after a write in place."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ def names(op_trace: OpTrace) -> list[str]:
     return [op.name for op in op_trace.producers.values()]
 
 
-def test_every_op_is_noted_with_what_it_read_and_made() -> None:
+def test_every_op_is_recorded_with_its_inputs_and_output() -> None:
     weight, x = torch.randn(3, 2), torch.randn(4, 2)
     with (op_trace := OpTrace({"weight": weight})):
         out = torch.add(torch.mm(x, weight.t()), 1.0, alpha=2).sum(1, keepdim=True)
@@ -29,7 +29,7 @@ def test_every_op_is_noted_with_what_it_read_and_made() -> None:
     assert total.output not in op_trace.consumers
 
 
-def test_what_is_made_of_parameters_alone_is_held() -> None:
+def test_values_computed_from_parameters_alone_have_a_tensor_name() -> None:
     one, two, x = torch.randn(3, 3), torch.randn(3), torch.randn(2, 3)
     with (op_trace := OpTrace({"one": one, "two": two})):
         mixed = one * two
@@ -50,7 +50,7 @@ def _chain(op_trace: OpTrace, last: str) -> list[str]:
     return found[::-1]
 
 
-def test_what_is_written_into_gets_a_new_number() -> None:
+def test_a_tensor_written_in_place_gets_a_new_number() -> None:
     x = torch.randn(2, 3)
     with (op_trace := OpTrace({})):
         made = x.exp()
@@ -64,7 +64,7 @@ def test_what_is_written_into_gets_a_new_number() -> None:
     assert bool((before * 2 - after).abs() < 1e-5)
 
 
-def test_what_shares_its_memory_is_no_longer_known() -> None:
+def test_views_of_a_tensor_written_in_place_get_new_numbers() -> None:
     """A view is written into: its base has changed, and no op made the base what it is now."""
     x = torch.randn(2, 3)
     with (op_trace := OpTrace({})):
@@ -75,7 +75,7 @@ def test_what_shares_its_memory_is_no_longer_known() -> None:
     assert relu.inputs[0] not in op_trace.producers
 
 
-def test_a_module_in_place_is_followed() -> None:
+def test_the_output_of_an_in_place_module_has_its_op_as_producer() -> None:
     class Net(nn.Module):
         def __init__(self) -> None:
             super().__init__()

@@ -1,4 +1,4 @@
-"""Networks put together at random: whatever their structure, what the trace offers can be done."""
+"""Random networks: whatever their structure, every width that the trace calls resizable resizes."""
 
 from __future__ import annotations
 
@@ -139,7 +139,7 @@ def shrunk(graph: WidthGraph) -> dict[str, IndexMap]:
 
 @settings(max_examples=15)
 @given(programs, st.booleans())
-def test_what_is_offered_can_be_done(program: list[Instruction], flatten: bool) -> None:
+def test_every_resizable_width_resizes(program: list[Instruction], flatten: bool) -> None:
     model = build(program, flatten)
     x = torch.randn(2, 3, 4, 4, dtype=FLOAT)
     expected = outputs(model, x)
@@ -167,7 +167,7 @@ def test_what_is_offered_can_be_done(program: list[Instruction], flatten: bool) 
 
 @settings(max_examples=12)
 @given(programs)
-def test_removing_is_masking(program: list[Instruction]) -> None:
+def test_removing_units_equals_masking_them(program: list[Instruction]) -> None:
     model, masked = build(program, False), build(program, False)
     x = torch.randn(2, 3, 4, 4, dtype=FLOAT)
     graph = trace(model, x)
@@ -177,7 +177,7 @@ def test_removing_is_masking(program: list[Instruction]) -> None:
     assert distance(outputs(model, x), outputs(masked, x)) < EXACT
 
 
-def test_the_networks_have_something_to_offer() -> None:
+def test_random_networks_have_resizable_widths() -> None:
     """Otherwise the properties above would hold for want of widths."""
     for kind in sorted(BUILD.keys() - {"first units"}):
         program = [("conv", 0, 0, 5), (kind, 1, 0, 4), ("conv", 2, 0, 4)]

@@ -1,4 +1,4 @@
-"""What a trace finds is there, what it cannot know it leaves alone, and the model does not notice it."""
+"""`trace` finds the widths of a model, freezes what it does not understand, and does not change the model."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.helpers.tracing import Between, Code, shuffle_and_widen
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_finds_the_widths(case: Case) -> None:
+def test_widths_are_those_listed_with_the_case(case: Case) -> None:
     graph = graph_of(case)
     assert graph.sizes == case.sizes
     assert {width.name for width in graph.resizable if width.mixed} == case.mixed
@@ -30,7 +30,7 @@ def test_finds_the_widths(case: Case) -> None:
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_leaves_the_model_as_it_was(case: Case) -> None:
+def test_tracing_does_not_change_the_model(case: Case) -> None:
     model, inputs = case.model(), case.inputs()
     model.train()
     next(model.children()).eval()
@@ -45,8 +45,8 @@ def test_leaves_the_model_as_it_was(case: Case) -> None:
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_exchanging_units_everywhere_changes_nothing(case: Case) -> None:
-    """Every width at once, in an order of its own: what is tied together is all there is."""
+def test_permuting_the_units_of_all_widths_keeps_the_outputs(case: Case) -> None:
+    """Every width at once, each by a permutation of its own: no tie is missing."""
     model, inputs, graph = case.model(), case.inputs(), graph_of(case)
     expected = outputs(model, inputs)
     evolvenet.resize(model, graph, {name: shuffled(size) for name, size in graph.sizes.items()})
@@ -54,8 +54,8 @@ def test_exchanging_units_everywhere_changes_nothing(case: Case) -> None:
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_what_a_width_claims_is_alive(case: Case) -> None:
-    """Zeroing one unit wherever it shows does change the output: no width is a mere name."""
+def test_zeroing_a_unit_of_any_width_changes_the_outputs(case: Case) -> None:
+    """The unit is zeroed in all tensors of its width."""
     inputs, graph = case.inputs(), graph_of(case)
     model = case.model()
     expected = outputs(model, inputs)
@@ -80,7 +80,7 @@ def _doubled(h: Tensor) -> Tensor:
     return h
 
 
-KEEP_THEIR_NUMBER: dict[str, tuple[Code, int, str]] = {
+FROZEN: dict[str, tuple[Code, int, str]] = {
     "sums along the units": (lambda m, x, h: h.cumsum(1), 8, "works along its units"),
     "a triangle of them": (lambda m, x, h: h.tril(), 8, "works along its units"),
     "softmax over them": (lambda m, x, h: h.softmax(1), 8, "makes its units compete"),
@@ -111,15 +111,15 @@ KEEP_THEIR_NUMBER: dict[str, tuple[Code, int, str]] = {
 }
 
 
-@pytest.mark.parametrize("name", KEEP_THEIR_NUMBER)
-def test_freezes_rather_than_guesses(name: str) -> None:
-    code, reads, reason = KEEP_THEIR_NUMBER[name]
+@pytest.mark.parametrize("name", FROZEN)
+def test_units_used_in_an_unknown_way_are_frozen(name: str) -> None:
+    code, reads, reason = FROZEN[name]
     graph = trace(Between(code, reads).double(), torch.randn(2, 5, dtype=FLOAT))
     assert graph.sizes == {}
     assert any(reason in (width.frozen or "") for width in graph.widths.values()), str(graph)
 
 
-LEAVE_THEM_FREE: dict[str, tuple[Code, int, dict[str, int]]] = {
+RESIZABLE: dict[str, tuple[Code, int, dict[str, int]]] = {
     "moved in place": (lambda m, x, h: h.t_().t_().unsqueeze_(1).transpose_(1, 2).squeeze_(2), 8, {"a": 8}),
     "squeezed in place": (lambda m, x, h: h[:, :, None, None].squeeze_(), 8, {"a": 8}),
     "every unit twice": (lambda m, x, h: h.repeat_interleave(2, 1), 16, {"a": 8}),
@@ -146,14 +146,14 @@ LEAVE_THEM_FREE: dict[str, tuple[Code, int, dict[str, int]]] = {
 }
 
 
-LEAVE_THEM_FREE_WITH = {"equal pieces": {"e": nn.Linear(4, 4, bias=False)}}
+RESIZABLE_WITH = {"equal pieces": {"e": nn.Linear(4, 4, bias=False)}}
 
 
-@pytest.mark.parametrize("name", LEAVE_THEM_FREE)
-def test_frees_what_it_understands(name: str) -> None:
-    code, reads, sizes = LEAVE_THEM_FREE[name]
+@pytest.mark.parametrize("name", RESIZABLE)
+def test_units_used_in_a_known_way_are_resizable(name: str) -> None:
+    code, reads, sizes = RESIZABLE[name]
     layers = {"c": nn.Linear(5, 8), "d": nn.Linear(5, 5), "e": nn.Linear(8, 7, bias=False)}
-    layers |= LEAVE_THEM_FREE_WITH.get(name, {})
+    layers |= RESIZABLE_WITH.get(name, {})
     model = Between(code, reads, **layers).double()
     x = torch.randn(2, 5, dtype=FLOAT)
     graph = trace(model, x)
@@ -161,7 +161,7 @@ def test_frees_what_it_understands(name: str) -> None:
     shuffle_and_widen(model, graph, x)
 
 
-def test_a_trial_is_compared_beyond_its_shapes() -> None:
+def test_a_trial_fails_by_its_ties_though_shapes_agree() -> None:
     """Four groups of 16, or two halves cut at 8: other sizes fit as well, but hold other units."""
     x = torch.randn(2, 5, dtype=FLOAT)
     grouped = Between(lambda m, x, h: F.group_norm(m.c(x), 4), 16, c=nn.Linear(5, 16)).double()
@@ -175,14 +175,14 @@ def test_a_trial_is_compared_beyond_its_shapes() -> None:
     assert "in a trial aten::tanh in Between works on a part of its units" in (graph.widths["a"].frozen or "")
 
 
-def test_values_of_no_data_decide_nothing() -> None:
+def test_a_computed_index_is_not_read_on_meta_tensors() -> None:
     """An index that is computed has no values on shadows without data: it must not be read there."""
     model = Between(lambda m, x, h: torch.index_select(h, 0, h[:, 0].argsort()), 8).double()
     x = torch.randn(2, 5, dtype=FLOAT)
     assert [trace(model, x).sizes for _ in range(3)] == [{"a": 8}] * 3
 
 
-def test_reasons_name_the_place() -> None:
+def test_reasons_name_the_line_of_the_model_that_raised() -> None:
     graph = graph_of(next(case for case in CASES if case.name == "hard_coded"))
     reason = graph.widths["stem"].frozen or ""
     assert "unusual.py" in reason
@@ -190,7 +190,7 @@ def test_reasons_name_the_place() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Using `torch.compile:UserWarning")
-def test_hooks_and_compiled_models_are_followed() -> None:
+def test_hooks_and_compiled_models_are_traced() -> None:
     model = networks.Mlp().double().eval()
     model[0].register_forward_hook(lambda module, inputs, output: output.mul(2))
     x = torch.randn(2, 5, dtype=FLOAT)
@@ -198,13 +198,13 @@ def test_hooks_and_compiled_models_are_followed() -> None:
     assert trace(torch.compile(model), x).sizes == {"_orig_mod.0": 12, "_orig_mod.3": 9}  # type: ignore[arg-type]
 
 
-def test_a_batch_of_one_will_do() -> None:
+def test_a_batch_of_one_sample_is_enough_with_batch_norm() -> None:
     """Batch norm in train mode refuses one value per channel; the batch is then given twice."""
     model = nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8), nn.Linear(8, 3))
     assert trace(model, torch.randn(1, 5)).sizes == {"0": 8}
 
 
-def test_a_train_mode_that_cannot_run_counts_as_not_run() -> None:
+def test_a_model_that_raises_in_train_mode_is_traced_in_eval_mode() -> None:
     def code(model: nn.Module, x: Tensor, h: Tensor) -> Tensor:
         if model.training:
             raise NotImplementedError("needs targets")
@@ -213,7 +213,7 @@ def test_a_train_mode_that_cannot_run_counts_as_not_run() -> None:
     assert trace(Between(code), torch.randn(2, 5)).sizes == {"a": 8}
 
 
-def test_inputs_are_not_written_into() -> None:
+def test_inputs_are_not_written_to() -> None:
     """Not even where the model needs real data and works in place."""
     model = Between(lambda m, x, h: h * float(x.add_(1.0).sum()))
     x = torch.zeros(2, 5)
@@ -221,7 +221,7 @@ def test_inputs_are_not_written_into() -> None:
     assert torch.equal(x, torch.zeros(2, 5))
 
 
-def test_random_generators_go_on_as_if_nothing_had_run() -> None:
+def test_tracing_does_not_change_random_generators() -> None:
     def code(model: nn.Module, x: Tensor, h: Tensor) -> Tensor:
         return h * (random.random() + np.random.rand() + torch.rand(()).item())
 
@@ -232,7 +232,7 @@ def test_random_generators_go_on_as_if_nothing_had_run() -> None:
     assert torch.equal(states[2], torch.get_rng_state())
 
 
-def test_half_precision_and_frozen_weights() -> None:
+def test_half_precision_and_parameters_without_gradients_are_traced() -> None:
     model = networks.ConvNet().bfloat16().requires_grad_(False)
     graph = trace(model, torch.randn(2, 3, 8, 8, dtype=torch.bfloat16))
     assert graph.sizes == {"0": 6, "4": 5, "7": 7}
@@ -249,7 +249,7 @@ def test_half_precision_and_frozen_weights() -> None:
     ],
     ids=["no parameters", "wrong shape", "too many", "wrong keyword", "lazy"],
 )
-def test_bad_input(model: nn.Module, inputs: object, message: str) -> None:
+def test_inputs_that_the_model_does_not_run_on_are_refused(model: nn.Module, inputs: object, message: str) -> None:
     before = dict(vars(model)), dict(model._parameters), torch.get_rng_state()
     with pytest.raises(TraceError, match=message):
         trace(model, inputs)

@@ -1,4 +1,4 @@
-"""Layers and attributes that hold a width in a way of their own: numbers that code reads, weights made of weights."""
+"""Widths in attributes that the model's code uses, and in weights that are computed from other weights."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Scales(nn.Module):
         return self.leave(torch.cat(made, 1))
 
 
-def test_pieces_of_one_split_change_together_with_the_number_that_cuts_them() -> None:
+def test_pieces_of_one_split_resize_together_with_the_attribute_of_its_size() -> None:
     model, x = Scales(4, 3).double(), torch.randn(2, 3, 5, 5, dtype=FLOAT)
     graph, expected = trace(model, x), outputs(model, x)
     assert graph.sizes == {"enter": 4, "convs.1": 4}
@@ -61,7 +61,7 @@ class Scaled(nn.Module):
         return self.leave(self.enter(x) * self.scale.view(self.shape))
 
 
-def test_a_number_in_a_tuple_follows() -> None:
+def test_a_size_in_a_tuple_attribute_is_updated() -> None:
     model, x = Scaled(6).double(), torch.randn(2, 3, 5, 5, dtype=FLOAT)
     graph, expected = trace(model, x), outputs(model, x)
     graph = evolvenet.resize(model, graph, {"enter": IndexMap.grow(6, 3)})
@@ -92,7 +92,7 @@ PARAMETRIZED = {
 
 
 @pytest.mark.parametrize("name", PARAMETRIZED)
-def test_a_parametrized_layer_resizes_with_what_makes_its_weight(name: str) -> None:
+def test_a_parametrized_layer_resizes_with_the_tensors_of_its_parametrization(name: str) -> None:
     wrap, sizes = PARAMETRIZED[name]
     model = nn.Sequential(
         OrderedDict(a=nn.Linear(5, 8), f=nn.ReLU(), c=wrap(nn.Linear(8, 8)), g=nn.ReLU(), h=nn.Linear(8, 2))
@@ -124,7 +124,7 @@ class Biased(nn.Module):
         return self.b(self.a(x).relu() + self.mlp(self.table).flatten())
 
 
-def test_a_product_with_a_buffer_is_one_with_data() -> None:
+def test_a_product_with_a_buffer_counts_as_one_with_data() -> None:
     """Not a weight made of weights: whichever made the units would count as reading them, and growth change the output."""
     model, x = Biased().double(), torch.randn(2, 5, dtype=FLOAT)
     graph, expected = trace(model, x), outputs(model, x)
@@ -134,7 +134,7 @@ def test_a_product_with_a_buffer_is_one_with_data() -> None:
     assert distance(outputs(model, x), expected) < 1e-9
 
 
-def test_a_weight_made_in_an_unknown_way_stays() -> None:
+def test_a_weight_computed_in_an_unknown_way_is_frozen() -> None:
     """`torch.nn.utils.prune` keeps the layer's weight in an attribute; what the layer reads can change all the same."""
     masked = prune.identity(nn.Linear(8, 8), "weight")
     model = Between(lambda m, x, h: m.c(h), c=masked).double()
@@ -143,7 +143,7 @@ def test_a_weight_made_in_an_unknown_way_stays() -> None:
     assert any("it makes it from other tensors" in (width.frozen or "") for width in graph.widths.values())
 
 
-def test_a_layer_of_which_a_part_is_used_stays_whole() -> None:
+def test_a_layer_of_which_a_parameter_is_unused_is_frozen() -> None:
     """Its weight could be resized and its idle bias not: nothing could load such a layer again."""
     graph = trace(Between(lambda m, x, h: F.linear(h, m.c.weight), c=nn.Linear(8, 8)), torch.randn(2, 5))
     assert graph.sizes == {"a": 8}
