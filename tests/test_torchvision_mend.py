@@ -1,4 +1,4 @@
-"""`import evolvenet` makes torchvision and Lightning importable, is quick, and changes nothing that was well.
+"""`import evolvenet` makes torchvision and Lightning importable, imports little, and changes nothing that was well.
 
 What happens at import can only be seen in a fresh interpreter, so each test starts one. Most of them see a made-up
 torchvision, so that they say the same in an environment where the real one matches torch and where it does not.
@@ -6,6 +6,7 @@ torchvision, so that they say the same in an environment where the real one matc
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -109,15 +110,12 @@ def test_without_torchvision_or_with_it_imported_nothing_happens() -> None:
     assert lines == ["None", "No module named 'torchvision'", "True"]
 
 
-def test_importing_is_quick_and_leaves_lightning_alone() -> None:
+def test_importing_takes_few_modules_and_leaves_lightning_alone() -> None:
+    """Beyond torch it takes EvolveNet's own modules and a few small ones; nothing that is imported late comes along."""
     script = (
-        "import sys, time, torch\nstart = time.perf_counter()\nimport evolvenet\nprint(time.perf_counter() - start)\n"
-        "print({'lightning', 'pytorch_lightning', 'torchmetrics', 'torchvision', 'matplotlib'} & set(sys.modules))\n"
+        "import sys, torch\nbefore = set(sys.modules)\nimport evolvenet\n"
+        "print('\\n'.join(name for name in set(sys.modules) - before if name.partition('.')[0] != 'evolvenet'))\n"
     )
-    seconds = []
-    # Other work on the machine makes an import slower, never faster: the quickest of up to five is the true one.
-    while len(seconds) < 5 and min(seconds, default=9.0) >= 0.3:
-        spent, imported = run_script(script)
-        assert imported == "set()"
-        seconds.append(float(spent))
-    assert min(seconds) < 0.3, f"import evolvenet took {min(seconds):.2f} s beyond torch's own, expected 0.3 s at most"
+    imported = sorted(run_script(script))
+    assert {name.partition(".")[0] for name in imported} <= {"torch", "numpy", *sys.stdlib_module_names}
+    assert len(imported) <= 20, imported
