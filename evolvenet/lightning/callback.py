@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -12,10 +13,12 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from evolvenet.engine.distributed import check_agreement, process_group, run_on_all_ranks
+from evolvenet.engine.event_timer import EventState, EventTimer
+from evolvenet.engine.evolution_callback import EvolutionCallback
 from evolvenet.engine.evolver import Evolver
 from evolvenet.engine.history import History
 from evolvenet.engine.replica_discovery import ReplicaDiscovery
-from evolvenet.errors import PolicyError, RecordError, TraceError
+from evolvenet.errors import RecordError, TraceError
 from evolvenet.execution.call_recorder import CallRecorder
 from evolvenet.execution.inputs import first_samples
 from evolvenet.execution.isolation import reset_compiled_code
@@ -38,8 +41,6 @@ from evolvenet.lightning.trainer_parts import (
     progress_of,
     rebuild_ddp,
 )
-from evolvenet.policies.base import Policy, judged_metric
-from evolvenet.policies.schedule import Schedule
 from evolvenet.surgery.checkpoint import NOTE, Note, fit_shapes, let_load_reshape
 from evolvenet.tracing.trace import trace
 
@@ -50,7 +51,8 @@ MAX_BATCHES_WITHOUT_CALL = 8
 """Batches without a call of any module, since a training step may skip some, before there seems to be no network."""
 
 
-class WidthEvolution(Callback):
+@dataclass(eq=False, repr=False)
+class WidthEvolution(EvolutionCallback, Callback):
     """Prunes and grows the widths of whatever the trainer trains.
 
     The model is traced on the first training batch, with the inputs that its own training step gives it. When an event is
@@ -67,16 +69,11 @@ class WidthEvolution(Callback):
     moved; until then events are skipped, since a frozen reference must stay: `copies` settles it. Under DDP rank 0 decides
     from batches of all ranks, and the wrapper is made anew.
 
+    An event measures on at most half of an epoch's batches, or on those of `every_n_steps` optimizer steps.
+
     Args:
-        policy: proposes sizes, for example `evolvenet.Threshold`, or one of your own (see `evolvenet.Policy`).
-        every_n_epochs: an event at the start of every n-th epoch; the default, with n = 1, if neither is given. It measures
-            on at most half of the epoch's batches.
-        every_n_steps: or an event every n optimizer steps; it then measures on at most the batches of n steps.
-        start_step: no event before this optimizer step.
-        stop: share of the run's optimizer steps, 0 … 1, after which widths stay and the network settles.
-        example_inputs: what the model is called with, if the first training batch should not be waited for.
-        calibration_batches: how many training batches an event measures on.
-        seed: of the new units' random directions.
+        policy, every_n_epochs, every_n_steps, start_step, stop, example_inputs, calibration_batches, seed: see
+            `evolvenet.engine.evolution_callback.EvolutionCallback`.
         copies: {name of a submodule that follows another one: name of that one}, no other is taken for a copy then; None
             to find them.
 
@@ -90,48 +87,23 @@ class WidthEvolution(Callback):
     >>> callback = WidthEvolution(policy=Threshold(prune=0.01, grow=0.9), every_n_epochs=1)
     """
 
-    def __init__(
-        self,
-        policy: Policy,
-        every_n_epochs: int | None = None,
-        every_n_steps: int | None = None,
-        start_step: int = 0,
-        stop: float = 0.75,
-        example_inputs: Any = None,
-        calibration_batches: int = 4,
-        seed: int = 0,
-        copies: Mapping[str, str] | None = None,
-    ) -> None:
-        if calibration_batches < 1:
-            raise PolicyError(f"WidthEvolution: expected calibration_batches of 1 or more, got {calibration_batches}.")
-        self.policy = policy
-        self._judged_metric = judged_metric(policy)
-        self.schedule = Schedule(every_n_epochs, every_n_steps, start_step, stop)
-        self.example_inputs = example_inputs
-        self.calibration_batches = calibration_batches
-        self.seed = seed
-        self.copies = copies
-        self.evolver: Evolver | None = None
-        self._resumed: dict[str, Any] | None = None
-        self._listener: CallRecorder | None = None
-        self._note: RemovableHandle | None = None
+    copies: Mapping[str, str] | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
         self._root = ""
-        self._outer: LightningModule | None = None
+        self._module: LightningModule | None = None
+        self._note_hook: RemovableHandle | None = None
         self._replicas: ReplicaDiscovery | None = None
         self._averages: list[nn.Module] = []
-        self._silent = 0
-        self._deaf = False
-        self._due_since: int | None = None
-        self._batches = 0
-        self._seen_step: int | None = None
         self._metric: float | None = None
 
     @property
     def history(self) -> History | None:
         """The run's events, None before the model is traced."""
-        if self.evolver is not None:
-            return self.evolver.history
-        return History.from_dict(self._resumed["evolver"]["history"]) if self._resumed else None
+        if self.evolver is None and self._resumed:
+            return History.from_dict(self._resumed["evolver"]["history"])
+        return super().history
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse what cannot work, and let the model take a checkpoint's widths when one is loaded."""
@@ -141,12 +113,11 @@ class WidthEvolution(Callback):
             let_load_reshape(module)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Listen to what the training step calls the model with."""
-        self._outer, self._silent = pl_module, 0
+        """Record what the training step calls the model with."""
+        self._module, self._timer.batches_without_call = pl_module, 0
         if self.evolver is not None:
-            self._take_up(trainer, pl_module, self.evolver)
-        else:
-            self._listener = record_calls(pl_module)
+            self._continue_from(pl_module, self.evolver)
+        self._recorder = record_calls(pl_module)
         self._replicas = None
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -157,23 +128,18 @@ class WidthEvolution(Callback):
             self._replicas = ReplicaDiscovery(modules_to_search(trainer, pl_module), self.copies)
             self._replicas.load_state_dict(self._resumed.get("replicas", {}) if self._resumed else {})
         if self.evolver is None:
-            self._begin_with(trainer, pl_module, lambda: self._known(trainer))
+            self._start_on_all_ranks(trainer, pl_module, lambda: self._known_inputs(trainer))
         if boundary:
             self._judge(trainer, pl_module)
-        if self._due_since is not None:
-            self._batches += 1
-            if self.evolver is not None and boundary and self._batches >= self._wanted(trainer):
-                self._hear()
-                if self.evolver.observed or self._deaf:
-                    self._event(trainer, pl_module, self.evolver)
-                else:
-                    # Code compiled before the hook was there does not run it.
-                    self._deaf, self._batches = True, 0
-                    reset_compiled_code()
-        if boundary and self._is_due(trainer, batch_idx) and self._due_since is None:
-            self._due_since, self._batches = trainer.global_step, 0
-        if self._due_since is not None and self.evolver is not None and self._listener is None:
-            self._listener = CallRecorder({self._root: self.evolver.model}, self.calibration_batches, self._outer)
+        self._timer.needed = self._batches_needed(trainer)
+        self._timer.count_batch()
+        if boundary and self._timer.state is EventState.DUE:
+            self._change_widths(trainer, pl_module)
+        if boundary:
+            epoch = trainer.current_epoch if batch_idx == 0 else None
+            self._timer.check(trainer.global_step, progress_of(trainer), epoch)
+        if self._timer.recording and self._recorder is None:
+            self._record_network()
         if self.evolver is not None:
             latest = [self.evolver.history.initial, *self.evolver.history.events][-1]
             pl_module.log("evolve/parameters", float(latest.parameters), prog_bar=True)
@@ -182,9 +148,9 @@ class WidthEvolution(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Trace once the first inputs are known: before a checkpoint is saved, for it must know of an event that is due."""
+        """Trace once the first inputs are known, before a checkpoint is saved, which must hold an event that is due."""
         if self.evolver is None:
-            self._begin_with(trainer, pl_module, lambda: self._called(trainer, pl_module))
+            self._start_on_all_ranks(trainer, pl_module, lambda: self._recorded_inputs(trainer, pl_module))
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep the metric that the policy judges by, until widths may change again."""
@@ -194,16 +160,16 @@ class WidthEvolution(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Judge the last cut, and leave no hook behind."""
         self._judge(trainer, pl_module)
-        self._leave()
+        self._remove_hooks()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Leave no hook behind."""
-        self._leave()
+        self._remove_hooks()
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """When the hook that notes what a state dict does not say is not there yet, or gone after the run."""
+        """Add the module's note to the state dict where no hook does: before the first batch and after the run."""
         metadata = getattr(checkpoint["state_dict"], "_metadata", None)
-        note = self._noted(pl_module)
+        note = self._checkpoint_note(pl_module)
         if note is not None and metadata is not None:
             metadata.setdefault("", {})[NOTE] = note.read(pl_module)
 
@@ -211,14 +177,12 @@ class WidthEvolution(Callback):
         """The run's events and what the next ones depend on, for the checkpoint."""
         if self.evolver is None:
             return self._resumed or {}
-        self._hear()
+        self._observe_recorded()
         return {
             "evolver": self.evolver.state_dict(),
             "root": self._root,
             "replicas": self._replicas.state_dict() if self._replicas else {},
-            "due_since": self._due_since,
-            "batches": self._batches,
-            "seen_step": self._seen_step,
+            **self._timer.state_dict(),
             "metric": self._metric,
         }
 
@@ -226,48 +190,45 @@ class WidthEvolution(Callback):
         """Keep the state of the resumed run until its first inputs are known."""
         self.evolver = None
         self._resumed = state_dict or None
-        self._due_since = state_dict.get("due_since")
-        self._batches = state_dict.get("batches", 0)
-        self._seen_step = state_dict.get("seen_step")
+        self._timer.load_state_dict(state_dict)
         self._metric = state_dict.get("metric")
 
     def load_worker_state(self, pl_module: LightningModule, state: dict[str, Any]) -> None:
-        """After a run in processes of their own: its events, and the module's numbers that no state dict holds."""
+        """Restore the state of a spawned process, and the module's attributes that no state dict holds."""
         self.load_state_dict(state)
         if self._resumed is not None:
             fit_shapes(pl_module.get_submodule(self._resumed["root"]), {}, note=self._resumed["evolver"]["note"])
 
-    def _begin_with(
+    def _start_on_all_ranks(
         self, trainer: Trainer, pl_module: LightningModule, find: Callable[[], tuple[str, list[Any]] | None]
     ) -> None:
-        """Make the evolver on every process, if what is to be found is there."""
+        """Make the evolver on every rank, if `find` returns the network's path and inputs."""
 
-        def begin() -> None:
+        def start() -> None:
             found = find()
             if found is not None:
-                self._begin(trainer, pl_module, *found)
+                self._start(trainer, pl_module, *found)
 
-        run_on_all_ranks(process_group(), begin)
+        run_on_all_ranks(process_group(), start)
         if self.evolver is not None:
-            check_agreement(
-                process_group(), "widths and times of events", f"{self.evolver.graph.sizes}, {self._when()}"
-            )
+            times = f"{self.schedule}, calibration_batches={self.calibration_batches}, seed={self.seed}"
+            check_agreement(process_group(), "widths and times of events", f"{self.evolver.graph.sizes}, {times}")
 
-    def _known(self, trainer: Trainer) -> tuple[str, list[Any]] | None:
-        """The network's path and inputs of its, where some are known before the first batch."""
+    def _known_inputs(self, trainer: Trainer) -> tuple[str, list[Any]] | None:
+        """The network's path and inputs for it, where some are known before the first batch."""
         if self.example_inputs is not None:
             return self._resumed_root() or "", [self.example_inputs]
         state = self._resumed["evolver"] if self._resumed else {}
         if self._resumed and (kept := state["batches"] or state.get("example")):
-            # Interrupted among the batches of an event, or between a validation and what it means for the last cut.
+            # Interrupted while batches were gathered, or between a validation and the judgement of the last cut.
             return self._resumed["root"], [trainer.strategy.batch_to_device(each) for each in kept]
         return None
 
-    def _called(self, trainer: Trainer, pl_module: LightningModule) -> tuple[str, list[Any]] | None:
-        """The network's path and what the first batch that was not skipped called it with."""
-        if self._listener is None or not self._listener.names:
-            self._silent += 1
-            if self._silent < MAX_BATCHES_WITHOUT_CALL:
+    def _recorded_inputs(self, trainer: Trainer, pl_module: LightningModule) -> tuple[str, list[Any]] | None:
+        """The network's path and its recorded inputs; None if the training step has called no module so far."""
+        if self._recorder is None or not self._recorder.names:
+            self._timer.batches_without_call += 1
+            if self._timer.batches_without_call < MAX_BATCHES_WITHOUT_CALL:
                 return None
             raise TraceError(
                 f"{type(pl_module).__name__}'s training step has run on {MAX_BATCHES_WITHOUT_CALL} batches without calling "
@@ -275,31 +236,32 @@ class WidthEvolution(Callback):
                 "(self(x) or self.net(x), not self.forward(x)), or give "
                 "WidthEvolution(example_inputs=...)."
             )
-        root = self._resumed_root() or find_network(pl_module, self._listener, optimizers_of(trainer, pl_module))
-        return root, self._listener.inputs(root)
+        root = self._resumed_root() or find_network(pl_module, self._recorder, optimizers_of(trainer, pl_module))
+        return root, self._recorder.inputs(root)
 
-    def _begin(self, trainer: Trainer, pl_module: LightningModule, path: str, calls: list[Any]) -> None:
-        """Make the evolver of the network there, with inputs to run it on."""
+    def _start(self, trainer: Trainer, pl_module: LightningModule, path: str, inputs: list[Any]) -> None:
+        """Make the evolver of the network at a path of the module."""
         self._root = path
-        heard = self._listener.calls(self._root) if self._listener else []
-        self._silence()
+        calls = self._recorder.calls(self._root) if self._recorder else []
+        self._stop_recording()
         root = pl_module.get_submodule(self._root)
         self._averages = [copy.get_submodule(self._root) for copy in weight_averages(trainer, pl_module)]
         state = self._resumed["evolver"] if self._resumed else None
         with default_dtype(trainer), logging_muted(pl_module):
             self.evolver = Evolver(
-                root, optimizers_of(trainer, pl_module), self.policy, calls[0], self.calibration_batches, self.seed,
-                self._along, after_change=partial(rebuild_ddp, trainer.strategy, pl_module),
-                graph=self._graph(root, calls[0]) if state is None else from_plain(state["graph"]),
+                root, optimizers_of(trainer, pl_module), self.policy, inputs[0], self.calibration_batches, self.seed,
+                self._models_to_update, after_change=partial(rebuild_ddp, trainer.strategy, pl_module),
+                graph=self._trace(root, inputs[0]) if state is None else from_plain(state["graph"]),
             )  # fmt: skip
         if state is not None:
             self.evolver.load_state_dict(state)
             self._resumed = None
             for copy in self._averages:
                 fit_shapes(copy, {}, note=state["note"])
-        for call in heard if self._due_since is not None else ():
+        self._timer.start()
+        for call in calls if self._timer.recording else ():
             self.evolver.observe(*call)
-        self._note = self._numbers(self.evolver).register(pl_module)
+        self._note_hook = self._note(self.evolver).register(pl_module)
         log_event(trainer, self.evolver.history.initial)
         log.info(
             "%d resizable widths hold %.1f %% of the %s parameters; %d frozen",
@@ -309,58 +271,62 @@ class WidthEvolution(Callback):
             sum(width.frozen is not None for width in self.evolver.graph.widths.values()),
         )
 
-    def _take_up(self, trainer: Trainer, pl_module: LightningModule, evolver: Evolver) -> None:
-        """A second `fit` with this callback: the same network goes on, with whatever optimizers and widths it has now."""
-        self._due_since, self._seen_step = None, None
+    def _continue_from(self, pl_module: LightningModule, evolver: Evolver) -> None:
+        """In a second `fit` with this callback: resume from the first one's evolver, if the network is still the same."""
+        self._timer = EventTimer(self.schedule)
         state = evolver.state_dict()
         self.evolver, self._resumed = None, None
         known = dict(pl_module.named_modules()).get(self._root) is evolver.model
         if known and _fits(evolver):
             replicas = self._replicas.state_dict() if self._replicas else {}
             self._resumed = {"evolver": {**state, "batches": []}, "root": self._root, "replicas": replicas}
-        self._listener = record_calls(pl_module)
 
-    def _noted(self, pl_module: LightningModule) -> Note | None:
-        """What a checkpoint has to say of the widths besides shapes; None before they are known."""
+    def _checkpoint_note(self, pl_module: LightningModule) -> Note | None:
+        """The note on the widths that a checkpoint holds beside the tensors; None before they are known."""
         if self.evolver is not None:
-            return self._numbers(self.evolver)
+            return self._note(self.evolver)
         if self._resumed is None:
             return None
         root = self._resumed["root"]
         return Note.of(pl_module.get_submodule(root), from_plain(self._resumed["evolver"]["graph"]), root)
 
-    def _graph(self, root: nn.Module, inputs: Any) -> WidthGraph:
+    def _trace(self, root: nn.Module, inputs: Any) -> WidthGraph:
         graph = trace(root, first_samples(inputs, 2))
         return self._replicas.settle(root, graph) if self._replicas else graph
 
-    def _along(self) -> list[nn.Module]:
-        """What goes through an event with the network: copies of its weights."""
+    def _models_to_update(self) -> list[nn.Module]:
+        """The replicas of the network that go through an event's changes."""
         if self.evolver is None or self._replicas is None:
             return self._averages
         evolver = self.evolver
         return [*self._averages, *self._replicas.along(evolver.model, evolver.graph, evolver.optimizers)]
 
-    def _numbers(self, evolver: Evolver) -> Note:
+    def _note(self, evolver: Evolver) -> Note:
         note = Note.of(evolver.model, evolver.graph, self._root)
         return note.mirrored(self._replicas.pairs(evolver.model, evolver.graph)) if self._replicas else note
 
     def _resumed_root(self) -> str | None:
         return self._resumed["root"] if self._resumed else None
 
-    def _when(self) -> str:
-        return f"{self.schedule}, calibration_batches={self.calibration_batches}, seed={self.seed}"
-
-    def _event(self, trainer: Trainer, pl_module: LightningModule, evolver: Evolver) -> None:
-        # Some runs make new ones on their way.
+    def _change_widths(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The event, or, where none of its calls was recorded, once more the gathering of batches for it."""
+        assert self.evolver is not None
+        evolver = self.evolver
+        self._observe_recorded()
+        if not evolver.observed and not self._timer.retried:
+            # Code that was compiled before the recorder's hooks were there does not run them.
+            self._timer.retry()
+            reset_compiled_code()
+            return
+        # Some runs replace their optimizers on the way.
         evolver.optimizers = optimizers_of(trainer, pl_module)
         with default_dtype(trainer), logging_muted(pl_module):
             event = evolver.step(at=trainer.global_step, progress=progress_of(trainer))
         evolver.forget()
-        self._silence()
-        if self._deaf:
+        self._stop_recording()
+        if self._timer.retried:
             reset_compiled_code()
-        self._deaf = False
-        self._due_since = None
+        self._timer.finish()
         log_event(trainer, event)
 
     def _judge(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -374,16 +340,20 @@ class WidthEvolution(Callback):
         if event is not None:
             log_event(trainer, event)
 
-    def _hear(self) -> None:
-        """Hand what was heard to the evolver."""
-        if self.evolver is not None and self._listener is not None:
-            for call in self._listener.calls(self._root):
+    def _observe_recorded(self) -> None:
+        """Pass the recorded calls on to the evolver, each of them once."""
+        if self.evolver is not None and self._recorder is not None:
+            for call in self._recorder.calls(self._root):
                 self.evolver.observe(*call)
-            self._silence()
-            if self._due_since is not None:
-                self._listener = CallRecorder({self._root: self.evolver.model}, self.calibration_batches, self._outer)
+            self._stop_recording()
+            if self._timer.recording:
+                self._record_network()
 
-    def _wanted(self, trainer: Trainer) -> int:
+    def _record_network(self) -> None:
+        assert self.evolver is not None
+        self._recorder = CallRecorder({self._root: self.evolver.model}, self.calibration_batches, self._module)
+
+    def _batches_needed(self, trainer: Trainer) -> int:
         """Batches to measure on; not so many that the next event would be due before, or most of a short epoch gone."""
         steps = self.schedule.every_n_steps
         if steps is None:
@@ -392,22 +362,12 @@ class WidthEvolution(Callback):
             until = steps * trainer.accumulate_grad_batches
         return int(min(self.calibration_batches, until))
 
-    def _is_due(self, trainer: Trainer, batch_idx: int) -> bool:
-        before, self._seen_step = self._seen_step, trainer.global_step
-        epoch = trainer.current_epoch if batch_idx == 0 else None
-        return self.schedule.due(trainer.global_step, progress_of(trainer), epoch, before)
-
-    def _silence(self) -> None:
-        if self._listener is not None:
-            self._listener.close()
-        self._listener = None
-
-    def _leave(self) -> None:
-        self._hear()
-        self._silence()
-        if self._note is not None:
-            self._note.remove()
-        self._note, self._outer = None, None
+    def _remove_hooks(self) -> None:
+        self._observe_recorded()
+        self._stop_recording()
+        if self._note_hook is not None:
+            self._note_hook.remove()
+        self._note_hook, self._module = None, None
 
 
 def _fits(evolver: Evolver) -> bool:

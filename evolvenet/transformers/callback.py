@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 from torch import nn
 from torch.optim import Optimizer
 
+from evolvenet.engine.event_timer import EventState, EventTimer
+from evolvenet.engine.evolution_callback import EvolutionCallback
 from evolvenet.engine.evolver import Evolver
-from evolvenet.engine.history import History
 from evolvenet.errors import MissingPackageError, PolicyError, TraceError, UnsupportedStrategyError
 from evolvenet.execution.call_recorder import CallRecorder
-from evolvenet.policies.base import Policy, judged_metric
-from evolvenet.policies.schedule import Schedule
 from evolvenet.surgery.checkpoint import fit_shapes, let_load_reshape
 
 try:
@@ -29,7 +29,8 @@ except ModuleNotFoundError as error:
 _KEY = "evolvenet"
 
 
-class WidthEvolutionCallback(TrainerCallback):
+@dataclass(eq=False, repr=False)
+class WidthEvolutionCallback(EvolutionCallback, TrainerCallback):
     """Prunes and grows the widths of the model that a `transformers.Trainer` trains.
 
     Give it to `Trainer(callbacks=[...])`, so that `trainer.train(resume_from_checkpoint=True)` takes the checkpoint's
@@ -38,14 +39,8 @@ class WidthEvolutionCallback(TrainerCallback):
     "evolve/parameters" and "evolve/macs" are added to what the trainer logs.
 
     Args:
-        policy: proposes sizes, for example `evolvenet.Threshold`, or one of your own (see `evolvenet.Policy`).
-        every_n_epochs: an event at the start of every n-th epoch; the default, with n = 1, if neither is given.
-        every_n_steps: or an event every n optimizer steps.
-        start_step: no event before this optimizer step.
-        stop: share of the run's optimizer steps, 0 … 1, after which widths stay and the network settles.
-        example_inputs: what the model is called with, if the first training batch should not be waited for.
-        calibration_batches: how many of the last training batches an event measures on.
-        seed: of the new units' random directions.
+        policy, every_n_epochs, every_n_steps, start_step, stop, example_inputs, calibration_batches, seed: see
+            `evolvenet.engine.evolution_callback.EvolutionCallback`. An event measures on the last training batches.
 
     Raises:
         PolicyError: for values out of range, a policy without a method `propose`, or one that takes cuts back.
@@ -56,39 +51,15 @@ class WidthEvolutionCallback(TrainerCallback):
     >>> callback = WidthEvolutionCallback(policy=Threshold(prune=0.01, grow=0.9), every_n_steps=100)
     """
 
-    def __init__(
-        self,
-        policy: Policy,
-        every_n_epochs: int | None = None,
-        every_n_steps: int | None = None,
-        start_step: int = 0,
-        stop: float = 0.75,
-        example_inputs: Any = None,
-        calibration_batches: int = 4,
-        seed: int = 0,
-    ) -> None:
-        if calibration_batches < 1:
-            raise PolicyError(f"Expected calibration_batches of 1 or more, got {calibration_batches}.")
-        if judged_metric(policy) is not None:
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self._judged_metric is not None:
             raise PolicyError(
-                f"Expected a policy that does not take cuts back, got {type(policy).__name__}: what it would go back to cannot "
-                "be kept in the JSON of a transformers checkpoint. Take Threshold or Budget here, or Evolver in your own loop."
+                f"Expected a policy that does not take cuts back, got {type(self.policy).__name__}: what it would go back to "
+                "cannot be kept in the JSON of a transformers checkpoint. Take Threshold or Budget here, or Evolver "
+                "in your own loop."
             )
-        self.policy = policy
-        self.schedule = Schedule(every_n_epochs, every_n_steps, start_step, stop)
-        self.example_inputs = example_inputs
-        self.calibration_batches = calibration_batches
-        self.seed = seed
-        self.evolver: Evolver | None = None
-        self._resumed: dict[str, Any] | None = None
         self._inputs: Any = None
-        self._listener: CallRecorder | None = None
-        self._owed = False
-
-    @property
-    def history(self) -> History | None:
-        """The run's events, None before the model is traced."""
-        return self.evolver.history if self.evolver else None
 
     def on_init_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **unused: Any
@@ -102,8 +73,8 @@ class WidthEvolutionCallback(TrainerCallback):
         """Refuse what cannot work, and take up where a checkpoint was written."""
         _refuse_several_devices(args)
         let_load_reshape(model)
-        self._deafen()
-        self.evolver, self._inputs, self._owed = None, self.example_inputs, False
+        self._stop_recording()
+        self.evolver, self._inputs, self._timer = None, self.example_inputs, EventTimer(self.schedule)
         self._resumed = _evolver_state(state)
         if self._resumed is not None:
             fit_shapes(model, {}, note=self._resumed["note"])
@@ -117,27 +88,29 @@ class WidthEvolutionCallback(TrainerCallback):
         optimizer: Any = None,
         **unused: Any,
     ) -> None:
-        """Trace once the first inputs are known, change widths when an event is due, listen to the step's batches."""
+        """Trace once the first inputs are known, change widths when an event is due, record the step's batches."""
         if self.evolver is None and self._inputs is not None:
-            self._begin(model, optimizer, state)
-        due = self._due(state) or self._owed
-        # A resumed run may start right at an event, before its first batch: it is made up for after that.
-        self._owed = due and self.evolver is None
-        if due and self.evolver is not None:
-            self.evolver.step(at=state.global_step, progress=state.global_step / max(state.max_steps, 1))
-            self._remember(self.evolver, state)
-        self._listener = CallRecorder({"": model}, self.calibration_batches)
+            self._start(model, optimizer, state)
+        epoch = state.epoch or 0.0
+        progress = state.global_step / max(state.max_steps, 1)
+        # A resumed run may be due for an event before its first batch: the timer keeps it until the model is traced.
+        self._timer.check(state.global_step, progress, int(epoch) if epoch == int(epoch) else None)
+        if self.evolver is not None and self._timer.state is EventState.DUE:
+            self.evolver.step(at=state.global_step, progress=progress)
+            self._timer.finish()
+            self._save_state(self.evolver, state)
+        self._recorder = CallRecorder({"": model}, self.calibration_batches)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **unused: Any
     ) -> None:
-        """Stop listening: nothing of ours is on the model while it is evaluated or saved."""
-        for inputs, gradients in self._listener.calls("") if self._listener else ():
+        """Stop recording: the model has no hooks of ours while it is evaluated or saved."""
+        for inputs, gradients in self._recorder.calls("") if self._recorder else ():
             if self.evolver is not None:
                 self.evolver.observe(inputs, gradients)
             elif self._inputs is None:
                 self._inputs = inputs
-        self._deafen()
+        self._stop_recording()
         if self._inputs is None and self.evolver is None:
             raise TraceError(
                 f"A training step has run without calling the {type(model).__name__} itself, so there is nothing to trace. "
@@ -165,50 +138,46 @@ class WidthEvolutionCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **unused: Any
     ) -> None:
         """Leave no hook behind; the best checkpoint, if it was loaded, brings its numbers along."""
-        self._deafen()
+        self._stop_recording()
         if args.load_best_model_at_end and state.best_model_checkpoint is not None:
             best = TrainerState.load_from_json(str(Path(state.best_model_checkpoint, "trainer_state.json")))
             fit_shapes(model, {}, note=(_evolver_state(best) or {}).get("note"))
 
-    def _begin(self, model: nn.Module, optimizer: Optimizer, state: TrainerState) -> None:
+    def _start(self, model: nn.Module, optimizer: Optimizer, state: TrainerState) -> None:
         inner = _unwrapped(optimizer)
         self.evolver = Evolver(model, inner, self.policy, self._inputs, self.calibration_batches, self.seed)
         if self._resumed is not None:
             self.evolver.load_state_dict(self._resumed)
         self.evolver.observe(self._inputs)
         self._inputs = None
-        self._remember(self.evolver, state)
-
-    def _due(self, state: TrainerState) -> bool:
-        epoch = state.epoch or 0.0
-        share = state.global_step / max(state.max_steps, 1)
-        return self.schedule.due(state.global_step, share, int(epoch) if epoch == int(epoch) else None)
-
-    def _deafen(self) -> None:
-        if self._listener is not None:
-            self._listener.close()
-            self._listener = None
+        self._timer.start()
+        self._save_state(self.evolver, state)
 
     @staticmethod
-    def _remember(evolver: Evolver, state: TrainerState) -> None:
-        """Write into the trainer's state, which goes into every checkpoint, what a resumed run needs."""
+    def _save_state(evolver: Evolver, state: TrainerState) -> None:
+        """Write the evolver's state into the trainer's, which goes into every checkpoint."""
         # The trainer's state is JSON: no tensors.
-        known = evolver.state_dict()
-        _kept(state)[_KEY] = {**known, "batches": [], "gradients": [], "note": {**known["note"], "buffers": {}}}
+        saved = evolver.state_dict()
+        _callback_states(state)[_KEY] = {
+            **saved,
+            "batches": [],
+            "gradients": [],
+            "note": {**saved["note"], "buffers": {}},
+        }
 
 
-def _kept(state: TrainerState) -> dict[str, Any]:
-    """What a trainer's state keeps for callbacks, by name: a dict, whatever its annotation says."""
+def _callback_states(state: TrainerState) -> dict[str, Any]:
+    """The states of callbacks in a trainer's state, by name: a dict, whatever its annotation says."""
     return cast(dict[str, Any], state.stateful_callbacks)
 
 
 def _evolver_state(state: TrainerState) -> dict[str, Any] | None:
-    """What `_remember` wrote; JSON has made lists of tuples."""
-    kept = _kept(state).get(_KEY)
-    if kept is None:
+    """What `_save_state` wrote; JSON has made lists of tuples."""
+    saved = _callback_states(state).get(_KEY)
+    if saved is None:
         return None
-    numbers = [[path, name, tuple(v) if isinstance(v, list) else v] for path, name, v in kept["note"]["numbers"]]
-    return {**kept, "note": {**kept["note"], "numbers": numbers}}
+    numbers = [[path, name, tuple(v) if isinstance(v, list) else v] for path, name, v in saved["note"]["numbers"]]
+    return {**saved, "note": {**saved["note"], "numbers": numbers}}
 
 
 def _refuse_several_devices(args: TrainingArguments) -> None:

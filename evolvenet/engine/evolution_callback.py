@@ -1,0 +1,64 @@
+"""What the callbacks of all trainers have in common: their arguments, an evolver, and the time of its next event."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from evolvenet.engine.event_timer import EventTimer
+from evolvenet.engine.evolver import Evolver
+from evolvenet.engine.history import History
+from evolvenet.errors import PolicyError
+from evolvenet.execution.call_recorder import CallRecorder
+from evolvenet.policies.base import Policy, judged_metric
+from evolvenet.policies.schedule import Schedule
+
+
+@dataclass(eq=False, repr=False)
+class EvolutionCallback:
+    """Changes widths at the times of a schedule. Subclasses call the evolver from a trainer's hooks.
+
+    Args:
+        policy: proposes sizes, for example `evolvenet.Threshold`, or one of your own (see `evolvenet.Policy`).
+        every_n_epochs: an event at the start of every n-th epoch; the default, with n = 1, if neither is given.
+        every_n_steps: or an event every n optimizer steps.
+        start_step: no event before this optimizer step.
+        stop: share of the run's optimizer steps, 0 … 1, after which widths stay and the network settles.
+        example_inputs: what the model is called with, if the first training batch should not be waited for.
+        calibration_batches: how many training batches an event measures on.
+        seed: of the new units' random directions.
+
+    Raises:
+        PolicyError: for values out of range, or a policy without a method `propose`.
+    """
+
+    policy: Policy
+    every_n_epochs: int | None = None
+    every_n_steps: int | None = None
+    start_step: int = 0
+    stop: float = 0.75
+    example_inputs: Any = None
+    calibration_batches: int = 4
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.calibration_batches < 1:
+            raise PolicyError(
+                f"{type(self).__name__}: expected calibration_batches of 1 or more, got {self.calibration_batches}."
+            )
+        self._judged_metric = judged_metric(self.policy)
+        self.schedule = Schedule(self.every_n_epochs, self.every_n_steps, self.start_step, self.stop)
+        self.evolver: Evolver | None = None
+        self._timer = EventTimer(self.schedule)
+        self._resumed: dict[str, Any] | None = None
+        self._recorder: CallRecorder | None = None
+
+    @property
+    def history(self) -> History | None:
+        """The run's events, None before the model is traced."""
+        return self.evolver.history if self.evolver else None
+
+    def _stop_recording(self) -> None:
+        if self._recorder is not None:
+            self._recorder.close()
+        self._recorder = None
