@@ -38,7 +38,7 @@ from evolvenet.growth.loss_test import Gradients, evidence
 from evolvenet.growth.plan import plan_growth
 from evolvenet.measurement.activation_moments import ActivationMoments, collect
 from evolvenet.measurement.cost import Costs, macs, parameters
-from evolvenet.measurement.width_spectra import WidthStatistics, measures_of, ranks_and_energies
+from evolvenet.measurement.width_spectra import WidthStatistics, ranks_and_energies, width_statistics
 from evolvenet.policies.base import JudgingPolicy, Policy, PolicyContext, Proposal, judged_metric
 from evolvenet.pruning.allocation import trial_curves
 from evolvenet.pruning.reconstruction import TRAINING_LIMITS, reconstruct
@@ -320,7 +320,7 @@ class Evolver:
             with stage("statistics"):
                 found.append(collect(self.model, self.graph, batches))
             with stage("spectra"):
-                measured.update(measures_of(self.model, self.graph, found[0], self._changed, self._events))
+                measured.update(width_statistics(self.model, self.graph, found[0], self._changed, self._events))
             return measured
 
         context = PolicyContext(

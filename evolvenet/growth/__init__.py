@@ -1,1 +1,1 @@
-"""New units: where they start, and whether the loss asks for them. May import from `pruning` down."""
+"""New units: their initial weights, and a held-out test of whether they lower the loss. May import from `pruning` down."""

@@ -1,4 +1,4 @@
-"""Where new units lie in every tensor of a widened model, and the room to try them in without touching it."""
+"""The expanded model: the places of new units in every tensor, and a run with them that leaves the model as it is."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from evolvenet.linalg.spectrum import matricize
 from evolvenet.surgery.resize_model import Surgery, TensorChange, compile_surgery, install
 
 INITIAL_NORM = 3**-0.5
-"""Mean norm of a row that PyTorch's own initialisation makes; for a layer whose rows are all 0."""
+"""Mean norm of a row of PyTorch's default initialisation, U(−1/√d, 1/√d); for a layer whose rows are all 0."""
 
 Entries = Mapping[Tie, Tensor]
-"""What each new unit has in each tie, `[count, places]` float64; the places in the order of `units`."""
+"""{tie: entries of the new units, `[count, places]` float64}; the places in the order of `Growth.unit_entries`."""
 
 Loss = Callable[[Any, Any], Tensor]
 """(the model's output, targets) → a scalar."""
@@ -32,14 +32,14 @@ Loss = Callable[[Any, Any], Tensor]
 
 @dataclass(frozen=True)
 class NewUnitSlice:
-    """The new units' places in one tensor.
+    """The slice of a tensor that holds the new units.
 
     Args:
         dim: the axis of the units.
-        first: their first place on it.
-        count: how many new units.
-        repeat: consecutive places that each has on the axis.
-        others: the maps of the other axes that change; what a new unit has there with other new units stays 0.
+        first: its first index on the axis.
+        count: number of new units.
+        repeat: consecutive indices of each unit on the axis.
+        others: {other axis that changes: its map}; entries between new units of both axes stay 0.
     """
 
     dim: int
@@ -72,12 +72,12 @@ class NewUnitSlice:
 
 @dataclass(frozen=True, eq=False)
 class Growth:
-    """What a method that starts new units is given.
+    """The input of an initializer.
 
     Args:
         model: the model, unchanged.
         graph: its widths.
-        surgery: the growth with zeros for new units (1 for norm weights and running variances).
+        surgery: the expansion, new units zero (1 for norm weights and running variances).
         generator: where random numbers come from, a CPU generator; None for PyTorch's global one.
         batches: None; model inputs; with a loss, pairs of (model inputs, targets).
         loss: None, or (model output, targets) → a scalar.
@@ -96,7 +96,7 @@ class Growth:
         return tuple(self.graph.widths[name] for name in self.surgery.maps)
 
     def count(self, width: Width) -> int:
-        """How many new units the width gets."""
+        """Number of new units of the width."""
         return self.surgery.maps[width.name].new_size - width.size
 
     @cached_property
@@ -120,7 +120,7 @@ class Growth:
         missing = [name for name, value in (("batches", self.batches), ("loss", self.loss)) if value is None]
         if missing:
             raise ResizeError(
-                f"Grow: method {method!r} follows the loss's gradient and needs batches of (inputs, targets) and "
+                f"Grow: method {method!r} uses the loss's gradient and needs batches of (inputs, targets) and "
                 f"loss(model_output, targets), got no {' and no '.join(missing)}. Pass both, or take 'orthogonal'."
             )
         for batch in self.batches or ():
@@ -148,7 +148,7 @@ class Growth:
         if not value.requires_grad:
             raise ResizeError(
                 "Grow: the loss has no gradient: something between the weights and the loss is detached, or runs under "
-                "no_grad. Methods that follow the gradient need it; 'orthogonal' and 'paired' do not."
+                "no_grad. Methods that use the gradient need it; 'orthogonal' and 'paired' do not."
             )
         return value.sum()
 
@@ -158,8 +158,8 @@ class Growth:
         maps = {name: IndexMap.grow(sizes[name], count) for name, count in counts.items() if count}
         return replace(self, surgery=compile_surgery(self.model, self.graph, maps))
 
-    def units(self, tie: Tie, width: Width) -> Tensor:
-        """What one tensor holds for each unit that is there, `[width.size, places]` float64 on the CPU.
+    def unit_entries(self, tie: Tie, width: Width) -> Tensor:
+        """The entries of the present units in one tensor, `[width.size, places]` float64 on the CPU.
 
         Raises:
             SpectrumError: for NaN or infinite entries.
@@ -168,29 +168,29 @@ class Growth:
         return matricize(tensor, tie.dim, tie.tensor).to("cpu", torch.float64).reshape(width.size, -1)
 
     def norm(self, tie: Tie, width: Width) -> float:
-        """Mean norm of what one tensor holds for a unit; where a producer's are all 0, what a fresh layer has."""
-        return float(self.units(tie, width).norm(dim=1).mean()) or (INITIAL_NORM if tie.role == PRODUCES else 0.0)
+        """Mean norm of a present unit's entries in one tensor; `INITIAL_NORM` where a producer's are all 0."""
+        return float(self.unit_entries(tie, width).norm(dim=1).mean()) or (INITIAL_NORM if tie.role == PRODUCES else 0.0)
 
     def slot(self, tie: Tie, width: Width) -> NewUnitSlice:
-        """Where the new units lie in one tensor."""
+        """The slice of one tensor that holds the new units."""
         axes = self.changes[tie.tensor].axes
         first = axes[tie.dim].indices.index(tie.start) + width.size * tie.repeat
         others = {dim: index_map for dim, index_map in axes.items() if dim != tie.dim}
         return NewUnitSlice(tie.dim, first, self.count(width), tie.repeat, others)
 
     def matrices(self, width: Width, role: str) -> tuple[Tie, ...]:
-        """The ties of one role that hold more than a number for each unit."""
+        """The ties of one role in weights and kernels, not in vectors."""
         return tuple(tie for tie in width.ties if tie.role == role and len(self.graph.shapes[tie.tensor]) > 1)
 
 
-def place(growth: Growth, directions: Entries) -> Surgery:
-    """The growth's surgery with its new units' entries.
+def fill_new_units(growth: Growth, directions: Entries) -> Surgery:
+    """The surgery of a growth with the entries of its new units.
 
     Args:
-        growth: what grows.
-        directions: of norm 1 (or 0); they get the mean norm of the units that are there. Ties that are not named keep
-            zeros. Vectors are not named: what is added to new units (biases, running means) is 0, what scales them
-            (norm weights, running variances) the mean magnitude of the survivors, 1 if those are all 0.
+        growth: the expansion.
+        directions: {tie: rows of norm 1 (or 0)}, scaled to the mean norm of the present units; zeros for ties left out. The
+            entries of vectors are not given: 0 where they are added (biases, running means), the mean magnitude of the
+            present units where they scale (norm weights, running variances), 1 if those are all 0.
 
     Returns:
         The changes, for `apply_surgery`.
@@ -204,32 +204,32 @@ def place(growth: Growth, directions: Entries) -> Surgery:
             elif value.dim() == 1 and tie.role == FOLLOWS and not _is_added(tie.tensor):
                 units = growth.changes[tie.tensor].tensor.detach().narrow(0, tie.start, width.size * tie.repeat)
                 level = units.abs().mean()
-                # A scale of 0 and columns of 0 would never learn.
+                # With a scale of 0 and columns of 0 both gradients would stay 0.
                 if level > 0:
                     value.narrow(0, slot.first, slot.count * slot.repeat).fill_(level)
     return replace(growth.surgery, changes=tuple(replace(c, value=values[c.name]) for c in growth.surgery.changes))
 
 
 @contextmanager
-def trial(growth: Growth, directions: Entries) -> Iterator[Mapping[str, Tensor]]:
-    """The model widened, on shadows of its tensors, in eval mode with gradients; on leaving it is as it was.
+def expanded(growth: Growth, directions: Entries) -> Iterator[Mapping[str, Tensor]]:
+    """The expanded model, on shadows of its tensors, in eval mode with gradients; on leaving it is as it was.
 
     Yields:
-        The shadows that are of a new shape, by name.
+        {name: shadow} of the tensors with a new shape.
     """
     with isolated(growth.model, shadows=True, gradients=True):
         shadows, _, _ = named_tensors(growth.model)
-        placed = place(growth, directions)
+        placed = fill_new_units(growth, directions)
         changes = tuple(replace(change, tensor=shadows[change.name]) for change in placed.changes)
         install(growth.model, replace(placed, changes=changes))
         yield {change.name: change.tensor for change in changes}
 
 
 def finite(entries: Tensor, where: str) -> Tensor:
-    """The entries, after refusing NaN and infinite ones.
+    """Return the entries unless some are NaN or infinite.
 
     Raises:
-        SpectrumError: if there are any.
+        SpectrumError: if some are.
     """
     if not bool(entries.isfinite().all()):
         raise SpectrumError(

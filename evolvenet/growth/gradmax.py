@@ -1,4 +1,4 @@
-"""New unit rows that the loss asks for: found by trying them, from what the gradient of their fan-out would be."""
+"""Rows of new units that maximize the gradient of their fan-out, by orthogonal iteration on the expanded model."""
 
 from __future__ import annotations
 
@@ -8,35 +8,34 @@ import torch
 from torch import Tensor
 
 from evolvenet.graph.width_graph import CONSUMES, PRODUCES, Tie, Width
-from evolvenet.growth.expanded_model import Entries, Growth, NewUnitSlice, finite, trial
+from evolvenet.growth.expanded_model import Entries, Growth, NewUnitSlice, expanded, finite
 from evolvenet.growth.tiny import Bottleneck, Corrections, Scale, subtract_updates
 
 STEPS = 10
-"""Rounds of the search, two passes over the batches each."""
+"""Iterations, two passes over the batches each."""
 
 NEGLIGIBLE = 1e-8
 """Share of the largest gradient below which a new unit's is rounding."""
 
+GAIN_TOLERANCE = 1e-6
+"""Relative difference below which two gains count as equal."""
 
-SAME = 1e-6
-"""Relative difference of two gains that counts as none."""
 
-
-def maximize_fan_out_gradient(growth: Growth, start: Entries, asked: Bottleneck, method: str) -> dict[Tie, Tensor]:
-    """Rows for which the gradient of the new units' fan-out, 0 as it is, is as large as can be, each orthogonal to others.
+def maximize_fan_out_gradient(growth: Growth, start: Entries, bottleneck: Bottleneck, method: str) -> dict[Tie, Tensor]:
+    """Orthogonal rows that maximize the squared gradient of the new units' fan-out, which itself is 0.
 
     Orthogonal iteration (Golub and Van Loan, "Matrix Computations", section 8.2) on the bilinear form in fan-in and
-    fan-out that the loss is to first order. One pass over the batches gives the gradient of the fan-out; a second one,
-    after a tiny step of the fan-out along it, how the rows would make it larger. Nothing is assumed of what lies between,
-    so it sees norms, activations, pooling, several producers and readers; where that is linear, it ends at the leading
-    singular vectors. All widths are searched at once: with a fan-out of 0 they do not see each other.
+    fan-out that approximates the loss to first order. One pass over the batches gives the gradient of the fan-out; a second
+    one, after a tiny step of the fan-out along it, the gradient of the rows. Nothing is assumed of what lies between,
+    so norms, activations, pooling, several producers and consumers are allowed; where all is linear, the result is
+    the leading singular vectors. All widths are searched at once: with a fan-out of 0 they do not affect each other.
 
     Args:
-        growth: what grows, with batches and a loss.
-        start: directions for every tie with more than a number for each unit. New units beyond the number of places, and
-            those for which the loss asks for nothing, keep them.
-        asked: what counts as a row of length 1, and what existing units can do by themselves.
-        method: for errors.
+        growth: the expansion, with batches and a loss.
+        start: initial directions of every tie of weights and kernels. New units beyond the number of places, and those
+            without a gradient, keep them.
+        bottleneck: the metric of rows, and the updates of the present columns to be subtracted from the gradient.
+        method: its name, for error messages.
 
     Returns:
         {producer's tie: `[count, places]`, each row of norm 1}.
@@ -50,19 +49,19 @@ def maximize_fan_out_gradient(growth: Growth, start: Entries, asked: Bottleneck,
         return {}
     found = _BestRows(start, rows)
     with (
-        trial(growth, start) as shadows,
-        subtract_updates(growth, asked.updates) as corrections,
+        expanded(growth, start) as shadows,
+        subtract_updates(growth, bottleneck.updates) as corrections,
     ):
         network = _ExpandedNetwork(growth, shadows, corrections, pairs)
         for step in range(STEPS + 1):
             fan_out = network.gradients(CONSUMES, rows, {})
-            gains = {width.name: _gain(growth, width, rows, fan_out, asked) for width in growth.widths}
+            gains = {width.name: _gain(growth, width, rows, fan_out, bottleneck) for width in growth.widths}
             if step > 0:
                 found.compare(growth, rows, gains)
             if step < STEPS:
                 fan_in = network.gradients(PRODUCES, rows, _unit(growth, fan_out))
                 rows = {
-                    tie: _next_rows(rows[tie], fan_in[tie], gains[width.name], asked.scales.get(tie, Scale()))
+                    tie: _next_rows(rows[tie], fan_in[tie], gains[width.name], bottleneck.scales.get(tie, Scale()))
                     for width in growth.widths
                     for tie in growth.matrices(width, PRODUCES)
                 }
@@ -70,36 +69,37 @@ def maximize_fan_out_gradient(growth: Growth, start: Entries, asked: Bottleneck,
 
 
 class _BestRows:
-    """The best rows so far: with an activation in between, the last need not be."""
+    """The rows with the largest gain so far: with an activation in between, it need not rise in every step."""
 
     def __init__(self, start: Entries, rows: Entries) -> None:
         self.start, self.rows = start, dict(rows)
         self.highest: dict[str, float] = {}
 
     def compare(self, growth: Growth, rows: Entries, gains: Mapping[str, Tensor]) -> None:
-        """Take the rows of every width that gains as much as the best; all are orthogonal, or sums would not compare."""
+        """Take the rows of every width whose total gain is the largest so far; rows are orthogonal, so totals compare."""
         for width in growth.widths:
             gain = gains[width.name]
             total, highest = float(gain.sum()), self.highest.get(width.name, 0.0)
-            # The sum is the same for every basis of a space; of those, the last is the sharpest.
-            if total > 0 and total >= (1 - SAME) * highest:
+            # The total is the same for every basis of a space; the last basis is the nearest to the singular vectors.
+            if total > 0 and total >= (1 - GAIN_TOLERANCE) * highest:
                 self.highest[width.name] = max(total, highest)
-                alive = (gain > NEGLIGIBLE**2 * gain.max())[:, None]
+                has_gain = (gain > NEGLIGIBLE**2 * gain.max())[:, None]
                 for tie in growth.matrices(width, PRODUCES):
-                    self.rows[tie] = torch.where(alive, rows[tie], self.start[tie])
+                    self.rows[tie] = torch.where(has_gain, rows[tie], self.start[tie])
 
 
-def _gain(growth: Growth, width: Width, rows: Entries, fan_out: Entries, asked: Bottleneck) -> Tensor:
-    """Squared gradient of each new unit's fan-out, for rows of length 1, `[count]`."""
+def _gain(growth: Growth, width: Width, rows: Entries, fan_out: Entries, bottleneck: Bottleneck) -> Tensor:
+    """Squared norm of the gradient of each new unit's fan-out for a row of length 1, `[count]`."""
     gain = sum((fan_out[tie].square().sum(1) for tie in growth.matrices(width, CONSUMES)), torch.zeros(()))
     length = sum(
-        (asked.scales.get(tie, Scale()).energy(rows[tie]) for tie in growth.matrices(width, PRODUCES)), torch.zeros(())
+        (bottleneck.scales.get(tie, Scale()).energy(rows[tie]) for tie in growth.matrices(width, PRODUCES)),
+        torch.zeros(()),
     )
     return (gain / length.clamp_min(torch.finfo(torch.float64).tiny)).expand(growth.count(width))
 
 
 def _unit(growth: Growth, fan_out: Entries) -> dict[Tie, Tensor]:
-    """The fan-outs with a norm of 1 over all readers of a new unit together; those without a gradient stay 0."""
+    """Fan-outs of norm 1 over all consumers of a new unit together; those without a gradient stay 0."""
     found: dict[Tie, Tensor] = {}
     for width in growth.widths:
         ties = growth.matrices(width, CONSUMES)
@@ -110,20 +110,20 @@ def _unit(growth: Growth, fan_out: Entries) -> dict[Tie, Tensor]:
 
 
 def _next_rows(rows: Tensor, fan_in: Tensor, gain: Tensor, scale: Scale) -> Tensor:
-    """The next rows `[count, places]`: along their gradients, those with more to gain first, orthogonal to each other."""
+    """The next rows `[count, places]`: their gradients, orthonormalized in the order of descending gain."""
     count = min(rows.shape)
-    alive = fan_in.norm(dim=1) > NEGLIGIBLE * fan_in.norm(dim=1).max()
-    # A new unit that answers nothing to any input (ReLU) may do so the other way round.
-    wanted = torch.where(alive[:, None], scale.gradients(fan_in), -scale.coordinates(rows))[:count]
-    order = torch.where(alive, gain, -1.0)[:count].argsort(descending=True, stable=True)
-    basis, size = torch.linalg.qr(wanted[order].T)
-    turned = rows.clone()
-    turned[order] = scale.rows((basis * torch.where(size.diagonal() < 0, -1.0, 1.0)).T)
-    return turned / turned.norm(dim=1, keepdim=True)
+    has_gradient = fan_in.norm(dim=1) > NEGLIGIBLE * fan_in.norm(dim=1).max()
+    # A new unit that is 0 for all inputs (ReLU) need not be with the opposite sign.
+    directions = torch.where(has_gradient[:, None], scale.gradients(fan_in), -scale.coordinates(rows))[:count]
+    order = torch.where(has_gradient, gain, -1.0)[:count].argsort(descending=True, stable=True)
+    basis, size = torch.linalg.qr(directions[order].T)
+    following = rows.clone()
+    following[order] = scale.rows((basis * torch.where(size.diagonal() < 0, -1.0, 1.0)).T)
+    return following / following.norm(dim=1, keepdim=True)
 
 
 class _ExpandedNetwork:
-    """The widened model on the batches."""
+    """Gradients of the expanded model on the batches."""
 
     def __init__(
         self,
@@ -136,13 +136,13 @@ class _ExpandedNetwork:
         self.slots: dict[Tie, NewUnitSlice] = {}
         self.sizes: dict[Tie, float] = {}
         for width in growth.widths:
-            readers = growth.matrices(width, CONSUMES)
-            norms = {tie: growth.norm(tie, width) for tie in (*growth.matrices(width, PRODUCES), *readers)}
-            reading = max((norms[tie] for tie in readers), default=0.0) or 1.0
+            consumers = growth.matrices(width, CONSUMES)
+            norms = {tie: growth.norm(tie, width) for tie in (*growth.matrices(width, PRODUCES), *consumers)}
+            largest = max((norms[tie] for tie in consumers), default=0.0) or 1.0
             for tie, norm in norms.items():
                 self.slots[tie] = growth.slot(tie, width)
                 tiny = torch.finfo(shadows[tie.tensor].dtype).eps ** 0.5
-                self.sizes[tie] = tiny * reading if tie in readers else norm
+                self.sizes[tie] = tiny * largest if tie in consumers else norm
         for tie in self.slots:
             shadows[tie.tensor].requires_grad_()
 
@@ -152,7 +152,7 @@ class _ExpandedNetwork:
         Args:
             role: "produces" or "consumes".
             rows: directions of the producers' new unit rows.
-            columns: directions of the readers' new unit columns; 0 where there are none.
+            columns: directions of the consumers' new unit columns; 0 where there are none.
         """
         with torch.no_grad():
             for tie, slot in self.slots.items():
@@ -166,7 +166,7 @@ class _ExpandedNetwork:
             made = torch.autograd.grad(value, [self.shadows[name] for name in names], allow_unused=True)
             for tie in ties:
                 gradient = made[names.index(tie.tensor)]
-                # What did not run gets none.
+                # None for tensors that did not take part in this pass.
                 gradient = torch.zeros_like(self.shadows[tie.tensor]) if gradient is None else gradient
                 total[tie] = total.get(tie, 0) + finite(self.slots[tie].take(gradient), tie.tensor)
         return total

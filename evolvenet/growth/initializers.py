@@ -1,4 +1,4 @@
-"""How new units start: the methods by name, and what each gives to the tensors of a widened model."""
+"""The initializers of new units, by name: each gives directions for the rows, kernels and columns of an expanded model."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ import torch
 from torch import Tensor, nn
 
 from evolvenet.graph.width_graph import CONSUMES, PRODUCES, Tie, Width
-from evolvenet.growth.expanded_model import Growth, trial
+from evolvenet.growth.expanded_model import Growth, expanded
 from evolvenet.growth.gradmax import maximize_fan_out_gradient
-from evolvenet.growth.tiny import Bottleneck, demand
+from evolvenet.growth.tiny import Bottleneck, measure_bottleneck
 from evolvenet.linalg.pivoted_cholesky import pivots
 from evolvenet.measurement.activation_moments import collect
 from evolvenet.pruning.selection import is_unshared
 
 Method = Callable[[Growth], dict[Tie, Tensor]]
-"""What grows → directions of norm 1 (or 0) for the new units' rows, kernels and columns; ties left out get zeros."""
+"""Growth → {tie: directions of norm 1 (or 0) of the new units' rows, kernels and columns}; zeros for ties left out."""
 
 RANK_TOLERANCE = 1e-12
 """Squared singular values below this share of the largest count as rounding, not as part of the row space."""
 
 CANDIDATES = 4
-"""Random rows tried for each new unit that the row space has no room for."""
+"""Random rows compared for each new unit beyond the orthogonal complement of the present rows."""
 
 
 def orthogonal(rows: Tensor, count: int, generator: torch.Generator | None = None) -> Tensor:
@@ -55,7 +55,7 @@ def _projection(rows: Tensor) -> tuple[int, Callable[[Tensor], Tensor]]:
     """The rank of `rows`, and the projection of columns `[d, k]` onto their span.
 
     By the smaller Gram matrix, twice as fast as QR and SVD of wide rows; and by its Cholesky factor where that shows
-    full rank, a small part of what `eigh` takes: a layer of 4096 x 4096 would hold a run up for a minute.
+    full rank, in a small part of the time of `eigh`, which takes a minute for a layer of 4096 x 4096.
     """
     count, length = rows.shape
     gram = rows @ rows.T if count < length else rows.T @ rows
@@ -75,7 +75,7 @@ def _projection(rows: Tensor) -> tuple[int, Callable[[Tensor], Tensor]]:
 
 
 def init_orthogonal(growth: Growth) -> dict[Tie, Tensor]:
-    """Rows orthogonal to all others, read by nobody yet; the default, without data.
+    """Rows orthogonal to all others, with a fan-out of 0; the default, without data.
 
     Where the rows of a producer already span everything, the others are random; with batches, they are those of
     `CANDIDATES` random ones each whose activations the existing units and the new units chosen before predict worst, as
@@ -87,13 +87,13 @@ def init_orthogonal(growth: Growth) -> dict[Tie, Tensor]:
 
 
 def init_paired(growth: Growth) -> dict[Tie, Tensor]:
-    """New units in pairs that are alike, with random fan-outs of opposite signs: (V, V) and (Z, −Z).
+    """New units in equal pairs, with random fan-outs of opposite signs: rows (V, V), columns (Z, −Z).
 
-    Together they add nothing, but unlike with a fan-out of 0 their rows learn at once; the first step tells the two apart.
+    Together they add nothing, but unlike with a fan-out of 0 their rows have a gradient at once, of opposite signs.
     From Chen, Goodfellow and Shlens, "Net2Net: accelerating learning via knowledge transfer", ICLR 2016, with the
-    signs of gromo. Rows are those of "orthogonal"; the last of an odd number has a fan-out of 0. Readers that also make
-    units (tied embeddings), or are all 0, get zeros; a width without any other reader starts as "orthogonal", because replicas
-    that are read alike would stay alike.
+    signs of gromo. Rows are those of "orthogonal"; the last of an odd number has a fan-out of 0. Consumers that are also
+    producers (tied embeddings), or are all 0, get zeros; a width without any other consumer starts as "orthogonal", because
+    two units with equal rows and columns would stay equal.
     """
     halves = {}
     for width in growth.widths:
@@ -103,45 +103,45 @@ def init_paired(growth: Growth) -> dict[Tie, Tensor]:
     start = init_orthogonal(half)
     found: dict[Tie, Tensor] = {}
     for width in growth.widths:
-        readers = _plain_consumers(growth, width)
+        consumers = _plain_consumers(growth, width)
         unit = torch.arange(growth.count(width))
-        replica = unit // 2 if readers else unit
+        replica = unit // 2 if consumers else unit
         found |= {tie: start[tie][replica] for tie in width.ties if tie in start}
         alone = unit == unit[-1] if int(unit[-1]) % 2 == 0 else torch.zeros_like(unit, dtype=torch.bool)
         sign = torch.where(alone, 0.0, 1.0 - 2.0 * (unit % 2)).double()[:, None]
-        for tie in readers:
+        for tie in consumers:
             found[tie] = sign * _random(half, width, tie)[replica]
     return found
 
 
 def init_gradmax(growth: Growth) -> dict[Tie, Tensor]:
-    """Rows for which the gradient of the fan-out, which is 0, is as large as it can be; needs batches and a loss.
+    """Rows that maximize the gradient of the fan-out, which is 0; needs batches and a loss.
 
     Evci, van Merriënboer, Unterthiner and Vladymyrov, "GradMax: growing neural networks using gradient information",
     ICLR 2022, the other way round: there the fan-in is 0 and the fan-out a singular vector of the gradient. A unit with
-    a fan-in of 0 answers 0, and ReLU passes no gradient at 0: under ReLU, and batch norm with ReLU, literal GradMax
-    never learns. The two problems have the same singular values; here the fan-out is 0 and the fan-in found, through
-    what really lies between (see `maximize_fan_out_gradient`). Rows that get no gradient are those of "orthogonal".
+    a fan-in of 0 is 0, and ReLU passes no gradient at 0: under ReLU, and batch norm with ReLU, the published order
+    leaves all gradients 0. Both problems have the same singular values; here the fan-out is 0 and the fan-in is computed,
+    through all ops in between (see `maximize_fan_out_gradient`). Rows without a gradient are those of "orthogonal".
     """
     start = _initial_directions(growth)
     return start | maximize_fan_out_gradient(growth, start, Bottleneck(), "gradmax")
 
 
 def init_tiny(growth: Growth) -> dict[Tie, Tensor]:
-    """Rows of the best new units for what the present units cannot do by themselves; needs batches and a loss.
+    """Rows for the part of the gradient that no update of the present weights follows; needs batches and a loss.
 
     Verbockhaven, Rudkiewicz, Charpiat and Chevallier, "Growing tiny networks: spotting expressivity bottlenecks and
     fixing them optimally", TMLR 2024: the leading singular vectors of S^−½·N, S the second moments of the producers'
-    inputs and N their product with the desired change of the readers' outputs that no update of the present weights
-    makes (see `demand`). The fan-out of the paper is what one gradient step makes of a fan-out of 0, which keeps the
-    function, so it starts as 0. Activations and norms are not taken for the identity (see `maximize_fan_out_gradient`).
+    inputs and N their product with the desired change of the consumers' outputs that no update of the present weights
+    achieves (see `measure_bottleneck`). The fan-out of the paper is that of one gradient step from 0, so it starts as 0,
+    which keeps the function. Activations and norms are not taken for the identity (see `maximize_fan_out_gradient`).
     """
     start = _initial_directions(growth)
-    return start | maximize_fan_out_gradient(growth, start, demand(growth, "tiny"), "tiny")
+    return start | maximize_fan_out_gradient(growth, start, measure_bottleneck(growth, "tiny"), "tiny")
 
 
 def init_random(growth: Growth) -> dict[Tie, Tensor]:
-    """Random rows and random fan-outs: changes what the network computes, for comparison only."""
+    """Random rows and random fan-outs: changes the function, for comparison only."""
     found: dict[Tie, Tensor] = {}
     for width in growth.widths:
         for tie in width.ties:
@@ -157,18 +157,18 @@ METHODS: dict[str, Method] = {
     "tiny": init_tiny,
     "random": init_random,
 }
-"""How new units start, by name."""
+"""The initializers by name."""
 
 
 def _initial_directions(growth: Growth) -> dict[Tie, Tensor]:
-    """Orthogonal rows for the producers, random kernels, nothing for the readers."""
+    """Orthogonal rows for the producers, random kernels, nothing for the consumers."""
     found: dict[Tie, Tensor] = {}
     for width in growth.widths:
         for tie in width.ties:
             if len(growth.graph.shapes[tie.tensor]) < 2 or tie.role == CONSUMES:
                 continue
             if tie.role == PRODUCES:
-                found[tie] = orthogonal(growth.units(tie, width), growth.count(width), growth.generator)
+                found[tie] = orthogonal(growth.unit_entries(tie, width), growth.count(width), growth.generator)
             else:
                 found[tie] = _random(growth, width, tie)
     return found
@@ -176,13 +176,13 @@ def _initial_directions(growth: Growth) -> dict[Tie, Tensor]:
 
 def _random(growth: Growth, width: Width, tie: Tie) -> Tensor:
     """Random directions `[count, places]` of norm 1 for one tie."""
-    places = growth.units(tie, width).shape[1]
+    places = growth.unit_entries(tie, width).shape[1]
     drawn = torch.randn(growth.count(width), places, dtype=torch.float64, generator=growth.generator)
     return drawn / drawn.norm(dim=1, keepdim=True)
 
 
 def _least_predicted(growth: Growth, start: dict[Tie, Tensor]) -> dict[Tie, Tensor]:
-    """Other entries for the widths whose row space is full: what their activations add to those that are there."""
+    """For widths with more new units than orthogonal rows: random rows whose activations are predicted worst (NORTH*)."""
     free = {width.name: _free_directions(growth, width) for width in growth.widths}
     short = [width for width in growth.widths if free[width.name] < growth.count(width)]
     counts = {w.name: free[w.name] + CANDIDATES * (growth.count(w) - free[w.name]) for w in short}
@@ -190,13 +190,15 @@ def _least_predicted(growth: Growth, start: dict[Tie, Tensor]) -> dict[Tie, Tens
         return {}
     pool = growth.of(counts)
     tried = _initial_directions(pool)
-    with trial(pool, tried):
+    with expanded(pool, tried):
         statistics = collect(pool.model, pool.surgery.graph, pool.inputs or ())
     found: dict[Tie, Tensor] = {}
     for width in short:
-        room, reads = free[width.name], pool.surgery.graph.widths[width.name].consumers
+        room, consumers = free[width.name], pool.surgery.graph.widths[width.name].consumers
         shares = [
-            unpredicted_covariance(statistics[tie].covariance, width.size + room) for tie in reads if tie in statistics
+            unpredicted_covariance(statistics[tie].covariance, width.size + room)
+            for tie in consumers
+            if tie in statistics
         ]
         if shares:
             added = _pick_candidates(torch.stack(shares).mean(0), growth.count(width) - room)
@@ -214,20 +216,20 @@ def _pick_candidates(share: Tensor, count: int) -> list[int]:
 
 def _free_directions(growth: Growth, width: Width) -> int:
     """How many of a width's new units can be orthogonal to the rows of every producer."""
-    rows = [growth.units(tie, width) for tie in growth.matrices(width, PRODUCES)]
+    rows = [growth.unit_entries(tie, width) for tie in growth.matrices(width, PRODUCES)]
     room = min((part.shape[1] - _projection(part)[0] for part in rows), default=growth.count(width))
     return min(room, growth.count(width))
 
 
 def unpredicted_covariance(covariance: Tensor, known: int) -> Tensor:
-    """What linear prediction from the first `known` units leaves of the others, each scaled to a variance of 1.
+    """Covariance of the residuals of the other units, predicted linearly from the first `known`; of units of variance 1.
 
     Args:
         covariance: `[n, n]` float64.
         known: how many units come first.
 
     Returns:
-        `[n − known, n − known]`, a covariance; a unit that never varies has zeros.
+        `[n − known, n − known]`; zeros for a unit without variance.
 
     >>> x = torch.tensor([[1.0, 2.0, 0.0], [-1.0, -2.0, 0.0], [0.0, 0.0, 3.0]], dtype=torch.float64)
     >>> unpredicted_covariance(x.T @ x, 1).round(decimals=6).tolist()
@@ -249,17 +251,17 @@ def unpredicted_covariance(covariance: Tensor, known: int) -> Tensor:
 
 
 def _plain_consumers(growth: Growth, width: Width) -> list[Tie]:
-    """The readers that do nothing but read the units: what they read of one replica, they can take off the other.
+    """The consumers whose weight is used in no other way, so that columns Z and −Z of two equal units cancel.
 
-    A weight that makes units as well, a tied embedding, is also a maker; a transposed use of the same weight shows in
-    that another axis of it reads, too.
+    Excluded are weights that are producers too (tied embeddings), weights of which another axis consumes too (a transposed
+    use), and weights of norm 0.
     """
-    reading = {(tie.tensor, tie.dim) for other in growth.graph.widths.values() for tie in other.consumers}
+    consuming = {(tie.tensor, tie.dim) for other in growth.graph.widths.values() for tie in other.consumers}
     return [
         tie
         for tie in growth.matrices(width, CONSUMES)
         if is_unshared(growth.graph, tie.tensor)
-        and not any(tensor == tie.tensor and dim != tie.dim for tensor, dim in reading)
+        and not any(tensor == tie.tensor and dim != tie.dim for tensor, dim in consuming)
         and not isinstance(growth.model.get_submodule(tie.module), (nn.Embedding, nn.EmbeddingBag))
         and growth.norm(tie, width) > 0
     ]

@@ -1,4 +1,4 @@
-"""Whether the loss asks for new units: what they could do about it, on samples that did not choose how."""
+"""A test whether new units would lower the loss: their step is computed on even samples and tested on odd ones."""
 
 from __future__ import annotations
 
@@ -16,19 +16,20 @@ from evolvenet.execution.inputs import first_samples
 from evolvenet.execution.step import network_outputs
 from evolvenet.graph.index_map import IndexMap
 from evolvenet.graph.width_graph import CONSUMES, Width, WidthGraph
-from evolvenet.growth.expanded_model import Growth, finite, trial
+from evolvenet.growth.expanded_model import Growth, expanded, finite
 from evolvenet.growth.initializers import METHODS
 from evolvenet.surgery.resize_model import compile_surgery
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """What new units of one width could do about the loss.
+    """The result of the test for one width.
 
     Args:
-        share: of the loss's gradient at the outputs, the part that they can follow and that the columns which are there
-            cannot, 0 … 1.
-        certainty: the mean over the samples in standard errors (Student's t); 0 or less where they do not help.
+        share: of the squared norm of the loss's gradient at the outputs, the part that the new units follow and the
+            present columns do not, 0 … 1.
+        t_statistic: mean over the samples of what they follow, in standard errors (Student's t); 0 or less where the
+            new units do not lower the loss.
     """
 
     share: float
@@ -38,17 +39,16 @@ class Evidence:
 log = logging.getLogger("evolvenet")
 
 Gradients = Sequence[Tensor | None]
-"""Of the loss, for the first samples of each tensor that the model answered with; None where it has none."""
+"""Of the loss, for the first samples of each tensor in the model's output; None for tensors without one."""
 
 Step = dict[str, Tensor]
-"""What is added to each tensor."""
+"""{tensor: what is added to it}."""
 
 STEP = 1e-2
-"""Length of the step that shows how outputs move, as a share of the weights'."""
-
+"""Norm of the step whose effect on the outputs is compared, as a share of the norm of the weights."""
 
 ROUNDING = 1e-9
-"""Share of the new units' squared effect that is left beside that of the others, below which it is rounding."""
+"""Share of the new units' squared effect below which its part orthogonal to that of the present columns is rounding."""
 
 
 def evidence(
@@ -59,35 +59,36 @@ def evidence(
     gradients: Sequence[Gradients],
     generator: torch.Generator | None = None,
 ) -> dict[str, Evidence]:
-    """What growing each width alone to a size could do about the loss.
+    """Test for each width whether growing it, alone, to a size would lower the loss.
 
-    The new units' rows are those of `grow`'s "orthogonal". On the even samples the gradient of their fan-out, which is 0,
-    says how they would be read; on the odd ones, whether outputs then move as the loss wants. What a step of the columns
-    that are there already does is taken out of both (Verbockhaven, Rudkiewicz, Charpiat and Chevallier, "Growing tiny
-    networks: spotting expressivity bottlenecks and fixing them optimally", TMLR 2024, ask the same of exact updates). The
-    share is that of the squared norm, so no scale of the loss matters.
+    The new units' rows are those of `grow`'s "orthogonal". The step of their fan-out, which is 0, is minus its gradient on
+    the even samples; the change of the outputs on the odd samples is compared with minus the loss's gradient there. The
+    part that a gradient step of the present columns explains is projected out of both. That is the expressivity bottleneck
+    of Verbockhaven, Rudkiewicz, Charpiat and Chevallier, "Growing tiny networks: spotting expressivity bottlenecks and
+    fixing them optimally", TMLR 2024, with gradient steps for exact updates. The share is of the squared norm, so the
+    scale of the loss has no effect.
 
     Args:
         model: the model of the graph.
         graph: its widths.
         sizes: {width: new size}, above the present ones.
         batches: model inputs.
-        gradients: of the loss at the outputs for each of them, as training saw them; batches of which none is known are left out.
+        gradients: of the loss at the outputs for each of them, from the training step; batches without any are left out.
         generator: of the new units' rows, a CPU generator; None for PyTorch's global one.
 
     Returns:
-        {width: what speaks for its growth}; {} if that cannot be known, for want of gradients, or since the model answers with
-        something else in eval mode than in training, or cannot go backward there.
+        {width: result}; {} if the test cannot be made: without gradients, or if the model's output in eval mode has another
+        structure than in training, or no backward pass.
 
     Raises:
-        SpectrumError: for NaN or infinite ones.
+        SpectrumError: for NaN or infinite weights or gradients.
         ResizeError: as `grow`.
 
     >>> from evolvenet.tracing.trace import trace
     >>> _ = torch.manual_seed(0)
     >>> model, inputs = nn.Sequential(nn.Linear(4, 2), nn.ReLU(), nn.Linear(2, 2)), torch.randn(512, 4)
-    >>> wanted = model(inputs).detach() - inputs[:, :2].abs()  # the gradient of half the squared error
-    >>> found = evidence(model, trace(model, inputs), {"0": 8}, [inputs], [[wanted]])["0"]
+    >>> gradient = model(inputs).detach() - inputs[:, :2].abs()  # the gradient of half the squared error
+    >>> found = evidence(model, trace(model, inputs), {"0": 8}, [inputs], [[gradient]])["0"]
     >>> found.share > 0.1, found.t_statistic > 3
     (True, True)
     """
@@ -103,13 +104,13 @@ def evidence(
     }
     growth = Growth(model, graph, compile_surgery(model, graph, maps), generator)
     start = METHODS["orthogonal"](growth)
-    with trial(growth, start) as shadows:
-        found = _Trial(growth, dict(shadows), known)
+    with expanded(growth, start) as shadows:
+        found = _LossTest(growth, dict(shadows), known)
         try:
             return found.found() if found.fits() else {}
         except RuntimeError as problem:
             # Autograd's: the network trains, but has no backward pass as it is run here.
-            log.debug("what the loss asks for is not known: %s", problem)
+            log.debug("No loss test of new units: %s", problem)
             return {}
 
 
@@ -123,34 +124,34 @@ def _samples(gradients: Gradients) -> int:
     return min((len(each) for each in gradients if each is not None), default=0)
 
 
-class _Trial:
-    """The widened model, its new units not read yet, on batches with gradients."""
+class _LossTest:
+    """The expanded model, the fan-out of its new units 0, on batches with gradients."""
 
     def __init__(self, growth: Growth, shadows: dict[str, Tensor], known: Sequence[tuple[Any, Gradients]]) -> None:
         self.growth, self.shadows, self.known = growth, shadows, known
-        self.readers = {width.name: growth.matrices(width, CONSUMES) for width in growth.widths}
-        self.slots = {tie: growth.slot(tie, width) for width in growth.widths for tie in self.readers[width.name]}
+        self.consumers = {width.name: growth.matrices(width, CONSUMES) for width in growth.widths}
+        self.slots = {tie: growth.slot(tie, width) for width in growth.widths for tie in self.consumers[width.name]}
 
     def fits(self) -> bool:
-        """Whether the gradients can be those of the model's answers."""
+        """Whether the gradients have the shapes of the model's outputs."""
         with torch.no_grad():
-            return all(_fit(self._answers(inputs), each) for inputs, each in self.known)
+            return all(_shapes_match(self._outputs(inputs), each) for inputs, each in self.known)
 
     def found(self) -> dict[str, Evidence]:
-        """Of each width."""
+        """{width: result}."""
         steps = self._steps()
         with torch.no_grad():
-            before = [self._answers(inputs) for inputs, _ in self.known]
+            before = [self._outputs(inputs) for inputs, _ in self.known]
             return {name: self._of(before, *steps[name]) for name in steps}
 
     def _steps(self) -> dict[str, tuple[Step, Step]]:
-        """Of each width the two steps to compare, from the even samples."""
+        """{width: (step of the new columns, step of the present ones)}, from the even samples."""
         names = list(dict.fromkeys(tie.tensor for tie in self.slots))
         tensors = [self.shadows[name].requires_grad_() for name in names]
         totals = [torch.zeros_like(tensor) for tensor in tensors]
         for inputs, gradients in self.known:
-            wanted = _pairs(self._answers(inputs), gradients)
-            value = torch.stack([(answer[::2] * each[::2]).sum() for answer, each in wanted]).sum()
+            pairs = _pairs(self._outputs(inputs), gradients)
+            value = torch.stack([(output[::2] * each[::2]).sum() for output, each in pairs]).sum()
             made = torch.autograd.grad(value, tensors, allow_unused=True)
             for total, gradient, name in zip(totals, made, names, strict=True):
                 if gradient is not None:
@@ -161,29 +162,29 @@ class _Trial:
         return {width.name: self._split(width, by_name) for width in self.growth.widths}
 
     def _split(self, width: Width, gradients: Mapping[str, Tensor]) -> tuple[Step, Step]:
-        """What would read the new units, and what reads the others, downhill."""
-        names = {tie.tensor for tie in self.readers[width.name]}
+        """Minus the gradient, for the new columns and for the present ones."""
+        names = {tie.tensor for tie in self.consumers[width.name]}
         new = {name: torch.zeros_like(gradients[name]) for name in names}
-        for tie in self.readers[width.name]:
+        for tie in self.consumers[width.name]:
             self.slots[tie].put(new[tie.tensor], -self.slots[tie].take(gradients[tie.tensor]))
         return self._sized(new), self._sized({name: -gradients[name] - new[name] for name in names})
 
     def _sized(self, step: Step) -> Step:
-        """A step as long as `STEP` says, in the same direction."""
+        """The step scaled to the norm that `STEP` prescribes."""
         length = torch.stack([each.norm() for each in step.values()]).norm()
         weights = torch.stack([self.shadows[name].norm() for name in step]).norm()
         return {name: each * (STEP * weights / length) for name, each in step.items()} if length > 0 else step
 
     def _of(self, before: Sequence[Sequence[Tensor]], new: Step, old: Step) -> Evidence:
         found: list[Tensor] = []
-        for (inputs, gradients), answers in zip(self.known, before, strict=True):
+        for (inputs, gradients), outputs in zip(self.known, before, strict=True):
             with self._moved(new):
-                ours = self._answers(inputs)
+                by_new = self._outputs(inputs)
             with self._moved(old):
-                theirs = self._answers(inputs)
-            wanted = [None if g is None else -g for g in gradients]
-            parts = zip(_pairs(answers, wanted), _pairs(ours, wanted), _pairs(theirs, wanted), strict=True)
-            rows = [_products(here, one, other, want) for (here, want), (one, _), (other, _) in parts]
+                by_old = self._outputs(inputs)
+            descent = [None if g is None else -g for g in gradients]
+            parts = zip(_pairs(outputs, descent), _pairs(by_new, descent), _pairs(by_old, descent), strict=True)
+            rows = [_products(here, one, other, down) for (here, down), (one, _), (other, _) in parts]
             found.append(torch.stack(rows).sum(0))
         return _compared(torch.cat(found))
 
@@ -196,36 +197,36 @@ class _Trial:
         for name, value in before.items():
             self.shadows[name].copy_(value)
 
-    def _answers(self, inputs: Any) -> list[Tensor]:
+    def _outputs(self, inputs: Any) -> list[Tensor]:
         return network_outputs(self.growth.model, inputs)
 
 
-def _fit(answers: Sequence[Tensor], gradients: Gradients) -> bool:
-    return len(answers) == len(gradients) and all(
-        each is None or (answer.dim() > 0 and each.shape[1:] == answer.shape[1:])
-        for answer, each in zip(answers, gradients, strict=True)
+def _shapes_match(outputs: Sequence[Tensor], gradients: Gradients) -> bool:
+    return len(outputs) == len(gradients) and all(
+        each is None or (output.dim() > 0 and each.shape[1:] == output.shape[1:])
+        for output, each in zip(outputs, gradients, strict=True)
     )
 
 
-def _pairs(answers: Sequence[Tensor], gradients: Gradients) -> list[tuple[Tensor, Tensor]]:
-    """Each answer with its gradient, `[samples, numbers]`, as far as all go."""
-    known = [(answer, each) for answer, each in zip(answers, gradients, strict=True) if each is not None]
-    count = min(min(len(answer), len(each)) for answer, each in known)
+def _pairs(outputs: Sequence[Tensor], gradients: Gradients) -> list[tuple[Tensor, Tensor]]:
+    """(output, gradient) of each output tensor that has one, `[samples, numbers]`, cut to the samples of all."""
+    known = [(output, each) for output, each in zip(outputs, gradients, strict=True) if each is not None]
+    count = min(min(len(output), len(each)) for output, each in known)
     return [(one[:count].reshape(count, -1), two[:count].reshape(count, -1).to(one)) for one, two in known]
 
 
-def _products(here: Tensor, ours: Tensor, theirs: Tensor, wanted: Tensor) -> Tensor:
-    """Of each odd sample ⟨g, n⟩, ⟨g, o⟩, ⟨n, o⟩, ⟨n, n⟩, ⟨o, o⟩, ⟨g, g⟩, `[samples / 2, 6]`.
+def _products(before: Tensor, by_new: Tensor, by_old: Tensor, descent: Tensor) -> Tensor:
+    """⟨g, n⟩, ⟨g, o⟩, ⟨n, o⟩, ⟨n, n⟩, ⟨o, o⟩, ⟨g, g⟩ of each odd sample, `[samples / 2, 6]`.
 
-    g is what is wanted, n what the new units do, o what the others do.
+    g is minus the loss's gradient, n the change of the outputs by the new columns' step, o by that of the present ones.
     """
-    g, n, o = ((each[1::2]).double() for each in (wanted, ours - here, theirs - here))
+    g, n, o = ((each[1::2]).double() for each in (descent, by_new - before, by_old - before))
     pairs = ((g, n), (g, o), (n, o), (n, n), (o, o), (g, g))
     return torch.stack([(one * two).sum(1) for one, two in pairs], dim=1)
 
 
 def _compared(rows: Tensor) -> Evidence:
-    """What is left of the new units' agreement with the loss once the others' is taken out."""
+    """The share of g along n, both after the projection of o out of n and g, and its t-statistic."""
     _, with_old, shared, energy, old, whole = rows.sum(0).tolist()
     alike, known = (shared / old, with_old / old) if old > 0 else (0.0, 0.0)
     samples = rows[:, 0] - alike * rows[:, 1] - known * (rows[:, 2] - alike * rows[:, 4])

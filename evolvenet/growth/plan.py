@@ -1,4 +1,4 @@
-"""Plans that widen a model without changing what it computes."""
+"""The surgery that adds units to a model without changing its function."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from evolvenet.errors import ResizeError, TraceError
 from evolvenet.graph.index_map import IndexMap
 from evolvenet.graph.width_graph import Width, WidthGraph
-from evolvenet.growth.expanded_model import Growth, Loss, place
+from evolvenet.growth.expanded_model import Growth, Loss, fill_new_units
 from evolvenet.growth.initializers import METHODS
 from evolvenet.surgery.resize_model import Surgery, check_finite, compile_surgery
 
@@ -25,22 +25,21 @@ def plan_growth(
     batches: Iterable[Any] | None = None,
     loss: Loss | None = None,
 ) -> Surgery:
-    """Add units so that the network computes what it did (but for "random"). Nothing is changed yet.
+    """Add units so that the network computes the same function (but for "random"). Nothing is changed yet.
 
     New units come last. Their rows in every producer follow the method, with the mean norm of the existing rows; what
     is added to them (biases, running means) is 0, what scales them (norm weights, running variances) the mean magnitude
-    of the survivors, depthwise kernels are random of the mean norm; the columns that read them are 0 and get a
-    gradient at once, but for the pairs of "paired". A weight that both makes and reads the units counts as a reader:
-    zeros.
+    of the present units, depthwise kernels are random of the mean norm; the columns that consume them are 0 and have a
+    gradient at once, but for the pairs of "paired". In a weight that both produces and consumes the units both are 0.
 
     - "orthogonal": rows orthogonal to all others as long as there are any; then random, or with batches those whose
-      activations are predicted worst by what is there (NORTH*).
+      activations are predicted worst from the present units (NORTH*).
     - "paired": the same, in pairs with fan-outs of opposite signs (Net2Net, gromo), the last of an odd number alone.
     - "gradmax": rows that make the gradient of the fan-out largest (GradMax, with fan-in and fan-out exchanged).
-    - "tiny": rows for what the present units cannot do about the loss by themselves (TINY).
+    - "tiny": rows for the part of the gradient that no update of the present weights follows (TINY).
     - "random": rows and columns random; changes the function, for comparison.
 
-    What is done exactly and from which paper: `evolvenet.growth.initializers`.
+    Algorithms and sources: `evolvenet.growth.initializers`.
 
     Args:
         model: the model of the graph.
@@ -71,18 +70,18 @@ def plan_growth(
     if method not in METHODS:
         raise ResizeError(f"Grow: expected a method out of {', '.join(sorted(METHODS))}, got {method!r}.")
     maps: dict[str, IndexMap] = {}
-    for asked, size in sizes.items():
-        width = graph.widths[asked]
+    for name, size in sizes.items():
+        width = graph.widths[name]
         _check(width, size)
         if size > width.size:
             maps[width.name] = IndexMap.grow(width.size, size - width.size)
     surgery = check_finite(compile_surgery(model, graph, maps))
     growth = Growth(model, graph, surgery, generator, _gathered(batches), loss)
-    return place(growth, METHODS[method](growth))
+    return fill_new_units(growth, METHODS[method](growth))
 
 
 def _gathered(batches: Iterable[Any] | None) -> tuple[Any, ...] | None:
-    """All batches: they are run several times."""
+    """All batches in a tuple: they are run several times."""
     if isinstance(batches, Tensor):
         raise TraceError("Batches: expected an iterable of batches, got one tensor. Wrap it in a list: [inputs].")
     gathered = None if batches is None else tuple(batches)
@@ -92,7 +91,7 @@ def _gathered(batches: Iterable[Any] | None) -> tuple[Any, ...] | None:
 
 
 def _check(width: Width, size: int) -> None:
-    """Refuse what would not keep the function."""
+    """Raise ResizeError for a size that would not keep the function."""
     if size < width.size:
         raise ResizeError(
             f"Grow: width {width.name!r} has {width.size} units, expected a new size of {width.size} or more, "

@@ -1,4 +1,4 @@
-"""What existing units cannot do for the loss by themselves: the expressivity bottleneck of the layers that read them.
+"""The expressivity bottleneck: the part of the loss's gradient at a consumer's outputs that no update of it follows.
 
 From Verbockhaven, Rudkiewicz, Charpiat and Chevallier, "Growing tiny networks: spotting expressivity bottlenecks and
 fixing them optimally", TMLR 2024.
@@ -27,15 +27,15 @@ from evolvenet.linalg.ridge import refit
 from evolvenet.pruning.selection import is_unshared
 
 ROWS = 4096
-"""Most places (samples × positions) of one layer that its inputs' moments and its best update come from."""
+"""Most output positions (samples × positions) of one layer from which moments and updates are computed."""
 
 RIDGE = 1e-2
-"""Added to the inputs' second moments, relative to their mean: directions that the inputs hardly take are no way out."""
+"""Added to the diagonal of the inputs' second moments, relative to its mean; bounds rows along rare input directions."""
 
 
 @dataclass(frozen=True, eq=False)
 class Scale:
-    """What counts as a row of length 1: ‖row · factor‖ = 1.
+    """A metric of rows: the length of a row is ‖row·factor‖.
 
     Args:
         factor: `[places, places]` lower triangular; None for the identity, where the length is the norm.
@@ -49,22 +49,22 @@ class Scale:
 
     @classmethod
     def of(cls, second: Tensor) -> Scale:
-        """Rows are as long as what they answer with to inputs of the second moment `[places, places]` float64."""
+        """The length of a row is the root mean square of its outputs; `second` is E[x·xᵀ], `[places, places]` float64."""
         level = float(second.diagonal().mean())
         if not level > 0:
             return cls()
         return cls(torch.linalg.cholesky(second + RIDGE * level * torch.eye(len(second), dtype=second.dtype)))
 
     def coordinates(self, rows: Tensor) -> Tensor:
-        """Rows `[count, repeat · places]` in coordinates in which the length is the norm."""
+        """Whitened rows, `[count, repeat · places]`: their norm is the length of the row."""
         return rows if self.factor is None else self._each(rows, self.factor.T)
 
     def rows(self, coordinates: Tensor) -> Tensor:
-        """The rows that have the coordinates."""
+        """The rows of whitened ones: the inverse of `coordinates`."""
         return coordinates if self.factor is None else self._each(coordinates, self.factor.T, inverse=True)
 
     def gradients(self, gradients: Tensor) -> Tensor:
-        """Gradients for rows as gradients for their coordinates."""
+        """Gradients by the whitened rows, from gradients by the rows."""
         return gradients if self.factor is None else self._each(gradients, self.factor, inverse=True)
 
     def _each(self, rows: Tensor, factor: Tensor, inverse: bool = False) -> Tensor:
@@ -81,7 +81,7 @@ class Scale:
 
 @dataclass(frozen=True, eq=False)
 class Update:
-    """A step of one reader along which the loss falls or rises, fitted to the gradient of its outputs.
+    """The weight and bias of a consumer that reproduce the gradient of its outputs best, by ridge least squares.
 
     Args:
         weight: of the old shape.
@@ -94,43 +94,43 @@ class Update:
 
 @dataclass(frozen=True, eq=False)
 class Bottleneck:
-    """What is asked of new units beside a large gradient; nothing by default.
+    """What the present units can do about the gradient, and the metric of new rows; neither by default.
 
     Args:
-        scales: {producer's tie: what counts as a row of length 1}; the others go by norm.
-        updates: {path of a reader: what its own columns can do about the gradient}.
+        scales: {producer's tie: metric of its rows}; the norm for the others.
+        updates: {path of a consumer: the update of its present columns, to be subtracted from the gradient}.
     """
 
     scales: Mapping[Tie, Scale] = field(default_factory=dict)
     updates: Mapping[str, Update] = field(default_factory=dict)
 
 
-def demand(growth: Growth, method: str) -> Bottleneck:
-    """Measure the inputs of the producers, and what the readers can do without new units.
+def measure_bottleneck(growth: Growth, method: str) -> Bottleneck:
+    """Measure the second moments of the producers' inputs, and fit the consumers' updates without new units.
 
-    The desired change of a reader's outputs is minus the loss's gradient. What a ridge fit of it on the reader's present
-    inputs explains, an update of the present weights can do; the rest is the bottleneck, for new units alone. A reader for
-    which the fit is no better than nothing on the other half of the samples is left out, as are readers and producers
+    The desired change of a consumer's outputs is minus the loss's gradient. Its ridge fit on the consumer's present inputs
+    is what an update of the present weights achieves; the rest is the bottleneck. A consumer for
+    which the fit is no better than nothing on the other half of the samples is left out, as are consumers and producers
     other than dense and ungrouped convolution layers.
 
     Args:
-        growth: what grows, with batches and a loss.
-        method: for errors.
+        growth: the expansion, with batches and a loss.
+        method: its name, for error messages.
 
     Returns:
-        Scales by the second moments of the producers' inputs, updates of the readers.
+        Metrics from the second moments of the producers' inputs, updates of the consumers.
 
     Raises:
         ResizeError, SpectrumError, TraceError: for batches or a loss that cannot be used, or NaN in them.
     """
-    makers = [
+    producers = [
         tie for width in growth.widths for tie in growth.matrices(width, PRODUCES) if _has_weight_op(growth, tie, 0)
     ]
-    readers = [
+    consumers = [
         tie for width in growth.widths for tie in growth.matrices(width, CONSUMES) if _has_weight_op(growth, tie, 1)
     ]
     pairs = growth.pairs(method)
-    seen = {tie.module: _LayerRecorder(tie.module, max(2, ROWS // len(pairs))) for tie in (*makers, *readers)}
+    seen = {tie.module: _LayerRecorder(tie.module, max(2, ROWS // len(pairs))) for tie in (*producers, *consumers)}
     with isolated(growth.model, shadows=True, gradients=True), ExitStack() as hooks:
         for path, module_seen in seen.items():
             module = growth.model.get_submodule(path)
@@ -139,8 +139,8 @@ def demand(growth: Growth, method: str) -> Bottleneck:
         weights = [growth.model.get_submodule(path).get_parameter("weight") for path in seen]
         for inputs, targets in pairs if weights else ():
             torch.autograd.grad(growth.value(inputs, targets), weights, allow_unused=True)
-    scales = {tie: Scale.of(seen[tie.module].second()) for tie in makers if seen[tie.module].records}
-    updates = {path: seen[path].update(growth.model.get_submodule(path)) for path in {tie.module for tie in readers}}
+    scales = {tie: Scale.of(seen[tie.module].second()) for tie in producers if seen[tie.module].records}
+    updates = {path: seen[path].update(growth.model.get_submodule(path)) for path in {tie.module for tie in consumers}}
     return Bottleneck(scales, {path: update for path, update in updates.items() if update is not None})
 
 
@@ -154,7 +154,7 @@ def _has_weight_op(growth: Growth, tie: Tie, dim: int) -> bool:
 
 @singledispatch
 def weight_op_of(module: nn.Module, path: str, x: Tensor) -> WeightOp | None:
-    """The product that the module makes of its weight and an input; None for another type or a setting that is unusual."""
+    """The module's product of its weight and an input; None for other types, and for settings that are not handled."""
     return None
 
 
@@ -177,7 +177,7 @@ def _(module: nn.Conv1d | nn.Conv2d | nn.Conv3d, path: str, x: Tensor) -> Weight
 
 
 class _LayerRecorder:
-    """The forward hook of one module: inputs and gradients at the same places of its outputs, sampled evenly."""
+    """The forward hook of one module: records inputs and gradients at evenly sampled positions of its outputs."""
 
     def __init__(self, path: str, most: int) -> None:
         self.path, self.most = path, most
@@ -188,7 +188,7 @@ class _LayerRecorder:
         op = weight_op_of(module, self.path, value.detach()) if isinstance(value, Tensor) else None
         if op is None:
             return
-        # As the read has it: a dense layer's samples and positions on one axis.
+        # As the weight op has it: a dense layer's samples and positions on one axis.
         shape = (-1, output.shape[-1]) if op.geometry is None else output.shape
         total = output_positions(op, output.detach().reshape(shape))
         rows = evenly(total, self.most).to(value.device)
@@ -196,7 +196,7 @@ class _LayerRecorder:
         self.records.append(record)
         if output.requires_grad:
             # A hook, because an activation in place would leave the gradient of its own output here.
-            output.register_hook(lambda gradient: record.take(op.outputs_at(gradient.reshape(shape), rows)[0]))
+            output.register_hook(lambda gradient: record.set_gradients(op.outputs_at(gradient.reshape(shape), rows)[0]))
 
     def second(self) -> Tensor:
         """E[x·xᵀ], `[columns, columns]` float64."""
@@ -204,17 +204,17 @@ class _LayerRecorder:
         return finite(inputs.T @ inputs / len(inputs), self.path)
 
     def update(self, module: nn.Module) -> Update | None:
-        """The ridge fit of the gradients on the inputs, or None if it says nothing on samples that it has not seen."""
+        """The ridge fit of the gradients on the inputs, or None if it explains nothing on held-out samples."""
         full = [record for record in self.records if record.gradients is not None]
         if not full:
             return None
         weight, bias = module.get_parameter("weight"), module._parameters.get("bias")
-        nothing = torch.zeros(weight.shape, dtype=torch.float64).flatten(1)
+        zeros = torch.zeros(weight.shape, dtype=torch.float64).flatten(1)
         made = refit(
             _exact([record.inputs for record in full]),
             _exact([record.gradients for record in full if record.gradients is not None]),
-            nothing,
-            None if bias is None else nothing.new_zeros(len(nothing)),
+            zeros,
+            None if bias is None else zeros.new_zeros(len(zeros)),
             torch.cat([record.sample for record in full]).cpu() % 2 == 1,
         )
         return made and Update(made[0].reshape(weight.shape), None if bias is None else made[1])
@@ -222,20 +222,20 @@ class _LayerRecorder:
 
 @dataclass(eq=False)
 class _Record:
-    """What one call of a module has shown.
+    """Inputs and output gradients of one call of a module.
 
     Args:
         inputs: `[rows, columns]`.
         sample: `[rows]` number of the sample of each row.
-        gradients: `[rows, out]`, once they are known.
+        gradients: `[rows, out]`, after the backward pass.
     """
 
     inputs: Tensor
     sample: Tensor
     gradients: Tensor | None = None
 
-    def take(self, gradients: Tensor) -> None:
-        """Keep the gradients of the outputs at the record's places."""
+    def set_gradients(self, gradients: Tensor) -> None:
+        """Keep the gradients of the outputs at the record's positions."""
         self.gradients = gradients.detach()
 
 
@@ -244,55 +244,55 @@ def _exact(parts: list[Tensor]) -> Tensor:
 
 
 @singledispatch
-def answer(module: nn.Module, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """What a reader that `weight_op_of` knows would answer with another weight and bias."""
-    raise AssertionError(f"{type(module).__name__} is no reader")
+def forward_with(module: nn.Module, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The output of a module that `weight_op_of` handles, with another weight and bias."""
+    raise AssertionError(f"{type(module).__name__} has no weight op")
 
 
-@answer.register
+@forward_with.register
 def _(module: nn.Linear, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return functional.linear(x, weight, bias)
 
 
-@answer.register
+@forward_with.register
 def _(module: _ConvNd, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     forward: Any = module._conv_forward
     return forward(x, weight, bias)
 
 
 class Corrections:
-    """Forward hooks on the readers of a widened model: what their present columns can do is taken off the gradient.
+    """Terms of the loss, from forward hooks on the consumers of an expanded model, that subtract the updates.
 
-    Adding `total` to the loss changes the gradients of the new units' columns and of what they read, not those of a
-    reader's other columns.
+    Adding `total` to the loss subtracts each consumer's update from the gradient that its new columns and their inputs
+    get; the gradients of its other columns do not change.
     """
 
     def __init__(self) -> None:
         self.parts: list[Tensor] = []
 
     def total(self) -> Tensor | float:
-        """What to add to the loss of the pass that has just run; the next one starts anew."""
+        """The sum of the last pass's terms; they are cleared."""
         parts, self.parts = self.parts, []
         return sum(parts)
 
 
 @contextmanager
 def subtract_updates(growth: Growth, updates: Mapping[str, Update]) -> Iterator[Corrections]:
-    """Hook the readers of the widened model."""
-    made = Corrections()
+    """Register the hooks on the consumers of the expanded model; on leaving they are removed."""
+    corrections = Corrections()
     with ExitStack() as hooks:
         for path, update in updates.items():
             module = growth.model.get_submodule(path)
             hooks.callback(
-                module.register_forward_hook(_Correction(growth, path, update, made), with_kwargs=True).remove
+                module.register_forward_hook(_Correction(growth, path, update, corrections), with_kwargs=True).remove
             )
-        yield made
+        yield corrections
 
 
 class _Correction:
-    """The hook of one reader: minus its update's answer times the answer of its new unit columns."""
+    """The hook of one consumer: adds −⟨output of its update, output of its new columns⟩."""
 
-    def __init__(self, growth: Growth, path: str, update: Update, made: Corrections) -> None:
+    def __init__(self, growth: Growth, path: str, update: Update, corrections: Corrections) -> None:
         change = growth.changes[f"{path}.weight" if path else "weight"]
         like = change.tensor
         weight = update.weight.to(like.device, like.dtype)
@@ -301,7 +301,7 @@ class _Correction:
         bias = None if update.bias is None else update.bias.to(like.device, like.dtype)
         if bias is not None and 0 in change.axes:
             bias = change.axes[0].apply(bias, 0)
-        self.weight, self.bias, self.made = weight, bias, made
+        self.weight, self.bias, self.corrections = weight, bias, corrections
         new_unit = [index == NEW_UNIT for index in change.axes[1].indices]
         self.new_unit = torch.tensor(new_unit, dtype=like.dtype, device=like.device).reshape(
             -1, *[1] * (like.dim() - 2)
@@ -309,6 +309,6 @@ class _Correction:
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         x = args[0] if args else kwargs["input"]
-        known = answer(module, x.detach(), self.weight, self.bias)
-        fresh = answer(module, x, module.get_parameter("weight") * self.new_unit, None)
-        self.made.parts.append(-(known * fresh).sum())
+        present = forward_with(module, x.detach(), self.weight, self.bias)
+        new = forward_with(module, x, module.get_parameter("weight") * self.new_unit, None)
+        self.corrections.parts.append(-(present * new).sum())

@@ -1,4 +1,4 @@
-"""Streaming second moments of what each consumer of a width reads."""
+"""Streaming mean and covariance of the inputs of each consumer of a width."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ CAP = 8192
 
 @dataclass(frozen=True, eq=False)
 class Moments:
-    """How many samples were seen, their mean and their covariance.
+    """Number, mean and covariance of samples.
 
     The covariance is kept, not the raw second moment: subtracting a large mean afterwards would lose the digits.
 
@@ -48,7 +48,7 @@ class Moments:
 
     @classmethod
     def empty(cls, size: int) -> Moments:
-        """No sample of `size` features seen yet."""
+        """The moments of no sample of `size` features."""
         return cls(0, torch.zeros(size, dtype=torch.float64), torch.zeros(size, size, dtype=torch.float64))
 
     @classmethod
@@ -86,9 +86,9 @@ class Moments:
 
 @dataclass(frozen=True, eq=False)
 class ActivationMoments(Mapping[Tie, Moments]):
-    """The moments of what each consumer reads, `n` being the size of the width; {tie: moments}.
+    """{consumer's tie: moments of its inputs, `n` the size of the width}.
 
-    Even and odd samples are kept apart, so that what is fitted on one half can be judged on the other.
+    Even and odd samples are kept apart, so that a fit on one half can be tested on the other.
 
     Args:
         even: moments of the samples 0, 2, 4 … of all batches one after the other.
@@ -113,7 +113,7 @@ class ActivationMoments(Mapping[Tie, Moments]):
 
 
 def collect(model: nn.Module, graph: WidthGraph, batches: Iterable[Any]) -> ActivationMoments:
-    """Run the model on a few batches and gather the moments of what every consumer of a resizable width reads.
+    """Run the model on a few batches and gather the moments of the inputs of every consumer of a resizable width.
 
     Samples are those of the batch and all positions; a channel that a flatten spread over `repeat` places counts as
     `repeat` samples, and so does each group of a grouped convolution. More than `CAP` of them in a batch are sampled
@@ -131,7 +131,7 @@ def collect(model: nn.Module, graph: WidthGraph, batches: Iterable[Any]) -> Acti
 
     Raises:
         TraceError: if there is no batch, or no sample in any.
-        SpectrumError: if a consumer reads NaN or infinite values.
+        SpectrumError: for NaN or infinite inputs of a consumer.
 
     >>> from evolvenet.tracing.trace import trace
     >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
@@ -164,7 +164,7 @@ def collect(model: nn.Module, graph: WidthGraph, batches: Iterable[Any]) -> Acti
 
 
 class _Halves:
-    """Growing moments of one tie: even samples and odd samples."""
+    """Moments of one tie so far: of even samples and of odd samples."""
 
     def __init__(self, size: int) -> None:
         self.moments = [Moments.empty(size), Moments.empty(size)]
@@ -177,7 +177,7 @@ class _Halves:
         self.seen = True
 
     def check(self, tie: Tie) -> None:
-        """Refuse NaN and infinite values."""
+        """Raise SpectrumError for NaN and infinite values."""
         if not all(half.covariance.isfinite().all() for half in self.moments):
             raise SpectrumError(
                 f"{tie.module or 'The root module'}: expected finite inputs while measuring, got NaN or infinite ones. "
@@ -186,7 +186,7 @@ class _Halves:
 
 
 def _gather(by_tensor: Mapping[str, Mapping[Tie, _Halves]], samples: int, before: int, op: WeightOp) -> None:
-    """Add what a weight reads to the moments of all its ties; `before` samples came in earlier batches."""
+    """Add the inputs of a weight op to the moments of all its ties; `before` samples came in earlier batches."""
     for tie, halves in by_tensor.get(op.tensor, {}).items():
         if tie.dim != op.axis or not op.input_positions:
             continue

@@ -75,14 +75,14 @@ def macs(model: nn.Module, example_inputs: Any) -> int:
 
 @dataclass(frozen=True)
 class Costs:
-    """What a network of some widths costs, without building it.
+    """The cost of a network with other widths, without building it.
 
     Args:
         graph: the widths as they are.
-        uses: {weight: how often each of its entries is multiplied for one sample}.
+        uses: {weight: multiplications of each of its entries for one sample}.
         sizes: {tensor: bytes an entry}, of parameters and buffers.
-        rest: of the multiply-accumulates, those that no weight explains, and of the bytes those without a width (counters);
-            taken as they are now.
+        rest: {kind: constant part}: multiply-accumulates without a weight, bytes of tensors without a width (counters), at
+            the present widths.
         timed: {width: size} → seconds of a forward pass, measured.
     """
 
@@ -94,7 +94,7 @@ class Costs:
 
     @classmethod
     def of(cls, model: nn.Module, graph: WidthGraph, example_inputs: Any) -> Costs:
-        """Look at a model once.
+        """Measure a model.
 
         Args:
             model: is left as it was.
@@ -127,9 +127,9 @@ class Costs:
 
 
 def uses(model: nn.Module, example_inputs: Any) -> dict[str, float]:
-    """How often each entry of every weight is multiplied for one sample, in dense products and convolutions.
+    """{weight: multiplications of each of its entries for one sample}, in dense products and convolutions.
 
-    Products without a weight (of queries with keys) are not in it.
+    Products without a weight (of queries with keys) are not counted.
 
     >>> import torch
     >>> uses(nn.Conv2d(1, 2, 3), torch.zeros(2, 1, 5, 5))
@@ -172,4 +172,4 @@ def _seconds(run: Callable[[], object]) -> float:
 
 
 TIMINGS = 12
-"""Forward passes of which the fastest counts: what disturbs one only makes it slower."""
+"""Forward passes of which the fastest counts: other load on the machine only makes one slower."""

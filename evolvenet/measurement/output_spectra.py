@@ -1,9 +1,8 @@
-"""Spectra of what layers make: the singular values of every width's outputs, from streaming second moments.
+"""Singular values of the outputs of every width's producers, from streaming second moments.
 
-The spectrum of a weight W counts directions that its input never takes. That of W·S^½, S being the second moment of what
-it reads, does not; squared, its values are the eigenvalues of W·S·Wᵀ, and that is the second moment of the layer's
-output before its bias. So the outputs are gathered and not the inputs: `[out, out]` for each layer where patches take
-`[in·k·k, in·k·k]`.
+The spectrum of a weight W counts directions that its input never takes. That of W·S^½, S the second moment of the input,
+does not; its squared values are the eigenvalues of W·S·Wᵀ, the second moment of the layer's output before its bias. So the
+outputs are gathered and not the inputs: `[out, out]` for each layer where patches take `[in·k·k, in·k·k]`.
 """
 
 from __future__ import annotations
@@ -25,10 +24,10 @@ from evolvenet.measurement.activation_moments import CAP, Moments
 
 
 def output_spectra(model: nn.Module, graph: WidthGraph, batches: Iterable[Any]) -> dict[str, Tensor]:
-    """Singular values of what makes each resizable width, over samples and positions.
+    """Singular values of the outputs of each resizable width's producers, over samples and positions.
 
     They are those of the matrix `[width.size, samples]` of the units' outputs before the bias, divided by the square root
-    of the number of samples: of W·S^½, S the uncentred second moment of what the layer reads (patches for a
+    of the number of samples: of W·S^½, S the uncentred second moment of the layer's inputs (patches for a
     convolution). Several producers and several places of a unit stand side by side. Of more than `CAP` samples in a
     batch as many are taken evenly. The model runs in eval mode, its buffers and random states stay as they are.
 
@@ -38,12 +37,13 @@ def output_spectra(model: nn.Module, graph: WidthGraph, batches: Iterable[Any]) 
         batches: what the model is called with: tensors, tuples or lists of arguments, dicts of keyword arguments.
 
     Returns:
-        {width: `[width.size]` float64 on the CPU, descending}. Left out is a width of which no producer goes as it is
-        into a matrix product or a convolution. Values below 1e-8 of the largest are rounding, 3e-4 for float32 and less.
+        {width: `[width.size]` float64 on the CPU, descending}. Left out are widths without a producer that is, unmodified,
+        the weight of a matrix product or a convolution. Values below 1e-8 of the largest are rounding, 3e-4 for float32
+        and narrower types.
 
     Raises:
         TraceError: if there is no sample in `batches`.
-        SpectrumError: if a layer makes NaN or infinite values.
+        SpectrumError: for NaN or infinite outputs of a layer.
 
     >>> from evolvenet.tracing.trace import trace
     >>> model = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 2)).double()
@@ -73,7 +73,7 @@ def output_spectra(model: nn.Module, graph: WidthGraph, batches: Iterable[Any]) 
 
 
 def _gather(gathered: dict[Tie, Moments], op: WeightOp, out: Tensor) -> None:
-    """Add what a weight has made to the moments of its ties, each place of a unit as a sample of its own."""
+    """Add the outputs of a weight op to the moments of its ties, each place of a unit as a sample of its own."""
     ties = [tie for tie in gathered if tie.tensor == op.tensor and tie.dim == 1 - op.axis]
     if not ties:
         return
@@ -88,7 +88,7 @@ def _gather(gathered: dict[Tie, Moments], op: WeightOp, out: Tensor) -> None:
 
 
 def _values(width: Width, gathered: Mapping[Tie, Moments]) -> Tensor | None:
-    """Singular values of all that makes a width side by side; None if nothing of it was seen."""
+    """Singular values of all producers of a width side by side; None if none of them was run."""
     total = torch.zeros(width.size, width.size, dtype=torch.float64)
     seen = [tie for tie in width.producers if tie in gathered and gathered[tie].count]
     for tie in seen:

@@ -1,7 +1,7 @@
 """Residual blocks x + B(A(x)): where they are, and their spectra as the operator Id + B·A beside those of A and B.
 
-The graph names the candidates: an inner width that one weight makes and one weight reads, both of the same outer width.
-Gates (`x * B(A(x))`) look alike there, so one run of the model shows what really lies between, operation by operation.
+The candidates come from the graph: an inner width with one producer and one consumer, both of the same outer width.
+Gates (`x * B(A(x))`) are candidates too, so the ops of one run of the model are checked.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from evolvenet.tracing.op_trace import Op, OpTrace, Value
 ACTIVATIONS = frozenset(("celu", "elu", "gelu", "hardsigmoid", "hardswish", "hardtanh", "leaky_relu", "mish")) | {
     *("_prelu_kernel", "relu", "selu", "sigmoid", "silu", "softplus", "tanh"),
 }
-"""Element by element: left out of the linear part."""
+"""Elementwise ops, left out of the linear part."""
 
 MOVES = frozenset(("_unsafe_view", "alias", "clone", "detach", "view"))
-"""Change neither numbers nor their order."""
+"""Ops that change neither numbers nor their order."""
 
 NORMS = frozenset(["native_batch_norm", "cudnn_batch_norm", "miopen_batch_norm"])
 """(input, weight, bias, running mean, running variance, training, momentum, eps): in eval mode scales and shifts."""
@@ -69,8 +69,8 @@ class BlockSpectra:
 def block_spectra(model: nn.Module, graph: WidthGraph, example_inputs: Any) -> dict[str, BlockSpectra]:
     """The spectra of every residual block of two weights, by the name of its inner width.
 
-    Those of A and of B say nothing of a block that does almost nothing, Id + B·A does: all its values are then 1. Of
-    convolutions the matricized kernels are taken, that of B·A being both kernels convolved.
+    A block close to the identity shows in Id + B·A, whose values are then all close to 1, not in A and B. For convolutions
+    the kernels are matricized, and that of B·A is the convolution of both.
 
     Args:
         model: the model of the graph.
@@ -78,7 +78,7 @@ def block_spectra(model: nn.Module, graph: WidthGraph, example_inputs: Any) -> d
         example_inputs: what the model is called with; it runs once, in eval mode.
 
     Returns:
-        {inner width: spectra}; what is no such block is left out, `residual_blocks` says why.
+        {inner width: spectra}; other widths are left out, `residual_blocks` gives the reason.
 
     Raises:
         SpectrumError: for NaN or infinite weights.
@@ -127,7 +127,7 @@ def residual_blocks(
     >>> from evolvenet.tracing.trace import trace
     >>> model = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 2))
     >>> residual_blocks(model, trace(model, torch.zeros(1, 2)), torch.zeros(1, 2))
-    ({}, {'0': "0.weight reads the width '0:in', 2.weight makes the width '2'"})
+    ({}, {'0': "0.weight consumes the width '0:in', 2.weight produces the width '2'"})
     """
     tensors, _, _ = named_tensors(model)
     op_trace = OpTrace(tensors)
@@ -158,9 +158,9 @@ def _block(graph: WidthGraph, op_trace: OpTrace, tensors: Mapping[str, Tensor], 
 
 
 def _candidates(graph: WidthGraph, width: Width) -> tuple[str, str, str]:
-    """Names of the weight that makes the width, the weight that reads it, and the width outside of both."""
+    """Names of the producing weight, the consuming weight, and the width outside of both."""
     found = []
-    for ties, dim, verb in ((width.producers, 0, "made"), (width.consumers, 1, "read")):
+    for ties, dim, verb in ((width.producers, 0, "produced"), (width.consumers, 1, "consumed")):
         weights = sorted({tie.tensor for tie in ties})
         if len(weights) != 1:
             raise SpectrumError(f"it is {verb} by {len(weights)} weights")
@@ -171,17 +171,17 @@ def _candidates(graph: WidthGraph, width: Width) -> tuple[str, str, str]:
                 f"axis {dim} of {name} holds more than its units, one place each, or axis {1 - dim} does"
             )
         found.append((name, outside[0].width))
-    (one, reads), (two, makes) = found
-    if reads is None or reads != makes:
-        raise SpectrumError(f"{one} reads the width {reads!r}, {two} makes the width {makes!r}")
-    return one, two, reads
+    (one, consumed), (two, produced) = found
+    if consumed is None or consumed != produced:
+        raise SpectrumError(f"{one} consumes the width {consumed!r}, {two} produces the width {produced!r}")
+    return one, two, consumed
 
 
 def _before(op_trace: OpTrace, op: Op) -> Value:
-    """The one tensor that an op reads besides parameters and buffers."""
+    """The one input of an op besides parameters and buffers."""
     inputs = [value for value in op.inputs if value not in op_trace.tensor_names]
     if len(inputs) != 1:
-        raise SpectrumError(f"{op.name} reads {len(inputs)} tensors besides parameters")
+        raise SpectrumError(f"{op.name} has {len(inputs)} inputs besides parameters")
     return inputs[0]
 
 
@@ -196,7 +196,7 @@ def _between(op_trace: OpTrace, start: Value, stop: Value) -> list[Op]:
         found.append(op)
         stop = _before(op_trace, op)
     if stop != start:
-        raise SpectrumError("what the first weight reads is not made out of what the second one is added to")
+        raise SpectrumError("the input of the first weight is not computed from what the second one is added to")
     return found
 
 
@@ -204,10 +204,10 @@ def _added(op_trace: OpTrace, start: Value) -> tuple[list[Op], Value]:
     """The ops from `start` to an addition, all of them norms, activations or views, and what it is added to."""
     found: list[Op] = []
     while True:
-        readers = op_trace.consumers.get(start, [])
-        if len(readers) != 1:
-            raise SpectrumError(f"what the second weight makes is read {len(readers)} times")
-        (op,) = readers
+        consumers = op_trace.consumers.get(start, [])
+        if len(consumers) != 1:
+            raise SpectrumError(f"the output of the second weight is used {len(consumers)} times")
+        (op,) = consumers
         others = [value for value in op.inputs if value != start]
         if op.name == "add" and op.kwargs.get("alpha", 1) == 1 and len(others) == 1:
             return found, others[0]

@@ -1,4 +1,4 @@
-"""The singular spectrum of every width: of its producers' weights, or of what its consumers read."""
+"""The singular spectrum of every width: of its producers' weights, or of its consumers' inputs."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def spectra(model: nn.Module, graph: WidthGraph, batches: Iterable[Any] | None =
     """Singular values of every resizable width.
 
     Without batches, those of the producers' matricized weights, several producers side by side. With batches, those of
-    what the consumers read, see `measure`.
+    the consumers' inputs, see `measure`.
 
     Args:
         model: the model of the graph.
@@ -77,10 +77,10 @@ def spectra(model: nn.Module, graph: WidthGraph, batches: Iterable[Any] | None =
 def measure(model: nn.Module, graph: WidthGraph, statistics: ActivationMoments | None = None) -> dict[str, Tensor]:
     """Singular values of every resizable width, from statistics already gathered.
 
-    With statistics, each consumer gives the centred covariance of what it reads, every unit weighted by the norm of
-    the columns that read it (a unit that nobody reads counts for nothing), divided by its trace; the singular values
-    are the square roots of the eigenvalues of the average over the consumers, so that their squares add up to 1, or
-    to 0 if nothing varies. A width without a measured consumer falls back to the weights.
+    With statistics: the covariance of each consumer's inputs, every unit weighted by the norm of the consumer's columns
+    (see `consumer_weighted`), divided by its trace, is averaged over the consumers; the singular values are the square
+    roots of its eigenvalues. Their squares add up to 1, or to 0 if nothing varies. For a width without a measured
+    consumer, the values of its weights.
 
     Args:
         model: the model of the graph.
@@ -88,7 +88,7 @@ def measure(model: nn.Module, graph: WidthGraph, statistics: ActivationMoments |
         statistics: None, or from `collect`.
 
     Returns:
-        {width: `[width.size]` float64 values on the CPU, descending}; widths that show in no weight are left out.
+        {width: `[width.size]` float64 values on the CPU, descending}; widths without a weight are left out.
 
     Raises:
         SpectrumError: for NaN or infinite weights.
@@ -97,20 +97,20 @@ def measure(model: nn.Module, graph: WidthGraph, statistics: ActivationMoments |
     found: dict[str, Tensor] = {}
     for width in graph.resizable:
         parts = {tie: gathered[tie].covariance for tie in width.consumers if tie in gathered}
-        values = _of_reads(model, width, parts) if parts else _of_weights(model, graph, width)
+        values = _from_inputs(model, width, parts) if parts else _from_weights(model, graph, width)
         if values is not None:
             found[width.name] = values
     return found
 
 
-def measures_of(
+def width_statistics(
     model: nn.Module,
     graph: WidthGraph,
     statistics: ActivationMoments,
     changed: Mapping[str, Sequence[int]],
     event: int,
 ) -> dict[str, WidthStatistics]:
-    """What a policy is told of every width on which enough was measured.
+    """The statistics that policies propose sizes from, of every width with `PLACES` measured positions a unit.
 
     Args:
         model: the model of the graph.
@@ -131,11 +131,11 @@ def measures_of(
             few[name] = max(seen)
             continue
         at, last_change, reversals = changed.get(name, (-_NEVER, 0, 0))
-        # Without a row of its own a new unit would stay dead, and where units mix it would change the function.
-        # What reads it must learn to: nobody would ever read a new unit of a frozen reader.
-        read = [model.get_parameter(tie.tensor) for tie in width.consumers if tie.tensor in graph.trainable]
-        learns = not read or any(parameter.requires_grad for parameter in read)
-        growable = width.mixed is None and bool(width.producers) and learns
+        # Without a producer's row a new unit has no input, and where an op mixes units it changes the function. Its columns
+        # are 0 at first: without a consumer that is trained they stay 0.
+        consumers = [model.get_parameter(tie.tensor) for tie in width.consumers if tie.tensor in graph.trainable]
+        trained = not consumers or any(parameter.requires_grad for parameter in consumers)
+        growable = width.mixed is None and bool(width.producers) and trained
         found[name] = WidthStatistics(
             name, width.size, tuple(spectrum.tolist()), event - at, growable, last_change, reversals
         )
@@ -164,8 +164,8 @@ def ranks_and_energies(
 def unit_rows(model: nn.Module, width: Width, tie: Tie) -> Tensor:
     """What one tensor holds for each unit of the width, one row a unit: `[width.size, places]`, float64, on the CPU.
 
-    For a producer the rows that make the unit, for a consumer the columns that read it; a unit that takes `repeat`
-    places of the axis has them one after the other.
+    For a producer the rows of the unit, for a consumer its columns; a unit with `repeat` places on the axis has them one
+    after the other.
 
     Raises:
         SpectrumError: for NaN or infinite entries.
@@ -178,7 +178,7 @@ def unit_rows(model: nn.Module, width: Width, tie: Tie) -> Tensor:
 
 
 def consumer_weighted(model: nn.Module, width: Width, parts: Mapping[Tie, Tensor]) -> Tensor:
-    """The average over consumers of D·S·D / trace, D the norms of the columns that read each unit.
+    """The average over consumers of D·S·D / trace, D the norms of the consumer's columns of each unit.
 
     Args:
         model: the model of the width.
@@ -186,7 +186,7 @@ def consumer_weighted(model: nn.Module, width: Width, parts: Mapping[Tie, Tensor
         parts: {consumer tie: second moment or covariance `[n, n]`}.
 
     Returns:
-        `[n, n]` with a trace of 1, or of 0 if no consumer reads anything.
+        `[n, n]` with a trace of 1, or of 0 if all are 0.
 
     >>> model, tie = nn.Sequential(nn.Linear(2, 1)), Tie("0.weight", 1, 0, 1, "consumes")
     >>> _ = nn.init.constant_(model[0].weight, 7.0)
@@ -212,12 +212,12 @@ def _scaled(matrix: Tensor) -> Tensor:
     return matrix / largest if largest > 0 else matrix
 
 
-def _of_reads(model: nn.Module, width: Width, parts: Mapping[Tie, Tensor]) -> Tensor:
+def _from_inputs(model: nn.Module, width: Width, parts: Mapping[Tie, Tensor]) -> Tensor:
     eigenvalues = torch.linalg.eigvalsh(consumer_weighted(model, width, parts))
     return eigenvalues.flip(0).clamp_min(0).sqrt()
 
 
-def _of_weights(model: nn.Module, graph: WidthGraph, width: Width) -> Tensor | None:
+def _from_weights(model: nn.Module, graph: WidthGraph, width: Width) -> Tensor | None:
     weights = [tie for tie in width.ties if tie.tensor in graph.trainable and len(graph.shapes[tie.tensor]) > 1]
     made = [tie for tie in weights if tie in width.producers] or weights
     if not made:

@@ -10,7 +10,7 @@ from evolvenet.errors import SpectrumError
 from evolvenet.execution.isolation import isolated
 from evolvenet.graph.index_map import IndexMap
 from evolvenet.graph.width_graph import CONSUMES, PRODUCES
-from evolvenet.growth.expanded_model import Growth, finite, place, trial
+from evolvenet.growth.expanded_model import Growth, expanded, fill_new_units, finite
 from evolvenet.surgery.resize_model import compile_surgery, moved
 from evolvenet.tracing.trace import trace
 from tests.helpers.cases import CASES, Case, graph_of, outputs
@@ -52,7 +52,7 @@ def test_units_and_new_units_are_laid_out_alike(case: Case) -> None:
     for width in growth.widths:
         for tie in (*growth.matrices(width, PRODUCES), *growth.matrices(width, CONSUMES)):
             tensor = growth.changes[tie.tensor].value.clone()
-            units = growth.units(tie, width)
+            units = growth.unit_entries(tie, width)
             growth.slot(tie, width).put(tensor, units[:1].expand(2, -1))
             index = growth.changes[tie.tensor].axes[tie.dim].indices
             old = index.index(tie.start)
@@ -70,7 +70,7 @@ def test_a_trial_widens_the_model_and_leaves_no_trace() -> None:
     growth = Growth(model, graph, surgery)
     before, state = outputs(model, x), {name: t.clone() for name, t in model.state_dict().items()}
     parameters = dict(model.named_parameters())
-    with torch.inference_mode(), trial(growth, {}) as shadows:
+    with torch.inference_mode(), expanded(growth, {}) as shadows:
         assert model[0].out_channels == 11
         assert shadows["0.weight"] is model[0].weight
         assert shadows["0.weight"].shape == (11, 3, 3, 3)
@@ -100,7 +100,7 @@ def test_entries_get_the_norm_of_the_units() -> None:
     (width,) = growth.widths
     rows, columns = width.producers[0], width.consumers[0]
     one = {rows: torch.eye(2, 6).double(), columns: torch.eye(2, 3).double()}
-    values = {change.name: change.value for change in place(growth, one).changes}
+    values = {change.name: change.value for change in fill_new_units(growth, one).changes}
     torch.testing.assert_close(values["0.weight"][4:], model[0].weight.detach().norm(dim=1).mean() * one[rows])
     torch.testing.assert_close(values["2.weight"][:, 4:].T, model[2].weight.detach().norm(dim=0).mean() * one[columns])
     assert not values["0.bias"][4:].any()

@@ -1,4 +1,4 @@
-"""Rows that the loss asks for, against what is found by trying every direction."""
+"""Rows of GradMax and TINY, against the singular vectors of the fan-out's gradient for every direction."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def test_tiny_finds_the_singular_vectors_of_the_paper_where_all_is_linear(case: 
     make, inputs, out, place, count = LINEAR[case]
     torch.manual_seed(0)
     model, x = make(), inputs()
-    # Some of what is wanted the readers can do by themselves.
+    # An update of the consumers explains a part of the gradient.
     y = 3 * model(x).detach() + 0.1 * x.flatten(1).tanh() @ torch.randn(x[0].numel(), out).double()
     graph = trace(model, x[:2])
     name = list(graph.sizes)[int(place)]
@@ -124,10 +124,10 @@ def test_tiny_finds_the_singular_vectors_of_the_paper_where_all_is_linear(case: 
     width = graph.widths[name]
     makes, reads = model.get_submodule(width.producers[0].module), model.get_submodule(width.consumers[0].module)
     seen = captured(model, [makes, reads], x)
-    (wanted,) = torch.autograd.grad(F.mse_loss(seen["output"][0], y), seen[reads][1])
+    (gradient,) = torch.autograd.grad(F.mse_loss(seen["output"][0], y), seen[reads][1])
     inside = columns(reads, seen[reads][0].detach())
     inside = torch.cat([inside, torch.ones(len(inside), 1).double()], dim=1)
-    rest = flat(wanted) - inside @ torch.linalg.lstsq(inside, flat(wanted), driver="gelsd").solution
+    rest = flat(gradient) - inside @ torch.linalg.lstsq(inside, flat(gradient), driver="gelsd").solution
 
     patches = columns(makes, seen[makes][0].detach())
     second = patches.T @ patches / len(patches)
@@ -162,7 +162,7 @@ def assert_same_directions(found: Tensor, best: Tensor) -> None:
 
 
 def made_up(name: str) -> tuple[Any, Tensor]:
-    """A model with what the papers do not look at: ReLU, norms, pooling, several producers and readers."""
+    """A model with what the papers leave out: ReLU, norms, pooling, several producers and consumers."""
     torch.manual_seed(2)
     if name == "residual":
         return used(Residual()), images(20)

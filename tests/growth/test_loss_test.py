@@ -21,10 +21,10 @@ def seeded(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def asked(
+def loss_test_of(
     model: nn.Module, sizes: dict[str, int], x: Any, *gradients: Tensor | None, seed: int = 0
 ) -> dict[str, Evidence]:
-    """What one batch says."""
+    """The results on one batch."""
     return evidence(model, trace(model, x), sizes, [x], [gradients], seeded(seed))
 
 
@@ -32,7 +32,7 @@ def test_it_is_what_growing_for_real_shows() -> None:
     """Nothing but the reader is after the new units, so that a step of it moves the outputs in proportion."""
     model, x = mlp(6, 5, 4), torch.randn(40, 6, dtype=torch.float64, generator=seeded(1))
     gradient = torch.randn(40, 4, dtype=torch.float64, generator=seeded(2))
-    found = asked(model, {"0": 8}, x, gradient)["0"]
+    found = loss_test_of(model, {"0": 8}, x, gradient)["0"]
 
     grown = copy.deepcopy(model)
     install(grown, plan_growth(grown, trace(model, x), {"0": 8}, generator=seeded(0)))
@@ -48,14 +48,14 @@ def test_it_is_what_growing_for_real_shows() -> None:
     assert found.share == pytest.approx(max(cosine, 0.0) ** 2, rel=1e-9)
 
 
-def test_noise_asks_for_nothing() -> None:
+def test_a_gradient_of_noise_gives_no_large_t_statistic() -> None:
     """Gradients that have nothing to do with the inputs: the certainty is Student's t around 0."""
     model = mlp(6, 5, 4)
     values = []
     for seed in range(120):
         x = torch.randn(64, 6, dtype=torch.float64, generator=seeded(1000 + seed))
         gradient = torch.randn(64, 4, dtype=torch.float64, generator=seeded(seed))
-        values.append(asked(model, {"0": 8}, x, gradient, seed=seed)["0"].t_statistic)
+        values.append(loss_test_of(model, {"0": 8}, x, gradient, seed=seed)["0"].t_statistic)
     found = torch.tensor(values)
     assert abs(float(found.mean())) < 0.3
     assert 0.75 < float(found.std()) < 1.25
@@ -63,19 +63,19 @@ def test_noise_asks_for_nothing() -> None:
 
 
 def test_what_more_units_could_do_is_seen_and_what_the_present_ones_can_is_not() -> None:
-    """The loss wants |x₀|, which no linear map of two ReLUs of other inputs gives; then something that it does give."""
+    """The gradient is |x₀|, which no linear map of two ReLUs of other inputs gives; then something that one gives."""
     model = mlp(6, 2, 1)
     x = torch.randn(512, 6, dtype=torch.float64, generator=seeded(3))
-    assert asked(model, {"0": 12}, x, -x[:, :1].abs())["0"].t_statistic > 5
+    assert loss_test_of(model, {"0": 12}, x, -x[:, :1].abs())["0"].t_statistic > 5
     reads = torch.relu(model[0](x)).detach()
     reachable = reads @ (reads.T @ reads[:, :1])
-    assert asked(model, {"0": 12}, x, -reachable)["0"].share < 1e-3
+    assert loss_test_of(model, {"0": 12}, x, -reachable)["0"].share < 1e-3
 
 
 def test_the_scale_of_the_loss_does_not_matter() -> None:
     model, x = mlp(6, 5, 4), torch.randn(64, 6, dtype=torch.float64, generator=seeded(1))
     gradient = torch.randn(64, 4, dtype=torch.float64, generator=seeded(2))
-    one, two = asked(model, {"0": 8}, x, gradient)["0"], asked(model, {"0": 8}, x, 65536 * gradient)["0"]
+    one, two = loss_test_of(model, {"0": 8}, x, gradient)["0"], loss_test_of(model, {"0": 8}, x, 65536 * gradient)["0"]
     assert one.share == pytest.approx(two.share, rel=1e-12)
     assert one.t_statistic == pytest.approx(two.t_statistic, rel=1e-12)
 
@@ -102,7 +102,7 @@ def test_several_batches_count_as_one_and_first_samples_are_enough() -> None:
     ids=["none", "no gradient", "overflowed", "other shapes", "other outputs", "one sample"],
 )
 def test_where_nothing_can_be_known_nothing_is_said(gradients: tuple[Any, ...]) -> None:
-    assert asked(mlp(6, 5, 4), {"0": 8}, torch.randn(64, 6).double(), *gradients) == {}
+    assert loss_test_of(mlp(6, 5, 4), {"0": 8}, torch.randn(64, 6).double(), *gradients) == {}
 
 
 def test_a_network_without_a_backward_pass_here_says_nothing() -> None:
@@ -114,11 +114,11 @@ def test_a_network_without_a_backward_pass_here_says_nothing() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.net(x) if self.training else self.net(x).detach()
 
-    assert asked(Detached(), {"net.0": 8}, torch.randn(64, 6).double(), torch.randn(64, 4).double()) == {}
+    assert loss_test_of(Detached(), {"net.0": 8}, torch.randn(64, 6).double(), torch.randn(64, 4).double()) == {}
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_every_width_that_may_grow_can_be_asked_and_the_model_stays_as_it_is(case: Case) -> None:
+def test_every_growable_width_can_be_tested_and_the_model_stays_as_it_is(case: Case) -> None:
     """Also what is random, in training mode, and tensors that share memory."""
     model, graph, x = case.model(), graph_of(case), case.inputs()
     sizes = {w.name: w.size + 1 for w in graph.resizable if w.mixed is None and w.producers and w.consumers}
@@ -139,6 +139,6 @@ def test_every_width_that_may_grow_can_be_asked_and_the_model_stays_as_it_is(cas
 
 
 def test_nothing_is_computed_where_nothing_can_be_known(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A plain loop without gradients asks at every event."""
+    """A plain loop has no gradients."""
     monkeypatch.setattr("evolvenet.growth.loss_test.compile_surgery", lambda *_: pytest.fail("was planned"))
-    assert asked(mlp(6, 5, 4), {"0": 8}, torch.randn(64, 6).double()) == {}
+    assert loss_test_of(mlp(6, 5, 4), {"0": 8}, torch.randn(64, 6).double()) == {}

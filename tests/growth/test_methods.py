@@ -95,7 +95,7 @@ def test_the_function_is_kept_in_training_too(method: str) -> None:
         ({"batches": [(torch.zeros(2, 6).double(), None)], "loss": lambda y, t: y.detach().sum()}, "has no gradient"),
     ],
 )
-def test_what_a_gradient_method_needs_is_asked_for(method: str, given: dict[str, Any], message: str) -> None:
+def test_an_error_names_what_a_gradient_method_lacks(method: str, given: dict[str, Any], message: str) -> None:
     model = mlp(6, 4, 3)
     with pytest.raises(ResizeError, match=re.escape(message)):
         plan_growth(model, trace(model, torch.zeros(1, 6).double()), {"0": 6}, method, **given)

@@ -1,4 +1,4 @@
-"""New units that change nothing at first, point where nobody pointed before, and can learn."""
+"""New units: they keep the function, their rows are orthogonal to all others, and they get gradients."""
 
 from __future__ import annotations
 
@@ -53,8 +53,8 @@ def test_growing_keeps_the_output(case: str, together: bool) -> None:
     model, x = make().eval(), inputs()
     graph = trace(model, x)
     assert graph.resizable
-    asked = {width.name: width.size + 3 for width in graph.resizable}
-    for sizes in [asked] if together else [{name: size} for name, size in asked.items()]:
+    larger = {width.name: width.size + 3 for width in graph.resizable}
+    for sizes in [larger] if together else [{name: size} for name, size in larger.items()]:
         with torch.no_grad():
             before = model(x)
             undo = install(model, plan_growth(model, graph, sizes))
@@ -251,7 +251,7 @@ def squares(answer: Any, targets: None) -> Tensor:
 @pytest.mark.parametrize("method", ["orthogonal", "paired", "gradmax", "tiny"])
 @pytest.mark.parametrize("case", ["convnet", "residual", "mobile"])
 def test_new_units_under_batch_norm_and_relu_learn(method: str, case: str) -> None:
-    """Literal GradMax would not: its new units answer 0, where ReLU has no gradient."""
+    """GradMax as published would not: its new units are 0, where ReLU has no gradient."""
     make, inputs = CASES[case]
     model, x = make(), inputs()[:16]
     graph = trace(model, x[:2])

@@ -1,4 +1,4 @@
-"""What readers can do by themselves, and what counts as a row of length 1."""
+"""The consumers' updates and the metric of rows, against least squares and second moments."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from torch.nn import functional as F
 
 from evolvenet.graph.index_map import IndexMap
 from evolvenet.graph.width_graph import Tie
-from evolvenet.growth.expanded_model import Growth, trial
-from evolvenet.growth.tiny import RIDGE, Scale, demand, subtract_updates, weight_op_of
+from evolvenet.growth.expanded_model import Growth, expanded
+from evolvenet.growth.tiny import RIDGE, Scale, measure_bottleneck, subtract_updates, weight_op_of
 from evolvenet.surgery.resize_model import compile_surgery
 from evolvenet.tracing.trace import trace
 from tests.helpers.small_models import images, mlp
@@ -27,7 +27,7 @@ def growth_of(model: nn.Module, x: Tensor, y: Tensor, sizes: dict[str, int], bat
 
 
 @pytest.mark.parametrize("repeat", [1, 3])
-def test_a_scale_measures_answers(repeat: int) -> None:
+def test_the_length_of_a_row_is_that_of_its_outputs(repeat: int) -> None:
     x = torch.randn(50, 4, dtype=torch.float64)
     scale = Scale.of(x.T @ x / 50)
     rows, gradients = torch.randn(2, 5, 4 * repeat, dtype=torch.float64)
@@ -57,18 +57,18 @@ def test_an_update_is_the_best_linear_fit_of_the_gradient(
         model[2].bias = None
     y = 3 * model(x).detach() + x[:, :3].tanh()
     growth = growth_of(model, x, y, {"0": 2}, batches)
-    asked = demand(growth, "tiny")
+    bottleneck = measure_bottleneck(growth, "tiny")
     inside = model[1](model[0](x)).detach()
     outputs = model[2](inside).detach().requires_grad_()
-    (wanted,) = torch.autograd.grad(F.mse_loss(outputs, y) * batches, outputs)
+    (gradient,) = torch.autograd.grad(F.mse_loss(outputs, y) * batches, outputs)
     columns = torch.cat([inside, torch.ones(300, 1).double()], dim=1) if bias else inside
-    best = torch.linalg.lstsq(columns, wanted).solution
-    update = asked.updates["2"]
+    best = torch.linalg.lstsq(columns, gradient).solution
+    update = bottleneck.updates["2"]
     torch.testing.assert_close(update.weight, best[:4].T, rtol=1e-6, atol=1e-9)
     assert (update.bias is not None) == bias
     if update.bias is not None:
         torch.testing.assert_close(update.bias, best[4], rtol=1e-6, atol=1e-9)
-    (scale,) = asked.scales.values()
+    (scale,) = bottleneck.scales.values()
     assert scale.factor is not None
     second = x.T @ x / 300
     torch.testing.assert_close(
@@ -79,7 +79,7 @@ def test_an_update_is_the_best_linear_fit_of_the_gradient(
 def test_noise_that_no_update_explains_gives_none() -> None:
     torch.manual_seed(0)
     model, x = mlp(6, 4, 3), torch.randn(12, 6).double()
-    assert demand(growth_of(model, x, 9 * torch.randn(12, 3).double(), {"0": 2}), "tiny").updates == {}
+    assert measure_bottleneck(growth_of(model, x, 9 * torch.randn(12, 3).double(), {"0": 2}), "tiny").updates == {}
 
 
 def test_an_activation_in_place_does_not_hide_the_gradient() -> None:
@@ -92,7 +92,8 @@ def test_an_activation_in_place_does_not_hide_the_gradient() -> None:
     x = torch.randn(200, 6).double()
     y = 3 * made(False)(x).detach()
     one, two = (
-        demand(growth_of(made(inplace), x, y, {"0": 2}), "tiny").updates["2"].weight for inplace in (True, False)
+        measure_bottleneck(growth_of(made(inplace), x, y, {"0": 2}), "tiny").updates["2"].weight
+        for inplace in (True, False)
     )
     torch.testing.assert_close(one, two)
 
@@ -101,7 +102,7 @@ def test_measuring_leaves_the_model_alone() -> None:
     model, x = mlp(6, 4, 3).train(), torch.randn(30, 6).double()
     parameters = [parameter.requires_grad_(False) for parameter in model.parameters()]
     growth = growth_of(model, x, 3 * model(x), {"0": 2})
-    demand(growth, "tiny")
+    measure_bottleneck(growth, "tiny")
     assert model.training
     assert all(a is b and not a.requires_grad for a, b in zip(model.parameters(), parameters, strict=True))
     assert not any(module._forward_hooks for module in model.modules())
@@ -121,21 +122,21 @@ class TwoReaders(nn.Module):
 
 
 def test_a_correction_changes_the_gradients_of_new_units_alone() -> None:
-    """By what the update's answer, as a gradient of the reader's outputs, would give them."""
+    """By the gradients that the update's output, as a gradient of the consumer's outputs, gives them."""
     model, x = TwoReaders().double(), images(200)
     y = 3 * model(x).detach()
     growth = growth_of(model, x, y, {"make": 2, "read": 3})
-    asked = demand(growth, "tiny")
-    assert set(asked.updates) == {"dense", "read", "last"}
+    bottleneck = measure_bottleneck(growth, "tiny")
+    assert set(bottleneck.updates) == {"dense", "read", "last"}
     start: dict[Tie, Tensor] = {
-        tie: torch.randn(growth.count(width), growth.units(tie, width).shape[1]).double()
+        tie: torch.randn(growth.count(width), growth.unit_entries(tie, width).shape[1]).double()
         for width in growth.widths
         for tie in (*growth.matrices(width, "produces"), *growth.matrices(width, "consumes"))
     }
-    with trial(growth, start), subtract_updates(growth, asked.updates) as corrections:
+    with expanded(growth, start), subtract_updates(growth, bottleneck.updates) as corrections:
         inputs: dict[str, Tensor] = {}
         hook: Callable[[str], Any] = lambda name: lambda m, args: inputs.setdefault(name, args[0])  # noqa: E731
-        hooks = [model.get_submodule(name).register_forward_pre_hook(hook(name)) for name in asked.updates]
+        hooks = [model.get_submodule(name).register_forward_pre_hook(hook(name)) for name in bottleneck.updates]
         model(x)
         extra = corrections.total()
         assert isinstance(extra, Tensor)
@@ -145,7 +146,7 @@ def test_a_correction_changes_the_gradients_of_new_units_alone() -> None:
         assert not grads[1][:5, :4].any()
         assert not grads[2][:, : 4 * 36].any()
         assert not grads[3][:, :20].any()
-        update = asked.updates["dense"]
+        update = bottleneck.updates["dense"]
         assert update.bias is not None
         known = F.linear(inputs["dense"][:, : 4 * 36], update.weight, update.bias)
         torch.testing.assert_close(grads[2][:, 4 * 36 :], -known.T @ inputs["dense"][:, 4 * 36 :].detach())

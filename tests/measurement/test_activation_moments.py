@@ -1,4 +1,4 @@
-"""Streaming moments against the slow answer, and a model that is afterwards as it was."""
+"""Streaming moments against those of all samples at once; the model stays as it is."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_half_types_are_computed_in_float32(dtype: torch.dtype) -> None:
     torch.testing.assert_close(Moments.of(rows).second, second, rtol=1e-5, atol=1e-6)
 
 
-def test_dense_convolution_and_flattened_inputs_equal_the_slow_answer() -> None:
+def test_dense_convolution_and_flattened_inputs_equal_those_of_all_samples() -> None:
     model, x = convnet(), images(7)
     graph = trace(model, x)
     statistics = collect(model, graph, [x])

@@ -22,7 +22,7 @@ LAYERED = [case for case in CASES if not case.name.startswith(OTHER_PRODUCTS)]
 
 
 def by_hand(model: nn.Module, inputs: object, samples: int) -> int:
-    """For every dense layer and convolution: its outputs times what each one reads."""
+    """For every dense layer and convolution: its outputs times the inputs of each."""
     total = 0
 
     def count(module: nn.Module, given: tuple[Tensor, ...], answer: Tensor) -> None:

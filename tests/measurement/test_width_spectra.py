@@ -118,7 +118,7 @@ def test_several_consumers_are_averaged() -> None:
     torch.testing.assert_close(spectra(model, graph, [x])["stem"], values, atol=1e-7, rtol=1e-7)
 
 
-def test_a_unit_that_nobody_reads_counts_for_nothing() -> None:
+def test_a_unit_with_zero_columns_has_no_weight() -> None:
     model, x = mlp(4, 6, 3), torch.randn(40, 4, dtype=torch.float64)
     graph = trace(model, x)
     before = spectra(model, graph, [x])["0"]

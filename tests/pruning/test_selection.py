@@ -1,4 +1,4 @@
-"""Which units stay, and what the consumers make of the rest, against the slow answers."""
+"""Which units stay, and the refit of the consumers, against slow computations."""
 
 from __future__ import annotations
 
