@@ -169,7 +169,9 @@ class Growth:
 
     def norm(self, tie: Tie, width: Width) -> float:
         """Mean norm of a present unit's entries in one tensor; `INITIAL_NORM` where a producer's are all 0."""
-        return float(self.unit_entries(tie, width).norm(dim=1).mean()) or (INITIAL_NORM if tie.role == PRODUCES else 0.0)
+        return float(self.unit_entries(tie, width).norm(dim=1).mean()) or (
+            INITIAL_NORM if tie.role == PRODUCES else 0.0
+        )
 
     def slot(self, tie: Tie, width: Width) -> NewUnitSlice:
         """The slice of one tensor that holds the new units."""

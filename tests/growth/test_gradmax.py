@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch.nn import functional
 
 from evolvenet.graph.width_graph import Width, WidthGraph
 from evolvenet.growth import tiny as bottleneck
@@ -97,11 +97,13 @@ def test_gradmax_finds_the_leading_singular_vectors_where_all_is_linear(case: st
     model, x = make(), inputs()
     y, graph = torch.randn(len(x), out).double(), trace(model, x[:2])
     name = list(graph.sizes)[int(place)]
-    found = new_unit_rows(model, graph, name, count, "gradmax", [(x[:15], y[:15]), (x[15:], y[15:])], F.mse_loss)
+    found = new_unit_rows(
+        model, graph, name, count, "gradmax", [(x[:15], y[:15]), (x[15:], y[15:])], functional.mse_loss
+    )
     every = model.get_parameter(graph.widths[name].producers[0].tensor)[0].numel()
 
     def both(answer: Tensor) -> Tensor:
-        return F.mse_loss(answer[:15], y[:15]) + F.mse_loss(answer[15:], y[15:])
+        return functional.mse_loss(answer[:15], y[:15]) + functional.mse_loss(answer[15:], y[15:])
 
     matrix = fan_out(model, graph, name, torch.eye(every).double(), x, both)
     best = torch.linalg.svd(matrix, full_matrices=False).U.T[:count]
@@ -119,12 +121,12 @@ def test_tiny_finds_the_singular_vectors_of_the_paper_where_all_is_linear(case: 
     y = 3 * model(x).detach() + 0.1 * x.flatten(1).tanh() @ torch.randn(x[0].numel(), out).double()
     graph = trace(model, x[:2])
     name = list(graph.sizes)[int(place)]
-    found = new_unit_rows(model, graph, name, count, "tiny", [(x, y)], F.mse_loss)
+    found = new_unit_rows(model, graph, name, count, "tiny", [(x, y)], functional.mse_loss)
 
     width = graph.widths[name]
     makes, reads = model.get_submodule(width.producers[0].module), model.get_submodule(width.consumers[0].module)
     seen = captured(model, [makes, reads], x)
-    (gradient,) = torch.autograd.grad(F.mse_loss(seen["output"][0], y), seen[reads][1])
+    (gradient,) = torch.autograd.grad(functional.mse_loss(seen["output"][0], y), seen[reads][1])
     inside = columns(reads, seen[reads][0].detach())
     inside = torch.cat([inside, torch.ones(len(inside), 1).double()], dim=1)
     rest = flat(gradient) - inside @ torch.linalg.lstsq(inside, flat(gradient), driver="gelsd").solution
@@ -184,9 +186,11 @@ def test_no_random_row_gets_as_large_a_gradient(name: str) -> None:
 
         def total(method: str, count: int, width: Width = width, made: torch.Generator = made) -> Tensor:
             """Squared gradient of each new unit's fan-out."""
-            surgery = plan_growth(model, graph, {width.name: width.size + count}, method, made, [(x, y)], F.mse_loss)
+            surgery = plan_growth(
+                model, graph, {width.name: width.size + count}, method, made, [(x, y)], functional.mse_loss
+            )
             undo = install(model, surgery)
-            loss = F.mse_loss(model(x), y)
+            loss = functional.mse_loss(model(x), y)
             found = torch.zeros(count).double()
             for tie in width.consumers:
                 (grad,) = torch.autograd.grad(loss, model.get_parameter(tie.tensor), retain_graph=True)
@@ -208,7 +212,7 @@ def test_a_row_that_answers_nothing_at_first_is_turned_round(seed: int, method: 
     torch.nn.init.constant_(model[0].bias, 0.5)
     graph, y = trace(model, x[:2]), torch.randn(40, 3).double()
     made = torch.Generator().manual_seed(seed)
-    install(model, plan_growth(model, graph, {"0": 5}, method, made, [(x, y)], F.mse_loss))
+    install(model, plan_growth(model, graph, {"0": 5}, method, made, [(x, y)], functional.mse_loss))
     assert model[0](x)[:, 4].max() > 0
 
 
@@ -216,7 +220,7 @@ def columns(module: Any, x: Tensor) -> Tensor:
     """What the module's weight multiplies, `[rows, columns]`, by torch's own unfold."""
     if isinstance(module, nn.Linear):
         return x.flatten(0, -2)
-    patches = F.unfold(x, module.kernel_size, module.dilation, module.padding, module.stride)
+    patches = functional.unfold(x, module.kernel_size, module.dilation, module.padding, module.stride)
     return patches.mT.flatten(0, 1)
 
 

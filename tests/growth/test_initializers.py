@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch.nn import functional
 
 from evolvenet.graph.width_graph import WidthGraph
 from evolvenet.growth.initializers import orthogonal, unpredicted_covariance
@@ -109,7 +109,7 @@ def test_with_a_loss_the_inputs_are_taken_from_the_pairs() -> None:
     graph = trace(model, x[:2])
     one, two = (
         values_of(model, graph, {"0": 11}, generator=torch.Generator().manual_seed(0), batches=batches, loss=loss)
-        for batches, loss in (([x], None), ([(x, "anything")], F.mse_loss))
+        for batches, loss in (([x], None), ([(x, "anything")], functional.mse_loss))
     )
     assert torch.equal(one["0.weight"], two["0.weight"])
 
@@ -149,7 +149,7 @@ def test_pairs_come_apart_with_the_first_step_and_learn() -> None:
     model, x = convnet(), images(16)
     install(model, plan_growth(model, trace(model, x[:2]), {"0": 10}, "paired"))
     optimizer = torch.optim.SGD(model.train().parameters(), lr=0.1)
-    F.cross_entropy(model(x), torch.arange(16) % 5).backward()
+    functional.cross_entropy(model(x), torch.arange(16) % 5).backward()
     assert model[0].weight.grad[8:].flatten(1).norm(dim=1).min() > 0
     optimizer.step()
     assert not torch.allclose(model[0].weight[8], model[0].weight[9])
@@ -174,7 +174,7 @@ class Functional(nn.Module):
         self.other, self.tied, self.head = nn.Linear(5, 4), nn.Linear(4, 5), nn.Linear(5, 2)
 
     def forward(self, x: Tensor) -> Tensor:
-        hidden = torch.tanh(self.other(x) + F.linear(x, self.tied.weight.t()))
+        hidden = torch.tanh(self.other(x) + functional.linear(x, self.tied.weight.t()))
         return self.head(self.tied(hidden))
 
 
@@ -230,7 +230,7 @@ def test_gradient_methods_are_repeatable_and_leave_the_global_random_state(metho
             method,
             generator=torch.Generator().manual_seed(0),
             batches=[(x, torch.arange(8) % 5)],
-            loss=F.cross_entropy,
+            loss=functional.cross_entropy,
         )
         for _ in range(2)
     )
@@ -246,7 +246,7 @@ def test_widths_grow_together_as_they_would_alone(method: str) -> None:
 
     def rows(sizes: dict[str, int], name: str) -> Tensor:
         torch.manual_seed(0)
-        return values_of(model, graph, sizes, method, batches=pairs, loss=F.mse_loss)[name]
+        return values_of(model, graph, sizes, method, batches=pairs, loss=functional.mse_loss)[name]
 
     together = rows({"0": 7, "2": 4}, "0.weight")
     assert torch.equal(rows({"0": 7}, "0.weight"), together)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch.nn import functional
 
 from evolvenet.graph.index_map import IndexMap
 from evolvenet.graph.width_graph import Tie
@@ -23,7 +23,7 @@ def growth_of(model: nn.Module, x: Tensor, y: Tensor, sizes: dict[str, int], bat
     graph = trace(model, x[:2])
     maps = {name: IndexMap.grow(graph.widths[name].size, count) for name, count in sizes.items()}
     pairs = tuple(zip(x.chunk(batches), y.chunk(batches), strict=True))
-    return Growth(model, graph, compile_surgery(model, graph, maps), None, pairs, F.mse_loss)
+    return Growth(model, graph, compile_surgery(model, graph, maps), None, pairs, functional.mse_loss)
 
 
 @pytest.mark.parametrize("repeat", [1, 3])
@@ -60,7 +60,7 @@ def test_an_update_is_the_best_linear_fit_of_the_gradient(
     bottleneck = measure_bottleneck(growth, "tiny")
     inside = model[1](model[0](x)).detach()
     outputs = model[2](inside).detach().requires_grad_()
-    (gradient,) = torch.autograd.grad(F.mse_loss(outputs, y) * batches, outputs)
+    (gradient,) = torch.autograd.grad(functional.mse_loss(outputs, y) * batches, outputs)
     columns = torch.cat([inside, torch.ones(300, 1).double()], dim=1) if bias else inside
     best = torch.linalg.lstsq(columns, gradient).solution
     update = bottleneck.updates["2"]
@@ -148,7 +148,7 @@ def test_a_correction_changes_the_gradients_of_new_units_alone() -> None:
         assert not grads[3][:, :20].any()
         update = bottleneck.updates["dense"]
         assert update.bias is not None
-        known = F.linear(inputs["dense"][:, : 4 * 36], update.weight, update.bias)
+        known = functional.linear(inputs["dense"][:, : 4 * 36], update.weight, update.bias)
         torch.testing.assert_close(grads[2][:, 4 * 36 :], -known.T @ inputs["dense"][:, 4 * 36 :].detach())
         for each in hooks:
             each.remove()

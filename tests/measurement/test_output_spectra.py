@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch.nn import functional
 
 from evolvenet.errors import SpectrumError, TraceError
 from evolvenet.execution.inputs import arguments
@@ -103,7 +103,7 @@ def test_of_a_convolution_they_are_those_of_the_weight_on_the_patches_moment(
     model = nn.Sequential(nn.Conv2d(3, 8, 3, stride, padding, dilation), nn.ReLU(), nn.Conv2d(8, 2, 1)).double()
     x = torch.randn(6, 3, 7, 7, dtype=FLOAT)
     graph = trace(model, x)
-    patches = F.unfold(x, 3, dilation, padding, stride).movedim(1, -1).flatten(0, 1)
+    patches = functional.unfold(x, 3, dilation, padding, stride).movedim(1, -1).flatten(0, 1)
     expected = output_values(matricize(model.get_parameter("0.weight")), patches.T @ patches / len(patches))
     torch.testing.assert_close(output_spectra(model, graph, [x[:1], x[1:]])["0"], expected)
 
@@ -128,7 +128,7 @@ def test_of_attention_all_projections_stand_side_by_side() -> None:
     x, graph, attend = case.inputs(), graph_of(case), model.attend
     with torch.no_grad():
         embedded = model.embed(x)
-        query, key, value = F.linear(embedded, attend.in_proj_weight, attend.in_proj_bias).chunk(3, -1)
+        query, key, value = functional.linear(embedded, attend.in_proj_weight, attend.in_proj_bias).chunk(3, -1)
         heads = [part.unflatten(-1, (2, 4)).transpose(1, 2) for part in (query, key, value)]
         mixed = ((heads[0] @ heads[1].mT / 2).softmax(-1) @ heads[2]).transpose(1, 2).flatten(2)
         heard = {
@@ -162,8 +162,8 @@ def test_a_weight_of_which_parts_are_used_is_seen_part_by_part() -> None:
         query, rest = model.attend.in_proj_weight[:8], model.attend.in_proj_weight[8:]
         heard["attend.in_proj_weight"] = [torch.cat([asked @ query.T, answers @ rest.T], -1).flatten(0, 1)]
         args = (
-            F.linear(asked, query, model.attend.in_proj_bias[:8]),
-            F.linear(answers, rest, model.attend.in_proj_bias[8:]),
+            functional.linear(asked, query, model.attend.in_proj_bias[:8]),
+            functional.linear(answers, rest, model.attend.in_proj_bias[8:]),
         )
         heads = [part.unflatten(-1, (-1, 4)).transpose(1, 2) for part in args]
         weights = (heads[0] @ heads[1][:, :2].mT / 2).softmax(-1)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch.nn import functional
 
 from evolvenet.errors import SpectrumError
 from evolvenet.measurement.residual_spectra import block_spectra, residual_blocks
@@ -71,11 +71,11 @@ SHAPES: dict[str, tuple[Code, Code]] = {
     # with activations, and the same without them
     "plain": (lambda m, x: x + m.two(m.one(x).relu()), lambda m, x: x + m.two(m.one(x))),
     "post-activation": (
-        lambda m, x: F.relu(m.norms[2](m.two(F.silu(m.norms[1](m.one(x))))) + x),
+        lambda m, x: functional.relu(m.norms[2](m.two(functional.silu(m.norms[1](m.one(x))))) + x),
         lambda m, x: m.norms[2](m.two(m.norms[1](m.one(x)))) + x,
     ),
     "pre-activation": (
-        lambda m, x: x + m.two(F.relu(m.norms[1](m.one(F.gelu(m.norms[0](x)))))),
+        lambda m, x: x + m.two(functional.relu(m.norms[1](m.one(functional.gelu(m.norms[0](x)))))),
         lambda m, x: x + m.two(m.norms[1](m.one(m.norms[0](x)))),
     ),
     "in place": (
@@ -156,7 +156,7 @@ def _doubled(x: Tensor) -> Tensor:
 
 
 def _norm(x: Tensor, weight: Tensor, norm: Any) -> Tensor:
-    return F.batch_norm(x, norm.running_mean, norm.running_var, weight, norm.bias)
+    return functional.batch_norm(x, norm.running_mean, norm.running_var, weight, norm.bias)
 
 
 def _plain(model: Any, x: Tensor) -> Tensor:
@@ -174,13 +174,13 @@ LOOK_ALIKE: dict[str, tuple[Code, int, str]] = {
     "used twice": (lambda m, x: m.two(m.one(x)) + m.two(m.one(x.relu())) + x, 2, "one.weight is used 2 times"),
     "read twice": (lambda m, x: (lambda made: x + made + made.relu())(m.two(m.one(x))), 2, "is used 2 times"),
     "squared inside": (lambda m, x: x + m.two((lambda made: made * made)(m.one(x))), 2, "mul lies between"),
-    "pooled inside": (lambda m, x: x + m.two(F.avg_pool2d(m.one(x), 3, 1, 1)), 2, "avg_pool2d lies between"),
+    "pooled inside": (lambda m, x: x + m.two(functional.avg_pool2d(m.one(x), 3, 1, 1)), 2, "avg_pool2d lies between"),
     "layer norm": (lambda m, x: x + m.two(m.other(m.one(x))), 0, "native_layer_norm lies between"),
     "the batch's own norm": (lambda m, x: x + m.two(m.other(m.one(x))), 2, "without running statistics"),
     "norm of made scales": (lambda m, x: x + m.two(_norm(m.one(x), m.norms[1].weight * 2, m.norms[1])), 2, "as it is"),
     "norm over steps": (lambda m, x: x + m.two(m.other(m.one(x))), 0, "another axis than the units"),
     "weight made of weights": (
-        lambda m, x: x + m.two(F.conv2d(x, m.one.weight * 2, m.one.bias, padding=1)),
+        lambda m, x: x + m.two(functional.conv2d(x, m.one.weight * 2, m.one.bias, padding=1)),
         2,
         "one.weight goes into convolution and not as it is",
     ),
