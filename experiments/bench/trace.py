@@ -66,8 +66,8 @@ def _in_child(what: str, name: str, options: argparse.Namespace) -> dict[str, An
     passed = ("rounds", "peer_limit", "threads", "side")
     flags = [flag for key in passed for flag in (f"--{key.replace('_', '-')}", str(getattr(options, key)))]
     command = [sys.executable, "-m", "experiments.bench.trace", name, "--child", what, *flags]
-    answer = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True).stdout
-    return json.loads(answer.splitlines()[-1])
+    output = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True).stdout
+    return json.loads(output.splitlines()[-1])
 
 
 def _child(options: argparse.Namespace) -> None:

@@ -99,7 +99,7 @@ class Row:
 GROMO = "gromo"
 ROWS = (
     Row("no growth", None),
-    Row("no growth, AdamW anew", None, fresh=True),
+    Row("no growth, fresh AdamW", None, fresh=True),
     Row("orthogonal", "orthogonal"),
     Row("orthogonal, with data", "orthogonal", data=True),
     Row("paired", "paired"),
@@ -270,7 +270,7 @@ widened once by each method and trained on with the same batches, learning rate 
 
 - **with data**, gradmax, tiny, gromo: they use batches of training images, the same ones for all. Without data, orthogonal
   new units of a layer whose rows already span everything are random.
-- **no growth**: the control, training goes on; also with fresh optimizer state, as gromo's layers make new parameters.
+- **no growth**: the control, trained on; also with fresh optimizer state, as gromo's layers have new parameters.
 - **− no growth**: the difference from the control of the same network; negative is better.
 - **gromo's TINY**: gromo {gromo}, `GrowingMLP` with the same weights, layer by layer `compute_optimal_updates` and a line search
   of its scaling factor on those batches. It also updates the old weights, so it does not keep the function, and AdamW

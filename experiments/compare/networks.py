@@ -207,7 +207,7 @@ def fingerprint(model: nn.Module) -> str:
 
 
 def reestimate(model: nn.Module, batches: Iterable[Tensor]) -> None:
-    """BatchNorm's running statistics anew, the plain mean over batches of inputs; the model is left in eval mode."""
+    """Re-estimate BatchNorm's running statistics as the plain mean over batches; leaves the model in eval mode."""
     norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
     momenta = [norm.momentum for norm in norms]
     for norm in norms:

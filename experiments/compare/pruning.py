@@ -121,7 +121,7 @@ METHODS = {
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run what is missing and write the table."""
     options = _options(arguments)
-    # Once, at the start: the sources may change while the run goes on with what it has loaded.
+    # Once, at the start: the sources may change during the run, which uses the modules loaded then.
     options.state = state()
     for name in options.only or [name for name, task in tasks().items() if task.default]:
         task = tasks()[name]

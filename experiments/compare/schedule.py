@@ -131,7 +131,7 @@ def rows(schedule: Schedule) -> list[Row]:
         Row("never grown", None),
         Row("final widths from the start", None, whole=True),
         *(Row(f"EvolveNet, {method}", ours(method, schedule.added)) for method in METHODS),
-        Row("EvolveNet, paired, AdamW anew", ours("paired", schedule.added, fresh=True)),
+        Row("EvolveNet, paired, fresh AdamW", ours("paired", schedule.added, fresh=True)),
     ]
     return [*found, Row("gromo's TINY", gromo(schedule.added))] if installed() else found
 

@@ -161,7 +161,7 @@ ABOUT = """\
 - Differences are paired by seed, n = {seeds}, mean ± standard deviation. **better**, **worse**: 0 lies outside the 95 %
   confidence interval of the mean (Student's t).
 - A reset alone changes the loss. Without their momentum SGD and Muon take smaller steps for a while, which lowers a loss that
-  the noise of the batches holds up; fresh AdamW takes larger steps. The control says by how much; **less the control's** is
+  the noise of the batches holds up; fresh AdamW takes larger steps. The control shows by how much; **less the control's** is
   what the change of widths adds. After a cut the gradients of the units that are left grow, since they are trained for the
   removed ones too. AdamW's carried second moments are too small for them at first; after a cut
   `evolvenet.surgery.optimizer_state.compile_state` therefore makes AdamW discount them sooner.

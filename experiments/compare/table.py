@@ -55,7 +55,7 @@ the parameters removed.
 
 - **one shot**: right after the cut, nothing trained since. **After an epoch**: one epoch over all training images after the
   cut (AdamW at 1e-3, 5 % warm-up, cosine to 0; the same order of images, augmentation and schedule for all methods; in
-  bfloat16). It estimates BatchNorm's statistics anew in any case, so each method is trained once.
+  bfloat16). Training re-estimates BatchNorm's statistics in any case, so each method is trained once.
 - **Torch-Pruning** 1.6.1, L2: `GroupMagnitudeImportance(p=2)`; BN-scale: `BNScaleImportance`, which leaves units without a
   BatchNorm alone; at equal widths those go by L2. Own allocation: `global_pruning=True`, its ratio such that the parameter
   count fits. The units are its choice, the cut is done by `evolvenet.resize`; the result is the same as that of its own cut

@@ -11,7 +11,7 @@ from typing import Any
 from experiments.pages import machine_line, markdown, write_whole
 
 OURS, PEER = "evolvenet", "torch-pruning"
-TITLE = "Torch-Pruning"
+CHECKED = ("pruned", "grown", "permuted")
 Record = Mapping[str, Any]
 Records = Mapping[tuple[str, str], Record]
 """(model, part) → what its process has written."""
@@ -68,19 +68,7 @@ def write_table(
 
 
 def _totals(names: Sequence[str], records: Records) -> list[str]:
-    head = [
-        "",
-        "models",
-        "run",
-        "traced",
-        "pruned",
-        "grown",
-        "permuted",
-        "coverage: mean",
-        "least",
-        "seconds: median",
-        TITLE,
-    ]
+    head = ["", "models", "run", "traced", *CHECKED, "coverage: mean", "least", "seconds: median", "Torch-Pruning"]
     groups = groupby(names, key=lambda name: name.partition("/")[0])
     rows = [_total(library, list(group), records) for library, group in groups]
     return markdown(head, [*rows, _total("all", names, records)], text=(0, 8))
@@ -116,18 +104,7 @@ def _passed(figures: Mapping[str, Any]) -> bool:
 
 
 def _library(names: Sequence[str], records: Records) -> list[str]:
-    head = [
-        "model",
-        "parameters",
-        "seconds",
-        "widths",
-        "coverage",
-        "frozen, and why",
-        "pruned",
-        "grown",
-        "permuted",
-        TITLE,
-    ]
+    head = ["model", "parameters", "seconds", "widths", "coverage", "frozen, and why", *CHECKED, "Torch-Pruning"]
     rows = []
     for name in names:
         record = records.get((name, OURS))

@@ -89,7 +89,7 @@ class BatchLoader:
         seed: of the order and of the augmentation.
 
     Raises:
-        DataError: if shuffled batches are asked for that are larger than the split.
+        DataError: if shuffled batches would be larger than the split.
     """
 
     batch_sampler = None  # Lightning reads it if there is a `sampler`

@@ -169,7 +169,7 @@ def draw_front(points: Sequence[Mapping[str, Any]]) -> Figure:
     for set_formatter in (panel.yaxis.set_major_formatter, panel.yaxis.set_minor_formatter):
         set_formatter(FuncFormatter(lambda value, _: f"{value:.2g}"))
     panel.set_xlabel("parameters")
-    panel.set_ylabel("wrong answers, %")
+    panel.set_ylabel("errors, %")
     panel.grid(alpha=0.25, which="both")
     panel.spines[["top", "right"]].set_visible(False)
     panel.legend(frameon=False)

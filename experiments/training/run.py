@@ -42,7 +42,7 @@ _KNOWN_WARNINGS = (
 
 
 class Curve(lightning.Callback):
-    """Validation accuracy over the run, as (optimizer step, share of right answers)."""
+    """Validation accuracy over the run, as (optimizer step, share of correct predictions)."""
 
     def __init__(self) -> None:
         self.points: list[tuple[int, float]] = []

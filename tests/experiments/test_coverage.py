@@ -45,6 +45,7 @@ def test_the_table_shows_what_was_found(folder: Path) -> None:
         assert cells[0] == f"{sum(p.numel() for p in model.parameters()):,}"
         assert cells[2] == f"{len(graph.resizable)} of {len(graph.widths)}"
         assert cells[3] == f"{graph.coverage:.1%}"
+        assert cells[4] == "", "widths of the model's inputs and outputs are left out"
         assert re.fullmatch(r"yes, \d+% left", cells[5])
         assert cells[6].startswith("equal, ")
         assert cells[7].startswith("equal, ")
