@@ -7,7 +7,7 @@ which gives the inputs, outputs and the weight as matrices, whatever module or f
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -251,38 +251,29 @@ def _dense(mode: WeightOpMode, bias: Tensor | None, x: Tensor, right: Tensor) ->
     return None
 
 
-def _convolution(
-    mode: WeightOpMode,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    transposed: bool,
-    output_padding: Sequence[int],
-    groups: int,
-) -> WeightOp | None:
+def _convolution(mode: WeightOpMode, x: Tensor, weight: Tensor, bias: Tensor | None, *settings: Any) -> WeightOp | None:
+    """A convolution with the settings stride, padding, dilation, transposed, output_padding, groups of ATen's op."""
+    stride, padding, dilation, transposed, output_padding, groups = settings
     found = mode.named_tensor(weight)
     if found is None or weight.shape != found[1].shape or weight.stride() != found[1].stride():
         return None
     space = weight.dim() - 2
     kernel = tuple(weight.shape[2:])
-    steps, sides, apart, extra = (
+    strides, sides, dilations, extra = (
         tuple(values) * space if len(values) == 1 else tuple(values)
         for values in (stride, padding, dilation, output_padding)
     )
     ones = (1,) * space
     if not transposed:
         return _weight_op(
-            mode, found[0], 1, 0, weight, bias, x, Geometry(kernel, steps, sides, sides, apart, ones, groups)
+            mode, found[0], 1, 0, weight, bias, x, Geometry(kernel, strides, sides, sides, dilations, ones, groups)
         )
     if groups != 1:
         return None
     # From Dumoulin and Visin, "A guide to convolution arithmetic for deep learning", 2016, section 4.
-    before = tuple(gap * (size - 1) - side for gap, size, side in zip(apart, kernel, sides, strict=True))
+    before = tuple(gap * (size - 1) - side for gap, size, side in zip(dilations, kernel, sides, strict=True))
     after = tuple(start + more for start, more in zip(before, extra, strict=True))
-    geometry = Geometry(kernel, ones, before, after, apart, steps)
+    geometry = Geometry(kernel, ones, before, after, dilations, strides)
     return _weight_op(mode, found[0], 0, 0, weight.transpose(0, 1), bias, x, geometry)
 
 
@@ -296,6 +287,7 @@ def _weight_op(
     x: Tensor,
     geometry: Geometry | None,
 ) -> WeightOp:
+    """A weight op; its bias counts only if it is a whole vector `[out]`, or a part of one, of the model's."""
     added = None if bias is None else mode.named_tensor(bias)
     usable = added is not None and bias is not None and bias.dim() == 1 and len(bias) == len(weight)
     if added is not None and not usable:
