@@ -96,7 +96,7 @@ def embedding(call: Call) -> None:
         if 0 in varying(layer):
             call.label_graph.freeze(layer, f"{call.location} looks its rows up by data")
         else:
-            call.label_graph.role(label.origin, layer, consumed=False)
+            call.label_graph.set_role(label.origin, layer, consumed=False)
             out.append(layer.view((1,) * indices.dim() + (-1,)))
     call.label_output(call.out, out)
 
@@ -159,10 +159,10 @@ def contract(
         for layer in label.layers:
             over = {names[dim] for dim in varying(layer)}
             if not of_weights:
-                call.label_graph.role(label.origin, layer, consumed=bool(over & summed))
+                call.label_graph.set_role(label.origin, layer, consumed=bool(over & summed))
             elif over & summed and min(len(one_names), len(two_names)) > 1:
                 # W = B·A: A produces what B consumes; the roles of the outer axes are those that W is used in.
-                call.label_graph.role(label.origin, layer, consumed=side == 0)
+                call.label_graph.set_role(label.origin, layer, consumed=side == 0)
             if not over & summed:
                 passed[side].append(layer)
                 continue

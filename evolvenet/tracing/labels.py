@@ -181,7 +181,7 @@ class LabelGraph:
         if len(found):
             entries.append((found, reason))
 
-    def role(self, origin: str | None, layer: Tensor, consumed: bool) -> None:
+    def set_role(self, origin: str | None, layer: Tensor, consumed: bool) -> None:
         """Keep whether an axis of a weight produces or consumes its units; one that consumes them once is a consumer."""
         axis = None if origin is None or layer.numel() == 0 else self._axis(int(layer.reshape(-1)[0]))
         if axis is not None and (consumed or axis not in self.roles):

@@ -136,9 +136,9 @@ class Verification:
 
     def build(self, accepted: Sequence[CandidateFix]) -> GroupedWidths:
         """The graph with the units tied and the attributes updated as the accepted fixes say."""
-        edges: list[tuple[Tensor, Tensor]] = [p.edges for p in accepted if len(p.edges[0])]
+        edges: list[tuple[Tensor, Tensor]] = [fix.edges for fix in accepted if len(fix.edges[0])]
         built = build_graph(self.model, replace(self.label_graph, edges=[*self.label_graph.edges, *edges]))
-        kinds = {min(p.anchors): p.kind for p in accepted}
+        kinds = {min(fix.anchors): fix.kind for fix in accepted}
         widths = {
             name: replace(width, patches=attributes_to_update(self.model, width, kinds[built.anchors[name]]))
             if built.anchors[name] in kinds
@@ -153,7 +153,7 @@ class Verification:
 
         def attempt(chosen: Sequence[CandidateFix], with_labels: bool) -> str | None:
             built = self.build([*accepted, *chosen])
-            anchors = {min(p.anchors) for p in chosen}
+            anchors = {min(fix.anchors) for fix in chosen}
             names = [name for name, anchor in built.anchors.items() if anchor in anchors]
             if any(built.graph.widths[name].frozen for name in names):
                 return "ties units that cannot be tied"

@@ -127,7 +127,7 @@ def test_axes_with_the_same_role_get_it_from_the_one_that_is_used() -> None:
         (("b", 0), ("c", 0)),
         (("c", 0), ("b", 0)),
     ]
-    label_graph.role("c", three, consumed=True)
+    label_graph.set_role("c", three, consumed=True)
     label_graph.propagate_roles()
     assert label_graph.roles == dict.fromkeys([("a", 0), ("b", 0), ("c", 0)], CONSUMES)
     assert label_graph.inherited_roles == {("a", 0), ("b", 0)}
