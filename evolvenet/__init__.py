@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from evolvenet._compat import mend_torchvision
+from evolvenet._compat.torchvision import mend_torchvision
 
 mend_torchvision()  # before anything imports torchvision
 

@@ -8,8 +8,8 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, distributed, nn
-from torch.utils._pytree import tree_leaves, tree_map_only
 
+from evolvenet._compat.torch import tree_leaves, tree_map_only
 from evolvenet.errors import EvolveNetError, RankMismatchError
 from evolvenet.execution.inputs import first_samples
 from evolvenet.execution.sampling import samples_in

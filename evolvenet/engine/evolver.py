@@ -12,8 +12,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils._pytree import tree_map_only
 
+from evolvenet._compat.torch import reset_compiled_code, tree_map_only
 from evolvenet.engine.batch_buffer import BatchBuffer
 from evolvenet.engine.distributed import (
     ProcessGroup,
@@ -31,7 +31,6 @@ from evolvenet.engine.snapshot import PendingCut, Snapshot, roll_back
 from evolvenet.engine.transaction import Transaction
 from evolvenet.errors import RankMismatchError, SkippedEvent, stage
 from evolvenet.execution.inputs import first_samples, is_plain
-from evolvenet.execution.isolation import reset_compiled_code
 from evolvenet.graph.serialization import check_fits, from_plain, to_plain
 from evolvenet.graph.width_graph import WidthGraph
 from evolvenet.growth.loss_test import Gradients, evidence

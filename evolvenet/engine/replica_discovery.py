@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from evolvenet._compat.torch import child_table, shallow_copy
 from evolvenet.errors import SkippedEvent, TraceError
 from evolvenet.graph.naming import named_tensors
 from evolvenet.graph.serialization import from_plain, to_plain
@@ -256,9 +257,8 @@ def _stand_in(network: nn.Module, parts: Mapping[str, nn.Module | None]) -> Any:
     """The network with other modules in some places; all else is the network's own."""
     if "" in parts:
         return parts[""]
-    made = object.__new__(type(network))
-    vars(made).update(vars(network), _modules=dict(network._modules))
+    made = shallow_copy(network)
     for head in {path.partition(".")[0] for path in parts}:
         below = {path.partition(".")[2]: part for path, part in parts.items() if path.partition(".")[0] == head}
-        vars(made)["_modules"][head] = _stand_in(network.get_submodule(head), below)
+        child_table(made)[head] = _stand_in(network.get_submodule(head), below)
     return made

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from evolvenet._compat.torch import reset_compiled_code
 from evolvenet.engine.distributed import ProcessGroup, run_on_all_ranks
 from evolvenet.engine.invariants import ModelReference, validate
-from evolvenet.execution.isolation import reset_compiled_code
 from evolvenet.graph.serialization import from_plain, to_plain
 from evolvenet.graph.width_graph import WidthGraph
 from evolvenet.policies.base import Judgement, JudgingPolicy

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
-from torch.utils._pytree import tree_leaves, tree_map_only
 
+from evolvenet._compat.torch import tree_leaves, tree_map_only
 from evolvenet.errors import TraceError
 
 _HALF = (torch.bfloat16, torch.float16)

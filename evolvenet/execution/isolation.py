@@ -8,7 +8,6 @@ makes every op of the model visible to a dispatch mode. `model_outputs` uses bot
 from __future__ import annotations
 
 import random
-import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parameter import is_lazy
 
+from evolvenet._compat.torch import tensor_tables
 from evolvenet.errors import TraceError
 from evolvenet.execution.state_guard import SavedState
 from evolvenet.execution.step import network_outputs
@@ -104,18 +104,10 @@ def model_outputs(model: nn.Module, inputs: Any) -> list[Tensor]:
         return network_outputs(model, inputs)
 
 
-def reset_compiled_code() -> None:
-    """Discard what `torch.compile` has compiled: after some eight shapes it would run a module eagerly for good."""
-    # Importing dynamo takes seconds, and if it was never imported there is no compiled code.
-    if "torch._dynamo" in sys.modules:
-        torch._dynamo.reset()
-
-
 def _install_shadows(modules: list[nn.Module], device: torch.device | str | None) -> None:
     shadows: dict[int, Tensor] = {}
     for module in modules:
-        tables: tuple[dict[str, Any], dict[str, Any]] = (module._parameters, module._buffers)
-        for table in tables:
+        for table in tensor_tables(module):
             for name, tensor in table.items():
                 if tensor is not None:
                     # One shadow for each tensor, so that tied parameters stay tied.

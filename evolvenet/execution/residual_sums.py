@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from evolvenet._compat.torch import UNSAFE_VIEW, schema_of
 from evolvenet.execution.weight_ops import WeightOp, WeightOpMode
 
 aten = torch.ops.aten
@@ -102,7 +103,7 @@ class ResidualSumMode(WeightOpMode):
         if after is not None:
             self._report_running_mean(func, after, args)
             self._tracked[out[0] if isinstance(out, tuple) else out] = after
-        if func._schema.is_mutable:
+        if schema_of(func).is_mutable:
             for tensor in args:
                 if isinstance(tensor, Tensor):
                     self._tracked.pop(tensor, None)
@@ -150,6 +151,6 @@ def _through_view(output: TrackedOutput, out: Tensor, x: Tensor, *rest: Any) -> 
 TRACKED_OPS: dict[Any, Callable[..., TrackedOutput | None]] = {
     aten.native_batch_norm.default: _through_batch_norm,
     aten.view.default: _through_view,
-    aten._unsafe_view.default: _through_view,
+    UNSAFE_VIEW: _through_view,
 }
 """Ops through which the output of a weight op is tracked, and how scale and shift change in each."""

@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
+
+from evolvenet._compat.torch import tree_leaves
 
 GOLDEN = 0.6180339887498949
 """Multiples of the golden ratio modulo 1 have no common period with any grid."""

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from evolvenet._compat.torch import TENSOR_TABLES, forward_hooks, version_of
+
 _CONTAINERS = frozenset({list, dict, OrderedDict, defaultdict, set, deque})
-_TABLES = ("_parameters", "_buffers")
 _LARGEST = 2**20
 """Entries of a tensor attribute that is saved: counts and sums are smaller, and larger ones (data sets) are not written to."""
 _NO_STATE = (type, ModuleType, FunctionType, BuiltinFunctionType, torch.dtype, torch.device)
@@ -51,7 +52,7 @@ class SavedState:
         for module in modules:
             self._save(module)
         for module in modules:
-            for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values()):
+            for hook in forward_hooks(module):
                 self._save_hook(hook)
 
     def restore(self) -> None:
@@ -66,7 +67,7 @@ class SavedState:
                 cell.cell_contents = value
         for tensor, version, value in self._tensors:
             # Written only if it changed: a write would invalidate a live autograd graph that saved the tensor.
-            if tensor._version != version:
+            if version_of(tensor) != version:
                 with torch.no_grad():
                     tensor.copy_(value)
 
@@ -86,7 +87,7 @@ class SavedState:
         elif isinstance(getattr(thing, "__dict__", None), dict):
             self._mark_seen(thing)
             self._containers.append((thing.__dict__, dict(thing.__dict__)))
-            tables = _TABLES if isinstance(thing, nn.Module) else ()
+            tables = TENSOR_TABLES if isinstance(thing, nn.Module) else ()
             for name in tables:
                 self._save(thing.__dict__[name], 0)
             self._save_entries((value for name, value in thing.__dict__.items() if name not in tables), depth)
@@ -95,7 +96,7 @@ class SavedState:
         # One made under inference mode cannot be written to outside of it, and has no version.
         if id(tensor) not in self._seen and not tensor.is_inference():
             self._mark_seen(tensor)
-            self._tensors.append((tensor, tensor._version, tensor.detach().clone()))
+            self._tensors.append((tensor, version_of(tensor), tensor.detach().clone()))
 
     def _save_entries(self, values: Iterable[Any], depth: int) -> None:
         for value in values:

@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
-from torch.utils._pytree import register_pytree_node
 
+from evolvenet._compat.torch import register_pytree_node
 from evolvenet.execution.inputs import arguments, tensors_of
 
 

@@ -15,9 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
+from evolvenet._compat.torch import TorchDispatchMode, tree_leaves
 from evolvenet.graph.naming import named_tensors
 
 aten = torch.ops.aten

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.nn.modules.conv import _ConvNd
 
+from evolvenet._compat.torch import ConvNd, conv_forward, parameter_table
 from evolvenet.execution.isolation import isolated
 from evolvenet.execution.sampling import evenly
 from evolvenet.execution.weight_ops import Geometry, WeightOp, output_positions
@@ -208,7 +208,7 @@ class _LayerRecorder:
         full = [record for record in self.records if record.gradients is not None]
         if not full:
             return None
-        weight, bias = module.get_parameter("weight"), module._parameters.get("bias")
+        weight, bias = module.get_parameter("weight"), parameter_table(module).get("bias")
         zeros = torch.zeros(weight.shape, dtype=torch.float64).flatten(1)
         made = refit(
             _exact([record.inputs for record in full]),
@@ -255,9 +255,8 @@ def _(module: nn.Linear, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tens
 
 
 @forward_with.register
-def _(module: _ConvNd, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    forward: Any = module._conv_forward
-    return forward(x, weight, bias)
+def _(module: ConvNd, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return conv_forward(module, x, weight, bias)
 
 
 class Corrections:

@@ -12,6 +12,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from evolvenet._compat.torch import reset_compiled_code, state_dict_metadata
 from evolvenet.engine.distributed import check_agreement, process_group, run_on_all_ranks
 from evolvenet.engine.event_timer import EventState, EventTimer
 from evolvenet.engine.evolution_callback import EvolutionCallback
@@ -21,7 +22,6 @@ from evolvenet.engine.replica_discovery import ReplicaDiscovery
 from evolvenet.errors import RecordError, TraceError
 from evolvenet.execution.call_recorder import CallRecorder
 from evolvenet.execution.inputs import first_samples
-from evolvenet.execution.isolation import reset_compiled_code
 from evolvenet.graph.serialization import check_fits, from_plain
 from evolvenet.graph.width_graph import WidthGraph
 from evolvenet.lightning.loading import install
@@ -168,9 +168,9 @@ class WidthEvolution(EvolutionCallback, Callback):
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Add the module's note to the state dict where no hook does: before the first batch and after the run."""
-        metadata = getattr(checkpoint["state_dict"], "_metadata", None)
+        metadata = state_dict_metadata(checkpoint["state_dict"])
         note = self._checkpoint_note(pl_module)
-        if note is not None and metadata is not None:
+        if note is not None:
             metadata.setdefault("", {})[NOTE] = note.read(pl_module)
 
     def state_dict(self) -> dict[str, Any]:

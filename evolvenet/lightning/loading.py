@@ -14,9 +14,9 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.core import saving
-from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
 
+from evolvenet._compat.lightning import EXTRA_RESULTS, LOAD_STATE, RECOVER_RESULTS, is_wrapped, wrap
+from evolvenet._compat.torch import state_dict_metadata
 from evolvenet.surgery.checkpoint import NOTE, fit_shapes, let_load_reshape, note_for
 
 EXTRA = "evolvenet"
@@ -37,12 +37,11 @@ class Returning(Protocol):
 
 def install() -> None:
     """Wrap Lightning's functions, once in a process."""
-    if hasattr(saving._load_state, "__wrapped__"):
+    if is_wrapped(LOAD_STATE):
         return
-    saving._load_state = _fitting(saving._load_state)
-    launcher: Any = _MultiProcessingLauncher
-    launcher.get_extra_results = _with_states(launcher.get_extra_results)
-    launcher._recover_results_in_main_process = _reshaping(launcher._recover_results_in_main_process)
+    wrap(LOAD_STATE, _fitting)
+    wrap(EXTRA_RESULTS, _with_states)
+    wrap(RECOVER_RESULTS, _reshaping)
 
 
 def _fitting(load_state: Any) -> Any:
@@ -104,7 +103,7 @@ def _returning(trainer: Trainer) -> list[Returning]:
 
 def evolved(checkpoint: Mapping[str, Any]) -> bool:
     """Whether a Lightning checkpoint is of a run in which widths may have changed."""
-    metadata = getattr(checkpoint.get("state_dict"), "_metadata", {})
+    metadata = state_dict_metadata(checkpoint.get("state_dict"))
     states = checkpoint.get("callbacks", {}).values()
     return any(NOTE in entry for entry in metadata.values()) or any(
         isinstance(state, Mapping) and {"evolver", "due_since"} <= set(state) for state in states

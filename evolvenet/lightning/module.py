@@ -36,7 +36,7 @@ def find_network(pl_module: LightningModule, listener: CallRecorder, optimizers:
     trained = trained or set(pl_module.parameters())
     for path in listener.names:
         inside = set(pl_module.get_submodule(path).modules())
-        own = {parameter for module in inside for parameter in module._parameters.values()}
+        own = {parameter for module in inside for parameter in module.parameters(recurse=False)}
         tied = any(own & set(module.parameters(recurse=False)) for module in set(pl_module.modules()) - inside)
         if trained <= own and not tied:
             return path

@@ -13,6 +13,9 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.loggers.logger import DummyLogger
 from torch import nn
 
+from evolvenet._compat.lightning import trainer_of
+from evolvenet._compat.torch import version_of
+
 MUTED = ("log", "log_dict", "print", "manual_backward", "clip_gradients", "toggle_optimizer", "untoggle_optimizer")
 """Methods of a LightningModule that do nothing in a step beside training."""
 
@@ -36,12 +39,12 @@ class ModuleStep:
         assert isinstance(module, LightningModule)
         parameters = dict(module.named_parameters())
         names = parameters if self.written is None else self.written
-        before = {name: (parameters[name]._version, parameters[name].detach().clone()) for name in names}
+        before = {name: (version_of(parameters[name]), parameters[name].detach().clone()) for name in names}
         try:
             with without_effects(module):
                 return _called(getattr(module, self.name), batch)
         finally:
-            changed = [name for name, (version, _) in before.items() if parameters[name]._version != version]
+            changed = [name for name, (version, _) in before.items() if version_of(parameters[name]) != version]
             with torch.no_grad():
                 for name in changed:
                     parameters[name].copy_(before[name][1])
@@ -61,7 +64,7 @@ def without_effects(module: LightningModule) -> Iterator[None]:
 
     A closure given to an optimizer's `step` is run, since it holds a part of the training step.
     """
-    trainer = module._trainer
+    trainer = trainer_of(module)
     with ExitStack() as stack:
         for part in module.modules():
             if isinstance(part, LightningModule):

@@ -10,6 +10,7 @@ from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
 from lightning.pytorch.strategies.single_xla import SingleDeviceXLAStrategy
 
+from evolvenet._compat.lightning import batches_stepped, forget_static_graph
 from evolvenet.engine.history import Event
 from evolvenet.errors import PolicyError, UnsupportedStrategyError
 
@@ -36,12 +37,12 @@ def rebuild_ddp(strategy: Strategy, pl_module: LightningModule) -> None:
     if isinstance(strategy, DDPStrategy):
         strategy.model = pl_module
         strategy.configure_ddp()
-        strategy._pl_static_graph_delay_done = False
+        forget_static_graph(strategy)
 
 
 def progress_of(trainer: Trainer) -> float:
     """Of the epochs' batches, or of `max_steps`, which counts the steps of every optimizer; 0 … 1."""
-    done = trainer.fit_loop.epoch_loop._batches_that_stepped / trainer.estimated_stepping_batches
+    done = batches_stepped(trainer) / trainer.estimated_stepping_batches
     return max(done, trainer.global_step / trainer.max_steps) if trainer.max_steps > 0 else done
 
 

@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
+from evolvenet._compat.torch import tree_flatten, tree_map_only
 from evolvenet.errors import TraceError
 from evolvenet.execution.isolation import isolated, op_by_op
 from evolvenet.execution.step import run_model

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from evolvenet._compat.torch import load_state_dict_pre_hooks, own_tensors, state_dict_metadata
 from evolvenet.errors import RecordError, ResizeError
 from evolvenet.graph.index_map import laid_out_as
 from evolvenet.graph.width_graph import WidthGraph
@@ -110,7 +111,7 @@ def note_for(found: Any, prefix: str = "") -> dict[str, Any] | None:
 
 def _noted(state: Any, prefix: str) -> dict[str, Any] | None:
     """The note in a state dict's metadata, with the names that the part behind a prefix has by itself."""
-    for root, metadata in getattr(state, "_metadata", {}).items():
+    for root, metadata in state_dict_metadata(state).items():
         if NOTE in metadata:
             start = f"{root}." if root else ""
             note = metadata[NOTE]
@@ -174,7 +175,7 @@ def fit_shapes(
     planned = _shapes_there(model, prefix, {**state, **{prefix + name: tensor for name, tensor in hidden.items()}})
     updates: list[tuple[nn.Module, dict[str, Any]]] = []
     for path, module in model.named_modules():
-        local = {k: t for table in (module._parameters, module._buffers) for k, t in table.items() if t is not None}
+        local = own_tensors(module)
         shapes = {name: planned.get(tensor, tuple(tensor.shape)) for name, tensor in local.items()}
         if any(shapes[name] != tuple(tensor.shape) for name, tensor in local.items()):
             updates.append((module, _numbers(f"{prefix}{path}." if path else prefix, module, shapes)))
@@ -269,6 +270,5 @@ def _both(own: Any, state: Mapping[str, Any], name: str) -> bool:
 
 def let_load_reshape(module: nn.Module) -> None:
     """Register `reshape_before_load` on a module, once."""
-    hooks = module._load_state_dict_pre_hooks.values()
-    if not any(getattr(hook, "hook", hook) is reshape_before_load for hook in hooks):
+    if reshape_before_load not in load_state_dict_pre_hooks(module):
         module.register_load_state_dict_pre_hook(reshape_before_load)

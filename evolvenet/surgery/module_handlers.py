@@ -19,11 +19,9 @@ from functools import singledispatch
 from typing import Any
 
 from torch import nn
-from torch.nn.modules.batchnorm import _NormBase
-from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
-from torch.nn.utils.parametrizations import _WeightNorm
 from torch.nn.utils.parametrize import ParametrizationList
 
+from evolvenet._compat.torch import ConvNd, ConvTransposeNd, NormBase, WeightNorm, renew_flat_weights
 from evolvenet.errors import ResizeError
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -65,7 +63,7 @@ def _(module: nn.Bilinear, shapes: Shapes) -> dict[str, Any]:
 
 
 @attributes.register
-def _(module: _ConvNd, shapes: Shapes) -> dict[str, Any]:
+def _(module: ConvNd, shapes: Shapes) -> dict[str, Any]:
     rows, columns = shapes["weight"][:2]
     groups = _groups(module, module.groups, module.out_channels, rows)
     each = columns if groups == 1 else module.in_channels // module.groups
@@ -74,7 +72,7 @@ def _(module: _ConvNd, shapes: Shapes) -> dict[str, Any]:
 
 
 @attributes.register
-def _(module: _ConvTransposeNd, shapes: Shapes) -> dict[str, Any]:
+def _(module: ConvTransposeNd, shapes: Shapes) -> dict[str, Any]:
     rows, columns = shapes["weight"][:2]
     groups = _groups(module, module.groups, module.in_channels, rows)
     each = columns if groups == 1 else module.out_channels // module.groups
@@ -83,7 +81,7 @@ def _(module: _ConvTransposeNd, shapes: Shapes) -> dict[str, Any]:
 
 
 @attributes.register
-def _(module: _NormBase, shapes: Shapes) -> dict[str, Any]:
+def _(module: NormBase, shapes: Shapes) -> dict[str, Any]:
     known = [shape for shape in shapes.values() if shape] or [(module.num_features,)]
     _agree(module, shapes, dict.fromkeys(("weight", "bias", "running_mean", "running_var"), known[0]))
     return {"num_features": known[0][0]}
@@ -191,7 +189,7 @@ def new_unit_value(module: nn.Module, name: str, dim: int) -> float:
     return 0.0
 
 
-@new_unit_value.register(_NormBase)
+@new_unit_value.register(NormBase)
 @new_unit_value.register(nn.GroupNorm)
 @new_unit_value.register(nn.LayerNorm)
 @new_unit_value.register(nn.RMSNorm)
@@ -203,7 +201,7 @@ def _(module: nn.Module, name: str, dim: int) -> float:
 def _(module: ParametrizationList, name: str, dim: int) -> float:
     # A direction of length 0 has no direction: 0/0. Its own length, original0, is 0, so nothing changes yet.
     normed = module[0] if len(module) else None
-    return 1.0 if isinstance(normed, _WeightNorm) and name == "original1" and dim == normed.dim else 0.0
+    return 1.0 if isinstance(normed, WeightNorm) and name == "original1" and dim == normed.dim else 0.0
 
 
 @singledispatch
@@ -213,7 +211,5 @@ def refresh(module: nn.Module) -> None:
 
 @refresh.register
 def _(module: nn.RNNBase) -> None:
-    # _flat_weights is a plain list: a parameter that was exchanged would leave stale numbers in it, silently.
-    module._flat_weights = [getattr(module, name, None) for name in module._flat_weights_names]
-    if all(weight is None or weight.device.type != "meta" for weight in module._flat_weights):
-        module.flatten_parameters()
+    # It computes with a plain list of its parameters, in which one that was exchanged would leave the old one, silently.
+    renew_flat_weights(module)

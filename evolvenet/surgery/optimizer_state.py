@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim import LBFGS, Adam, AdamW, Optimizer
 
+from evolvenet._compat.torch import LBFGS_SIZE_CACHE
 from evolvenet.errors import OptimizerStateError, stage
 from evolvenet.graph.index_map import NEW_UNIT, IndexMap
 
@@ -254,7 +255,7 @@ def _(optimizer: LBFGS, changes: Sequence[Change]) -> StatePlan:
     states = {
         parameter: {"func_evals": state.get("func_evals", 0), "n_iter": 0} for _, parameter, state in _states(optimizer)
     }
-    return StatePlan(optimizer, states, {"_numel_cache": None})
+    return StatePlan(optimizer, states, {LBFGS_SIZE_CACHE: None})
 
 
 def apply_state(plan: StatePlan) -> StatePlan:

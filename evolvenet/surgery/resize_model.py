@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
+from evolvenet._compat.torch import own_tensors, sparse_parts
 from evolvenet.errors import ResizeError, SpectrumError, stage
 from evolvenet.graph.index_map import NEW_UNIT, IndexMap, laid_out_as
 from evolvenet.graph.naming import named_tensors
@@ -112,12 +113,7 @@ def _attribute_changes(
 def _local_shapes(path: str, module: nn.Module, graph: WidthGraph) -> dict[str, str]:
     """Name in the module of each of its tensors → name in the graph of the tensor that has its shape."""
     prefix = f"{path}." if path else ""
-    own = {
-        name: prefix + name
-        for table in (module._parameters, module._buffers)
-        for name in table
-        if table[name] is not None
-    }
+    own = {name: prefix + name for name in own_tensors(module)}
     made = cast(nn.ModuleDict, module.parametrizations).items() if is_parametrized(module) else ()
     own |= {name: f"{prefix}parametrizations.{name}.{_original(made_by)}" for name, made_by in made}
     found = {name: graph.aliases.get(full, full) for name, full in own.items()}
@@ -240,9 +236,10 @@ def _sparse(grad: Tensor, index_map: IndexMap, dim: int) -> Tensor:
     """An embedding's sparse gradient after a change of one axis; it stays sparse, which SparseAdam insists on."""
     # No sparse tensor can be filled in place: new units are taken from one more unit, of which nothing is stored.
     shape = [1 if axis == dim % grad.dim() else size for axis, size in enumerate(grad.shape)]
+    indices, values = sparse_parts(grad)
     nothing = torch.sparse_coo_tensor(
-        grad._indices().new_empty(grad.sparse_dim(), 0),
-        grad._values().new_empty(0, *shape[grad.sparse_dim() :]),
+        indices.new_empty(grad.sparse_dim(), 0),
+        values.new_empty(0, *shape[grad.sparse_dim() :]),
         shape,
         check_invariants=False,
     )

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from evolvenet._compat.torch import schema_of, storage_id, tree_leaves, tree_map_only
 from evolvenet.tracing.trace import TracingMode
 
 
@@ -74,8 +74,8 @@ class OpTrace(TracingMode):
         out = super().__torch_dispatch__(func, types, args, kwargs)
         made = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
         if made:
-            name = func._schema.name.rpartition("::")[2]
-            if func._schema.is_mutable:
+            name = schema_of(func).name.rpartition("::")[2]
+            if schema_of(func).is_mutable:
                 name = name.removesuffix("_")
                 self._renumber(made)
             inputs = tuple(leaf for leaf in tree_leaves((numbered, named)) if isinstance(leaf, Value))
@@ -100,6 +100,6 @@ class OpTrace(TracingMode):
 
     def _renumber(self, written: list[Tensor]) -> None:
         """Give a new number to all tensors that share memory with one that was written to."""
-        places = {tensor.untyped_storage()._cdata for tensor in written}
-        for tensor in [tensor for tensor in self._values if tensor.untyped_storage()._cdata in places]:
+        places = {storage_id(tensor) for tensor in written}
+        for tensor in [tensor for tensor in self._values if storage_id(tensor) in places]:
             self._new(tensor)

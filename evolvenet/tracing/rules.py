@@ -13,9 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._ops import OpOverload
-from torch.utils._pytree import tree_flatten, tree_map_only
 
+from evolvenet._compat.torch import OpOverload, base_of, schema_of, tree_flatten, tree_map_only
 from evolvenet.tracing.labels import (
     CONSTANT,
     DATA,
@@ -58,7 +57,7 @@ class Call:
     @property
     def op(self) -> str:
         """The op's name without overload, "aten::add"."""
-        return self.func._schema.name
+        return schema_of(self.func).name
 
     @property
     def outputs(self) -> list[Tensor]:
@@ -77,7 +76,7 @@ class Call:
 
     def argument(self, name: str, default: Any = None) -> Any:
         """An argument by its schema name."""
-        for position, argument in enumerate(self.func._schema.arguments):
+        for position, argument in enumerate(schema_of(self.func).arguments):
             if argument.name == name:
                 if position < len(self.args):
                     return self.args[position]
@@ -141,8 +140,8 @@ def apply_rule(call: Call) -> None:
 
 
 def _by_schema(call: Call) -> Rule | None:
-    returns = call.func._schema.returns
-    if call.op in REINTERPRETING or call.func._schema.overload_name == "dtype":
+    returns = schema_of(call.func).returns
+    if call.op in REINTERPRETING or schema_of(call.func).overload_name == "dtype":
         return None
     if any(item.alias_info is not None and not item.alias_info.is_write for item in returns):
         return movement
@@ -268,7 +267,7 @@ def elementwise(call: Call) -> None:
     # Layers just frozen are dropped: a later reshape would tie others to them, which would be frozen too.
     layers = [layer for layer in layers if not fixed & set(varying(layer))]
     target = call.args[0] if call.op.endswith("_") else None
-    if isinstance(target, Tensor) and target._base is not None and not labels[0].layers:
+    if isinstance(target, Tensor) and base_of(target) is not None and not labels[0].layers:
         for layer in layers:
             call.label_graph.freeze(layer, f"{call.location} writes it into a part of another tensor")
     all_constant = all(label.kind == CONSTANT for label in labels)

@@ -14,14 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
 from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakTensorKeyDictionary
 
 import evolvenet.tracing.contraction_rules  # registers its rules
 import evolvenet.tracing.loss_rules  # registers its rules
 import evolvenet.tracing.reduction_rules  # noqa: F401  registers its rules
+from evolvenet._compat.torch import TorchDispatchMode, schema_of, tree_map_only
 from evolvenet.errors import TraceError
 from evolvenet.execution.inputs import tensors_of
 from evolvenet.execution.isolation import isolated, op_by_op
@@ -225,7 +224,7 @@ class LabelMode(TracingMode):
     def _view_in_place(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Run an op such as `transpose_`; the label of its result is that of `transpose`."""
         with self:
-            view = getattr(torch.ops.aten, func._schema.name.rpartition("::")[2].removesuffix("_"))(*args, **kwargs)
+            view = getattr(torch.ops.aten, schema_of(func).name.rpartition("::")[2].removesuffix("_"))(*args, **kwargs)
         out = func(*args, **kwargs)
         self.set_label(out, self.label_of(view))
         return out

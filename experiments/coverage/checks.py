@@ -16,10 +16,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 import evolvenet
+from evolvenet._compat.torch import TorchDispatchMode, tree_leaves
 from evolvenet.execution.inputs import arguments
 from experiments.coverage.subjects import Subject
 

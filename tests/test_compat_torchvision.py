@@ -1,7 +1,7 @@
-"""`import evolvenet` makes torchvision and Lightning importable, imports little, and changes nothing that was well.
+"""`import evolvenet` makes torchvision and Lightning importable, imports neither, and changes nothing where both match.
 
 What happens at import can only be seen in a fresh interpreter, so each test starts one. Most of them see a made-up
-torchvision, so that they say the same in an environment where the real one matches torch and where it does not.
+torchvision, so that their result does not depend on whether the real one matches torch.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def test_another_error_of_torchvision_passes_through(tmp_path: Path, error: str)
         "for _ in range(2):\n"
         " try:\n  import torchvision\n"
         " except Exception as error:\n  print(repr(error), 'torchvision' in sys.modules)\n"
-        "from evolvenet._compat import _libraries\nprint(_libraries)\n",
+        "from evolvenet._compat.torchvision import _libraries\nprint(_libraries)\n",
         fake_torchvision(tmp_path, f"print('run')\nraise {error}\n"),
     )
     seen = error.replace('"', "'")
@@ -96,7 +96,7 @@ def test_without_torchvision_or_with_it_imported_nothing_happens() -> None:
     lines = run_script(
         "import sys, types, importlib, importlib.util\n"
         "import evolvenet\n"
-        "from evolvenet._compat import mend_torchvision\n"
+        "from evolvenet._compat.torchvision import mend_torchvision\n"
         "sys.path[:] = []\n"
         "print(importlib.util.find_spec('torchvision'))\n"
         "try:\n import torchvision\n"

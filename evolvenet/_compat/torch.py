@@ -1,0 +1,180 @@
+"""The private names of torch that the package relies on, each reached in this module alone.
+
+`tests/test_compat.py` has one test for each of them, so a torch release without one is seen by its name.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch._ops import OpOverload
+from torch.nn.modules.batchnorm import _NormBase as NormBase
+from torch.nn.modules.conv import _ConvNd as ConvNd
+from torch.nn.modules.conv import _ConvTransposeNd as ConvTransposeNd
+from torch.nn.utils.parametrizations import _WeightNorm as WeightNorm
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import register_pytree_node, tree_flatten, tree_leaves, tree_map_only, tree_unflatten
+
+__all__ = [
+    "LBFGS_SIZE_CACHE",
+    "TENSOR_TABLES",
+    "UNSAFE_VIEW",
+    "ConvNd",
+    "ConvTransposeNd",
+    "NormBase",
+    "OpOverload",
+    "TorchDispatchMode",
+    "WeightNorm",
+    "base_of",
+    "child_table",
+    "conv_forward",
+    "forward_hooks",
+    "load_state_dict_pre_hooks",
+    "own_tensors",
+    "parameter_table",
+    "register_pytree_node",
+    "renew_flat_weights",
+    "reset_compiled_code",
+    "schema_of",
+    "shallow_copy",
+    "sparse_parts",
+    "state_dict_metadata",
+    "storage_id",
+    "tensor_tables",
+    "tree_flatten",
+    "tree_leaves",
+    "tree_map_only",
+    "tree_unflatten",
+    "version_of",
+]
+
+TENSOR_TABLES = ("_parameters", "_buffers")
+"""The attributes in which a module keeps its own tensors."""
+LBFGS_SIZE_CACHE = "_numel_cache"
+"""The attribute in which LBFGS keeps the number of its parameters' entries."""
+UNSAFE_VIEW = torch.ops.aten._unsafe_view.default
+"""The op by which a matrix product lays its output out anew."""
+
+
+def parameter_table(module: nn.Module) -> dict[str, nn.Parameter | None]:
+    """A module's own parameters by name, None for one that it does without.
+
+    >>> list(parameter_table(nn.Linear(2, 3, bias=False)))
+    ['weight', 'bias']
+    """
+    return module._parameters
+
+
+def tensor_tables(module: nn.Module) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The tables of a module's own parameters and of its own buffers; writing to one changes the module."""
+    return cast(Any, module._parameters), cast(Any, module._buffers)
+
+
+def own_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """A module's own parameters and buffers by name, in this order, without those that are None.
+
+    >>> list(own_tensors(nn.BatchNorm1d(2)))
+    ['weight', 'bias', 'running_mean', 'running_var', 'num_batches_tracked']
+    """
+    return {name: tensor for table in tensor_tables(module) for name, tensor in table.items() if tensor is not None}
+
+
+def child_table(module: nn.Module) -> dict[str, nn.Module | None]:
+    """A module's children by name; writing to the table changes the module.
+
+    >>> list(child_table(nn.Sequential(nn.ReLU())))
+    ['0']
+    """
+    return module._modules
+
+
+def shallow_copy(module: nn.Module) -> nn.Module:
+    """A module of the same type with the same attributes, tensors and children, but a table of children of its own.
+
+    >>> network = nn.Sequential(nn.Linear(2, 3))
+    >>> copy = shallow_copy(network)
+    >>> child_table(copy)["0"] = nn.ReLU()
+    >>> network
+    Sequential(
+      (0): Linear(in_features=2, out_features=3, bias=True)
+    )
+    """
+    made = object.__new__(type(module))
+    vars(made).update(vars(module), _modules=dict(module._modules))
+    return made
+
+
+def forward_hooks(module: nn.Module) -> list[Callable[..., Any]]:
+    """The hooks that run before and after a module's forward pass."""
+    return [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
+
+
+def load_state_dict_pre_hooks(module: nn.Module) -> list[Callable[..., Any]]:
+    """The functions that were given to `register_load_state_dict_pre_hook`."""
+    return [getattr(hook, "hook", hook) for hook in module._load_state_dict_pre_hooks.values()]
+
+
+def state_dict_metadata(state: Any) -> dict[str, dict[str, Any]]:
+    """{path of a module: what its state dict says beside tensors}; empty for a plain dict.
+
+    >>> state_dict_metadata(nn.ReLU().state_dict())[""]
+    {'version': 1}
+    """
+    return getattr(state, "_metadata", {})
+
+
+def renew_flat_weights(module: nn.RNNBase) -> None:
+    """Make a recurrent module compute with the parameters that it has now; it keeps a list of those that it had."""
+    module._flat_weights = [getattr(module, name, None) for name in module._flat_weights_names]
+    if all(weight is None or weight.device.type != "meta" for weight in module._flat_weights):
+        module.flatten_parameters()
+
+
+def conv_forward(module: ConvNd, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The output of a convolution with another weight and bias, with its own padding, stride and groups."""
+    forward: Any = module._conv_forward
+    return forward(x, weight, bias)
+
+
+def version_of(tensor: Tensor) -> int:
+    """How often a tensor has been written to in place.
+
+    >>> version_of(torch.zeros(2).add_(1))
+    1
+    """
+    return tensor._version
+
+
+def base_of(tensor: Tensor) -> Tensor | None:
+    """The tensor of which another one is a view, or None."""
+    return tensor._base
+
+
+def storage_id(tensor: Tensor) -> int:
+    """A number that two tensors have in common if they share memory, also where it holds no data (device "meta")."""
+    return tensor.untyped_storage()._cdata
+
+
+def sparse_parts(tensor: Tensor) -> tuple[Tensor, Tensor]:
+    """Indices and values of a sparse tensor that need not be coalesced; of a coalesced one there are public ones."""
+    return tensor._indices(), tensor._values()
+
+
+def schema_of(op: Any) -> Any:
+    """An operator's schema: its name, arguments, returns, and whether it writes to its arguments.
+
+    >>> schema_of(torch.ops.aten.add_.Tensor).is_mutable
+    True
+    """
+    return op._schema
+
+
+def reset_compiled_code() -> None:
+    """Discard what `torch.compile` has compiled: after some eight shapes it would run a module eagerly for good."""
+    # Importing dynamo takes seconds, and if it was never imported there is no compiled code.
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
