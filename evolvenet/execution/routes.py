@@ -1,4 +1,4 @@
-"""Which modules a run calls, in which order: code that branches at random runs other ones each time."""
+"""The modules that a run of a model calls, and their order, which differs between runs of code with random branches."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from evolvenet.execution.isolation import isolated, op_by_op
 from evolvenet.execution.step import run_model
 
 TRIES = 8
-"""Runs in train mode that are looked at for another order of calls."""
+"""Runs in train mode whose orders of calls are compared."""
 
 
 def runs_until_every_route(model: nn.Module, inputs: Any, tries: int = TRIES) -> int:
-    """After how many runs in train mode, each going on with the random numbers, no further order of calls has come up.
+    """The number of runs in train mode, with consecutive random numbers, after which no new order of calls occurs.
 
-    The model runs on copies of its tensors, and the generators are as before afterwards: so that many runs under labels
-    take the same routes again.
+    The model runs on copies of its tensors, and the random generators are restored: as many runs under labels make the same
+    orders of calls again.
 
     Args:
         model: any module.
         inputs: what `run_model` takes.
-        tries: runs.
+        tries: number of runs.
 
     Returns:
-        1 for code that does the same each time; at most `tries`.
+        1 if all runs call the same modules in the same order; at most `tries`.
 
     >>> import torch
     >>> runs_until_every_route(nn.Linear(2, 2), torch.zeros(1, 2))
@@ -47,7 +47,7 @@ def runs_until_every_route(model: nn.Module, inputs: Any, tries: int = TRIES) ->
 
 @contextmanager
 def _calls(model: nn.Module) -> Iterator[list[int]]:
-    """The modules of a model as they are called, each as its number in `model.modules()`."""
+    """The list to which every called module is appended, as its index in `model.modules()`."""
     numbers = {id(module): number for number, module in enumerate(model.modules())}
     route: list[int] = []
 
@@ -63,7 +63,7 @@ def _calls(model: nn.Module) -> Iterator[list[int]]:
 
 
 class FirstCalls:
-    """Notes which of some modules are called, from now until `close`.
+    """Records which of some modules are called before `close`.
 
     >>> import torch
     >>> layer = nn.Linear(2, 2)
@@ -80,20 +80,20 @@ class FirstCalls:
         }
 
     def note(self, name: str) -> None:
-        """A module has been called; once is enough."""
+        """Record that a module was called and remove its hook."""
         self.called.add(name)
         if name in self._handles:
             self._handles.pop(name).remove()
 
     def close(self) -> None:
-        """Leave no hook behind."""
+        """Remove all hooks."""
         for handle in self._handles.values():
             handle.remove()
         self._handles = {}
 
 
 class _Note:
-    """A forward pre-hook; one that was copied or unpickled with its module does nothing."""
+    """A forward pre-hook; a copied or unpickled one does nothing."""
 
     def __init__(self, watch: FirstCalls | None = None, name: str = "") -> None:
         self.watch, self.name = watch, name

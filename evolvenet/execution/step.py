@@ -1,4 +1,4 @@
-"""How a model is run: called with its inputs, or through a step function that does with a batch what training does."""
+"""Running a model: by a call with its inputs, or by a step function on a batch, as in training."""
 
 from __future__ import annotations
 

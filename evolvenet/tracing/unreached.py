@@ -1,7 +1,7 @@
-"""Parameters that no traced run has touched, and the widths that might feed them.
+"""Parameters that no traced run has used, and the widths that may be their inputs.
 
-A head that starts at a later epoch, a probe that only validation calls, a layer that the traced batch has skipped: the
-trace knows nothing of what they take in. Every width whose number of places fits one of their axes keeps its size.
+The inputs of a head that starts at a later epoch, of a probe that only validation calls, or of a layer that the traced
+batch does not reach are unknown. Every width as long as one of the axes of such a parameter is frozen.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from evolvenet.tracing.grouping import NEVER_RAN
 log = logging.getLogger("evolvenet")
 
 CONVOLUTION = 3
-"""Axes from which on a weight is a kernel, whose channels may be flattened together with space."""
+"""A weight of at least as many axes is a kernel, whose channels may be flattened together with spatial positions."""
 
 MAY_FEED = "may feed "
 
 
 def unreached_parameters(graph: WidthGraph) -> tuple[str, ...]:
-    """Names of the parameters that no traced run has touched.
+    """Names of the parameters that no traced run has used.
 
     >>> import torch
     >>> from torch import nn
@@ -45,14 +45,14 @@ def unreached_parameters(graph: WidthGraph) -> tuple[str, ...]:
 
 
 def freeze_possible_inputs(graph: WidthGraph, besides: Iterable[str] = ()) -> WidthGraph:
-    """The graph in which every width that might feed an unreached parameter keeps its size.
+    """The graph in which every width that may be an input of an unreached parameter is frozen.
 
-    A width might feed it where an axis that holds the width is as long as an axis of the parameter; convolution channels
-    also where a dense weight's second axis is a multiple of them, since they may be flattened together with space.
+    A width may be one if an axis that holds it is as long as an axis of the parameter. The channels of a convolution
+    also may be one if a dense weight's second axis is a multiple of them: they may be flattened with spatial positions.
 
     Args:
         graph: as traced.
-        besides: paths of modules that are not looked at, copies of the network that follow it, for example.
+        besides: paths of modules that are ignored, such as replicas of the network.
 
     Returns:
         The graph, each such width frozen with the parameter as its reason.
@@ -82,7 +82,7 @@ def freeze_possible_inputs(graph: WidthGraph, besides: Iterable[str] = ()) -> Wi
 
 
 def warn_of_unreached(graph: WidthGraph) -> None:
-    """Warn, once a module, of the widths that keep their size because of it, with what can be done about it."""
+    """Log one warning for each unreached module, with the widths frozen because of it and the remedy."""
     held: dict[str, list[str]] = {}
     for width in graph.widths.values():
         if width.frozen is not None and width.frozen.startswith(MAY_FEED):
