@@ -20,7 +20,7 @@ def test_every_python_block_runs_as_printed(tmp_path: Path, monkeypatch: pytest.
     names: dict[str, object] = {"__name__": "readme"}
     for block in BLOCKS:
         exec(compile(block, "README.md", "exec"), names)
-    for name in ("evolution", "evolver", "shrinking"):
+    for name in ("evolution", "halving", "evolver", "shrinking"):
         history = names[name].history  # type: ignore[attr-defined]
         assert history.events[-1].parameters < history.initial.parameters, name
 
