@@ -14,24 +14,24 @@ import evolvenet
 from evolvenet.errors import ResizeError, SpectrumError, TraceError
 from evolvenet.policies.base import Policy
 from tests.helpers.cases import FLOAT, Case, distance, graph_of, outputs
-from tests.helpers.spoiled import (
+from tests.helpers.degenerate import (
     MANY,
     MODELS,
     PAIRS,
-    Asks,
     check_alive,
     check_values,
+    degenerate,
     doubles,
     halves,
     rank,
     samples,
-    spoiled,
     weights,
 )
+from tests.helpers.policies import Fixed
 from tests.helpers.states import State
 
 MLP, CONV = MODELS[:2]
-KEPT_BARE = {"zero weights": 1e-9, "dead channels": 1e-9, "weights near zero": 1e-9}
+KEPT_BARE = {"zero weights": 1e-9, "zero channels": 1e-9, "weights near zero": 1e-9}
 """Half of the units of these can go by their weights alone and nothing changes, but for so much."""
 KEPT = {**KEPT_BARE, "rank-one weights": 1e-4, "constant activations": 1e-9, "batch norms with zero scale": 1e-9}
 """The same with batches, on which the readers make up for what goes."""
@@ -39,7 +39,7 @@ KEPT = {**KEPT_BARE, "rank-one weights": 1e-4, "constant activations": 1e-9, "ba
 
 @pytest.mark.parametrize(("case", "name"), PAIRS)
 def test_spectra(case: Case, name: str) -> None:
-    model, graph = spoiled(case, name), graph_of(case)
+    model, graph = degenerate(case, name), graph_of(case)
     for batches in (None, [samples(case)], [samples(case, 1)]):
         found = evolvenet.spectra(model, graph, batches)
         assert set(found) == set(graph.sizes)
@@ -50,28 +50,28 @@ def test_spectra(case: Case, name: str) -> None:
             if name == "rank-one weights" and batches is None:
                 makers = graph.widths[width].producers
                 assert 1 <= rank(values) <= sum(tie.repeat for tie in makers)
-            if name == "dead channels" and case.name != "attention":
+            if name == "zero channels" and case.name != "attention":
                 assert rank(values) <= -(-graph.widths[width].size // 2)
 
 
 @pytest.mark.parametrize("with_batches", [False, True], ids=["weights alone", "batches"])
 @pytest.mark.parametrize(("case", "name"), PAIRS)
 def test_pruning(case: Case, name: str, with_batches: bool) -> None:
-    model, graph, inputs = spoiled(case, name), graph_of(case), samples(case)
+    model, graph, inputs = degenerate(case, name), graph_of(case), samples(case)
     expected, sizes = outputs(model, inputs), halves(graph)
     optimizer = torch.optim.AdamW(model.parameters())
     after = evolvenet.prune(model, graph, sizes, [inputs] if with_batches else None, optimizer)
     assert after.sizes == sizes
     kept = (KEPT if with_batches else KEPT_BARE).get(name)
     # Half of the rows of an attention's projection are all queries and half of the keys: nothing of it is dead.
-    if kept is not None and (case.name, name) != ("attention", "dead channels"):
+    if kept is not None and (case.name, name) != ("attention", "zero channels"):
         assert distance(outputs(model, inputs), expected) < kept
     check_alive(model, optimizer, inputs)
 
 
 @pytest.mark.parametrize(("case", "name"), PAIRS)
 def test_growing(case: Case, name: str) -> None:
-    model, graph, inputs = spoiled(case, name), graph_of(case), samples(case)
+    model, graph, inputs = degenerate(case, name), graph_of(case), samples(case)
     expected, sizes = outputs(model, inputs), doubles(graph)
     optimizer = torch.optim.AdamW(model.parameters())
     after = evolvenet.grow(model, graph, sizes, optimizers=optimizer)
@@ -90,7 +90,7 @@ def evolver_of(case: Case, model: nn.Module, policy: Policy, monkeypatch: pytest
 @pytest.mark.parametrize(("case", "name"), PAIRS)
 def test_events(case: Case, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """One in which the spectra decide, and one in which all that is left doubles."""
-    model, inputs = spoiled(case, name), samples(case)
+    model, inputs = degenerate(case, name), samples(case)
     evolver = evolver_of(case, model, evolvenet.Threshold(prune=0.01, grow=0.9), monkeypatch)
     evolver.observe(inputs)
     event = evolver.step()
@@ -100,7 +100,7 @@ def test_events(case: Case, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
         assert {change.width: change.after for change in event.changes} == halves(graph)
     check_alive(model, evolver.optimizers[0], inputs)
     expected, asked = outputs(model, inputs), doubles(evolver.graph)
-    evolver.policy = Asks(asked)
+    evolver.policy = Fixed(asked)
     event = evolver.step()
     assert event.skipped is None
     assert {change.width: change.after for change in event.changes} == asked
@@ -123,7 +123,7 @@ def test_broken_weights_are_refused_and_left_alone(
 ) -> None:
     model, graph, inputs = case.model(), graph_of(case), samples(case)
     BROKEN[where](model).view(-1)[0] = bad
-    evolver = evolver_of(case, model, Asks(halves(graph)), monkeypatch)
+    evolver = evolver_of(case, model, Fixed(halves(graph)), monkeypatch)
     evolver.observe(inputs)
     before = State.of(model, evolver.optimizers)
     calls: list[Callable[[], Any]] = [
@@ -219,7 +219,7 @@ def test_batches_that_say_nothing_are_refused(case: Case, monkeypatch: pytest.Mo
         ):
             with pytest.raises(error, match=text):
                 call()
-        evolver = evolver_of(case, model, Asks(halves(graph)), monkeypatch)
+        evolver = evolver_of(case, model, Fixed(halves(graph)), monkeypatch)
         for batch in batches:
             evolver.observe(batch)
         assert re.search(f"{text}|at least one observed batch", evolver.step().skipped or "")
@@ -247,7 +247,7 @@ def test_narrow_types(case: Case, dtype: torch.dtype, monkeypatch: pytest.Monkey
     assert distance(outputs(model, inputs), expected) < rounding
     assert {tensor.dtype for tensor in (*model.parameters(), *model.buffers()) if tensor.is_floating_point()} == {dtype}
     check_alive(model, optimizer, inputs)
-    evolver = evolver_of(case, case.model().to(dtype), Asks(halves(graph_of(case))), monkeypatch)
+    evolver = evolver_of(case, case.model().to(dtype), Fixed(halves(graph_of(case))), monkeypatch)
     evolver.observe(inputs)
     assert evolver.step().skipped is None
 
@@ -285,7 +285,7 @@ def test_widths_of_one_unit_are_not_offered() -> None:
     for batches in (None, [x]):
         check_values(evolvenet.spectra(model, graph, batches)["2"], 6)
     with pytest.raises(TraceError, match="at least one resizable width"):
-        evolvenet.Evolver(model[:3], None, Asks({}), x)
+        evolvenet.Evolver(model[:3], None, Fixed({}), x)
 
 
 @pytest.mark.parametrize("case", [MLP, CONV], ids=str)

@@ -19,7 +19,7 @@ from evolvenet.graph.width_graph import WidthGraph
 from evolvenet.surgery.optimizer_state import validate_state
 from evolvenet.tracing.trace import trace
 from tests.helpers.cases import CASES, Case, distance, graph_of, outputs, run, shuffled, without_reasons
-from tests.helpers.states import State, same_bits, silence
+from tests.helpers.states import State, same_bits, zero_units
 
 BY_NAME = {case.name: case for case in CASES}
 EXACT = 1e-9
@@ -83,7 +83,7 @@ def test_removing_units_is_masking_them(case: Case) -> None:
     cut, masked = case.model(), case.model()
     maps = {width.name: some(width) for width in graph.resizable if width.mixed is None}
     resize(cut, graph, maps)
-    silence(masked, graph, maps)
+    zero_units(masked, graph, maps)
     assert distance(outputs(cut, inputs), outputs(masked, inputs)) < EXACT
 
 

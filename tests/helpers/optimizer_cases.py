@@ -103,8 +103,8 @@ def swaps(model: Hidden | Table, index_map: IndexMap) -> list[Swap]:
     for name, parameter in model.named_parameters():
         dim = AXES[name]
         value = index_map.apply(parameter.detach(), dim)
-        for born in index_map.new_units:
-            value.select(dim, born).normal_()
+        for unit in index_map.new_units:
+            value.select(dim, unit).normal_()
         made.append(Swap(parameter, name, {dim: index_map}, value))
     return made
 

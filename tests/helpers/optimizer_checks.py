@@ -1,4 +1,4 @@
-"""A policy that asks for given sizes in turn, one entry an event, and what must be right after every one of them."""
+"""What must hold for optimizers after every event."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ REDUCED = {"row_var": -1, "col_var": -2}
 
 
 def check_fits(optimizers: Sequence[Optimizer]) -> None:
-    """Every state tensor and every gradient has its parameter's shape; said twice, by hand and by `validate_state`."""
+    """Every state tensor and every gradient has its parameter's shape, by a check of its own and by `validate_state`."""
     for optimizer in optimizers:
         validate_state(optimizer)
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]

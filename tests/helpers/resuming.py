@@ -15,11 +15,12 @@ WALK = Walk((9, 16), (9, 20), (12, 7), (6, 11))
 
 
 def evolution() -> WidthEvolution:
+    """An event every 5 steps, on 3 batches."""
     return WidthEvolution(WALK, every_n_steps=5, calibration_batches=3, stop=1.0)
 
 
 class Randomness(lightning.Callback):
-    """Dropout's random numbers go on where they were: Lightning leaves that to its users."""
+    """Saves and restores the state of the random generator, which Lightning leaves to its users."""
 
     def state_dict(self) -> dict[str, Any]:
         return {"cpu": torch.random.get_rng_state()}
@@ -33,7 +34,7 @@ class Randomness(lightning.Callback):
 
 
 def assert_same(one: Any, two: Any) -> None:
-    """Bit for bit."""
+    """Both are of the same types and equal, tensors bit for bit."""
     assert type(one) is type(two)
     if isinstance(one, dict):
         assert one.keys() == two.keys()

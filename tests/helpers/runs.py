@@ -1,4 +1,4 @@
-"""Small real runs: networks, data that can be resumed in the middle of an epoch, policies, trainers."""
+"""Small real runs of Lightning: modules, data that can be resumed in the middle of an epoch, trainers."""
 
 from __future__ import annotations
 
@@ -44,13 +44,13 @@ class Batches:
 
 
 def batch(index: int, size: int = 32) -> tuple[Tensor, Tensor]:
-    """Six numbers, and whether the first two are positive."""
+    """Inputs of six numbers each; the label is how many of the first two are positive."""
     x = torch.randn(size, 6, generator=torch.Generator().manual_seed(index))
     return x, (x[:, 0] > 0).long() + (x[:, 1] > 0).long()
 
 
 class Classifier(lightning.LightningModule):
-    """Knows nothing of EvolveNet: dense layers, batch norm and dropout."""
+    """Dense layers, batch norm and dropout, without a line about EvolveNet."""
 
     def __init__(self, width: int = 16, lr: float = 1e-2) -> None:
         super().__init__()
@@ -83,7 +83,7 @@ class Classifier(lightning.LightningModule):
 
 
 class User(Classifier):
-    """Nothing logged, and an optimizer with momenta."""
+    """The classifier without logging and with one plain Adam."""
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         x, y = batch
@@ -94,7 +94,7 @@ class User(Classifier):
 
 
 def trainer(folder: Path, callbacks: Sequence[Any] = (), **options: Any) -> lightning.Trainer:
-    """On the CPU, quiet."""
+    """A trainer on the CPU that prints nothing."""
     settings: dict[str, Any] = {
         "max_epochs": 3,
         "accelerator": "cpu",
@@ -110,6 +110,6 @@ def trainer(folder: Path, callbacks: Sequence[Any] = (), **options: Any) -> ligh
 
 
 def fresh(**options: Any) -> Classifier:
-    """The same weights each time."""
+    """A classifier with the same weights each time."""
     torch.manual_seed(5)
     return Classifier(**options)

@@ -1,4 +1,4 @@
-"""Everything that must stay bit for bit when nothing is to be changed, taken down and compared."""
+"""A copy of all state of a model, its optimizers and the random generators, to compare with later bit for bit."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from evolvenet import IndexMap, WidthGraph
 
 
 @dataclass(frozen=True, eq=False)
-class Seen:
+class TensorState:
     """A tensor as it was: the object itself, its values and its strides."""
 
     tensor: Tensor
@@ -25,7 +25,7 @@ class Seen:
     strides: tuple[int, ...]
 
     @classmethod
-    def of(cls, tensor: Tensor) -> Seen:
+    def of(cls, tensor: Tensor) -> TensorState:
         return cls(tensor, tensor.detach().clone(), tensor.stride())
 
 
@@ -38,12 +38,12 @@ class State:
         plain: the repr of everything else that can be read, by where it is.
     """
 
-    tensors: Mapping[str, Seen]
+    tensors: Mapping[str, TensorState]
     plain: Mapping[str, str]
 
     @classmethod
     def of(cls, model: nn.Module, optimizers: Sequence[Optimizer] = ()) -> State:
-        tensors: dict[str, Seen] = {}
+        tensors: dict[str, TensorState] = {}
         plain: dict[str, str] = {}
 
         def note(where: str, value: Any) -> None:
@@ -51,9 +51,9 @@ class State:
             plain[f"{where} structure"] = str(structure)
             for k, leaf in enumerate(leaves):
                 if isinstance(leaf, Tensor):
-                    tensors[f"{where}.{k}"] = Seen.of(leaf)
+                    tensors[f"{where}.{k}"] = TensorState.of(leaf)
                     if leaf.is_leaf and leaf.grad is not None:
-                        tensors[f"{where}.{k}.grad"] = Seen.of(leaf.grad)
+                        tensors[f"{where}.{k}.grad"] = TensorState.of(leaf.grad)
                 elif not isinstance(leaf, nn.Module) and " at 0x" not in repr(leaf):
                     plain[f"{where}.{k}"] = repr(leaf)
 
@@ -88,7 +88,7 @@ def same_bits(one: Tensor, two: Tensor) -> bool:
     return one.dtype == two.dtype and one.shape == two.shape and torch.equal(one.nan_to_num(), two.nan_to_num())
 
 
-def silence(model: nn.Module, graph: WidthGraph, maps: Mapping[str, IndexMap]) -> None:
+def zero_units(model: nn.Module, graph: WidthGraph, maps: Mapping[str, IndexMap]) -> None:
     """Set to 0, in place, every entry of the units that the maps remove: what pruning must be equal to."""
     tensors = model.state_dict()
     for name, index_map in maps.items():

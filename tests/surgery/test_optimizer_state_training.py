@@ -15,7 +15,7 @@ import evolvenet
 from evolvenet import IndexMap
 from evolvenet.surgery.optimizer_state import apply_state, compile_state, validate_state
 from tests.helpers.optimizer_cases import LR, OPTIMIZERS, Swap
-from tests.helpers.states import silence
+from tests.helpers.states import zero_units
 
 BOUND = 1.5
 STEADY = [name for name in OPTIMIZERS if name != "sparse adam" and not name.startswith("rprop")]
@@ -90,7 +90,7 @@ def test_after_a_cut_of_dead_units_training_goes_on_as_if_uncut(name: str, how: 
     model, shape = (dense(), (20,)) if name == "muon" else (convolutional(), (2, 6, 6))
     graph = evolvenet.trace(model, batch(0, *shape)[0][:1])
     maps = {width.name: IndexMap.keep(range(1, width.size - 1), width.size) for width in graph.resizable}
-    silence(model, graph, maps)
+    zero_units(model, graph, maps)
     optimizers = MAKERS[name](model)
     train(model, optimizers, range(8), shape)
     cut, carried = deepcopy((model, optimizers))

@@ -14,7 +14,7 @@ from evolvenet.graph.index_map import IndexMap
 from evolvenet.graph.width_graph import WidthGraph
 from evolvenet.tracing.trace import trace
 from tests.helpers.cases import FLOAT, distance, outputs, shuffled, without_reasons
-from tests.helpers.states import silence
+from tests.helpers.states import zero_units
 
 EXACT = 1e-9
 Instruction = tuple[str, int, int, int]
@@ -173,7 +173,7 @@ def test_removing_units_equals_masking_them(program: list[Instruction]) -> None:
     graph = trace(model, x)
     maps = {name: m for name, m in shrunk(graph).items() if graph.widths[name].mixed is None}
     resize(model, graph, maps)
-    silence(masked, graph, maps)
+    zero_units(masked, graph, maps)
     assert distance(outputs(model, x), outputs(masked, x)) < EXACT
 
 

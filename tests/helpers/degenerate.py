@@ -1,4 +1,4 @@
-"""Models with degenerate values, for `test_degenerate`."""
+"""Models with degenerate values (zero, rank-one or tiny weights, constant activations), and what must hold for each."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from evolvenet.graph.width_graph import WidthGraph
-from evolvenet.policies.base import PolicyContext, Proposal
 from tests.helpers.cases import CASES, Case, run
 
 MODELS = [case for case in CASES if case.name in ("mlp", "conv", "resnet", "attention", "resnext")]
@@ -39,12 +38,12 @@ def _rank_one(model: nn.Module) -> None:
 
 
 def _constant(model: nn.Module) -> None:
-    """The first layer sees nothing, so that nothing behind it differs from sample to sample."""
+    """The first layer's weights are 0, so that no activation differs from sample to sample."""
     nn.init.zeros_(weights(model)[0])
 
 
-def _dead(model: nn.Module) -> None:
-    """The first half of what every layer makes is 0, whatever comes in."""
+def _zero_channels(model: nn.Module) -> None:
+    """The first half of every layer's outputs is 0, whatever its input."""
     for module in [
         module
         for module in model.modules()
@@ -59,7 +58,7 @@ def _norms_of_zero(model: nn.Module) -> None:
         nn.init.zeros_(norm.weight)
 
 
-def _norms_of_nothing(model: nn.Module) -> None:
+def _norms_without_variance(model: nn.Module) -> None:
     """Channels that never varied: a running variance of 0."""
     for norm in norms(model):
         nn.init.zeros_(norm.running_var)
@@ -70,27 +69,27 @@ def _tiny(model: nn.Module) -> None:
         weight.mul_(1e-160)
 
 
-SPOILED: Mapping[str, Callable[[nn.Module], None]] = {
+DEGENERATE: Mapping[str, Callable[[nn.Module], None]] = {
     "zero weights": _zero,
     "rank-one weights": _rank_one,
     "constant activations": _constant,
-    "dead channels": _dead,
+    "zero channels": _zero_channels,
     "batch norms with zero scale": _norms_of_zero,
-    "batch norms with zero variance": _norms_of_nothing,
+    "batch norms with zero variance": _norms_without_variance,
     "weights near zero": _tiny,
 }
 PAIRS = [
     pytest.param(case, name, id=f"{case}-{name}")
     for case in MODELS
-    for name in SPOILED
+    for name in DEGENERATE
     if "norms" not in name or case.name in ("conv", "resnet")
 ]
 
 
-def spoiled(case: Case, name: str) -> Any:
+def degenerate(case: Case, name: str) -> Any:
     model = case.model()
     with torch.no_grad():
-        SPOILED[name](model)
+        DEGENERATE[name](model)
     return model
 
 
@@ -105,16 +104,6 @@ def halves(graph: WidthGraph) -> dict[str, int]:
 
 def doubles(graph: WidthGraph) -> dict[str, int]:
     return {width.name: 2 * width.size for width in graph.resizable if width.mixed is None}
-
-
-class Asks:
-    """A policy that asks for what it is given, whatever was measured."""
-
-    def __init__(self, sizes: Mapping[str, int]) -> None:
-        self.sizes = sizes
-
-    def propose(self, context: PolicyContext) -> dict[str, Proposal]:
-        return {name: Proposal(size, "fixed") for name, size in self.sizes.items()}
 
 
 def check_alive(model: nn.Module, optimizer: torch.optim.Optimizer, inputs: Any) -> None:
