@@ -1,37 +1,46 @@
-"""Ridge least squares that pulls towards weights already there, its ridge chosen on samples it has not seen."""
+"""Ridge least squares of which the ridge is selected on held-out samples: every refit of a layer is solved here.
+
+A problem consists of two halves of samples, even and odd. With X the inputs, R the residuals to be explained, it is
+
+    minimise over S, o:   ‖X·Sᵀ + o − R‖² + λ·e·‖S‖²,    e the mean squared input.
+
+λ is taken from `RIDGES`: solved on the even half, compared on the odd one; the solution is then computed on both.
+"""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-RIDGES = (1e-6, 1e-4, 1e-2, 1e-1, 1.0)
-"""Pulls towards the weights as they are, relative to the mean energy of an input."""
+RIDGES = (math.inf, 1.0, 1e-1, 1e-2, 1e-4, 1e-6, 1e-10)
+"""λ, relative to the mean squared input. Of equal errors the first, largest one is selected; ∞ leaves the offset alone."""
+
+EVEN, ODD, ALL = (0,), (1,), (0, 1)
+"""Halves of the samples."""
 
 
 def refit(
-    inputs: Tensor, wanted: Tensor, weight: Tensor, bias: Tensor | None, odd: Tensor
+    inputs: Tensor, targets: Tensor, weight: Tensor, bias: Tensor | None, odd: Tensor
 ) -> tuple[Tensor, Tensor] | None:
-    """Weights nearer to what is wanted, or None if none of the ridges does better on samples that it has not seen.
+    """Fit a layer's weight and bias to target outputs, shrunk towards the present ones.
 
-    Minimises ‖X·Wᵀ + b − Y‖² + λ‖W − W₀‖²; λ is chosen on the odd rows after a fit on the even ones, then the fit is made
-    on all. Products are made in the type of the inputs, float32 at least, everything else in float64. With fewer rows
-    than columns by the products of the rows with each other (Saunders, Gammerman and Vovk, "Ridge regression learning
-    algorithm in dual variables", ICML 1998), a small part of the work for a wide layer. All tensors may have a group
-    axis in front; the ridge is the same for all groups.
+    Minimises ‖X·Wᵀ + b − Y‖² + λ·e·‖W − W₀‖², the ridge λ selected by `solve_held_out`. Products are computed in the type
+    of the inputs, float32 at least, everything else in float64. With fewer rows than 2 · columns the dual form is solved,
+    whose matrix is `[rows, rows]`. All tensors may have a leading group axis; the ridge is the same for all groups.
 
     Args:
         inputs: X, `[rows, columns]`.
-        wanted: Y, `[rows, out]`.
+        targets: Y, `[rows, out]`.
         weight: W₀, `[out, columns]`.
-        bias: `[out]`, or None where there is none: then the fit goes through zero.
-        odd: `[rows]` booleans, the half to judge on.
+        bias: `[out]`, or None where there is none: then the fit has no offset.
+        odd: `[rows]` booleans, the held-out half.
 
     Returns:
-        (weight `[out, columns]`, bias `[out]`) float64, or None.
+        (weight `[out, columns]`, bias `[out]`) float64, or None if no ridge lowers the error of the held-out half.
 
     >>> x = torch.randn(40, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     >>> y = x @ torch.tensor([[1.0], [2.0], [3.0]], dtype=torch.float64) + 4
@@ -41,156 +50,242 @@ def refit(
     ([[1.0, 2.0, 3.0]], 4.0)
     """
     kind = torch.promote_types(inputs.dtype, torch.float32)
-    x, start = inputs.to(kind), _exact(weight if bias is None else bias)
-    missing = wanted.to(kind) - x @ weight.to(kind).mT
-    missing = missing if bias is None else missing - bias.to(kind).unsqueeze(-2)
-    even = ~odd
-    if not bool(missing.isfinite().all()) or not bool(even.any()) or not bool(odd.any()):
+    x = inputs.to(kind)
+    residual = targets.to(kind) - x @ weight.to(kind).mT
+    residual = residual if bias is None else residual - bias.to(kind).unsqueeze(-2)
+    if not bool(residual.isfinite().all()):
         return None
-    # A shift that both halves share costs nothing and keeps the digits of the sums.
+    # A shift that both halves share changes no fit and keeps the digits of the sums.
     centre = x.mean(-2, keepdim=True) if bias is not None else x.new_zeros(1, x.shape[-1])
-    problem = (_Short if len(odd) < 2 * x.shape[-1] else _Tall).of(x - centre, missing, odd, bias is not None)
-    best, chosen = problem.rest(odd), None
-    for ridge in RIDGES:
-        made = problem.solve(even, ridge)
-        error = problem.error(made, odd) if made else best
-        if error < best:
-            best, chosen = error, ridge
-    made = problem.solve(even | odd, chosen) if chosen is not None else None
-    if made is None:
+    form = DualProblem if len(odd) < 2 * x.shape[-1] else PrimalProblem
+    found = solve_held_out(form.from_rows(x - centre, residual, odd, centred=bias is not None))
+    if found is None:
         return None
-    step, offset = problem.step(made)
-    if bias is None:
-        return start + step, offset
-    offset = offset - (step @ _exact(centre).mT).squeeze(-1)
-    return _exact(weight) + step, start + offset
+    step, offset = found
+    if bias is not None:
+        offset = _exact(bias) + (offset - (step @ _exact(centre).mT).squeeze(-1))
+    return _exact(weight) + step, offset
 
 
 @dataclass(frozen=True, eq=False)
 class Solution:
-    """A fit on some rows: `factors`, and the mean of the inputs (or of their answers) and of what was missing."""
+    """A fit on some of the samples.
 
-    factors: Tensor
-    middle: Tensor
-    level: Tensor
+    Args:
+        coefficients: S, `[out, columns]`; in the dual form A of S = Aᵀ·X, `[rows, out]`.
+        offset: o, `[out]`; zeros where the problem has none.
+    """
+
+    coefficients: Tensor
+    offset: Tensor
 
 
-class _Problem(Protocol):
-    def rest(self, rows: Tensor) -> float: ...
-    def solve(self, rows: Tensor, ridge: float) -> Solution | None: ...
-    def error(self, made: Solution, rows: Tensor) -> float: ...
-    def step(self, made: Solution) -> tuple[Tensor, Tensor]: ...
+class Problem(Protocol):
+    """Ridge least squares on two halves of samples, in its primal or its dual form."""
+
+    @property
+    def count(self) -> tuple[int, ...]:
+        """Samples of each half."""
+        ...
+
+    def energy(self, halves: tuple[int, ...]) -> float:
+        """‖R‖² over the halves: the error of the solution 0."""
+        ...
+
+    def solve(self, halves: tuple[int, ...], ridge: float) -> Solution | None:
+        """The solution on the halves, or None if the ridge is too small for the rounding of the matrix."""
+        ...
+
+    def error(self, solution: Solution, halves: tuple[int, ...]) -> float:
+        """‖X·Sᵀ + o − R‖² over the halves."""
+        ...
+
+    def primal(self, solution: Solution) -> Tensor:
+        """S, `[out, columns]` float64."""
+        ...
+
+
+def solve_held_out(problem: Problem) -> tuple[Tensor, Tensor] | None:
+    """The solution on all samples, its ridge selected on held-out ones.
+
+    Args:
+        problem: the two halves.
+
+    Returns:
+        (S `[out, columns]`, o `[out]`) float64 with the ridge whose solution on the even half has the least error on the
+        odd half. None if that is not below ‖R‖², if the solution on all samples has an error above ‖R‖² on one of the
+        halves, or if a half is empty.
+
+    >>> x = torch.tensor([[1.0], [2.0], [3.0], [4.0]], dtype=torch.float64)
+    >>> odd = torch.tensor([False, True, False, True])
+    >>> step, offset = solve_held_out(PrimalProblem.from_rows(x, 2 * x + 1, odd, centred=True))
+    >>> round(step.item(), 6), round(offset.item(), 6)
+    (2.0, 1.0)
+    """
+    if not all(problem.count):
+        return None
+    least, selected = problem.energy(ODD), None
+    for ridge in RIDGES:
+        solution = problem.solve(EVEN, ridge)
+        error = math.inf if solution is None else problem.error(solution, ODD)
+        if error < least:
+            least, selected = error, ridge
+    solution = None if selected is None else problem.solve(ALL, selected)
+    if solution is None or any(problem.error(solution, half) > problem.energy(half) for half in (EVEN, ODD)):
+        return None
+    return problem.primal(solution), solution.offset
 
 
 @dataclass(frozen=True, eq=False)
-class _Tall:
-    """More rows than columns: sums over the rows of each half, so that the halves add up to the whole."""
+class PrimalProblem:
+    """Sums over the samples of each half; those of both are added. For more rows than columns.
+
+    Args:
+        count: samples of each half.
+        centred: whether there is an offset.
+        inputs: Σx, `[2, columns]`; here and below any group axes follow the first one.
+        residuals: Σr, `[2, out]`.
+        gram: XᵀX, `[2, columns, columns]`.
+        cross: XᵀR, `[2, columns, out]`.
+        energies: ‖R‖² of each half.
+        metric: `[out, out]`, errors are eᵀ·metric·e in place of ‖e‖²; None for the identity. The solutions are the same.
+    """
+
+    count: tuple[int, ...]
+    centred: bool
+    inputs: Tensor
+    residuals: Tensor
+    gram: Tensor
+    cross: Tensor
+    energies: tuple[float, ...]
+    metric: Tensor | None = None
+
+    @classmethod
+    def from_rows(cls, x: Tensor, r: Tensor, odd: Tensor, *, centred: bool) -> PrimalProblem:
+        """The sums of inputs `[rows, columns]` and residuals `[rows, out]`; `odd` `[rows]` are booleans."""
+        halves = [(x[..., half, :], r[..., half, :]) for half in (~odd, odd)]
+        return cls(
+            count=(int((~odd).sum()), int(odd.sum())),
+            centred=centred,
+            inputs=torch.stack([_exact(x.sum(-2)) for x, _ in halves]),
+            residuals=torch.stack([_exact(r.sum(-2)) for _, r in halves]),
+            gram=torch.stack([_exact(x.mT @ x) for x, _ in halves]),
+            cross=torch.stack([_exact(x.mT @ r) for x, r in halves]),
+            energies=(float(halves[0][1].square().sum()), float(halves[1][1].square().sum())),
+        )
+
+    def energy(self, halves: tuple[int, ...]) -> float:
+        """See `Problem`."""
+        return sum(self.energies[half] for half in halves)
+
+    def solve(self, halves: tuple[int, ...], ridge: float) -> Solution | None:
+        """By the normal equations about the mean, (XᵀX + λ·e)·Sᵀ = XᵀR."""
+        part, count = list(halves), sum(self.count[half] for half in halves)
+        mean, level = self.inputs[part].sum(0) / count, self.residuals[part].sum(0) / count
+        gram, cross = self.gram[part].sum(0), self.cross[part].sum(0)
+        if self.centred:
+            gram = gram - count * mean.unsqueeze(-1) * mean.unsqueeze(-2)
+            cross = cross - count * mean.unsqueeze(-1) * level.unsqueeze(-2)
+        solved = _solve(gram, cross, ridge, gram.shape[-1])
+        if solved is None:
+            return None
+        offset = level - (solved.mT @ mean.unsqueeze(-1)).squeeze(-1)
+        return Solution(solved.mT, offset if self.centred else torch.zeros_like(offset))
+
+    def error(self, solution: Solution, halves: tuple[int, ...]) -> float:
+        """See `Problem`; from the sums, so the rounding is that of ‖R‖²."""
+        step, offset = solution.coefficients, solution.offset
+        by_step = step if self.metric is None else self.metric @ step
+        by_offset = offset if self.metric is None else self.metric @ offset
+        total = self.energy(halves)
+        for half in halves:
+            squares = ((by_step @ self.gram[half]) * step).sum() + self.count[half] * (by_offset * offset).sum()
+            mixed = 2 * (by_offset * (step @ self.inputs[half].unsqueeze(-1)).squeeze(-1)).sum()
+            explained = 2 * (by_step * self.cross[half].mT).sum() + 2 * (by_offset * self.residuals[half]).sum()
+            total += float(squares + mixed - explained)
+        return total
+
+    def primal(self, solution: Solution) -> Tensor:
+        """See `Problem`."""
+        return solution.coefficients
+
+
+@dataclass(frozen=True, eq=False)
+class DualProblem:
+    """The products of the rows with each other. For fewer rows than columns.
+
+    From Saunders, Gammerman and Vovk, "Ridge regression learning algorithm in dual variables", ICML 1998: S = Aᵀ·X with
+    (XXᵀ + λ·e)·A = R.
+
+    Args:
+        odd: `[rows]` booleans.
+        centred: whether there is an offset.
+        inputs: X, `[rows, columns]`.
+        residuals: R, `[rows, out]`.
+        products: XXᵀ, `[rows, rows]`.
+    """
 
     odd: Tensor
     centred: bool
-    count: tuple[int, int]
     inputs: Tensor
-    missing: Tensor
-    gram: Tensor
-    cross: Tensor
-    energy: tuple[float, float]
-
-    @classmethod
-    def of(cls, x: Tensor, r: Tensor, odd: Tensor, centred: bool) -> _Tall:
-        halves = [(x[..., half, :], r[..., half, :]) for half in (~odd, odd)]
-        return cls(
-            odd,
-            centred,
-            (int((~odd).sum()), int(odd.sum())),
-            torch.stack([_exact(x.sum(-2)) for x, _ in halves]),
-            torch.stack([_exact(r.sum(-2)) for _, r in halves]),
-            torch.stack([_exact(x.mT @ x) for x, _ in halves]),
-            torch.stack([_exact(x.mT @ r) for x, r in halves]),
-            (float(halves[0][1].square().sum()), float(halves[1][1].square().sum())),
-        )
-
-    def _parts(self, rows: Tensor) -> list[int]:
-        return [part for part, half in enumerate((~self.odd, self.odd)) if bool((rows & half).any())]
-
-    def rest(self, rows: Tensor) -> float:
-        return sum(self.energy[part] for part in self._parts(rows))
-
-    def solve(self, rows: Tensor, ridge: float) -> Solution | None:
-        parts = self._parts(rows)
-        count = sum(self.count[part] for part in parts)
-        middle, level = self.inputs[parts].sum(0) / count, self.missing[parts].sum(0) / count
-        gram, cross = self.gram[parts].sum(0), self.cross[parts].sum(0)
-        if self.centred:
-            gram = gram - count * middle.unsqueeze(-1) * middle.unsqueeze(-2)
-            cross = cross - count * middle.unsqueeze(-1) * level.unsqueeze(-2)
-        factors = _solved(gram, cross, ridge, gram.shape[-1])
-        return None if factors is None else Solution(factors.mT, middle, level)
-
-    def step(self, made: Solution) -> tuple[Tensor, Tensor]:
-        offset = made.level - (made.factors @ made.middle.unsqueeze(-1)).squeeze(-1)
-        return made.factors, offset if self.centred else torch.zeros_like(offset)
-
-    def error(self, made: Solution, rows: Tensor) -> float:
-        """‖R − X·stepᵀ − offset‖² over the rows."""
-        step, offset = self.step(made)
-        total = self.rest(rows)
-        for part in self._parts(rows):
-            fitted = ((step @ self.gram[part]) * step).sum() + self.count[part] * offset.square().sum()
-            both = 2 * (offset * (step @ self.inputs[part].unsqueeze(-1)).squeeze(-1)).sum()
-            apart = 2 * (step * self.cross[part].mT).sum() + 2 * (offset * self.missing[part]).sum()
-            total += float(fitted + both - apart)
-        return total
-
-
-@dataclass(frozen=True, eq=False)
-class _Short:
-    """Fewer rows than columns: the step is a sum of rows, and all that is needed are the products of rows."""
-
-    centred: bool
-    inputs: Tensor
-    missing: Tensor
+    residuals: Tensor
     products: Tensor
 
     @classmethod
-    def of(cls, x: Tensor, r: Tensor, odd: Tensor, centred: bool) -> _Short:
-        return cls(centred, x, _exact(r), _exact(x @ x.mT))
+    def from_rows(cls, x: Tensor, r: Tensor, odd: Tensor, *, centred: bool) -> DualProblem:
+        """As `PrimalProblem.from_rows`."""
+        return cls(odd, centred, x, _exact(r), _exact(x @ x.mT))
 
-    def rest(self, rows: Tensor) -> float:
-        return float(self.missing[..., rows, :].square().sum())
+    @property
+    def count(self) -> tuple[int, ...]:
+        """Samples of each half."""
+        return int((~self.odd).sum()), int(self.odd.sum())
 
-    def solve(self, rows: Tensor, ridge: float) -> Solution | None:
-        among, wanted = self.products[..., rows, :][..., :, rows], self.missing[..., rows, :]
-        level = wanted.mean(-2)
+    def _rows(self, halves: tuple[int, ...]) -> Tensor:
+        return torch.ones_like(self.odd) if halves == ALL else self.odd == (halves == ODD)
+
+    def energy(self, halves: tuple[int, ...]) -> float:
+        """See `Problem`."""
+        return float(self.residuals[..., self._rows(halves), :].square().sum())
+
+    def solve(self, halves: tuple[int, ...], ridge: float) -> Solution | None:
+        """See `Problem`; λ is relative to the mean squared input, as in the primal form."""
+        rows = self._rows(halves)
+        among, residuals = self.products[..., rows, :][..., :, rows], self.residuals[..., rows, :]
+        level = residuals.mean(-2)
         if self.centred:
-            wanted = wanted - level.unsqueeze(-2)
+            residuals = residuals - level.unsqueeze(-2)
             among = among - among.mean(-2, keepdim=True)
             among = among - among.mean(-1, keepdim=True)
-        solved = _solved(among, wanted, ridge, self.inputs.shape[-1])
+        solved = _solve(among, residuals, ridge, self.inputs.shape[-1])
         if solved is None:
             return None
-        factors = torch.zeros_like(self.missing)
-        factors[..., rows, :] = solved
-        answers = self.products[..., rows, :] @ factors
-        return Solution(factors, answers.mean(-2), level)
+        coefficients = torch.zeros_like(self.residuals)
+        coefficients[..., rows, :] = solved
+        fitted = self.products[..., rows, :] @ coefficients
+        return Solution(coefficients, level - fitted.mean(-2) if self.centred else torch.zeros_like(level))
 
-    def error(self, made: Solution, rows: Tensor) -> float:
-        fitted = self.products[..., rows, :] @ made.factors
-        if self.centred:
-            fitted = fitted - (made.middle - made.level).unsqueeze(-2)
-        return float((self.missing[..., rows, :] - fitted).square().sum())
+    def error(self, solution: Solution, halves: tuple[int, ...]) -> float:
+        """See `Problem`."""
+        rows = self._rows(halves)
+        fitted = self.products[..., rows, :] @ solution.coefficients + solution.offset.unsqueeze(-2)
+        return float((self.residuals[..., rows, :] - fitted).square().sum())
 
-    def step(self, made: Solution) -> tuple[Tensor, Tensor]:
-        step = _exact(made.factors.mT.to(self.inputs.dtype) @ self.inputs)
-        return step, made.level - made.middle if self.centred else torch.zeros_like(made.level)
+    def primal(self, solution: Solution) -> Tensor:
+        """See `Problem`."""
+        return _exact(solution.coefficients.mT.to(self.inputs.dtype) @ self.inputs)
 
 
-def _solved(gram: Tensor, right: Tensor, ridge: float, columns: int) -> Tensor | None:
-    """(gram + λ)⁻¹ · right, or None if there is no energy or the ridge is too small for the rounding."""
+def _solve(gram: Tensor, right: Tensor, ridge: float, columns: int) -> Tensor | None:
+    """(gram + λ·e)⁻¹ · right with e = trace / columns, or None if λ is too small for the rounding of the matrix.
+
+    Zeros for an infinite λ, and where there is no energy.
+    """
     energy = gram.diagonal(dim1=-2, dim2=-1).sum(-1) / columns
-    if not bool((energy > 0).all()):
-        if not bool((energy > 0).any()):
-            return None
-        energy = energy.clamp_min(energy.max() * 1e-6)  # a group that reads nothing has nothing to fit
+    if math.isinf(ridge) or not bool((energy > 0).any()):
+        return torch.zeros_like(right)
+    # The inputs of one group may be all zero: any shift keeps its matrix invertible.
+    energy = torch.where(energy > 0, energy, energy.max())
     shifted = gram.clone()
     shifted.diagonal(dim1=-2, dim2=-1).add_(ridge * energy.unsqueeze(-1))
     factor, failed = torch.linalg.cholesky_ex(shifted)

@@ -43,8 +43,13 @@ class Moments:
 
     @property
     def second(self) -> Tensor:
-        """The uncentred second moment E[x xᵀ], `[n, n]`."""
-        return self.covariance + torch.outer(self.mean, self.mean)
+        """The uncentred second moment E[x·xᵀ], `[n, n]`."""
+        return self.second_about(torch.zeros_like(self.mean))
+
+    def second_about(self, point: Tensor) -> Tensor:
+        """The second moment about a point `[n]`, E[(x − point)·(x − point)ᵀ], `[n, n]`."""
+        apart = self.mean - point
+        return self.covariance + torch.outer(apart, apart)
 
     @classmethod
     def empty(cls, size: int) -> Moments:

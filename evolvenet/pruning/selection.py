@@ -1,9 +1,9 @@
-"""Which units stay, and how the layers that read the others make up for them."""
+"""Which units stay, and the refit of the consumers of the others: both from second moments, without another pass."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -12,40 +12,10 @@ from evolvenet.errors import ResizeError
 from evolvenet.graph.index_map import IndexMap
 from evolvenet.graph.width_graph import FOLLOWS, Tie, Width, WidthGraph
 from evolvenet.linalg.pivoted_cholesky import pivots
+from evolvenet.linalg.ridge import PrimalProblem, solve_held_out
 from evolvenet.measurement.activation_moments import ActivationMoments, Moments
 from evolvenet.measurement.width_spectra import consumer_weighted, unit_rows
 from evolvenet.surgery.resize_model import Surgery, TensorChange, check_finite, compile_surgery
-
-RIDGES = (1e-10, 1e-7, 1e-5, 1e-3, 1e-1, float("inf"))
-"""Ridges tried, relative to the mean energy of a kept unit; an infinite one leaves only the mean, in the bias."""
-
-
-@dataclass(frozen=True, eq=False)
-class Absorption:
-    """How the kept units stand in for the removed ones: x_removed ≈ matrix · x_kept + offset.
-
-    Args:
-        matrix: `[removed, kept]` float64.
-        offset: `[removed]` float64.
-    """
-
-    matrix: Tensor
-    offset: Tensor
-
-    def error(self, moments: Moments, kept: Tensor, removed: Tensor, reads: Tensor) -> float:
-        """Mean squared error in what the consumer makes of the removed units.
-
-        Args:
-            moments: of the samples to judge on.
-            kept: `[kept]` indices.
-            removed: `[removed]` indices.
-            reads: `[removed, removed]` scalar products of the consumer's columns.
-        """
-        whole = moments.covariance
-        cross = whole[removed][:, kept] @ self.matrix.T
-        left = whole[removed][:, removed] - cross - cross.T + self.matrix @ whole[kept][:, kept] @ self.matrix.T
-        apart = moments.mean[removed] - self.matrix @ moments.mean[kept] - self.offset
-        return float((reads * (left + torch.outer(apart, apart))).sum())
 
 
 def choose(
@@ -53,11 +23,11 @@ def choose(
 ) -> dict[str, IndexMap]:
     """Choose which units of each width stay; they keep their order.
 
-    With statistics by pivoted Cholesky, an interpolative decomposition, of the second moments of what the consumers
-    read, weighted by the consumers' column norms: each next unit is the one that those before it predict worst, so that
-    the others can be made up for. About the mean where a bias can take the mean. Without statistics, or for a width
-    without a measured consumer, by joint group magnitude: norm of the producers' rows (of the scales, where batch norms
-    follow) times that of the consumers' columns. From Liberty et al., "Randomized algorithms for the low-rank
+    With statistics by pivoted Cholesky, an interpolative decomposition, of the second moments of the consumers' inputs,
+    weighted by the consumers' column norms (see `consumer_weighted`): each next unit is the one that those before it
+    predict worst. The moments are about the mean where the consumer has a bias, about 0 otherwise. Without statistics, or
+    for a width without a measured consumer, by joint group magnitude: norm of the producers' rows (of the scales, where
+    batch norms follow) times that of the consumers' columns. From Liberty et al., "Randomized algorithms for the low-rank
     approximation of matrices", PNAS 104(51), 2007, and Harbrecht, Peters and Schneider, "On the low-rank approximation by
     the pivoted Cholesky decomposition", Applied Numerical Mathematics 62(4), 2012.
 
@@ -82,8 +52,8 @@ def choose(
     (0, 2)
     """
     maps: dict[str, IndexMap] = {}
-    for asked, size in sizes.items():
-        width = graph.widths[asked]
+    for name, size in sizes.items():
+        width = graph.widths[name]
         if not 0 < size <= width.size:
             raise ResizeError(
                 f"Prune: width {width.name!r} has {width.size} units, expected a new size of 1 … {width.size}, "
@@ -101,12 +71,12 @@ def choose(
 def plan_prune(
     model: nn.Module, graph: WidthGraph, sizes: Mapping[str, int], statistics: ActivationMoments | None = None
 ) -> Surgery:
-    """Choose units, cut them out, and let the measured consumers absorb what they lose. Nothing is changed yet.
+    """Choose units, cut them out, and refit the measured consumers. Nothing is changed yet.
 
-    Each consumer is refitted by ridge least squares: x_removed ≈ M·x_kept + m, so W_kept += W_removed·M at every kernel
-    place, and its bias takes W_removed·m. Without a bias the fit goes through zero. The ridge is the one with the least
-    error across the two halves of the samples, and a consumer of which neither half says that the fit is better
-    than the bare cut stays bare. A convolution's zero padding makes the bias inexact at the borders; accepted here.
+    The removed units are predicted from the kept ones, x_removed ≈ M·x_kept + m, by ridge least squares (see
+    `predict_removed`). So W_kept += W_removed·M at every kernel position and bias += W_removed·m; m = 0 without a bias.
+    A consumer whose output error no ridge lowers on held-out samples is cut and not refitted. At borders with zero padding
+    the change of the bias is inexact.
 
     Args:
         model: the model of the graph.
@@ -145,7 +115,7 @@ def plan_cut(
         statistics: None for a bare cut, or from `collect`.
 
     Raises:
-        ResizeError: if a width cannot take its map.
+        ResizeError: for an unknown or frozen width, or a map of another size.
         SpectrumError: for NaN or infinite weights.
     """
     surgery = check_finite(compile_surgery(model, graph, maps))
@@ -160,83 +130,52 @@ def plan_cut(
     return _with_deltas(model, surgery, deltas)
 
 
-def absorb(
-    even: Moments, odd: Moments, kept: Tensor, removed: Tensor, reads: Tensor, *, bias: bool
-) -> Absorption | None:
-    """Fit the removed units by the kept ones, or None where that is no better than leaving them out.
+def predict_removed(
+    even: Moments, odd: Moments, kept: Tensor, removed: Tensor, metric: Tensor, *, bias: bool
+) -> tuple[Tensor, Tensor] | None:
+    """Ridge least squares of the removed units on the kept ones, x_removed ≈ M·x_kept + m, see `solve_held_out`.
 
     Args:
-        even: moments of one half of the samples.
-        odd: those of the other half; what is fitted on one is judged on the other.
+        even: moments of the even samples.
+        odd: those of the odd ones, which select the ridge.
         kept: `[kept]` indices.
         removed: `[removed]` indices.
-        reads: `[removed, removed]` scalar products of the consumer's columns.
-        bias: whether the consumer has a bias that can take the mean.
+        metric: `[removed, removed]` scalar products of the consumer's columns: an error e of the removed units is an error
+            eᵀ·metric·e of the consumer's outputs.
+        bias: whether the consumer has a bias, which takes m; else m is 0.
 
     Returns:
-        The fit on all samples, with the ridge that did best; its error is not above that of the bare cut on either half.
+        (M `[removed, kept]`, m `[removed]`) float64, or None if that is no better than M = 0, m = 0.
 
     >>> x = torch.tensor([[1.0, 2.0], [-2.0, -4.0], [4.0, 8.0], [3.0, 6.0]], dtype=torch.float64)
     >>> even, odd = Moments.of(x[::2]), Moments.of(x[1::2])
-    >>> made = absorb(even, odd, torch.tensor([0]), torch.tensor([1]), torch.ones(1, 1), bias=True)
-    >>> round(made.matrix.item(), 6), round(made.offset.item(), 6) + 0.0
+    >>> matrix, offset = predict_removed(even, odd, torch.tensor([0]), torch.tensor([1]), torch.ones(1, 1).double(), bias=True)
+    >>> round(matrix.item(), 6), round(offset.item(), 6) + 0.0
     (2.0, 0.0)
     """
-    if not even.count or not odd.count:
-        return None
     halves = (even, odd)
-    nothing = Absorption(
-        torch.zeros(len(removed), len(kept), dtype=torch.float64), torch.zeros(len(removed), dtype=torch.float64)
-    )
-    bare = [nothing.error(half, kept, removed, reads) for half in halves]
-    best, chosen = sum(half.count * error for half, error in zip(halves, bare, strict=True)), None
-    for ridge in RIDGES:
-        fits = [fit(half, kept, removed, ridge, bias=bias) for half in halves]
-        across = sum(
-            other.count * (made.error(other, kept, removed, reads) if made else float("inf"))
-            for made, other in zip(fits, reversed(halves), strict=True)
+    # The kept units about their mean: a shift that both halves share changes no fit and keeps the digits of the sums.
+    centre = torch.zeros_like(even.mean)
+    if bias:
+        centre[kept] = even.merge(odd).mean[kept]
+    means = [half.count * (half.mean - centre) for half in halves]
+    seconds = [half.count * half.second_about(centre) for half in halves]
+    found = solve_held_out(
+        PrimalProblem(
+            count=(even.count, odd.count),
+            centred=bias,
+            inputs=torch.stack([mean[kept] for mean in means]),
+            residuals=torch.stack([mean[removed] for mean in means]),
+            gram=torch.stack([second[kept][:, kept] for second in seconds]),
+            cross=torch.stack([second[kept][:, removed] for second in seconds]),
+            energies=tuple(float((metric * second[removed][:, removed]).sum()) for second in seconds),
+            metric=metric,
         )
-        if across < best:
-            best, chosen = across, ridge
-    if chosen is None:
+    )
+    if found is None:
         return None
-    made = fit(even.merge(odd), kept, removed, chosen, bias=bias)
-    if made is None or any(
-        made.error(half, kept, removed, reads) > cut for half, cut in zip(halves, bare, strict=True)
-    ):
-        return None
-    return made
-
-
-def fit(moments: Moments, kept: Tensor, removed: Tensor, ridge: float, *, bias: bool) -> Absorption | None:
-    """Ridge least squares of the removed units on the kept ones, about the mean if there is a bias.
-
-    Args:
-        moments: of the samples to fit on.
-        kept: `[kept]` indices.
-        removed: `[removed]` indices.
-        ridge: added to the diagonal, relative to its mean; infinite for the mean alone.
-        bias: whether an offset may be used.
-
-    Returns:
-        The fit, or None if the ridge is too small for the rounding of the moments.
-
-    >>> x = torch.tensor([[1.0, 2.0], [2.0, 4.0], [4.0, 8.0]], dtype=torch.float64)
-    >>> made = fit(Moments.of(x), torch.tensor([0]), torch.tensor([1]), 1e-12, bias=False)
-    >>> round(made.matrix.item(), 6)
-    2.0
-    """
-    whole = moments.covariance if bias else moments.second
-    matrix = torch.zeros(len(removed), len(kept), dtype=torch.float64)
-    inner = whole[kept][:, kept]
-    level = inner.diagonal().mean()
-    if ridge != float("inf") and level > 0:
-        factor, failed = torch.linalg.cholesky_ex(inner + ridge * level * torch.eye(len(kept), dtype=torch.float64))
-        if failed:
-            return None
-        matrix = torch.cholesky_solve(whole[kept][:, removed], factor).T
-    offset = moments.mean[removed] - matrix @ moments.mean[kept]
-    return Absorption(matrix, offset if bias else torch.zeros_like(offset))
+    matrix, offset = found
+    return matrix, offset - matrix @ centre[kept]
 
 
 def _choose_units(
@@ -258,7 +197,7 @@ def _choose_units(
 def _magnitude(model: nn.Module, graph: WidthGraph, width: Width) -> Tensor:
     """Norm of the producers' rows times norm of the consumers' columns for each unit, `[size]`.
 
-    What makes a unit that a batch norm scales anew may be of any norm: the norm's own weight takes its place.
+    Where batch norms follow, their weights take the place of the rows, whose norm they divide out.
     """
 
     def norm(ties: Sequence[Tie]) -> Tensor:
@@ -280,12 +219,12 @@ def _magnitude(model: nn.Module, graph: WidthGraph, width: Width) -> Tensor:
 
 
 def is_unshared(graph: WidthGraph, tensor: str) -> bool:
-    """Whether no other module uses the tensor: a refit for one reader would be wrong for the other."""
+    """Whether no other module uses the tensor: a refit for one consumer would be wrong for the other."""
     return tensor in graph.shapes and tensor not in graph.aliases.values()
 
 
 def _bias(model: nn.Module, graph: WidthGraph, tie: Tie) -> str | None:
-    """Name of the bias that can take the mean of what the consumer reads."""
+    """Name of the consumer's bias; None if it has none, or another module uses it too."""
     # "weight" has "bias" beside it, "in_proj_weight" has "in_proj_bias".
     local = tie.tensor.rpartition(".")[2].replace("weight", "bias")
     name = f"{tie.module}.{local}" if tie.module else local
@@ -296,25 +235,27 @@ def _bias(model: nn.Module, graph: WidthGraph, tie: Tie) -> str | None:
 def _refit(
     model: nn.Module, graph: WidthGraph, tie: Tie, index_map: IndexMap, statistics: ActivationMoments
 ) -> Iterator[tuple[str, Tensor]]:
-    """What to add to the consumer's weight and bias, in their old shapes: (tensor, delta) each."""
+    """The changes of the consumer's weight and bias, (tensor's name, delta of the old shape) each."""
     kept, removed = index_map.tensor(), torch.tensor(index_map.removed)
     weight = model.get_parameter(tie.tensor).detach().to("cpu", torch.float64)
     length = index_map.size * tie.repeat
-    # [size, repeat, rows, kernel places]: the same place of every unit stands in for the same place.
-    reads = weight.narrow(tie.dim, tie.start, length).movedim(tie.dim, 0)
-    places = reads.reshape(index_map.size, tie.repeat, reads.shape[1], -1)
+    # [size, repeat, rows, kernel places]: a removed unit's entries go to the same repeat and kernel place of the kept ones.
+    consumed = weight.narrow(tie.dim, tie.start, length).movedim(tie.dim, 0)
+    places = consumed.reshape(index_map.size, tie.repeat, consumed.shape[1], -1)
     columns = places[removed].flatten(1)
     bias = _bias(model, graph, tie)
-    made = absorb(statistics.even[tie], statistics.odd[tie], kept, removed, columns @ columns.T, bias=bias is not None)
-    if made is None:
+    even, odd = statistics.even[tie], statistics.odd[tie]
+    found = predict_removed(even, odd, kept, removed, columns @ columns.T, bias=bias is not None)
+    if found is None:
         return
+    matrix, offset = found
     moved = torch.zeros_like(places)
-    moved[kept] = (made.matrix.T @ columns).reshape(moved[kept].shape)
+    moved[kept] = (matrix.T @ columns).reshape(moved[kept].shape)
     delta = torch.zeros_like(weight)
-    delta.narrow(tie.dim, tie.start, length).copy_(moved.reshape(reads.shape).movedim(0, tie.dim))
+    delta.narrow(tie.dim, tie.start, length).copy_(moved.reshape(consumed.shape).movedim(0, tie.dim))
     yield tie.tensor, delta
     if bias is not None:
-        yield bias, torch.einsum("u,upok->o", made.offset, places[removed])
+        yield bias, torch.einsum("u,upok->o", offset, places[removed])
 
 
 def _with_deltas(model: nn.Module, surgery: Surgery, deltas: Mapping[str, Tensor]) -> Surgery:

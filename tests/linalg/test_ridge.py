@@ -1,15 +1,20 @@
-"""Ridge fits against least squares on the rows, by columns and by rows."""
+"""Ridge solutions in both forms against least squares on the rows."""
 
 from __future__ import annotations
+
+import math
+from dataclasses import replace
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from evolvenet.linalg import ridge as module
-from evolvenet.linalg.ridge import refit
+from evolvenet.linalg.ridge import ALL, EVEN, ODD, DualProblem, PrimalProblem, refit, solve_held_out
 from tests.helpers.cases import FLOAT
+
+ALTERNATE = torch.arange(20) % 2 == 1
+"""Which of twenty rows are odd."""
 
 
 @given(st.integers(1, 6), st.integers(1, 4), st.booleans(), st.integers(0, 999))
@@ -27,45 +32,94 @@ def test_a_fit_is_least_squares_on_all_rows(columns: int, out: int, bias: bool, 
     torch.testing.assert_close(found[1], solution[-1] if bias else torch.zeros(out).double(), atol=5e-3, rtol=1e-3)
 
 
-@given(st.integers(2, 12), st.integers(1, 12), st.integers(0, 999))
-def test_noise_is_not_fitted(rows: int, columns: int, seed: int) -> None:
-    """What an offered fit does to the half that chose it is never worse than leaving the weights."""
+@given(st.integers(2, 12), st.integers(1, 12), st.booleans(), st.integers(0, 999))
+def test_a_fit_of_noise_has_no_larger_error_on_either_half(rows: int, columns: int, bias: bool, seed: int) -> None:
     made = torch.Generator().manual_seed(seed)
     x, y = (torch.randn(rows, width, generator=made, dtype=FLOAT) for width in (columns, 2))
     weight, odd = torch.zeros(2, columns, dtype=FLOAT), torch.arange(rows) % 2 == 1
-    found = refit(x, y, weight, None, odd)
+    found = refit(x, y, weight, torch.zeros(2, dtype=FLOAT) if bias else None, odd)
     if found is not None:
-        whole = (y - x @ found[0].T).square().sum()
-        assert whole <= y.square().sum() * (1 + 1e-9)
+        for half in (odd, ~odd):
+            assert (y - x @ found[0].T - found[1])[half].square().sum() <= y[half].square().sum() * (1 + 1e-9)
 
 
-@given(st.integers(2, 40), st.integers(1, 12), st.sampled_from([1e-4, 0.1, 1.0]), st.booleans(), st.integers(0, 999))
-def test_both_ways_to_solve_agree(rows: int, columns: int, ridge: float, bias: bool, seed: int) -> None:
+@given(
+    st.integers(2, 40),
+    st.integers(1, 12),
+    st.sampled_from([1e-4, 0.1, 1.0, math.inf]),
+    st.booleans(),
+    st.integers(0, 999),
+)
+def test_primal_and_dual_form_give_one_solution(rows: int, columns: int, ridge: float, bias: bool, seed: int) -> None:
     made = torch.Generator().manual_seed(seed)
     x, r = (torch.randn(2, rows, width, generator=made, dtype=FLOAT) for width in (columns, 3))
     odd = torch.arange(rows) % 2 == 1
-    tall, short = (kind.of(x, r, odd, bias) for kind in (module._Tall, module._Short))
-    one, two = tall.solve(~odd, ridge), short.solve(~odd, ridge)
+    primal, dual = (form.from_rows(x, r, odd, centred=bias) for form in (PrimalProblem, DualProblem))
+    assert primal.count == dual.count
+    one, two = primal.solve(EVEN, ridge), dual.solve(EVEN, ridge)
     if one is None or two is None:
         assert rows <= 2
         return
-    for left, right in zip(tall.step(one), short.step(two), strict=True):
-        torch.testing.assert_close(left, right)
-    step, offset = tall.step(one)
-    error = float((r[:, odd] - x[:, odd] @ step.mT - offset.unsqueeze(-2)).square().sum())
-    assert tall.error(one, odd) == pytest.approx(error, rel=1e-6, abs=1e-9)
-    assert short.error(two, odd) == pytest.approx(error, rel=1e-6, abs=1e-9)
+    torch.testing.assert_close(one.coefficients, dual.primal(two))
+    torch.testing.assert_close(one.offset, two.offset)
+    for halves, chosen in ((ODD, odd), (EVEN, ~odd), (ALL, odd | ~odd)):
+        left = r[:, chosen] - x[:, chosen] @ one.coefficients.mT - one.offset.unsqueeze(-2)
+        error, energy = float(left.square().sum()), float(r[:, chosen].square().sum())
+        assert primal.error(one, halves) == pytest.approx(error, rel=1e-6, abs=1e-9)
+        assert dual.error(two, halves) == pytest.approx(error, rel=1e-6, abs=1e-9)
+        assert primal.energy(halves) == pytest.approx(energy)
+        assert dual.energy(halves) == pytest.approx(energy)
 
 
 def test_the_solution_is_that_of_the_ridge_problem() -> None:
     x, r = torch.randn(30, 5, dtype=FLOAT), torch.randn(30, 2, dtype=FLOAT)
-    everything = torch.ones(30, dtype=torch.bool)
-    made = module._Tall.of(x, r, torch.arange(30) % 2 == 1, False)
-    found = made.solve(everything, 0.1)
-    assert found is not None
+    solution = PrimalProblem.from_rows(x, r, torch.arange(30) % 2 == 1, centred=False).solve(ALL, 0.1)
+    assert solution is not None
     penalty = (0.1 * x.square().sum() / 5).sqrt() * torch.eye(5, dtype=FLOAT)
     wide, right = torch.cat([x, penalty]), torch.cat([r, torch.zeros(5, 2, dtype=FLOAT)])
-    torch.testing.assert_close(made.step(found)[0], torch.linalg.lstsq(wide, right).solution.T)
+    torch.testing.assert_close(solution.coefficients, torch.linalg.lstsq(wide, right).solution.T)
+
+
+@given(st.integers(0, 999), st.booleans())
+def test_a_metric_weighs_the_errors(seed: int, bias: bool) -> None:
+    made = torch.Generator().manual_seed(seed)
+    x, r = (torch.randn(20, width, generator=made, dtype=FLOAT) for width in (4, 3))
+    columns = torch.randn(3, 5, generator=made, dtype=FLOAT)
+    odd = torch.arange(20) % 2 == 1
+    plain = PrimalProblem.from_rows(x, r @ columns, odd, centred=bias)
+    problem = PrimalProblem.from_rows(x, r, odd, centred=bias)
+    energies = tuple(plain.energy(half) for half in (EVEN, ODD))
+    problem = replace(problem, energies=energies, metric=columns @ columns.T)
+    one, two = plain.solve(EVEN, 0.1), problem.solve(EVEN, 0.1)
+    assert one is not None
+    assert two is not None
+    torch.testing.assert_close(one.coefficients, columns.T @ two.coefficients)
+    assert problem.error(two, ODD) == pytest.approx(plain.error(one, ODD))
+
+
+def test_a_matrix_too_rough_for_the_ridge_has_no_solution() -> None:
+    problem = PrimalProblem.from_rows(
+        torch.randn(20, 2).double(), torch.randn(20, 1).double(), ALTERNATE, centred=False
+    )
+    rough = replace(problem, gram=torch.diag(torch.tensor([1.0, -1e-6], dtype=FLOAT)).expand(2, 2, 2))
+    assert rough.solve(EVEN, 1e-10) is None
+    assert rough.solve(EVEN, 1e-3) is not None
+
+
+@pytest.mark.parametrize("form", [PrimalProblem, DualProblem])
+def test_an_empty_half_gives_no_solution(form: type[PrimalProblem | DualProblem]) -> None:
+    x, r = torch.randn(20, 3).double(), torch.randn(20, 1).double()
+    for odd in (torch.zeros(20, dtype=torch.bool), torch.ones(20, dtype=torch.bool)):
+        assert solve_held_out(form.from_rows(x, r, odd, centred=True)) is None
+
+
+@pytest.mark.parametrize("form", [PrimalProblem, DualProblem])
+def test_constant_inputs_leave_the_mean_to_the_offset(form: type[PrimalProblem | DualProblem]) -> None:
+    r = torch.randn(20, 2).double() + 9
+    found = solve_held_out(form.from_rows(torch.zeros(20, 3).double(), r, ALTERNATE, centred=True))
+    assert found is not None
+    assert not found[0].any()
+    torch.testing.assert_close(found[1], r.mean(0))
 
 
 def test_groups_are_fitted_each_for_itself() -> None:

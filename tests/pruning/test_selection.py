@@ -16,7 +16,7 @@ from evolvenet.errors import ResizeError, SpectrumError
 from evolvenet.graph.index_map import IndexMap
 from evolvenet.linalg.pivoted_cholesky import pivots
 from evolvenet.measurement.activation_moments import collect
-from evolvenet.pruning.selection import absorb, choose, plan_prune
+from evolvenet.pruning.selection import choose, plan_prune, predict_removed
 from evolvenet.surgery.resize_model import Surgery, compile_surgery, install
 from evolvenet.tracing.trace import trace
 from tests.helpers.small_models import Branches, Recurrent, Residual, convnet, images, mlp, mobile, used
@@ -230,16 +230,17 @@ def test_the_refit_is_written_to_every_kernel_place_and_the_bias() -> None:
     kept, removed = index_map.tensor(), torch.tensor(index_map.removed)
     weight, bias = model[3].weight.detach(), model[3].bias.detach()
     columns = weight[:, removed].transpose(0, 1).flatten(1)
-    made = absorb(statistics.even[tie], statistics.odd[tie], kept, removed, columns @ columns.T, bias=True)
-    assert made is not None
+    found = predict_removed(statistics.even[tie], statistics.odd[tie], kept, removed, columns @ columns.T, bias=True)
+    assert found is not None
+    matrix, offset = found
     expected, shifted = weight[:, kept].clone(), bias.clone()
     for row in range(6):
         for y in range(3):
             for x_ in range(3):
                 for r in range(len(removed)):
-                    shifted[row] += weight[row, removed[r], y, x_] * made.offset[r]
+                    shifted[row] += weight[row, removed[r], y, x_] * offset[r]
                     for k in range(len(kept)):
-                        expected[row, k, y, x_] += weight[row, removed[r], y, x_] * made.matrix[r, k]
+                        expected[row, k, y, x_] += weight[row, removed[r], y, x_] * matrix[r, k]
     values = {change.name: change.value for change in surgery.changes}
     torch.testing.assert_close(values["3.weight"], expected)
     torch.testing.assert_close(values["3.bias"], shifted)
