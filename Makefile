@@ -2,10 +2,11 @@
 PYTHON ?= python3
 VENV ?= .venv
 COMPARE ?= .venv-compare
+OLDEST ?= .venv-oldest
 WORKERS ?= 2
 BIN := $(VENV)/bin
 
-.PHONY: train test test-all install lint clean coverage bench-event bench-trace compare compare-install
+.PHONY: train test test-all test-oldest install lint clean coverage bench-event bench-trace compare compare-install
 
 install: $(VENV)/.installed
 
@@ -26,6 +27,16 @@ test: install lint
 # With the long ones: soaks, thirty kills, four processes.
 test-all: install lint
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m ""
+
+# With the oldest torch and Lightning that pyproject.toml allows, in an environment of its own. Some GB to download.
+test-oldest: $(OLDEST)/.installed
+	$(OLDEST)/bin/python -m pytest -n $(WORKERS) --dist worksteal
+
+$(OLDEST)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/pip install --quiet --editable '.[experiments,transformers,dev]' \
+		'torch==2.8.0' 'torchvision==0.23.0' 'lightning==2.5.0.post0'
+	touch $@
 
 lint: install
 	$(BIN)/ruff check .
@@ -61,4 +72,4 @@ compare: compare-install
 	$(COMPARE)/bin/python -m experiments.compare.state --data "$${EVOLVENET_DATA:-data}" --out experiments/compare/state.md
 
 clean:
-	rm -rf $(VENV) $(COMPARE) .pytest_cache .ruff_cache .hypothesis outputs multirun lightning_logs
+	rm -rf $(VENV) $(COMPARE) $(OLDEST) .pytest_cache .ruff_cache .hypothesis outputs multirun lightning_logs
