@@ -1,4 +1,4 @@
-"""The training batches that an event measures on, and what the loss asked of the model's answers to them."""
+"""The training batches that an event measures on, with the loss's gradients at the model's outputs."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from evolvenet.execution.inputs import is_plain, to_device_of
 
 
 class BatchBuffer:
-    """The last batches, each with the gradients of the loss at the model's answer, as far as they are known.
+    """The last batches, each with the gradients of the loss at the model's outputs, as far as they are known.
 
     Args:
         example_inputs: what the model is called with; of a longer tuple (inputs, targets) as many entries are taken.
-        most: batches that are kept.
+        most: how many batches are kept.
 
-    >>> seen = BatchBuffer(example_inputs=Tensor([[1.0]]), most=2)
-    >>> seen.add((Tensor([[2.0]]), "its target"))
-    >>> seen.batches, seen.gradients
+    >>> buffer = BatchBuffer(example_inputs=Tensor([[1.0]]), most=2)
+    >>> buffer.add((Tensor([[2.0]]), "its target"))
+    >>> buffer.batches, buffer.gradients
     ([(tensor([[2.]]),)], [()])
     """
 
@@ -41,21 +41,21 @@ class BatchBuffer:
 
     @property
     def gradients(self) -> list[tuple[Tensor | None, ...]]:
-        """Of each batch."""
+        """Of each batch, the gradients at the model's outputs; () where none are known."""
         return [gradients for _, gradients in self._kept]
 
     def add(self, batch: Any, gradients: Sequence[Tensor | None] = ()) -> None:
-        """Keep one batch more, and let the oldest go if there are too many."""
+        """Append a batch, and drop the oldest one beyond `most`."""
         if isinstance(batch, (tuple, list)) and not isinstance(self._example, dict):
             batch = tuple(batch[: self._inputs or 1])
         self._kept.append((batch, tuple(gradients)))
 
     def clear(self) -> None:
-        """Let all of them go."""
+        """Drop all batches."""
         self._kept.clear()
 
     def gather(self, group: ProcessGroup) -> tuple[list[Any], list[Sequence[Tensor | None]]]:
-        """Batches of all ranks and their gradients, for rank 0, see `gather_batches`."""
+        """All ranks' batches and their gradients on rank 0, see `gather_batches`."""
         return gather_batches(group, self.batches), gather_batches(group, self.gradients)
 
     def state_dict(self) -> dict[str, list[Any]]:
@@ -64,7 +64,7 @@ class BatchBuffer:
         return {"batches": [batch for batch, _ in kept], "gradients": [list(gradients) for _, gradients in kept]}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """What `state_dict` was called on; where it was saved without gradients, none are known."""
+        """Restore what `state_dict` returned; where it holds no gradients, none are known."""
         self._kept.clear()
         for batch, gradients in zip_longest(
             state["batches"], state.get("gradients", ())[: len(state["batches"])], fillvalue=()

@@ -1,4 +1,4 @@
-"""Several processes that train one model: one of them decides, and all do the same or none does."""
+"""Several processes that train one model: rank 0 decides, and all ranks do the same, or none does anything."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ Answer = TypeVar("Answer")
 
 
 class ProcessGroup(Protocol):
-    """Those that train together; every method is called by all of them at once."""
+    """The processes that train one model; every method is a collective, called on all ranks at once."""
 
     @property
     def rank(self) -> int:
-        """Which one this is, from 0."""
+        """This process's number, from 0."""
         ...
 
     @property
     def size(self) -> int:
-        """How many there are."""
+        """The number of processes."""
         ...
 
     def all_gather(self, value: Any) -> list[Any]:
-        """Everybody's value, by rank, on every rank."""
+        """The values of all ranks, by rank, on every rank."""
         ...
 
     def broadcast(self, value: Any) -> Any:
@@ -42,12 +42,12 @@ class ProcessGroup(Protocol):
         ...
 
     def gather(self, value: Any) -> list[Any]:
-        """Everybody's value, by rank, on rank 0; elsewhere nothing."""
+        """The values of all ranks, by rank, on rank 0; an empty list elsewhere."""
         ...
 
 
 class SingleProcess:
-    """One process.
+    """A group of one process.
 
     >>> SingleProcess().all_gather("here")
     ['here']
@@ -74,16 +74,16 @@ class TorchDistributed:
 
     @property
     def rank(self) -> int:
-        """Of this process, from 0."""
+        """This process's number, from 0."""
         return distributed.get_rank()
 
     @property
     def size(self) -> int:
-        """How many there are."""
+        """The number of processes."""
         return distributed.get_world_size()
 
     def all_gather(self, value: Any) -> list[Any]:
-        """Everybody's value, by rank, on every rank."""
+        """The values of all ranks, by rank, on every rank."""
         found: list[Any] = [None] * self.size
         distributed.all_gather_object(found, value)
         return found
@@ -95,30 +95,30 @@ class TorchDistributed:
         return box[0]
 
     def gather(self, value: Any) -> list[Any]:
-        """Everybody's value, by rank, on rank 0; elsewhere nothing."""
+        """The values of all ranks, by rank, on rank 0; an empty list elsewhere."""
         found: list[Any] | None = [None] * self.size if self.rank == 0 else None
         distributed.gather_object(value, found, dst=0)
         return found or []
 
 
 def process_group() -> ProcessGroup:
-    """Those of torch.distributed where it runs with more than one, else this one alone."""
+    """torch.distributed's default group, if it is initialized with more than one process, else a group of this one."""
     running = distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
     return TorchDistributed() if running else SingleProcess()
 
 
 def run_on_rank_0(group: ProcessGroup, decide: Callable[[], Answer]) -> Answer:
-    """What rank 0 decides; where it fails, all of them do.
+    """Call a function on rank 0 and broadcast its result; where it raises, all ranks raise.
 
     Raises:
-        EvolveNetError: on the other ranks, with rank 0's message. Rank 0 raises what it met.
+        EvolveNetError: on the other ranks, with rank 0's message. Rank 0 raises the original exception.
     """
     failure: Exception | None = None
     answer: Any = None
     if group.rank == 0:
         try:
             answer = decide()
-        except Exception as error:  # noqa: BLE001  the others wait for an answer, whatever went wrong
+        except Exception as error:  # noqa: BLE001  the other ranks wait for the broadcast, whatever went wrong
             failure = error
     if group.size > 1:
         answer, message = group.broadcast((answer, None if failure is None else _message(failure)))
@@ -130,17 +130,17 @@ def run_on_rank_0(group: ProcessGroup, decide: Callable[[], Answer]) -> Answer:
 
 
 def run_on_all_ranks(group: ProcessGroup, act: Callable[[], Answer]) -> Answer:
-    """What this rank's act gives; where one rank's fails, all fail.
+    """Call a function on every rank and return this rank's result; where it raises on one, all ranks raise.
 
     Raises:
         EvolveNetError: with the message of the first rank that failed, on those that did not. A rank that failed raises
-            what it met.
+            the original exception.
     """
     failure: Exception | None = None
     answer: Any = None
     try:
         answer = act()
-    except Exception as error:  # noqa: BLE001  the others must hear of it, whatever it is
+    except Exception as error:  # noqa: BLE001  the other ranks must raise too, whatever it is
         failure = error
     messages = group.all_gather(None if failure is None else _message(failure))
     if failure is not None:
@@ -156,15 +156,15 @@ def _message(error: Exception) -> str:
 
 
 def check_agreement(group: ProcessGroup, what: str, value: str) -> None:
-    """Stop unless every rank has the same value.
+    """Raise unless every rank has the same value.
 
     Args:
-        group: who is asked.
+        group: the processes.
         what: what the value is, for the error.
-        value: this rank's.
+        value: this rank's value.
 
     Raises:
-        RankMismatchError: on every rank, naming who has what.
+        RankMismatchError: on every rank, with the value of each.
     """
     values = group.all_gather(value)
     if len(set(values)) == 1:
@@ -187,34 +187,34 @@ def fingerprint(model: nn.Module) -> str:
 
 
 def gather_batches(group: ProcessGroup, batches: Sequence[Any]) -> list[Any]:
-    """Batches of all ranks for rank 0 to measure on, together about as many samples as one rank has.
+    """Gather a share of every rank's batches on rank 0, together about as many samples as one rank has.
 
     Moving a few hundred inputs is far less than reducing a second moment for every weight, and what one rank computes
     from them is the same for all to the last bit.
 
     Args:
-        group: who takes part.
-        batches: this rank's.
+        group: the processes.
+        batches: this rank's batches.
 
     Returns:
-        On rank 0 everybody's, on the device of its own; elsewhere nothing.
+        On rank 0 the batches of all ranks, on the device of its own; an empty list elsewhere.
     """
     if group.size == 1:
         return list(batches)
     shares = [first_samples(batch, -(-samples_in(batch) // group.size)) for batch in batches]
     found = group.gather(tree_map_only(Tensor, lambda tensor: tensor.cpu(), shares))
     devices = [leaf.device for leaf in tree_leaves(list(batches)) if isinstance(leaf, Tensor)]
-    everyone = [batch for rank in found for batch in rank]
-    return tree_map_only(Tensor, lambda tensor: tensor.to(devices[0]), everyone) if devices else everyone
+    all_batches = [batch for rank in found for batch in rank]
+    return tree_map_only(Tensor, lambda tensor: tensor.to(devices[0]), all_batches) if devices else all_batches
 
 
 def broadcast_surgery(
     group: ProcessGroup, model: nn.Module, graph: WidthGraph, decide: Callable[[], Surgery]
 ) -> Surgery:
-    """Rank 0's surgery on this rank's model: same maps, same values.
+    """Call `decide` on rank 0 and return its surgery for this rank's model: the same maps and values.
 
     Raises:
-        EvolveNetError: if rank 0 could not make it.
+        EvolveNetError: on the other ranks, if `decide` raises.
     """
     if group.size == 1:
         return decide()

@@ -1,4 +1,4 @@
-"""What failed so far: a warning the first time, evolution off for the run where a stage fails again."""
+"""How failed events are handled: a warning the first time, evolution off for the run where a stage fails again."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ log = logging.getLogger("evolvenet")
 
 
 class FailurePolicy:
-    """Counts them by stage; `off` says why evolution is off, None while it is on."""
+    """Counts failures by stage. `off` is the reason why evolution is switched off, None while it is on."""
 
     def __init__(self) -> None:
         self.counts: Counter[str] = Counter()
@@ -48,9 +48,9 @@ class FailurePolicy:
         return reason
 
     def state_dict(self) -> dict[str, Any]:
-        """As plain data, for a checkpoint."""
+        """The counts, as plain data for a checkpoint."""
         return {"failures": dict(self.counts), "off": self.off}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """What `state_dict` was called on."""
+        """Restore what `state_dict` returned."""
         self.counts, self.off = Counter(state["failures"]), state["off"]

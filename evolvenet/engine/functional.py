@@ -1,4 +1,4 @@
-"""`resize`, `prune`, `grow`: a model and its optimizers changed together, all or nothing."""
+"""`resize`, `prune`, `grow`: change the widths of a model together with its optimizers' state, all or nothing."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def resize(
     Args:
         model: the traced model.
         graph: its widths as they are now.
-        maps: {width: map}. New units are zeros: they neither do nor learn anything yet. `grow` gives them a start.
+        maps: {width: map}. New units are zeros, with zero gradients; `grow` initializes them.
         optimizers: the one or those that hold the model's parameters.
 
     Returns:
@@ -56,14 +56,14 @@ def prune(
     batches: Iterable[Any] | None = None,
     optimizers: Optimizer | Sequence[Optimizer] = (),
 ) -> WidthGraph:
-    """Shrink widths: choose the units that stay, let their consumers make up for the others, resize.
+    """Shrink widths: select the units that stay, fit their consumers to the outputs before the cut, resize.
 
     Args:
         model: the traced model.
         graph: its widths as they are now.
         sizes: {width: new number of units}.
         batches: inputs of the model (tensors, tuples, dicts) to measure activations on; without them the choice is by
-            weights alone and nothing is made up for.
+            weights alone and the consumers are not fitted.
         optimizers: the one or those that hold the model's parameters.
 
     Returns:

@@ -1,4 +1,4 @@
-"""What happened to the widths, as plain data."""
+"""The record of a run's events, as plain data."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Event:
         parameters_before: parameters of the network before it.
         parameters: parameters after it.
         macs: multiply-accumulates of one sample's forward pass after it.
-        seconds: what the event took.
+        seconds: how long the event took.
         skipped: None, or why nothing was changed although it was due.
         effective_rank: of each width that was measured, the effective rank (Roy and Vetterli 2007) of its spectrum.
         kept_energy: and the share of its energy that lies in as many directions as it has units now, 0 … 1.
@@ -62,7 +62,7 @@ class History:
 
     @classmethod
     def from_dict(cls, plain: Mapping[str, Any]) -> History:
-        """The history that `to_dict` was called on."""
+        """Restore what `to_dict` returned."""
 
         def event(entry: Mapping[str, Any]) -> Event:
             changes = tuple(WidthChange(**change) for change in entry["changes"])

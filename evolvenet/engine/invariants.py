@@ -1,4 +1,4 @@
-"""What must hold after every change of widths, checked before training goes on."""
+"""Checks of a model after every change of its widths, before training goes on."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from evolvenet.surgery.resize_model import stale_attributes
 
 @dataclass(frozen=True, eq=False)
 class ModelReference:
-    """A model as it was before a change, as far as the change must leave it so.
+    """What a change of widths must not alter, taken from the model before it.
 
     Args:
         parameters: the parameter objects by name.
-        shapes: of every tensor that the model answers with.
-        finite: whether all of its answer was.
+        shapes: of every output tensor.
+        finite: whether all outputs were finite.
     """
 
     parameters: Mapping[str, Tensor]
@@ -34,7 +34,7 @@ class ModelReference:
 
     @classmethod
     def of(cls, model: nn.Module, example_inputs: Any) -> ModelReference:
-        """Take down a model; it is run once, in eval mode."""
+        """Run the model once, in eval mode, and record what a change must keep."""
         found = model_outputs(model, example_inputs)
         return cls(dict(model.named_parameters()), _shapes(found), _finite(found))
 
@@ -53,7 +53,7 @@ def validate(
         graph: its widths as they should be now.
         optimizers: those that hold its parameters.
         example_inputs: what it is run on, in eval mode; afterwards buffers and random states are as before.
-        before: taken down before the change.
+        before: recorded before the change.
 
     Raises:
         ValidationError: naming the first thing that is wrong.
@@ -89,7 +89,7 @@ def validate(
 
 
 def check_resizable(model: nn.Module, graph: WidthGraph) -> None:
-    """Go on only with a model in which something can be resized.
+    """Check that at least one width of a model can be resized.
 
     Raises:
         TraceError: with the reason why each width is frozen.
@@ -103,7 +103,7 @@ def check_resizable(model: nn.Module, graph: WidthGraph) -> None:
 
 
 def check_finite_weights(model: nn.Module) -> None:
-    """Refuse to measure a model whose weights are not numbers any more.
+    """Check that all weights are finite, so that the model can be measured.
 
     Raises:
         SkippedEvent: naming the first parameter with NaN or infinite entries.

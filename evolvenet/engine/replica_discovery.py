@@ -1,4 +1,4 @@
-"""Copies of the trained network inside of the user's own module: momentum teachers, target networks, averages of weights."""
+"""Finds replicas of the trained network in the user's own module: momentum teachers, target networks, averages of weights."""
 
 from __future__ import annotations
 
@@ -34,47 +34,47 @@ class Replica:
 
 
 class ReplicaDiscovery:
-    """Finds the modules that are copies of parts of a network, and tells which of them follow its widths.
+    """Finds the modules that are copies of parts of a network, and which of them change widths with it.
 
     A copy is of the same type and has the same names and shapes, did not run in the trace, and no optimizer trains it.
     One whose weights have moved since the start follows its source (an average, a target network). While they have not,
-    nobody knows whether they will: a frozen reference must stay as it is, and what is averaged later must not.
+    it is not known whether they will: a frozen reference must keep its widths, an average must not.
 
     Args:
-        places: {name: module} of what is looked through, all of it, before training starts.
-        told: {name of the copy: name of its source} if the user has said it: no other is taken for a copy.
+        places: {name: module}, searched with all submodules before training starts.
+        declared: {name of the copy: name of its source} as given by the user: no other module is taken for a copy.
 
     Raises:
-        TraceError: if a name in `told` is of no module.
+        TraceError: if a name in `declared` is of no module.
     """
 
-    def __init__(self, places: Mapping[str, nn.Module], told: Mapping[str, str] | None = None) -> None:
-        self.told = told
+    def __init__(self, places: Mapping[str, nn.Module], declared: Mapping[str, str] | None = None) -> None:
+        self.declared = declared
         self.moved: dict[str, str] = {}
         """{name of the copy: path of its source in the network} of those that follow."""
         self._modules = {name: module for place, outer in places.items() for name, module in _named(place, outer)}
-        for name in (name for pair in (told or {}).items() for name in pair):
+        for name in (name for pair in (declared or {}).items() for name in pair):
             if name not in self._modules:
                 raise TraceError(
                     f"WidthEvolution(copies=...): expected names of modules, got {name!r}. None is called so."
                 )
         kinds: dict[Any, list[str]] = {}
         for name, module in self._modules.items():
-            if (kind := _kind(module)) is not None:
+            if (kind := _signature(module)) is not None:
                 kinds.setdefault(kind, []).append(name)
         self._groups = [names for names in kinds.values() if len(names) > 1]
         self._start = {name: _digest(self._modules[name]) for names in self._groups for name in names}
 
     def state_dict(self) -> dict[str, Any]:
-        """How the weights were at the start of the run, and which copies follow."""
+        """Digests of the weights at the start of the run, and the copies known to follow."""
         return {"start": dict(self._start), "moved": dict(self.moved)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where a run was interrupted."""
+        """Restore what `state_dict` returned."""
         self._start.update(state.get("start", {}))
         self.moved = dict(state.get("moved", {}))
 
-    def settle(self, network: nn.Module, graph: WidthGraph) -> WidthGraph:
+    def without_replicas(self, network: nn.Module, graph: WidthGraph) -> WidthGraph:
         """The graph of the network without copies in it that did not run, and without widths that two would share.
 
         A copy that the network's own forward runs has widths of its own, which would part from its source's: both stay.
@@ -94,8 +94,10 @@ class ReplicaDiscovery:
         }
         return replace(graph, widths=Widths(widths))
 
-    def along(self, network: nn.Module, graph: WidthGraph, optimizers: Iterable[Optimizer]) -> list[nn.Module]:
-        """Models with the network's tensor names that must go through its change, each with copies in their sources' places.
+    def models_to_update(
+        self, network: nn.Module, graph: WidthGraph, optimizers: Iterable[Optimizer]
+    ) -> list[nn.Module]:
+        """Models with the network's tensor names that must go through its change, each with replicas in place of their sources.
 
         Raises:
             SkippedEvent: if it is not known whether a copy follows, or which of several modules it is a copy of.
@@ -118,7 +120,7 @@ class ReplicaDiscovery:
 
     def _followed(self, replica: Replica) -> str | None:
         """Path of what the replica follows, None if it is no copy."""
-        if self.told is not None:
+        if self.declared is not None:
             return next(iter(replica.sources))
         if self.moved.get(replica.name) in replica.sources:
             return self.moved[replica.name]
@@ -143,20 +145,20 @@ class ReplicaDiscovery:
 
     def _replicas(self, network: nn.Module, graph: WidthGraph) -> Iterator[Replica]:
         """Outermost modules that did not run and have the shape of one whose widths can change."""
-        alive = _alive(network, graph)
+        resizable = _resizable_ids(network, graph)
         inside = {id(module): path for path, module in network.named_modules()}
         taken: list[str] = []
         for name, module in self._modules.items():
-            kind = _kind(module)
-            if kind is None or any(name.startswith(f"{outer}.") for outer in taken) or _runs(module, alive):
+            kind = _signature(module)
+            if kind is None or any(name.startswith(f"{outer}.") for outer in taken) or _is_traced(module, resizable):
                 continue
-            if self.told is not None and name not in self.told:
+            if self.declared is not None and name not in self.declared:
                 continue
-            others = self._alike(name) if self.told is None else [self.told[name]]
+            others = self._alike(name) if self.declared is None else [self.declared[name]]
             sources = {
                 inside[id(source)]: source
                 for source in (self._modules[other] for other in others)
-                if id(source) in inside and _kind(source) == kind and _runs(source, alive)
+                if id(source) in inside and _signature(source) == kind and _is_traced(source, resizable)
             }
             if sources:
                 taken.append(name)
@@ -164,16 +166,16 @@ class ReplicaDiscovery:
 
     def _running(self, network: nn.Module, graph: WidthGraph) -> Iterator[tuple[str, str]]:
         """Names of copies and sources that both run in the network."""
-        alive = _alive(network, graph)
+        resizable = _resizable_ids(network, graph)
         for names in self._groups:
-            running = [name for name in names if _runs(self._modules[name], alive)]
+            running = [name for name in names if _is_traced(self._modules[name], resizable)]
             still = [n for n in running if not any(p.requires_grad for p in self._modules[n].parameters())]
-            for name in still if self.told is None else set(still) & set(self.told):
+            for name in still if self.declared is None else set(still) & set(self.declared):
                 alike = [other for other in running if other not in still and self._is_source(other, name)]
                 yield from ((name, other) for other in alike)
 
     def _is_source(self, name: str, copy: str) -> bool:
-        return self._start.get(name) == self._start.get(copy) if self.told is None else self.told[copy] == name
+        return self._start.get(name) == self._start.get(copy) if self.declared is None else self.declared[copy] == name
 
     def _alike(self, name: str) -> list[str]:
         return next((names for names in self._groups if name in names), [])
@@ -187,24 +189,24 @@ def _named(place: str, outer: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         yield ".".join(filter(None, (place, path))), module
 
 
-def _kind(module: nn.Module) -> Any:
-    """What a module shares with its copies; None where a likeness says nothing: single vectors, scripted code."""
+def _signature(module: nn.Module) -> Any:
+    """Type and parameter shapes, which copies share; None for modules without a matrix, which resemble others by chance."""
     shapes = tuple((name, tuple(parameter.shape)) for name, parameter in module.named_parameters())
     return (type(module), shapes) if any(len(shape) > 1 for _, shape in shapes) else None
 
 
-def _alive(network: nn.Module, graph: WidthGraph) -> set[int]:
+def _resizable_ids(network: nn.Module, graph: WidthGraph) -> set[int]:
     """Ids of the tensors with a width that can change."""
     tensors, _, _ = named_tensors(network)
     return {id(tensors[tie.tensor]) for width in graph.resizable for tie in width.ties}
 
 
-def _runs(module: nn.Module, alive: set[int]) -> bool:
-    return any(id(parameter) in alive for parameter in module.parameters())
+def _is_traced(module: nn.Module, resizable: set[int]) -> bool:
+    return any(id(parameter) in resizable for parameter in module.parameters())
 
 
 def _digest(module: nn.Module) -> str:
-    """What changes when weights move: of every parameter a few entries, since large models have them by the million."""
+    """A hash of up to some 64 entries of every parameter: it changes when the weights move, and is cheap for large models."""
     digest = sha256()
     for parameter in module.parameters():
         flat = parameter.detach().flatten()
@@ -219,7 +221,7 @@ def _frozen(width: Width, reasons: list[str | None]) -> Width:
 
 
 def _without(graph: WidthGraph, paths: list[str]) -> WidthGraph:
-    """The graph without the tensors of some modules: their shapes are others' business."""
+    """The graph without the tensors of some modules."""
     if not paths:
         return graph
     starts = tuple(f"{path}." for path in paths)

@@ -1,4 +1,4 @@
-"""Copies of a model (averages of its weights) through the change that the model itself goes through."""
+"""The surgery of a replica (an average of the weights, a target network) when its model changes widths."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from evolvenet.surgery.resize_model import Surgery, TensorChange, compile_surger
 
 
 def plan_replica_update(copy: nn.Module, graph: WidthGraph, surgery: Surgery, batches: Sequence[Any]) -> Surgery:
-    """What a change of a model's widths means for a copy of it with weights of its own. Nothing is changed yet.
+    """Plan the surgery of a model's copy, which has weights of its own, from the model's surgery. Nothing is changed yet.
 
-    The same units go and come. What reads a removed unit is fitted to what the copy itself answered, since another model's
-    fit would not suit its weights. New units are the model's own: they are read by nobody yet, there as here.
+    The same units are removed and added. The consumers of a removed unit are fitted to the copy's own outputs before the
+    cut, since the model's fit is for other weights. New units have the model's values: their fan-out is zero in both.
 
     Args:
         copy: a model with the same tensor names and shapes as the graph's.
         graph: the widths before the change.
         surgery: what is going to be done to the model: a cut or a growth.
-        batches: inputs that the copy's fit may look at.
+        batches: inputs on which the copy's consumers are fitted.
 
     Returns:
         The surgery for the copy.
@@ -49,11 +49,11 @@ def plan_replica_update(copy: nn.Module, graph: WidthGraph, surgery: Surgery, ba
         return reconstruct(copy, graph, cut, batches, TRAINING_LIMITS)
     own = compile_surgery(copy, graph, surgery.maps)
     values = {change.name: change.value for change in surgery.changes}
-    return replace(own, changes=tuple(_born(change, values[change.name]) for change in own.changes))
+    return replace(own, changes=tuple(_with_model_values(change, values[change.name]) for change in own.changes))
 
 
 def without_shared_tensors(surgery: Surgery, model: nn.Module) -> Surgery:
-    """A copy's surgery without the tensors that it shares with the model: they go through the model's.
+    """A copy's surgery without the tensors that it shares with the model, which the model's surgery changes.
 
     Args:
         surgery: from `plan_replica_update`.
@@ -64,7 +64,7 @@ def without_shared_tensors(surgery: Surgery, model: nn.Module) -> Surgery:
     return replace(surgery, changes=own)
 
 
-def _born(change: TensorChange, model_value: torch.Tensor) -> TensorChange:
+def _with_model_values(change: TensorChange, model_value: torch.Tensor) -> TensorChange:
     mask = moved(change).to(change.value.device)
     source = model_value.to(change.value.device, change.value.dtype)
     return replace(change, value=torch.where(mask, change.value, source))

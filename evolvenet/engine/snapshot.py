@@ -1,4 +1,4 @@
-"""A network in training as it was at one moment, widths and all, to go back to."""
+"""Snapshots of a network in training, with its widths and optimizer state, and the way back to one."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Snapshot:
     Args:
         networks: of the model and each of its copies, every tensor by name.
         graph: the widths.
-        note: what shapes do not say of the model, from `Note.read`.
+        note: the model's attributes beside its shapes, from `Note.read`.
         states: of each optimizer, what its `state_dict` has under "state".
     """
 
@@ -41,7 +41,7 @@ class Snapshot:
     def of(
         cls, model: nn.Module, graph: WidthGraph, optimizers: Sequence[Optimizer], copies: Sequence[nn.Module] = ()
     ) -> Snapshot:
-        """Copy what there is now: as much memory again as weights and optimizer state take."""
+        """Copy the present state, which takes as much memory again as weights and optimizer state."""
         return cls(
             [{name: tensor.detach().clone() for name, tensor in _tensors(each).items()} for each in (model, *copies)],
             graph,
@@ -50,7 +50,7 @@ class Snapshot:
         )
 
     def restore(self, model: nn.Module, optimizers: Sequence[Optimizer], copies: Sequence[nn.Module] = ()) -> None:
-        """Make everything as it was. Copies that were not there then get the model's weights.
+        """Restore everything. Replicas that are not in the snapshot get the model's weights.
 
         Raises:
             RecordError, OptimizerStateError: if the model or an optimizer is not the one that it was. Some of it may have been
@@ -90,7 +90,7 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 class TrainingRun(Protocol):
-    """What `roll_back` needs to know of an `Evolver`."""
+    """The attributes of an `Evolver` that `roll_back` uses."""
 
     model: nn.Module
     optimizers: list[Optimizer]
@@ -101,10 +101,10 @@ class TrainingRun(Protocol):
 def roll_back(
     group: ProcessGroup, past: Snapshot, present: Snapshot, run: TrainingRun, copies: Sequence[nn.Module] = ()
 ) -> None:
-    """Restore the past on every rank and check it, or leave the present on all of them.
+    """Restore a past snapshot on every rank and validate it; where that fails, restore the present one.
 
     Raises:
-        EvolveNetError: what the check or the restoring met, here or on another rank.
+        EvolveNetError: if restoring or validating fails, here or on another rank.
     """
     before = run_on_all_ranks(group, lambda: ModelReference.of(run.model, run.example_inputs))
     try:

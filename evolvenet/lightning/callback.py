@@ -292,14 +292,14 @@ class WidthEvolution(EvolutionCallback, Callback):
 
     def _trace(self, root: nn.Module, inputs: Any) -> WidthGraph:
         graph = trace(root, first_samples(inputs, 2))
-        return self._replicas.settle(root, graph) if self._replicas else graph
+        return self._replicas.without_replicas(root, graph) if self._replicas else graph
 
     def _models_to_update(self) -> list[nn.Module]:
         """The replicas of the network that go through an event's changes."""
         if self.evolver is None or self._replicas is None:
             return self._averages
         evolver = self.evolver
-        return [*self._averages, *self._replicas.along(evolver.model, evolver.graph, evolver.optimizers)]
+        return [*self._averages, *self._replicas.models_to_update(evolver.model, evolver.graph, evolver.optimizers)]
 
     def _note(self, evolver: Evolver) -> Note:
         note = Note.of(evolver.model, evolver.graph, self._root)

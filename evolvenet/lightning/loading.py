@@ -23,15 +23,15 @@ EXTRA = "evolvenet"
 
 
 @runtime_checkable
-class Returning(Protocol):
+class ReturnsState(Protocol):
     """A callback whose state comes back from the process that trained."""
 
     def state_dict(self) -> dict[str, Any]:
-        """What it knows."""
+        """Its state."""
         ...
 
     def load_worker_state(self, pl_module: LightningModule, state: dict[str, Any]) -> None:
-        """Take the state that `state_dict` gave in the other process."""
+        """Restore the state that `state_dict` returned in the other process."""
         ...
 
 
@@ -97,8 +97,8 @@ def _reshaping(recover: Any) -> Any:
     return take
 
 
-def _returning(trainer: Trainer) -> list[Returning]:
-    return [callback for callback in trainer.callbacks if isinstance(callback, Returning)]  # type: ignore[attr-defined]
+def _returning(trainer: Trainer) -> list[ReturnsState]:
+    return [callback for callback in trainer.callbacks if isinstance(callback, ReturnsState)]  # type: ignore[attr-defined]
 
 
 def evolved(checkpoint: Mapping[str, Any]) -> bool:

@@ -16,32 +16,31 @@ from evolvenet.execution.call_recorder import CallRecorder
 
 
 def record_calls(pl_module: LightningModule) -> CallRecorder:
-    """A listener to whatever the training step may call: the module itself, or a network in it."""
+    """A recorder of the calls that the training step makes: of the module itself, or of a network in it."""
     return CallRecorder({"": pl_module, **dict(pl_module.named_children())}, outer=pl_module)
 
 
-def find_network(pl_module: LightningModule, listener: CallRecorder, optimizers: Iterable[Optimizer]) -> str:
+def find_network(pl_module: LightningModule, recorder: CallRecorder, optimizers: Iterable[Optimizer]) -> str:
     """Where the network is: the LightningModule itself if it was called, else the one child that is trained.
 
-    Children without a trained parameter (a teacher, a perceptual loss) are passed over: what they are called with is no
-    width of the network's.
+    Children without a trained parameter (a teacher, a perceptual loss) are passed over.
 
     Raises:
         TraceError: if several children are trained, or tensors beside the one that was called, or its weights are another's too.
     """
-    if "" in listener.names:
+    if "" in recorder.names:
         return ""
     trained = {p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
     trained = {parameter for parameter in pl_module.parameters() if parameter in trained and parameter.requires_grad}
     trained = trained or set(pl_module.parameters())
-    for path in listener.names:
+    for path in recorder.names:
         inside = set(pl_module.get_submodule(path).modules())
         own = {parameter for module in inside for parameter in module.parameters(recurse=False)}
         tied = any(own & set(module.parameters(recurse=False)) for module in set(pl_module.modules()) - inside)
         if trained <= own and not tied:
             return path
     raise TraceError(
-        f"{type(pl_module).__name__}'s training step calls several networks ({', '.join(listener.names)}), so its inputs to "
+        f"{type(pl_module).__name__}'s training step calls several networks ({', '.join(recorder.names)}), so its inputs to "
         "all of them are not known. Define forward and call self(...), or give WidthEvolution(example_inputs=...)."
     )
 
@@ -87,12 +86,12 @@ def _is_average(module: nn.Module, pl_module: LightningModule) -> bool:
 
 @contextmanager
 def logging_muted(pl_module: LightningModule) -> Iterator[None]:
-    """`self.log` does nothing: runs of the network beside training are none of the loggers' business."""
+    """Within the body `self.log` does nothing, since the network runs on calibration batches there."""
     parts: list[nn.Module] = [module for module in pl_module.modules() if isinstance(module, LightningModule)]
     before = [(part, "log" in vars(part), vars(part).get("log")) for part in parts]
     try:
         for part in parts:
-            vars(part)["log"] = _say_nothing
+            vars(part)["log"] = _ignore
         yield
     finally:
         for part, had, value in before:
@@ -101,5 +100,5 @@ def logging_muted(pl_module: LightningModule) -> Iterator[None]:
                 vars(part)["log"] = value
 
 
-def _say_nothing(*args: Any, **kwargs: Any) -> None:
+def _ignore(*args: Any, **kwargs: Any) -> None:
     pass

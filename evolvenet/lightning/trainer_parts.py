@@ -1,4 +1,4 @@
-"""What Lightning's strategies, precisions and loops mean for a change of widths."""
+"""Lightning's strategies, precisions and loops, as far as a change of widths depends on them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ STRATEGIES = (SingleDeviceStrategy, SingleDeviceXLAStrategy, DDPStrategy)
 
 
 def check_strategy(strategy: Strategy) -> None:
-    """Go on only under strategies known to keep whole parameters on every process.
+    """Check that the strategy keeps whole parameters on every process.
 
     Raises:
         UnsupportedStrategyError: for any other.
@@ -33,7 +33,7 @@ def check_strategy(strategy: Strategy) -> None:
 
 
 def rebuild_ddp(strategy: Strategy, pl_module: LightningModule) -> None:
-    """Make DDP's wrapper anew: its hooks are gone with the parameters' old shapes, and its buckets are of them."""
+    """Make DDP's wrapper anew: its hooks and buckets are those of the parameters' old shapes."""
     if isinstance(strategy, DDPStrategy):
         strategy.model = pl_module
         strategy.configure_ddp()
@@ -41,13 +41,13 @@ def rebuild_ddp(strategy: Strategy, pl_module: LightningModule) -> None:
 
 
 def progress_of(trainer: Trainer) -> float:
-    """Of the epochs' batches, or of `max_steps`, which counts the steps of every optimizer; 0 … 1."""
+    """The share of the run that is done, 0 … 1, in the epochs' batches or in `max_steps` (the steps of all optimizers)."""
     done = batches_stepped(trainer) / trainer.estimated_stepping_batches
     return max(done, trainer.global_step / trainer.max_steps) if trainer.max_steps > 0 else done
 
 
 def default_dtype(trainer: Trainer) -> AbstractContextManager[Any]:
-    """What the forward makes by itself has the type that training runs in ("64-true"); autocast is not needed here."""
+    """A context in which tensors that the forward creates have training's dtype ("64-true"), without autocast."""
     plugin = trainer.precision_plugin
     return nullcontext() if isinstance(plugin, MixedPrecision) else plugin.forward_context()
 

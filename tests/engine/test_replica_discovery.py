@@ -172,7 +172,7 @@ def test_copies_of_neighbours_go_along_together(tmp_path: Path) -> None:
     evolution = fit(tmp_path, model)
     changed(evolution)
     assert evolution.evolver is not None
-    assert len(evolution._along()) == 1
+    assert len(evolution._models_to_update()) == 1
     assert model.encoder[2].out_features != 12
     follows(nn.Sequential(model.slow_encoder, model.slow_projector), nn.Sequential(model.encoder, model.projector))
 
