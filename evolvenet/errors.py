@@ -49,7 +49,7 @@ class ValidationError(EvolveNetError, RuntimeError):
     """A model was not what it should be after a change of its widths; the change was taken back."""
 
 
-class SkippedEvent(EvolveNetError, RuntimeError):
+class SkippedEvent(EvolveNetError, RuntimeError):  # noqa: N818  no error: the event is put off
     """Nothing can be measured at the moment (NaN weights, too few samples): the event is left out, the next may do."""
 
 

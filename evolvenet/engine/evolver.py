@@ -85,7 +85,7 @@ class Evolver:
     True
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913  public: each is one setting of a run
         self,
         model: nn.Module,
         optimizer: Optimizer | Sequence[Optimizer] | None,

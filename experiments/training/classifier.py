@@ -35,7 +35,7 @@ class Classifier(lightning.LightningModule):
             it and lose accuracy. None for never.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913  one per entry of its Hydra config
         self,
         model: nn.Module,
         optimizer: Callable[[Iterable[nn.Parameter]], Optimizer],
