@@ -1,4 +1,4 @@
-"""Which widths to cut for a number of parameters: what is lost for what is saved, compared over all of them."""
+"""Sizes of all widths for a number of parameters, by the loss per cost of cutting each."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from evolvenet.surgery.resize_model import install
 _LEAST = 1e-12
 
 Curve = Sequence[tuple[int, float]]
-"""What a width loses at some sizes, as (size, loss) by size, from 0 or its smallest up to its present size, loss 0."""
+"""The loss of a width at some sizes, as (size, loss) by size, from 0 or its smallest up to its present size, loss 0."""
 
 SHARES = (0.85, 0.7, 0.5, 0.35, 0.2, 0.1)
 """Of a width's units, at which a trial cuts it."""
@@ -46,11 +46,11 @@ STRIDES = 32
 def allocate(
     model: nn.Module, graph: WidthGraph, parameters: int, batches: Iterable[Any] | None = None
 ) -> dict[str, int]:
-    """Sizes with which the model has at most so many parameters, cut where it loses least for what is saved.
+    """Sizes with which the model has at most so many parameters, cut where the loss per parameter saved is least.
 
-    With batches every width is cut by itself to some of its sizes, its readers make up for it as in `prune`, and its loss
-    is how far the model's outputs move: Σ‖y' − y‖² / Σ‖y − mean‖² over the samples. Without, it is −log of the share of
-    energy of the producers' singular values that stays. Losses of several widths are taken to add up.
+    With batches each width alone is cut to some of its sizes, its consumers are reconstructed as in `prune`, and the loss is
+    the relative error of the model's outputs: Σ‖y' − y‖² / Σ‖y − mean‖² over the samples. Without batches it is −log of the
+    share of energy in the producers' singular values that are kept. Losses of several widths are assumed to add up.
 
     Args:
         model: the model of the graph.
@@ -106,7 +106,7 @@ def energy_curves(model: nn.Module, graph: WidthGraph) -> dict[str, Curve]:
 def trial_curves(
     model: nn.Module, graph: WidthGraph, batches: Sequence[Any], shares: Sequence[float] = SHARES
 ) -> dict[str, Curve]:
-    """How far the model's outputs move if a width alone is cut and its readers make up for it. The model is kept.
+    """The relative error of the model's outputs when one width alone is cut and its consumers reconstructed. The model is kept.
 
     Args:
         model: the model of the graph.
@@ -138,9 +138,9 @@ def trial_curves(
 
 
 def allocate_by(graph: WidthGraph, curves: Mapping[str, Curve], parameters: int) -> dict[str, int]:
-    """Take units away, a few at a time, where the loss for each parameter saved is least, until the rest fits.
+    """Cut widths, by 3 % of their units at a time, where the loss per parameter saved is least, until the parameters fit.
 
-    The curves are made convex first: a steep beginning must not hide a flat end.
+    The lower convex hulls of the curves are compared: a steep beginning must not hide a flat end.
 
     Args:
         graph: the widths; those without a curve keep their size.
@@ -169,7 +169,7 @@ def allocate_by(graph: WidthGraph, curves: Mapping[str, Curve], parameters: int)
                 f"Allocate: expected {now:,} parameters or more, the fewest that the model can have, got {parameters:,}."
             )
         _, name, size, saved = best
-        # The last cut takes no more than it must.
+        # The last cut is reduced to as few units as fit.
         while now - saved < parameters and size + 1 < sizes[name]:
             less = now - graph.proposed_parameters({**sizes, name: size + 1})
             if now - less > parameters:
@@ -293,9 +293,9 @@ def smallest(width: Width) -> int:
 
 
 def _trial_sizes(width: Width, shares: Sequence[float]) -> list[int]:
-    # Rounded, a large share of a few units is all of them: without a trial the last one would seem to be worth everything.
-    wanted = {max(smallest(width), min(width.size - 1, round(share * width.size))) for share in shares}
-    return sorted((size for size in wanted if size < width.size), reverse=True)
+    # Rounded, a large share of a few units is all of them: without a trial the last one would seem to hold all of the loss.
+    sizes = {max(smallest(width), min(width.size - 1, round(share * width.size))) for share in shares}
+    return sorted((size for size in sizes if size < width.size), reverse=True)
 
 
 def _first(batches: Sequence[Any], samples: int) -> list[Any]:
@@ -310,7 +310,7 @@ def _first(batches: Sequence[Any], samples: int) -> list[Any]:
 
 
 def _answers(model: nn.Module, batches: Sequence[Any]) -> list[Tensor]:
-    """Every tensor that the model answers with, of all batches together where those belong together."""
+    """Every output tensor of the model, concatenated over the batches where their shapes allow that."""
     each = [
         [tensor.double() for tensor in model_outputs(model, batch) if tensor.is_floating_point()] for batch in batches
     ]
