@@ -1,7 +1,7 @@
-"""Lives of a run that is killed: one process imports everything and forks a child for each life.
+"""A run that is killed and resumed: one process imports everything and forks a child for each part of the run.
 
-A script of its own, since a process can be forked safely only while nothing has started threads in it. It reads an order a
-line and answers each with how the life ended. Memory that both share says what the child was at, also when it is dead.
+A script of its own, since a process can be forked safely only while nothing has started threads in it. It reads one order a
+line and prints how the child ended. The child writes what it is doing into memory that both share.
 """
 
 from __future__ import annotations
@@ -37,22 +37,22 @@ from tests.helpers.resuming import Randomness, evolution
 from tests.helpers.runs import Batches, fresh, trainer
 
 SEEN = struct.Struct("cqqq")
-"""What the child is at, the steps of the run that are done, the step saved last, and the steps of this life."""
+"""The child's phase, the steps of the run that are done, the step saved last, and the child's own steps."""
 IDLE, TRAINING, EVENT, SAVING = b".", b"t", b"e", b"s"
 BLINK = 2e-4
-"""Seconds between two looks at what the child is at."""
+"""Seconds between two reads of the child's phase."""
 
 
-class Witness(lightning.Callback):
-    """Says in shared memory how far the run is, and through a pipe that it has begun."""
+class Progress(lightning.Callback):
+    """Writes into shared memory how far the run is, and into a pipe that it has begun."""
 
     def __init__(self, seen: mmap.mmap, pipe: int) -> None:
         self.seen, self.pipe = seen, pipe
-        self.phase, self.done, self.saved, self.lived = IDLE, 0, 0, 0
+        self.phase, self.done, self.saved, self.own = IDLE, 0, 0, 0
 
     def note(self, **values: Any) -> None:
         vars(self).update(values)
-        SEEN.pack_into(self.seen, 0, self.phase, self.done, self.saved, self.lived)
+        SEEN.pack_into(self.seen, 0, self.phase, self.done, self.saved, self.own)
 
     def during(self, phase: bytes, function: Callable[..., Any]) -> Callable[..., Any]:
         def watched(*args: Any, **kwargs: Any) -> Any:
@@ -69,7 +69,7 @@ class Witness(lightning.Callback):
         os.write(self.pipe, b"!")
 
     def on_train_batch_end(self, trainer: lightning.Trainer, *rest: Any) -> None:
-        self.note(done=trainer.global_step, lived=self.lived + 1)
+        self.note(done=trainer.global_step, own=self.own + 1)
 
     def on_train_end(self, *args: Any) -> None:
         self.note(phase=IDLE)
@@ -88,17 +88,17 @@ class Epochs(lightning.Callback):
             counts.ready = counts.started = counts.processed + 1
 
 
-def nothing(function: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
-    """Die before the call."""
+def before_call(function: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+    """The process is killed before the call."""
 
 
-def all_of_it(function: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
-    """Die after the call."""
+def after_call(function: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+    """The process is killed after the call."""
     function(*args, **kwargs)
 
 
 class Full(io.BytesIO):
-    """A buffer that is not there any more when the second record is written."""
+    """A buffer at whose second write the process is killed."""
 
     def write(self, data: Any) -> int:
         return die() if self.tell() else super().write(data)
@@ -119,43 +119,43 @@ def copied_by_half(copy: Callable[..., Any], source: str, target: str, **options
 
 
 TRAPS: dict[str, tuple[Any, str, Callable[..., None]]] = {
-    "before an event": (evolvenet.Evolver, "step", nothing),
-    "among the exchanged tensors": (sys.modules["evolvenet.surgery.resize_model"], "exchange", nothing),
-    "between model and optimizer": (sys.modules["evolvenet.engine.functional"], "apply_state", nothing),
-    "after an event": (evolvenet.Evolver, "step", all_of_it),
-    "before torch.save": (torch, "save", nothing),
+    "before an event": (evolvenet.Evolver, "step", before_call),
+    "among the exchanged tensors": (sys.modules["evolvenet.surgery.resize_model"], "exchange", before_call),
+    "between model and optimizer": (sys.modules["evolvenet.engine.functional"], "apply_state", before_call),
+    "after an event": (evolvenet.Evolver, "step", after_call),
+    "before torch.save": (torch, "save", before_call),
     "in torch.save": (torch, "save", serialized_by_half),
     "in the file": (LocalFileOpener, "write", written_by_half),
-    "before the name": (shutil, "move", nothing),
-    "after the name": (shutil, "move", all_of_it),
-    "before the removal": (TorchCheckpointIO, "remove_checkpoint", nothing),
-    "after the removal": (TorchCheckpointIO, "remove_checkpoint", all_of_it),
-    "before the link": (os, "symlink", nothing),
-    "after the last save": (Witness, "on_train_end", nothing),
+    "before the name": (shutil, "move", before_call),
+    "after the name": (shutil, "move", after_call),
+    "before the removal": (TorchCheckpointIO, "remove_checkpoint", before_call),
+    "after the removal": (TorchCheckpointIO, "remove_checkpoint", after_call),
+    "before the link": (os, "symlink", before_call),
+    "after the last save": (Progress, "on_train_end", before_call),
     "in the copy": (shutil, "copyfile", copied_by_half),
 }
-"""Where a child kills itself: in which function, and what of its call it still does."""
+"""Where a child kills itself: in which function, and which part of the call is done before."""
 
 
 def die() -> Any:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def lay(trap: str, count: int) -> None:
-    """The function's n-th call is the last thing that this process does."""
+def set_trap(trap: str, count: int) -> None:
+    """Kill this process at the function's n-th call."""
     owner, name, last = TRAPS[trap]
     function, calls = getattr(owner, name), itertools.count(1)
 
-    def deadly(*args: Any, **kwargs: Any) -> Any:
+    def trapped(*args: Any, **kwargs: Any) -> Any:
         if next(calls) < count:
             return function(*args, **kwargs)
         last(function, *args, **kwargs)
         return die()
 
-    setattr(owner, name, deadly)
+    setattr(owner, name, trapped)
 
 
-def separate(disk: str) -> None:
+def forbid_moves_into(disk: str) -> None:
     """Nothing can be renamed into a folder from outside, as if it were on a disk of its own."""
     rename = os.rename
 
@@ -167,33 +167,33 @@ def separate(disk: str) -> None:
     os.rename = within  # type: ignore[assignment]
 
 
-def live(order: dict[str, Any], seen: mmap.mmap, pipe: int) -> None:
-    """One `fit`, from a checkpoint or from the start."""
-    witness, folder = Witness(seen, pipe), Path(order["folder"])
+def fit_once(order: dict[str, Any], seen: mmap.mmap, pipe: int) -> None:
+    """Call `fit` once, from a checkpoint or from the start."""
+    progress, folder = Progress(seen, pipe), Path(order["folder"])
     if "disk" in order:
-        separate(order["disk"])
+        forbid_moves_into(order["disk"])
     if "temporary" in order:
         tempfile.tempdir = order["temporary"]
-    evolvenet.Evolver.step = witness.during(EVENT, evolvenet.Evolver.step)
+    evolvenet.Evolver.step = progress.during(EVENT, evolvenet.Evolver.step)
     if "trap" in order:
-        lay(*order["trap"])
+        set_trap(*order["trap"])
     keeper = ModelCheckpoint(folder, filename="{step}", **order["keeper"])
     model = fresh()
     torch.manual_seed(11)
-    fitting = trainer(folder, [Randomness(), Epochs(), evolution(), witness, keeper], max_epochs=order["epochs"])
+    fitting = trainer(folder, [Randomness(), Epochs(), evolution(), progress, keeper], max_epochs=order["epochs"])
     save = fitting.save_checkpoint
-    fitting.save_checkpoint = witness.during(SAVING, save)
+    fitting.save_checkpoint = progress.during(SAVING, save)
     fitting.fit(model, Batches(), ckpt_path=order["from"], weights_only=True)
     save(folder / "end.ckpt")
 
 
-def born(order: dict[str, Any], seen: mmap.mmap, pipe: int) -> None:
-    """What the child does; it never returns to what the parent was doing."""
+def run_child(order: dict[str, Any], seen: mmap.mmap, pipe: int) -> None:
+    """Fit in the child, which then exits without returning to the parent's code."""
     # Answers go to the parent's output alone.
     os.dup2(2, 1)
     status = 1
     try:
-        live(order, seen, pipe)
+        fit_once(order, seen, pipe)
         status = 0
     except BaseException:  # noqa: BLE001
         traceback.print_exc()
@@ -203,34 +203,34 @@ def born(order: dict[str, Any], seen: mmap.mmap, pipe: int) -> None:
 
 
 def ends(pipe: int, seconds: float | None) -> bool:
-    """Whether the child's end of the pipe is closed within so many seconds."""
+    """Whether the child ends within so many seconds: its end of the pipe is then closed."""
     return bool(select.select([pipe], [], [], seconds)[0])
 
 
-def survives(order: dict[str, Any], seen: mmap.mmap, pipe: int) -> bool:
-    """Wait for the moment at which the child has to die; it may have ended before."""
+def reaches_kill(order: dict[str, Any], seen: mmap.mmap, pipe: int) -> bool:
+    """Wait for the moment of the kill; False if the child has ended before."""
     if "steps" not in order:
         return not ends(pipe, None)
     while True:
-        phase, _, _, lived = SEEN.unpack_from(seen)
-        if lived >= order["steps"] and order["aim"].encode() in (b"", phase):
+        phase, _, _, own = SEEN.unpack_from(seen)
+        if own >= order["steps"] and order["aim"].encode() in (b"", phase):
             return not ends(pipe, order["more"])
         if ends(pipe, BLINK):
             return False
 
 
-def lived(order: dict[str, Any]) -> dict[str, Any]:
-    """A life from birth to death."""
+def fork_child(order: dict[str, Any]) -> dict[str, Any]:
+    """Fork a child, kill it if the order says so, and return how it ended."""
     seen = mmap.mmap(-1, SEEN.size)
     SEEN.pack_into(seen, 0, IDLE, 0, 0, 0)
     pipe, other = os.pipe()
     child = os.fork()
     if not child:
         os.close(pipe)
-        born(order, seen, other)
+        run_child(order, seen, other)
     os.close(other)
     os.read(pipe, 1)
-    if survives(order, seen, pipe):
+    if reaches_kill(order, seen, pipe):
         os.kill(child, signal.SIGKILL)
     status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     os.close(pipe)
@@ -243,4 +243,4 @@ if __name__ == "__main__":
     warnings.simplefilter("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     for line in sys.stdin:
-        print(json.dumps(lived(json.loads(line))), flush=True)
+        print(json.dumps(fork_child(json.loads(line))), flush=True)

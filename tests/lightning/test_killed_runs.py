@@ -47,13 +47,13 @@ AIMS = ("", EVENT.decode(), SAVING.decode())
 MORE = {"": 0.0, EVENT.decode(): 0.02, SAVING.decode(): 0.003}
 """Seconds after an event or a save has begun within which the kill comes."""
 
-Lives = Callable[..., dict[str, Any]]
-"""From an order to how the life ended, see `killed_run`."""
+Forks = Callable[..., dict[str, Any]]
+"""From an order to how the child ended, see `killed_run`."""
 
 
 @pytest.fixture(scope="module")
-def lives(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lives]:
-    """Gives an order for a life and says how it ended."""
+def forks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
+    """Sends an order to the parent process and returns how its child ended."""
     paths = str(ROOT)
     temporary = str(tmp_path_factory.mktemp("temporary"))
     settings = {**os.environ, "PYTHONPATH": paths, "TMPDIR": temporary, "OMP_NUM_THREADS": "1"}
@@ -62,12 +62,12 @@ def lives(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lives]:
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=settings
     ) as process:
 
-        def live(**order: Any) -> dict[str, Any]:
+        def resume(**order: Any) -> dict[str, Any]:
             print(json.dumps(order), file=process.stdin, flush=True)
             assert process.stdout is not None
             return json.loads(process.stdout.readline())
 
-        yield live
+        yield resume
 
 
 def contents(path: Path) -> dict[str, Any]:
@@ -101,14 +101,14 @@ Wholes = Callable[[int], Whole]
 
 
 @pytest.fixture(scope="module")
-def wholes(lives: Lives, tmp_path_factory: pytest.TempPathFactory) -> Wholes:
+def wholes(forks: Forks, tmp_path_factory: pytest.TempPathFactory) -> Wholes:
     """Makes each run once."""
 
     @cache
     def whole(epochs: int) -> Whole:
         folder = tmp_path_factory.mktemp("whole")
-        life = lives(**{"folder": str(folder), "from": None, "epochs": epochs, "keeper": KEEPERS[0]})
-        assert life["status"] == 0
+        end = forks(**{"folder": str(folder), "from": None, "epochs": epochs, "keeper": KEEPERS[0]})
+        assert end["status"] == 0
         return Whole(folder)
 
     return whole
@@ -117,8 +117,8 @@ def wholes(lives: Lives, tmp_path_factory: pytest.TempPathFactory) -> Wholes:
 class Run:
     """A run that is killed and resumed."""
 
-    def __init__(self, lives: Lives, wholes: Wholes, folder: Path, keeper: dict[str, Any], epochs: int) -> None:
-        self.lives, self.whole, self.folder, self.keeper, self.epochs = lives, wholes(epochs), folder, keeper, epochs
+    def __init__(self, forks: Forks, wholes: Wholes, folder: Path, keeper: dict[str, Any], epochs: int) -> None:
+        self.forks, self.whole, self.folder, self.keeper, self.epochs = forks, wholes(epochs), folder, keeper, epochs
         self.sound: set[tuple[str, int]] = set()
         folder.mkdir()
 
@@ -128,16 +128,16 @@ class Run:
         found = (re.fullmatch(r"step=(\d+)\.ckpt", path.name) for path in self.folder.iterdir())
         return max((int(match[1]) for match in found if match), default=0)
 
-    def live(self, **order: Any) -> dict[str, Any]:
+    def resume(self, **order: Any) -> dict[str, Any]:
         """Go on from the newest checkpoint; afterwards nothing that was saved is lost, and what there is is sound."""
         newest = self.newest
         given = str(self.folder / f"step={newest}.ckpt") if newest else None
         settings = {"folder": str(self.folder), "from": given, "epochs": self.epochs, "keeper": self.keeper}
-        life = self.lives(**settings, **order)
-        assert life["status"] in (0, -signal.SIGKILL)
-        assert self.newest >= max(newest, life["saved"], life["done"] - self.keeper["every_n_train_steps"])
+        end = self.forks(**settings, **order)
+        assert end["status"] in (0, -signal.SIGKILL)
+        assert self.newest >= max(newest, end["saved"], end["done"] - self.keeper["every_n_train_steps"])
         self.check()
-        return life
+        return end
 
     def check(self) -> None:
         """Every file is what the whole run saved at that step."""
@@ -158,26 +158,26 @@ class Run:
         """Killed so many times while it trains, or fewer if it ends before."""
         hits: list[dict[str, Any]] = []
         while not (self.folder / "end.ckpt").exists():
-            life = self.live(**(self.moment(moments, len(hits)) if len(hits) < kills else {}))
-            if life["status"] and life["phase"] != IDLE.decode():
-                hits.append(life)
+            end = self.resume(**(self.moment(moments, len(hits)) if len(hits) < kills else {}))
+            if end["status"] and end["phase"] != IDLE.decode():
+                hits.append(end)
         return hits
 
     def moment(self, moments: random.Random, number: int) -> dict[str, Any]:
-        """Some steps after the life began; every third one in the next event, and every third in the next save."""
+        """Some steps after the child began; every third one in the next event, and every third in the next save."""
         aim = AIMS[number % len(AIMS)]
         return {"steps": moments.randrange(self.epochs * STEPS // 8), "aim": aim, "more": moments.uniform(0, MORE[aim])}
 
 
 @pytest.mark.parametrize(("kills", "epochs"), [(9, 5), pytest.param(30, 20, marks=pytest.mark.long)])
 def test_random_kills_lose_nothing_and_change_nothing(
-    kills: int, epochs: int, lives: Lives, wholes: Wholes, tmp_path: Path
+    kills: int, epochs: int, forks: Forks, wholes: Wholes, tmp_path: Path
 ) -> None:
     """A third of them in each of three runs, which save differently; more runs if a phase was missed."""
     moments = random.Random(2)
     hits: list[dict[str, Any]] = []
     for number, keeper in enumerate(islice(cycle(KEEPERS), 30)):
-        run = Run(lives, wholes, tmp_path / str(number), keeper, epochs)
+        run = Run(forks, wholes, tmp_path / str(number), keeper, epochs)
         hits += run.to_the_end(moments, kills // len(KEEPERS))
         phases = {hit["phase"].encode() for hit in hits}
         if len(hits) >= kills and len(phases) == 3:
@@ -209,35 +209,35 @@ def test_random_kills_lose_nothing_and_change_nothing(
     ],
 )
 def test_killed_at_the_worst_moments(
-    trap: str, call: int, keeper: dict[str, Any], lives: Lives, wholes: Wholes, tmp_path: Path
+    trap: str, call: int, keeper: dict[str, Any], forks: Forks, wholes: Wholes, tmp_path: Path
 ) -> None:
-    run = Run(lives, wholes, tmp_path / "run", keeper, SHORT)
-    assert run.live(trap=(trap, call))["status"] == -signal.SIGKILL
-    assert run.live()["status"] == 0
+    run = Run(forks, wholes, tmp_path / "run", keeper, SHORT)
+    assert run.resume(trap=(trap, call))["status"] == -signal.SIGKILL
+    assert run.resume()["status"] == 0
     assert run.newest == SHORT * STEPS
 
 
-def test_killed_after_every_save(lives: Lives, wholes: Wholes, tmp_path: Path) -> None:
-    """Each life is one step long, the first after a resume, also those between which an event becomes due."""
-    run = Run(lives, wholes, tmp_path / "run", KEEPERS[0], SHORT)
+def test_killed_after_every_save(forks: Forks, wholes: Wholes, tmp_path: Path) -> None:
+    """Each child makes one step, the first after a resume, also those between which an event becomes due."""
+    run = Run(forks, wholes, tmp_path / "run", KEEPERS[0], SHORT)
     for step in range(1, SHORT * STEPS + 1):
-        assert run.live(trap=("after the name", 1))["status"] == -signal.SIGKILL
+        assert run.resume(trap=("after the name", 1))["status"] == -signal.SIGKILL
         assert run.newest == step
-    assert run.live()["status"] == 0
+    assert run.resume()["status"] == 0
 
 
 @pytest.mark.parametrize("beside", [False, True])
 def test_a_checkpoint_on_another_disk_is_whole_if_temporary_files_are_there_too(
-    beside: bool, lives: Lives, wholes: Wholes, tmp_path: Path
+    beside: bool, forks: Forks, wholes: Wholes, tmp_path: Path
 ) -> None:
-    run = Run(lives, wholes, tmp_path / "run", KEEPERS[0], SHORT)
+    run = Run(forks, wholes, tmp_path / "run", KEEPERS[0], SHORT)
     (tmp_path / "temporary").mkdir()
     order: dict[str, Any] = {"disk": str(tmp_path), "trap": ("in the copy", 9)}
     if beside:
-        assert run.live(**order, temporary=str(tmp_path / "temporary"))["status"] == 0
+        assert run.resume(**order, temporary=str(tmp_path / "temporary"))["status"] == 0
         assert run.newest == SHORT * STEPS
     else:
         # Where this is no longer so, Lightning has mended it, and what is said above of TMPDIR can go.
         with pytest.raises((RuntimeError, OSError), match=r"central directory|Invalid argument"):
-            run.live(**order)
+            run.resume(**order)
         assert run.newest == 9
