@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch.nn import functional
 
 from evolvenet.execution.isolation import op_by_op
 from evolvenet.execution.residual_sums import ResidualSumMode, TrackedOutput
@@ -103,7 +103,7 @@ def test_projections_of_attention_are_weight_ops() -> None:
 def test_functional_calls_are_weight_ops() -> None:
     class Functional(nn.Linear):
         def forward(self, input: Tensor) -> Tensor:
-            return F.linear(input, self.weight[:2], self.bias[:2])
+            return functional.linear(input, self.weight[:2], self.bias[:2])
 
     ((op, _),) = weight_ops_of(Functional(4, 3), torch.zeros(5, 4))
     assert (op.tensor, op.start, len(op.weight), op.bias_name) == ("weight", 0, 2, "bias")
@@ -117,7 +117,7 @@ def test_other_uses_of_a_weight_are_in_other_uses() -> None:
             self.plain = nn.Linear(4, 4)
 
         def forward(self, x: Tensor) -> Tensor:
-            return F.linear(self.plain(self.table(x)) * self.scale, self.table.weight)
+            return functional.linear(self.plain(self.table(x)) * self.scale, self.table.weight)
 
     model = Tied()
     mode = WeightOpMode(model)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 import evolvenet
@@ -125,13 +125,13 @@ RESIZABLE: dict[str, tuple[Code, int, dict[str, int]]] = {
     "every unit twice": (lambda m, x, h: h.repeat_interleave(2, 1), 16, {"a": 8}),
     "all units twice": (lambda m, x, h: torch.cat([h, -h], 1), 16, {"a": 8}),
     "with the input beside": (lambda m, x, h: torch.cat([h, x], 1), 13, {"a": 8}),
-    "normalised": (lambda m, x, h: F.normalize(h, dim=1), 8, {"a": 8}),
+    "normalised": (lambda m, x, h: functional.normalize(h, dim=1), 8, {"a": 8}),
     "sums along the samples": (lambda m, x, h: h.cumsum(0).sort(0)[0], 8, {"a": 8}),
     "samples picked": (lambda m, x, h: h[x[:, 0].argsort()], 8, {"a": 8}),
     "samples masked": (lambda m, x, h: h.masked_fill(x[:, :1] > 0, 0.0), 8, {"a": 8}),
     "steps set to zero": (lambda m, x, h: _write(h, slice(None), 0.0) + m.c(x), 8, {"a": 8}),
     "the first units apart": (lambda m, x, h: h[:, 4:], 4, {"a#2": 4}),
-    "padded": (lambda m, x, h: h + F.pad(m.d(x), (0, 3)), 8, {"a": 5}),
+    "padded": (lambda m, x, h: h + functional.pad(m.d(x), (0, 3)), 8, {"a": 5}),
     "checkpointed": (lambda m, x, h: checkpoint(m.c, x, use_reentrant=False) + h, 8, {"a": 8}),
     "einsum": (lambda m, x, h: torch.einsum("bi,oi->bo", h, m.e.weight), 7, {"a": 8, "e": 7}),
     "mapped over samples": (lambda m, x, h: torch.vmap(m.e)(h), 7, {"a": 8, "e": 7}),
@@ -141,7 +141,7 @@ RESIZABLE: dict[str, tuple[Code, int, dict[str, int]]] = {
         {"a": 4, "e": 4},
     ),
     "branches compete": (lambda m, x, h: (lambda g: (g.softmax(1) * g).sum(1))(h.view(len(h), 2, -1)), 4, {"a": 4}),
-    "normalised heads": (lambda m, x, h: F.normalize(h.view(len(h), 2, -1), dim=-1).flatten(1), 8, {"a": 4}),
+    "normalised heads": (lambda m, x, h: functional.normalize(h.view(len(h), 2, -1), dim=-1).flatten(1), 8, {"a": 4}),
     "gated in place": (lambda m, x, h: (lambda a, b: a.mul_(b.sigmoid_()))(*h.chunk(2, -1)), 4, {"a": 4}),
 }
 
@@ -164,7 +164,7 @@ def test_units_used_in_a_known_way_are_resizable(name: str) -> None:
 def test_a_trial_fails_by_its_ties_though_shapes_agree() -> None:
     """Four groups of 16, or two halves cut at 8: other sizes fit as well, but hold other units."""
     x = torch.randn(2, 5, dtype=FLOAT)
-    grouped = Between(lambda m, x, h: F.group_norm(m.c(x), 4), 16, c=nn.Linear(5, 16)).double()
+    grouped = Between(lambda m, x, h: functional.group_norm(m.c(x), 4), 16, c=nn.Linear(5, 16)).double()
     assert "a trial tied its units differently" in (trace(grouped, x).widths["c"].frozen or "")
 
     def halves(model: nn.Module, x: Tensor, h: Tensor) -> Tensor:

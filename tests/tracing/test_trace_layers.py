@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch.nn import functional
 from torch.nn.utils import parametrize, prune
 
 import evolvenet
@@ -145,6 +145,6 @@ def test_a_weight_computed_in_an_unknown_way_is_frozen() -> None:
 
 def test_a_layer_of_which_a_parameter_is_unused_is_frozen() -> None:
     """Its weight could be resized and its idle bias not: nothing could load such a layer again."""
-    graph = trace(Between(lambda m, x, h: F.linear(h, m.c.weight), c=nn.Linear(8, 8)), torch.randn(2, 5))
+    graph = trace(Between(lambda m, x, h: functional.linear(h, m.c.weight), c=nn.Linear(8, 8)), torch.randn(2, 5))
     assert graph.sizes == {"a": 8}
     assert "expected bias of shape (7,)" in (graph.widths["c"].frozen or "")
