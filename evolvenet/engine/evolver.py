@@ -31,7 +31,7 @@ from evolvenet.engine.snapshot import PendingCut, Snapshot, roll_back
 from evolvenet.engine.transaction import Transaction
 from evolvenet.errors import RankMismatchError, SkippedEvent, stage
 from evolvenet.execution.inputs import first_samples, is_plain
-from evolvenet.graph.serialization import check_fits, from_plain, to_plain
+from evolvenet.graph.serialization import check_fits, from_state_dict, to_state_dict
 from evolvenet.graph.width_graph import WidthGraph
 from evolvenet.growth.loss_test import Gradients, evidence
 from evolvenet.growth.plan import plan_growth
@@ -42,7 +42,7 @@ from evolvenet.policies.base import JudgingPolicy, Policy, PolicyContext, Propos
 from evolvenet.pruning.allocation import trial_curves
 from evolvenet.pruning.reconstruction import TRAINING_LIMITS, reconstruct
 from evolvenet.pruning.selection import plan_prune
-from evolvenet.surgery.checkpoint import Note, fit_shapes
+from evolvenet.surgery.checkpoint import WidthRecord, fit_shapes
 from evolvenet.surgery.resize_model import Surgery
 from evolvenet.tracing.trace import trace
 
@@ -225,10 +225,10 @@ class Evolver:
             "observed": self._observed,
             "events": self._events,
             "changed": {name: list(entry) for name, entry in self._changed.items()},
-            "graph": to_plain(self.graph),
+            "graph": to_state_dict(self.graph),
             **self._buffer.state_dict(),
             **self._failures.state_dict(),
-            "note": Note.of(self.model, self.graph).read(self.model),
+            "note": WidthRecord.of(self.model, self.graph).state_dict(self.model),
             "pending_cut": self._pending_cut.state_dict() if self._pending_cut else None,
             # A cut may have to be taken back before the first batch of a resumed run.
             "example": [
@@ -242,9 +242,9 @@ class Evolver:
         Raises:
             RecordError: if the model does not have the widths of that moment. Nothing has changed then.
         """
-        graph = from_plain(state["graph"])
+        graph = from_state_dict(state["graph"])
         check_fits(graph, self.model, besides=state["note"]["buffers"])
-        fit_shapes(self.model, {}, note=state["note"])
+        fit_shapes(self.model, {}, record=state["note"])
         self.graph = graph
         self.history = History.from_dict(state["history"])
         self._observed, self._events = state["observed"], state["events"]

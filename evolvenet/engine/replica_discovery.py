@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from evolvenet._compat.torch import child_table, shallow_copy
 from evolvenet.errors import SkippedEvent, TraceError
 from evolvenet.graph.naming import named_tensors
-from evolvenet.graph.serialization import from_plain, to_plain
+from evolvenet.graph.serialization import from_state_dict, to_state_dict
 from evolvenet.graph.width_graph import Width, WidthGraph, Widths
 
 
@@ -225,14 +225,14 @@ def _without(graph: WidthGraph, paths: list[str]) -> WidthGraph:
     if not paths:
         return graph
     starts = tuple(f"{path}." for path in paths)
-    plain = to_plain(graph)
+    plain = to_state_dict(graph)
     for table in ("layouts", "shapes", "aliases"):
         plain[table] = {name: entry for name, entry in plain[table].items() if not name.startswith(starts)}
     plain["trainable"] = [name for name in plain["trainable"] if not name.startswith(starts)]
     plain["roles"] = [entry for entry in plain["roles"] if not entry[0].startswith(starts)]
     held = {part[0] for axes in plain["layouts"].values() for _, parts in axes for part in parts}
     plain["widths"] = [entry for entry in plain["widths"] if entry["name"] in held]
-    return from_plain(plain)
+    return from_state_dict(plain)
 
 
 def _stand_ins(network: nn.Module, copies: list[tuple[str, nn.Module]]) -> list[nn.Module]:

@@ -14,10 +14,10 @@ from torch.optim import Optimizer
 from evolvenet._compat.torch import reset_compiled_code
 from evolvenet.engine.distributed import ProcessGroup, run_on_all_ranks
 from evolvenet.engine.invariants import ModelReference, validate
-from evolvenet.graph.serialization import from_plain, to_plain
+from evolvenet.graph.serialization import from_state_dict, to_state_dict
 from evolvenet.graph.width_graph import WidthGraph
 from evolvenet.policies.base import Judgement, JudgingPolicy
-from evolvenet.surgery.checkpoint import Note, fit_shapes
+from evolvenet.surgery.checkpoint import WidthRecord, fit_shapes
 from evolvenet.surgery.optimizer_state import validate_state
 
 
@@ -28,13 +28,13 @@ class Snapshot:
     Args:
         networks: of the model and each of its copies, every tensor by name.
         graph: the widths.
-        note: the model's attributes beside its shapes, from `Note.read`.
+        width_record: what depends on widths and is not in a state dict, from `WidthRecord.state_dict`.
         states: of each optimizer, what its `state_dict` has under "state".
     """
 
     networks: Sequence[Mapping[str, Tensor]]
     graph: WidthGraph
-    note: Mapping[str, Any]
+    width_record: Mapping[str, Any]
     states: Sequence[Mapping[int, Any]]
 
     @classmethod
@@ -45,7 +45,7 @@ class Snapshot:
         return cls(
             [{name: tensor.detach().clone() for name, tensor in _tensors(each).items()} for each in (model, *copies)],
             graph,
-            Note.of(model, graph).read(model),
+            WidthRecord.of(model, graph).state_dict(model),
             [copy.deepcopy(optimizer.state_dict()["state"]) for optimizer in optimizers],
         )
 
@@ -58,7 +58,7 @@ class Snapshot:
         """
         networks = [*self.networks, *[self.networks[0]] * (1 + len(copies) - len(self.networks))]
         for network, values in zip((model, *copies), networks, strict=False):
-            fit_shapes(network, values, note=self.note)
+            fit_shapes(network, values, record=self.width_record)
             tensors = _tensors(network)
             with torch.no_grad():
                 for name, value in values.items():
@@ -69,19 +69,19 @@ class Snapshot:
             optimizer.load_state_dict({"state": copy.deepcopy(dict(state)), "param_groups": groups})
             validate_state(optimizer)
 
-    def to_plain(self) -> dict[str, Any]:
-        """As plain data and tensors, for a checkpoint."""
+    def state_dict(self) -> dict[str, Any]:
+        """The snapshot as plain data and tensors, for a checkpoint."""
         return {
             "networks": [dict(each) for each in self.networks],
-            "graph": to_plain(self.graph),
-            "note": dict(self.note),
+            "graph": to_state_dict(self.graph),
+            "note": dict(self.width_record),
             "states": [dict(each) for each in self.states],
         }
 
     @classmethod
-    def from_plain(cls, plain: Mapping[str, Any]) -> Snapshot:
-        """What `to_plain` was called on."""
-        return cls(plain["networks"], from_plain(plain["graph"]), plain["note"], plain["states"])
+    def from_state_dict(cls, state: Mapping[str, Any]) -> Snapshot:
+        """The snapshot that `state_dict` was called on."""
+        return cls(state["networks"], from_state_dict(state["graph"]), state["note"], state["states"])
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -145,9 +145,9 @@ class PendingCut:
 
     def state_dict(self) -> dict[str, Any]:
         """Plain data and tensors, for a checkpoint."""
-        return {"state": self.state, "past": None if self.past is None else self.past.to_plain()}
+        return {"state": self.state, "past": None if self.past is None else self.past.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what `state_dict` returned."""
         self.state = state["state"]
-        self.past = None if state["past"] is None else Snapshot.from_plain(state["past"])
+        self.past = None if state["past"] is None else Snapshot.from_state_dict(state["past"])

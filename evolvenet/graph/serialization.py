@@ -1,4 +1,4 @@
-"""A `WidthGraph` as plain data, so that a resumed run goes on with the very graph that it had."""
+"""A `WidthGraph` as plain data and back, so that a resumed run continues with the graph that it had."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from evolvenet.graph.naming import named_tensors
 from evolvenet.graph.width_graph import Segment, Width, WidthGraph, assemble
 
 
-def to_plain(graph: WidthGraph) -> dict[str, Any]:
+def to_state_dict(graph: WidthGraph) -> dict[str, Any]:
     """A graph as dicts, lists, strings and numbers, fit for JSON and for `weights_only` checkpoints.
 
     >>> import torch
     >>> from evolvenet.tracing.trace import trace
     >>> graph = trace(nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2)), torch.zeros(1, 4))
-    >>> from_plain(to_plain(graph)) == graph
+    >>> from_state_dict(to_state_dict(graph)) == graph
     True
     """
     widths = [{**asdict(width), "ties": [], "patches": [list(entry) for entry in width.patches]}
@@ -39,24 +39,24 @@ def to_plain(graph: WidthGraph) -> dict[str, Any]:
     }
 
 
-def from_plain(plain: Mapping[str, Any]) -> WidthGraph:
-    """The graph that `to_plain` was called on."""
+def from_state_dict(state: Mapping[str, Any]) -> WidthGraph:
+    """The graph that `to_state_dict` was called on."""
     widths: dict[str, Width] = {}
-    for entry in plain["widths"]:
+    for entry in state["widths"]:
         # Graphs saved by earlier versions have a step of 1 besides.
         given = {key: value for key, value in entry.items() if key != "step"}
         widths[entry["name"]] = Width(**{**given, "ties": (), "patches": tuple(map(tuple, entry["patches"]))})
     layouts = {
         name: {dim: tuple(Segment(*part) for part in segments) for dim, segments in axes}
-        for name, axes in plain["layouts"].items()
+        for name, axes in state["layouts"].items()
     }
     return assemble(
         widths,
         layouts,
-        {name: tuple(shape) for name, shape in plain["shapes"].items()},
-        frozenset(plain["trainable"]),
-        dict(plain["aliases"]),
-        {(tensor, dim): role for tensor, dim, role in plain["roles"]},
+        {name: tuple(shape) for name, shape in state["shapes"].items()},
+        frozenset(state["trainable"]),
+        dict(state["aliases"]),
+        {(tensor, dim): role for tensor, dim, role in state["roles"]},
     )
 
 

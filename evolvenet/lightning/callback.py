@@ -22,7 +22,7 @@ from evolvenet.engine.replica_discovery import ReplicaDiscovery
 from evolvenet.errors import RecordError, TraceError
 from evolvenet.execution.call_recorder import CallRecorder
 from evolvenet.execution.inputs import first_samples
-from evolvenet.graph.serialization import check_fits, from_plain
+from evolvenet.graph.serialization import check_fits, from_state_dict
 from evolvenet.graph.width_graph import WidthGraph
 from evolvenet.lightning.loading import install
 from evolvenet.lightning.module import (
@@ -41,7 +41,7 @@ from evolvenet.lightning.trainer_parts import (
     progress_of,
     rebuild_ddp,
 )
-from evolvenet.surgery.checkpoint import NOTE, Note, fit_shapes, let_load_reshape
+from evolvenet.surgery.checkpoint import RECORD_KEY, WidthRecord, fit_shapes, register_reshape_before_load
 from evolvenet.tracing.trace import trace
 
 log = logging.getLogger("evolvenet")
@@ -93,7 +93,7 @@ class WidthEvolution(EvolutionCallback, Callback):
         super().__post_init__()
         self._root = ""
         self._module: LightningModule | None = None
-        self._note_hook: RemovableHandle | None = None
+        self._record_hook: RemovableHandle | None = None
         self._replicas: ReplicaDiscovery | None = None
         self._averages: list[nn.Module] = []
         self._metric: float | None = None
@@ -110,7 +110,7 @@ class WidthEvolution(EvolutionCallback, Callback):
         check_strategy(trainer.strategy)
         # Other callbacks may have copied the module before this one was asked.
         for module in (pl_module, *weight_averages(trainer, pl_module)):
-            let_load_reshape(module)
+            register_reshape_before_load(module)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Record what the training step calls the model with."""
@@ -167,11 +167,11 @@ class WidthEvolution(EvolutionCallback, Callback):
         self._remove_hooks()
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Add the module's note to the state dict where no hook does: before the first batch and after the run."""
+        """Add the width record to the state dict where no hook does: before the first batch and after the run."""
         metadata = state_dict_metadata(checkpoint["state_dict"])
-        note = self._checkpoint_note(pl_module)
-        if note is not None:
-            metadata.setdefault("", {})[NOTE] = note.read(pl_module)
+        record = self._checkpoint_record(pl_module)
+        if record is not None:
+            metadata.setdefault("", {})[RECORD_KEY] = record.state_dict(pl_module)
 
     def state_dict(self) -> dict[str, Any]:
         """The run's events and what the next ones depend on, for the checkpoint."""
@@ -197,7 +197,7 @@ class WidthEvolution(EvolutionCallback, Callback):
         """Restore the state of a spawned process, and the module's attributes that no state dict holds."""
         self.load_state_dict(state)
         if self._resumed is not None:
-            fit_shapes(pl_module.get_submodule(self._resumed["root"]), {}, note=self._resumed["evolver"]["note"])
+            fit_shapes(pl_module.get_submodule(self._resumed["root"]), {}, record=self._resumed["evolver"]["note"])
 
     def _start_on_all_ranks(
         self, trainer: Trainer, pl_module: LightningModule, find: Callable[[], tuple[str, list[Any]] | None]
@@ -251,17 +251,17 @@ class WidthEvolution(EvolutionCallback, Callback):
             self.evolver = Evolver(
                 root, optimizers_of(trainer, pl_module), self.policy, inputs[0], self.calibration_batches, self.seed,
                 self._models_to_update, after_change=partial(rebuild_ddp, trainer.strategy, pl_module),
-                graph=self._trace(root, inputs[0]) if state is None else from_plain(state["graph"]),
+                graph=self._trace(root, inputs[0]) if state is None else from_state_dict(state["graph"]),
             )  # fmt: skip
         if state is not None:
             self.evolver.load_state_dict(state)
             self._resumed = None
             for copy in self._averages:
-                fit_shapes(copy, {}, note=state["note"])
+                fit_shapes(copy, {}, record=state["note"])
         self._timer.start()
         for call in calls if self._timer.recording else ():
             self.evolver.observe(*call)
-        self._note_hook = self._note(self.evolver).register(pl_module)
+        self._record_hook = self._record(self.evolver).register(pl_module)
         log_event(trainer, self.evolver.history.initial)
         log.info(
             "%d resizable widths hold %.1f %% of the %s parameters; %d frozen",
@@ -281,14 +281,14 @@ class WidthEvolution(EvolutionCallback, Callback):
             replicas = self._replicas.state_dict() if self._replicas else {}
             self._resumed = {"evolver": {**state, "batches": []}, "root": self._root, "replicas": replicas}
 
-    def _checkpoint_note(self, pl_module: LightningModule) -> Note | None:
-        """The note on the widths that a checkpoint holds beside the tensors; None before they are known."""
+    def _checkpoint_record(self, pl_module: LightningModule) -> WidthRecord | None:
+        """The width record that a checkpoint holds beside the tensors; None before they are known."""
         if self.evolver is not None:
-            return self._note(self.evolver)
+            return self._record(self.evolver)
         if self._resumed is None:
             return None
         root = self._resumed["root"]
-        return Note.of(pl_module.get_submodule(root), from_plain(self._resumed["evolver"]["graph"]), root)
+        return WidthRecord.of(pl_module.get_submodule(root), from_state_dict(self._resumed["evolver"]["graph"]), root)
 
     def _trace(self, root: nn.Module, inputs: Any) -> WidthGraph:
         graph = trace(root, first_samples(inputs, 2))
@@ -301,9 +301,9 @@ class WidthEvolution(EvolutionCallback, Callback):
         evolver = self.evolver
         return [*self._averages, *self._replicas.models_to_update(evolver.model, evolver.graph, evolver.optimizers)]
 
-    def _note(self, evolver: Evolver) -> Note:
-        note = Note.of(evolver.model, evolver.graph, self._root)
-        return note.mirrored(self._replicas.pairs(evolver.model, evolver.graph)) if self._replicas else note
+    def _record(self, evolver: Evolver) -> WidthRecord:
+        record = WidthRecord.of(evolver.model, evolver.graph, self._root)
+        return record.with_replicas(self._replicas.pairs(evolver.model, evolver.graph)) if self._replicas else record
 
     def _resumed_root(self) -> str | None:
         return self._resumed["root"] if self._resumed else None
@@ -365,9 +365,9 @@ class WidthEvolution(EvolutionCallback, Callback):
     def _remove_hooks(self) -> None:
         self._observe_recorded()
         self._stop_recording()
-        if self._note_hook is not None:
-            self._note_hook.remove()
-        self._note_hook, self._module = None, None
+        if self._record_hook is not None:
+            self._record_hook.remove()
+        self._record_hook, self._module = None, None
 
 
 def _fits(evolver: Evolver) -> bool:

@@ -17,7 +17,7 @@ from lightning.pytorch import LightningModule, Trainer
 
 from evolvenet._compat.lightning import EXTRA_RESULTS, LOAD_STATE, RECOVER_RESULTS, is_wrapped, wrap
 from evolvenet._compat.torch import state_dict_metadata
-from evolvenet.surgery.checkpoint import NOTE, fit_shapes, let_load_reshape, note_for
+from evolvenet.surgery.checkpoint import RECORD_KEY, find_record, fit_shapes, register_reshape_before_load
 
 EXTRA = "evolvenet"
 
@@ -53,7 +53,7 @@ def _fitting(load_state: Any) -> Any:
             return load_state(cls, checkpoint, *args, **kwargs)
 
         def load_state_dict(self: Any, state: Mapping[str, Any], *rest: Any, **options: Any) -> Any:
-            fit_shapes(self, state, note=note_for(checkpoint))
+            fit_shapes(self, state, record=find_record(checkpoint))
             return cls.load_state_dict(self, state, *rest, **options)
 
         # The module is built and loaded in one call: for as long as that takes it is of a subclass.
@@ -88,7 +88,7 @@ def _reshaping(recover: Any) -> Any:
         if not _returning(trainer):
             # The other process may never have imported this module.
             return recover(self, worker_output, trainer)
-        let_load_reshape(trainer.lightning_module)
+        register_reshape_before_load(trainer.lightning_module)
         recover(self, worker_output, trainer)
         states = torch.load(io.BytesIO(worker_output.extra[EXTRA]), weights_only=True)
         for callback, state in zip(_returning(trainer), states, strict=True):
@@ -105,6 +105,6 @@ def evolved(checkpoint: Mapping[str, Any]) -> bool:
     """Whether a Lightning checkpoint is of a run in which widths may have changed."""
     metadata = state_dict_metadata(checkpoint.get("state_dict"))
     states = checkpoint.get("callbacks", {}).values()
-    return any(NOTE in entry for entry in metadata.values()) or any(
+    return any(RECORD_KEY in entry for entry in metadata.values()) or any(
         isinstance(state, Mapping) and {"evolver", "due_since"} <= set(state) for state in states
     )

@@ -1,4 +1,4 @@
-"""What happened to the widths, as plain data, and a model reshaped to fit a checkpoint."""
+"""A model reshaped to the widths of a checkpoint, and the record of what shapes in a state dict do not show."""
 
 from __future__ import annotations
 
@@ -21,20 +21,30 @@ from evolvenet.surgery.resize_model import exchange
 
 
 @dataclass(frozen=True)
-class Note:
-    """What a state dict does not say about a model's widths. It is written into the state dict's metadata.
+class WidthRecord:
+    """What depends on a model's widths and is not in its state dict. It is written into the state dict's metadata.
 
     Args:
         numbers: (module path, attribute) of the model's own numbers that follow widths (`num_heads`).
         buffers: names of buffers that follow widths and are not persistent.
+
+    >>> record = WidthRecord((("", "in_features"),), ())
+    >>> record.state_dict(nn.Linear(3, 2))
+    {'numbers': [['', 'in_features', 3]], 'buffers': {}}
     """
 
     numbers: tuple[tuple[str, str], ...]
     buffers: tuple[str, ...]
 
     @classmethod
-    def of(cls, model: nn.Module, graph: WidthGraph, root: str = "") -> Note:
-        """The note for a model, or for one that holds it under the path `root`; the names are the outer one's."""
+    def of(cls, model: nn.Module, graph: WidthGraph, root: str = "") -> WidthRecord:
+        """The record of a traced model.
+
+        Args:
+            model: the model of the graph.
+            graph: its widths.
+            root: path of the model in the module whose state dict will carry the record; paths and names start with it.
+        """
         start = f"{root}." if root else ""
         kept = {name for name, _ in model.named_parameters(remove_duplicate=False)} | set(model.state_dict())
         numbers = {entry for width in graph.resizable for entry in width.patches}
@@ -43,44 +53,57 @@ class Note:
             tuple(start + name for name in graph.layouts if name not in kept),
         )
 
-    def mirrored(self, pairs: Mapping[str, str]) -> Note:
-        """The note with what it says of some modules said of their copies too: {path of the copy: path of its source}."""
+    def with_replicas(self, pairs: Mapping[str, str]) -> WidthRecord:
+        """The record with the entries of some modules repeated for their replicas.
 
-        def said(name: str) -> list[str]:
+        Args:
+            pairs: {path of the replica: path of the module that it is a copy of}.
+
+        >>> WidthRecord((("net", "num_heads"),), ()).with_replicas({"average": "net"}).numbers
+        (('net', 'num_heads'), ('average', 'num_heads'))
+        """
+
+        def in_replicas(name: str) -> list[str]:
             return [copy + name[len(own) :] for copy, own in pairs.items() if f"{name}.".startswith(f"{own}.")]
 
-        numbers = [(copy, attribute) for path, attribute in self.numbers for copy in said(path)]
-        buffers = [copy for name in self.buffers for copy in said(name)]
-        return Note((*self.numbers, *numbers), (*self.buffers, *buffers))
+        numbers = [(copy, attribute) for path, attribute in self.numbers for copy in in_replicas(path)]
+        buffers = [copy for name in self.buffers for copy in in_replicas(name)]
+        return WidthRecord((*self.numbers, *numbers), (*self.buffers, *buffers))
 
-    def read(self, model: nn.Module) -> dict[str, Any]:
-        """The numbers and buffers as they are now, as plain data and tensors."""
+    def state_dict(self, model: nn.Module) -> dict[str, Any]:
+        """The values of the numbers and buffers in the model as it is now.
+
+        Returns:
+            {"numbers": [[module path, attribute, value], …], "buffers": {name: a copy of the tensor}}.
+        """
         return {
             "numbers": [[path, name, getattr(model.get_submodule(path), name)] for path, name in self.numbers],
             "buffers": {name: model.get_buffer(name).detach().clone() for name in self.buffers},
         }
 
     def register(self, module: nn.Module) -> RemovableHandle:
-        """Let the module's state dicts carry it, until the handle is removed."""
-        return module.register_state_dict_post_hook(partial(write_note, self))
+        """Write the record into the metadata of the module's state dicts, until the handle is removed."""
+        return module.register_state_dict_post_hook(partial(write_record, self))
 
 
-NOTE = "evolvenet"
-"""The key of a `Note` in a state dict's metadata."""
+RECORD_KEY = "evolvenet"
+"""The key of a `WidthRecord` in a state dict's metadata."""
 
 
-def write_note(note: Note, module: nn.Module, state: Any, prefix: str, local_metadata: dict[str, Any]) -> None:
-    """A state-dict hook, with the note bound: a top-level function, so that a model that carries it can be pickled."""
-    local_metadata[NOTE] = note.read(module)
+def write_record(
+    record: WidthRecord, module: nn.Module, state: Any, prefix: str, local_metadata: dict[str, Any]
+) -> None:
+    """A state-dict hook, with the record bound: a top-level function, so that a model that carries it can be pickled."""
+    local_metadata[RECORD_KEY] = record.state_dict(module)
 
 
 def load(model: nn.Module, path: str | Path, map_location: Any = "cpu") -> nn.Module:
     """Reshape a freshly built model to a checkpoint's widths and load its weights.
 
     Args:
-        model: the model as it is built, of whatever widths.
+        model: the model as it is built, with any widths.
         path: a Lightning checkpoint or a plain state dict saved with `torch.save`. A network inside a LightningModule is
-            found under whatever name it has there.
+            found under any name that it has there.
         map_location: as in `torch.load`.
 
     Returns:
@@ -88,17 +111,23 @@ def load(model: nn.Module, path: str | Path, map_location: Any = "cpu") -> nn.Mo
 
     Raises:
         RecordError: if the checkpoint is of another model; the message names what differs, and nothing has changed.
+
+    >>> from tempfile import TemporaryDirectory
+    >>> with TemporaryDirectory() as folder:
+    ...     torch.save(nn.Linear(3, 2).state_dict(), f"{folder}/weights.pt")
+    ...     load(nn.Linear(8, 8), f"{folder}/weights.pt")
+    Linear(in_features=3, out_features=2, bias=True)
     """
     found = torch.load(path, map_location=map_location, weights_only=True)
     whole = found["state_dict"] if isinstance(found, dict) and "state_dict" in found else found
     state, prefix = _own_part(set(model.state_dict()), whole, path)
-    fit_shapes(model, state, note=note_for(found, prefix))
+    fit_shapes(model, state, record=find_record(found, prefix))
     model.load_state_dict(state)
     return model
 
 
-def note_for(found: Any, prefix: str = "") -> dict[str, Any] | None:
-    """The note in a file's contents, for the part behind a prefix; None if there is none.
+def find_record(found: Any, prefix: str = "") -> dict[str, Any] | None:
+    """The state of a `WidthRecord` in a file's contents, for the part of the model behind a prefix; None if there is none.
 
     Args:
         found: a Lightning checkpoint, or a state dict.
@@ -106,17 +135,18 @@ def note_for(found: Any, prefix: str = "") -> dict[str, Any] | None:
     """
     # Callbacks that average weights put their own under "state_dict", without metadata.
     places = [found.get(key) for key in ("state_dict", "current_model_state")] if "state_dict" in found else [found]
-    return next((note for note in (_noted(each, prefix) for each in places) if note is not None), None)
+    records = (_record_in_metadata(each, prefix) for each in places)
+    return next((record for record in records if record is not None), None)
 
 
-def _noted(state: Any, prefix: str) -> dict[str, Any] | None:
-    """The note in a state dict's metadata, with the names that the part behind a prefix has by itself."""
+def _record_in_metadata(state: Any, prefix: str) -> dict[str, Any] | None:
+    """The record in a state dict's metadata, its names without the prefix; entries of other parts are left out."""
     for root, metadata in state_dict_metadata(state).items():
-        if NOTE in metadata:
+        if RECORD_KEY in metadata:
             start = f"{root}." if root else ""
-            note = metadata[NOTE]
-            numbers = [[start + path, name, value] for path, name, value in note["numbers"]]
-            buffers = {start + name: tensor for name, tensor in note["buffers"].items()}
+            record = metadata[RECORD_KEY]
+            numbers = [[start + path, name, value] for path, name, value in record["numbers"]]
+            buffers = {start + name: tensor for name, tensor in record["buffers"].items()}
             return {
                 "numbers": [
                     [path.removeprefix(prefix), name, value]
@@ -155,23 +185,23 @@ def _refuse_others(own: set[str], state: set[str], what: str) -> None:
 
 
 def fit_shapes(
-    model: nn.Module, state: Mapping[str, Any], prefix: str = "", note: Mapping[str, Any] | None = None
+    model: nn.Module, state: Mapping[str, Any], prefix: str = "", record: Mapping[str, Any] | None = None
 ) -> None:
     """Give every parameter and buffer the shape that it has in a state dict, and update the modules' attributes.
 
-    Contents are undefined afterwards, until the state is loaded. Shapes that already fit are left alone.
+    What a reshaped tensor holds is undefined until the state is loaded. Tensors of the right shape are left as they are.
 
     Args:
         model: the model to reshape.
-        state: a state dict; other entries are passed over.
+        state: a state dict; entries that the model does not have are ignored.
         prefix: of the model's names in it.
-        note: what the state dict does not say, from `Note.read`.
+        record: what depends on widths and is not in the state dict, from `WidthRecord.state_dict`.
 
     Raises:
         RecordError: if a tensor has another number of axes there, or shapes that no change of widths leads to; nothing
             has changed then.
     """
-    hidden = (note or {}).get("buffers", {})
+    hidden = (record or {}).get("buffers", {})
     planned = _shapes_there(model, prefix, {**state, **{prefix + name: tensor for name, tensor in hidden.items()}})
     updates: list[tuple[nn.Module, dict[str, Any]]] = []
     for path, module in model.named_modules():
@@ -180,7 +210,7 @@ def fit_shapes(
         if any(shapes[name] != tuple(tensor.shape) for name, tensor in local.items()):
             updates.append((module, _numbers(f"{prefix}{path}." if path else prefix, module, shapes)))
     exchanges = [(t, _empty(t, shape)) for t, shape in planned.items() if shape != tuple(t.shape)]
-    _apply_numbers(model, note)
+    _apply_numbers(model, record)
     for tensor, value in exchanges:
         exchange(tensor, value, None)
     for module, found in updates:
@@ -192,8 +222,8 @@ def fit_shapes(
             model.get_buffer(name).copy_(value)
 
 
-def _apply_numbers(model: nn.Module, note: Mapping[str, Any] | None) -> None:
-    for path, name, value in (note or {}).get("numbers", ()):
+def _apply_numbers(model: nn.Module, record: Mapping[str, Any] | None) -> None:
+    for path, name, value in (record or {}).get("numbers", ()):
         try:
             module = model.get_submodule(path)
         except AttributeError:
@@ -203,7 +233,7 @@ def _apply_numbers(model: nn.Module, note: Mapping[str, Any] | None) -> None:
 
 
 def _shapes_there(model: nn.Module, prefix: str, state: Mapping[str, Any]) -> dict[Tensor, tuple[int, ...]]:
-    """The shape of every tensor that the state dict has; of a tied one under any of its names, as files may drop others."""
+    """The shape in the state dict of every tensor that it has. A tied one may have any of its names there."""
     found: dict[Tensor, tuple[int, ...]] = {}
     named = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
     for name, tensor in named:
@@ -245,12 +275,12 @@ def reshape_before_load(
     strict: bool = False,
     *unused: Any,
 ) -> None:
-    """A `register_load_state_dict_pre_hook`: the model takes the widths of whatever is loaded into it.
+    """A load-state-dict pre-hook that gives the module the widths of the state dict before it is loaded.
 
     A top-level function, so that a model that carries it can still be pickled and copied.
 
     Raises:
-        RecordError: if the state dict is of another model and widths differ too; nothing has changed then.
+        RecordError: if the state dict is of another model and its widths differ too; nothing has changed then.
     """
     own = module.state_dict()
     if strict and any(
@@ -261,14 +291,14 @@ def reshape_before_load(
         tied = {name for name, tensor in named if id(tensor) in saved}
         there = {name.removeprefix(prefix) for name in state if name.startswith(prefix)}
         _refuse_others(set(own) - (tied - there), there, "What is loaded")
-    fit_shapes(module, state, prefix, local_metadata.get(NOTE))
+    fit_shapes(module, state, prefix, local_metadata.get(RECORD_KEY))
 
 
 def _both(own: Any, state: Mapping[str, Any], name: str) -> bool:
     return isinstance(own, Tensor) and isinstance(state.get(name), Tensor)
 
 
-def let_load_reshape(module: nn.Module) -> None:
-    """Register `reshape_before_load` on a module, once."""
+def register_reshape_before_load(module: nn.Module) -> None:
+    """Register `reshape_before_load` on a module, unless it is registered already."""
     if reshape_before_load not in load_state_dict_pre_hooks(module):
         module.register_load_state_dict_pre_hook(reshape_before_load)

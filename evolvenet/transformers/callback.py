@@ -14,7 +14,7 @@ from evolvenet.engine.evolution_callback import EvolutionCallback
 from evolvenet.engine.evolver import Evolver
 from evolvenet.errors import MissingPackageError, PolicyError, TraceError, UnsupportedStrategyError
 from evolvenet.execution.call_recorder import CallRecorder
-from evolvenet.surgery.checkpoint import fit_shapes, let_load_reshape
+from evolvenet.surgery.checkpoint import fit_shapes, register_reshape_before_load
 
 try:
     from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -65,19 +65,19 @@ class WidthEvolutionCallback(EvolutionCallback, TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **unused: Any
     ) -> None:
         """Let the model take a checkpoint's widths: the trainer loads one before training begins."""
-        let_load_reshape(model)
+        register_reshape_before_load(model)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **unused: Any
     ) -> None:
         """Refuse what cannot work, and take up where a checkpoint was written."""
         _refuse_several_devices(args)
-        let_load_reshape(model)
+        register_reshape_before_load(model)
         self._stop_recording()
         self.evolver, self._inputs, self._timer = None, self.example_inputs, EventTimer(self.schedule)
         self._resumed = _evolver_state(state)
         if self._resumed is not None:
-            fit_shapes(model, {}, note=self._resumed["note"])
+            fit_shapes(model, {}, record=self._resumed["note"])
 
     def on_step_begin(
         self,
@@ -141,7 +141,7 @@ class WidthEvolutionCallback(EvolutionCallback, TrainerCallback):
         self._stop_recording()
         if args.load_best_model_at_end and state.best_model_checkpoint is not None:
             best = TrainerState.load_from_json(str(Path(state.best_model_checkpoint, "trainer_state.json")))
-            fit_shapes(model, {}, note=(_evolver_state(best) or {}).get("note"))
+            fit_shapes(model, {}, record=(_evolver_state(best) or {}).get("note"))
 
     def _start(self, model: nn.Module, optimizer: Optimizer, state: TrainerState) -> None:
         inner = _unwrapped(optimizer)

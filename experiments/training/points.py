@@ -18,7 +18,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from evolvenet.measurement.cost import macs
-from evolvenet.surgery.checkpoint import fit_shapes, note_for
+from evolvenet.surgery.checkpoint import find_record, fit_shapes
 from experiments.training.classifier import Classifier
 
 
@@ -81,7 +81,7 @@ class Points(lightning.Callback):
         self._began = time.perf_counter()
         if self._resumed is not None:
             past = frozen(pl_module.model)
-            fit_shapes(past, self._resumed, note=note_for(self._resumed))
+            fit_shapes(past, self._resumed, record=find_record(self._resumed))
             past.load_state_dict(self._resumed)
             self._set_teacher(pl_module, past)
             self._resumed = None

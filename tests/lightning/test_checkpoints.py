@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import evolvenet
 from evolvenet import IndexMap, resize
 from evolvenet.errors import RecordError
-from evolvenet.surgery.checkpoint import NOTE, Note, let_load_reshape
+from evolvenet.surgery.checkpoint import RECORD_KEY, WidthRecord, register_reshape_before_load
 from tests.helpers.averages import weight_averaging
 from tests.helpers.cases import CASES, Case, distance, graph_of, outputs
 from tests.helpers.paths import ROOT
@@ -127,8 +127,8 @@ def test_a_checkpoint_in_the_first_batch_after_a_resume_knows_what_shapes_do_not
     with pytest.raises(MemoryError):
         Run(tmp_path, [Breaks(), keeper], ckpt=tmp_path / "end.ckpt", max_epochs=4, enable_checkpointing=True)
     states = [torch.load(tmp_path / name, weights_only=True) for name in ("end.ckpt", "broken.ckpt")]
-    notes = [state["state_dict"]._metadata[""][NOTE] for state in states]
-    assert_same(*notes)
+    records = [state["state_dict"]._metadata[""][RECORD_KEY] for state in states]
+    assert_same(*records)
 
 
 def test_every_way_of_loading_takes_the_widths(tmp_path: Path) -> None:
@@ -241,18 +241,18 @@ def test_a_second_fit_goes_on(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_a_state_dict_with_a_note_carries_what_shapes_do_not_say(case: Case, tmp_path: Path) -> None:
+def test_a_state_dict_with_a_width_record_restores_what_shapes_do_not_show(case: Case, tmp_path: Path) -> None:
     """Numbers of the model's own code and buffers that are not persistent."""
     model, graph = case.model(seed=3), graph_of(case)
     maps = {name: IndexMap.keep(range(1, size), size) for name, size in graph.sizes.items()
             if size - 1 >= graph.widths[name].smallest}  # fmt: skip
     graph = resize(model, graph, maps)
     outer, other = nn.ModuleDict({"inner": model}), nn.ModuleDict({"inner": case.model()})
-    handle = Note.of(model, graph, "inner").register(outer)
+    handle = WidthRecord.of(model, graph, "inner").register(outer)
     torch.save(outer.state_dict(), tmp_path / "file.pt")
     handle.remove()
     state = torch.load(tmp_path / "file.pt", weights_only=True)
-    let_load_reshape(other)
+    register_reshape_before_load(other)
     other.load_state_dict(state)
     assert distance(outputs(other["inner"], case.inputs()), outputs(model, case.inputs())) == 0
     alone = evolvenet.load(case.model(), tmp_path / "file.pt")
