@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -59,8 +60,9 @@ class IndexMap:
         >>> IndexMap.of([1, 0, -1], size=2).new_size
         3
         """
-        values = indices.tolist() if isinstance(indices, Tensor) else indices
-        return cls(tuple(int(index) for index in values), int(size))
+        if isinstance(indices, Tensor):
+            indices = cast("list[int]", indices.tolist())  # pyright: ignore[reportUnknownMemberType]
+        return cls(tuple(int(index) for index in indices), int(size))
 
     @classmethod
     def keep(cls, indices: Iterable[int] | Tensor, size: int) -> IndexMap:
@@ -216,7 +218,8 @@ def laid_out_as(tensor: Tensor, out: Tensor) -> Tensor:
 
 def _strides(tensor: Tensor, axes: Sequence[int]) -> tuple[int, ...]:
     """Of a tensor of this shape that lies in memory in this order of axes."""
-    found, step = {}, 1
+    found: dict[int, int] = {}
+    step = 1
     for axis in reversed(axes):
         found[axis] = step
         step *= tensor.shape[axis]

@@ -8,7 +8,9 @@ from torch import Tensor, nn
 def named_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str], frozenset[str]]:
     """Every parameter and floating-point buffer once by its first name, the other names, and which are parameters."""
     first: dict[int, str] = {}
-    tensors, aliases, trainable = {}, {}, set()
+    tensors: dict[str, Tensor] = {}
+    aliases: dict[str, str] = {}
+    trainable: set[str] = set()
     entries = [(n, t, True) for n, t in model.named_parameters(remove_duplicate=False)]
     entries += [(n, t, False) for n, t in model.named_buffers(remove_duplicate=False) if t.is_floating_point()]
     for name, tensor, is_parameter in entries:

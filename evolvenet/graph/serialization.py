@@ -44,8 +44,9 @@ def from_state_dict(state: Mapping[str, Any]) -> WidthGraph:
     widths: dict[str, Width] = {}
     for entry in state["widths"]:
         # Graphs saved by earlier versions have a step of 1 besides.
-        given = {key: value for key, value in entry.items() if key != "step"}
-        widths[entry["name"]] = Width(**{**given, "ties": (), "patches": tuple(map(tuple, entry["patches"]))})
+        given: dict[str, Any] = {key: value for key, value in entry.items() if key != "step"}
+        given |= {"ties": (), "patches": tuple((path, attribute) for path, attribute in entry["patches"])}
+        widths[entry["name"]] = Width(**given)
     layouts = {
         name: {dim: tuple(Segment(*part) for part in segments) for dim, segments in axes}
         for name, axes in state["layouts"].items()

@@ -136,7 +136,7 @@ class WidthGraph:
     layouts: Mapping[str, Mapping[int, tuple[Segment, ...]]]
     shapes: Mapping[str, tuple[int, ...]]
     trainable: frozenset[str]
-    aliases: Mapping[str, str] = field(default_factory=dict)
+    aliases: Mapping[str, str] = field(default_factory=dict[str, str])
 
     @property
     def resizable(self) -> tuple[Width, ...]:
@@ -157,16 +157,9 @@ class WidthGraph:
     def coverage(self) -> float:
         """Share of the parameters that lie in at least one resizable width, 0 … 1."""
         total = self.parameters
-        covered = sum(self._inside(name, {width.name for width in self.resizable}) for name in self.trainable)
+        chosen = set(self.sizes)
+        covered = sum(_entries_in(chosen, self.shapes[name], self.layouts[name]) for name in self.trainable)
         return covered / total if total else 0.0
-
-    def _inside(self, name: str, chosen: set[str]) -> int:
-        shape = self.shapes[name]
-        outside = 1
-        for dim, length in enumerate(shape):
-            segments = self.layouts[name].get(dim, ())
-            outside *= length - sum(part.length for part in segments if part.width in chosen)
-        return math.prod(shape) - outside
 
     def check(self, maps: Mapping[str, IndexMap]) -> dict[str, IndexMap]:
         """The maps under the widths' own names, after refusing what cannot be done.
@@ -261,7 +254,7 @@ class WidthGraph:
             ResizeError: if no width has one of the names.
         """
         sizes = {self.widths[name].name: size for name, size in sizes.items()}
-        found = {}
+        found: dict[str, int] = {}
         for name in self.shapes if names is None else names:
             found[name] = 1
             for dim, length in enumerate(self.shapes[name]):
@@ -319,6 +312,14 @@ class WidthGraph:
         return "\n".join(line.rstrip() for line in lines)
 
 
+def _entries_in(chosen: set[str], shape: tuple[int, ...], axes: Mapping[int, tuple[Segment, ...]]) -> int:
+    """Number of entries of a tensor that lie in at least one of the chosen widths."""
+    outside = 1
+    for dim, length in enumerate(shape):
+        outside *= length - sum(part.length for part in axes.get(dim, ()) if part.width in chosen)
+    return math.prod(shape) - outside
+
+
 def _part_map(part: Segment, maps: Mapping[str, IndexMap]) -> IndexMap:
     index_map = None if part.width is None else maps.get(part.width)
     return IndexMap.identity(part.length) if index_map is None else index_map.repeat(part.repeat)
@@ -354,18 +355,15 @@ def assemble(
                     role = roles.get((tensor, dim), FOLLOWS)
                     ties[part.width].append(Tie(tensor, dim, start, part.repeat, role))
                 start += part.length
-    graph = WidthGraph(
-        Widths({name: replace(width, ties=tuple(ties[name])) for name, width in bare.items()}),
-        layouts,
-        shapes,
-        trainable,
-        aliases,
-    )
-    counted = {
+    widths = {
         name: replace(
             width,
-            parameters=sum(graph._inside(tensor, {name}) for tensor in {t.tensor for t in width.ties} & trainable),
+            ties=tuple(ties[name]),
+            parameters=sum(
+                _entries_in({name}, shapes[tensor], layouts[tensor])
+                for tensor in {tie.tensor for tie in ties[name]} & trainable
+            ),
         )
-        for name, width in graph.widths.items()
+        for name, width in bare.items()
     }
-    return replace(graph, widths=Widths(counted))
+    return WidthGraph(Widths(widths), layouts, shapes, trainable, aliases)

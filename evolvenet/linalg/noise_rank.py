@@ -4,6 +4,9 @@ A fresh random layer has a full spectrum too. Both rules ask what a matrix of pu
 directions that it does not explain.
 """
 
+# scipy has no stubs.
+# pyright: reportMissingTypeStubs=false, reportAttributeAccessIssue=false, reportUnknownLambdaType=false
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 from __future__ import annotations
 
 import math

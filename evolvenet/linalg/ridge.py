@@ -7,6 +7,8 @@ A problem consists of two halves of samples, even and odd. With X the inputs, R 
 λ is taken from `RIDGES`: solved on the even half, compared on the odd one; the solution is then computed on both.
 """
 
+# The functions of torch.linalg have no types.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 from __future__ import annotations
 
 import math

@@ -1,5 +1,7 @@
 """Singular spectra of weights and what they say: energy shares, effective and stable rank, units for an energy."""
 
+# The functions of torch.linalg and torch.special have no types.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 from __future__ import annotations
 
 from collections.abc import Sequence

@@ -1,5 +1,7 @@
 """A model reshaped to the widths of a checkpoint, and the record of what shapes in a state dict do not show."""
 
+# nn.Module.named_modules and its hooks have no return types.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 from __future__ import annotations
 
 from collections.abc import Mapping

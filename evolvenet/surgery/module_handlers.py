@@ -21,6 +21,8 @@ from typing import Any
 from torch import nn
 from torch.nn.utils.parametrize import ParametrizationList
 
+# Private in torch, public in `_compat`: pyright goes by the name that torch gives them.
+# pyright: reportPrivateUsage=false
 from evolvenet._compat.torch import ConvNd, ConvTransposeNd, NormBase, WeightNorm, renew_flat_weights
 from evolvenet.errors import ResizeError
 

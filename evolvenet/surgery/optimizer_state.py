@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import singledispatch
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -157,7 +157,7 @@ class StatePlan:
 
     optimizer: Optimizer
     states: Mapping[Tensor, dict[str, Any]]
-    attributes: Mapping[str, Any] = field(default_factory=dict)
+    attributes: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
 
 @singledispatch
@@ -363,8 +363,11 @@ def _fitting(optimizer: Optimizer, key: str, entry: Any, shape: Sequence[int], n
 
 
 def _holds_tensors(entry: Any) -> bool:
-    parts = entry.values() if isinstance(entry, Mapping) else entry if isinstance(entry, (list, tuple)) else ()
-    return any(isinstance(part, Tensor) or _holds_tensors(part) for part in parts)
+    if isinstance(entry, Mapping):
+        entry = list(cast("Mapping[Any, Any]", entry).values())
+    if not isinstance(entry, (list, tuple)):
+        return False
+    return any(isinstance(part, Tensor) or _holds_tensors(part) for part in cast("Sequence[Any]", entry))
 
 
 @torch.no_grad()

@@ -1,5 +1,7 @@
 """Width changes on a model: compiled into frozen data by a pure function, then installed by one that mutates."""
 
+# nn.Module.named_modules and torch.sparse_coo_tensor have no full types.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
@@ -72,7 +74,7 @@ def compile_surgery(model: nn.Module, graph: WidthGraph, maps: Mapping[str, Inde
     """
     tensors, _, _ = named_tensors(model)
     axis_maps = graph.axis_maps(maps)
-    changes = []
+    changes: list[TensorChange] = []
     for name, axes in axis_maps.items():
         tensor = tensors.get(name)
         if not isinstance(tensor, Tensor) or tuple(tensor.shape) != graph.shapes[name]:

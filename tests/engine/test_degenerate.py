@@ -303,12 +303,12 @@ def test_widths_of_one_unit_are_not_offered() -> None:
 def test_one_of_many_equal_units_is_enough(case: Case) -> None:
     """Copies of one unit stand in for each other exactly; one of them is enough."""
     model, graph, inputs = case.model(), graph_of(case), samples(case)
+    name = next(iter(graph.sizes))
     with torch.no_grad():
-        for name in list(graph.sizes)[:1]:
-            for tie in graph.widths[name].ties:
-                if tie.role != "consumes":
-                    tensor: Any = dict([*model.named_parameters(), *model.named_buffers()])[tie.tensor]
-                    tensor.copy_(tensor[:1].expand_as(tensor).clone())
+        for tie in graph.widths[name].ties:
+            if tie.role != "consumes":
+                tensor: Any = dict([*model.named_parameters(), *model.named_buffers()])[tie.tensor]
+                tensor.copy_(tensor[:1].expand_as(tensor).clone())
     expected = outputs(model, inputs)
     assert rank(evolvenet.spectra(model, graph, [inputs])[name]) == 1
     evolvenet.prune(model, graph, {name: 1}, [inputs])

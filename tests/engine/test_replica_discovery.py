@@ -77,7 +77,7 @@ class Teacher(User):
         out = self(batch[0]) if self.call == "self" else self.net(batch[0])
         return nn.functional.cross_entropy(out, batch[1]) + 0.1 * nn.functional.mse_loss(out, goal)
 
-    def on_train_batch_end(self, *args: Any) -> None:
+    def on_train_batch_end(self, *args: Any, **_: Any) -> None:
         with torch.no_grad():
             for kept, new in zip(self.teacher.parameters(), self.net.parameters(), strict=True):
                 kept.lerp_(new, 0.3)
@@ -98,7 +98,7 @@ class Average(User):
         super().__init__()
         self.ema = AveragedModel(self.net)
 
-    def on_train_batch_end(self, *args: Any) -> None:
+    def on_train_batch_end(self, *args: Any, **_: Any) -> None:
         self.ema.update_parameters(self.net)
 
 
@@ -161,7 +161,7 @@ class Pair(User):
         self.net = nn.Sequential(self.encoder, self.projector)
         self.slow_encoder, self.slow_projector = deepcopy(self.encoder), deepcopy(self.projector)
 
-    def on_train_batch_end(self, *args: Any) -> None:
+    def on_train_batch_end(self, *args: Any, **_: Any) -> None:
         for slow, fast in ((self.slow_encoder, self.encoder), (self.slow_projector, self.projector)):
             for kept, new in zip(slow.parameters(), fast.parameters(), strict=True):
                 kept.data.lerp_(new.data, 0.3)
@@ -239,7 +239,7 @@ class Keeps(lightning.Callback):
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         self.ema = deepcopy(pl_module.net)
 
-    def on_train_batch_end(self, trainer: Any, pl_module: Any, *rest: Any) -> None:
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *rest: Any, **_: Any) -> None:
         for kept, new in zip(self.ema.parameters(), pl_module.net.parameters(), strict=True):
             kept.data.lerp_(new.data, 0.3)
 
@@ -251,7 +251,7 @@ class Hides(User):
         super().__init__()
         self.hidden = [deepcopy(self.net)]
 
-    def on_train_batch_end(self, *args: Any) -> None:
+    def on_train_batch_end(self, *args: Any, **_: Any) -> None:
         for kept, new in zip(self.hidden[0].parameters(), self.net.parameters(), strict=True):
             kept.data.lerp_(new.data, 0.3)
 
@@ -276,7 +276,7 @@ def test_a_failed_event_reverts_the_replica_too(tmp_path: Path) -> None:
 class Draws(lightning.Callback):
     """Dropout's random numbers, which Lightning does not keep, by the step."""
 
-    def on_train_batch_start(self, trainer: Any, pl_module: Any, *rest: Any) -> None:
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, *rest: Any, **_: Any) -> None:
         torch.manual_seed(trainer.global_step)
 
 
@@ -288,7 +288,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(kind: type[User], tmp_path: Path
         def on_before_zero_grad(self, optimizer: Any) -> None:
             kind.on_train_batch_end(self, None, None, self.trainer.global_step)
 
-        def on_train_batch_end(self, *args: Any) -> None:
+        def on_train_batch_end(self, *args: Any, **_: Any) -> None:
             pass
 
     keeper = ModelCheckpoint(tmp_path, every_n_train_steps=1, save_top_k=-1, filename="{step}")

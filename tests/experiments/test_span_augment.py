@@ -22,7 +22,7 @@ class Seen(lightning.Callback):
     def __init__(self) -> None:
         self.augments: list[Augment] = []
 
-    def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+    def on_train_batch_end(self, trainer: Any, *_args: Any, **_kwargs: Any) -> None:
         self.augments.append(trainer.datamodule.augment)
 
 

@@ -85,7 +85,7 @@ class Watch(lightning.Callback):
     def __init__(self, variant: str, evolution: WidthEvolution) -> None:
         self.variant, self.evolution, self.compared = variant, evolution, 0
 
-    def on_train_batch_end(self, trainer: Any, pl_module: Any, *rest: Any) -> None:
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *rest: Any, **_: Any) -> None:
         if self.variant.startswith("other"):
             return
         mine = processes.fingerprint(pl_module)
@@ -94,7 +94,7 @@ class Watch(lightning.Callback):
         assert len(set(found)) == 1, f"step {trainer.global_step}: {found}"
         self.compared += 1
 
-    def on_train_batch_start(self, trainer: Any, pl_module: Any, *rest: Any) -> None:
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, *rest: Any, **_: Any) -> None:
         if trainer.global_step != 9 or trainer.global_rank != (0 if self.variant == "fails on rank 0" else 1):
             return
         if self.variant in ("fails on one rank", "fails on rank 0"):

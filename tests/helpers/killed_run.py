@@ -64,14 +64,14 @@ class Progress(lightning.Callback):
 
         return watched
 
-    def on_train_start(self, trainer: lightning.Trainer, *rest: Any) -> None:
+    def on_train_start(self, trainer: lightning.Trainer, *rest: Any, **_: Any) -> None:
         self.note(phase=TRAINING, done=trainer.global_step)
         os.write(self.pipe, b"!")
 
-    def on_train_batch_end(self, trainer: lightning.Trainer, *rest: Any) -> None:
+    def on_train_batch_end(self, trainer: lightning.Trainer, *rest: Any, **_: Any) -> None:
         self.note(done=trainer.global_step, own=self.own + 1)
 
-    def on_train_end(self, *args: Any) -> None:
+    def on_train_end(self, *args: Any, **_: Any) -> None:
         self.note(phase=IDLE)
 
 
@@ -82,7 +82,7 @@ class Epochs(lightning.Callback):
     the epoch were over: resumed from there it begins the epoch anew, and does not load the loader's state.
     """
 
-    def on_train_batch_start(self, trainer: lightning.Trainer, *rest: Any) -> None:
+    def on_train_batch_start(self, trainer: lightning.Trainer, *rest: Any, **_: Any) -> None:
         progress: Any = trainer.fit_loop.epoch_progress
         for counts in (progress.total, progress.current):
             counts.ready = counts.started = counts.processed + 1

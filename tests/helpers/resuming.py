@@ -28,7 +28,7 @@ class Randomness(lightning.Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.state = state_dict["cpu"]
 
-    def on_train_start(self, *args: Any) -> None:
+    def on_train_start(self, *args: Any, **_: Any) -> None:
         if hasattr(self, "state"):
             torch.random.set_rng_state(self.state)
 

@@ -192,7 +192,7 @@ def test_the_model_pickles_and_copies_afterwards(tmp_path: Path) -> None:
 
 def test_nan_weights_at_an_event_are_survived(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     class Breaks(lightning.Callback):
-        def on_train_batch_end(self, trainer: Any, pl_module: Any, *rest: Any) -> None:
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, *rest: Any, **_: Any) -> None:
             if trainer.global_step == 12:
                 pl_module.net[0].weight.data[0, 0] = float("nan")
 

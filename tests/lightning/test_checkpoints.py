@@ -117,7 +117,7 @@ def test_no_event_is_lost_between_the_steps_of_several_optimizers(tmp_path: Path
 class Breaks(lightning.Callback):
     """The first batch fails."""
 
-    def on_before_backward(self, *args: Any) -> None:
+    def on_before_backward(self, *args: Any, **_: Any) -> None:
         raise MemoryError
 
 

@@ -176,6 +176,7 @@ def test_random_kills_lose_nothing_and_change_nothing(
     """A third of them in each of three runs, which save differently; more runs if a phase was missed."""
     moments = random.Random(2)
     hits: list[dict[str, Any]] = []
+    phases: set[bytes] = set()
     for number, keeper in enumerate(islice(cycle(KEEPERS), 30)):
         run = Run(forks, wholes, tmp_path / str(number), keeper, epochs)
         hits += run.to_the_end(moments, kills // len(KEEPERS))

@@ -84,7 +84,7 @@ def test_a_cut_average_is_as_good_as_before(tmp_path: Path) -> None:
     seen: list[tuple[float, float]] = []
 
     class Watch(lightning.Callback):
-        def on_train_batch_start(self, trainer: Any, pl_module: Any, *rest: Any) -> None:
+        def on_train_batch_start(self, trainer: Any, pl_module: Any, *rest: Any, **_: Any) -> None:
             average = averaging._average_model
             if average is not None and trainer.global_step:
                 seen.append((trainer.global_step, loss(average.module)))

@@ -64,7 +64,7 @@ class Net(lightning.LightningModule):
 class Checks(lightning.Callback):
     """After every batch: what the optimizers hold fits."""
 
-    def on_train_batch_end(self, trainer: Any, pl_module: Any, *rest: Any) -> None:
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *rest: Any, **_: Any) -> None:
         check_fits(trainer.optimizers)
 
 
@@ -344,7 +344,7 @@ def test_frozen_groups_stay_frozen_and_decay_groups_apart(tmp_path: Path) -> Non
         def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
             seen.append((pl_module.net[0].weight, pl_module.net[0].weight.detach().clone()))
 
-        def on_train_batch_end(self, trainer: Any, pl_module: Any, *rest: Any) -> None:
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, *rest: Any, **_: Any) -> None:
             assert torch.equal(*seen[-1])
 
     def make(model: Any) -> torch.optim.Optimizer:

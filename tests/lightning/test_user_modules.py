@@ -271,7 +271,7 @@ def test_what_is_copied_or_pickled_while_listening_is_deaf(tmp_path: Path) -> No
     copies: list[Any] = []
 
     class Copies(lightning.Callback):
-        def on_train_batch_end(self, trainer: Any, pl_module: Any, *rest: Any) -> None:
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, *rest: Any, **_: Any) -> None:
             hooks = list(pl_module._forward_pre_hooks.values())
             if hooks:
                 copies.append(deepcopy(hooks[-1]))

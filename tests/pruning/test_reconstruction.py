@@ -175,9 +175,9 @@ def test_fewer_samples_are_run_the_larger_they_are(entries: int, samples: int) -
 
     class Watched(nn.Sequential):
         # Not by a hook: what hooks write down in such a run is put back.
-        def forward(self, x: Tensor) -> Tensor:
-            type(self).seen.append(len(x))  # type: ignore[attr-defined]
-            return super().forward(x)
+        def forward(self, input: Tensor) -> Tensor:
+            type(self).seen.append(len(input))  # type: ignore[attr-defined]
+            return super().forward(input)
 
     model = Watched(nn.Linear(3, 6), nn.ReLU(), nn.Linear(6, 2))
     Watched.seen = []  # type: ignore[attr-defined]
