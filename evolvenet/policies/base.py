@@ -221,6 +221,41 @@ def judged_metric(policy: object) -> str | None:
     return metric
 
 
+def check_proposals(proposals: Mapping[str, Proposal], graph: WidthGraph) -> dict[str, Proposal]:
+    """The proposals by the widths' own names, after refusing those for a width that is unknown or frozen.
+
+    Args:
+        proposals: what `Policy.propose` returned; a width may go by any name that `graph.widths` accepts.
+        graph: the widths.
+
+    Raises:
+        PolicyError: for the first unknown or frozen width, and for a width that was named twice.
+
+    >>> import torch
+    >>> from evolvenet import trace
+    >>> graph = trace(torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Linear(8, 2)), torch.zeros(1, 4))
+    >>> check_proposals({"0": Proposal(4, "half")}, graph)
+    {'0': Proposal(size=4, reason='half')}
+    """
+    found: dict[str, Proposal] = {}
+    for name, proposal in proposals.items():
+        width = graph.widths[name] if name in graph.widths else None  # noqa: SIM401  what raises in get is no KeyError
+        if width is None:
+            problem = "which is no width"
+        elif width.frozen is not None:
+            problem = f"which is frozen ({width.frozen})"
+        elif width.name in found:
+            problem = f"another name of {width.name!r}, which has a proposal already"
+        else:
+            found[width.name] = proposal
+            continue
+        raise PolicyError(
+            f"Policy: expected at most one proposal for each resizable width, got one for {name!r}, {problem}. "
+            f"Take the names from context.graph.sizes: {', '.join(graph.sizes) or 'none'}."
+        )
+    return found
+
+
 def enlarged(statistics: WidthStatistics, growth: float) -> int:
     """The size of a width after it grew by a share of itself, rounded up.
 

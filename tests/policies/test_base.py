@@ -12,7 +12,7 @@ from torch import nn
 
 from evolvenet import Budget, Evolver, Front, PolicyError, Price, Proposal, Threshold, Tolerance, WidthEvolution
 from evolvenet.measurement.width_spectra import WidthStatistics
-from evolvenet.policies.base import Judgement, PolicyContext, judged_metric
+from evolvenet.policies.base import Judgement, PolicyContext, check_proposals, judged_metric
 from evolvenet.tracing.trace import trace
 from tests.helpers.runs import Batches, Classifier, fresh, trainer
 
@@ -194,3 +194,39 @@ def test_an_event_in_which_the_policy_looks_at_nothing_measures_nothing(monkeypa
     event = made.step()
     assert event.skipped is None
     assert event.effective_rank == {}
+
+
+class Residual(nn.Module):
+    """A width with two names, `first` and `second`, and the frozen width of the output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.last = nn.Linear(4, 6), nn.Linear(6, 6), nn.Linear(6, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.first(x)
+        return self.last(x + torch.relu(self.second(x)))
+
+
+HALF = Proposal(3, "half")
+
+
+@pytest.mark.parametrize(
+    ("names", "got"),
+    [
+        (["frist"], "got one for 'frist', which is no width"),
+        (["first", "last"], r"got one for 'last', which is frozen \(.+\)"),
+        (["first", "second"], "got one for 'second', another name of 'first', which has a proposal already"),
+    ],
+    ids=["unknown", "frozen", "twice"],
+)
+def test_a_proposal_that_no_width_can_take_is_refused_with_the_names_that_can(names: list[str], got: str) -> None:
+    graph = trace(Residual(), torch.zeros(1, 4))
+    with pytest.raises(PolicyError, match=rf"expected .* resizable width, {got}\. Take the names .*: first\."):
+        check_proposals(dict.fromkeys(names, HALF), graph)
+
+
+def test_a_proposal_under_another_name_of_a_width_counts_for_the_width() -> None:
+    graph = trace(Residual(), torch.zeros(1, 4))
+    assert check_proposals({"second": HALF}, graph) == {"first": HALF}
+    assert check_proposals({}, graph) == {}
