@@ -66,10 +66,10 @@ def test_threads_that_import_at_once_all_get_it(tmp_path: Path) -> None:
 def test_a_matching_torchvision_is_left_alone(tmp_path: Path) -> None:
     lines = run_script(
         "import sys\nbefore = list(sys.meta_path)\n"
-        "import evolvenet\nfrom evolvenet import _compat\n_compat.mend_torchvision()\n"
+        "import evolvenet\nfrom evolvenet._compat import torchvision as compat\ncompat.mend_torchvision()\n"
         "assert len(sys.meta_path) == len(before) + 1, 'a second call adds nothing'\n"
         "import torchvision, torch\n"
-        "assert sys.meta_path == before and not _compat._libraries\n"
+        "assert sys.meta_path == before and not compat._libraries\n"
         "assert not hasattr(torch.ops.torchvision, 'qnms')\n",
         fake_torchvision(tmp_path, MATCHING),
     )
