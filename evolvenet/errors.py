@@ -1,4 +1,4 @@
-"""The errors a user can meet. Each message says what was expected, what was got, where, and the remedy.
+"""All errors that EvolveNet raises. Each message states what was expected, what was got, where, and the remedy.
 
 `stage` marks the steps of an event, so that whatever fails in one carries its name.
 """
@@ -46,15 +46,15 @@ class UnsupportedStrategyError(EvolveNetError, RuntimeError):
 
 
 class ValidationError(EvolveNetError, RuntimeError):
-    """A model was not what it should be after a change of its widths; the change was taken back."""
+    """A model failed a check after a change of its widths; the change was undone."""
 
 
 class SkippedEvent(EvolveNetError, RuntimeError):  # noqa: N818  no error: the event is put off
-    """Nothing can be measured at the moment (NaN weights, too few samples): the event is left out, the next may do."""
+    """An event cannot be measured (NaN weights, too few samples): it is skipped, a later one may succeed."""
 
 
 class RankMismatchError(EvolveNetError, RuntimeError):
-    """Processes that train one model do not agree on it. Not survived: they would train different networks."""
+    """The processes of a run have different models. Always raised: going on, they would train different networks."""
 
 
 class MissingPackageError(EvolveNetError, ImportError):
@@ -83,7 +83,7 @@ def stage(name: str) -> Iterator[None]:
 
 
 def stage_boundary(name: str, entering: bool) -> None:
-    """Called where a stage begins and where it has ended. It does nothing: tests replace it, to make a stage fail there."""
+    """Called where a stage begins and where it has ended. It does nothing; tests replace it, so that a stage fails there."""
 
 
 def stage_of(error: BaseException) -> str | None:

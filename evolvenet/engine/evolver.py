@@ -232,7 +232,7 @@ class Evolver:
             "pending_cut": self._pending_cut.state_dict() if self._pending_cut else None,
             # A cut may have to be taken back before the first batch of a resumed run.
             "example": [
-                x for x in (self.example_inputs,) if self._pending_cut and self._pending_cut.past and is_plain(x)
+                x for x in (self.example_inputs,) if self._pending_cut and self._pending_cut.snapshot and is_plain(x)
             ],
         }
 
@@ -311,7 +311,7 @@ class Evolver:
             raise SkippedEvent(
                 "Expected at least one observed batch to measure on, got none. Call observe(batch) first."
             )
-        if self._pending_cut and self._pending_cut.past:
+        if self._pending_cut and self._pending_cut.snapshot:
             return {}, {}
         measured: dict[str, WidthStatistics] = {}
 

@@ -1,4 +1,4 @@
-"""Snapshots of a network in training, with its widths and optimizer state, and the way back to one."""
+"""Snapshots of a network in training, with its widths and optimizer state, and the return to one."""
 
 from __future__ import annotations
 
@@ -53,8 +53,8 @@ class Snapshot:
         """Restore everything. Replicas that are not in the snapshot get the model's weights.
 
         Raises:
-            RecordError, OptimizerStateError: if the model or an optimizer is not the one that it was. Some of it may have been
-                restored then: another snapshot, taken before, leads back.
+            RecordError, OptimizerStateError: if the model or an optimizer is another one than in the snapshot. Part of it may
+                have been restored then: restore a snapshot taken before the call.
         """
         networks = [*self.networks, *[self.networks[0]] * (1 + len(copies) - len(self.networks))]
         for network, values in zip((model, *copies), networks, strict=False):
@@ -64,7 +64,7 @@ class Snapshot:
                 for name, value in values.items():
                     tensors[name].copy_(value)
         for optimizer, state in zip(optimizers, self.states, strict=True):
-            # With the groups as they are now: schedulers go on from there.
+            # The groups stay as they are now, so that schedulers continue.
             groups = optimizer.state_dict()["param_groups"]
             optimizer.load_state_dict({"state": copy.deepcopy(dict(state)), "param_groups": groups})
             validate_state(optimizer)
@@ -122,32 +122,37 @@ class PendingCut:
     """The state of a policy that judges its cuts, and while one is pending a snapshot of the network before it.
 
     Args:
-        policy: judges.
+        policy: whose state is kept, and which judges the cut.
     """
 
     def __init__(self, policy: JudgingPolicy) -> None:
         self.policy = policy
         self.state: Any = None
-        self.past: Snapshot | None = None
+        self.snapshot: Snapshot | None = None
 
-    def record(self, past: Snapshot | None, widths: Sequence[str]) -> None:
-        """Make these changes pending, with a snapshot from before them; None and () if an event changed nothing."""
-        if self.past is None:
-            self.state, self.past = self.policy.record(self.state, widths), past
+    def record(self, snapshot: Snapshot | None, widths: Sequence[str]) -> None:
+        """Record the result of an event: where no cut is pending, its changes become the pending cut.
+
+        Args:
+            snapshot: from before the changes; None if the event changed nothing.
+            widths: names of the widths that it changed.
+        """
+        if self.snapshot is None:
+            self.state, self.snapshot = self.policy.record(self.state, widths), snapshot
 
     def judge(self, value: float) -> tuple[Judgement, Snapshot | None]:
         """The policy's judgement after a validation, and the snapshot to restore if the pending cut is undone."""
-        judgement, past = self.policy.judge(self.state, value), self.past
+        judgement, snapshot = self.policy.judge(self.state, value), self.snapshot
         self.state = judgement.state
         if judgement.verdict != "wait":
-            self.past = None
-        return judgement, past if judgement.verdict == "undo" else None
+            self.snapshot = None
+        return judgement, snapshot if judgement.verdict == "undo" else None
 
     def state_dict(self) -> dict[str, Any]:
         """Plain data and tensors, for a checkpoint."""
-        return {"state": self.state, "past": None if self.past is None else self.past.state_dict()}
+        return {"state": self.state, "past": None if self.snapshot is None else self.snapshot.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what `state_dict` returned."""
         self.state = state["state"]
-        self.past = None if state["past"] is None else Snapshot.from_state_dict(state["past"])
+        self.snapshot = None if state["past"] is None else Snapshot.from_state_dict(state["past"])

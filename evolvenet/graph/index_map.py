@@ -97,7 +97,7 @@ class IndexMap:
 
     @classmethod
     def identity(cls, size: int) -> IndexMap:
-        """Change nothing."""
+        """The map that changes nothing."""
         return cls(tuple(range(size)), size)
 
     @classmethod
@@ -121,7 +121,7 @@ class IndexMap:
 
     @property
     def new_units(self) -> tuple[int, ...]:
-        """Positions, in the new order, of the units that come from nowhere."""
+        """Positions of the new units, in the new order."""
         return tuple(position for position, index in enumerate(self.indices) if index == NEW_UNIT)
 
     @property
@@ -136,7 +136,7 @@ class IndexMap:
         return self.indices == tuple(range(self.size))
 
     def then(self, later: IndexMap) -> IndexMap:
-        """The one map that does this change and `later` after it.
+        """The composition: this change and `later` after it as one map.
 
         Raises:
             IndexMapError: if `later` does not start at this map's `new_size`.
@@ -187,7 +187,7 @@ class IndexMap:
                 f"IndexMap.apply: expected axis {dim} to have {self.size} entries, got a tensor of shape {tuple(tensor.shape)}."
             )
         if tensor.is_meta:
-            # A trial needs the shape alone, and index ops on tensors without data are a third of what it costs.
+            # Trials use the shape alone, and index ops on tensors without data would take a third of their time.
             out = tensor.new_empty(
                 [self.new_size if d == dim % tensor.dim() else n for d, n in enumerate(tensor.shape)]
             )
@@ -202,7 +202,7 @@ class IndexMap:
 def laid_out_as(tensor: Tensor, out: Tensor) -> Tensor:
     """`out` in the memory format of `tensor`.
 
-    By the strides: with one channel, or one place, `is_contiguous` is true of both formats, while convolutions go by the strides.
+    Strides are compared: with one channel, or one place, `is_contiguous` is true of both formats, and convolutions use strides.
 
     >>> depthwise = torch.zeros(6, 1, 3, 3).to(memory_format=torch.channels_last)
     >>> laid_out_as(depthwise, torch.zeros(4, 1, 3, 3)).stride()
@@ -217,7 +217,7 @@ def laid_out_as(tensor: Tensor, out: Tensor) -> Tensor:
 
 
 def _strides(tensor: Tensor, axes: Sequence[int]) -> tuple[int, ...]:
-    """Of a tensor of this shape that lies in memory in this order of axes."""
+    """The strides of a tensor of this shape whose axes are stored in this order, the outermost first."""
     found: dict[int, int] = {}
     step = 1
     for axis in reversed(axes):

@@ -1,4 +1,4 @@
-"""A `WidthGraph` as plain data and back, so that a resumed run continues with the graph that it had."""
+"""A `WidthGraph` as plain data and back, so that a resumed run continues with the same graph."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def from_state_dict(state: Mapping[str, Any]) -> WidthGraph:
     """The graph that `to_state_dict` was called on."""
     widths: dict[str, Width] = {}
     for entry in state["widths"]:
-        # Graphs saved by earlier versions have a step of 1 besides.
+        # Graphs that earlier versions saved also have "step", always 1.
         given: dict[str, Any] = {key: value for key, value in entry.items() if key != "step"}
         given |= {"ties": (), "patches": tuple((path, attribute) for path, attribute in entry["patches"])}
         widths[entry["name"]] = Width(**given)
@@ -62,7 +62,7 @@ def from_state_dict(state: Mapping[str, Any]) -> WidthGraph:
 
 
 def check_fits(graph: WidthGraph, model: nn.Module, besides: Container[str] = ()) -> None:
-    """Refuse a graph that is not a model's, `besides` some tensors that need not fit yet.
+    """Raise if the shapes in a graph are not those of a model's tensors; the tensors named in `besides` are not compared.
 
     Raises:
         RecordError: naming the tensors that differ.

@@ -1,4 +1,4 @@
-"""`WidthGraph` and `Width`: the immutable answer of a trace, and how it changes when widths do."""
+"""`WidthGraph` and `Width`: the immutable result of a trace, and the graph after a change of widths."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ class Segment:
 
 @dataclass(frozen=True)
 class Tie:
-    """One place where a width shows: places `start … start + size · repeat − 1` of axis `dim` of a tensor.
+    """One occurrence of a width: places `start … start + size · repeat − 1` of axis `dim` of a tensor.
 
-    `role` is "produces" (the axis makes the units: rows of a dense or conv weight), "consumes" (the axis
-    reads them: columns) or "follows" (biases, norm parameters and buffers, depthwise kernels, embeddings added on).
+    `role` is "produces" (an output axis of a weight: rows of a dense or conv weight), "consumes" (an input axis: columns) or
+    "follows" (biases, norm parameters and buffers, depthwise kernels, embeddings added on).
     """
 
     tensor: str
@@ -53,18 +53,19 @@ class Tie:
 
 @dataclass(frozen=True)
 class Width:
-    """A set of units that are born and removed together wherever they show.
+    """A set of units, each of which is kept or removed in all of the tensor axes where the width occurs.
 
     Args:
         name: path of the first module, in execution order, that produces it.
         size: number of units.
         frozen: None, or the reason why it cannot be resized.
         parameters: number of parameters that lie in it (each weight entry counted once).
-        ties: every tensor axis that it shows in.
+        ties: every tensor axis in which it occurs.
         mixed: None, or the op that mixes units with each other (layer norm, a mean over the units); growing then
             cannot keep the function exactly.
         smallest: the fewest units it can have (two where the units are the groups of a grouped layer).
-        patches: (module path, attribute) of the Python numbers that follow its size, in proportion.
+        patches: (module path, attribute) of Python numbers of the model's own code that are proportional to its size; a
+            resize rescales them.
     """
 
     name: str
@@ -78,17 +79,17 @@ class Width:
 
     @property
     def step(self) -> int:
-        """How many units come and go together: always 1, so that every size from `smallest` on is possible."""
+        """The granularity of its sizes: always 1, so every size from `smallest` on is possible."""
         return 1
 
     @property
     def producers(self) -> tuple[Tie, ...]:
-        """The ties whose axis makes the units."""
+        """The ties with role "produces"."""
         return tuple(tie for tie in self.ties if tie.role == PRODUCES)
 
     @property
     def consumers(self) -> tuple[Tie, ...]:
-        """The ties whose axis reads the units."""
+        """The ties with role "consumes"."""
         return tuple(tie for tie in self.ties if tie.role == CONSUMES)
 
 
@@ -122,7 +123,7 @@ class Widths(Mapping[str, Width]):
 
 @dataclass(frozen=True)
 class WidthGraph:
-    """Which units a model has, where each one shows, and which of them may change.
+    """The widths of a model, the tensor axes in which each occurs, and which of them can be resized.
 
     Args:
         widths: every width found, the frozen ones included.
@@ -162,14 +163,14 @@ class WidthGraph:
         return covered / total if total else 0.0
 
     def check(self, maps: Mapping[str, IndexMap]) -> dict[str, IndexMap]:
-        """The maps under the widths' own names, after refusing what cannot be done.
+        """The maps under the widths' own names, once it is clear that each can be applied.
 
         Raises:
             ResizeError: for an unknown or frozen width, a map made for another size, or too small a size.
         """
         checked: dict[str, IndexMap] = {}
-        for asked, index_map in maps.items():
-            width = self.widths[asked]
+        for given, index_map in maps.items():
+            width = self.widths[given]
             if width.frozen is not None:
                 raise ResizeError(f"Width {width.name!r} is frozen and keeps its {width.size} units: {width.frozen}.")
             if index_map.size != width.size:
@@ -183,13 +184,13 @@ class WidthGraph:
                 )
             if width.name in checked:
                 raise ResizeError(
-                    f"Width {width.name!r} was named twice ({asked!r} is another name of it). Name it once."
+                    f"Width {width.name!r} was named twice ({given!r} is another name of it). Name it once."
                 )
             checked[width.name] = index_map
         return checked
 
     def axis_maps(self, maps: Mapping[str, IndexMap]) -> dict[str, dict[int, IndexMap]]:
-        """What `{width: map}` means for every tensor: {tensor: {axis: map}}, unchanged axes left out.
+        """The maps of tensor axes that follow from maps of widths: {tensor: {axis: map}}, unchanged axes left out.
 
         Raises:
             ResizeError: as `check`.
@@ -280,7 +281,7 @@ class WidthGraph:
 
     def __rich__(self) -> Table:
         """The table that rich prints: `rich.print(graph)`. Frozen widths are dim; `str(graph)` is the plain text."""
-        # Imported here because rich is not needed for anything else.
+        # rich is an optional package, needed only here.
         from rich.box import SIMPLE_HEAD
         from rich.table import Table
         from rich.text import Text
@@ -295,7 +296,7 @@ class WidthGraph:
         for width in self.widths.values():
             cells = [width.name, str(width.size), f"{width.parameters:,}", _roles(width)]
             style = "dim" if width.frozen else ""
-            # As text: a reason may quote code, in which rich would take brackets for its own.
+            # As text: a reason may quote code, and rich would parse brackets in a plain string as styles.
             table.add_row(*map(Text, [*cells, width.frozen or ""]), style=style)
         return table
 
@@ -326,7 +327,7 @@ def _part_map(part: Segment, maps: Mapping[str, IndexMap]) -> IndexMap:
 
 
 def _roles(width: Width) -> str:
-    """How many axes make, read and follow the units: "3 produce, 1 consumes, 8 follow"."""
+    """Number of ties of each role: "3 produce, 1 consumes, 8 follow"."""
     counts = Counter(tie.role for tie in width.ties)
     roles = [(counts[role], role) for role in (PRODUCES, CONSUMES, FOLLOWS) if counts[role]]
     return ", ".join(f"{count} {role if count == 1 else role.removesuffix('s')}" for count, role in roles)
@@ -345,7 +346,7 @@ def assemble(
     aliases: Mapping[str, str],
     roles: Mapping[tuple[str, int], str],
 ) -> WidthGraph:
-    """Build a graph from widths without ties: the ties and parameter counts are read off the layouts."""
+    """Build a graph from widths without ties: the ties and parameter counts are computed from the layouts."""
     ties: dict[str, list[Tie]] = {name: [] for name in bare}
     for tensor, axes in layouts.items():
         for dim, segments in axes.items():

@@ -1,7 +1,7 @@
 """How many singular values stand out of noise: the EVBMF rank and the Gavish-Donoho threshold.
 
-A fresh random layer has a full spectrum too. Both rules ask what a matrix of pure noise would look like and count the
-directions that it does not explain.
+A random matrix has a full spectrum too. Both rules estimate the noise from the spectrum and count the singular
+values above the threshold that follows from it.
 """
 
 # scipy has no stubs.
@@ -28,7 +28,7 @@ def evbmf_rank(values: Values, rows: int, columns: int) -> int:
 
     The global solution is analytic but for the noise variance, which is found by a bounded search in one dimension. From
     Nakajima, Sugiyama, Babacan and Tomioka, "Global analytic solution of fully-observed variational Bayesian matrix
-    factorization", Journal of Machine Learning Research 14, 2013, in the simpler form and with the bounds of Nakajima,
+    factorization", Journal of Machine Learning Research 14, 2013, in the form and with the bounds of Nakajima,
     Tomioka, Sugiyama and Babacan, "Condition for perfect dimensionality recovery by variational Bayesian PCA", Journal of
     Machine Learning Research 16, 2015.
 
@@ -61,7 +61,7 @@ def evbmf_rank(values: Values, rows: int, columns: int) -> int:
 
 
 def signal_bound(alpha: float) -> float:
-    """From which γ²/(M·σ²) on variational Bayes keeps a direction: singular value γ, longer side M, noise variance σ².
+    """The γ²/(M·σ²) above which variational Bayes keeps a direction: singular value γ, longer side M, noise variance σ².
 
     (1 + τ)(1 + α/τ) with Φ(τ) + Φ(τ/α) = 0 and Φ(z) = log(z + 1)/z − ½, from Nakajima et al. (2015), see `evbmf_rank`.
     The approximation τ ≈ 2.5129·√α is exact for squares alone.
@@ -88,7 +88,7 @@ def signal_bound(alpha: float) -> float:
 def _check_ratio(ratio: float) -> None:
     if not 0 < ratio <= 1:
         raise SpectrumError(
-            f"Expected a ratio of sides above 0 and up to 1, got {ratio}. Divide the short by the long."
+            f"Expected a ratio of sides above 0 and up to 1, got {ratio}. Divide the shorter side by the longer one."
         )
 
 
@@ -106,7 +106,7 @@ def _noise_variance(energies: Tensor, alpha: float, least: float) -> float:
     most = max(min(math.ceil(count / (1 + alpha)) - 1, count - 1), 0)
     upper = float(energies.mean())
     lower = max(float(energies[most]) / least, float(energies[most:].mean()))
-    # Noise-free input has a flat end of zeros: any small variance says the same.
+    # Without noise the last values are 0, and any small variance gives the same rank.
     lower = max(min(lower, upper), upper * 1e-12)
     # There may be several valleys, one for each number of directions, and the upper end may be the deepest.
     grid = torch.logspace(math.log10(lower), math.log10(upper), SEARCHED, dtype=torch.float64).clamp(lower, upper)
@@ -123,7 +123,7 @@ def _noise_variance(energies: Tensor, alpha: float, least: float) -> float:
 
 
 def gavish_donoho_threshold(values: Values, rows: int, columns: int) -> float:
-    """The singular value below which noise of unknown strength hides more than it shows: ω(β) times the median.
+    """Threshold on singular values with the least mean squared error for noise of unknown strength: ω(β) times the median.
 
     From Gavish and Donoho, "The optimal hard threshold for singular values is 4/√3", IEEE Transactions on Information
     Theory 60(8), 2014, equation (11) with (4) and the median of the Marchenko-Pastur law.
@@ -145,8 +145,8 @@ def gavish_donoho_threshold(values: Values, rows: int, columns: int) -> float:
     made = _all_values(values, rows, columns)
     short, long = sorted((rows, columns))
     beta = short / long
-    known = math.sqrt(2 * (beta + 1) + 8 * beta / (beta + 1 + math.sqrt(beta**2 + 14 * beta + 1)))
-    return known / math.sqrt(marchenko_pastur_median(beta)) * float(made.quantile(0.5))
+    factor = math.sqrt(2 * (beta + 1) + 8 * beta / (beta + 1 + math.sqrt(beta**2 + 14 * beta + 1)))
+    return factor / math.sqrt(marchenko_pastur_median(beta)) * float(made.quantile(0.5))
 
 
 def marchenko_pastur_median(beta: float) -> float:
@@ -183,6 +183,6 @@ def _all_values(values: Values, rows: int, columns: int) -> Tensor:
     if rows < 1 or columns < 1 or len(made) != min(rows, columns):
         raise SpectrumError(
             f"Expected all {min(rows, columns)} singular values of a {rows} x {columns} matrix, got {len(made)}. "
-            "Noise is judged by the small ones: do not leave them out."
+            "The noise is estimated from the small ones: do not leave them out."
         )
     return made.sort(descending=True).values

@@ -12,7 +12,8 @@ RESIDUE = 1e-12
 def pivots(matrix: Tensor, count: int) -> list[int]:
     """Pivots of a Cholesky factorization: each next one has the largest diagonal entry of the remaining Schur complement.
 
-    For a second moment of units that is the part of its energy that linear prediction from the units before leaves.
+    For a matrix of second moments of units this entry is the squared error of the best linear prediction of the unit from
+    the units taken before it.
     From Harbrecht, Peters and Schneider, "On the low-rank approximation by the pivoted Cholesky decomposition", Applied
     Numerical Mathematics 62(4), 2012, algorithm 1.
 

@@ -1,4 +1,4 @@
-"""Ridge least squares of which the ridge is selected on held-out samples: every refit of a layer is solved here.
+"""Ridge least squares of which the ridge is selected on held-out samples: used by every refit of a layer.
 
 A problem consists of two halves of samples, even and odd. With X the inputs, R the residuals to be explained, it is
 
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 RIDGES = (math.inf, 1.0, 1e-1, 1e-2, 1e-4, 1e-6, 1e-10)
-"""λ, relative to the mean squared input. Of equal errors the first, largest one is selected; ∞ leaves the offset alone."""
+"""λ, relative to the mean squared input. Of equal errors the first, largest one is selected; with ∞ only the offset is fitted."""
 
 EVEN, ODD, ALL = (0,), (1,), (0, 1)
 """Halves of the samples."""

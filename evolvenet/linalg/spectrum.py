@@ -1,4 +1,4 @@
-"""Singular spectra of weights and what they say: energy shares, effective and stable rank, units for an energy."""
+"""Singular spectra of weights and figures derived from them: energy shares, effective and stable rank, units for an energy."""
 
 # The functions of torch.linalg and torch.special have no types.
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
@@ -38,7 +38,7 @@ def matricize(weight: Tensor, dim: int = 0, name: str = "weight") -> Tensor:
     if weight.dim() < 2:
         raise SpectrumError(
             f"{name}: expected a weight of two axes or more, got shape {tuple(weight.shape)}. "
-            "Biases and norm parameters have no spectrum; take the weight of the layer that makes the units."
+            "Biases and norm parameters have no spectrum; take the weight of the layer that produces the units."
         )
     if not -weight.dim() <= dim < weight.dim():
         raise SpectrumError(f"{name}: expected an axis of shape {tuple(weight.shape)}, got dim={dim}.")
@@ -104,7 +104,7 @@ def joint_spectrum(matrices: Sequence[Tensor], name: str = "matrices") -> Tensor
 def output_values(matrix: Tensor, moment: Tensor, name: str = "weight") -> Tensor:
     """Singular values of a layer's output: those of W·S^½, S being the second moment of its input.
 
-    The spectrum of the weight alone counts directions that the input never takes.
+    Unlike the spectrum of the weight alone it does not count directions in which the input has no energy.
 
     Args:
         matrix: `[units, columns]`, from matricize.
@@ -125,7 +125,7 @@ def output_values(matrix: Tensor, moment: Tensor, name: str = "weight") -> Tenso
     if matrix.dim() != 2 or tuple(moment.shape) != (matrix.shape[1],) * 2:
         raise SpectrumError(
             f"{name}: expected a matrix [units, columns] and a moment [columns, columns], got {tuple(matrix.shape)} and "
-            f"{tuple(moment.shape)}. Gather the moment of what the layer reads, patches for a convolution."
+            f"{tuple(moment.shape)}. Take the moment of the layer's input, of its patches for a convolution."
         )
     rows, inner = _computable(matrix, name).double(), _computable(moment, f"{name}'s moment").to(matrix.device).double()
     # Scaled first, products neither overflow nor vanish.
@@ -135,14 +135,14 @@ def output_values(matrix: Tensor, moment: Tensor, name: str = "weight") -> Tenso
 
 
 def residual_operator(first: Tensor, second: Tensor) -> Tensor:
-    """The weight of the linear part of a residual block, x + B∗(A∗x): the identity is what A and B alone leave out.
+    """The weight of the linear part of a residual block, x + B∗(A∗x): the identity included.
 
     Args:
         first: A, `[mid, in, k…]` or dense `[mid, in]`; odd extents, stride 1, "same" padding.
         second: B, `[in, mid, l…]` of as many axes.
 
     Returns:
-        `[in, in, k + l − 1, …]`: both kernels convolved, with 1 added at the centre of each channel's own place.
+        `[in, in, k + l − 1, …]`: both kernels convolved, with 1 added at the centre of the kernel from each channel to itself.
 
     Raises:
         SpectrumError: if the shapes do not compose, or an extent is even (it has no centre).
@@ -214,7 +214,7 @@ def effective_rank(values: Values) -> float:
 
 
 def stable_rank(values: Values) -> float:
-    """Energy over the energy of the strongest direction, ‖W‖²_F / ‖W‖²₂: a rank that small directions hardly move.
+    """Energy over the energy of the strongest direction, ‖W‖²_F / ‖W‖²₂: a rank that hardly depends on small directions.
 
     From Rudelson and Vershynin, "Sampling from large matrices", Journal of the ACM 54(4), 2007.
 
@@ -259,7 +259,7 @@ def units_for_energy(values: Values, lost: float) -> int:
 
 
 def _computable(weight: Tensor, name: str) -> Tensor:
-    """The weight detached, in a type that linear algebra knows, after refusing what has no spectrum."""
+    """The weight detached, as float32 or float64, after refusing what has no spectrum."""
     if not weight.is_floating_point() or not weight.numel():
         raise SpectrumError(
             f"{name}: expected floating-point entries, got {weight.dtype} of shape {tuple(weight.shape)}. "

@@ -1,7 +1,7 @@
 """The record of a run as a table in the terminal, and as one HTML page with its picture inside.
 
 HTML rather than Markdown: one file holds text and picture, any browser opens it, and it can be sent as it is.
-The picture also lies beside it as `history.png`. Needs the extra `experiments` (matplotlib, rich), loaded only here.
+The picture also lies beside it as `history.png`. Needs the extra `report` (matplotlib, rich), imported only here.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ td.number { text-align: right; } img { width: 100%; }
 
 
 class ReportError(EvolveNetError, ImportError):
-    """A package that reports need is not installed."""
+    """A package of the extra `report` is not installed."""
 
 
 def write_report(
@@ -56,12 +56,12 @@ def write_report(
     """Write `report.html`, self-contained, and `history.png` into a directory.
 
     Args:
-        history: what the evolver recorded.
-        directory: made if it is not there.
+        history: of the evolver.
+        directory: created if it does not exist.
         title: heading of the page.
         metrics: curves to draw under the parameters, each a list of (training step, value).
         facts: further lines of the table, name → text, such as a test accuracy.
-        pictures: further ones, heading → figure.
+        pictures: further pictures, heading → figure.
 
     Returns:
         The path of `report.html`.
@@ -110,7 +110,7 @@ def _page(
 
 
 def summary_rows(history: History, facts: Mapping[str, str] | None = None) -> list[tuple[str, str, str, str]]:
-    """What a run came to, line by line: name, start, end, change.
+    """The result of a run as rows of name, start, end, change.
 
     Parameters and multiply-accumulates first, then every width, then `facts` (in the column of the end).
 
@@ -219,7 +219,7 @@ def _draw_widths(panel: Axes, history: History, end: int) -> None:
         sizes = [event.sizes.get(name, history.initial.sizes[name]) for event in timeline]
         color = colors(0.05 + 0.9 * place / max(len(names) - 1, 1))
         label = f"{name}  {sizes[0]} → {sizes[-1]}"
-        # Widths of equal size would hide each other.
+        # Curves of equal sizes would cover each other.
         placed = _lifted(panel, min(0.9, 10 / len(names)) * (len(names) / 2 - place))
         panel.step(steps, [*sizes, sizes[-1]], where="post", color=color, linewidth=1.5, label=label, transform=placed)
     panel.set_yscale("log", base=2)
@@ -290,5 +290,5 @@ def _need(module: str) -> ModuleType | Any:
         return importlib.import_module(module)
     except ImportError as error:
         raise ReportError(
-            f"Report: {module.partition('.')[0]} is not installed ({error}). pip install 'evolvenet[experiments]'"
+            f"Report: {module.partition('.')[0]} is not installed ({error}). pip install 'evolvenet[report]'"
         ) from error

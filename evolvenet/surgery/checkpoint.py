@@ -1,4 +1,4 @@
-"""A model reshaped to the widths of a checkpoint, and the record of what shapes in a state dict do not show."""
+"""A model reshaped to the widths of a checkpoint, and a record of what depends on widths and is not in a state dict."""
 
 # nn.Module.named_modules and its hooks have no return types.
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
@@ -191,7 +191,7 @@ def fit_shapes(
 ) -> None:
     """Give every parameter and buffer the shape that it has in a state dict, and update the modules' attributes.
 
-    What a reshaped tensor holds is undefined until the state is loaded. Tensors of the right shape are left as they are.
+    The entries of a reshaped tensor are undefined until the state is loaded. Tensors of the right shape are left as they are.
 
     Args:
         model: the model to reshape.

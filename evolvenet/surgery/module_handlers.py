@@ -1,11 +1,11 @@
-"""What a module type must have updated when a width changes: one registration per type, no ladder.
+"""Updates of a module that depend on its type, when a width changes: one registered function per type.
 
-`attributes` says which Python numbers a module keeps about its shapes (`in_features`, `groups`, …) and what they become;
-`new_unit_value` what a new unit entry of a tensor starts from; `refresh` what else must be renewed once the tensors have
-changed. A type that is not registered keeps no such numbers as far as we know: the proof of every width, by running
-the resized model, shows whether that is true, and freezes the width if it is not.
+`attributes` returns the new values of attributes that repeat a module's shapes (`in_features`, `groups`, …);
+`new_unit_value` the value with which entries of new units are filled; `refresh` recomputes whatever else a module derives
+from its tensors. A type that is not registered is assumed to have no such attributes: the trace verifies every width by
+running the resized model, and freezes it where that fails.
 
-To teach EvolveNet a module of your own::
+To register a module type of your own::
 
     @evolvenet.surgery.module_handlers.attributes.register
     def _(module: MyLayer, shapes):
@@ -39,7 +39,7 @@ def attributes(module: nn.Module, shapes: Shapes) -> dict[str, Any]:
         shapes: the shapes that its own tensors will have.
 
     Returns:
-        {attribute: new value}; empty for a type that keeps none.
+        {attribute: new value}; empty for a type without any.
 
     Raises:
         ResizeError: if the type cannot have these shapes.
@@ -122,7 +122,7 @@ def _(module: nn.RNNBase, shapes: Shapes) -> dict[str, Any]:
     hidden = shapes["weight_hr_l0" if module.proj_size else "weight_hh_l0"][1]
     projected = shapes["weight_hr_l0"][0] if module.proj_size else 0
     if projected >= hidden:
-        # Equal sizes look to torch like no projection at all.
+        # torch takes equal sizes for a module without projection.
         raise ResizeError(
             f"{type(module).__name__} projects {hidden} hidden units onto {projected}: expected more hidden units than "
             "projected ones. Resize the other of the two first."
@@ -130,9 +130,9 @@ def _(module: nn.RNNBase, shapes: Shapes) -> dict[str, Any]:
     size = shapes["weight_ih_l0"][1]
     rows, state = GATES[module.mode] * hidden, projected or hidden
     for layer in range(module.num_layers):
-        reads = state * (1 + module.bidirectional) if layer else size
+        inputs = state * (1 + module.bidirectional) if layer else size
         for end in (f"_l{layer}", f"_l{layer}_reverse"):
-            expected = {"weight_ih": (rows, reads), "weight_hh": (rows, state), "weight_hr": (projected, hidden)}
+            expected = {"weight_ih": (rows, inputs), "weight_hh": (rows, state), "weight_hr": (projected, hidden)}
             expected |= {"bias_ih": (rows,), "bias_hh": (rows,)}
             _agree(module, shapes, {name + end: shape for name, shape in expected.items()})
     return {"input_size": size, "hidden_size": hidden, "proj_size": projected}
@@ -163,17 +163,17 @@ GATES = {"LSTM": 4, "GRU": 3, "RNN_TANH": 1, "RNN_RELU": 1}
 
 
 def _agree(module: nn.Module, shapes: Shapes, expected: Shapes) -> None:
-    """Refuse tensors that no module of this type has beside each other."""
+    """Raise if the shapes of a module's tensors do not fit together."""
     for name, shape in expected.items():
         if name in shapes and tuple(shapes[name]) != tuple(shape):
             raise ResizeError(
                 f"{type(module).__name__}: expected {name} of shape {tuple(shape)} beside its other tensors, got "
-                f"{tuple(shapes[name])}. Only widths can change, and all that carries one must change with it."
+                f"{tuple(shapes[name])}. Only widths can change, and every tensor of a width changes with it."
             )
 
 
 def _groups(module: nn.Module, groups: int, channels: int, new_channels: int) -> int:
-    """Whole groups come and go, so the channels of one group stay as many as they are."""
+    """The new number of groups: whole groups are added and removed, the channels of each group stay as many."""
     if groups == 1:
         return 1
     each = channels // groups
@@ -187,7 +187,7 @@ def _groups(module: nn.Module, groups: int, channels: int, new_channels: int) ->
 
 @singledispatch
 def new_unit_value(module: nn.Module, name: str, dim: int) -> float:
-    """What new unit places along axis `dim` of the module's tensor `name` start from: 0, so that nothing changes yet."""
+    """Value of new units' entries along axis `dim` of the module's tensor `name`: 0, which keeps the outputs as they are."""
     return 0.0
 
 
@@ -201,17 +201,17 @@ def _(module: nn.Module, name: str, dim: int) -> float:
 
 @new_unit_value.register
 def _(module: ParametrizationList, name: str, dim: int) -> float:
-    # A direction of length 0 has no direction: 0/0. Its own length, original0, is 0, so nothing changes yet.
+    # A direction of length 0 would be normalised to 0/0. The new unit's length, original0, is 0, so the outputs stay the same.
     normed = module[0] if len(module) else None
     return 1.0 if isinstance(normed, WeightNorm) and name == "original1" and dim == normed.dim else 0.0
 
 
 @singledispatch
 def refresh(module: nn.Module) -> None:
-    """Renew what a module derives from its tensors; nothing for most types."""
+    """Recompute what a module derives from its tensors; nothing for most types."""
 
 
 @refresh.register
 def _(module: nn.RNNBase) -> None:
-    # It computes with a plain list of its parameters, in which one that was exchanged would leave the old one, silently.
+    # It computes with a list of its parameters, in which a parameter that was exchanged would stay the old one, without an error.
     renew_flat_weights(module)

@@ -1,4 +1,4 @@
-"""Optimizer state through index maps: a kept unit keeps its momenta, a new unit starts as one that was always there."""
+"""Optimizer state through index maps: kept units keep their entries, new units get momenta of 0 and mean second moments."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from evolvenet.graph.index_map import NEW_UNIT, IndexMap
 
 
 class Change(Protocol):
-    """What is about to happen to one parameter; `surgery.TensorChange` is one."""
+    """The planned change of one parameter; `evolvenet.surgery.resize_model.TensorChange` is one."""
 
     @property
     def tensor(self) -> Tensor:
@@ -49,7 +49,7 @@ class Rule:
     """How one key of an optimizer's state follows its parameter.
 
     Args:
-        carry: makes the new entry from the old one.
+        carry: computes the new entry from the old one.
         reduced: the axis, counted from the end, along which the entry holds one value for all (Adafactor's factors).
         exact: whether the entry must have the parameter's shape (but for `reduced`); otherwise any axis may be reduced.
     """
@@ -71,7 +71,7 @@ class Rule:
 
 
 def _stays(entry: Tensor, axes: Mapping[int, IndexMap], change: Change, group: Mapping[str, Any]) -> Tensor:
-    """Not an entry for each weight: a step count, a schedule."""
+    """An entry that is not one value per weight: a step count, a schedule."""
     return entry
 
 
@@ -83,15 +83,14 @@ def _zeros(entry: Tensor, axes: Mapping[int, IndexMap], change: Change, group: M
 
 
 def _means(entry: Tensor, axes: Mapping[int, IndexMap], change: Change, group: Mapping[str, Any]) -> Tensor:
-    """New units start at the mean of the survivors: 0 under an old step count would make first updates far too large."""
+    """New units start at the mean of the kept units: 0 with the old step count would make the first updates far too large."""
     for dim, index_map in axes.items():
         moved = index_map.apply(entry, dim)
         if index_map.new_units:
-            survivors = [index for index in index_map.indices if index != NEW_UNIT] or list(range(index_map.size))
-            kept = entry.index_select(dim, torch.tensor(survivors, device=entry.device))
-            mean = kept.mean(dim, keepdim=True)
-            born = torch.tensor(index_map.new_units, device=entry.device)
-            moved.index_copy_(dim, born, mean.repeat_interleave(len(born), dim))
+            kept = [index for index in index_map.indices if index != NEW_UNIT] or list(range(index_map.size))
+            mean = entry.index_select(dim, torch.tensor(kept, device=entry.device)).mean(dim, keepdim=True)
+            new_units = torch.tensor(index_map.new_units, device=entry.device)
+            moved.index_copy_(dim, new_units, mean.repeat_interleave(len(new_units), dim))
         entry = moved
     return entry
 
@@ -104,27 +103,27 @@ def _rates(entry: Tensor, axes: Mapping[int, IndexMap], change: Change, group: M
 
 
 def _values(entry: Tensor, axes: Mapping[int, IndexMap], change: Change, group: Mapping[str, Any]) -> Tensor:
-    """ASGD's average of weights: new units start at their own new value, the others move as far as their weight does."""
+    """ASGD's average of weights: new units start at their new weights, the others change by as much as their weights."""
     value = change.value.detach().to(entry.device, entry.dtype)
     moved = _zeros(entry, axes, change, group) + (value - _mapped(change).to(entry.device, entry.dtype))
     return _with_new_units(moved, axes, value)
 
 
 def _mapped(change: Change) -> Tensor:
-    """The parameter's value as the maps alone would make it, new units 0."""
+    """The parameter's value after the maps alone, new units 0."""
     return _zeros(change.tensor.detach(), change.axes, change, {})
 
 
 def _with_new_units(entry: Tensor, axes: Mapping[int, IndexMap], source: Tensor) -> Tensor:
     """The entry, changed in place, with the new units of `source`."""
     for dim, index_map in axes.items():
-        born = torch.tensor(index_map.new_units, dtype=torch.int64, device=entry.device)
-        entry.index_copy_(dim, born, source.index_select(dim, born))
+        new_units = torch.tensor(index_map.new_units, dtype=torch.int64, device=entry.device)
+        entry.index_copy_(dim, new_units, source.index_select(dim, new_units))
     return entry
 
 
 def _by_sign(entry: Tensor, axes: Mapping[int, IndexMap], change: Change, group: Mapping[str, Any]) -> Tensor:
-    """A key that no rule names: what is never negative is a second moment, the rest a momentum."""
+    """A key without a rule: an entry without negative values is carried as a second moment, any other as a momentum."""
     magnitudes = entry.is_floating_point() and not bool((entry < 0).any())
     return (_means if magnitudes else _zeros)(entry, axes, change, group)
 
@@ -162,23 +161,23 @@ class StatePlan:
 
 @singledispatch
 def compile_state(optimizer: Optimizer, changes: Sequence[Change]) -> StatePlan:
-    """The optimizer's state as it must be after the parameters have changed. Nothing is touched.
+    """The optimizer's state for the parameters after their change. Nothing is modified.
 
-    Survivors keep their entries exactly, a split unit's are copied. New units: momenta 0, second moments the mean of the
-    survivors along the new unit axis, Rprop's step sizes the learning rate, ASGD's averages the new values; step
-    counts stay. Keys that `RULES` does not name are treated as second moments if no entry is negative, else as momenta.
-    An optimizer that stores its state in another way gets its own function by `compile_state.register(TheClass)`.
+    Kept units keep their entries exactly, those of a split unit are copied. Entries of new units: 0 in momenta, the mean of the
+    kept units in second moments, the learning rate in Rprop's step sizes, the new weights in ASGD's averages. Step counts
+    stay. Keys that `RULES` does not have are carried as second moments if no entry is negative, else as momenta. An optimizer
+    that stores its state in another way gets its own function by `compile_state.register(TheClass)`.
 
-    A reader that a compensation has rewritten keeps the slice as well, not the weights' linear map of it: of
-    W' = W_kept + W_removed·M, where x_removed = M·x_kept, the gradient is δ·x_keptᵀ, which is the slice of the old one.
-    What makes the units then learns for the removed ones too, g_kept + Mᵀ·g_removed: its gradients grow, layer by
-    layer towards the input, and a sliced second moment is too small for them. So after a compensated cut, and after
-    nothing else, Adam and AdamW keep their estimates but count fewer steps behind them, as many as the first moment
-    remembers (10 at β₁ = 0.9): new gradients soon outweigh the old scale. What that is worth: experiments/compare/state.md.
+    The state of a consumer that was refitted after a cut is sliced too, and not mapped as its weights were: for
+    W' = W_kept + W_removed·M with x_removed = M·x_kept, the gradient is δ·x_keptᵀ, the slice of the old gradient. The gradient
+    of the producers becomes g_kept + Mᵀ·g_removed: gradients grow from layer to layer towards the input, and the sliced second
+    moments are too small for them. So after a cut with a refit, and only then, Adam and AdamW keep their estimates and reduce
+    their step count to 1/(1 − β₁), the memory of the first moment (10 at β₁ = 0.9): new gradients soon outweigh the old ones.
+    The effect on training is measured in experiments/compare/state.md.
 
     Args:
         optimizer: any `torch.optim.Optimizer`; parameters without state yet, or not its own, are passed over.
-        changes: what will happen to each tensor, while it still has its old shape.
+        changes: of each tensor, which still has its old shape.
 
     Returns:
         A plan for `apply_state`, to be applied before the optimizer steps again.
@@ -213,16 +212,17 @@ def _compiled(optimizer: Optimizer, changes: Sequence[Change]) -> StatePlan:
 @compile_state.register(AdamW)
 def _(optimizer: Adam, changes: Sequence[Change]) -> StatePlan:
     plan = _compiled(optimizer, changes)
-    if not plan.states or not _compensated(changes):
+    if not plan.states or not _is_refitted_cut(changes):
         return plan
     groups = {parameter: group for group in optimizer.param_groups for parameter in group["params"]}
     return replace(
-        plan, states={parameter: _forgetful(state, groups[parameter]) for parameter, state in plan.states.items()}
+        plan,
+        states={parameter: _with_fewer_steps(state, groups[parameter]) for parameter, state in plan.states.items()},
     )
 
 
-def _compensated(changes: Sequence[Change]) -> bool:
-    """Whether units went and what is left was rewritten to make up for them."""
+def _is_refitted_cut(changes: Sequence[Change]) -> bool:
+    """Whether units are removed and a remaining weight gets another value than its map gives."""
     cut = any(index_map.removed for change in changes for index_map in change.axes.values())
     return cut and not all(
         torch.equal(_with_new_units(_mapped(change).clone(), change.axes, change.value.detach()), change.value)
@@ -230,15 +230,15 @@ def _compensated(changes: Sequence[Change]) -> bool:
     )
 
 
-def _forgetful(state: dict[str, Any], group: Mapping[str, Any]) -> dict[str, Any]:
-    """Adam's state with the same estimates of both moments, as if fewer steps had made them."""
+def _with_fewer_steps(state: dict[str, Any], group: Mapping[str, Any]) -> dict[str, Any]:
+    """Adam's state with the same estimates of both moments, as after fewer steps."""
     if not isinstance(state.get("step"), Tensor):
         return state
     first, second = (float(beta) for beta in group["betas"])
     now, memory = float(state["step"]), max(1, round(1 / (1 - first)))
     if now <= memory:
         return state
-    # Adam divides the sums by these, so the estimates stay.
+    # Adam divides its moving averages by 1 − β^step, so the estimates stay.
     shares = {key: (1 - beta**memory) / (1 - beta**now) for key, beta in (("exp_avg", first), ("exp_avg_sq", second))}
     shares["max_exp_avg_sq"] = shares["exp_avg_sq"]
     made = {key: entry * shares[key] if key in shares else entry for key, entry in state.items()}
@@ -247,11 +247,11 @@ def _forgetful(state: dict[str, Any], group: Mapping[str, Any]) -> dict[str, Any
 
 @compile_state.register
 def _(optimizer: LBFGS, changes: Sequence[Change]) -> StatePlan:
-    """LBFGS lays all parameters in one flat vector: its curvature history starts anew, its count of evaluations stays."""
+    """LBFGS stores all parameters as one flat vector: its curvature history starts anew, its count of evaluations stays."""
     own = {parameter for group in optimizer.param_groups for parameter in group["params"]}
     if not any(change.tensor in own for change in changes):
         return StatePlan(optimizer, {})
-    # The first iteration, n_iter 0, is the one that needs no history.
+    # Only the first iteration, n_iter 0, uses no history.
     states = {
         parameter: {"func_evals": state.get("func_evals", 0), "n_iter": 0} for _, parameter, state in _states(optimizer)
     }
@@ -284,7 +284,7 @@ def apply_state(plan: StatePlan) -> StatePlan:
 
 @singledispatch
 def validate_state(optimizer: Optimizer) -> None:
-    """Check that every state tensor fits its parameter: fused optimizers do not, and write past the end.
+    """Check that every state tensor fits its parameter: fused optimizers do not check it and write past the end.
 
     Raises:
         OptimizerStateError: naming the first entry that does not fit.
@@ -332,7 +332,7 @@ def _assign(plan: StatePlan) -> None:
 
 
 def _rule(key: str, entry: Tensor, shape: Sequence[int]) -> Rule:
-    """The rule of an entry; a single number beside a parameter of another shape needs none."""
+    """The rule of an entry; for a single number beside a parameter of another shape, that of a scalar."""
     lone = entry.dim() == 0 or (entry.numel() == 1 and key not in RULES and tuple(entry.shape) != tuple(shape))
     if key in _SCALARS or lone:
         return _SCALAR
@@ -349,7 +349,8 @@ def _fitting(optimizer: Optimizer, key: str, entry: Any, shape: Sequence[int], n
         if _holds_tensors(entry):
             raise OptimizerStateError(
                 f"{type(optimizer).__name__}: expected {key!r} of {name} to be a tensor or a number, got a "
-                f"{type(entry).__name__} of tensors. Register how to carry it with optim.compile_state.register."
+                f"{type(entry).__name__} of tensors. Register a function for it with "
+                "evolvenet.surgery.optimizer_state.compile_state.register."
             )
         return ()
     rule = _rule(key, entry, shape)
@@ -357,7 +358,8 @@ def _fitting(optimizer: Optimizer, key: str, entry: Any, shape: Sequence[int], n
     if axes is None:
         raise OptimizerStateError(
             f"{type(optimizer).__name__}: expected {key!r} to fit {name}, shape {tuple(shape)}, got {tuple(entry.shape)}. "
-            "If the optimizer keeps it in this shape on purpose, register how to carry it with optim.compile_state.register."
+            "If the optimizer has it in this shape by design, register a function for it with "
+            "evolvenet.surgery.optimizer_state.compile_state.register."
         )
     return axes
 
@@ -381,6 +383,6 @@ def _carried(optimizer: Optimizer, key: str, entry: Any, change: Change, group: 
     moved = _rule(key, entry, change.tensor.shape).carry(entry, axes, change, group)
     _fitting(optimizer, key, moved, change.value.shape, f"the new {change.name}")
     if moved.shape == change.value.shape and moved.stride() != change.value.stride():
-        # Fused kernels walk parameter and state by memory order, whatever the strides say.
+        # Fused kernels go through parameter and state in memory order, whatever their strides.
         moved = torch.empty_like(change.value, dtype=moved.dtype, device=moved.device).copy_(moved)
     return moved

@@ -1,4 +1,4 @@
-"""Width changes on a model: compiled into frozen data by a pure function, then installed by one that mutates."""
+"""Width changes of a model: a pure function computes all new values, a second one installs them."""
 
 # nn.Module.named_modules and torch.sparse_coo_tensor have no full types.
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
@@ -37,7 +37,7 @@ class TensorChange:
     value: Tensor
 
     def __post_init__(self) -> None:
-        # Sums and fits of what has one channel or one place come out with strides of their own.
+        # The results of sums and fits over one channel or one place may have other strides.
         object.__setattr__(self, "value", laid_out_as(self.tensor, self.value))
 
 
@@ -52,7 +52,7 @@ class AttributeChange:
 
 @dataclass(frozen=True)
 class Surgery:
-    """Everything that a width change does to a model, and the graph after it."""
+    """All new values of tensors and attributes after a change of widths, and the graph after it."""
 
     changes: tuple[TensorChange, ...]
     attributes: tuple[AttributeChange, ...]
@@ -61,13 +61,13 @@ class Surgery:
 
 
 def compile_surgery(model: nn.Module, graph: WidthGraph, maps: Mapping[str, IndexMap]) -> Surgery:
-    """Work out all new tensors and attributes; nothing is changed.
+    """Compute all new tensors and attributes; nothing is changed.
 
     Args:
         model: the traced model.
         graph: its widths as they are now.
-        maps: {width: map}. New unit entries are 0 (1 for norm weights and running variances), so that a
-            new unit neither does nor learns anything yet; `grow` gives them a start.
+        maps: {width: map}. Entries of new units are 0 (1 for norm weights and running variances), so new units change no
+            output and have no gradient; `grow` initialises them.
 
     Raises:
         ResizeError: if a width is unknown, frozen or cannot take the map, or the graph is not this model's.
@@ -94,14 +94,14 @@ def compile_surgery(model: nn.Module, graph: WidthGraph, maps: Mapping[str, Inde
 
 
 def stale_attributes(model: nn.Module, graph: WidthGraph) -> tuple[AttributeChange, ...]:
-    """What the modules of a model say about their shapes that is not so, each with the value that it should have."""
+    """Attributes of modules that contradict the shapes of their tensors, each with the value that fits them."""
     return _attribute_changes(model, graph, graph, set(graph.shapes))
 
 
 def _attribute_changes(
     model: nn.Module, before: WidthGraph, after: WidthGraph, touched: set[str]
 ) -> tuple[AttributeChange, ...]:
-    """What a module's type knows of its numbers goes before the proportion in which they seem to follow a width."""
+    """The attributes that change; those by a module's type take precedence over those in proportion to a width."""
     changes = {(id(change.module), change.name): change for change in _patches(model, before, after)}
     for path, module in model.named_modules():
         local = _local_shapes(path, module, after)
@@ -133,13 +133,13 @@ def _numbers(path: str, module: nn.Module, shapes: Shapes) -> dict[str, Any]:
         return attributes(module, shapes)
     except KeyError as missing:
         raise ResizeError(
-            f"Expected the {type(module).__name__} {path!r} to hold {missing}, but it makes it from other tensors, so "
-            "what it keeps about its shape cannot be known. Register evolvenet.surgery.module_handlers.attributes for it."
+            f"Expected the {type(module).__name__} {path!r} to hold {missing}, but it computes it from other tensors, so "
+            "its attributes for the new shapes are unknown. Register evolvenet.surgery.module_handlers.attributes for it."
         ) from missing
 
 
 def _patches(model: nn.Module, before: WidthGraph, after: WidthGraph) -> Iterator[AttributeChange]:
-    """Numbers of the model's own code that follow a width in proportion, see `remedies`."""
+    """Numbers of the model's own code that are proportional to a width, see `evolvenet.tracing.coupled_dims`."""
     for name, width in before.widths.items():
         new = after.widths[name].size
         for path, attribute in width.patches if new != width.size else ():
@@ -160,7 +160,7 @@ def with_values(model: nn.Module, surgery: Surgery, values: Mapping[str, Tensor]
 
     Args:
         model: the surgery's model.
-        surgery: what is going to be done to it.
+        surgery: the planned change.
         values: {tensor name: new value} of every tensor that changes; one that the surgery leaves alone keeps its shape.
     """
     tensors, _, _ = named_tensors(model)
@@ -173,7 +173,7 @@ def with_values(model: nn.Module, surgery: Surgery, values: Mapping[str, Tensor]
 
 
 def check_finite(surgery: Surgery) -> Surgery:
-    """The surgery, after refusing tensors with NaN or infinite entries: what is made from them would spread.
+    """The surgery, after refusing tensors with NaN or infinite entries: values computed from them would be broken too.
 
     Raises:
         SpectrumError: naming the first of them.
@@ -190,7 +190,7 @@ def check_finite(surgery: Surgery) -> Surgery:
 def install(model: nn.Module, surgery: Surgery) -> Callable[[], None]:
     """Put the compiled values into the model, all or nothing.
 
-    Every parameter stays the object that it was, so optimizer groups, schedulers, hooks and tied weights stay right.
+    Every parameter stays the object that it was, so optimizer groups, schedulers, hooks and tied weights stay valid.
 
     Returns:
         A function that puts everything back.
@@ -235,8 +235,8 @@ def _gradient(change: TensorChange) -> Tensor | None:
 
 
 def _sparse(grad: Tensor, index_map: IndexMap, dim: int) -> Tensor:
-    """An embedding's sparse gradient after a change of one axis; it stays sparse, which SparseAdam insists on."""
-    # No sparse tensor can be filled in place: new units are taken from one more unit, of which nothing is stored.
+    """An embedding's sparse gradient after a change of one axis; it stays sparse, as SparseAdam requires."""
+    # A sparse tensor cannot be filled in place: new units are taken from one more unit without stored entries.
     shape = [1 if axis == dim % grad.dim() else size for axis, size in enumerate(grad.shape)]
     indices, values = sparse_parts(grad)
     nothing = torch.sparse_coo_tensor(
@@ -264,14 +264,14 @@ def exchange(tensor: Tensor, value: Tensor, grad: Tensor | None) -> None:
 
 
 def _ordinary(tensor: Tensor) -> Tensor:
-    """What was made under inference mode could never be trained: a clone outside of it can."""
+    """A tensor that can be trained: one made under inference mode cannot, its clone outside of that mode can."""
     return tensor.clone() if tensor.is_inference() else tensor
 
 
 def moved(change: TensorChange) -> Tensor:
-    """Boolean tensor of the new shape: which entries come from an old one (the others are new unit)."""
+    """Boolean tensor of the new shape: which entries come from an old one (the others belong to new units)."""
     kept = torch.ones(change.value.shape, dtype=torch.bool)
     for dim, index_map in change.axes.items():
-        alive = torch.tensor([index != NEW_UNIT for index in index_map.indices])
-        kept &= alive.view([-1 if d == dim else 1 for d in range(kept.dim())])
+        is_old = torch.tensor([index != NEW_UNIT for index in index_map.indices])
+        kept &= is_old.view([-1 if d == dim else 1 for d in range(kept.dim())])
     return kept

@@ -140,7 +140,7 @@ def test_a_weight_computed_in_an_unknown_way_is_frozen() -> None:
     model = Between(lambda m, x, h: m.c(h), c=masked).double()
     graph = trace(model, torch.randn(2, 5, dtype=FLOAT))
     assert graph.sizes == {}
-    assert any("it makes it from other tensors" in (width.frozen or "") for width in graph.widths.values())
+    assert any("it computes it from other tensors" in (width.frozen or "") for width in graph.widths.values())
 
 
 def test_a_layer_of_which_a_parameter_is_unused_is_frozen() -> None:
