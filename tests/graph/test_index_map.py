@@ -26,7 +26,7 @@ TRIPLES = CHAINS.flatmap(lambda two: maps_from(two[1].new_size).map(lambda third
 
 
 def slow(index_map: IndexMap, tensor: Tensor, dim: int, new_unit: float = 0.0) -> Tensor:
-    """The new tensor, one unit at a time."""
+    """The new tensor, computed one unit at a time."""
     empty = torch.full_like(tensor.select(dim, 0), new_unit)
     return torch.stack([tensor.select(dim, i) if i >= 0 else empty for i in index_map.indices], dim)
 
@@ -51,9 +51,9 @@ def test_composition_is_associative_with_the_identity_as_unit(three: tuple[Index
 def test_concat_changes_each_part_by_itself(parts: list[IndexMap]) -> None:
     whole = IndexMap.concat(parts)
     pieces = [torch.randn(part.size) for part in parts]
-    want = torch.cat([part.apply(piece, 0) for part, piece in zip(parts, pieces, strict=True)])
+    expected = torch.cat([part.apply(piece, 0) for part, piece in zip(parts, pieces, strict=True)])
     assert whole.size == sum(part.size for part in parts)
-    assert torch.equal(whole.apply(torch.cat(pieces), 0), want)
+    assert torch.equal(whole.apply(torch.cat(pieces), 0), expected)
 
 
 @given(index_map=MAPS, inner=st.integers(1, 4))
@@ -133,7 +133,7 @@ def test_apply_on_meta_gives_the_shape(index_map: IndexMap) -> None:
 
 
 @given(index_map=MAPS)
-def test_what_a_map_says_about_itself(index_map: IndexMap) -> None:
+def test_properties_of_a_map_follow_from_its_indices(index_map: IndexMap) -> None:
     assert index_map.new_size == len(index_map.indices)
     assert [index_map.indices[place] for place in index_map.new_units] == [-1] * index_map.indices.count(-1)
     assert set(index_map.removed) | {index for index in index_map.indices if index >= 0} == set(range(index_map.size))
@@ -154,7 +154,7 @@ def test_keep_takes_distinct_units_in_the_given_order(data: st.DataObject, size:
 
 
 @given(size=st.integers(1, 9), count=st.integers(0, 5))
-def test_grow_keeps_everybody_and_puts_new_units_last(size: int, count: int) -> None:
+def test_grow_keeps_all_units_and_puts_new_ones_last(size: int, count: int) -> None:
     made = IndexMap.grow(size, count)
     assert made.indices == (*range(size), *[-1] * count)
     assert made.is_identity == (count == 0)

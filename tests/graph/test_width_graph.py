@@ -1,4 +1,4 @@
-"""The graph's numbers against counting every entry, and what it refuses."""
+"""Counts of a graph against counting every entry, and the maps that it refuses."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ BY_NAME = {case.name: case for case in CASES}
 
 
 def marked(graph: WidthGraph, name: str) -> dict[str, Tensor]:
-    """For every tensor, which entries lie in a width: the slow answer, from the ties alone."""
+    """For every tensor, which entries lie in a width: computed slowly, from the ties alone."""
     masks = {tensor: torch.zeros(shape, dtype=torch.bool) for tensor, shape in graph.shapes.items()}
     width = graph.widths[name]
     for tie in width.ties:
@@ -76,7 +76,7 @@ def test_proposed_parameters_are_those_of_the_resized_model(case: Case) -> None:
     assert graph.proposed_parameters({}) == graph.parameters
 
 
-def test_proposed_parameters_know_all_names() -> None:
+def test_proposed_parameters_accept_every_name_of_a_width() -> None:
     graph = graph_of(BY_NAME["resnet"])
     assert graph.proposed_parameters({"blocks.0.conv2": 3}) == graph.proposed_parameters({"stem": 3}) < graph.parameters
     with pytest.raises(ResizeError, match="No width is called 'steam'"):
@@ -108,7 +108,7 @@ def test_names_of_all_producers_lead_to_the_width() -> None:
     assert graph.axis_maps({"blocks.0.conv2": shrink}) == graph.axis_maps({"stem": shrink})
 
 
-def test_it_cannot_be_changed() -> None:
+def test_a_graph_is_immutable() -> None:
     graph = graph_of(BY_NAME["mlp"])
     with pytest.raises(dataclasses.FrozenInstanceError):
         graph.shapes = {}  # type: ignore[misc]
@@ -128,9 +128,9 @@ def test_it_cannot_be_changed() -> None:
 )
 def test_what_cannot_be_done_is_refused(case: str, maps: dict[str, IndexMap], message: str) -> None:
     graph = graph_of(BY_NAME[case])
-    for ask in (graph.check, graph.axis_maps, graph.resized):
+    for method in (graph.check, graph.axis_maps, graph.resized):
         with pytest.raises(ResizeError) as caught:
-            ask(maps)
+            method(maps)
         assert message in str(caught.value)
 
 
@@ -149,7 +149,7 @@ def test_resized_is_a_function_of_composed_maps() -> None:
     assert twice.layouts == once.layouts
 
 
-def test_what_it_prints() -> None:
+def test_str_and_explain_list_widths_and_ties() -> None:
     graph = graph_of(BY_NAME["densenet"])
     table = str(graph).splitlines()
     assert table[0].split() == ["name", "size", "parameters", "ties", "frozen"]

@@ -1,4 +1,4 @@
-"""Ranks of noisy matrices against free energies minimised, integrals summed up, and matrices of known rank."""
+"""Ranks of noisy matrices against free energies minimised numerically, integrals as sums, and matrices of known rank."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def test_noise_free_low_rank_is_its_rank() -> None:
 def slow_factor(beta: float) -> float:
     """Gavish and Donoho's ω(β): the value at which keeping costs as much as dropping, over the root of noise's median.
 
-    A direction of strength x shows as y, and its vectors at angles to the true ones (Benaych-Georges and Nadakuditi 2012);
+    A direction of strength x has singular value y, its vectors at angles to the true ones (Benaych-Georges and Nadakuditi 2012);
     kept, it costs x² + y² − 2·x·y·cos·cos, dropped x².
     """
     x = np.linspace(beta**0.25, 4, 4_000_001)[1:]

@@ -113,7 +113,7 @@ def test_the_gram_matrix_is_taken_where_it_is_as_accurate(
 def test_the_gram_matrix_costs_no_digit_of_float32(
     rows: int, columns: int, decades: float, scale: float, seed: int
 ) -> None:
-    """Whatever the spectrum: no value is further from the exact one than float32 itself can say, 6e-8 of the largest."""
+    """Whatever the spectrum: no value is further from the exact one than float32 can represent, 6e-8 of the largest."""
     made = np.random.default_rng(seed)
     least = min(rows, columns)
     left, right = (np.linalg.qr(made.standard_normal((side, side)))[0][:, :least] for side in (rows, columns))

@@ -122,7 +122,7 @@ def test_a_run_without_events_or_metrics_is_reported(tmp_path):
 @pytest.mark.parametrize("missing", ["matplotlib.figure", "rich.table"])
 def test_a_missing_package_names_the_extra(monkeypatch, tmp_path, missing):
     monkeypatch.setitem(sys.modules, missing, None)
-    with pytest.raises(ReportError, match=r"evolvenet\[experiments\]") as caught:
+    with pytest.raises(ReportError, match=r"evolvenet\[report\]") as caught:
         write_report(history(), tmp_path, "run") if missing.startswith("matplotlib") else summary_table(
             history(), "run"
         )

@@ -1,4 +1,4 @@
-"""The record as plain data, and models that take the widths of what is loaded into them."""
+"""Histories as plain data, and models that are reshaped to the widths of a checkpoint."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def test_a_lightning_checkpoint_fits_the_network_inside(tmp_path: Path) -> None:
 
 
 def test_two_networks_of_one_kind_are_not_mixed_up(tmp_path: Path) -> None:
-    """An averaged copy beside the network itself: which one is meant cannot be known."""
+    """An averaged copy beside the network itself: either may be the one to load."""
     model = BY_NAME["mlp"].model()
     state = {f"{place}.{name}": tensor for place in ("net", "average") for name, tensor in model.state_dict().items()}
     torch.save(state, tmp_path / "both.pt")
@@ -176,7 +176,7 @@ def tied() -> nn.Module:
 
 
 @pytest.mark.parametrize("name", KINDRED)
-def test_what_looks_alike_but_is_not_is_refused(name: str, tmp_path: Path) -> None:
+def test_models_with_equal_names_and_axes_but_other_shapes_are_refused(name: str, tmp_path: Path) -> None:
     """Names and axes agree, and yet no change of widths leads from one to the other."""
     build, other = KINDRED[name]
     source = build()
@@ -188,6 +188,6 @@ def test_what_looks_alike_but_is_not_is_refused(name: str, tmp_path: Path) -> No
     assert before.differences(model) == []
 
 
-def test_a_missing_file_says_so(tmp_path: Path) -> None:
+def test_a_missing_file_raises_file_not_found(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         evolvenet.load(networks.Mlp(), tmp_path / "nothing.pt")

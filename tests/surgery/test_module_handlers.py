@@ -1,4 +1,4 @@
-"""What a module type keeps about its shapes, against a module built with those shapes."""
+"""Attributes of module types after a change of shapes, against a module built with those shapes."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ PAIRS: dict[str, tuple[nn.Module, nn.Module]] = {
 
 
 def numbers(module: nn.Module) -> dict[str, Any]:
-    """The plain attributes of a module; attention's `head_dim`, which nothing reads, is left out."""
+    """The plain attributes of a module; attention's `head_dim`, which torch does not use, is left out."""
     plain = {k: v for k, v in vars(module).items() if isinstance(v, (int, str, tuple)) and not isinstance(v, bool)}
     return {k: v for k, v in plain.items() if k != "head_dim"}
 
@@ -117,7 +117,7 @@ def test_new_units_elsewhere_are_zero() -> None:
 
 
 def test_a_recurrent_module_runs_on_its_new_weights() -> None:
-    """Its list of flat weights is a copy that would go stale, silently."""
+    """Its list of flat weights would still hold the old ones, without an error."""
     module, x = nn.LSTM(4, 6), torch.randn(3, 2, 4)
     before: Tensor = module(x)[0]
     module.register_parameter("weight_ih_l0", nn.Parameter(torch.zeros(24, 4)))

@@ -33,7 +33,7 @@ CHANNELS = IndexMap.of([5, 1, 1, -1], size=6)
 
 
 def slow(key: str, old: Tensor, dim: int, index_map: IndexMap, value: Tensor) -> Tensor:
-    """What the entry must be, one unit at a time; an axis that the entry does not have leaves it alone."""
+    """The expected entry, computed one unit at a time; unchanged for an axis that the entry does not have."""
     if key in NUMBERS or (key, dim - value.dim()) in {("row_var", -1), ("col_var", -2)}:
         return old
     kept = [old.select(dim, index) for index in index_map.indices if index >= 0]
@@ -61,16 +61,16 @@ def test_state_follows_shrink_grow_and_split(name: str) -> None:
                 if not isinstance(old, Tensor):
                     assert after[key] == old
                     continue
-                want = slow(key, old, dim, index_map, change.value)
+                expected = slow(key, old, dim, index_map, change.value)
                 torch.testing.assert_close(
-                    after[key], want, rtol=1e-6, atol=0, msg=lambda text, key=key: f"{key}: {text}"
+                    after[key], expected, rtol=1e-6, atol=0, msg=lambda text, key=key: f"{key}: {text}"
                 )
                 if key not in NUMBERS and not index_map.new_units:
-                    assert torch.equal(after[key], want), f"{key} of survivors must be the same to the bit"
+                    assert torch.equal(after[key], expected), f"{key} of kept units must be the same to the bit"
     assert train(model, optimizer, 3) < float("inf")
 
 
-def test_survivors_are_the_same_to_the_bit_beside_new_units() -> None:
+def test_kept_units_have_the_same_entries_to_the_bit_beside_new_units() -> None:
     model = Hidden()
     optimizer = torch.optim.Adam(model.parameters(), lr=LR)
     train(model, optimizer, 3)
@@ -78,9 +78,9 @@ def test_survivors_are_the_same_to_the_bit_beside_new_units() -> None:
     before = {key: entry.clone() for key, entry in optimizer.state[model.w1].items()}
     resize(model, optimizer, grow)
     after = optimizer.state[model.w1]
-    survivors = [place for place, index in enumerate(grow.indices) if index >= 0]
+    kept = [place for place, index in enumerate(grow.indices) if index >= 0]
     for key in ("exp_avg", "exp_avg_sq"):
-        assert torch.equal(after[key][survivors], before[key])
+        assert torch.equal(after[key][kept], before[key])
     assert after["step"] == before["step"] == 3
 
 
@@ -119,11 +119,11 @@ def test_any_maps_on_both_axes(rows: IndexMap, columns: IndexMap, both: tuple[in
     for dim, index_map in axes.items():
         value = index_map.apply(value, dim)
     after = compile_state(optimizer, [Swap(weight, "w", axes, value)]).states[weight]
-    want = {"exp_avg": weight.grad * 0.1, "exp_avg_sq": weight.grad.square() * 0.001}
-    for key, entry in want.items():
+    expected = {"exp_avg": weight.grad * 0.1, "exp_avg_sq": weight.grad.square() * 0.001}
+    for key, entry in expected.items():
         for dim, index_map in axes.items():
-            survivors = [index for index in index_map.indices if index >= 0] or list(range(index_map.size))
-            mean = torch.stack([entry.select(dim, index) for index in survivors]).mean(0)
+            kept = [index for index in index_map.indices if index >= 0] or list(range(index_map.size))
+            mean = torch.stack([entry.select(dim, index) for index in kept]).mean(0)
             new_unit = mean if key == "exp_avg_sq" else torch.zeros_like(mean)
             entry = torch.stack([entry.select(dim, i) if i >= 0 else new_unit for i in index_map.indices], dim)
         torch.testing.assert_close(after[key], entry)

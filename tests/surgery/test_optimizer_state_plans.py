@@ -1,4 +1,4 @@
-"""Plans of optimizer state: nothing half done, what is not understood refused, LBFGS and optimizers of one's own."""
+"""Plans of optimizer state: applied whole or not at all, unknown state refused, LBFGS and registered optimizers."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from evolvenet.surgery.optimizer_state import StatePlan, apply_state, compile_st
 from tests.helpers.optimizer_cases import GROW, LR, SHRINK, SPLIT, Hidden, Swap, resize, swaps, train
 
 
-def test_without_the_carry_fused_adam_would_be_wrong_and_validate_says_so() -> None:
+def test_validate_refuses_state_that_was_not_carried() -> None:
     model = Hidden()
     optimizer = torch.optim.Adam(model.parameters(), lr=LR, fused=True)
     train(model, optimizer, 2)
@@ -30,7 +30,7 @@ def test_without_the_carry_fused_adam_would_be_wrong_and_validate_says_so() -> N
 
 
 @pytest.mark.parametrize("line_search", [None, "strong_wolfe"])
-def test_lbfgs_starts_its_history_anew_and_goes_on(line_search: str | None) -> None:
+def test_lbfgs_starts_its_history_anew_and_trains_on(line_search: str | None) -> None:
     model = Hidden()
     optimizer = torch.optim.LBFGS(model.parameters(), lr=0.1, max_iter=4, line_search_fn=line_search)
     for index_map in (SHRINK, GROW, SPLIT):
@@ -89,7 +89,7 @@ def test_a_plan_can_be_undone(make: Callable[..., Optimizer]) -> None:
 
 def test_a_failure_half_way_leaves_the_state_as_it_was() -> None:
     class Stubborn(torch.optim.Adam):
-        """Refuses an attribute that a plan wants to set."""
+        """Raises when an attribute of a plan is set."""
 
         broken = property(lambda self: 1, lambda self, value: (_ for _ in ()).throw(MemoryError()) if value else None)
 
@@ -105,7 +105,7 @@ def test_a_failure_half_way_leaves_the_state_as_it_was() -> None:
 
 
 class Odd(torch.optim.SGD):
-    """An optimizer that keeps whatever a test gives it."""
+    """An optimizer whose state is what a test gives it."""
 
     def __init__(self, parameter: Tensor, **kept: Any) -> None:
         super().__init__([parameter], lr=LR)
@@ -113,14 +113,14 @@ class Odd(torch.optim.SGD):
 
 
 def carried(shape: tuple[int, ...], **kept: Any) -> dict[str, Any]:
-    """The state `kept` after two of the first axis's units went and one was born."""
+    """The state `kept` after a change of the first axis: two units removed, one new."""
     weight = nn.Parameter(torch.randn(shape))
     index_map = IndexMap.of([2, -1, *range(3, shape[0])], size=shape[0])
     change = Swap(weight, "body.weight", {0: index_map}, index_map.apply(weight.detach(), 0))
     return compile_state(Odd(weight, **kept), [change]).states[weight]
 
 
-def test_keys_that_nobody_named_are_carried_by_their_sign_and_shape() -> None:
+def test_keys_without_a_rule_are_carried_by_their_sign_and_shape() -> None:
     signed, positive = torch.randn(4, 3) - 9.0, torch.rand(4, 3) + 1.0
     after = carried(
         (4, 3), slow=signed, curvature=positive, rows=positive[:, :1], gain=torch.tensor([2.0]), note="x", n=3
@@ -145,12 +145,12 @@ def test_keys_that_nobody_named_are_carried_by_their_sign_and_shape() -> None:
         ({"nested": {"a": (torch.zeros(2),)}}, "dict of tensors"),
     ],
 )
-def test_state_that_cannot_be_understood_is_refused(kept: dict[str, Any], text: str) -> None:
+def test_state_that_fits_no_rule_is_refused(kept: dict[str, Any], text: str) -> None:
     with pytest.raises(OptimizerStateError, match=text):
         carried((4, 3), **kept)
 
 
-def test_an_optimizer_of_ones_own_can_be_registered() -> None:
+def test_another_optimizer_can_be_registered() -> None:
     class Flat(Odd):
         """Keeps one flat vector."""
 

@@ -1,4 +1,4 @@
-"""Training goes on after a change of widths as if nothing had happened: the state is the one that belongs there."""
+"""Training after a change of widths: the optimizer state is that of a network which had these widths from the start."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from tests.helpers.states import zero_units
 
 BOUND = 1.5
 STEADY = [name for name in OPTIMIZERS if name != "sparse adam" and not name.startswith("rprop")]
-"""Rprop's step sizes adapt on their own: a learning rate of 0 does not hold a weight still, and the steps of new units, the
-learning rate, have nothing to do with what those of the survivors have become."""
+"""Without Rprop, whose step sizes adapt: a learning rate of 0 does not keep a weight constant, and those of new units, the
+learning rate, may be far from those of the kept units by then."""
 
 
 def sgd(model: nn.Module) -> list[Optimizer]:
@@ -38,7 +38,7 @@ def muon(model: nn.Module) -> list[Optimizer]:
     return [torch.optim.Muon(matrices, lr=3e-3, weight_decay=0.0), torch.optim.AdamW(rest, lr=3e-3, weight_decay=0.0)]
 
 
-MAKERS = {"sgd": sgd, "adamw": adamw, **({"muon": muon} if hasattr(torch.optim, "Muon") else {})}
+OPTIMIZER_SETS = {"sgd": sgd, "adamw": adamw, **({"muon": muon} if hasattr(torch.optim, "Muon") else {})}
 
 
 def batch(seed: int, *shape: int) -> tuple[Tensor, Tensor]:
@@ -85,13 +85,13 @@ def dense() -> nn.Module:
 
 
 @pytest.mark.parametrize("how", ["resize", "prune", "prune with batches"])
-@pytest.mark.parametrize("name", MAKERS)
+@pytest.mark.parametrize("name", OPTIMIZER_SETS)
 def test_after_a_cut_of_dead_units_training_goes_on_as_if_uncut(name: str, how: str) -> None:
     model, shape = (dense(), (20,)) if name == "muon" else (convolutional(), (2, 6, 6))
     graph = evolvenet.trace(model, batch(0, *shape)[0][:1])
     maps = {width.name: IndexMap.keep(range(1, width.size - 1), width.size) for width in graph.resizable}
     zero_units(model, graph, maps)
-    optimizers = MAKERS[name](model)
+    optimizers = OPTIMIZER_SETS[name](model)
     train(model, optimizers, range(8), shape)
     cut, carried = deepcopy((model, optimizers))
     if how == "resize":
@@ -110,14 +110,14 @@ def test_after_a_cut_of_dead_units_training_goes_on_as_if_uncut(name: str, how: 
 
 def fresh(model: nn.Module, name: str) -> tuple[nn.Module, list[Optimizer]]:
     again = deepcopy(model)
-    return again, MAKERS[name](again)
+    return again, OPTIMIZER_SETS[name](again)
 
 
 class Dependent:
     """Two dense layers, wide and cut, where a removed unit is a multiple of a kept one; the cut network has been refitted.
 
-    Both compute the same at every step: the narrow reader is W' = W_kept + W_removed·M along the wide one's whole path.
-    The makers of the units have a learning rate of 0, or they would not stay dependent.
+    Both compute the same at every step: the narrow consumer is W' = W_kept + W_removed·M along the wide one's whole path.
+    The producers have a learning rate of 0, since the units would not stay dependent otherwise.
     """
 
     matrix = torch.tensor([[2.0, 0, 0, 0], [0, 0.5, 0, 0]], dtype=torch.float64)
@@ -137,15 +137,15 @@ class Dependent:
         ]
 
     def refitted(self) -> Tensor:
-        reader = self.wide[1].detach()
-        return reader[:, :4] + reader[:, 4:] @ self.matrix
+        consumer = self.wide[1].detach()
+        return consumer[:, :4] + consumer[:, 4:] @ self.matrix
 
     def train(self, steps: int) -> None:
         for _ in range(steps):
             self.narrow[1].data = self.refitted()
-            images, wanted = torch.randn(16, 5, dtype=torch.float64), torch.randn(16, 3, dtype=torch.float64)
+            images, expected = torch.randn(16, 5, dtype=torch.float64), torch.randn(16, 3, dtype=torch.float64)
             losses = [
-                (F.linear(F.linear(images, each[0], *each[2:]).relu(), each[1]) - wanted).square().mean()
+                (F.linear(F.linear(images, each[0], *each[2:]).relu(), each[1]) - expected).square().mean()
                 for each in (self.wide, self.narrow)
             ]
             torch.testing.assert_close(*losses, rtol=1e-12, atol=0)
@@ -156,34 +156,36 @@ class Dependent:
 
 
 @pytest.mark.parametrize("name", STEADY)
-def test_state_of_a_refitted_reader_is_the_slice_and_no_linear_map_of_it(name: str) -> None:
+def test_state_of_a_refitted_consumer_is_the_slice_and_no_linear_map_of_it(name: str) -> None:
     both = Dependent(OPTIMIZERS[name], biases=name != "muon")
     both.train(6)
     wide, narrow = both.optimizers
-    change = Swap(both.wide[1], "reader", {1: both.keep}, both.refitted())
-    carried, wanted = compile_state(wide, [change]).states.get(both.wide[1], {}), narrow.state[both.narrow[1]]
-    assert list(carried) == list(wanted)
-    for key, entry in wanted.items():
+    change = Swap(both.wide[1], "consumer", {1: both.keep}, both.refitted())
+    carried, expected = compile_state(wide, [change]).states.get(both.wide[1], {}), narrow.state[both.narrow[1]]
+    assert list(carried) == list(expected)
+    for key, entry in expected.items():
         # Adafactor's mean is over the removed columns too; ASGD's average is one of weights, not of gradients.
         if key not in ("row_var", "ax"):
             torch.testing.assert_close(carried[key], entry, rtol=1e-9, atol=0)
     for key in {"exp_avg", "momentum_buffer"} & carried.keys():
         old = wide.state[both.wide[1]][key]
         twice = old[:, :4] + old[:, 4:] @ both.matrix
-        assert (twice - wanted[key]).norm() > 0.1 * wanted[key].norm(), "the weights' own map would count it twice"
+        assert (twice - expected[key]).norm() > 0.1 * expected[key].norm(), (
+            "mapped as the weights are, it would be counted twice"
+        )
 
 
 @pytest.mark.parametrize("name", ["sgd momentum", "adamw"])
-def test_what_makes_the_units_is_sliced_too_though_it_now_learns_for_the_removed_ones(name: str) -> None:
+def test_state_of_a_producer_is_sliced_though_its_gradient_then_includes_the_removed_units(name: str) -> None:
     both = Dependent(OPTIMIZERS[name], biases=True)
     both.train(6)
     key = "exp_avg" if name == "adamw" else "momentum_buffer"
     for wide, narrow in zip(both.wide, both.narrow, strict=True):
         if wide is both.wide[1]:
             continue
-        old, wanted = both.optimizers[0].state[wide][key], both.optimizers[1].state[narrow][key]
-        torch.testing.assert_close(old[:4] + both.matrix.T @ old[4:], wanted, rtol=1e-9, atol=1e-12)
-        change = Swap(wide, "maker", {0: both.keep}, narrow.detach())
+        old, expected = both.optimizers[0].state[wide][key], both.optimizers[1].state[narrow][key]
+        torch.testing.assert_close(old[:4] + both.matrix.T @ old[4:], expected, rtol=1e-9, atol=1e-12)
+        change = Swap(wide, "producer", {0: both.keep}, narrow.detach())
         assert torch.equal(compile_state(both.optimizers[0], [change]).states[wide][key], old[:4])
 
 
@@ -194,22 +196,25 @@ CUTS = {
     "cut and grown, refitted": (IndexMap.of([0, 1, -1, 3], 6), 0.1, 10),
     "bare": (Dependent.keep, 0.0, 25),
     "grown": (IndexMap.grow(6, 2), 0.0, 25),
-    "unit taken apart": (IndexMap.of([*range(6), 0], 6), 0.1, 25),
+    "unit split": (IndexMap.of([*range(6), 0], 6), 0.1, 25),
 }
-"""Map of the reader's columns (None: they stay, another tensor is cut), shift of what survives, Adam's step count then."""
+"""Map of the consumer's columns (None: they stay, another tensor is cut), shift of the kept ones, Adam's step count then."""
 
 
 @pytest.mark.parametrize("cut", CUTS)
 @pytest.mark.parametrize("name", ADAMS)
-def test_adam_keeps_its_estimates_and_after_a_refitted_cut_forgets_faster(name: str, cut: str) -> None:
+def test_adam_keeps_its_estimates_and_reduces_its_step_count_after_a_refitted_cut(name: str, cut: str) -> None:
     index_map, shift, steps = CUTS[cut]
-    reader, makers, apart = (nn.Parameter(torch.randn(*shape)) for shape in ((3, 6), (6, 4), (2, 2)))
-    optimizer = OPTIMIZERS[name]([reader, makers, apart], lr=LR)
-    advance(optimizer, [reader, makers, apart], 25)
+    consumer, producer, apart = (nn.Parameter(torch.randn(*shape)) for shape in ((3, 6), (6, 4), (2, 2)))
+    optimizer = OPTIMIZERS[name]([consumer, producer, apart], lr=LR)
+    advance(optimizer, [consumer, producer, apart], 25)
     axes = {} if index_map is None else {1: index_map}
     rows = {0: index_map or Dependent.keep}
-    value = shift + (reader.detach() if index_map is None else index_map.apply(reader.detach(), 1))
-    changes = [Swap(reader, "reader", axes, value), Swap(makers, "makers", rows, rows[0].apply(makers.detach(), 0))]
+    value = shift + (consumer.detach() if index_map is None else index_map.apply(consumer.detach(), 1))
+    changes = [
+        Swap(consumer, "consumer", axes, value),
+        Swap(producer, "producer", rows, rows[0].apply(producer.detach(), 0)),
+    ]
     plan = compile_state(optimizer, changes)
     assert apart not in plan.states
     for change, dim in zip(changes, (1, 0), strict=True):
@@ -220,8 +225,8 @@ def test_adam_keeps_its_estimates_and_after_a_refitted_cut_forgets_faster(name: 
                 old = before[key]
                 for each in change.axes.values():
                     old = each.apply(old, dim)
-                found, wanted = (entry / (1 - beta**count) for entry, count in ((after[key], steps), (old, 25)))
-                torch.testing.assert_close(found[wanted != 0], wanted[wanted != 0], rtol=1e-5, atol=0)
+                found, expected = (entry / (1 - beta**count) for entry, count in ((after[key], steps), (old, 25)))
+                torch.testing.assert_close(found[expected != 0], expected[expected != 0], rtol=1e-5, atol=0)
 
 
 def advance(optimizer: Optimizer, parameters: Sequence[nn.Parameter], steps: int, scale: float = 1.0) -> Tensor:
@@ -235,18 +240,18 @@ def advance(optimizer: Optimizer, parameters: Sequence[nn.Parameter], steps: int
     return (parameters[0].detach() - before).abs().mean()
 
 
-def test_a_young_adam_forgets_nothing() -> None:
+def test_a_step_count_below_the_memory_of_adam_stays() -> None:
     weight = nn.Parameter(torch.randn(3, 6))
     optimizer = torch.optim.Adam([weight], lr=LR)
     advance(optimizer, [weight], 8)
     value = Dependent.keep.apply(weight.detach(), 1) + 0.1
-    after = compile_state(optimizer, [Swap(weight, "reader", {1: Dependent.keep}, value)]).states[weight]
+    after = compile_state(optimizer, [Swap(weight, "consumer", {1: Dependent.keep}, value)]).states[weight]
     assert float(after["step"]) == 8
     assert torch.equal(after["exp_avg_sq"], optimizer.state[weight]["exp_avg_sq"][:, :4])
 
 
 @pytest.mark.parametrize(("shift", "low", "high"), [(0.1, 0.8, 1.25), (0.0, 1.5, 5.0)])
-def test_after_a_refitted_cut_adam_soon_knows_larger_gradients(shift: float, low: float, high: float) -> None:
+def test_after_a_refitted_cut_adam_soon_adapts_to_larger_gradients(shift: float, low: float, high: float) -> None:
     weight = nn.Parameter(torch.randn(20, 60))
     optimizer = torch.optim.Adam([weight], lr=LR)
     usual = advance(optimizer, [weight], 300)
@@ -279,15 +284,15 @@ def test_an_average_of_weights_moves_with_its_refitted_weight() -> None:
     old = optimizer.state[weight]["ax"]
     assert not torch.equal(old, weight.detach())
     value = keep.apply(weight.detach(), 1) + shift
-    carried = compile_state(optimizer, [Swap(weight, "reader", {1: keep}, value)]).states[weight]["ax"]
-    survivors = [0, 1, 3]
-    torch.testing.assert_close(carried[:, survivors], old[:, survivors] + shift[:, survivors])
+    carried = compile_state(optimizer, [Swap(weight, "consumer", {1: keep}, value)]).states[weight]["ax"]
+    kept = [0, 1, 3]
+    torch.testing.assert_close(carried[:, kept], old[:, kept] + shift[:, kept])
     assert torch.equal(carried[:, 2], value[:, 2])
 
 
 @pytest.mark.parametrize("drift", [0.0, 0.5])
 @pytest.mark.parametrize("name", STEADY)
-def test_new_units_with_gradients_like_the_survivors_never_move_much_further(name: str, drift: float) -> None:
+def test_new_units_with_gradients_like_the_kept_units_never_move_much_further(name: str, drift: float) -> None:
     always = drift * torch.randn(32, 60, dtype=torch.float64)
     weight = nn.Parameter(torch.randn(24, 60, dtype=torch.float64))
     optimizer = OPTIMIZERS[name]([weight], lr=LR)
@@ -310,17 +315,17 @@ def test_new_units_with_gradients_like_the_survivors_never_move_much_further(nam
         assert size[24:].mean() <= BOUND * size[:24].mean()
 
 
-@pytest.mark.parametrize("name", MAKERS)
-def test_new_units_of_a_growing_network_never_move_much_further_than_survivors(name: str) -> None:
+@pytest.mark.parametrize("name", OPTIMIZER_SETS)
+def test_new_units_of_a_growing_network_never_move_much_further_than_kept_units(name: str) -> None:
     model = nn.Sequential(nn.Linear(20, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 5)).double()
-    optimizers = MAKERS[name](model)
+    optimizers = OPTIMIZER_SETS[name](model)
     train(model, optimizers, range(60), (20,))
     shapes = {key: parameter.shape for key, parameter in model.named_parameters()}
     graph = evolvenet.trace(model, batch(0, 20)[0])
     evolvenet.grow(model, graph, {width: size * 3 // 2 for width, size in graph.sizes.items()}, optimizers=optimizers)
     ratios: dict[tuple[str, int], list[float]] = {}
 
-    def note(updates: dict[str, Tensor]) -> None:
+    def record_ratios(updates: dict[str, Tensor]) -> None:
         for key, old in shapes.items():
             size = updates[key].abs()
             level = size[tuple(slice(count) for count in old)].mean()
@@ -329,7 +334,7 @@ def test_new_units_of_a_growing_network_never_move_much_further_than_survivors(n
                     new_units = size.narrow(dim, count, size.shape[dim] - count)
                     ratios.setdefault((key, dim), []).append(float(new_units.mean() / level))
 
-    train(model, optimizers, range(60, 90), (20,), note)
+    train(model, optimizers, range(60, 90), (20,), record_ratios)
     assert {key for key, _ in ratios} == set(shapes) - {"4.bias"}
     assert max(max(found) for found in ratios.values()) <= BOUND
-    assert all(max(found) > 0.01 for found in ratios.values()), "and they do learn"
+    assert all(max(found) > 0.01 for found in ratios.values()), "and they are trained"

@@ -1,4 +1,4 @@
-"""A surgery against moving every entry by hand, one at a time; compiled without a trace, installed whole or not at all."""
+"""A surgery against a copy of every entry by itself; the model is untouched until it is installed, whole or not at all."""
 
 from __future__ import annotations
 
@@ -33,15 +33,15 @@ def mixture(graph: WidthGraph) -> dict[str, IndexMap]:
 
 
 def by_hand(tensor: Tensor, graph: WidthGraph, maps: Mapping[str, IndexMap], name: str, new_unit: float) -> Tensor:
-    """The new tensor, each entry looked up by itself: where it comes from along every axis, or that it is new unit."""
+    """The new tensor, each entry looked up by itself: its old place along every axis, or that of a new unit."""
     sources: list[list[int]] = []
     for dim, length in enumerate(tensor.shape):
         here: list[int] = []
         start = 0
         for part in graph.layouts[name].get(dim, ()):
             units = range(part.length // part.repeat)
-            wanted = maps[part.width].indices if part.width is not None and part.width in maps else units
-            for unit in wanted:
+            indices = maps[part.width].indices if part.width is not None and part.width in maps else units
+            for unit in indices:
                 here += [-1 if unit < 0 else start + unit * part.repeat + k for k in range(part.repeat)]
             start += part.length
         sources.append(here if dim in graph.layouts[name] else list(range(length)))
@@ -132,8 +132,8 @@ def test_gradients_follow_their_entries() -> None:
         assert same_bits(parameter.grad, by_hand(outputs_before[name], graph, maps, name, 0.0)), name
 
 
-def test_a_graph_from_before_does_not_disturb() -> None:
-    """A loss kept from before holds the old shapes; a new step is right all the same."""
+def test_an_autograd_graph_from_before_the_change_is_no_obstacle() -> None:
+    """A loss from before the change holds the old shapes; the next step is correct all the same."""
     case = BY_NAME["conv"]
     model, graph, x = case.model(), graph_of(case), case.inputs()
     old = model(x).square().sum()
@@ -157,7 +157,7 @@ def test_a_graph_from_before_does_not_disturb() -> None:
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
 def test_in_any_gradient_mode(mode: type) -> None:
-    """Parameters changed under inference mode would refuse to be trained."""
+    """Parameters changed under inference mode could not be trained."""
     case = BY_NAME["conv"]
     model, graph, x = case.model(), graph_of(case), case.inputs()
     with mode():
@@ -215,7 +215,7 @@ def test_exchange_keeps_what_hangs_on_the_parameter() -> None:
     assert torch.equal(parameter.grad, torch.full((2,), 2.0))  # type: ignore[arg-type]
 
 
-def test_moved_tells_old_entries_from_new_unit_ones() -> None:
+def test_moved_is_true_for_old_entries_and_false_for_new_units() -> None:
     case = BY_NAME["densenet"]
     model, graph = case.model(), graph_of(case)
     ones = {name: torch.ones_like(parameter) for name, parameter in model.named_parameters()}
@@ -240,7 +240,7 @@ def test_numbers_that_modules_keep() -> None:
 
 
 class Stored(nn.Module):
-    """Keeps the size of one layer in an attribute that its code uses, and reads two layers side by side."""
+    """Keeps the size of one layer in an attribute that its code uses; its last layer consumes two layers side by side."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -253,7 +253,7 @@ class Stored(nn.Module):
 
 
 def test_numbers_of_the_models_own_code_follow() -> None:
-    """In proportion; where a module's type says what its numbers mean, that counts."""
+    """In proportion, unless a function for the module's type computes them."""
     model, x = Stored().double(), torch.randn(2, 5, dtype=torch.float64)
     graph, expected = trace(model, x), outputs(model, x)
     assert graph.sizes == {"one": 8, "two": 8}
@@ -279,8 +279,8 @@ def test_a_graph_of_something_else_is_refused(change: str) -> None:
     assert before.differences(model) == []
 
 
-def test_the_changed_model_runs_as_told() -> None:
-    """One full pass by numbers: a dense layer that keeps units 2 and 0 answers with their columns."""
+def test_a_resized_model_computes_with_the_columns_of_the_kept_units() -> None:
+    """One forward pass by hand: a dense layer that keeps units 2 and 0."""
     model = nn.Sequential(nn.Linear(2, 3, bias=False), nn.Linear(3, 1, bias=False)).double()
     rows, columns = torch.tensor([[1.0, 2], [3, 4], [5, 6]]), torch.tensor([[7.0, 8, 9]])
     model.load_state_dict({"0.weight": rows, "1.weight": columns})
