@@ -36,10 +36,7 @@ SHARES = (0.85, 0.7, 0.5, 0.35, 0.2, 0.1)
 SAMPLES = 256
 """Most samples of the batches that a trial runs on."""
 
-STEP = 0.03
-"""Share of a width's units that go at once in `allocate`."""
-
-STRIDES = 32
+STRIDES = 64
 """Cuts in which a width may go at most from its largest to its smallest option."""
 
 
@@ -138,9 +135,7 @@ def trial_curves(
 
 
 def allocate_by(graph: WidthGraph, curves: Mapping[str, Curve], parameters: int) -> dict[str, int]:
-    """Cut widths, by 3 % of their units at a time, where the loss per parameter saved is least, until the parameters fit.
-
-    The lower convex hulls of the curves are compared: a steep beginning must not hide a flat end.
+    """Sizes with at most so many parameters, from curves of some widths, see `fit_to_cost`.
 
     Args:
         graph: the widths; those without a curve keep their size.
@@ -154,29 +149,13 @@ def allocate_by(graph: WidthGraph, curves: Mapping[str, Curve], parameters: int)
         ResizeError: if the model cannot be made so small.
     """
     hulls = {name: convex(curve) for name, curve in curves.items()}
-    sizes, now = dict(graph.sizes), graph.parameters
-    while now > parameters:
-        best: tuple[float, str, int, int] | None = None
-        for name in hulls:
-            width = graph.widths[name]
-            size = max(smallest(width), sizes[name] - max(1, int(STEP * width.size)))
-            saved = now - graph.proposed_parameters({**sizes, name: size})
-            if saved > 0:
-                price = (loss_at(hulls[name], size) - loss_at(hulls[name], sizes[name])) / saved
-                best = min(best or (math.inf, "", 0, 0), (price, name, size, saved))
-        if best is None:
-            raise ResizeError(
-                f"Allocate: expected {now:,} parameters or more, the fewest that the model can have, got {parameters:,}."
-            )
-        _, name, size, saved = best
-        # The last cut is reduced to as few units as fit.
-        while now - saved < parameters and size + 1 < sizes[name]:
-            less = now - graph.proposed_parameters({**sizes, name: size + 1})
-            if now - less > parameters:
-                break
-            size, saved = size + 1, less
-        sizes[name], now = size, now - saved
-    return sizes
+    options = {name: range(smallest(graph.widths[name]), graph.sizes[name] + 1) for name in hulls}
+    sizes = fit_to_cost(hulls, options, graph.sizes, graph.proposed_parameters, parameters)
+    if (fewest := graph.proposed_parameters(sizes)) > parameters:
+        raise ResizeError(
+            f"Allocate: expected {fewest:,} parameters or more, the fewest that the model can have, got {parameters:,}."
+        )
+    return {**graph.sizes, **sizes}
 
 
 def fit_to_cost(
@@ -188,7 +167,7 @@ def fit_to_cost(
 ) -> dict[str, int]:
     """Sizes within a cost, with a small sum of losses: marginal analysis (Fox 1966), with costs that depend on each other.
 
-    From `start` down, the width is cut next whose loss rises least for the cost saved, by a 32nd of its options at once; what
+    From `start` down, the width is cut next whose loss rises least for the cost saved, by a 64th of its options at once; what
     is saved below the limit does not count, so that the last cut takes no more than it must. Then single options are given
     back, those with the most loss for their cost first, while the cost stays within the limit.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise, product
 
 import pytest
@@ -13,7 +14,17 @@ from torch import nn
 
 import evolvenet
 from evolvenet.errors import ResizeError, TraceError
-from evolvenet.pruning.allocation import allocate, allocate_by, convex, energy_curves, loss_at, smallest, trial_curves
+from evolvenet.pruning.allocation import (
+    Curve,
+    allocate,
+    allocate_by,
+    convex,
+    energy_curves,
+    fit_to_cost,
+    loss_at,
+    smallest,
+    trial_curves,
+)
 from evolvenet.tracing.trace import trace
 from tests.helpers.cases import CASES, FLOAT, Case, distance, graph_of, outputs
 from tests.helpers.small_models import mlp
@@ -64,6 +75,79 @@ def test_no_combination_of_convex_curves_does_much_better(rates: list[float], wa
         else 0.0
     )
     assert loss(found) <= min(map(loss, fitting)) + slack + 1e-9
+
+
+def units(sizes: Mapping[str, int]) -> float:
+    return sum(sizes.values())
+
+
+def weighted(sizes: Mapping[str, int]) -> float:
+    return sum(count * size for count, size in zip((5, 2, 1), sizes.values(), strict=False))
+
+
+def chain(sizes: Mapping[str, int]) -> float:
+    """Weights of linear layers one after the other, with 3 inputs and 2 outputs."""
+    each = [3, *sizes.values(), 2]
+    return sum(before * after for before, after in pairwise(each))
+
+
+LINEAR = [(0, 6.0), (6, 0.0)]
+GENTLE = [(0, 1.0), (2, 0.5), (6, 0.0)]
+STEEP = [(0, 9.0), (1, 4.0), (2, 2.0), (4, 0.5), (6, 0.0)]
+SPARE = [(0, 7.0), (3, 0.0), (6, 0.0)]
+GROWS = [(0, 8.0), (2, 2.0), (4, 0.0), (6, -0.5)]
+ALL, EVEN, FEW = range(1, 7), (2, 4, 6), (4, 5, 6)
+
+
+@pytest.mark.parametrize("cost", [units, weighted, chain])
+@pytest.mark.parametrize("share", [0.95, 0.75, 0.5, 0.3])
+@pytest.mark.parametrize(
+    ("curves", "options", "start"),
+    [
+        ((LINEAR, STEEP), (ALL, ALL), (6, 6)),
+        ((SPARE, STEEP), (ALL, ALL), (6, 6)),
+        ((STEEP, LINEAR), (EVEN, ALL), (6, 6)),
+        ((GROWS, LINEAR), (ALL, ALL), (4, 6)),
+        ((GROWS, GROWS), (EVEN, ALL), (4, 4)),
+        ((GROWS, STEEP), (ALL, FEW), (5, 5)),
+        ((LINEAR, GENTLE), (ALL, ALL), (1, 1)),
+        ((GENTLE, LINEAR, GENTLE), (ALL, ALL, EVEN), (1, 1, 2)),
+        ((LINEAR, STEEP, SPARE), (ALL, ALL, ALL), (6, 6, 6)),
+        ((SPARE, GROWS, LINEAR), (EVEN, ALL, FEW), (6, 4, 6)),
+        ((STEEP, STEEP, STEEP), (ALL, EVEN, ALL), (6, 6, 6)),
+        ((LINEAR, LINEAR, LINEAR), (ALL, ALL, ALL), (6, 6, 6)),
+    ],
+)
+def test_the_greedy_sizes_lose_at_most_one_unit_more_than_the_best_of_all_sizes(
+    curves: Sequence[Curve],
+    options: Sequence[Sequence[int]],
+    start: Sequence[int],
+    share: float,
+    cost: Callable[[Mapping[str, int]], float],
+) -> None:
+    names = "abc"[: len(curves)]
+    of, may = dict(zip(names, curves, strict=True)), dict(zip(names, options, strict=True))
+
+    def loss(sizes: Mapping[str, int]) -> float:
+        return sum(loss_at(of[name], size) for name, size in sizes.items())
+
+    every = [dict(zip(names, each, strict=True)) for each in product(*options)]
+    least, most = cost(every[0]), cost(every[-1])
+    limit = least + share * (most - least)
+    found = fit_to_cost(of, may, dict(zip(names, start, strict=True)), cost, limit)
+    assert found in every
+    assert cost(found) <= limit
+    above = {name: min((each for each in may[name] if each > size), default=None) for name, size in found.items()}
+    assert all(cost({**found, name: size}) > limit for name, size in above.items() if size), "what fits is left free"
+    below = {name: max((each for each in may[name] if each < size), default=size) for name, size in found.items()}
+    one_unit = max(loss({**found, name: size}) - loss(found) for name, size in below.items())
+    best = min(loss(sizes) for sizes in every if cost(sizes) <= limit)
+    assert loss(found) <= best + one_unit + 1e-9
+
+
+def test_where_nothing_fits_every_width_takes_its_smallest_option() -> None:
+    curves = {"a": LINEAR, "b": STEEP}
+    assert fit_to_cost(curves, {"a": ALL, "b": EVEN}, {"a": 6, "b": 6}, units, 2) == {"a": 1, "b": 2}
 
 
 def test_what_saves_nothing_for_a_loss_is_kept_and_what_is_free_goes() -> None:
