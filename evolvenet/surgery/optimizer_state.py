@@ -63,11 +63,11 @@ class Rule:
         if self.reduced is not None:
             shape = [1 if dim == len(shape) + self.reduced else size for dim, size in enumerate(shape)]
         pairs = list(enumerate(zip(entry.shape, shape, strict=False)))
-        misfits = [dim for dim, (have, want) in pairs if have != want and (self.exact or have != 1)]
+        misfits = [dim for dim, (found, expected) in pairs if found != expected and (self.exact or found != 1)]
         if entry.dim() != len(shape) or misfits:
             return None
         skipped = None if self.reduced is None else len(shape) + self.reduced
-        return tuple(dim for dim, (have, want) in pairs if have == want and dim != skipped)
+        return tuple(dim for dim, (found, expected) in pairs if found == expected and dim != skipped)
 
 
 def _stays(entry: Tensor, axes: Mapping[int, IndexMap], change: Change, group: Mapping[str, Any]) -> Tensor:

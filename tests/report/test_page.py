@@ -81,7 +81,7 @@ def labelled(panel):
     return {line.get_label(): points(line) for line in panel.lines if not line.get_label().startswith("_")}
 
 
-def test_picture_shows_what_the_record_says():
+def test_picture_has_the_sizes_and_events_of_the_record():
     parameters, metric, widths = draw(history(), CURVE).axes
     assert parameters.get_yscale() == "log"
     assert points(parameters.lines[0]) == [[0, 5000], [100, 3000], [200, 2500], [300, 2500], [400, 2500]]
