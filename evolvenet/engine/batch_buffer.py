@@ -11,6 +11,7 @@ from torch import Tensor
 
 from evolvenet.engine.distributed import ProcessGroup, gather_batches
 from evolvenet.execution.inputs import is_plain, to_device_of
+from evolvenet.execution.step import Step
 
 
 class BatchBuffer:
@@ -37,7 +38,7 @@ class BatchBuffer:
     @property
     def batches(self) -> list[Any]:
         """The model's inputs."""
-        return [batch for batch, _ in self._kept]
+        return [self._as_inputs(batch) for batch, _ in self._kept]
 
     @property
     def gradients(self) -> list[tuple[Tensor | None, ...]]:
@@ -46,9 +47,15 @@ class BatchBuffer:
 
     def add(self, batch: Any, gradients: Sequence[Tensor | None] = ()) -> None:
         """Append a batch, and drop the oldest one beyond `most`."""
-        if isinstance(batch, (tuple, list)) and not isinstance(self._example, dict):
+        if isinstance(self._example, Step):
+            batch = batch.batch if isinstance(batch, Step) else batch
+        elif isinstance(batch, (tuple, list)) and not isinstance(self._example, dict):
             batch = tuple(batch[: self._inputs or 1])
         self._kept.append((batch, tuple(gradients)))
+
+    def _as_inputs(self, batch: Any) -> Any:
+        """What `run_model` takes: a kept batch of a step has no function, so that it can be sent and saved."""
+        return Step(self._example.function, batch) if isinstance(self._example, Step) else batch
 
     def clear(self) -> None:
         """Drop all batches."""
@@ -56,7 +63,8 @@ class BatchBuffer:
 
     def gather(self, group: ProcessGroup) -> tuple[list[Any], list[Sequence[Tensor | None]]]:
         """All ranks' batches and their gradients on rank 0, see `gather_batches`."""
-        return gather_batches(group, self.batches), gather_batches(group, self.gradients)
+        batches = gather_batches(group, [batch for batch, _ in self._kept])
+        return [self._as_inputs(batch) for batch in batches], gather_batches(group, self.gradients)
 
     def state_dict(self) -> dict[str, list[Any]]:
         """The batches that a `weights_only` checkpoint may hold."""

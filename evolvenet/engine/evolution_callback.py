@@ -9,7 +9,6 @@ from evolvenet.engine.event_timer import EventTimer
 from evolvenet.engine.evolver import Evolver
 from evolvenet.engine.history import History
 from evolvenet.errors import PolicyError
-from evolvenet.execution.call_recorder import CallRecorder
 from evolvenet.policies.base import Policy, judged_metric
 from evolvenet.policies.schedule import Schedule
 
@@ -51,7 +50,7 @@ class EvolutionCallback:
         self.evolver: Evolver | None = None
         self._timer = EventTimer(self.schedule)
         self._resumed: dict[str, Any] | None = None
-        self._recorder: CallRecorder | None = None
+        self._recorder: Any = None
 
     @property
     def history(self) -> History | None:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
-from functools import partial
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any, cast
 
 import torch
@@ -23,28 +22,25 @@ from evolvenet.engine.distributed import (
     run_on_all_ranks,
     run_on_rank_0,
 )
+from evolvenet.engine.event_data import EventData
 from evolvenet.engine.failure_policy import FailurePolicy
 from evolvenet.engine.functional import as_list
 from evolvenet.engine.history import Event, History, WidthChange, changed
 from evolvenet.engine.invariants import ModelReference, check_finite_weights, check_resizable, validate
+from evolvenet.engine.original_widths import OriginalWidths, at_first_sizes
 from evolvenet.engine.snapshot import PendingCut, Snapshot, roll_back
 from evolvenet.engine.transaction import Transaction
 from evolvenet.errors import RankMismatchError, SkippedEvent, stage
 from evolvenet.execution.inputs import first_samples, is_plain
+from evolvenet.execution.step import Step, batch_of
 from evolvenet.graph.serialization import check_fits, from_state_dict, to_state_dict
 from evolvenet.graph.width_graph import WidthGraph
-from evolvenet.growth.loss_test import Gradients, evidence
-from evolvenet.growth.plan import plan_growth
-from evolvenet.measurement.activation_moments import ActivationMoments, collect
-from evolvenet.measurement.cost import Costs, macs, parameters
-from evolvenet.measurement.width_spectra import WidthStatistics, ranks_and_energies, width_statistics
-from evolvenet.policies.base import JudgingPolicy, Policy, PolicyContext, Proposal, judged_metric
-from evolvenet.pruning.allocation import trial_curves
-from evolvenet.pruning.reconstruction import TRAINING_LIMITS, reconstruct
-from evolvenet.pruning.selection import plan_prune
+from evolvenet.measurement.cost import macs, parameters
+from evolvenet.measurement.width_spectra import WidthStatistics, ranks_and_energies
+from evolvenet.policies.base import JudgingPolicy, Policy, Proposal, check_proposals, judged_metric
 from evolvenet.surgery.checkpoint import WidthRecord, fit_shapes
 from evolvenet.surgery.resize_model import Surgery
-from evolvenet.tracing.trace import trace
+from evolvenet.tracing.unreached import trace_for_training
 
 log = logging.getLogger("evolvenet")
 
@@ -63,13 +59,17 @@ class Evolver:
         model: the model; it keeps its parameters' identity throughout.
         optimizer: the optimizer that holds them, or several; None for none.
         policy: proposes sizes, for example `Threshold`, or one of your own (see `Policy`).
-        example_inputs: what the model is called with: a tensor, a tuple of arguments or a dict of keyword arguments.
+        example_inputs: what the model is called with: a tensor, a tuple of arguments or a dict of keyword arguments. With
+            `step` a batch.
         calibration_batches: how many of the last observed batches an event measures on.
         seed: of the new units' random directions; they do not draw from the global generator.
         copies: models with the same tensor names and weights of their own, such as a moving average: they go along. Or what
             gives them when a change is due.
         after_change: called after widths have changed, on every rank.
         graph: the model's widths, from `trace` or an earlier run; None to trace the model here.
+        step: a function of a batch that computes the loss as training does, for several networks, or losses that read what
+            lies between layers. It is traced and measured in place of calls of the model, in eval mode and without
+            gradients, so it must not step an optimizer.
 
     Raises:
         TraceError: if the model does not run on the example inputs, or nothing in it can be resized.
@@ -96,8 +96,11 @@ class Evolver:
         copies: Sequence[nn.Module] | Callable[[], Sequence[nn.Module]] = (),
         after_change: Callable[[], object] = lambda: None,
         graph: WidthGraph | None = None,
+        step: Callable[[Any], Any] | None = None,
     ) -> None:
         judges = judged_metric(policy) is not None
+        if step is not None:
+            example_inputs = Step(lambda _, batch: step(batch), example_inputs)
         self.model = model
         self.optimizers = as_list(optimizer)
         self.policy = policy
@@ -105,8 +108,10 @@ class Evolver:
         self.example_inputs = tree_map_only(Tensor, torch.clone, first_samples(example_inputs, 2))
         self.copies = copies
         self.after_change = after_change
-        self.graph = graph or trace(model, self.example_inputs)
-        check_resizable(model, self.graph)
+        self.graph = graph or trace_for_training(model, self.example_inputs)
+        self.original = self._original_before_cut = OriginalWidths.of(self.graph)
+        if graph is None:
+            check_resizable(model, self.graph)
         self._macs = macs(model, self.example_inputs)
         self.history = History(self._event(0, (), parameters(model), 0.0))
         self._buffer = BatchBuffer(example_inputs, calibration_batches)
@@ -172,7 +177,8 @@ class Evolver:
         ranks, kept, skipped = {}, {}, None
         try:
             with ExitStack() as undo:
-                undo.callback(self._revert, self.graph, dict(self._changed), self._macs, changes)
+                state = (self.graph, self.original, dict(self._changed), self._macs)
+                undo.callback(self._revert, state, changes)
                 ranks, kept = self._evolve(group, changes, undo, progress)
                 undo.pop_all()
         except RankMismatchError:
@@ -203,7 +209,7 @@ class Evolver:
             with stage("rollback"):
                 copies = run_on_all_ranks(group, self._copies)
                 roll_back(group, past, self._take_snapshot(copies), self, copies)
-            self.graph = past.graph
+            self.graph, self.original = past.graph, self._original_before_cut
         except RankMismatchError:
             raise
         except Exception as problem:  # noqa: BLE001  the cut then stays, and the run can go on
@@ -211,6 +217,28 @@ class Evolver:
         self._macs = macs(self.model, self.example_inputs)
         changes = changed(sizes, self.graph.sizes, dict.fromkeys(sizes, reason))
         return self._record(self._event(moment, tuple(changes), count, time.perf_counter() - started, skipped))
+
+    def adopt(self, graph: WidthGraph) -> None:
+        """Go on with another graph of the same model as it is, from a trace that has reached more of it."""
+        check_fits(graph, self.model)
+        self.graph, self.original = graph, self.original.renamed(self.graph, graph)
+        self.history.initial.sizes.update({**graph.sizes, **self.history.initial.sizes})
+
+    @contextmanager
+    def restored(self, why: str) -> Iterator[None]:
+        """All widths get their first sizes, since the model's code has met layers that do not fit each other any more.
+
+        If the body raises, everything is as before. If not, evolution is off: what must fit what is not known. `why` is recorded.
+        """
+        before, started, count = self.graph.sizes, time.perf_counter(), parameters(self.model)
+        with at_first_sizes(self.original, self.model, self.graph, self.optimizers, self._copies()) as graph:
+            yield
+        self.graph, self.original = graph, OriginalWidths.of(graph)
+        reset_compiled_code()
+        self._macs = macs(self.model, self.example_inputs)
+        self._failures.off = f"all widths have their first sizes again, and keep them: {why}"
+        changes = changed(before, self.graph.sizes, dict.fromkeys(before, self._failures.off))
+        self._record(self._event(self._observed, tuple(changes), count, time.perf_counter() - started))
 
     def _take_snapshot(self, copies: Sequence[nn.Module]) -> Snapshot:
         return Snapshot.of(self.model, self.graph, self.optimizers, copies)
@@ -226,13 +254,16 @@ class Evolver:
             "events": self._events,
             "changed": {name: list(entry) for name, entry in self._changed.items()},
             "graph": to_state_dict(self.graph),
+            "original": [each.state_dict() for each in (self.original, self._original_before_cut)],
             **self._buffer.state_dict(),
             **self._failures.state_dict(),
             "note": WidthRecord.of(self.model, self.graph).state_dict(self.model),
             "pending_cut": self._pending_cut.state_dict() if self._pending_cut else None,
             # A cut may have to be taken back before the first batch of a resumed run.
             "example": [
-                x for x in (self.example_inputs,) if self._pending_cut and self._pending_cut.snapshot and is_plain(x)
+                batch_of(x)
+                for x in (self.example_inputs,)
+                if self._pending_cut and self._pending_cut.snapshot and is_plain(x)
             ],
         }
 
@@ -246,6 +277,7 @@ class Evolver:
         check_fits(graph, self.model, besides=state["note"]["buffers"])
         fit_shapes(self.model, {}, record=state["note"])
         self.graph = graph
+        self.original, self._original_before_cut = map(OriginalWidths.from_state_dict, state["original"])
         self.history = History.from_dict(state["history"])
         self._observed, self._events = state["observed"], state["events"]
         self._changed = {name: list(entry) for name, entry in state["changed"].items()}
@@ -254,9 +286,9 @@ class Evolver:
         if self._pending_cut and state.get("pending_cut"):
             self._pending_cut.load_state_dict(state["pending_cut"])
 
-    def _revert(self, graph: WidthGraph, changed: dict[str, list[int]], macs: int, changes: list[WidthChange]) -> None:
+    def _revert(self, state: tuple[Any, ...], changes: list[WidthChange]) -> None:
         """Restore the evolver's own state, after the model's, where an event has failed."""
-        self.graph, self._changed, self._macs = graph, changed, macs
+        self.graph, self.original, self._changed, self._macs = state
         if changes:
             changes.clear()
             # Wrappers of the model were made for the shapes that have just been reverted.
@@ -273,8 +305,10 @@ class Evolver:
         """
         with stage("batch gathering"):
             batches, gradients = self._buffer.gather(group)
-        found: list[ActivationMoments] = []
-        measures, proposals = run_on_rank_0(group, lambda: self._propose(batches, gradients, found, progress))
+        data = EventData(
+            self.model, self.graph, self.example_inputs, batches, gradients, self._changed, self._events, self._seed
+        )
+        measures, proposals = run_on_rank_0(group, lambda: self._propose(data, progress))
         past: Snapshot | None = None
         with stage("policy"):
             due = any(proposal.size != self.graph.sizes[name] for name, proposal in proposals.items())
@@ -285,8 +319,9 @@ class Evolver:
                 copies = run_on_all_ranks(group, self._copies)
             with stage("snapshot"):
                 past = run_on_all_ranks(group, lambda: self._take_snapshot(copies)) if self._pending_cut else None
+                self._original_before_cut = self.original
             self._apply(
-                Transaction(group, self.model, self.optimizers, copies, batches, undo, changes), proposals, found
+                Transaction(group, self.model, self.optimizers, copies, batches, undo, changes), proposals, data
             )
             with stage("validation"):
                 run_on_all_ranks(
@@ -301,79 +336,48 @@ class Evolver:
             self._pending_cut.record(past, [change.width for change in changes])
         return ranks_and_energies(measures, self.graph.sizes)
 
-    def _propose(
-        self, batches: Sequence[Any], gradients: Sequence[Gradients], found: list[ActivationMoments], progress: float
-    ) -> tuple[dict[str, WidthStatistics], dict[str, Proposal]]:
-        """Measured statistics and the policy's proposals; the activation moments, if collected, are appended to `found`."""
+    def _propose(self, data: EventData, progress: float) -> tuple[dict[str, WidthStatistics], dict[str, Proposal]]:
+        """Measured statistics and the policy's proposals."""
         with stage("weight check"):
             check_finite_weights(self.model)
-        if not batches:
+        if not data.batches:
             raise SkippedEvent(
                 "Expected at least one observed batch to measure on, got none. Call observe(batch) first."
             )
         if self._pending_cut and self._pending_cut.snapshot:
             return {}, {}
-        measured: dict[str, WidthStatistics] = {}
-
-        def measure() -> dict[str, WidthStatistics]:
-            with stage("statistics"):
-                found.append(collect(self.model, self.graph, batches))
-            with stage("spectra"):
-                measured.update(width_statistics(self.model, self.graph, found[0], self._changed, self._events))
-            return measured
-
-        context = PolicyContext(
-            self.graph,
-            progress,
-            self.history.initial.sizes,
-            self._pending_cut and self._pending_cut.state,
-            measure,
-            count_costs=lambda: Costs.of(self.model, self.graph, self.example_inputs),
-            run_trials=partial(trial_curves, self.model, self.graph, batches),
-            run_loss_tests=lambda sizes: evidence(self.model, self.graph, sizes, batches, gradients, self._generator()),
-        )
         with stage("policy"):
-            proposals = dict(self.policy.propose(context))
-            if proposals and not found:
-                # Which units are pruned depends on the statistics, also where the policy's sizes do not.
-                measure()
-        return measured, proposals
+            state = self._pending_cut and self._pending_cut.state
+            context = data.context(progress, self.history.initial.sizes, state)
+            proposals = check_proposals(self.policy.propose(context), self.graph)
+            # Which units are pruned depends on the statistics, also where the policy's sizes do not.
+            return (data.statistics if proposals else data.measured), proposals
 
-    def _apply(
-        self, transaction: Transaction, proposals: Mapping[str, Proposal], found: Sequence[ActivationMoments]
-    ) -> None:
+    def _apply(self, transaction: Transaction, proposals: Mapping[str, Proposal], data: EventData) -> None:
         """Prune first, then grow: what grows is added to the pruned model, within the parameters that were freed."""
         sizes = self.graph.sizes
-        down = {name: proposal for name, proposal in proposals.items() if proposal.size < sizes[name]}
-        up = {name: proposal for name, proposal in proposals.items() if proposal.size > sizes[name]}
+        down = {name: proposal.size for name, proposal in proposals.items() if proposal.size < sizes[name]}
+        up = {name: proposal.size for name, proposal in proposals.items() if proposal.size > sizes[name]}
+        reasons = {name: proposal.reason for name, proposal in proposals.items()}
         if down:
-            self._change(transaction, down, lambda: self._plan_pruning(down, found[0], transaction.batches))
+            self._change(transaction, down, lambda: data.plan_pruning(down), reasons)
         if up:
-            self._change(transaction, up, lambda: self._plan_growth(up))
+            self._change(transaction, up, lambda: data.plan_growth(self.graph, up), reasons)
 
-    def _change(self, transaction: Transaction, proposals: Mapping[str, Proposal], plan: Callable[[], Surgery]) -> None:
+    def _change(
+        self,
+        transaction: Transaction,
+        sizes: Mapping[str, int],
+        plan: Callable[[], Surgery],
+        reasons: Mapping[str, str],
+    ) -> None:
         before = self.graph.sizes
-        self.graph = transaction.apply(self.graph, plan, {name: each.reason for name, each in proposals.items()})
-        for name in proposals:
+        surgery = transaction.apply(self.graph, plan, {name: reasons[name] for name in sizes})
+        self.graph, self.original = surgery.graph, self.original.after(surgery.maps)
+        for name in sizes:
             units = self.graph.sizes[name] - before[name]
             _, last_change, reversals = self._changed.get(name, (0, 0, 0))
             self._changed[name] = [self._events, units, reversals + (units * last_change < 0)]
-
-    def _plan_pruning(
-        self, proposals: Mapping[str, Proposal], moments: ActivationMoments, batches: Sequence[Any]
-    ) -> Surgery:
-        with stage("unit selection"):
-            surgery = plan_prune(self.model, self.graph, {name: each.size for name, each in proposals.items()}, moments)
-        with stage("reconstruction"):
-            return reconstruct(self.model, self.graph, surgery, batches, TRAINING_LIMITS)
-
-    def _plan_growth(self, proposals: Mapping[str, Proposal]) -> Surgery:
-        sizes = {name: each.size for name, each in proposals.items()}
-        with stage("growth"):
-            return plan_growth(self.model, self.graph, sizes, generator=self._generator())
-
-    def _generator(self) -> torch.Generator:
-        return torch.Generator().manual_seed(self._seed + self._events)
 
     def _record(self, event: Event) -> Event:
         for change in event.changes:

@@ -42,7 +42,7 @@ class Transaction:
     undo: ExitStack
     changes: list[WidthChange]
 
-    def apply(self, graph: WidthGraph, plan: Callable[[], Surgery], reasons: Mapping[str, str]) -> WidthGraph:
+    def apply(self, graph: WidthGraph, plan: Callable[[], Surgery], reasons: Mapping[str, str]) -> Surgery:
         """Apply the surgery that `plan` returns on rank 0.
 
         Args:
@@ -51,7 +51,7 @@ class Transaction:
             reasons: {width: why it changes}, for the record.
 
         Returns:
-            The graph of the changed model.
+            The surgery.
 
         Raises:
             EvolveNetError: on every rank, if planning or applying it fails on one. What was applied so far stays so until
@@ -66,7 +66,7 @@ class Transaction:
             run_on_all_ranks(self.group, partial(apply, self.model, surgery, self.optimizers, self.undo))
             for replica, own in planned:
                 run_on_all_ranks(self.group, partial(apply, replica, own, (), self.undo))
-        return surgery.graph
+        return surgery
 
     def _replica_surgery(self, replica: nn.Module, graph: WidthGraph, surgery: Surgery) -> Surgery:
         plan = partial(plan_replica_update, replica, graph, surgery, self.batches)

@@ -19,12 +19,17 @@ MAX_GRADIENT_ENTRIES = 2**20
 
 
 @dataclass
-class _Call:
-    """The arguments of one call, and the gradients at its outputs, which the backward pass adds."""
+class OutputGradients:
+    """The gradients of a loss at the tensors of one output, added up over the backward passes of a training step."""
 
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
     gradients: list[Tensor | None] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, result: Any) -> OutputGradients:
+        """Register a hook for the gradient of every tensor in a module's output."""
+        found = cls()
+        found.record_gradients(result)
+        return found
 
     def record_gradients(self, result: Any) -> None:
         """Register a hook for the gradient of every tensor in the result."""
@@ -39,6 +44,14 @@ class _Call:
         # A training step may run several backward passes.
         part, before = gradient.detach()[:samples], self.gradients[index]
         self.gradients[index] = part.clone() if before is None else before + part
+
+
+@dataclass(kw_only=True)
+class _Call(OutputGradients):
+    """The arguments of one call, and the gradients at its outputs."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
 
 
 class CallRecorder:
@@ -104,7 +117,7 @@ class _BeforeCall:
             training = self.outer.training and (training or torch.is_grad_enabled())
         # Nothing but a queue is used where code is compiled, so that its graph does not break.
         if training and self.calls is not None and (torch.compiler.is_compiling() or not _runs_another_method(module)):
-            self.current = _Call(args, kwargs)
+            self.current = _Call(args=args, kwargs=kwargs)
             self.calls.append(self.current)
 
     def __reduce__(self) -> tuple[Any, tuple[()]]:

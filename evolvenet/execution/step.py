@@ -38,6 +38,11 @@ class Step:
     batch: Any
 
 
+def batch_of(inputs: Any) -> Any:
+    """The batch of a `Step`; other inputs as they are."""
+    return inputs.batch if isinstance(inputs, Step) else inputs
+
+
 def _unflatten(parts: Any, function: Callable[[nn.Module, Any], Any]) -> Step:
     (batch,) = parts
     return Step(function, batch)

@@ -3,46 +3,29 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from torch import nn
-from torch.utils.hooks import RemovableHandle
 
-from evolvenet._compat.torch import reset_compiled_code, state_dict_metadata
-from evolvenet.engine.distributed import check_agreement, process_group, run_on_all_ranks
-from evolvenet.engine.event_timer import EventState, EventTimer
-from evolvenet.engine.evolution_callback import EvolutionCallback
-from evolvenet.engine.evolver import Evolver
+from evolvenet._compat.torch import state_dict_metadata
+from evolvenet.engine.event_timer import EventState
 from evolvenet.engine.history import History
 from evolvenet.engine.replica_discovery import ReplicaDiscovery
-from evolvenet.errors import RecordError, TraceError
-from evolvenet.execution.call_recorder import CallRecorder
-from evolvenet.execution.inputs import first_samples
-from evolvenet.graph.serialization import check_fits, from_state_dict
-from evolvenet.graph.width_graph import WidthGraph
+from evolvenet.lightning.evolution import LightningEvolution
+from evolvenet.lightning.guard import StepGuard
 from evolvenet.lightning.loading import install
 from evolvenet.lightning.module import (
-    find_network,
-    logging_muted,
     modules_to_search,
-    optimizers_of,
-    record_calls,
     weight_averages,
 )
+from evolvenet.lightning.recording import SubjectRecorder
 from evolvenet.lightning.trainer_parts import (
     check_strategy,
-    default_dtype,
-    log_event,
     metric_of,
     progress_of,
-    rebuild_ddp,
 )
-from evolvenet.surgery.checkpoint import RECORD_KEY, WidthRecord, fit_shapes, register_reshape_before_load
-from evolvenet.tracing.trace import trace
+from evolvenet.surgery.checkpoint import RECORD_KEY, fit_shapes, register_reshape_before_load
 
 log = logging.getLogger("evolvenet")
 install()
@@ -52,7 +35,7 @@ MAX_BATCHES_WITHOUT_CALL = 8
 
 
 @dataclass(eq=False, repr=False)
-class WidthEvolution(EvolutionCallback, Callback):
+class WidthEvolution(LightningEvolution, Callback):
     """Prunes and grows the widths of whatever the trainer trains.
 
     The model is traced on the first training batch, with the inputs that its own training step gives it. When an event is
@@ -79,24 +62,12 @@ class WidthEvolution(EvolutionCallback, Callback):
 
     Raises:
         PolicyError: for values out of range, or a policy without a method `propose`.
-        TraceError: in the first batches, if nothing in the model can be resized.
         UnsupportedStrategyError: before training starts, under a strategy that shards parameters.
         RankMismatchError: during training, if the processes of a DDP run do not agree on the model.
 
     >>> from evolvenet import Threshold
     >>> callback = WidthEvolution(policy=Threshold(prune=0.01, grow=0.9), every_n_epochs=1)
     """
-
-    copies: Mapping[str, str] | None = None
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._root = ""
-        self._module: LightningModule | None = None
-        self._record_hook: RemovableHandle | None = None
-        self._replicas: ReplicaDiscovery | None = None
-        self._averages: list[nn.Module] = []
-        self._metric: float | None = None
 
     @property
     def history(self) -> History | None:
@@ -117,8 +88,27 @@ class WidthEvolution(EvolutionCallback, Callback):
         self._module, self._timer.batches_without_call = pl_module, 0
         if self.evolver is not None:
             self._continue_from(pl_module, self.evolver)
-        self._recorder = record_calls(pl_module)
+        self._recorder = SubjectRecorder(pl_module, self.calibration_batches)
         self._replicas = None
+        self._guard = StepGuard(trainer.strategy, self._restore)
+
+    def on_validation_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Keep a first batch to trace the validation step on."""
+        self._batches.setdefault("validation_step", (batch, batch_idx))
+
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Trace anew where a module has run for the first time."""
+        self._trace_first_runs("validation_step", batch, batch_idx)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Change widths when an event is due."""
@@ -128,7 +118,7 @@ class WidthEvolution(EvolutionCallback, Callback):
             self._replicas = ReplicaDiscovery(modules_to_search(trainer, pl_module), self.copies)
             self._replicas.load_state_dict(self._resumed.get("replicas", {}) if self._resumed else {})
         if self.evolver is None:
-            self._start_on_all_ranks(trainer, pl_module, lambda: self._known_inputs(trainer))
+            self._start_on_all_ranks(trainer, pl_module, lambda: self._known_subject(trainer, pl_module))
         if boundary:
             self._judge(trainer, pl_module)
         self._timer.needed = self._batches_needed(trainer)
@@ -138,8 +128,10 @@ class WidthEvolution(EvolutionCallback, Callback):
         if boundary:
             epoch = trainer.current_epoch if batch_idx == 0 else None
             self._timer.check(trainer.global_step, progress_of(trainer), epoch)
-        if self._timer.recording and self._recorder is None:
-            self._record_network()
+        if self._timer.recording and self._recorder is None and self.evolver is not None:
+            self._record_subject()
+        if self._recorder is not None:
+            self._recorder.begin(batch)
         if self.evolver is not None:
             latest = [self.evolver.history.initial, *self.evolver.history.events][-1]
             pl_module.log("evolve/parameters", float(latest.parameters), prog_bar=True)
@@ -149,8 +141,12 @@ class WidthEvolution(EvolutionCallback, Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Trace once the first inputs are known, before a checkpoint is saved, which must hold an event that is due."""
+        if self._recorder is not None:
+            self._recorder.end()
         if self.evolver is None:
-            self._start_on_all_ranks(trainer, pl_module, lambda: self._recorded_inputs(trainer, pl_module))
+            self._batches["training_step"] = (batch, batch_idx)
+            self._start_on_all_ranks(trainer, pl_module, lambda: self._recorded_subject(trainer, pl_module))
+        self._trace_first_runs("training_step", batch, batch_idx)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep the metric that the policy judges by, until widths may change again."""
@@ -181,6 +177,8 @@ class WidthEvolution(EvolutionCallback, Callback):
         return {
             "evolver": self.evolver.state_dict(),
             "root": self._root,
+            "kind": self._kind,
+            "index": self._index,
             "replicas": self._replicas.state_dict() if self._replicas else {},
             **self._timer.state_dict(),
             "metric": self._metric,
@@ -198,182 +196,3 @@ class WidthEvolution(EvolutionCallback, Callback):
         self.load_state_dict(state)
         if self._resumed is not None:
             fit_shapes(pl_module.get_submodule(self._resumed["root"]), {}, record=self._resumed["evolver"]["note"])
-
-    def _start_on_all_ranks(
-        self, trainer: Trainer, pl_module: LightningModule, find: Callable[[], tuple[str, list[Any]] | None]
-    ) -> None:
-        """Make the evolver on every rank, if `find` returns the network's path and inputs."""
-
-        def start() -> None:
-            found = find()
-            if found is not None:
-                self._start(trainer, pl_module, *found)
-
-        run_on_all_ranks(process_group(), start)
-        if self.evolver is not None:
-            times = f"{self.schedule}, calibration_batches={self.calibration_batches}, seed={self.seed}"
-            check_agreement(process_group(), "widths and times of events", f"{self.evolver.graph.sizes}, {times}")
-
-    def _known_inputs(self, trainer: Trainer) -> tuple[str, list[Any]] | None:
-        """The network's path and inputs for it, where some are known before the first batch."""
-        if self.example_inputs is not None:
-            return self._resumed_root() or "", [self.example_inputs]
-        state = self._resumed["evolver"] if self._resumed else {}
-        if self._resumed and (kept := state["batches"] or state.get("example")):
-            # Interrupted while batches were gathered, or between a validation and the judgement of the last cut.
-            return self._resumed["root"], [trainer.strategy.batch_to_device(each) for each in kept]
-        return None
-
-    def _recorded_inputs(self, trainer: Trainer, pl_module: LightningModule) -> tuple[str, list[Any]] | None:
-        """The network's path and its recorded inputs; None if the training step has called no module so far."""
-        if self._recorder is None or not self._recorder.names:
-            self._timer.batches_without_call += 1
-            if self._timer.batches_without_call < MAX_BATCHES_WITHOUT_CALL:
-                return None
-            raise TraceError(
-                f"{type(pl_module).__name__}'s training step has run on {MAX_BATCHES_WITHOUT_CALL} batches without calling "
-                "any module, so there is nothing to trace. Call the network as a module "
-                "(self(x) or self.net(x), not self.forward(x)), or give "
-                "WidthEvolution(example_inputs=...)."
-            )
-        root = self._resumed_root() or find_network(pl_module, self._recorder, optimizers_of(trainer, pl_module))
-        return root, self._recorder.inputs(root)
-
-    def _start(self, trainer: Trainer, pl_module: LightningModule, path: str, inputs: list[Any]) -> None:
-        """Make the evolver of the network at a path of the module."""
-        self._root = path
-        calls = self._recorder.calls(self._root) if self._recorder else []
-        self._stop_recording()
-        root = pl_module.get_submodule(self._root)
-        self._averages = [copy.get_submodule(self._root) for copy in weight_averages(trainer, pl_module)]
-        state = self._resumed["evolver"] if self._resumed else None
-        with default_dtype(trainer), logging_muted(pl_module):
-            self.evolver = Evolver(
-                root, optimizers_of(trainer, pl_module), self.policy, inputs[0], self.calibration_batches, self.seed,
-                self._models_to_update, after_change=partial(rebuild_ddp, trainer.strategy, pl_module),
-                graph=self._trace(root, inputs[0]) if state is None else from_state_dict(state["graph"]),
-            )  # fmt: skip
-        if state is not None:
-            self.evolver.load_state_dict(state)
-            self._resumed = None
-            for copy in self._averages:
-                fit_shapes(copy, {}, record=state["note"])
-        self._timer.start()
-        for call in calls if self._timer.recording else ():
-            self.evolver.observe(*call)
-        self._record_hook = self._record(self.evolver).register(pl_module)
-        log_event(trainer, self.evolver.history.initial)
-        log.info(
-            "%d resizable widths hold %.1f %% of the %s parameters; %d frozen",
-            len(self.evolver.graph.resizable),
-            100 * self.evolver.graph.coverage,
-            f"{self.evolver.graph.parameters:,}",
-            sum(width.frozen is not None for width in self.evolver.graph.widths.values()),
-        )
-
-    def _continue_from(self, pl_module: LightningModule, evolver: Evolver) -> None:
-        """In a second `fit` with this callback: resume from the first one's evolver, if the network is still the same."""
-        self._timer = EventTimer(self.schedule)
-        state = evolver.state_dict()
-        self.evolver, self._resumed = None, None
-        known = dict(pl_module.named_modules()).get(self._root) is evolver.model
-        if known and _fits(evolver):
-            replicas = self._replicas.state_dict() if self._replicas else {}
-            self._resumed = {"evolver": {**state, "batches": []}, "root": self._root, "replicas": replicas}
-
-    def _checkpoint_record(self, pl_module: LightningModule) -> WidthRecord | None:
-        """The width record that a checkpoint holds beside the tensors; None before they are known."""
-        if self.evolver is not None:
-            return self._record(self.evolver)
-        if self._resumed is None:
-            return None
-        root = self._resumed["root"]
-        return WidthRecord.of(pl_module.get_submodule(root), from_state_dict(self._resumed["evolver"]["graph"]), root)
-
-    def _trace(self, root: nn.Module, inputs: Any) -> WidthGraph:
-        graph = trace(root, first_samples(inputs, 2))
-        return self._replicas.without_replicas(root, graph) if self._replicas else graph
-
-    def _models_to_update(self) -> list[nn.Module]:
-        """The replicas of the network that go through an event's changes."""
-        if self.evolver is None or self._replicas is None:
-            return self._averages
-        evolver = self.evolver
-        return [*self._averages, *self._replicas.models_to_update(evolver.model, evolver.graph, evolver.optimizers)]
-
-    def _record(self, evolver: Evolver) -> WidthRecord:
-        record = WidthRecord.of(evolver.model, evolver.graph, self._root)
-        return record.with_replicas(self._replicas.pairs(evolver.model, evolver.graph)) if self._replicas else record
-
-    def _resumed_root(self) -> str | None:
-        return self._resumed["root"] if self._resumed else None
-
-    def _change_widths(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """The event, or, where none of its calls was recorded, once more the gathering of batches for it."""
-        assert self.evolver is not None
-        evolver = self.evolver
-        self._observe_recorded()
-        if not evolver.observed and not self._timer.retried:
-            # Code that was compiled before the recorder's hooks were there does not run them.
-            self._timer.retry()
-            reset_compiled_code()
-            return
-        # Some runs replace their optimizers on the way.
-        evolver.optimizers = optimizers_of(trainer, pl_module)
-        with default_dtype(trainer), logging_muted(pl_module):
-            event = evolver.step(at=trainer.global_step, progress=progress_of(trainer))
-        evolver.forget()
-        self._stop_recording()
-        if self._timer.retried:
-            reset_compiled_code()
-        self._timer.finish()
-        log_event(trainer, event)
-
-    def _judge(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """What the last validation means for the last cut."""
-        if self._metric is None or self.evolver is None:
-            return
-        self.evolver.optimizers = optimizers_of(trainer, pl_module)
-        with default_dtype(trainer), logging_muted(pl_module):
-            event = self.evolver.judge(self._metric, at=trainer.global_step)
-        self._metric = None
-        if event is not None:
-            log_event(trainer, event)
-
-    def _observe_recorded(self) -> None:
-        """Pass the recorded calls on to the evolver, each of them once."""
-        if self.evolver is not None and self._recorder is not None:
-            for call in self._recorder.calls(self._root):
-                self.evolver.observe(*call)
-            self._stop_recording()
-            if self._timer.recording:
-                self._record_network()
-
-    def _record_network(self) -> None:
-        assert self.evolver is not None
-        self._recorder = CallRecorder({self._root: self.evolver.model}, self.calibration_batches, self._module)
-
-    def _batches_needed(self, trainer: Trainer) -> int:
-        """Batches to measure on; not so many that the next event would be due before, or most of a short epoch gone."""
-        steps = self.schedule.every_n_steps
-        if steps is None:
-            until = max(1.0, trainer.num_training_batches * (self.schedule.every_n_epochs or 1) / 2)
-        else:
-            until = steps * trainer.accumulate_grad_batches
-        return int(min(self.calibration_batches, until))
-
-    def _remove_hooks(self) -> None:
-        self._observe_recorded()
-        self._stop_recording()
-        if self._record_hook is not None:
-            self._record_hook.remove()
-        self._record_hook, self._module = None, None
-
-
-def _fits(evolver: Evolver) -> bool:
-    """Whether the model still has the widths that its evolver knows."""
-    try:
-        check_fits(evolver.graph, evolver.model)
-    except RecordError:
-        return False
-    return True

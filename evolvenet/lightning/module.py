@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,38 +11,25 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
-from evolvenet.errors import TraceError
-from evolvenet.execution.call_recorder import CallRecorder
 
-
-def record_calls(pl_module: LightningModule) -> CallRecorder:
-    """A recorder of the calls that the training step makes: of the module itself, or of a network in it."""
-    return CallRecorder({"": pl_module, **dict(pl_module.named_children())}, outer=pl_module)
-
-
-def find_network(pl_module: LightningModule, recorder: CallRecorder, optimizers: Iterable[Optimizer]) -> str:
+def find_network(pl_module: LightningModule, called: Sequence[str], optimizers: Iterable[Optimizer]) -> str | None:
     """Where the network is: the LightningModule itself if it was called, else the one child that is trained.
 
-    Children without a trained parameter (a teacher, a perceptual loss) are passed over.
-
-    Raises:
-        TraceError: if several children are trained, or tensors beside the one that was called, or its weights are another's too.
+    Children without a trained parameter (a teacher, a perceptual loss) are passed over. None if several children are
+    trained, or tensors beside the one that was called, or its weights are another's too.
     """
-    if "" in recorder.names:
+    if "" in called:
         return ""
     trained = {p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
     trained = {parameter for parameter in pl_module.parameters() if parameter in trained and parameter.requires_grad}
     trained = trained or set(pl_module.parameters())
-    for path in recorder.names:
+    for path in called:
         inside = set(pl_module.get_submodule(path).modules())
         own = {parameter for module in inside for parameter in module.parameters(recurse=False)}
         tied = any(own & set(module.parameters(recurse=False)) for module in set(pl_module.modules()) - inside)
         if trained <= own and not tied:
             return path
-    raise TraceError(
-        f"{type(pl_module).__name__}'s training step calls several networks ({', '.join(recorder.names)}), so its inputs to "
-        "all of them are not known. Define forward and call self(...), or give WidthEvolution(example_inputs=...)."
-    )
+    return None
 
 
 def optimizers_of(trainer: Trainer, pl_module: LightningModule) -> list[Optimizer]:

@@ -28,10 +28,11 @@ class ModuleStep:
 
     Args:
         name: "training_step" or "validation_step".
+        index: the step is told of its batch: some do something else on every n-th.
     """
 
-    def __init__(self, name: str = "training_step") -> None:
-        self.name = name
+    def __init__(self, name: str = "training_step", index: int = 0) -> None:
+        self.name, self.index = name, index
         self.written: tuple[str, ...] | None = None
 
     def __call__(self, module: nn.Module, batch: Any) -> Any:
@@ -42,7 +43,7 @@ class ModuleStep:
         before = {name: (version_of(parameters[name]), parameters[name].detach().clone()) for name in names}
         try:
             with without_effects(module):
-                return _called(getattr(module, self.name), batch)
+                return _called(getattr(module, self.name), batch, self.index)
         finally:
             changed = [name for name, (version, _) in before.items() if version_of(parameters[name]) != version]
             with torch.no_grad():
@@ -51,11 +52,11 @@ class ModuleStep:
             self.written = tuple(changed)
 
 
-def _called(step: Callable[..., Any], batch: Any) -> Any:
-    """The step with index 0 for whatever else it takes: `batch_idx`, `dataloader_idx`."""
+def _called(step: Callable[..., Any], batch: Any, index: int) -> Any:
+    """The step with what it takes of: the batch, its index, and 0 for the dataloader's."""
     given = inspect.signature(step).parameters.values()
     others = [each for each in given if each.default is each.empty and each.kind is each.POSITIONAL_OR_KEYWORD]
-    return step(batch, *[0] * (len(others) - 1))
+    return step(batch, *[index, 0][: len(others) - 1])
 
 
 @contextmanager

@@ -9,9 +9,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from typing import Any
+
+from torch import nn
 
 from evolvenet.graph.width_graph import Width, WidthGraph, Widths
 from evolvenet.tracing.grouping import NEVER_RAN
+from evolvenet.tracing.trace import trace
 
 log = logging.getLogger("evolvenet")
 
@@ -25,8 +29,6 @@ def unreached_parameters(graph: WidthGraph) -> tuple[str, ...]:
     """Names of the parameters that no traced run has used.
 
     >>> import torch
-    >>> from torch import nn
-    >>> from evolvenet.tracing.trace import trace
     >>> class Net(nn.Module):
     ...     def __init__(self):
     ...         super().__init__()
@@ -58,8 +60,6 @@ def freeze_possible_inputs(graph: WidthGraph, besides: Iterable[str] = ()) -> Wi
         The graph, each such width frozen with the parameter as its reason.
 
     >>> import torch
-    >>> from torch import nn
-    >>> from evolvenet.tracing.trace import trace
     >>> class Net(nn.Module):
     ...     def __init__(self):
     ...         super().__init__()
@@ -79,6 +79,19 @@ def freeze_possible_inputs(graph: WidthGraph, besides: Iterable[str] = ()) -> Wi
         return graph
     widths = {name: _checked(graph, width, shapes) for name, width in graph.widths.items()}
     return replace(graph, widths=Widths(widths))
+
+
+def trace_for_training(model: nn.Module, example_inputs: Any) -> WidthGraph:
+    """The graph of `trace` for a run in which other modules may come to run than on the example inputs.
+
+    Widths that might feed an unreached parameter keep their size, with a warning.
+
+    Raises:
+        TraceError: as `trace`.
+    """
+    graph = freeze_possible_inputs(trace(model, example_inputs))
+    warn_of_unreached(graph)
+    return graph
 
 
 def warn_of_unreached(graph: WidthGraph) -> None:

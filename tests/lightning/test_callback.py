@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import evolvenet
-from evolvenet import PolicyError, Threshold, TraceError, UnsupportedStrategyError, WidthEvolution
+from evolvenet import PolicyError, Threshold, UnsupportedStrategyError, WidthEvolution
 from tests.helpers.policies import Fixed
 from tests.helpers.runs import trainer
 
@@ -206,9 +206,12 @@ def test_nan_weights_at_an_event_are_survived(tmp_path: Path, caplog: pytest.Log
     assert evolution.history.events[0].skipped
 
 
-def test_a_training_step_without_module_calls_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(TraceError, match="Call the network as a module"):
-        trainer(tmp_path, [WidthEvolution(Fixed({}))]).fit(CallsNothing(), loader())
+def test_a_training_step_without_module_calls_goes_on_with_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    trainer(tmp_path, [evolution := WidthEvolution(Fixed({}))]).fit(CallsNothing(), loader())
+    assert evolution.evolver is None
+    assert "Call the network as a module" in caplog.text
 
 
 def test_example_inputs_can_be_given(tmp_path: Path) -> None:
@@ -218,11 +221,13 @@ def test_example_inputs_can_be_given(tmp_path: Path) -> None:
     assert model.net[0].out_features == 9
 
 
-def test_a_model_without_a_width_is_refused(tmp_path: Path) -> None:
+def test_a_model_without_a_width_goes_on_with_a_warning_that_gives_the_reasons(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     model = Plain()
     model.net = nn.Sequential(nn.Linear(6, 3))
-    with pytest.raises(TraceError, match="at least one resizable width"):
-        trainer(tmp_path, [WidthEvolution(Fixed({}))]).fit(model, loader())
+    trainer(tmp_path, [WidthEvolution(Fixed({}))]).fit(model, loader())
+    assert "No width of Plain can be resized: net.0: " in caplog.text
 
 
 @pytest.mark.parametrize("kind", [FSDPStrategy, ModelParallelStrategy, DeepSpeedLike])

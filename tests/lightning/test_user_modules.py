@@ -227,15 +227,16 @@ def test_a_part_of_the_network_may_have_another_name(tmp_path: Path) -> None:
     assert model.head.in_features == model.net[4].out_features
 
 
-def test_two_trained_networks_or_a_shared_weight_are_still_refused(tmp_path: Path) -> None:
+def test_two_trained_networks_or_a_shared_weight_evolve_with_the_whole_step(tmp_path: Path) -> None:
     both, shared = Perceptual(), User()
     both.judge.requires_grad_(True)
     shared.tied = nn.Linear(16, 3)
     shared.tied.weight = shared.net[6].weight  # type: ignore[assignment]
     shared.training_step = lambda batch, batch_idx: shared.net(batch[0]).square().mean()  # type: ignore[method-assign]
     for model in (both, shared):
-        with pytest.raises(TraceError, match="several networks"):
-            fit(tmp_path, model)
+        evolution = fit(tmp_path, model)
+        assert evolution.history is not None
+        assert "net.0" in evolution.history.initial.sizes
 
 
 class InEval(User):

@@ -1,0 +1,110 @@
+"""What one event measures, and the surgeries that it plans from that."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from evolvenet.errors import stage
+from evolvenet.graph.width_graph import WidthGraph
+from evolvenet.growth.loss_test import Gradients, evidence
+from evolvenet.growth.plan import plan_growth
+from evolvenet.measurement.activation_moments import ActivationMoments, collect
+from evolvenet.measurement.cost import Costs
+from evolvenet.measurement.width_spectra import WidthStatistics, width_statistics
+from evolvenet.policies.base import PolicyContext
+from evolvenet.pruning.allocation import trial_curves
+from evolvenet.pruning.reconstruction import TRAINING_LIMITS, reconstruct
+from evolvenet.pruning.selection import plan_prune
+from evolvenet.surgery.resize_model import Surgery
+
+
+@dataclass(frozen=True, eq=False)
+class EventData:
+    """The batches of an event and what is measured on them. Each quantity is computed when it is first needed, and kept.
+
+    Args:
+        model: the model.
+        graph: its widths before the event.
+        example_inputs: what costs are counted on.
+        batches: inputs to measure on, of all ranks.
+        gradients: of the loss at the outputs for each batch, as far as they are known.
+        changed: {width: (event, units, reversals) of its last change}.
+        number: of the event, counted from 1.
+        seed: of the run; new units draw from `seed + number`.
+    """
+
+    model: nn.Module
+    graph: WidthGraph
+    example_inputs: Any
+    batches: Sequence[Any]
+    gradients: Sequence[Gradients]
+    changed: Mapping[str, Sequence[int]]
+    number: int
+    seed: int
+
+    @cached_property
+    def moments(self) -> ActivationMoments:
+        """Second moments of what the consumers of every width take in, from one forward pass a batch."""
+        with stage("statistics"):
+            return collect(self.model, self.graph, self.batches)
+
+    @cached_property
+    def statistics(self) -> dict[str, WidthStatistics]:
+        """{width: its statistics}, of every width on which enough was measured."""
+        moments = self.moments
+        with stage("spectra"):
+            return width_statistics(self.model, self.graph, moments, self.changed, self.number)
+
+    @property
+    def measured(self) -> dict[str, WidthStatistics]:
+        """The statistics if they have been computed, else none."""
+        return vars(self).get("statistics", {})
+
+    def context(self, progress: float, initial: Mapping[str, int], state: Any) -> PolicyContext:
+        """What a policy may look at.
+
+        Args:
+            progress: share of the run that is done, 0 … 1.
+            initial: {width: size} at the start of the run.
+            state: what a judging policy kept.
+        """
+        return PolicyContext(
+            self.graph,
+            progress,
+            initial,
+            state,
+            measure=lambda: self.statistics,
+            count_costs=lambda: Costs.of(self.model, self.graph, self.example_inputs),
+            run_trials=partial(trial_curves, self.model, self.graph, self.batches),
+            run_loss_tests=lambda sizes: evidence(
+                self.model, self.graph, sizes, self.batches, self.gradients, self.generator()
+            ),
+        )
+
+    def plan_pruning(self, sizes: Mapping[str, int]) -> Surgery:
+        """The surgery that prunes widths to smaller sizes, their consumers fitted to the outputs that they had."""
+        moments = self.moments
+        with stage("unit selection"):
+            surgery = plan_prune(self.model, self.graph, sizes, moments)
+        with stage("reconstruction"):
+            return reconstruct(self.model, self.graph, surgery, self.batches, TRAINING_LIMITS)
+
+    def plan_growth(self, graph: WidthGraph, sizes: Mapping[str, int]) -> Surgery:
+        """The surgery that grows widths to larger sizes.
+
+        Args:
+            graph: the widths after the event's pruning.
+            sizes: {width: size}.
+        """
+        with stage("growth"):
+            return plan_growth(self.model, graph, sizes, generator=self.generator())
+
+    def generator(self) -> torch.Generator:
+        """The source of the new units' random directions."""
+        return torch.Generator().manual_seed(self.seed + self.number)

@@ -1,0 +1,132 @@
+"""Which of a model's units at the start of a run are still there, and the surgery that gives all widths their first sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+from evolvenet.engine.functional import apply
+from evolvenet.graph.index_map import NEW_UNIT, IndexMap
+from evolvenet.graph.width_graph import WidthGraph
+from evolvenet.surgery.resize_model import Surgery, compile_surgery
+
+
+@dataclass(frozen=True)
+class OriginalWidths:
+    """The sizes of all widths at the start of a run, and for each present unit its number then.
+
+    Code that takes another route through its layers than any that was traced needs layers to fit that were cut apart.
+    At their first sizes all layers fit each other as they did when the model was built.
+
+    Args:
+        sizes: {width: units at the start}.
+        origins: {width: for each present unit its index at the start, −1 for one that has come since}.
+
+    >>> from evolvenet.tracing.trace import trace
+    >>> import torch
+    >>> model = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 2))
+    >>> original = OriginalWidths.of(trace(model, torch.zeros(1, 2)))
+    >>> original.after({"0": IndexMap.keep([0, 2], 3)}).origins["0"]
+    (0, 2)
+    """
+
+    sizes: Mapping[str, int]
+    origins: Mapping[str, tuple[int, ...]]
+
+    @classmethod
+    def of(cls, graph: WidthGraph) -> OriginalWidths:
+        """A run begins with this graph."""
+        sizes = {width.name: width.size for width in graph.widths.values()}
+        return cls(sizes, {name: tuple(range(size)) for name, size in sizes.items()})
+
+    @property
+    def has_changed(self) -> bool:
+        """Whether any width has other units than at the start, or has them in another order."""
+        return any(origin != tuple(range(self.sizes[name])) for name, origin in self.origins.items())
+
+    def after(self, maps: Mapping[str, IndexMap]) -> OriginalWidths:
+        """The same after a change of widths."""
+        moved = {
+            name: tuple(NEW_UNIT if index == NEW_UNIT else self.origins[name][index] for index in index_map.indices)
+            for name, index_map in maps.items()
+        }
+        return OriginalWidths(self.sizes, {**self.origins, **moved})
+
+    def renamed(self, before: WidthGraph, after: WidthGraph) -> OriginalWidths:
+        """The same by the names of another graph of the same model, found by the tensors that a width lies in.
+
+        Args:
+            before: the graph whose names are used here.
+            after: the other graph; a width of it that is none of the other's has not changed so far.
+        """
+        names = {(tie.tensor, tie.dim): width.name for width in before.widths.values() for tie in width.ties}
+        fresh = OriginalWidths.of(after)
+        sizes, origins = dict(fresh.sizes), dict(fresh.origins)
+        for width in after.widths.values():
+            known = next((n for tie in width.ties if (n := names.get((tie.tensor, tie.dim))) is not None), None)
+            if known is not None and len(self.origins[known]) == width.size:
+                sizes[width.name], origins[width.name] = self.sizes[known], self.origins[known]
+        return OriginalWidths(sizes, origins)
+
+    def surgery(self, model: nn.Module, graph: WidthGraph) -> Surgery:
+        """What gives every width its first size and order again.
+
+        Units that have gone come back as zeros; those that have come since go.
+
+        Args:
+            model: the model as it is.
+            graph: its widths.
+        """
+        maps = {}
+        for name, origin in self.origins.items():
+            place = {first: now for now, first in enumerate(origin) if first != NEW_UNIT}
+            back = [place.get(first, NEW_UNIT) for first in range(self.sizes[name])]
+            if back != list(range(len(origin))):
+                maps[name] = IndexMap.of(back, len(origin))
+        return compile_surgery(model, graph, maps)
+
+    def state_dict(self) -> dict[str, Any]:
+        """As plain data, for a checkpoint."""
+        return {"sizes": dict(self.sizes), "origins": {name: list(origin) for name, origin in self.origins.items()}}
+
+    @classmethod
+    def from_state_dict(cls, state: Mapping[str, Any]) -> OriginalWidths:
+        """What `state_dict` was called on."""
+        return cls(dict(state["sizes"]), {name: tuple(origin) for name, origin in state["origins"].items()})
+
+
+@contextmanager
+def at_first_sizes(
+    original: OriginalWidths,
+    model: nn.Module,
+    graph: WidthGraph,
+    optimizers: Sequence[Optimizer] = (),
+    replicas: Sequence[nn.Module] = (),
+) -> Iterator[WidthGraph]:
+    """Give all widths their first sizes, in the model, its optimizers and its replicas; revert that if the body raises.
+
+    The body gets the graph of the restored model.
+
+    >>> from evolvenet.engine.functional import prune
+    >>> from evolvenet.tracing.trace import trace
+    >>> import torch
+    >>> model = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 2))
+    >>> original = OriginalWidths.of(graph := trace(model, torch.zeros(1, 2)))
+    >>> graph = prune(model, graph, {"0": 1})
+    >>> original = original.after({"0": IndexMap.keep([0], 3)})
+    >>> with at_first_sizes(original, model, graph) as restored:
+    ...     print(model[0], restored.sizes)
+    Linear(in_features=2, out_features=3, bias=True) {'0': 3}
+    """
+    with ExitStack() as undo:
+        surgery = original.surgery(model, graph)
+        apply(model, surgery, optimizers, undo)
+        for replica in replicas:
+            apply(replica, original.surgery(replica, graph), (), undo)
+        yield surgery.graph
+        undo.pop_all()

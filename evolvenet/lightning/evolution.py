@@ -1,0 +1,321 @@
+"""What `WidthEvolution` does in a run of Lightning: chooses what is traced, records it, and changes its widths."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from evolvenet._compat.torch import reset_compiled_code
+from evolvenet.engine.distributed import check_agreement, process_group, run_on_all_ranks
+from evolvenet.engine.event_timer import EventTimer
+from evolvenet.engine.evolution_callback import EvolutionCallback
+from evolvenet.engine.evolver import Evolver
+from evolvenet.engine.replica_discovery import ReplicaDiscovery
+from evolvenet.errors import RecordError, TraceError
+from evolvenet.graph.serialization import check_fits, from_state_dict
+from evolvenet.graph.width_graph import WidthGraph
+from evolvenet.lightning.first_runs import FirstRuns
+from evolvenet.lightning.guard import StepGuard
+from evolvenet.lightning.module import (
+    find_network,
+    logging_muted,
+    optimizers_of,
+    weight_averages,
+)
+from evolvenet.lightning.recording import SubjectRecorder
+from evolvenet.lightning.subject import (
+    NETWORK,
+    NETWORKS,
+    TRAINING_STEP,
+    Subject,
+    choose_subject,
+    kind_of,
+    resumed_subject,
+    subject_of_example,
+)
+from evolvenet.lightning.trainer_parts import (
+    default_dtype,
+    log_event,
+    progress_of,
+    rebuild_ddp,
+)
+from evolvenet.surgery.checkpoint import WidthRecord, fit_shapes
+from evolvenet.tracing.unreached import warn_of_unreached
+
+log = logging.getLogger("evolvenet")
+MAX_BATCHES_WITHOUT_CALL = 8
+"""Batches without a call of any module, since a training step may skip some, before there seems to be no network."""
+
+
+@dataclass(eq=False, repr=False)
+class LightningEvolution(EvolutionCallback):
+    """The parts of `WidthEvolution` that are no hooks of Lightning.
+
+    Args:
+        policy, every_n_epochs, every_n_steps, start_step, stop, example_inputs, calibration_batches, seed: see
+            `EvolutionCallback`.
+        copies: see `WidthEvolution`.
+    """
+
+    copies: Mapping[str, str] | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._root = ""
+        self._kind = NETWORK
+        self._index = 0
+        self._ignores_example = False
+        self._untraceable = False
+        self._recorder: SubjectRecorder | None = None
+        self._batches: dict[str, tuple[Any, int]] = {}
+        self._first_runs: FirstRuns | None = None
+        self._guard: StepGuard | None = None
+        self._module: LightningModule | None = None
+        self._record_hook: RemovableHandle | None = None
+        self._replicas: ReplicaDiscovery | None = None
+        self._averages: list[nn.Module] = []
+        self._metric: float | None = None
+
+    def _start_on_all_ranks(
+        self, trainer: Trainer, pl_module: LightningModule, find: Callable[[], Subject | None]
+    ) -> None:
+        """Make the evolver on every rank, if `find` returns what is to be changed."""
+
+        def start() -> None:
+            found = find()
+            if found is not None:
+                self._start(trainer, pl_module, found)
+
+        if self._untraceable:
+            return
+        try:
+            run_on_all_ranks(process_group(), start)
+        except TraceError as problem:
+            self._untraceable = True
+            self._stop_recording()
+            log.warning("Widths stay as they are in this run: %s", problem)
+        if self.evolver is not None:
+            times = f"{self.schedule}, calibration_batches={self.calibration_batches}, seed={self.seed}"
+            check_agreement(process_group(), "widths and times of events", f"{self.evolver.graph.sizes}, {times}")
+
+    def _known_subject(self, trainer: Trainer, pl_module: LightningModule) -> Subject | None:
+        """What is to be changed, where inputs for it are known before the first batch."""
+        if self._resumed is not None:
+            # Interrupted while batches were gathered, or between a validation and the judgement of the last cut.
+            kept = self._resumed["evolver"]["batches"] or self._resumed["evolver"].get("example")
+            inputs = trainer.strategy.batch_to_device(kept[0]) if kept else self.example_inputs
+            return None if inputs is None else resumed_subject(self._resumed, inputs)
+        if self.example_inputs is None or self._ignores_example:
+            return None
+        with default_dtype(trainer), logging_muted(pl_module):
+            return subject_of_example(pl_module, self.example_inputs, self._settle)
+
+    def _recorded_subject(self, trainer: Trainer, pl_module: LightningModule) -> Subject | None:
+        """What is to be changed, from what the first batch ran; None if that called no module so far."""
+        if self._recorder is None or not self._recorder.names:
+            self._timer.batches_without_call += 1
+            if self._timer.batches_without_call < MAX_BATCHES_WITHOUT_CALL:
+                return None
+            raise TraceError(
+                f"{type(pl_module).__name__}'s training step has run on {MAX_BATCHES_WITHOUT_CALL} batches without calling "
+                "any module, so there is nothing to trace. Call the network as a module "
+                "(self(x) or self.net(x), not self.forward(x)), or give "
+                "WidthEvolution(example_inputs=...)."
+            )
+        first = {path: self._recorder.inputs(path)[0] for path in self._recorder.names}
+        if self._resumed is not None:
+            networks = {path: inputs for path, inputs in first.items() if path}
+            batch, _ = self._batches["training_step"]
+            found = {NETWORK: first.get(self._resumed["root"]), NETWORKS: networks, TRAINING_STEP: batch}
+            return resumed_subject(self._resumed, found[self._resumed["kind"]])
+        path = find_network(pl_module, self._recorder.names, optimizers_of(trainer, pl_module))
+        with default_dtype(trainer), logging_muted(pl_module):
+            return choose_subject(pl_module, path, first, self._batches, self._settle, self._has_copies)
+
+    def _start(self, trainer: Trainer, pl_module: LightningModule, subject: Subject) -> None:
+        """Make the evolver of what was chosen."""
+        self._root, self._kind = subject.path, kind_of(subject.inputs)
+        self._index = subject.inputs.function.index if self._kind == TRAINING_STEP else 0
+        calls = self._recorder.calls(self._kind, self._root) if self._recorder else []
+        self._stop_recording()
+        root = pl_module.get_submodule(self._root)
+        self._averages = [copy.get_submodule(self._root) for copy in weight_averages(trainer, pl_module)]
+        state = self._resumed["evolver"] if self._resumed else None
+        with default_dtype(trainer), logging_muted(pl_module):
+            self.evolver = Evolver(
+                root, optimizers_of(trainer, pl_module), self.policy, subject.inputs, self.calibration_batches, self.seed,
+                self._models_to_update, after_change=partial(rebuild_ddp, trainer.strategy, pl_module),
+                graph=subject.graph,
+            )  # fmt: skip
+        warn_of_unreached(subject.graph)
+        if not subject.graph.resizable:
+            reasons = "; ".join(f"{width.name}: {width.frozen}" for width in subject.graph.widths.values())
+            log.warning("No width of %s can be resized: %s", type(root).__name__, reasons)
+        self._first_runs = FirstRuns(pl_module, subject, self.evolver.graph, self._settle)
+        if state is not None:
+            self.evolver.load_state_dict(state)
+            self._resumed = None
+            for copy in self._averages:
+                fit_shapes(copy, {}, record=state["note"])
+        self._timer.start()
+        for call in calls if self._timer.recording else ():
+            self.evolver.observe(*call)
+        self._record_hook = self._record(self.evolver).register(pl_module)
+        log_event(trainer, self.evolver.history.initial)
+        log.info(
+            "%d resizable widths hold %.1f %% of the %s parameters; %d frozen",
+            len(self.evolver.graph.resizable),
+            100 * self.evolver.graph.coverage,
+            f"{self.evolver.graph.parameters:,}",
+            sum(width.frozen is not None for width in self.evolver.graph.widths.values()),
+        )
+
+    def _continue_from(self, pl_module: LightningModule, evolver: Evolver) -> None:
+        """In a second `fit` with this callback: resume from the first one's evolver, if the network is still the same."""
+        self._timer = EventTimer(self.schedule)
+        state = evolver.state_dict()
+        self.evolver, self._resumed = None, None
+        known = dict(pl_module.named_modules()).get(self._root) is evolver.model
+        if known and _fits(evolver):
+            replicas = self._replicas.state_dict() if self._replicas else {}
+            self._resumed = {
+                "evolver": {**state, "batches": []},
+                "root": self._root,
+                "kind": self._kind,
+                "index": self._index,
+                "replicas": replicas,
+            }
+
+    def _checkpoint_record(self, pl_module: LightningModule) -> WidthRecord | None:
+        """The width record that a checkpoint holds beside the tensors; None before they are known."""
+        if self.evolver is not None:
+            return self._record(self.evolver)
+        if self._resumed is None:
+            return None
+        root = self._resumed["root"]
+        return WidthRecord.of(pl_module.get_submodule(root), from_state_dict(self._resumed["evolver"]["graph"]), root)
+
+    def _settle(self, root: nn.Module, graph: WidthGraph) -> WidthGraph:
+        return self._replicas.without_replicas(root, graph) if self._replicas else graph
+
+    def _has_copies(self, root: nn.Module, graph: WidthGraph) -> bool:
+        return bool(self._replicas and self._replicas.pairs(root, graph))
+
+    def _trace_first_runs(self, name: str, batch: Any, index: int) -> None:
+        """Go on with a new graph where the step has called a module that no trace had reached."""
+        graph = self._first_runs.graph_after(name, batch, index) if self._first_runs else None
+        if graph is not None and self.evolver is not None:
+            self.evolver.adopt(graph)
+
+    def _restore(self, problem: Exception) -> AbstractContextManager[None] | None:
+        """All widths at their first sizes, where they have changed since."""
+        if self.evolver is None or not self.evolver.original.has_changed or process_group().size > 1:
+            return None
+        return self.evolver.restored(f"{type(problem).__name__}: {problem}")
+
+    def _models_to_update(self) -> list[nn.Module]:
+        """The replicas of the network that go through an event's changes."""
+        if self.evolver is None or self._replicas is None:
+            return self._averages
+        evolver = self.evolver
+        return [*self._averages, *self._replicas.models_to_update(evolver.model, evolver.graph, evolver.optimizers)]
+
+    def _record(self, evolver: Evolver) -> WidthRecord:
+        record = WidthRecord.of(evolver.model, evolver.graph, self._root)
+        return record.with_replicas(self._replicas.pairs(evolver.model, evolver.graph)) if self._replicas else record
+
+    def _change_widths(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The event, or, where none of its calls was recorded, once more the gathering of batches for it."""
+        assert self.evolver is not None
+        evolver = self.evolver
+        self._observe_recorded()
+        if not evolver.observed and self._timer.retried and self.example_inputs is not None:
+            # The training step never calls the module itself, whatever it would do with the example inputs.
+            self._begin_anew(pl_module)
+            return
+        if not evolver.observed and not self._timer.retried:
+            # Code that was compiled before the recorder's hooks were there does not run them.
+            self._timer.retry()
+            reset_compiled_code()
+            return
+        # Some runs replace their optimizers on the way.
+        evolver.optimizers = optimizers_of(trainer, pl_module)
+        with default_dtype(trainer), logging_muted(pl_module):
+            event = evolver.step(at=trainer.global_step, progress=progress_of(trainer))
+        evolver.forget()
+        self._stop_recording()
+        if self._timer.retried:
+            reset_compiled_code()
+        self._timer.finish()
+        log_event(trainer, event)
+
+    def _begin_anew(self, pl_module: LightningModule) -> None:
+        """Choose what is to be changed from the next batch."""
+        self._stop_recording()
+        if self._record_hook is not None:
+            self._record_hook.remove()
+        self.evolver, self._ignores_example = None, True
+        self._recorder = SubjectRecorder(pl_module, self.calibration_batches)
+        self._timer = EventTimer(self.schedule)
+
+    def _judge(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """What the last validation means for the last cut."""
+        if self._metric is None or self.evolver is None:
+            return
+        self.evolver.optimizers = optimizers_of(trainer, pl_module)
+        with default_dtype(trainer), logging_muted(pl_module):
+            event = self.evolver.judge(self._metric, at=trainer.global_step)
+        self._metric = None
+        if event is not None:
+            log_event(trainer, event)
+
+    def _observe_recorded(self) -> None:
+        """Pass the recorded calls on to the evolver, each of them once."""
+        if self.evolver is not None and self._recorder is not None:
+            for call in self._recorder.calls(self._kind, self._root):
+                self.evolver.observe(*call)
+            self._stop_recording()
+            if self._timer.recording:
+                self._record_subject()
+
+    def _record_subject(self) -> None:
+        assert self._module is not None
+        self._recorder = SubjectRecorder(self._module, self.calibration_batches, self._kind, self._root)
+
+    def _batches_needed(self, trainer: Trainer) -> int:
+        """Batches to measure on; not so many that the next event would be due before, or most of a short epoch gone."""
+        steps = self.schedule.every_n_steps
+        if steps is None:
+            until = max(1.0, trainer.num_training_batches * (self.schedule.every_n_epochs or 1) / 2)
+        else:
+            until = steps * trainer.accumulate_grad_batches
+        return int(min(self.calibration_batches, until))
+
+    def _remove_hooks(self) -> None:
+        self._observe_recorded()
+        self._stop_recording()
+        if self._first_runs is not None:
+            self._first_runs.close()
+        if self._guard is not None:
+            self._guard.remove()
+        self._first_runs = self._guard = None
+        if self._record_hook is not None:
+            self._record_hook.remove()
+        self._record_hook, self._module = None, None
+
+
+def _fits(evolver: Evolver) -> bool:
+    """Whether the model still has the widths that its evolver knows."""
+    try:
+        check_fits(evolver.graph, evolver.model)
+    except RecordError:
+        return False
+    return True

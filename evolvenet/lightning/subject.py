@@ -1,0 +1,207 @@
+"""What of a LightningModule is traced and measured: one network that its steps call, or its training step as a whole."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from lightning.pytorch import LightningModule
+from torch import nn
+
+from evolvenet.errors import TraceError
+from evolvenet.execution.inputs import first_samples
+from evolvenet.execution.routes import runs_until_every_route
+from evolvenet.execution.step import InTurn, Step, run_model
+from evolvenet.graph.serialization import from_state_dict
+from evolvenet.graph.width_graph import Tie, WidthGraph, Widths
+from evolvenet.lightning.step import ModuleStep
+from evolvenet.tracing.trace import trace
+from evolvenet.tracing.unreached import freeze_possible_inputs, unreached_parameters
+
+log = logging.getLogger("evolvenet")
+
+Settle = Callable[[nn.Module, WidthGraph], WidthGraph]
+"""Takes copies of a network out of its graph, see `ReplicaDiscovery.without_replicas`."""
+NETWORK, TRAINING_STEP, NETWORKS = "network", "training_step", "networks"
+"""What a subject runs: one network with its own inputs, the training step, or several networks each with its own inputs."""
+SAMPLES = 2
+"""Samples of a batch that a trace runs on."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model, how it is run, and its widths.
+
+    Args:
+        path: of the model in the LightningModule, "" for the module itself.
+        inputs: what `run_model` takes.
+        graph: the widths.
+        runs: what the graph was traced on.
+    """
+
+    path: str
+    inputs: Any
+    graph: WidthGraph
+    runs: Any
+
+
+def call_networks(module: nn.Module, batch: Mapping[str, Any]) -> list[Any]:
+    """Calls networks of a module by themselves, for a `Step`: where the code between them cannot be traced.
+
+    Args:
+        module: that holds them.
+        batch: {path of a network: its inputs}.
+
+    Returns:
+        Their outputs.
+    """
+    return [run_model(module.get_submodule(path), inputs) for path, inputs in batch.items()]
+
+
+def kind_of(inputs: Any) -> str:
+    """What runs with these inputs, as it is written into checkpoints."""
+    if not isinstance(inputs, Step):
+        return NETWORK
+    return TRAINING_STEP if isinstance(inputs.function, ModuleStep) else NETWORKS
+
+
+def subject_of_example(module: LightningModule, example_inputs: Any, settle: Settle) -> Subject | None:
+    """The module itself, called with inputs that the user gave; None where that leaves some of its parameters unused.
+
+    What the module itself does not use, its training step may.
+
+    Raises:
+        TraceError: if the module does not run on them.
+    """
+    few = first_samples(example_inputs, SAMPLES)
+    graph = settle(module, trace(module, few))
+    return None if unreached_parameters(graph) else Subject("", example_inputs, graph, few)
+
+
+def resumed_subject(state: Mapping[str, Any], inputs: Any) -> Subject:
+    """What an interrupted run had chosen.
+
+    Args:
+        state: the callback's, from the checkpoint.
+        inputs: of the network, or a batch of the step.
+    """
+    functions = {TRAINING_STEP: ModuleStep(TRAINING_STEP, state["index"]), NETWORKS: call_networks}
+    step = inputs if state["kind"] == NETWORK else Step(functions[state["kind"]], inputs)
+    return Subject(state["root"], step, from_state_dict(state["evolver"]["graph"]), step)
+
+
+def choose_subject(
+    module: LightningModule,
+    path: str | None,
+    calls: Mapping[str, Any],
+    batches: Mapping[str, tuple[Any, int]],
+    settle: Settle,
+    has_copies: Callable[[nn.Module, WidthGraph], bool] = lambda network, graph: False,
+) -> Subject:
+    """The one network of a module if its own graph says all about it, else the training step, else its networks.
+
+    The graph of the network alone knows nothing of losses that read a layer, of heads beside it, or of modules that have
+    not run. It is used where the graph of the steps has the same ties for every width that it would resize; reasons to
+    keep a size are taken over from there.
+
+    Args:
+        module: the LightningModule.
+        path: of the one network that its training step calls, None if there are several.
+        calls: {path: inputs} of all networks that it calls.
+        batches: {"training_step": its first batch and that batch's index, "validation_step": as far as it is known}.
+        settle: takes copies out of a graph.
+        has_copies: whether copies of the network follow it. They run in the step, but have no widths of their own, so the
+            network alone is traced then.
+
+    Raises:
+        TraceError: if neither the steps nor any network can be traced.
+    """
+    alone, problem = None, None
+    if path is not None:
+        try:
+            root, few = module.get_submodule(path), first_samples(calls[path], SAMPLES)
+            alone = Subject(path, calls[path], settle(root, trace(root, few)), few)
+        except TraceError as error:
+            problem = error
+        else:
+            if has_copies(root, alone.graph):
+                return alone
+    whole = _trace_steps(module, batches, settle)
+    if whole is None and alone is None:
+        networks = {name: inputs for name, inputs in calls.items() if name}
+        if problem is not None and len(networks) < 2:
+            raise problem
+        step = Step(call_networks, networks)
+        return Subject("", step, settle(module, trace(module, first_samples(step, SAMPLES))), step)
+    if whole is None or alone is None:
+        return whole or alone  # type: ignore[return-value]
+    return _reconciled(alone, whole) or whole
+
+
+def _trace_steps(module: LightningModule, batches: Mapping[str, tuple[Any, int]], settle: Settle) -> Subject | None:
+    """The module's steps, traced together; None where its training step does not run beside training."""
+    steps = {name: Step(ModuleStep(name, index), batch) for name, (batch, index) in batches.items()}
+    try:
+        runs = [first_samples(steps["training_step"], SAMPLES)] * runs_until_every_route(
+            module, first_samples(steps["training_step"], SAMPLES)
+        )
+        for name in set(steps) - {"training_step"}:
+            few = first_samples(steps[name], SAMPLES)
+            try:
+                runs_until_every_route(module, few, tries=1)
+                runs.append(few)
+            except Exception as problem:
+                log.debug("%s does not run beside training, so it is not traced", name, exc_info=problem)
+        together = InTurn(tuple(runs))
+        graph = freeze_possible_inputs(settle(module, trace(module, together)))
+    except Exception as problem:
+        log.debug("training_step does not run beside training, so its networks are traced alone", exc_info=problem)
+        return None
+    if len(unreached_parameters(graph)) == len(graph.trainable):
+        return None
+    return Subject("", steps["training_step"], graph, together)
+
+
+def _reconciled(alone: Subject, whole: Subject) -> Subject | None:
+    """The network alone, with the steps' reasons to keep a size; None where the steps tie its widths to anything else."""
+    if unreached_parameters(whole.graph):
+        return None
+    prefix = f"{alone.path}." if alone.path else ""
+    by_tie = {_place(tie): width for width in whole.graph.widths.values() for tie in width.ties}
+    widths = dict(alone.graph.widths)
+    for width in alone.graph.resizable:
+        ties = {_place(replace(tie, tensor=prefix + tie.tensor)) for tie in width.ties}
+        others = {other.name: other for tie in ties if (other := by_tie.get(tie)) is not None}
+        if len(others) != 1:
+            return None
+        (other,) = others.values()
+        if {_place(tie) for tie in other.ties} != ties:
+            return None
+        if other.frozen is not None:
+            widths[width.name] = replace(width, frozen=other.frozen, patches=())
+    return replace(alone, graph=replace(alone.graph, widths=Widths(widths)))
+
+
+def _place(tie: Tie) -> tuple[str, int, int]:
+    return tie.tensor, tie.dim, tie.repeat
+
+
+def extended(subject: Subject, module: LightningModule, step: ModuleStep, batch: Any, settle: Settle) -> Subject:
+    """The subject traced anew, with one run more in which a module has run for the first time.
+
+    Args:
+        subject: as it was traced before.
+        module: the LightningModule.
+        step: that ran.
+        batch: that it ran on.
+        settle: takes copies out of a graph.
+
+    Raises:
+        TraceError: if that cannot be traced.
+    """
+    run = first_samples(Step(step, batch), SAMPLES)
+    before = subject.runs.each if isinstance(subject.runs, InTurn) else (subject.runs,)
+    runs = InTurn((*before, *[run] * runs_until_every_route(module, run)))
+    return replace(subject, graph=freeze_possible_inputs(settle(module, trace(module, runs))), runs=runs)
