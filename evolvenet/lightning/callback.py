@@ -90,7 +90,7 @@ class WidthEvolution(LightningEvolution, Callback):
             self._continue_from(pl_module, self.evolver)
         self._recorder = SubjectRecorder(pl_module, self.calibration_batches)
         self._replicas = None
-        self._guard = StepGuard(trainer.strategy, self._restore)
+        self._cleanup.callback(StepGuard(trainer.strategy, self._restore).remove)
 
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
@@ -171,14 +171,12 @@ class WidthEvolution(LightningEvolution, Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """The run's events and what the next ones depend on, for the checkpoint."""
-        if self.evolver is None:
+        if self.evolver is None or self._subject is None:
             return self._resumed or {}
         self._observe_recorded()
         return {
             "evolver": self.evolver.state_dict(),
-            "root": self._root,
-            "kind": self._kind,
-            "index": self._index,
+            **self._subject.state_dict(),
             "replicas": self._replicas.state_dict() if self._replicas else {},
             **self._timer.state_dict(),
             "metric": self._metric,

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from torch import nn
-from torch.utils.hooks import RemovableHandle
 
 from evolvenet._compat.torch import reset_compiled_code
 from evolvenet.engine.distributed import check_agreement, process_group, run_on_all_ranks
@@ -37,7 +36,6 @@ from evolvenet.lightning.subject import (
     TRAINING_STEP,
     Subject,
     choose_subject,
-    kind_of,
     resumed_subject,
     subject_of_example,
 )
@@ -69,17 +67,14 @@ class LightningEvolution(EvolutionCallback):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._root = ""
-        self._kind = NETWORK
-        self._index = 0
+        self._subject: Subject | None = None
         self._ignores_example = False
         self._untraceable = False
         self._recorder: SubjectRecorder | None = None
         self._batches: dict[str, tuple[Any, int]] = {}
         self._first_runs: FirstRuns | None = None
-        self._guard: StepGuard | None = None
         self._module: LightningModule | None = None
-        self._record_hook: RemovableHandle | None = None
+        self._cleanup = ExitStack()
         self._replicas: ReplicaDiscovery | None = None
         self._averages: list[nn.Module] = []
         self._metric: float | None = None
@@ -142,12 +137,11 @@ class LightningEvolution(EvolutionCallback):
 
     def _start(self, trainer: Trainer, pl_module: LightningModule, subject: Subject) -> None:
         """Make the evolver of what was chosen."""
-        self._root, self._kind = subject.path, kind_of(subject.inputs)
-        self._index = subject.inputs.function.index if self._kind == TRAINING_STEP else 0
-        calls = self._recorder.calls(self._kind, self._root) if self._recorder else []
+        self._subject = subject
+        calls = self._recorder.calls(subject.kind, subject.path) if self._recorder else []
         self._stop_recording()
-        root = pl_module.get_submodule(self._root)
-        self._averages = [copy.get_submodule(self._root) for copy in weight_averages(trainer, pl_module)]
+        root = pl_module.get_submodule(subject.path)
+        self._averages = [copy.get_submodule(subject.path) for copy in weight_averages(trainer, pl_module)]
         state = self._resumed["evolver"] if self._resumed else None
         with default_dtype(trainer), logging_muted(pl_module):
             self.evolver = Evolver(
@@ -168,7 +162,7 @@ class LightningEvolution(EvolutionCallback):
         self._timer.start()
         for call in calls if self._timer.recording else ():
             self.evolver.observe(*call)
-        self._record_hook = self._record(self.evolver).register(pl_module)
+        self._cleanup.callback(self._record(self.evolver).register(pl_module).remove)
         log_event(trainer, self.evolver.history.initial)
         log.info(
             "%d resizable widths hold %.1f %% of the %s parameters; %d frozen",
@@ -183,14 +177,13 @@ class LightningEvolution(EvolutionCallback):
         self._timer = EventTimer(self.schedule)
         state = evolver.state_dict()
         self.evolver, self._resumed = None, None
-        known = dict(pl_module.named_modules()).get(self._root) is evolver.model
+        assert self._subject is not None
+        known = dict(pl_module.named_modules()).get(self._subject.path) is evolver.model
         if known and _fits(evolver):
             replicas = self._replicas.state_dict() if self._replicas else {}
             self._resumed = {
                 "evolver": {**state, "batches": []},
-                "root": self._root,
-                "kind": self._kind,
-                "index": self._index,
+                **self._subject.state_dict(),
                 "replicas": replicas,
             }
 
@@ -229,7 +222,7 @@ class LightningEvolution(EvolutionCallback):
         return [*self._averages, *self._replicas.models_to_update(evolver.model, evolver.graph, evolver.optimizers)]
 
     def _record(self, evolver: Evolver) -> WidthRecord:
-        record = WidthRecord.of(evolver.model, evolver.graph, self._root)
+        record = WidthRecord.of(evolver.model, evolver.graph, self._subject.path if self._subject else "")
         return record.with_replicas(self._replicas.pairs(evolver.model, evolver.graph)) if self._replicas else record
 
     def _change_widths(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -239,7 +232,7 @@ class LightningEvolution(EvolutionCallback):
         self._observe_recorded()
         if not evolver.observed and self._timer.retried and self.example_inputs is not None:
             # The training step never calls the module itself, whatever it would do with the example inputs.
-            self._begin_anew(pl_module)
+            self._begin_anew(trainer, pl_module)
             return
         if not evolver.observed and not self._timer.retried:
             # Code that was compiled before the recorder's hooks were there does not run them.
@@ -257,11 +250,13 @@ class LightningEvolution(EvolutionCallback):
         self._timer.finish()
         log_event(trainer, event)
 
-    def _begin_anew(self, pl_module: LightningModule) -> None:
+    def _begin_anew(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Choose what is to be changed from the next batch."""
         self._stop_recording()
-        if self._record_hook is not None:
-            self._record_hook.remove()
+        if self._first_runs is not None:
+            self._first_runs.close()
+        self._cleanup.close()
+        self._cleanup.callback(StepGuard(trainer.strategy, self._restore).remove)
         self.evolver, self._ignores_example = None, True
         self._recorder = SubjectRecorder(pl_module, self.calibration_batches)
         self._timer = EventTimer(self.schedule)
@@ -279,8 +274,8 @@ class LightningEvolution(EvolutionCallback):
 
     def _observe_recorded(self) -> None:
         """Pass the recorded calls on to the evolver, each of them once."""
-        if self.evolver is not None and self._recorder is not None:
-            for call in self._recorder.calls(self._kind, self._root):
+        if self.evolver is not None and self._recorder is not None and self._subject is not None:
+            for call in self._recorder.calls(self._subject.kind, self._subject.path):
                 self.evolver.observe(*call)
             self._stop_recording()
             if self._timer.recording:
@@ -288,7 +283,8 @@ class LightningEvolution(EvolutionCallback):
 
     def _record_subject(self) -> None:
         assert self._module is not None
-        self._recorder = SubjectRecorder(self._module, self.calibration_batches, self._kind, self._root)
+        assert self._subject is not None
+        self._recorder = SubjectRecorder(self._module, self.calibration_batches, self._subject.kind, self._subject.path)
 
     def _batches_needed(self, trainer: Trainer) -> int:
         """Batches to measure on; not so many that the next event would be due before, or most of a short epoch gone."""
@@ -304,12 +300,8 @@ class LightningEvolution(EvolutionCallback):
         self._stop_recording()
         if self._first_runs is not None:
             self._first_runs.close()
-        if self._guard is not None:
-            self._guard.remove()
-        self._first_runs = self._guard = None
-        if self._record_hook is not None:
-            self._record_hook.remove()
-        self._record_hook, self._module = None, None
+        self._cleanup.close()
+        self._first_runs = self._module = None
 
 
 def _fits(evolver: Evolver) -> bool:

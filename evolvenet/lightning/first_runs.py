@@ -12,7 +12,7 @@ from evolvenet.execution.routes import FirstCalls
 from evolvenet.graph.width_graph import WidthGraph
 from evolvenet.lightning.module import logging_muted
 from evolvenet.lightning.step import ModuleStep
-from evolvenet.lightning.subject import TRAINING_STEP, Settle, Subject, extended, kind_of
+from evolvenet.lightning.subject import TRAINING_STEP, Settle, Subject, extended
 from evolvenet.tracing.unreached import unreached_parameters
 
 log = logging.getLogger("evolvenet")
@@ -41,7 +41,7 @@ class FirstRuns:
             index: of the batch.
         """
         called, self._calls.called = self._calls.called, set()
-        if not called or kind_of(self._subject.inputs) != TRAINING_STEP:
+        if not called or self._subject.kind != TRAINING_STEP:
             return None
         try:
             with logging_muted(self._module):

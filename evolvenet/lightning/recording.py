@@ -17,7 +17,7 @@ class SubjectRecorder:
     Args:
         module: the LightningModule.
         most: calls, or batches, that are kept.
-        kind: of the subject, see `subject.kind_of`; None for all.
+        kind: of the subject, see `Subject.kind`; None for all.
         path: of the network in the module, for that kind.
     """
 

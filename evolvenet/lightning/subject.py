@@ -46,6 +46,18 @@ class Subject:
     graph: WidthGraph
     runs: Any
 
+    @property
+    def kind(self) -> str:
+        """What runs with the inputs: `NETWORK`, `TRAINING_STEP` or `NETWORKS`."""
+        if not isinstance(self.inputs, Step):
+            return NETWORK
+        return TRAINING_STEP if isinstance(self.inputs.function, ModuleStep) else NETWORKS
+
+    def state_dict(self) -> dict[str, Any]:
+        """For a checkpoint, all but the inputs and the graph, see `resumed_subject`."""
+        index = self.inputs.function.index if self.kind == TRAINING_STEP else 0
+        return {"root": self.path, "kind": self.kind, "index": index}
+
 
 def call_networks(module: nn.Module, batch: Mapping[str, Any]) -> list[Any]:
     """Calls networks of a module by themselves, for a `Step`: where the code between them cannot be traced.
@@ -58,13 +70,6 @@ def call_networks(module: nn.Module, batch: Mapping[str, Any]) -> list[Any]:
         Their outputs.
     """
     return [run_model(module.get_submodule(path), inputs) for path, inputs in batch.items()]
-
-
-def kind_of(inputs: Any) -> str:
-    """What runs with these inputs, as it is written into checkpoints."""
-    if not isinstance(inputs, Step):
-        return NETWORK
-    return TRAINING_STEP if isinstance(inputs.function, ModuleStep) else NETWORKS
 
 
 def subject_of_example(module: LightningModule, example_inputs: Any, settle: Settle) -> Subject | None:
