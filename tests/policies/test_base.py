@@ -190,7 +190,7 @@ def test_a_restricted_context_shares_what_was_computed() -> None:
 
 def test_an_event_in_which_the_policy_looks_at_nothing_measures_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     made = evolver(OneLess(least=99))
-    monkeypatch.setattr("evolvenet.engine.evolver.collect", lambda *_: pytest.fail("activations were collected"))
+    monkeypatch.setattr("evolvenet.engine.event_data.collect", lambda *_: pytest.fail("activations were collected"))
     event = made.step()
     assert event.skipped is None
     assert event.effective_rank == {}
