@@ -35,7 +35,7 @@ test-oldest: $(OLDEST)/.installed
 $(OLDEST)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(OLDEST)
 	$(OLDEST)/bin/pip install --quiet --editable '.[experiments,transformers,dev]' \
-		'torch==2.8.0' 'torchvision==0.23.0' 'lightning==2.5.0.post0'
+		'torch==2.8.0' 'torchvision==0.23.0' 'lightning==2.6.0'
 	touch $@
 
 lint: install

@@ -247,6 +247,7 @@ def pad(call: Call) -> None:
 
 @rule("clone", "_to_copy", "copy_", "hardswish", "hardswish_", "_prelu_kernel")
 @rule("masked_fill", "masked_fill_", "native_dropout", "lift_fresh", "silu_", "elu_", "leaky_relu_", "hardtanh_")
+@rule("leaky_relu", "celu_", "selu_", "hardsigmoid_", "ldexp", "ldexp_")  # torch 2.8 does not tag them as pointwise
 @rule("hardtanh", "log_sigmoid_forward", "rrelu_with_noise", "softplus", "mish", "hardsigmoid", "celu", "hardshrink")
 def elementwise(call: Call) -> None:
     """Corresponding elements are tied; units combined with data of a fixed size along their axis are frozen."""

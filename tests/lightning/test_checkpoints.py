@@ -11,14 +11,13 @@ from typing import Any
 import lightning
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, OnExceptionCheckpoint
 from torch import Tensor, nn
 
 import evolvenet
 from evolvenet import IndexMap, resize
 from evolvenet.errors import RecordError
 from evolvenet.surgery.checkpoint import RECORD_KEY, WidthRecord, register_reshape_before_load
-from tests.helpers.averages import weight_averaging
 from tests.helpers.cases import CASES, Case, distance, graph_of, outputs
 from tests.helpers.paths import ROOT
 from tests.helpers.resuming import Randomness, assert_same, evolution
@@ -219,9 +218,9 @@ def test_a_checkpoint_of_another_model_names_what_differs_and_changes_nothing(
 
 def test_averages_resume_with_the_run(tmp_path: Path) -> None:
     keeper = ModelCheckpoint(tmp_path, every_n_train_steps=10, save_top_k=-1, filename="{step}")
-    whole = Run(tmp_path, [weight_averaging(decay=0.9), keeper])
+    whole = Run(tmp_path, [EMAWeightAveraging(decay=0.9), keeper])
     for step in (10, 20):
-        resumed = Run(tmp_path, [weight_averaging(decay=0.9)], ckpt=tmp_path / f"step={step}.ckpt")
+        resumed = Run(tmp_path, [EMAWeightAveraging(decay=0.9)], ckpt=tmp_path / f"step={step}.ckpt")
         assert_same(resumed.all, whole.all)
 
 

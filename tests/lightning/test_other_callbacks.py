@@ -14,6 +14,7 @@ from lightning.pytorch.callbacks import (
     BatchSizeFinder,
     DeviceStatsMonitor,
     EarlyStopping,
+    EMAWeightAveraging,
     GradientAccumulationScheduler,
     LearningRateFinder,
     LearningRateMonitor,
@@ -25,6 +26,7 @@ from lightning.pytorch.callbacks import (
     StochasticWeightAveraging,
     Timer,
     TQDMProgressBar,
+    WeightAveraging,
 )
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -32,7 +34,6 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from evolvenet import WidthEvolution
-from tests.helpers.averages import weight_averaging
 from tests.helpers.policies import Walk
 from tests.helpers.runs import Batches, Classifier, batch, fresh, trainer
 
@@ -64,8 +65,8 @@ def loss(model: nn.Module) -> float:
 @pytest.mark.parametrize("kind", ["weights", "ema", "swa"])
 def test_averages_of_weights_go_along(kind: str, first: bool, tmp_path: Path) -> None:
     averaging: Any = {
-        "weights": lambda: weight_averaging("WeightAveraging"),
-        "ema": lambda: weight_averaging(decay=0.8),
+        "weights": lambda: WeightAveraging(),
+        "ema": lambda: EMAWeightAveraging(decay=0.8),
         "swa": lambda: StochasticWeightAveraging(swa_lrs=1e-3, swa_epoch_start=2),
     }[kind]()
     callback, model = evolution(), fresh()
@@ -90,7 +91,7 @@ def test_a_cut_average_is_as_good_as_before(tmp_path: Path) -> None:
                 seen.append((trainer.global_step, loss(average.module)))
                 average.train()
 
-    averaging, callback = weight_averaging(decay=0.9), evolution(every_n_steps=10, start_step=20)
+    averaging, callback = EMAWeightAveraging(decay=0.9), evolution(every_n_steps=10, start_step=20)
     # Watch looks before and after the event's own hook.
     trainer(tmp_path, [averaging, Watch(), callback, Watch()], max_epochs=4).fit(fresh(), Batches(), Batches(2))
     assert callback.history is not None
