@@ -6,6 +6,8 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
+import torch
+from torch import nn
 
 import evolvenet
 from tests.helpers.interpreters import BROKEN, fake_torchvision, run_script
@@ -71,3 +73,32 @@ def test_the_edges_come_when_asked_for() -> None:
     assert set(evolvenet.__all__) <= set(dir(evolvenet))
     with pytest.raises(AttributeError, match="no attribute 'Widht'"):
         _ = evolvenet.Widht  # type: ignore[attr-defined]
+
+
+def test_a_loop_that_trains_several_networks_gives_its_loss_as_a_function_of_the_batch() -> None:
+    torch.manual_seed(0)
+    nets = nn.ModuleDict(
+        {
+            "encoder": nn.Sequential(nn.Linear(8, 48), nn.ReLU(), nn.Linear(48, 4)),
+            "decoder": nn.Sequential(nn.Linear(4, 48), nn.ReLU(), nn.Linear(48, 8)),
+        }
+    )
+    optimizer = torch.optim.Adam(nets.parameters(), 1e-2)
+
+    def loss_of(batch: torch.Tensor) -> torch.Tensor:
+        return (nets["decoder"](nets["encoder"](batch)) - batch).square().mean()
+
+    batches = torch.randn(256, 2) @ torch.randn(2, 8)
+    evolver = evolvenet.Evolver(nets, optimizer, evolvenet.Threshold(prune=0.01, grow=0.95), batches[:2], step=loss_of)
+    assert set(evolver.graph.sizes) == {"encoder.0", "encoder.2", "decoder.0"}
+    for step in range(40):
+        batch = batches[torch.randint(0, 256, (64,))]
+        evolver.observe(batch)
+        optimizer.zero_grad()
+        loss_of(batch).backward()
+        optimizer.step()
+        if step % 10 == 9:
+            assert evolver.step().skipped is None
+    assert evolver.graph.sizes["encoder.0"] < 48
+    assert evolver.graph.sizes["encoder.2"] < 4
+    assert float(loss_of(batches)) < float(batches.square().mean())
