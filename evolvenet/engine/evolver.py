@@ -138,7 +138,7 @@ class Evolver:
         Args:
             batch: the model's inputs, as `example_inputs`; of a longer tuple (inputs, targets) the first are taken.
             gradients: of the loss with respect to each tensor that the model answered with in training, or to its first
-                samples; with them, widths grow only where the loss asks for it. None of them is changed.
+                samples; with them, widths grow only where the loss test passes. None of them is changed.
         """
         self._buffer.add(batch, gradients)
         self._observed += 1

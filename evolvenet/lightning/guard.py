@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
+import torch
 from lightning.pytorch.strategies import Strategy
 
 Restore = Callable[[Exception], AbstractContextManager[None] | None]
 
+MISFITS = (RuntimeError, ValueError, IndexError)
+"""What torch raises where shapes do not fit each other; anything else is none of the widths' business."""
 STEPS = ("training_step", "validation_step", "test_step", "predict_step")
 
 
@@ -17,8 +20,8 @@ class StepGuard:
     """Wraps the steps of a strategy while a run goes on.
 
     A trace follows the routes that the first batches take. A step that takes another one later may find layers that do not
-    fit each other any more. Where a step raises, all widths get their first sizes and the step is run once more; if it
-    raises again, widths are as they were and the first exception is raised: it was not about widths then.
+    fit each other any more. Where a step raises one of `MISFITS`, all widths get their first sizes and the step is run once
+    more; if it raises again, widths are as they were and the first exception is raised: it was not about widths then.
 
     Args:
         strategy: the trainer's.
@@ -44,17 +47,13 @@ class _Guarded:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         try:
             return self._step(*args, **kwargs)
-        except Exception as problem:
-            restored = self._restore(problem)
+        except MISFITS as problem:
+            # Larger widths are no help where memory is short.
+            restored = None if isinstance(problem, torch.OutOfMemoryError) else self._restore(problem)
             if restored is None:
                 raise
-            with _raising_the_first(problem), restored:
-                return self._step(*args, **kwargs)
-
-
-@contextmanager
-def _raising_the_first(problem: Exception) -> Iterator[None]:
-    try:
-        yield
-    except Exception:  # noqa: BLE001  what the second try raises is not what the user has to know
-        raise problem from None
+            try:
+                with restored:
+                    return self._step(*args, **kwargs)
+            except MISFITS:
+                raise problem from None

@@ -241,18 +241,23 @@ def test_layers_that_a_random_step_leaves_out_fit_each_other(seed: int) -> None:
     assert module.a.out_features == module.b.in_features == module.b.out_features == module.c.in_features < 32
 
 
-def test_an_error_of_the_users_own_is_raised_as_it_is_and_widths_stay() -> None:
+@pytest.mark.parametrize("kind", [ZeroDivisionError, RuntimeError, torch.OutOfMemoryError])
+def test_an_error_of_the_users_own_is_raised_as_it_is_and_widths_stay(kind: type[Exception]) -> None:
+    tries: list[int] = []
+
     class Fails(AutoEncoder):
         def training_step(self, batch: Any, batch_idx: int) -> Tensor:
             if self.global_step == 8:
-                raise ZeroDivisionError("the user's own")
+                tries.append(self.encoder[0].out_features)  # type: ignore[arg-type]
+                raise kind("the user's own")
             return super().training_step(batch, batch_idx)
 
     torch.manual_seed(0)
     module = Fails()
-    with pytest.raises(ZeroDivisionError, match="the user's own"):
+    with pytest.raises(kind, match="the user's own"):
         fit(module)
-    assert module.encoder[0].out_features < 64  # type: ignore[operator]
+    assert module.encoder[0].out_features == tries[0] < 64
+    assert tries[1:] == ([64] if kind is RuntimeError else [])
 
 
 def test_a_resumed_run_of_a_traced_step_is_the_uninterrupted_one(tmp_path: Path) -> None:
