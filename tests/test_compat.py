@@ -16,8 +16,10 @@ from tests.helpers.paths import ROOT
 
 PACKAGE = ROOT / "evolvenet"
 IMPORTED = (
+    "torch._C:_current_autograd_node",
     "torch._dynamo:reset",
     "torch._ops:OpOverload",
+    "torch.autograd:_engine_run_backward",
     "torch.nn.modules.batchnorm:_NormBase",
     "torch.nn.modules.conv:_ConvNd",
     "torch.nn.modules.conv:_ConvTransposeNd",

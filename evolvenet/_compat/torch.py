@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any, cast
 
 import torch
@@ -18,8 +19,10 @@ from torch.nn.modules.conv import _ConvTransposeNd as ConvTransposeNd
 from torch.nn.utils.parametrizations import _WeightNorm as WeightNorm
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import register_pytree_node, tree_flatten, tree_leaves, tree_map_only, tree_unflatten
+from torch.utils.flop_counter import FlopCounterMode
 
 __all__ = [
+    "AUTOGRAD_ENGINE",
     "LBFGS_SIZE_CACHE",
     "TENSOR_TABLES",
     "UNSAFE_VIEW",
@@ -33,6 +36,7 @@ __all__ = [
     "child_table",
     "conv_forward",
     "forward_hooks",
+    "in_backward",
     "load_state_dict_pre_hooks",
     "own_tensors",
     "parameter_table",
@@ -50,10 +54,13 @@ __all__ = [
     "tree_map_only",
     "tree_unflatten",
     "version_of",
+    "without_module_tracker",
 ]
 
 TENSOR_TABLES = ("_parameters", "_buffers")
 """The attributes in which a module keeps its own tensors."""
+AUTOGRAD_ENGINE = "_engine_run_backward"
+"""The function in `torch.autograd` by which `grad` and `backward` run, whichever name they were imported by."""
 LBFGS_SIZE_CACHE = "_numel_cache"
 """The attribute in which LBFGS keeps the number of its parameters' entries."""
 UNSAFE_VIEW = torch.ops.aten._unsafe_view.default
@@ -159,6 +166,15 @@ def storage_id(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata
 
 
+def in_backward() -> bool:
+    """Whether an op that a dispatch mode is given belongs to a backward pass, or is computed anew in one (checkpointing).
+
+    >>> in_backward()
+    False
+    """
+    return torch._C._current_autograd_node() is not None
+
+
 def sparse_parts(tensor: Tensor) -> tuple[Tensor, Tensor]:
     """Indices and values of a sparse tensor that need not be coalesced; of a coalesced one there are public ones."""
     return tensor._indices(), tensor._values()
@@ -171,6 +187,16 @@ def schema_of(op: Any) -> Any:
     True
     """
     return op._schema
+
+
+def without_module_tracker(counter: FlopCounterMode) -> FlopCounterMode:
+    """A flop counter that does not say which module an operation was in: the hooks for that fail in `torch.autograd.grad`."""
+    counter.mod_tracker = cast(Any, _NoModules())
+    return counter
+
+
+class _NoModules(nullcontext[None]):
+    parents = frozenset({"Global"})
 
 
 def reset_compiled_code() -> None:

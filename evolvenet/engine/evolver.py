@@ -112,7 +112,7 @@ class Evolver:
         self.original = self._original_before_cut = OriginalWidths.of(self.graph)
         if graph is None:
             check_resizable(model, self.graph)
-        self._macs = macs(model, self.example_inputs)
+        self._macs = macs(self.model, self.example_inputs, self.graph.differentiates)
         self.history = History(self._event(0, (), parameters(model), 0.0))
         self._buffer = BatchBuffer(example_inputs, calibration_batches)
         self._observed = 0
@@ -214,7 +214,7 @@ class Evolver:
             raise
         except Exception as problem:  # noqa: BLE001  the cut then stays, and the run can go on
             skipped = self._failures.explain(group, moment, problem)
-        self._macs = macs(self.model, self.example_inputs)
+        self._macs = macs(self.model, self.example_inputs, self.graph.differentiates)
         changes = changed(sizes, self.graph.sizes, dict.fromkeys(sizes, reason))
         return self._record(self._event(moment, tuple(changes), count, time.perf_counter() - started, skipped))
 
@@ -235,7 +235,7 @@ class Evolver:
             yield
         self.graph, self.original = graph, OriginalWidths.of(graph)
         reset_compiled_code()
-        self._macs = macs(self.model, self.example_inputs)
+        self._macs = macs(self.model, self.example_inputs, self.graph.differentiates)
         self._failures.off = f"all widths have their first sizes again, and keep them: {why}"
         changes = changed(before, self.graph.sizes, dict.fromkeys(before, self._failures.off))
         self._record(self._event(self._observed, tuple(changes), count, time.perf_counter() - started))
@@ -309,12 +309,12 @@ class Evolver:
             self.model, self.graph, self.example_inputs, batches, gradients, self._changed, self._events, self._seed
         )
         measures, proposals = run_on_rank_0(group, lambda: self._propose(data, progress))
-        past: Snapshot | None = None
+        past, own = None, self.graph.differentiates
         with stage("policy"):
             due = any(proposal.size != self.graph.sizes[name] for name, proposal in proposals.items())
         if due:
             with stage("validation"):
-                before = run_on_all_ranks(group, lambda: ModelReference.of(self.model, self.example_inputs))
+                before = run_on_all_ranks(group, lambda: ModelReference.of(self.model, self.example_inputs, own))
             with stage("replica update"):
                 copies = run_on_all_ranks(group, self._copies)
             with stage("snapshot"):
@@ -328,7 +328,7 @@ class Evolver:
                     group, lambda: validate(self.model, self.graph, self.optimizers, self.example_inputs, before)
                 )
             with stage("cost count"):
-                self._macs = run_on_all_ranks(group, lambda: macs(self.model, self.example_inputs))
+                self._macs = run_on_all_ranks(group, lambda: macs(self.model, self.example_inputs, own))
             with stage("after_change"):
                 run_on_all_ranks(group, self.after_change)
             reset_compiled_code()

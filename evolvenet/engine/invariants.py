@@ -34,9 +34,9 @@ class ModelReference:
     finite: bool
 
     @classmethod
-    def of(cls, model: nn.Module, example_inputs: Any) -> ModelReference:
-        """Run the model once, in eval mode, and record what a change must keep."""
-        found = model_outputs(model, example_inputs)
+    def of(cls, model: nn.Module, example_inputs: Any, gradients: bool = False) -> ModelReference:
+        """Run the model once, in eval mode, with autograd on if `gradients`, and record what a change must keep."""
+        found = model_outputs(model, example_inputs, gradients)
         return cls(dict(model.named_parameters()), _shapes(found, example_inputs), _finite(found))
 
 
@@ -82,7 +82,7 @@ def validate(
         raise _wrong(f"{change.name} of {module} to be {change.value}", f"{getattr(change.module, change.name)}")
     for optimizer in optimizers:
         validate_state(optimizer)
-    found = model_outputs(model, example_inputs)
+    found = model_outputs(model, example_inputs, graph.differentiates)
     shapes = _shapes(found, example_inputs)
     if shapes != before.shapes:
         raise _wrong(f"outputs of the shapes {before.shapes}", f"{shapes}")

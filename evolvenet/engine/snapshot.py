@@ -106,7 +106,9 @@ def roll_back(
     Raises:
         EvolveNetError: if restoring or validating fails, here or on another rank.
     """
-    before = run_on_all_ranks(group, lambda: ModelReference.of(run.model, run.example_inputs))
+    before = run_on_all_ranks(
+        group, lambda: ModelReference.of(run.model, run.example_inputs, past.graph.differentiates)
+    )
     try:
         run_on_all_ranks(group, lambda: past.restore(run.model, run.optimizers, copies))
         run_on_all_ranks(group, lambda: validate(run.model, past.graph, run.optimizers, run.example_inputs, before))

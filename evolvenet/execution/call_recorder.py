@@ -41,6 +41,9 @@ class OutputGradients:
                 output.register_hook(partial(self._add_gradient, index, MAX_GRADIENT_ENTRIES // max(largest, 1)))
 
     def _add_gradient(self, index: int, samples: int, gradient: Tensor) -> None:
+        if torch.is_grad_enabled():
+            # A backward pass that is differentiated itself (a gradient penalty) is a part of the loss, not its gradient.
+            return
         # A training step may run several backward passes.
         part, before = gradient.detach()[:samples], self.gradients[index]
         self.gradients[index] = part.clone() if before is None else before + part

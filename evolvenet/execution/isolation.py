@@ -94,14 +94,14 @@ def op_by_op(mode: AbstractContextManager[Any] | None = None, *, fused: bool = T
         yield
 
 
-def model_outputs(model: nn.Module, inputs: Any) -> list[Tensor]:
-    """Every tensor among a model's outputs, from an `isolated`, uncompiled run.
+def model_outputs(model: nn.Module, inputs: Any, gradients: bool = False) -> list[Tensor]:
+    """Every tensor among a model's outputs, from an `isolated`, uncompiled run, with autograd on if `gradients`.
 
     >>> model_outputs(nn.Linear(2, 3), torch.zeros(4, 2))[0].shape
     torch.Size([4, 3])
     """
-    with isolated(model), op_by_op():
-        return network_outputs(model, inputs)
+    with isolated(model, gradients=gradients), op_by_op():
+        return [tensor.detach() for tensor in network_outputs(model, inputs)]
 
 
 def _install_shadows(modules: list[nn.Module], device: torch.device | str | None) -> None:

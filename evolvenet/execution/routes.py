@@ -6,11 +6,13 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.utils.hooks import RemovableHandle
 
+from evolvenet._compat.torch import tree_map_only
 from evolvenet.execution.isolation import isolated, op_by_op
+from evolvenet.execution.own_gradients import GradientsNeededError, own_gradients
 from evolvenet.execution.step import run_model
 
 TRIES = 8
@@ -35,8 +37,17 @@ def runs_until_every_route(model: nn.Module, inputs: Any, tries: int = TRIES) ->
     >>> runs_until_every_route(nn.Linear(2, 2), torch.zeros(1, 2))
     1
     """
+    try:
+        return _runs(model, inputs, tries, gradients=False)
+    except GradientsNeededError:
+        return _runs(model, inputs, tries, gradients=True)
+
+
+def _runs(model: nn.Module, inputs: Any, tries: int, gradients: bool) -> int:
     routes: dict[tuple[int, ...], int] = {}
-    with isolated(model, shadows=True), op_by_op():
+    with isolated(model, shadows=True, gradients=gradients), op_by_op(), own_gradients():
+        # Those of inference mode cannot be differentiated.
+        inputs = tree_map_only(Tensor, lambda t: t.detach().clone(), inputs)
         model.train()
         for count in range(1, tries + 1):
             with _calls(model) as route:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from evolvenet._compat.torch import TorchDispatchMode, tree_leaves
+from evolvenet._compat.torch import TorchDispatchMode, in_backward, tree_leaves
 from evolvenet.graph.naming import named_tensors
 
 aten = torch.ops.aten
@@ -206,6 +206,8 @@ class WeightOpMode(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the op."""
         kwargs = kwargs or {}
+        if in_backward():
+            return func(*args, **kwargs)
         op = WEIGHT_OPS[func](self, *args) if func in WEIGHT_OPS and not kwargs else None
         if op is None:
             return self.run_other_op(func, args, kwargs)

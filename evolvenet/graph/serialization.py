@@ -36,6 +36,7 @@ def to_state_dict(graph: WidthGraph) -> dict[str, Any]:
         "shapes": {name: list(shape) for name, shape in graph.shapes.items()},
         "trainable": sorted(graph.trainable),
         "aliases": dict(graph.aliases),
+        "differentiates": graph.differentiates,
     }
 
 
@@ -58,6 +59,7 @@ def from_state_dict(state: Mapping[str, Any]) -> WidthGraph:
         frozenset(state["trainable"]),
         dict(state["aliases"]),
         {(tensor, dim): role for tensor, dim, role in state["roles"]},
+        state.get("differentiates", False),
     )
 
 

@@ -131,6 +131,7 @@ class WidthGraph:
         shapes: shape of each tensor in `layouts`.
         trainable: names in `layouts` that are parameters (the others are buffers).
         aliases: other names of the same tensor object (tied weights) → the name used here.
+        differentiates: whether the model's own code computes gradients, so that it only runs with autograd on.
     """
 
     widths: Widths
@@ -138,6 +139,7 @@ class WidthGraph:
     shapes: Mapping[str, tuple[int, ...]]
     trainable: frozenset[str]
     aliases: Mapping[str, str] = field(default_factory=dict[str, str])
+    differentiates: bool = False
 
     @property
     def resizable(self) -> tuple[Width, ...]:
@@ -234,7 +236,7 @@ class WidthGraph:
         }
         bare = {name: replace(width, size=sizes[name], ties=()) for name, width in self.widths.items()}
         roles = {(tie.tensor, tie.dim): tie.role for width in self.widths.values() for tie in width.ties}
-        return assemble(bare, layouts, shapes, self.trainable, self.aliases, roles)
+        return assemble(bare, layouts, shapes, self.trainable, self.aliases, roles, self.differentiates)
 
     def proposed_parameters(self, sizes: Mapping[str, int]) -> int:
         """Number of parameters of the model if the named widths had these sizes.
@@ -345,6 +347,7 @@ def assemble(
     trainable: frozenset[str],
     aliases: Mapping[str, str],
     roles: Mapping[tuple[str, int], str],
+    differentiates: bool,
 ) -> WidthGraph:
     """Build a graph from widths without ties: the ties and parameter counts are computed from the layouts."""
     ties: dict[str, list[Tie]] = {name: [] for name in bare}
@@ -367,4 +370,4 @@ def assemble(
         )
         for name, width in bare.items()
     }
-    return WidthGraph(Widths(widths), layouts, shapes, trainable, aliases)
+    return WidthGraph(Widths(widths), layouts, shapes, trainable, aliases, differentiates)

@@ -198,7 +198,8 @@ class _LossTest:
             self.shadows[name].copy_(value)
 
     def _outputs(self, inputs: Any) -> list[Tensor]:
-        return network_outputs(self.growth.model, inputs)
+        with torch.set_grad_enabled(torch.is_grad_enabled() or self.growth.graph.differentiates):
+            return network_outputs(self.growth.model, inputs)
 
 
 def _shapes_match(outputs: Sequence[Tensor], gradients: Gradients) -> bool:

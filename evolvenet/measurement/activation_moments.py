@@ -151,7 +151,7 @@ def collect(model: nn.Module, graph: WidthGraph, batches: Iterable[Any]) -> Acti
     for tie, halves in gathered.items():
         by_tensor.setdefault(tie.tensor, {})[tie] = halves
     seen, ran = 0, False
-    with isolated(model):
+    with isolated(model, gradients=graph.differentiates):
         for batch in batches:
             with op_by_op(WeightOpMode(model, before=partial(_gather, by_tensor, max(1, samples_in(batch)), seen))):
                 run_model(model, batch)

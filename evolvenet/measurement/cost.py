@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from evolvenet._compat.torch import tree_flatten, tree_map_only
+from evolvenet._compat.torch import tree_flatten, tree_map_only, without_module_tracker
 from evolvenet.errors import TraceError
 from evolvenet.execution.isolation import isolated, op_by_op
 from evolvenet.execution.step import run_model
@@ -42,7 +42,7 @@ def size_in_bytes(model: nn.Module) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in (*model.parameters(), *model.buffers()))
 
 
-def macs(model: nn.Module, example_inputs: Any) -> int:
+def macs(model: nn.Module, example_inputs: Any, gradients: bool = False) -> int:
     """Multiply-accumulates of the matrix products and convolutions in one eval forward pass, per sample.
 
     Counted by torch's `FlopCounterMode` (which counts two operations each) on shadows without data, where the model's
@@ -51,6 +51,8 @@ def macs(model: nn.Module, example_inputs: Any) -> int:
     Args:
         model: any module; it is left as it was.
         example_inputs: a tensor, a tuple of arguments or a dict of keyword arguments.
+        gradients: whether the model runs with autograd on, see `WidthGraph.differentiates`; products in the backward passes
+            that its own code runs count, too.
 
     Raises:
         TraceError: if the model does not run on the example inputs.
@@ -63,8 +65,9 @@ def macs(model: nn.Module, example_inputs: Any) -> int:
     samples = first.shape[0] if first is not None else 1
     failure: Exception | None = None
     for device in ("meta", None):
+        counter = without_module_tracker(FlopCounterMode(display=False))
         try:
-            with isolated(model, shadows=True, device=device), op_by_op(counter := FlopCounterMode(display=False)):
+            with isolated(model, shadows=True, device=device, gradients=gradients), op_by_op(counter):
                 run_model(model, tree_map_only(Tensor, lambda t: t.detach().clone(), example_inputs), device)
         except Exception as error:  # noqa: BLE001  the model's own code may raise anything
             failure = error
@@ -103,8 +106,9 @@ class Costs:
         """
         tensors, _, _ = named_tensors(model)
         sizes = {name: tensors[name].element_size() for name in graph.shapes}
-        bare = cls(graph, uses(model, example_inputs), sizes, {}, partial(_timed, model, graph, example_inputs))
-        now = {"macs": macs(model, example_inputs), "bytes": size_in_bytes(model)}
+        own = graph.differentiates
+        bare = cls(graph, uses(model, example_inputs, own), sizes, {}, partial(_timed, model, graph, example_inputs))
+        now = {"macs": macs(model, example_inputs, own), "bytes": size_in_bytes(model)}
         return replace(bare, rest={kind: count - bare.at(kind, {}) for kind, count in now.items()})
 
     def at(self, kind: str, sizes: Mapping[str, int]) -> float:
@@ -126,10 +130,10 @@ class Costs:
         return self.timed(sizes)
 
 
-def uses(model: nn.Module, example_inputs: Any) -> dict[str, float]:
+def uses(model: nn.Module, example_inputs: Any, gradients: bool = False) -> dict[str, float]:
     """{weight: multiplications of each of its entries for one sample}, in dense products and convolutions.
 
-    Products without a weight (of queries with keys) are not counted.
+    Products without a weight (of queries with keys) are not counted. With `gradients` the model runs with autograd on.
 
     >>> import torch
     >>> uses(nn.Conv2d(1, 2, 3), torch.zeros(2, 1, 5, 5))
@@ -144,7 +148,7 @@ def uses(model: nn.Module, example_inputs: Any) -> dict[str, float]:
         found[op.tensor] = found.get(op.tensor, 0.0) + part * op.uses_per_entry / samples
 
     tensors, _, _ = named_tensors(model)
-    with isolated(model, shadows=True), op_by_op(WeightOpMode(model, before=count)):
+    with isolated(model, shadows=True, gradients=gradients), op_by_op(WeightOpMode(model, before=count)):
         run_model(model, example_inputs)
     return found
 
@@ -159,7 +163,7 @@ def _timed(model: nn.Module, graph: WidthGraph, example_inputs: Any, sizes: Mapp
             maps[width.name] = IndexMap.grow(width.size, many) if many else few
     trial = copy.deepcopy(model).eval()
     install(trial, compile_surgery(trial, graph, maps))
-    with torch.no_grad():
+    with torch.set_grad_enabled(graph.differentiates):
         return min(_seconds(lambda: run_model(trial, example_inputs)) for _ in range(TIMINGS))
 
 

@@ -61,7 +61,7 @@ def output_spectra(model: nn.Module, graph: WidthGraph, batches: Iterable[Any]) 
         if tie.tensor in graph.trainable
     }
     seen = 0
-    with isolated(model):
+    with isolated(model, gradients=graph.differentiates):
         for batch in batches:
             with op_by_op(WeightOpMode(model, after=partial(_gather, gathered))):
                 run_model(model, batch)

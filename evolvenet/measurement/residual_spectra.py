@@ -131,7 +131,7 @@ def residual_blocks(
     """
     tensors, _, _ = named_tensors(model)
     op_trace = OpTrace(tensors)
-    with isolated(model), op_by_op(op_trace, fused=False):
+    with isolated(model, gradients=graph.differentiates), op_by_op(op_trace, fused=False):
         run_model(model, example_inputs)
     found: dict[str, Block] = {}
     refused: dict[str, str] = {}

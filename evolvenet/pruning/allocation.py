@@ -116,7 +116,7 @@ def trial_curves(
     """
     statistics = collect(model, graph, batches)
     few = _first(batches, SAMPLES)
-    whole = _answers(model, few)
+    whole = _answers(model, few, graph.differentiates)
     limits = replace(TRAINING_LIMITS, samples=SAMPLES)
     found: dict[str, Curve] = {}
     for width in graph.resizable:
@@ -125,7 +125,7 @@ def trial_curves(
             surgery = plan_prune(model, graph, {width.name: size}, statistics)
             undo = install(model, reconstruct(model, graph, surgery, few, limits))
             try:
-                moved = _answers(model, few)
+                moved = _answers(model, few, graph.differentiates)
             finally:
                 undo()
             points.append((size, max(_apart(whole, moved), points[-1][1])))
@@ -288,10 +288,11 @@ def _first(batches: Sequence[Any], samples: int) -> list[Any]:
     return found
 
 
-def _answers(model: nn.Module, batches: Sequence[Any]) -> list[Tensor]:
+def _answers(model: nn.Module, batches: Sequence[Any], gradients: bool) -> list[Tensor]:
     """Every output tensor of the model, concatenated over the batches where their shapes allow that."""
     each = [
-        [tensor.double() for tensor in model_outputs(model, batch) if tensor.is_floating_point()] for batch in batches
+        [tensor.double() for tensor in model_outputs(model, batch, gradients) if tensor.is_floating_point()]
+        for batch in batches
     ]
     if len({tuple(tensor.shape[1:] if tensor.dim() else () for tensor in found) for found in each}) > 1:
         return each[0]

@@ -113,7 +113,8 @@ def reconstruct(
     if batch is None or not consumers:
         return surgery
     recorder = _OutputRecorder(consumers, limits)
-    with isolated(model), op_by_op(mode := ResidualSumMode(model, None, recorder.record, recorder.sum, recorder.bias)):
+    own, mode = graph.differentiates, ResidualSumMode(model, None, recorder.record, recorder.sum, recorder.bias)
+    with isolated(model, gradients=own), op_by_op(mode):
         run_model(model, batch)
     targets = recorder.usable(mode.other_uses)
     if not targets:
@@ -126,7 +127,7 @@ def reconstruct(
             for name, change in changes.items():
                 shadows[name].copy_(change.value)
         fitter = _ConsumerFitter(targets, changes, samples_in(batch), shadows)
-        with isolated(model), op_by_op(ResidualSumMode(model, fitter.run, None, fitter.sum)):
+        with isolated(model, gradients=own), op_by_op(ResidualSumMode(model, fitter.run, None, fitter.sum)):
             run_model(model, batch)
         fitted = {name: shadows[name].detach().clone() for name in fitter.fitted}
     tensors, _, _ = named_tensors(model)

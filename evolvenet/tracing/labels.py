@@ -78,6 +78,7 @@ class LabelGraph:
         placeholder_ids: the ids of all placeholders.
         changed: sets of ids (their bytes) that an op changes, with the op; see `mark_changed`.
         modes_with_new_tensors: for each run, whether it used a tensor that no earlier run had used.
+        differentiates: whether the runs had autograd on, for gradients that the model's own code computes.
     """
 
     axes: list[AxisIds] = field(default_factory=list)
@@ -97,6 +98,7 @@ class LabelGraph:
     placeholder_ids: set[int] = field(default_factory=set)
     changed: dict[bytes, str] = field(default_factory=dict)
     modes_with_new_tensors: list[bool] = field(default_factory=list)
+    differentiates: bool = False
 
     def add_tensor(self, name: str, shape: Sequence[int]) -> tuple[Tensor, ...]:
         """Give ids to each axis longer than 1 of a parameter or buffer (one of size 1 broadcasts); its label layers."""

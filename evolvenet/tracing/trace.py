@@ -8,6 +8,7 @@ are tied. `grouping` makes a `WidthGraph` of them, and `verification` freezes ev
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -20,14 +21,15 @@ from torch.utils.weak import WeakTensorKeyDictionary
 import evolvenet.tracing.contraction_rules  # registers its rules
 import evolvenet.tracing.loss_rules  # registers its rules
 import evolvenet.tracing.reduction_rules  # noqa: F401  registers its rules
-from evolvenet._compat.torch import TorchDispatchMode, schema_of, tree_map_only
+from evolvenet._compat.torch import TorchDispatchMode, in_backward, schema_of, tree_map_only
 from evolvenet.errors import TraceError
 from evolvenet.execution.inputs import tensors_of
 from evolvenet.execution.isolation import isolated, op_by_op
+from evolvenet.execution.own_gradients import GradientsNeededError, own_gradients
 from evolvenet.execution.step import run_model
 from evolvenet.graph.naming import named_tensors
 from evolvenet.graph.width_graph import WidthGraph
-from evolvenet.tracing.labels import DATA, LABELLED, Label, LabelGraph
+from evolvenet.tracing.labels import DATA, LABELLED, Label, LabelGraph, merge, varying
 from evolvenet.tracing.rules import Call, apply_rule
 from evolvenet.tracing.verification import Rerun, verify
 
@@ -57,12 +59,21 @@ def trace(model: nn.Module, example_inputs: Any) -> WidthGraph:
     if next(model.parameters(), None) is None:
         raise TraceError(f"Expected a model with parameters, got a {type(model).__name__} without any.")
     last_error: Exception | None = None
-    for device, modes in ATTEMPTS:
+    gradients = False
+    attempts = list(ATTEMPTS)
+    while attempts:
+        device, modes = attempts.pop(0)
         try:
-            with isolated(model, shadows=True, device=device):
+            with isolated(model, shadows=True, device=device, gradients=gradients):
                 label_graph = run_for_labels(model, example_inputs, device, modes)
+                label_graph.differentiates = gradients
         except TraceError:
             raise
+        except GradientsNeededError as error:
+            if not gradients:
+                gradients, attempts = True, list(ATTEMPTS)
+            last_error = error
+            continue
         except Exception as error:  # noqa: BLE001  the model's own code may raise anything
             last_error = error
             continue
@@ -120,12 +131,12 @@ def _run(model: nn.Module, example_inputs: Any, device: str | None, training: bo
     model.train(training)
     mode.names = {id(module): name for name, module in model.named_modules()}
     try:
-        with op_by_op(mode, fused=False):
+        with op_by_op(mode, fused=False), own_gradients(mode.on_gradients):
             return run_model(model, inputs, device)
     except ValueError:
         if not training:
             raise
-    with op_by_op(mode, fused=False):
+    with op_by_op(mode, fused=False), own_gradients(mode.on_gradients):
         return run_model(model, _doubled(inputs), device)
 
 
@@ -182,6 +193,15 @@ class TracingMode(TorchDispatchMode):
             return shortcut(*args)
         return func(*args, **(kwargs or {}))
 
+    def on_gradients(
+        self,
+        outputs: Sequence[Tensor],
+        given: Sequence[Tensor | None],
+        inputs: Sequence[Tensor],
+        found: Sequence[Tensor | None],
+    ) -> None:
+        """Called after each gradient that the model's own code computes, see `own_gradients`."""
+
     def _enter_module(self, module: nn.Module, inputs: Any) -> None:
         name = self.names.get(id(module))
         self.path.append(f"{name} ({type(module).__name__})" if name else type(module).__name__)
@@ -207,8 +227,10 @@ class LabelMode(TracingMode):
         self.labels[tensor] = label
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run the op, then its rule."""
+        """Run the op, then its rule. A backward pass ties nothing that the forward pass does not, see `on_gradients`."""
         kwargs = kwargs or {}
+        if in_backward():
+            return super().__torch_dispatch__(func, types, args, kwargs)
         if torch.Tag.inplace_view in func.tags:
             return self._view_in_place(func, args, kwargs)
         out = super().__torch_dispatch__(func, types, args, kwargs)
@@ -220,6 +242,42 @@ class LabelMode(TracingMode):
                 self.label_graph.first_use.setdefault(origin, len(self.label_graph.first_use))
         apply_rule(call)
         return out
+
+    def on_gradients(
+        self,
+        outputs: Sequence[Tensor],
+        given: Sequence[Tensor | None],
+        inputs: Sequence[Tensor],
+        found: Sequence[Tensor | None],
+    ) -> None:
+        """A gradient has the units of what it is with respect to, and those given for the outputs have the outputs' units.
+
+        With respect to a weight it is no function of what the network computes: new units would change it, also where
+        they leave the outputs as they are.
+        """
+        for output, gradient in zip(outputs, given, strict=True):
+            if gradient is not None and gradient.dim() == output.dim():
+                self._tie_to_output(self.label_of(output), self.label_of(gradient), gradient)
+        for source, gradient in zip(inputs, found, strict=True):
+            label = self.label_of(source)
+            if gradient is None or gradient.dim() != source.dim():
+                for layer in label.layers:
+                    self.label_graph.freeze(
+                        layer, "torch.autograd.grad in the model's code has its units in another place"
+                    )
+                continue
+            if label.origin is not None:
+                for layer in label.layers:
+                    self.label_graph.mark_mixed(layer, f"torch.autograd.grad differentiates by {label.origin}")
+            self.set_label(gradient, replace(label, origin=None))
+
+    def _tie_to_output(self, output: Label, gradient: Label, tensor: Tensor) -> None:
+        merge(self.label_graph, [output.layers, gradient.layers])
+        known = {dim for layer in gradient.layers for dim in varying(layer)}
+        for layer in output.layers:
+            fixed = [dim for dim in varying(layer) if tensor.shape[dim] > 1 and dim not in known]
+            if fixed and gradient.kind == DATA:
+                self.label_graph.freeze(layer, "torch.autograd.grad is given gradients of a fixed size for its units")
 
     def _view_in_place(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Run an op such as `transpose_`; the label of its result is that of `transpose`."""

@@ -260,7 +260,8 @@ def _trial_failure(
     verification: Verification, graph: WidthGraph, maps: dict[str, IndexMap], joined: frozenset[str], with_labels: bool
 ) -> str | None:
     try:
-        with isolated(verification.model, shadows=True, device=verification.device):
+        own = verification.label_graph.differentiates
+        with isolated(verification.model, shadows=True, device=verification.device, gradients=own):
             surgery = compile_surgery(verification.model, graph, maps)
             install(verification.model, surgery)
             rerun = (

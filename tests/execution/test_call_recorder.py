@@ -99,3 +99,15 @@ def test_neither_the_output_nor_its_graph_is_kept_alive() -> None:
     gc.collect()
     assert output() is None
     assert recorder.calls("")[0][1][0] is not None
+
+
+def test_a_gradient_penalty_is_a_part_of_the_loss_and_not_its_gradient() -> None:
+    layer = nn.Linear(2, 1)
+    recorder = CallRecorder({"layer": layer})
+    x = torch.ones(3, 2, requires_grad=True)
+    out = layer(x)
+    (penalty,) = torch.autograd.grad(out.sum(), x, create_graph=True)
+    (0.25 * out.sum() + penalty.square().sum()).backward()
+    ((_, (gradient,)),) = recorder.calls("layer")
+    recorder.close()
+    torch.testing.assert_close(gradient, torch.full((3, 1), 0.25))
