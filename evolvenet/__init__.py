@@ -5,7 +5,9 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from evolvenet._compat.imports import when_imported
 from evolvenet._compat.torchvision import mend_torchvision
+from evolvenet._compat.wrapping import SAVING
 
 mend_torchvision()  # before anything imports torchvision
 
@@ -87,6 +89,11 @@ __all__ = [
     "spectra",
     "trace",
 ]
+
+
+# Lightning may never be imported, and its modules are not needed before.
+for _name in SAVING:
+    when_imported(_name, lambda saving: import_module("evolvenet.lightning.from_checkpoint").wrap_loading(saving))
 
 
 def __getattr__(name: str) -> Any:

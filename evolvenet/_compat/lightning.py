@@ -5,34 +5,16 @@ Imported by `evolvenet.lightning` only: importing it imports Lightning. `tests/t
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.core import saving
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
 
-Place = tuple[Any, str]
-"""A module or class of Lightning, and the name of a function in it."""
+from evolvenet._compat.wrapping import Place
 
-LOAD_STATE: Place = (saving, "_load_state")
-"""`load_state(cls, checkpoint, …)`: builds a module for `load_from_checkpoint` and loads its weights."""
 EXTRA_RESULTS: Place = (_MultiProcessingLauncher, "get_extra_results")
 """`get(launcher, trainer)`: what a process that trained hands to the main process beside its weights."""
 RECOVER_RESULTS: Place = (_MultiProcessingLauncher, "_recover_results_in_main_process")
 """`recover(launcher, worker_output, trainer)`: loads what that process handed over."""
-
-
-def is_wrapped(place: Place) -> bool:
-    """Whether the function there is one that `functools.wraps` made."""
-    return hasattr(getattr(*place), "__wrapped__")
-
-
-def wrap(place: Place, wrapper: Callable[[Any], Any]) -> None:
-    """Replace the function there by what `wrapper` makes of it, for the whole process."""
-    owner, name = place
-    setattr(owner, name, wrapper(getattr(owner, name)))
 
 
 def forget_static_graph(strategy: DDPStrategy) -> None:

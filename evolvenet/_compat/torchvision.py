@@ -6,24 +6,21 @@ Torchmetrics imports torchvision and Lightning imports torchmetrics, so `import 
 the two missing operators is enough for everything but detection, whose functions then refuse with torchvision's own
 text ("Couldn't load custom C++ ops").
 
-Importing torchvision costs about a second, so nothing is tried when EvolveNet is imported: a finder in front of
-`sys.meta_path` waits for the first import of torchvision, lets the ordinary finders look for it, and only replaces
-`exec_module` of the loader that they return for this one module. The error itself is what is reacted to, so no
-knowledge of where an extension lies or when it loads is needed, and a matching torchvision runs its own code alone.
-The loader keeps its type and all its other methods, and the finder leaves once torchvision is imported.
+Importing torchvision costs about a second, so nothing is tried when EvolveNet is imported, only when torchvision is
+(`evolvenet._compat.imports`). The error itself is what is reacted to, so no knowledge of where an extension lies or when
+it loads is needed, and a matching torchvision runs its own code alone.
 """
 
 from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Sequence
-from functools import partial
-from importlib.abc import MetaPathFinder
-from importlib.machinery import ModuleSpec, SourceFileLoader
+from importlib.machinery import SourceFileLoader
 from types import ModuleType
 
 import torch
+
+from evolvenet._compat.imports import ImportWatcher
 
 _PACKAGE = "torchvision"
 _SYMPTOM = "operator torchvision::nms does not exist"
@@ -36,30 +33,14 @@ _libraries: list[torch.library.Library] = []
 _log = logging.getLogger("evolvenet")
 
 
-class _Waiting(MetaPathFinder):
-    """Passes every import on; the first one of torchvision gets a loader that mends the missing operators."""
+class _Waiting(ImportWatcher):
+    """Mends the missing operators in the first import of torchvision."""
 
-    def find_spec(
-        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> ModuleSpec | None:
-        if fullname != _PACKAGE:
-            return None
-        spec = self._ordinary(path, target)
-        # Only this loader is known to be made anew for each module, so that patching it changes no other import.
-        if spec is None or not isinstance(spec.loader, SourceFileLoader):
-            return None
-        vars(spec.loader)["exec_module"] = partial(self._execute, spec.loader)
-        return spec
+    def __init__(self) -> None:
+        super().__init__(_PACKAGE)
 
-    def _ordinary(self, path: Sequence[str] | None, target: ModuleType | None) -> ModuleSpec | None:
-        """What the import system would have found without this finder."""
-        others = [finder for finder in sys.meta_path if finder is not self and hasattr(finder, "find_spec")]
-        found = (finder.find_spec(_PACKAGE, path, target) for finder in others)
-        return next((spec for spec in found if spec is not None), None)
-
-    def _execute(self, loader: SourceFileLoader, module: ModuleType) -> None:
+    def execute(self, loader: SourceFileLoader, module: ModuleType) -> None:
         """Run the package as its own loader does, a second time if the operators were what was missing."""
-        vars(loader).pop("exec_module", None)
         fresh = dict(vars(module))
         try:
             loader.exec_module(module)
@@ -69,8 +50,6 @@ class _Waiting(MetaPathFinder):
             _forget(module, fresh)
             _declare()
             loader.exec_module(module)
-        if self in sys.meta_path:
-            sys.meta_path.remove(self)
 
 
 def _forget(module: ModuleType, fresh: dict[str, object]) -> None:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +16,6 @@ from evolvenet import IndexMap, resize
 from evolvenet.errors import RecordError
 from evolvenet.surgery.checkpoint import RECORD_KEY, WidthRecord, register_reshape_before_load
 from tests.helpers.cases import CASES, Case, distance, graph_of, outputs
-from tests.helpers.paths import ROOT
 from tests.helpers.resuming import Randomness, assert_same, evolution
 from tests.helpers.runs import Batches, Classifier, fresh, trainer
 from tests.helpers.states import State
@@ -153,21 +149,6 @@ def test_every_way_of_loading_takes_the_widths(tmp_path: Path) -> None:
     plain = evolvenet.load(Classifier(), weights)
     assert all(torch.equal(tensor, state[name]) for name, tensor in plain.state_dict().items())
     trainer(tmp_path, [evolution()]).test(Classifier(), Batches(2), ckpt_path=weights, verbose=False, weights_only=True)
-
-
-def test_a_fresh_process_loads_with_the_callback_imported(tmp_path: Path) -> None:
-    run = Run(tmp_path, max_epochs=2)
-    run.trainer.save_checkpoint(tmp_path / "end.ckpt")
-    script = f"""
-import evolvenet.lightning.callback, torch, json
-from tests.helpers.runs import Classifier
-model = Classifier.load_from_checkpoint({str(tmp_path / "end.ckpt")!r}, weights_only=True).eval()
-print(json.dumps(model(torch.ones(1, 6)).tolist()))
-"""
-    command = [sys.executable, "-c", script]
-    found = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
-    model = run.model.cpu().eval()
-    assert json.loads(found.stdout.splitlines()[-1]) == model(torch.ones(1, 6)).tolist()
 
 
 def test_checkpoints_of_others_load_as_ever(tmp_path: Path) -> None:
