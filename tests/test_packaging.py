@@ -81,7 +81,8 @@ def test_every_module_but_the_optional_edges_imports_with_the_core_dependencies_
 
 
 def test_an_undeclared_package_is_not_there(environment: Path) -> None:
-    script = "from importlib.util import find_spec\nprint([find_spec(n) for n in ('torchvision', 'hydra', 'pytest', 'rich')])"
+    names = ("torchvision", "hydra", "pytest", "matplotlib")
+    script = f"from importlib.util import find_spec\nprint([find_spec(n) for n in {names}])"
     assert run(environment, "-I", "-c", script) == "[None, None, None, None]\n"
 
 
@@ -89,7 +90,7 @@ def test_the_wheel_carries_the_version_its_types_and_only_the_core_dependencies(
     (info,) = environment.parent.parent.glob("lib/python*/site-packages/evolvenet-*.dist-info")
     built = PathDistribution(info)
     core = {r.name for r in map(Requirement, built.requires or ()) if r.marker is None}
-    assert core == {"torch", "numpy", "scipy", "lightning"}
+    assert core == {"torch", "numpy", "scipy", "lightning", "rich", "tqdm"}
     assert built.version == evolvenet.__version__
     assert "evolvenet/py.typed" in {str(file) for file in built.files or ()}
     assert f"version: {evolvenet.__version__}\n" in (ROOT / "CITATION.cff").read_text("utf-8")

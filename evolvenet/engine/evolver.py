@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from evolvenet._compat.torch import reset_compiled_code, tree_map_only
+from evolvenet.engine.announcements import announce
 from evolvenet.engine.batch_buffer import BatchBuffer
 from evolvenet.engine.distributed import (
     ProcessGroup,
@@ -25,7 +25,7 @@ from evolvenet.engine.distributed import (
 from evolvenet.engine.event_data import EventData
 from evolvenet.engine.failure_policy import FailurePolicy
 from evolvenet.engine.functional import as_list
-from evolvenet.engine.history import Event, History, WidthChange, changed
+from evolvenet.engine.history import Event, History, WidthChange, changed, count_changes
 from evolvenet.engine.invariants import ModelReference, check_finite_weights, check_resizable, validate
 from evolvenet.engine.original_widths import OriginalWidths, at_first_sizes
 from evolvenet.engine.snapshot import PendingCut, Snapshot, roll_back
@@ -41,8 +41,6 @@ from evolvenet.policies.base import JudgingPolicy, Policy, Proposal, check_propo
 from evolvenet.surgery.checkpoint import WidthRecord, fit_shapes
 from evolvenet.surgery.resize_model import Surgery
 from evolvenet.tracing.unreached import trace_for_training
-
-log = logging.getLogger("evolvenet")
 
 
 class Evolver:
@@ -113,11 +111,11 @@ class Evolver:
         if graph is None:
             check_resizable(model, self.graph)
         self._macs = macs(self.model, self.example_inputs, self.graph.differentiates)
-        self.history = History(self._event(0, (), parameters(model), 0.0))
+        self.history = History(self._event(0, (), parameters(model), 0.0), frozen=self.graph.reasons)
         self._buffer = BatchBuffer(example_inputs, calibration_batches)
         self._observed = 0
         self._events = 0
-        self._changed: dict[str, list[int]] = {}
+        self._changed: dict[str, Sequence[int]] = {}
         self._seed = seed
         self._failures = FailurePolicy()
         self._pending_cut = PendingCut(cast(JudgingPolicy, policy)) if judges else None
@@ -177,7 +175,7 @@ class Evolver:
         ranks, kept, skipped = {}, {}, None
         try:
             with ExitStack() as undo:
-                state = (self.graph, self.original, dict(self._changed), self._macs)
+                state = (self.graph, self.original, self._changed, self._macs)
                 undo.callback(self._revert, state, changes)
                 ranks, kept = self._evolve(group, changes, undo, progress)
                 undo.pop_all()
@@ -223,6 +221,7 @@ class Evolver:
         check_fits(graph, self.model)
         self.graph, self.original = graph, self.original.renamed(self.graph, graph)
         self.history.initial.sizes.update({**graph.sizes, **self.history.initial.sizes})
+        self.history.frozen = graph.reasons
 
     @contextmanager
     def restored(self, why: str) -> Iterator[None]:
@@ -374,14 +373,10 @@ class Evolver:
         before = self.graph.sizes
         surgery = transaction.apply(self.graph, plan, {name: reasons[name] for name in sizes})
         self.graph, self.original = surgery.graph, self.original.after(surgery.maps)
-        for name in sizes:
-            units = self.graph.sizes[name] - before[name]
-            _, last_change, reversals = self._changed.get(name, (0, 0, 0))
-            self._changed[name] = [self._events, units, reversals + (units * last_change < 0)]
+        self._changed = count_changes(self._changed, self._events, before, self.graph.sizes)
 
     def _record(self, event: Event) -> Event:
-        for change in event.changes:
-            log.info("step %d: %s %d → %d: %s", event.step, change.width, change.before, change.after, change.reason)
+        announce(event)
         self.history.events.append(event)
         return event
 

@@ -42,9 +42,11 @@ class FailurePolicy:
             self.counts[stage] += 1
             if self.counts[stage] >= FAILURES:
                 self.off = f"{reason}. It was not the first time, so widths stay as they are for the rest of the run."
-                log.error("step %d: %s", moment, self.off)
+                if group.rank == 0:
+                    log.error("step %d: %s", moment, self.off)
                 return self.off
-        log.warning("step %d: widths are left as they are: %s", moment, reason)
+        if group.rank == 0:
+            log.warning("step %d: widths are left as they are: %s", moment, reason)
         return reason
 
     def state_dict(self) -> dict[str, Any]:

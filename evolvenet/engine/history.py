@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from evolvenet.engine import history_table
+
+if TYPE_CHECKING:
+    from rich.console import Group
 
 
 @dataclass(frozen=True)
@@ -48,10 +53,45 @@ class Event:
 
 @dataclass
 class History:
-    """A run's events. `initial` is the network before the first one."""
+    """A run's events. `print(history)` is a table of sizes at the start and now, and so is its display in a notebook.
+
+    Args:
+        initial: the network before the first event.
+        events: in order.
+        frozen: {width: why it keeps its size}.
+
+    >>> start = Event(0, (), {"hidden": 64}, 900, 900, 800, 0.0)
+    >>> change = WidthChange("hidden", 64, 16, "the last 48 directions carry no energy")
+    >>> print(History(start, [Event(100, (change,), {"hidden": 16}, 900, 250, 200, 0.1)]))
+                      start   now   change
+    ──────────────────────────────────────
+    parameters          900   250    ÷ 3.6
+    MACs per sample     800   200    ÷ 4.0
+    <BLANKLINE>
+    hidden               64    16    ÷ 4.0
+    <BLANKLINE>
+    1 event, 1 of them with changed widths, 0 skipped
+    """
 
     initial: Event
     events: list[Event] = field(default_factory=list)
+    frozen: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def latest(self) -> Event:
+        """The network after the last event."""
+        return self.events[-1] if self.events else self.initial
+
+    def __str__(self) -> str:
+        return history_table.plain_text(self)
+
+    def __rich__(self) -> Group:
+        """The table that rich prints."""
+        return history_table.rich_table(self)
+
+    def _repr_html_(self) -> str:
+        """The table that a notebook displays."""
+        return history_table.html_page_part(self)
 
     def to_dict(self) -> dict[str, Any]:
         """As plain dicts, lists, numbers and strings, fit for JSON and for `weights_only` checkpoints."""
@@ -68,7 +108,31 @@ class History:
             changes = tuple(WidthChange(**change) for change in entry["changes"])
             return Event(**{**entry, "changes": changes, "sizes": dict(entry["sizes"])})
 
-        return cls(event(plain["initial"]), [event(entry) for entry in plain["events"]])
+        events = [event(entry) for entry in plain["events"]]
+        return cls(event(plain["initial"]), events, dict(plain.get("frozen", {})))
+
+
+def count_changes(
+    counts: Mapping[str, Sequence[int]], event: int, before: Mapping[str, int], after: Mapping[str, int]
+) -> dict[str, Sequence[int]]:
+    """{width: (event of its last change, units added or removed then, reversals so far)} after one more event.
+
+    Args:
+        counts: before the event.
+        event: its number.
+        before: {width: size} before it.
+        after: and after it.
+
+    >>> count_changes({"0": (1, 4, 0), "2": (1, 2, 0)}, 3, {"0": 8, "2": 4}, {"0": 6, "2": 4})
+    {'0': [3, -2, 1], '2': (1, 2, 0)}
+    """
+    found = dict(counts)
+    for name, size in after.items():
+        units = size - before.get(name, size)
+        if units:
+            _, last_change, reversals = counts.get(name, (0, 0, 0))
+            found[name] = [event, units, reversals + (units * last_change < 0)]
+    return found
 
 
 def changed(before: Mapping[str, int], after: Mapping[str, int], reasons: Mapping[str, str]) -> list[WidthChange]:

@@ -152,6 +152,11 @@ class WidthGraph:
         return {width.name: width.size for width in self.resizable}
 
     @property
+    def reasons(self) -> dict[str, str]:
+        """Why each frozen width keeps its size."""
+        return {width.name: width.frozen for width in self.widths.values() if width.frozen is not None}
+
+    @property
     def parameters(self) -> int:
         """Number of parameters of the whole model."""
         return sum(math.prod(self.shapes[name]) for name in self.trainable)
@@ -283,7 +288,7 @@ class WidthGraph:
 
     def __rich__(self) -> Table:
         """The table that rich prints: `rich.print(graph)`. Frozen widths are dim; `str(graph)` is the plain text."""
-        # rich is an optional package, needed only here.
+        # rich takes long to import, and is needed only here.
         from rich.box import SIMPLE_HEAD
         from rich.table import Table
         from rich.text import Text

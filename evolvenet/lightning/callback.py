@@ -9,6 +9,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from evolvenet._compat.torch import state_dict_metadata
+from evolvenet.engine.announcements import announce_end, show_messages
 from evolvenet.engine.event_timer import EventState
 from evolvenet.engine.history import History
 from evolvenet.engine.replica_discovery import ReplicaDiscovery
@@ -24,6 +25,7 @@ from evolvenet.lightning.trainer_parts import (
     check_strategy,
     metric_of,
     progress_of,
+    shown_in_progress_bar,
 )
 from evolvenet.surgery.checkpoint import RECORD_KEY, fit_shapes, register_reshape_before_load
 
@@ -43,9 +45,11 @@ class WidthEvolution(LightningEvolution, Callback):
     next batch, at an accumulation boundary. So nothing has to be kept between events, and a checkpoint holds what a resumed
     run needs to go on as if nothing had happened, bit for bit.
 
-    Each changed width is logged through `logging.getLogger("evolvenet")`. "evolve/parameters" and "evolve/macs" go to the
-    trainer's loggers and progress bar; after each event, "evolve/size/…", "evolve/effective_rank/…" and
-    "evolve/kept_energy/…" of every width to the loggers.
+    `logging.getLogger("evolvenet")` gets one line an event and a table at the end of the fit, both at level INFO, and each
+    changed width with its reason at DEBUG. They appear on stderr as Lightning's own messages do, unless that logger or the
+    root logger has been set up otherwise; `logging.getLogger("evolvenet").setLevel("WARNING")` leaves the warnings alone.
+    The progress bar has the parameters as `params`. "evolve/parameters" and "evolve/macs" go to the trainer's loggers, and
+    so do, after each event, "evolve/size/…", "evolve/effective_rank/…" and "evolve/kept_energy/…" of every width.
 
     Averages of the weights that other callbacks keep (`WeightAveraging`, `EMAWeightAveraging`, `StochasticWeightAveraging`)
     go through the same changes, and so do copies in the module itself (a momentum teacher, a target network) once they have
@@ -78,6 +82,8 @@ class WidthEvolution(LightningEvolution, Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse what cannot work, and let the model take a checkpoint's widths when one is loaded."""
+        if stage == "fit":
+            show_messages()
         check_strategy(trainer.strategy)
         # Other callbacks may have copied the module before this one was asked.
         for module in (pl_module, *weight_averages(trainer, pl_module)):
@@ -91,6 +97,7 @@ class WidthEvolution(LightningEvolution, Callback):
         self._recorder = SubjectRecorder(pl_module, self.calibration_batches)
         self._replicas = None
         self._cleanup.callback(StepGuard(trainer.strategy, self._restore).remove)
+        self._cleanup.enter_context(shown_in_progress_bar(trainer, self._shown))
 
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
@@ -133,8 +140,8 @@ class WidthEvolution(LightningEvolution, Callback):
         if self._recorder is not None:
             self._recorder.begin(batch)
         if self.evolver is not None:
-            latest = [self.evolver.history.initial, *self.evolver.history.events][-1]
-            pl_module.log("evolve/parameters", float(latest.parameters), prog_bar=True)
+            latest = self.evolver.history.latest
+            pl_module.log("evolve/parameters", float(latest.parameters))
             pl_module.log("evolve/macs", float(latest.macs))
 
     def on_train_batch_end(
@@ -154,9 +161,10 @@ class WidthEvolution(LightningEvolution, Callback):
             self._metric = metric_of(trainer, self._judged_metric)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Judge the last cut, and leave no hook behind."""
+        """Judge the last cut, leave no hook behind, and log what has become of the widths."""
         self._judge(trainer, pl_module)
         self._remove_hooks()
+        announce_end(self.history)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Leave no hook behind."""

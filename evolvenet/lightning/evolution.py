@@ -13,6 +13,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import nn
 
 from evolvenet._compat.torch import reset_compiled_code
+from evolvenet.engine.announcements import short_number
 from evolvenet.engine.distributed import check_agreement, process_group, run_on_all_ranks
 from evolvenet.engine.event_timer import EventTimer
 from evolvenet.engine.evolution_callback import EvolutionCallback
@@ -44,6 +45,7 @@ from evolvenet.lightning.trainer_parts import (
     log_event,
     progress_of,
     rebuild_ddp,
+    shown_in_progress_bar,
 )
 from evolvenet.surgery.checkpoint import WidthRecord, fit_shapes
 from evolvenet.tracing.unreached import warn_of_unreached
@@ -250,6 +252,10 @@ class LightningEvolution(EvolutionCallback):
         self._timer.finish()
         log_event(trainer, event)
 
+    def _shown(self) -> dict[str, str]:
+        """What the progress bar shows."""
+        return {"params": short_number(self.evolver.history.latest.parameters)} if self.evolver else {}
+
     def _begin_anew(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Choose what is to be changed from the next batch."""
         self._stop_recording()
@@ -257,6 +263,7 @@ class LightningEvolution(EvolutionCallback):
             self._first_runs.close()
         self._cleanup.close()
         self._cleanup.callback(StepGuard(trainer.strategy, self._restore).remove)
+        self._cleanup.enter_context(shown_in_progress_bar(trainer, self._shown))
         self.evolver, self._ignores_example = None, True
         self._recorder = SubjectRecorder(pl_module, self.calibration_batches)
         self._timer = EventTimer(self.schedule)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
@@ -50,6 +51,33 @@ def default_dtype(trainer: Trainer) -> AbstractContextManager[Any]:
     """A context in which tensors that the forward creates have training's dtype ("64-true"), without autocast."""
     plugin = trainer.precision_plugin
     return nullcontext() if isinstance(plugin, MixedPrecision) else plugin.forward_context()
+
+
+@contextmanager
+def shown_in_progress_bar(trainer: Trainer, values: Callable[[], Mapping[str, str]]) -> Iterator[None]:
+    """Within the body the progress bar, if there is one, shows some values more.
+
+    `LightningModule.log` takes numbers only, which a bar displays as "1.93e+5" or "193057.000".
+
+    Args:
+        trainer: whose bar it is.
+        values: {name: text}.
+    """
+    bar = trainer.progress_bar_callback
+    if bar is None:
+        yield
+        return
+    before = bar.get_metrics
+
+    def get_metrics(*args: Any, **kwargs: Any) -> dict[str, Any]:
+        return {**before(*args, **kwargs), **values()}
+
+    bar.get_metrics = get_metrics  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        if vars(bar).get("get_metrics") is get_metrics:
+            del bar.get_metrics
 
 
 def metric_of(trainer: Trainer, name: str) -> float:

@@ -1,7 +1,7 @@
 """The record of a run as a table in the terminal, and as one HTML page with its picture inside.
 
 HTML rather than Markdown: one file holds text and picture, any browser opens it, and it can be sent as it is.
-The picture also lies beside it as `history.png`. Needs the extra `report` (matplotlib, rich), imported only here.
+The picture also lies beside it as `history.png`. Needs the extra `report` (matplotlib), imported only here.
 """
 
 from __future__ import annotations
@@ -15,13 +15,15 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from rich.table import Table
+
 from evolvenet.engine.history import Event, History
+from evolvenet.engine.history_table import cost_rows, html_table, width_rows
 from evolvenet.errors import EvolveNetError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-    from rich.table import Table
 
 Curve = Sequence[tuple[int, float]]
 
@@ -37,7 +39,7 @@ _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
 table { border-collapse: collapse; margin: 1rem 0 2rem; } th { text-align: left; }
 th, td { padding: .2rem .9rem .2rem 0; border-bottom: 1px solid #ddd; font-variant-numeric: tabular-nums; }
-td.number { text-align: right; } img { width: 100%; }
+img { width: 100%; }
 """
 
 
@@ -99,11 +101,11 @@ def _page(
             "<!doctype html>",
             f"<html lang='en'><meta charset='utf-8'><title>{html.escape(title)}</title><style>{_STYLE}</style>",
             f"<h1>{html.escape(title)}</h1>",
-            _html_table(summary, numbers=(1, 2, 3)),
+            html_table(summary, numbers=(1, 2, 3)),
             *(f"<h2>{html.escape(heading)}</h2>{_image(each, heading)}" for heading, each in more.items()),
             _image(picture, "Parameters, metrics and widths over the training steps"),
             "<h2>Events</h2>",
-            _html_table(events, numbers=(0, 2, 3)),
+            html_table(events, numbers=(0, 2, 3)),
             "</html>",
         ]
     )
@@ -119,24 +121,13 @@ def summary_rows(history: History, facts: Mapping[str, str] | None = None) -> li
     >>> summary_rows(History(start, [end]))[2]
     ('width hidden', '64', '16', '÷ 4.0')
     """
-    first, last = _timeline(history)[0], _timeline(history)[-1]
-    rows = [
-        ("parameters", f"{first.parameters:,}", f"{last.parameters:,}", _ratio(first.parameters, last.parameters)),
-        ("MACs per sample", f"{first.macs:,}", f"{last.macs:,}", _ratio(first.macs, last.macs)),
-    ]
-    for name, size in first.sizes.items():
-        now = last.sizes.get(name, size)
-        rows.append((f"width {name}", str(size), str(now), _ratio(size, now)))
+    rows = [*cost_rows(history), *((f"width {name}", *rest) for name, *rest in width_rows(history))]
     return rows + [(name, "", text, "") for name, text in (facts or {}).items()]
 
 
 def summary_table(history: History, title: str, facts: Mapping[str, str] | None = None) -> Table:
-    """The summary for a terminal: `rich.print(summary_table(history, "my run"))`.
-
-    Raises:
-        ReportError: if rich is not installed.
-    """
-    table = _need("rich.table").Table(title=title, title_justify="left")
+    """The summary for a terminal: `rich.print(summary_table(history, "my run"))`."""
+    table = Table(title=title, title_justify="left")
     table.add_column("")
     for heading in ("start", "end", "change"):
         table.add_column(heading, justify="right")
@@ -265,24 +256,6 @@ def _event_rows(history: History) -> list[tuple[str, ...]]:
         for change in event.changes:
             rows.append((f"{event.step:,}", change.width, str(change.before), str(change.after), change.reason))
     return rows or [("", "", "", "", "no width changed")]
-
-
-def _html_table(rows: Sequence[Sequence[str]], numbers: Sequence[int]) -> str:
-    head = "".join(f"<th>{html.escape(cell)}</th>" for cell in rows[0])
-    body = [
-        "".join(
-            f"<td class='number'>{html.escape(cell)}</td>" if place in numbers else f"<td>{html.escape(cell)}</td>"
-            for place, cell in enumerate(row)
-        )
-        for row in rows[1:]
-    ]
-    return f"<table><tr>{head}</tr>" + "".join(f"<tr>{cells}</tr>" for cells in body) + "</table>"
-
-
-def _ratio(before: int, after: int) -> str:
-    if before == after or not before or not after:
-        return "" if before == after else "gone"
-    return f"÷ {before / after:.1f}" if after < before else f"× {after / before:.1f}"
 
 
 def _need(module: str) -> ModuleType | Any:

@@ -9,6 +9,7 @@ from typing import Any, cast
 from torch import nn
 from torch.optim import Optimizer
 
+from evolvenet.engine.announcements import announce_end, show_messages
 from evolvenet.engine.event_timer import EventState, EventTimer
 from evolvenet.engine.evolution_callback import EvolutionCallback
 from evolvenet.engine.evolver import Evolver
@@ -35,8 +36,9 @@ class WidthEvolutionCallback(EvolutionCallback, TrainerCallback):
 
     Give it to `Trainer(callbacks=[...])`, so that `trainer.train(resume_from_checkpoint=True)` takes the checkpoint's
     widths; a callback that is added later comes too late for that. The model is traced on the first training batch.
-    Events happen between two optimizer steps. Each changed width is logged through `logging.getLogger("evolvenet")`;
-    "evolve/parameters" and "evolve/macs" are added to what the trainer logs.
+    Events happen between two optimizer steps. `logging.getLogger("evolvenet")` gets one line an event, and a table at the
+    end of the training; they appear on stderr unless it or the root logger has been set up otherwise. "evolve/parameters"
+    and "evolve/macs" are added to what the trainer logs.
 
     Args:
         policy, every_n_epochs, every_n_steps, start_step, stop, example_inputs, calibration_batches, seed: see
@@ -71,6 +73,7 @@ class WidthEvolutionCallback(EvolutionCallback, TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **unused: Any
     ) -> None:
         """Refuse what cannot work, and take up where a checkpoint was written."""
+        show_messages()
         _refuse_several_devices(args)
         register_reshape_before_load(model)
         self._stop_recording()
@@ -128,7 +131,7 @@ class WidthEvolutionCallback(EvolutionCallback, TrainerCallback):
         """Add the network's size to what is logged."""
         if self.history is None:
             return
-        latest = [self.history.initial, *self.history.events][-1]
+        latest = self.history.latest
         # The record of the run holds a copy of the logs that was made before this call.
         for entry in (logs, *state.log_history[-1:]):
             if entry is not None:
@@ -139,6 +142,7 @@ class WidthEvolutionCallback(EvolutionCallback, TrainerCallback):
     ) -> None:
         """Leave no hook behind; the best checkpoint, if it was loaded, brings its numbers along."""
         self._stop_recording()
+        announce_end(self.history)
         if args.load_best_model_at_end and state.best_model_checkpoint is not None:
             best = TrainerState.load_from_json(str(Path(state.best_model_checkpoint, "trainer_state.json")))
             fit_shapes(model, {}, record=(_evolver_state(best) or {}).get("note"))

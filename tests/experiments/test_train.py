@@ -85,6 +85,7 @@ def test_every_experiment_can_run_without_evolving(experiment):
 
 def test_digits_learn_while_widths_change(tmp_path, caplog):
     caplog.set_level(logging.INFO)
+    caplog.set_level(logging.DEBUG, "evolvenet")
     small = ["model.widths=[12,12,12]", "trainer.max_epochs=3", "trainer.accelerator=cpu", "evolve.every_n_steps=20"]
     result = train(tmp_path, [*small, "evolve.start_step=20", "evolve.policy.prune=0.02"])
     assert result["test_acc"] > 0.3

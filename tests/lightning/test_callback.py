@@ -96,7 +96,7 @@ def test_widths_change_while_training(
     model = kind()
     prefix = "" if kind is CallsItsChild else "net."
     evolution = WidthEvolution(Fixed({f"{prefix}0": 9, f"{prefix}2": 30}), every_n_epochs=1)
-    with caplog.at_level(logging.INFO, logger="evolvenet"):
+    with caplog.at_level(logging.DEBUG, logger="evolvenet"):
         trainer(tmp_path, [evolution]).fit(model, loader())
     assert (model.net[0].out_features, model.net[2].out_features) == (9, 30)
     assert f"step 14: {prefix}0 32 → 9: fixed" in caplog.text
