@@ -142,7 +142,7 @@ def choose_subject(
         return Subject("", step, settle(module, trace(module, first_samples(step, SAMPLES))), step)
     if whole is None or alone is None:
         return whole or alone  # type: ignore[return-value]
-    return _reconciled(alone, whole) or whole
+    return _reconciled(module, alone, whole) or whole
 
 
 def _trace_steps(module: LightningModule, batches: Mapping[str, tuple[Any, int]], settle: Settle) -> Subject | None:
@@ -169,11 +169,12 @@ def _trace_steps(module: LightningModule, batches: Mapping[str, tuple[Any, int]]
     return Subject("", steps["training_step"], graph, together)
 
 
-def _reconciled(alone: Subject, whole: Subject) -> Subject | None:
-    """The network alone, with the steps' reasons to keep a size; None where the steps tie its widths to anything else."""
-    if unreached_parameters(whole.graph):
-        return None
+def _reconciled(module: LightningModule, alone: Subject, whole: Subject) -> Subject | None:
+    """The network alone, with the steps' reasons to keep a size; None where the steps reach more or tie its widths to more."""
     prefix = f"{alone.path}." if alone.path else ""
+    beside = [module.get_parameter(prefix + name) for name in unreached_parameters(alone.graph)]
+    if unreached_parameters(whole.graph) or any(parameter.requires_grad for parameter in beside):
+        return None
     by_tie = {_place(tie): width for width in whole.graph.widths.values() for tie in width.ties}
     widths = dict(alone.graph.widths)
     for width in alone.graph.resizable:

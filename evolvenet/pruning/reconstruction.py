@@ -160,6 +160,7 @@ class Target:
         bias: name and offset of its bias, or of the vector that takes the mean in its place.
         rows: numbers of the output positions that are compared.
         positions: number of all output positions.
+        inputs: number of all input positions.
         outputs: `[rows, out]`, of the sum that the op ends in if `summed`.
         summed: whether `outputs` are those of that sum.
         bias_sign: if the bias is added in an op of its own (1) or is a running mean (−1), its sign; `outputs` are then
@@ -172,6 +173,7 @@ class Target:
     bias: tuple[str, int] | None
     rows: Tensor
     positions: int
+    inputs: int
     outputs: Tensor
     summed: bool = False
     bias_sign: int = 0
@@ -198,7 +200,7 @@ class _OutputRecorder:
         outputs = op.outputs_at(out, rows).movedim(0, 1).flatten(1)
         targets = self.targets.setdefault(op.tensor, [])
         self._index[op] = (op.tensor, len(targets))
-        targets.append(Target(op.start, len(op.weight), op.axis, bias, rows, total, outputs))
+        targets.append(Target(op.start, len(op.weight), op.axis, bias, rows, total, op.input_positions, outputs))
 
     def sum(self, output: TrackedOutput, own: Tensor, other: Tensor) -> None:
         if output.op in self._index:
@@ -249,6 +251,9 @@ class _ConsumerFitter:
         if not self.targets.get(op.tensor):
             return
         target = self.targets[op.tensor].pop(0)
+        if target.inputs != op.input_positions:
+            # Which samples reach it depends on the units (a router's choice): its outputs are those of others.
+            return
         if target.summed:
             self._at_sum[op] = target
         else:
