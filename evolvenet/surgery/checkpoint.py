@@ -19,6 +19,14 @@ from evolvenet.errors import RecordError, ResizeError
 from evolvenet.graph.index_map import laid_out_as
 from evolvenet.graph.width_graph import WidthGraph
 from evolvenet.surgery.module_handlers import attributes, refresh
+from evolvenet.surgery.module_replacement import (
+    Record,
+    behind,
+    find_replacements,
+    fit_replacements,
+    replacements,
+    whole_names,
+)
 from evolvenet.surgery.resize_model import exchange
 
 
@@ -102,6 +110,8 @@ def write_record(
 def load(model: nn.Module, path: str | Path, map_location: Any = "cpu") -> nn.Module:
     """Reshape a freshly built model to a checkpoint's widths and load its weights.
 
+    Layers that are factorized in the checkpoint are factorized here first.
+
     Args:
         model: the model as it is built, with any widths.
         path: a Lightning checkpoint or a plain state dict saved with `torch.save`. A network inside a LightningModule is
@@ -122,10 +132,24 @@ def load(model: nn.Module, path: str | Path, map_location: Any = "cpu") -> nn.Mo
     """
     found = torch.load(path, map_location=map_location, weights_only=True)
     whole = found["state_dict"] if isinstance(found, dict) and "state_dict" in found else found
+    _fit_replacements(model, whole, find_replacements(found), path)
     state, prefix = _own_part(set(model.state_dict()), whole, path)
     fit_shapes(model, state, record=find_record(found, prefix))
     model.load_state_dict(state)
     return model
+
+
+def _fit_replacements(
+    model: nn.Module, state: Mapping[str, Any], records: Mapping[str, Record], path: str | Path
+) -> None:
+    """Give the model the replacements of a checkpoint, in which it may lie behind a prefix."""
+    own = {name: module.record() for name, module in replacements(model).items()}
+    if not records and not own:
+        return
+    whole = dict.fromkeys(whole_names(state, records))
+    _, prefix = _own_part(whole_names(model.state_dict(), own), whole, path)
+    names = [name.removeprefix(prefix) for name in state if name.startswith(prefix)]
+    fit_replacements(model, behind(records, prefix), names)
 
 
 def find_record(found: Any, prefix: str = "") -> dict[str, Any] | None:
@@ -277,13 +301,18 @@ def reshape_before_load(
     strict: bool = False,
     *unused: Any,
 ) -> None:
-    """A load-state-dict pre-hook that gives the module the widths of the state dict before it is loaded.
+    """A load-state-dict pre-hook that gives the module the factors and widths of the state dict before it is loaded.
 
     A top-level function, so that a model that carries it can still be pickled and copied.
 
     Raises:
         RecordError: if the state dict is of another model and its widths differ too; nothing has changed then.
     """
+    fit_replacements(
+        module,
+        behind(find_replacements(state), prefix),
+        [name.removeprefix(prefix) for name in state if name.startswith(prefix)],
+    )
     own = module.state_dict()
     if strict and any(
         tuple(state[prefix + k].shape) != tuple(t.shape) for k, t in own.items() if _both(t, state, prefix + k)
