@@ -135,7 +135,7 @@ class LightningEvolution(EvolutionCallback):
             return resumed_subject(self._resumed, found[self._resumed["kind"]])
         path = find_network(pl_module, self._recorder.names, optimizers_of(trainer, pl_module))
         with default_dtype(trainer), logging_muted(pl_module):
-            return choose_subject(pl_module, path, first, self._batches, self._settle, self._has_copies)
+            return choose_subject(pl_module, path, first, self._batches, self._settle)
 
     def _start(self, trainer: Trainer, pl_module: LightningModule, subject: Subject) -> None:
         """Make the evolver of what was chosen."""
@@ -199,10 +199,7 @@ class LightningEvolution(EvolutionCallback):
         return WidthRecord.of(pl_module.get_submodule(root), from_state_dict(self._resumed["evolver"]["graph"]), root)
 
     def _settle(self, root: nn.Module, graph: WidthGraph) -> WidthGraph:
-        return self._replicas.without_replicas(root, graph) if self._replicas else graph
-
-    def _has_copies(self, root: nn.Module, graph: WidthGraph) -> bool:
-        return bool(self._replicas and self._replicas.pairs(root, graph))
+        return self._replicas.settled(root, graph) if self._replicas else graph
 
     def _trace_first_runs(self, name: str, batch: Any, index: int) -> None:
         """Go on with a new graph where the step has called a module that no trace had reached."""
@@ -243,6 +240,10 @@ class LightningEvolution(EvolutionCallback):
             return
         # Some runs replace their optimizers on the way.
         evolver.optimizers = optimizers_of(trainer, pl_module)
+        if self._replicas is not None:
+            graph = self._replicas.reviewed(evolver.model, evolver.graph)
+            if graph is not evolver.graph:
+                evolver.adopt(graph)
         with default_dtype(trainer), logging_muted(pl_module):
             event = evolver.step(at=trainer.global_step, progress=progress_of(trainer))
         evolver.forget()

@@ -9,6 +9,7 @@ very deep convolutional networks for classification and detection", TPAMI 38(10)
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -30,6 +31,8 @@ from evolvenet.graph.naming import named_tensors
 from evolvenet.graph.width_graph import FOLLOWS, WidthGraph
 from evolvenet.linalg.ridge import refit
 from evolvenet.surgery.resize_model import Surgery, TensorChange, compile_surgery, install
+
+log = logging.getLogger("evolvenet")
 
 
 @dataclass(frozen=True)
@@ -108,15 +111,18 @@ def reconstruct(
     >>> bool((before - model(x)).abs().max() < 1e-3)
     True
     """
-    batch = _concatenated(batches, limits)
+    listed, own = list(batches), graph.differentiates
+    batch = _concatenated(listed, limits)
     consumers = _consumers(graph, surgery)
     if batch is None or not consumers:
         return surgery
-    recorder = _OutputRecorder(consumers, limits)
-    own, mode = graph.differentiates, ResidualSumMode(model, None, recorder.record, recorder.sum, recorder.bias)
-    with isolated(model, gradients=own), op_by_op(mode):
-        run_model(model, batch)
-    targets = recorder.usable(mode.other_uses)
+    try:
+        targets = _recorded(model, batch, _OutputRecorder(consumers, limits), own)
+    except Exception as problem:
+        # A training step may count on the size of its batches, as one with a queue of former outputs does.
+        log.debug("The model does not run on several batches as one: it is fitted on the first", exc_info=problem)
+        batch = listed[0]
+        targets = _recorded(model, batch, _OutputRecorder(consumers, limits), own)
     if not targets:
         return surgery
     changes = {change.name: change for change in surgery.changes}
@@ -136,6 +142,14 @@ def reconstruct(
         change = changes.get(name) or TensorChange(tensor, name, {}, tensor.detach())
         changes[name] = replace(change, value=value.to(tensor.device, tensor.dtype))
     return replace(surgery, changes=tuple(changes.values()))
+
+
+def _recorded(model: nn.Module, batch: Any, recorder: _OutputRecorder, gradients: bool) -> dict[str, list[Target]]:
+    """What the model's consumers put out on a batch, as far as they can be fitted to it."""
+    mode = ResidualSumMode(model, None, recorder.record, recorder.sum, recorder.bias)
+    with isolated(model, gradients=gradients), op_by_op(mode):
+        run_model(model, batch)
+    return recorder.usable(mode.other_uses)
 
 
 def _consumers(graph: WidthGraph, surgery: Surgery) -> frozenset[str]:
