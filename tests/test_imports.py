@@ -22,7 +22,6 @@ FLOORS: Sequence[set[str]] = (
     {"measurement"},
     {"pruning"},
     {"growth"},
-    {"lowrank"},
     {"policies"},
     {"engine"},
     {"lightning", "transformers", "report"},
