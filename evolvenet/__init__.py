@@ -14,9 +14,9 @@ mend_torchvision()  # before anything imports torchvision
 from evolvenet.engine.evolver import Evolver  # noqa: E402
 from evolvenet.engine.functional import grow, prune, resize  # noqa: E402
 from evolvenet.engine.history import Event, History, WidthChange  # noqa: E402
-from evolvenet.engine.saving import load, save  # noqa: E402
 from evolvenet.errors import (  # noqa: E402
     EvolveNetError,
+    FactorizationError,
     IndexMapError,
     MissingPackageError,
     OptimizerStateError,
@@ -29,6 +29,7 @@ from evolvenet.errors import (  # noqa: E402
 )
 from evolvenet.graph.index_map import IndexMap  # noqa: E402
 from evolvenet.graph.width_graph import Tie, Width, WidthGraph  # noqa: E402
+from evolvenet.lowrank import layers as _factored_layers  # noqa: E402, F401  registers how checkpoints are factorized
 from evolvenet.measurement.output_spectra import output_spectra  # noqa: E402
 from evolvenet.measurement.residual_spectra import block_spectra  # noqa: E402
 from evolvenet.measurement.width_spectra import WidthStatistics, spectra  # noqa: E402
@@ -39,11 +40,13 @@ from evolvenet.policies.price import Price  # noqa: E402
 from evolvenet.policies.threshold import Threshold  # noqa: E402
 from evolvenet.policies.tolerance import Tolerance  # noqa: E402
 from evolvenet.pruning.allocation import allocate  # noqa: E402
+from evolvenet.surgery.checkpoint import load  # noqa: E402
 from evolvenet.tracing.trace import trace  # noqa: E402
 
 if TYPE_CHECKING:
     from evolvenet import transformers as transformers
     from evolvenet.lightning.callback import WidthEvolution
+    from evolvenet.lowrank.factorize import factorize, merge
 
 Measure = WidthStatistics
 """The public name that `WidthStatistics` had first."""
@@ -55,6 +58,7 @@ __all__ = [
     "Event",
     "EvolveNetError",
     "Evolver",
+    "FactorizationError",
     "Front",
     "History",
     "IndexMap",
@@ -81,12 +85,13 @@ __all__ = [
     "WidthStatistics",
     "allocate",
     "block_spectra",
+    "factorize",
     "grow",
     "load",
+    "merge",
     "output_spectra",
     "prune",
     "resize",
-    "save",
     "spectra",
     "trace",
 ]
@@ -98,9 +103,11 @@ for _name in SAVING:
 
 
 def __getattr__(name: str) -> Any:
-    """Lightning and transformers take seconds to import and may be missing: only when they are asked for."""
+    """What takes long to import or may be missing is imported on first access."""
     if name == "WidthEvolution":
         return import_module("evolvenet.lightning.callback").WidthEvolution
+    if name in ("factorize", "merge"):
+        return getattr(import_module("evolvenet.lowrank.factorize"), name)
     if name == "transformers":
         return import_module("evolvenet.transformers")
     raise AttributeError(f"module 'evolvenet' has no attribute {name!r}")

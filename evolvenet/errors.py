@@ -25,6 +25,10 @@ class ResizeError(EvolveNetError, ValueError):
     """A requested width does not exist, is frozen, or cannot take the requested size."""
 
 
+class FactorizationError(EvolveNetError, ValueError):
+    """A layer cannot be factorized as requested, or the request is malformed."""
+
+
 class PolicyError(EvolveNetError, ValueError):
     """A policy was configured with values outside their range."""
 

@@ -56,23 +56,17 @@ def _ddp() -> Any:
     return pkgutil.resolve_name("lightning.pytorch.strategies:DDPStrategy")()
 
 
-def _with_hyperparameters() -> Any:
-    lightning = pkgutil.resolve_name("lightning.pytorch")
-
-    class Net(lightning.LightningModule):
-        def __init__(self, width: int = 3) -> None:
-            super().__init__()
-            self.save_hyperparameters()
-
-    return Net()
-
-
 OF_INSTANCES: dict[str, tuple[Callable[[], Any], type | tuple[type, ...]]] = {
     "torch.nn.Module._parameters": (lambda: nn.Linear(1, 1), dict),
     "torch.nn.Module._buffers": (lambda: nn.BatchNorm1d(1), dict),
     "torch.nn.Module._modules": (lambda: nn.Sequential(), dict),
     "torch.nn.Module._forward_pre_hooks": (lambda: nn.ReLU(), dict),
     "torch.nn.Module._forward_hooks": (lambda: nn.ReLU(), dict),
+    "torch.nn.Module._forward_hooks_with_kwargs": (lambda: nn.ReLU(), dict),
+    "torch.nn.Module._forward_hooks_always_called": (lambda: nn.ReLU(), dict),
+    "torch.nn.Module._forward_pre_hooks_with_kwargs": (lambda: nn.ReLU(), dict),
+    "torch.nn.Module._backward_hooks": (lambda: nn.ReLU(), dict),
+    "torch.nn.Module._backward_pre_hooks": (lambda: nn.ReLU(), dict),
     "torch.nn.Module._load_state_dict_pre_hooks": (lambda: nn.ReLU(), dict),
     "torch.nn.Module.state_dict()._metadata": (lambda: nn.ReLU().state_dict(), dict),
     "torch.nn.RNNBase._flat_weights": (lambda: nn.LSTM(1, 1), list),
@@ -93,7 +87,6 @@ OF_INSTANCES: dict[str, tuple[Callable[[], Any], type | tuple[type, ...]]] = {
         lambda: pkgutil.resolve_name("lightning.pytorch:LightningModule")(),
         type(None),
     ),
-    "lightning.pytorch.LightningModule._hparams_name": (_with_hyperparameters, (str, type(None))),
     "lightning.pytorch.Trainer.fit_loop.epoch_loop._batches_that_stepped": (_epoch_loop, int),
 }
 """{attribute: (what makes an object that has it, the type of its value)}."""

@@ -22,6 +22,7 @@ FLOORS: Sequence[set[str]] = (
     {"measurement"},
     {"pruning"},
     {"growth"},
+    {"lowrank"},
     {"policies"},
     {"engine"},
     {"lightning", "transformers", "report"},

@@ -6,8 +6,7 @@
 from __future__ import annotations
 
 import sys
-from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any, cast
 
@@ -33,6 +32,7 @@ __all__ = [
     "OpOverload",
     "TorchDispatchMode",
     "WeightNorm",
+    "adopt_hooks",
     "base_of",
     "child_table",
     "conv_forward",
@@ -41,9 +41,11 @@ __all__ = [
     "load_state_dict_pre_hooks",
     "own_tensors",
     "parameter_table",
+    "plain_attributes",
     "register_pytree_node",
     "renew_flat_weights",
     "reset_compiled_code",
+    "runs_forward_of",
     "schema_of",
     "shallow_copy",
     "sparse_parts",
@@ -56,6 +58,7 @@ __all__ = [
     "tree_unflatten",
     "version_of",
     "without_module_tracker",
+    "without_tensors",
 ]
 
 TENSOR_TABLES = ("_parameters", "_buffers")
@@ -116,6 +119,35 @@ def shallow_copy(module: nn.Module) -> nn.Module:
     return made
 
 
+def without_tensors(module: nn.Module) -> nn.Module:
+    """A module of the same type with the same attributes, without parameters, buffers and children.
+
+    >>> without_tensors(nn.Linear(2, 3)).weight is None
+    True
+    """
+    made = object.__new__(type(module))
+    empty = {table: dict.fromkeys(vars(module)[table]) for table in (*TENSOR_TABLES, "_modules")}
+    vars(made).update(vars(module), **empty)
+    return made
+
+
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+)
+
+
+def adopt_hooks(module: nn.Module, other: nn.Module) -> None:
+    """Give a module the forward and backward hooks of another one, in the same tables: their handles remove them there too."""
+    for name in _HOOKS:
+        setattr(module, name, getattr(other, name))
+
+
 def forward_hooks(module: nn.Module) -> list[Callable[..., Any]]:
     """The hooks that run before and after a module's forward pass."""
     return [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
@@ -135,17 +167,6 @@ def state_dict_metadata(state: Any) -> dict[str, dict[str, Any]]:
     return getattr(state, "_metadata", {})
 
 
-def with_metadata(entries: Mapping[str, Any], metadata: Mapping[str, Mapping[str, Any]]) -> OrderedDict[str, Any]:
-    """A state dict that says something beside its tensors.
-
-    >>> state_dict_metadata(with_metadata({"weight": torch.zeros(2)}, {"": {"version": 1}}))
-    {'': {'version': 1}}
-    """
-    state: Any = OrderedDict(entries)
-    state._metadata = OrderedDict(metadata)
-    return state
-
-
 def renew_flat_weights(module: nn.RNNBase) -> None:
     """Make a recurrent module compute with the parameters that it has now; it keeps a list of those that it had."""
     module._flat_weights = [getattr(module, name, None) for name in module._flat_weights_names]
@@ -157,6 +178,21 @@ def conv_forward(module: ConvNd, x: Tensor, weight: Tensor, bias: Tensor | None)
     """The output of a convolution with another weight and bias, with its own padding, stride and groups."""
     forward: Any = module._conv_forward
     return forward(x, weight, bias)
+
+
+def runs_forward_of(module: nn.Module, base: type[nn.Module]) -> bool:
+    """Whether a module of a subclass computes what its base class computes, a convolution's inner function included.
+
+    >>> runs_forward_of(nn.Linear(1, 1), nn.Linear), runs_forward_of(nn.Identity(), nn.Linear)
+    (True, False)
+    """
+    same = type(module).forward is base.forward and "forward" not in vars(module)
+    return same and getattr(type(module), "_conv_forward", None) is getattr(base, "_conv_forward", None)
+
+
+def plain_attributes(module: nn.Module) -> dict[str, Any]:
+    """A module's attributes that are neither its parameters, nor its buffers, nor its children."""
+    return {name: value for name, value in vars(module).items() if name not in (*TENSOR_TABLES, "_modules")}
 
 
 def version_of(tensor: Tensor) -> int:

@@ -40,7 +40,6 @@ from evolvenet.measurement.width_spectra import WidthStatistics, ranks_and_energ
 from evolvenet.policies.base import JudgingPolicy, Policy, Proposal, check_proposals, judged_metric
 from evolvenet.surgery.checkpoint import WidthRecord, fit_shapes
 from evolvenet.surgery.resize_model import Surgery
-from evolvenet.surgery.width_record import remember_widths
 from evolvenet.tracing.unreached import trace_for_training
 
 
@@ -111,7 +110,6 @@ class Evolver:
         self.original = self._original_before_cut = OriginalWidths.of(self.graph)
         if graph is None:
             check_resizable(model, self.graph)
-        remember_widths(model, self.graph)
         self._macs = macs(self.model, self.example_inputs, self.graph.differentiates)
         self.history = History(self._event(0, (), parameters(model), 0.0), frozen=self.graph.reasons)
         self._buffer = BatchBuffer(example_inputs, calibration_batches)
@@ -222,7 +220,6 @@ class Evolver:
         """Go on with another graph of the same model as it is, from a trace that has reached more of it."""
         check_fits(graph, self.model)
         self.graph, self.original = graph, self.original.renamed(self.graph, graph)
-        remember_widths(self.model, graph, self.original.sizes)
         self.history.initial.sizes.update({**graph.sizes, **self.history.initial.sizes})
         self.history.frozen = graph.reasons
 
@@ -259,7 +256,7 @@ class Evolver:
             "original": [each.state_dict() for each in (self.original, self._original_before_cut)],
             **self._buffer.state_dict(),
             **self._failures.state_dict(),
-            "note": WidthRecord.of(self.model, self.graph).values(self.model),
+            "note": WidthRecord.of(self.model, self.graph).state_dict(self.model),
             "pending_cut": self._pending_cut.state_dict() if self._pending_cut else None,
             # A cut may have to be taken back before the first batch of a resumed run.
             "example": [
@@ -280,7 +277,6 @@ class Evolver:
         fit_shapes(self.model, {}, record=state["note"])
         self.graph = graph
         self.original, self._original_before_cut = map(OriginalWidths.from_state_dict, state["original"])
-        remember_widths(self.model, graph, self.original.sizes)
         self.history = History.from_dict(state["history"])
         self._observed, self._events = state["observed"], state["events"]
         self._changed = {name: list(entry) for name, entry in state["changed"].items()}

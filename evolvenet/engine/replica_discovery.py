@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from hashlib import sha256
 from typing import Any
 
@@ -12,10 +12,12 @@ from torch import nn
 from torch.optim import Optimizer
 
 from evolvenet._compat.torch import child_table, shallow_copy
+from evolvenet.engine.replica_widths import frozen_tensors, tensors_that_ran, united
 from evolvenet.errors import SkippedEvent, TraceError
 from evolvenet.graph.naming import named_tensors
 from evolvenet.graph.serialization import from_state_dict, to_state_dict
-from evolvenet.graph.width_graph import Width, WidthGraph, Widths
+from evolvenet.graph.width_graph import WidthGraph
+from evolvenet.tracing.untrained import freeze_unchanged, freeze_untrained, untrained_parameters
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,22 +38,33 @@ class Replica:
 class ReplicaDiscovery:
     """Finds the modules that are copies of parts of a network, and which of them change widths with it.
 
-    A copy is of the same type and has the same names and shapes, did not run in the trace, and no optimizer trains it.
-    One whose weights have moved since the start follows its source (an average, a target network). While they have not,
-    it is not known whether they will: a frozen reference must keep its widths, an average must not.
+    A copy is of the same type, has the same names and shapes, and is not trained. One whose weights have moved since the
+    start follows its source (an average, a target network). While they have not, it is not known whether they will: a frozen
+    reference must keep its widths, an average must not.
+
+    A copy that did not run in the trace goes through each surgery by itself. One that did, beside its source, has widths that
+    are united with the source's, see `replica_widths`.
 
     Args:
         places: {name: module}, searched with all submodules before training starts.
         declared: {name of the copy: name of its source} as given by the user: no other module is taken for a copy.
+        optimizers: gives those that train, as they are when it is called.
 
     Raises:
         TraceError: if a name in `declared` is of no module.
     """
 
-    def __init__(self, places: Mapping[str, nn.Module], declared: Mapping[str, str] | None = None) -> None:
-        self.declared = declared
+    def __init__(
+        self,
+        places: Mapping[str, nn.Module],
+        declared: Mapping[str, str] | None = None,
+        optimizers: Callable[[], Iterable[Optimizer]] = tuple,
+    ) -> None:
+        self.declared, self._optimizers = declared, optimizers
         self.moved: dict[str, str] = {}
         """{name of the copy: path of its source in the network} of those that follow."""
+        self.united: dict[str, str] = {}
+        """{name of the copy: name of its source} of those whose widths are the source's."""
         self._modules = {name: module for place, outer in places.items() for name, module in _named(place, outer)}
         for name in (name for pair in (declared or {}).items() for name in pair):
             if name not in self._modules:
@@ -67,32 +80,51 @@ class ReplicaDiscovery:
 
     def state_dict(self) -> dict[str, Any]:
         """Digests of the weights at the start of the run, and the copies known to follow."""
-        return {"start": dict(self._start), "moved": dict(self.moved)}
+        return {"start": dict(self._start), "moved": dict(self.moved), "united": dict(self.united)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what `state_dict` returned."""
         self._start.update(state.get("start", {}))
-        self.moved = dict(state.get("moved", {}))
+        self.moved, self.united = dict(state.get("moved", {})), dict(state.get("united", {}))
 
-    def without_replicas(self, network: nn.Module, graph: WidthGraph) -> WidthGraph:
-        """The graph of the network without copies in it that did not run, and without widths that two would share.
+    def settled(self, network: nn.Module, graph: WidthGraph) -> WidthGraph:
+        """The graph of the network without copies that did not run; those that did have the widths of their sources.
 
-        A copy that the network's own forward runs has widths of its own, which would part from its source's: both stay.
+        Of modules that are not trained, all others keep their widths.
         """
-        inside = {id(module): path for path, module in network.named_modules()}
+        inside = _paths(network)
         copies = [id(replica.module) for replica in self._replicas(network, graph)]
         graph = _without(graph, [inside[copy] for copy in copies if copy in inside])
-        tensors, _, _ = named_tensors(network)
-        frozen: dict[int, str] = {}
-        for name, source in self._running(network, graph):
-            reason = f"{name}, which is not trained, runs beside {source}, of which it is a copy"
-            for parameter in (*self._modules[name].parameters(), *self._modules[source].parameters()):
-                frozen.setdefault(id(parameter), reason)
-        widths = {
-            name: _frozen(width, [frozen.get(id(tensors[tie.tensor])) for tie in width.ties])
-            for name, width in graph.widths.items()
-        }
-        return replace(graph, widths=Widths(widths))
+        self.united = {}
+        for name, sources in self._running(network, graph):
+            if len(sources) == 1:
+                self.united[name] = sources[0]
+                graph = united(graph, inside[id(self._modules[name])], inside[id(self._modules[sources[0]])])
+            else:
+                graph = self._kept(network, graph, name, sources)
+        held = {id(p) for optimizer in self._optimizers() for group in optimizer.param_groups for p in group["params"]}
+        untrained = untrained_parameters(network, held)
+        follow = tuple(f"{inside[id(self._modules[name])]}." for name in self.united)
+        return freeze_untrained(graph, {k: v for k, v in untrained.items() if not (follow and k.startswith(follow))})
+
+    def reviewed(self, network: nn.Module, graph: WidthGraph) -> WidthGraph:
+        """The graph after what training has shown since: copies that did not begin as such, modules that no step changes.
+
+        Both keep their widths, a copy's source its own as well.
+        """
+        for name, sources in self._running(network, graph):
+            graph = self._kept(network, graph, name, sources)
+        return freeze_unchanged(graph, network, _with_state(self._optimizers()))
+
+    def _kept(self, network: nn.Module, graph: WidthGraph, name: str, sources: Sequence[str]) -> WidthGraph:
+        """The graph in which a copy and what it may follow keep their widths."""
+        inside = _paths(network)
+        starts = tuple(f"{inside[id(self._modules[each])]}." for each in (name, *sources))
+        reason = (
+            f"{name}, which is not trained, has moved and may follow it: WidthEvolution(copies={{{name!r}: {sources[0]!r}}}) "
+            "if it does"
+        )
+        return frozen_tensors(graph, [tensor for tensor in graph.layouts if tensor.startswith(starts)], reason)
 
     def models_to_update(
         self, network: nn.Module, graph: WidthGraph, optimizers: Iterable[Optimizer]
@@ -103,9 +135,12 @@ class ReplicaDiscovery:
             SkippedEvent: if it is not known whether a copy follows, or which of several modules it is a copy of.
         """
         found: list[tuple[str, nn.Module]] = []
-        state = {id(p) for optimizer in optimizers for p, entry in optimizer.state.items() if entry}
+        state = _with_state(optimizers)
+        for name, source in self.united.items() if self.declared is None else ():
+            if _digest(self._modules[name]) == self._start[name]:
+                raise _unsettled(name, source)
         for replica in self._replicas(network, graph):
-            if any(p.grad is not None or id(p) in state for p in replica.module.parameters()):
+            if _is_trained(replica.module, state):
                 continue
             if (path := self._followed(replica)) is not None:
                 self.moved[replica.name] = path
@@ -129,11 +164,7 @@ class ReplicaDiscovery:
         if _digest(replica.module) == self._start[replica.name]:
             if not equal:
                 return None
-            raise SkippedEvent(
-                f"{replica.name} began as a copy of {names[equal[0]]}, is not trained and has not moved so far: expected to know "
-                "whether it follows (an average, a target network) or stays (a reference). Say so: WidthEvolution(copies="
-                f"{{{replica.name!r}: {names[equal[0]]!r}}}) if it follows, copies={{}} if not."
-            )
+            raise _unsettled(replica.name, names[equal[0]])
         paths = equal if len(equal) == 1 else list(replica.sources)
         if len(paths) > 1:
             raise SkippedEvent(
@@ -146,11 +177,13 @@ class ReplicaDiscovery:
     def _replicas(self, network: nn.Module, graph: WidthGraph) -> Iterator[Replica]:
         """Outermost modules that did not run and have the shape of one whose widths can change."""
         resizable = _resizable_ids(network, graph)
-        inside = {id(module): path for path, module in network.named_modules()}
+        tensors, _, _ = named_tensors(network)
+        ran = {id(tensors[name]) for name in tensors_that_ran(graph)}
+        inside = _paths(network)
         taken: list[str] = []
         for name, module in self._modules.items():
             kind = _signature(module)
-            if kind is None or any(name.startswith(f"{outer}.") for outer in taken) or _is_traced(module, resizable):
+            if kind is None or any(name.startswith(f"{outer}.") for outer in taken) or _is_traced(module, ran):
                 continue
             if self.declared is not None and name not in self.declared:
                 continue
@@ -160,22 +193,53 @@ class ReplicaDiscovery:
                 for source in (self._modules[other] for other in others)
                 if id(source) in inside and _signature(source) == kind and _is_traced(source, resizable)
             }
-            if sources:
+            if sources and self._may_be_copy(name, others):
                 taken.append(name)
                 yield Replica(name, module, sources)
 
-    def _running(self, network: nn.Module, graph: WidthGraph) -> Iterator[tuple[str, str]]:
-        """Names of copies and sources that both run in the network."""
-        resizable = _resizable_ids(network, graph)
-        for names in self._groups:
-            running = [name for name in names if _is_traced(self._modules[name], resizable)]
-            still = [n for n in running if not any(p.requires_grad for p in self._modules[n].parameters())]
-            for name in still if self.declared is None else set(still) & set(self.declared):
-                alike = [other for other in running if other not in still and self._is_source(other, name)]
-                yield from ((name, other) for other in alike)
+    def _may_be_copy(self, name: str, others: Iterable[str]) -> bool:
+        """Whether there is a sign of it: not a layer that has not run so far, of the shape of another one."""
+        module = self._modules[name]
+        if self.declared is not None or not any(parameter.requires_grad for parameter in module.parameters()):
+            return True
+        start = self._start[name]
+        return any(self._start[other] == start for other in others) or _digest(module) != start
 
-    def _is_source(self, name: str, copy: str) -> bool:
-        return self._start.get(name) == self._start.get(copy) if self.declared is None else self.declared[copy] == name
+    def _running(self, network: nn.Module, graph: WidthGraph) -> Iterator[tuple[str, list[str]]]:
+        """Outermost copies that run in the network, are not trained and not known so far, with what they may follow."""
+        tensors, _, _ = named_tensors(network)
+        ran = {id(tensors[name]) for name in tensors_that_ran(graph)}
+        inside, state = {id(module) for module in network.modules()}, _with_state(self._optimizers())
+        taken = list(self.united)
+        for name in self._modules:
+            if any(name == known or name.startswith(f"{known}.") for known in taken) or not self._runs(
+                name, inside, ran
+            ):
+                continue
+            alike = self._alike(name) if self.declared is None else [n for k, n in self.declared.items() if k == name]
+            sources = [
+                other for other in alike if self._may_follow(name, other, state) and self._runs(other, inside, ran)
+            ]
+            if self.declared is None and sources:
+                equal = [other for other in sources if self._start[other] == self._start[name]]
+                has_moved = _digest(self._modules[name]) != self._start[name]
+                sources = equal if len(equal) == 1 else sources if has_moved else []
+            if sources:
+                taken.append(name)
+                yield name, sources
+
+    def _runs(self, name: str, inside: set[int], ran: set[int]) -> bool:
+        module = self._modules[name]
+        return id(module) in inside and any(id(parameter) in ran for parameter in module.parameters())
+
+    def _may_follow(self, name: str, other: str, state: set[int]) -> bool:
+        """Whether the one is not trained and the other is, and they have the same shapes."""
+        copy, source = self._modules[name], self._modules[other]
+        if _signature(copy) is None or _signature(copy) != _signature(source):
+            return False
+        if not any(parameter.requires_grad for parameter in copy.parameters()):
+            return any(parameter.requires_grad for parameter in source.parameters())
+        return _is_trained(source, state) and not _is_trained(copy, state)
 
     def _alike(self, name: str) -> list[str]:
         return next((names for names in self._groups if name in names), [])
@@ -201,8 +265,30 @@ def _resizable_ids(network: nn.Module, graph: WidthGraph) -> set[int]:
     return {id(tensors[tie.tensor]) for width in graph.resizable for tie in width.ties}
 
 
-def _is_traced(module: nn.Module, resizable: set[int]) -> bool:
-    return any(id(parameter) in resizable for parameter in module.parameters())
+def _is_traced(module: nn.Module, found: set[int]) -> bool:
+    return any(id(parameter) in found for parameter in module.parameters())
+
+
+def _paths(network: nn.Module) -> dict[int, str]:
+    """Path of every module in a network by its id."""
+    return {id(module): path for path, module in network.named_modules()}
+
+
+def _with_state(optimizers: Iterable[Optimizer]) -> set[int]:
+    """Ids of the parameters that an optimizer has stepped, of those optimizers that keep a state."""
+    return {id(parameter) for optimizer in optimizers for parameter, entry in optimizer.state.items() if entry}
+
+
+def _is_trained(module: nn.Module, state: set[int]) -> bool:
+    return any(parameter.grad is not None or id(parameter) in state for parameter in module.parameters())
+
+
+def _unsettled(name: str, source: str) -> SkippedEvent:
+    return SkippedEvent(
+        f"{name} began as a copy of {source}, is not trained and has not moved so far: expected to know whether it follows (an "
+        f"average, a target network) or stays (a reference). Say so: WidthEvolution(copies={{{name!r}: {source!r}}}) if it "
+        "follows, copies={} if not."
+    )
 
 
 def _digest(module: nn.Module) -> str:
@@ -213,11 +299,6 @@ def _digest(module: nn.Module) -> str:
         chosen = flat[:: max(1, len(flat) // 64)].to("cpu", torch.float64)
         digest.update(chosen.contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
-
-
-def _frozen(width: Width, reasons: list[str | None]) -> Width:
-    reason = next((each for each in reasons if each is not None), None)
-    return width if reason is None or width.frozen is not None else replace(width, frozen=reason, patches=())
 
 
 def _without(graph: WidthGraph, paths: list[str]) -> WidthGraph:
@@ -243,7 +324,7 @@ def _stand_ins(network: nn.Module, copies: list[tuple[str, nn.Module]]) -> list[
         if free is None:
             found.append(free := {})
         free[path] = copy
-    inside = {id(module): path for path, module in network.named_modules()}
+    inside = _paths(network)
     for parts in found:
         # A copy stands in one place only: its first name would be another one else.
         homes = [inside[id(copy)] for copy in parts.values() if id(copy) in inside]

@@ -16,6 +16,7 @@ from evolvenet._compat.torch import tree_leaves, tree_map_only
 from evolvenet.errors import TraceError
 
 _HALF = (torch.bfloat16, torch.float16)
+_INDICES = (torch.int32, torch.int64)
 
 
 def arguments(
@@ -75,19 +76,34 @@ def inputs_of_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
 def first_samples(inputs: Any, count: int) -> Any:
     """The first samples of a batch: every tensor with the batch size on its first axis is cut to `count` samples.
 
+    A graph's nodes are no samples: nothing is cut where a tensor of another length holds places among those that would be
+    (edges), or where a matrix has that length on both axes (an adjacency matrix).
+
     Raises:
         TraceError: for packed sequences, whose samples are interleaved.
+
+    >>> first_samples((torch.zeros(8, 3), torch.zeros(8)), 2)[0].shape
+    torch.Size([2, 3])
+    >>> first_samples((torch.zeros(8, 3), torch.tensor([[0, 1, 2], [7, 0, 1]])), 2)[0].shape
+    torch.Size([8, 3])
     """
     if any(_is_packed(leaf) for leaf in tree_leaves(inputs, is_leaf=_is_packed)):
         raise TraceError(
             "Expected a model that is called with tensors, got a PackedSequence, of which no sample can be taken. Let the "
             "network take padded sequences and their lengths, and pack them inside."
         )
-    sizes: list[int] = []
-    tree_map_only(Tensor, lambda tensor: sizes.append(tensor.shape[0]) if tensor.dim() else None, inputs)
-    if not sizes:
+    tensors = [leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor) and leaf.dim()]
+    if not tensors or (len(tensors) > 1 and any(_names_places(tensor, len(tensors[0]), count) for tensor in tensors)):
         return inputs
-    return tree_map_only(Tensor, lambda t: t[:count].detach() if t.dim() and t.shape[0] == sizes[0] else t, inputs)
+    size = len(tensors[0])
+    return tree_map_only(Tensor, lambda t: t[:count].detach() if t.dim() and t.shape[0] == size else t, inputs)
+
+
+def _names_places(tensor: Tensor, size: int, count: int) -> bool:
+    """Whether a tensor says which of `size` nodes are connected, more of them than the first `count`."""
+    if tensor.dtype in _INDICES and tensor.dim() > 1 and len(tensor) != size and tensor.numel() and not tensor.is_meta:
+        return count <= int(tensor.max()) < size
+    return tensor.dtype not in _INDICES and tuple(tensor.shape) == (size, size) and size > count
 
 
 def _is_packed(leaf: Any) -> bool:

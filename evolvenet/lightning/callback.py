@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -18,6 +19,7 @@ from evolvenet.lightning.guard import StepGuard
 from evolvenet.lightning.loading import install
 from evolvenet.lightning.module import (
     modules_to_search,
+    optimizers_of,
     weight_averages,
 )
 from evolvenet.lightning.recording import SubjectRecorder
@@ -122,7 +124,9 @@ class WidthEvolution(LightningEvolution, Callback):
         boundary = batch_idx % trainer.accumulate_grad_batches == 0
         if self._replicas is None:
             # Only now has everybody made the copies that they need.
-            self._replicas = ReplicaDiscovery(modules_to_search(trainer, pl_module), self.copies)
+            self._replicas = ReplicaDiscovery(
+                modules_to_search(trainer, pl_module), self.copies, partial(optimizers_of, trainer, pl_module)
+            )
             self._replicas.load_state_dict(self._resumed.get("replicas", {}) if self._resumed else {})
         if self.evolver is None:
             self._start_on_all_ranks(trainer, pl_module, lambda: self._known_subject(trainer, pl_module))

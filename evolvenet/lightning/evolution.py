@@ -48,7 +48,6 @@ from evolvenet.lightning.trainer_parts import (
     shown_in_progress_bar,
 )
 from evolvenet.surgery.checkpoint import WidthRecord, fit_shapes
-from evolvenet.surgery.width_record import remember
 from evolvenet.tracing.unreached import warn_of_unreached
 
 log = logging.getLogger("evolvenet")
@@ -136,7 +135,7 @@ class LightningEvolution(EvolutionCallback):
             return resumed_subject(self._resumed, found[self._resumed["kind"]])
         path = find_network(pl_module, self._recorder.names, optimizers_of(trainer, pl_module))
         with default_dtype(trainer), logging_muted(pl_module):
-            return choose_subject(pl_module, path, first, self._batches, self._settle, self._has_copies)
+            return choose_subject(pl_module, path, first, self._batches, self._settle)
 
     def _start(self, trainer: Trainer, pl_module: LightningModule, subject: Subject) -> None:
         """Make the evolver of what was chosen."""
@@ -165,7 +164,7 @@ class LightningEvolution(EvolutionCallback):
         self._timer.start()
         for call in calls if self._timer.recording else ():
             self.evolver.observe(*call)
-        self._keep_record(pl_module)
+        self._cleanup.callback(self._record(self.evolver).register(pl_module).remove)
         log_event(trainer, self.evolver.history.initial)
         log.info(
             "%d resizable widths hold %.1f %% of the %s parameters; %d frozen",
@@ -197,23 +196,16 @@ class LightningEvolution(EvolutionCallback):
         if self._resumed is None:
             return None
         root = self._resumed["root"]
-        state = self._resumed["evolver"]
-        graph, sizes = from_state_dict(state["graph"]), state["original"][0]["sizes"]
-        return WidthRecord.of(pl_module.get_submodule(root), graph, root, sizes)
+        return WidthRecord.of(pl_module.get_submodule(root), from_state_dict(self._resumed["evolver"]["graph"]), root)
 
     def _settle(self, root: nn.Module, graph: WidthGraph) -> WidthGraph:
-        return self._replicas.without_replicas(root, graph) if self._replicas else graph
-
-    def _has_copies(self, root: nn.Module, graph: WidthGraph) -> bool:
-        return bool(self._replicas and self._replicas.pairs(root, graph))
+        return self._replicas.settled(root, graph) if self._replicas else graph
 
     def _trace_first_runs(self, name: str, batch: Any, index: int) -> None:
         """Go on with a new graph where the step has called a module that no trace had reached."""
         graph = self._first_runs.graph_after(name, batch, index) if self._first_runs else None
         if graph is not None and self.evolver is not None:
             self.evolver.adopt(graph)
-            if self._module is not None:
-                self._keep_record(self._module)
 
     def _restore(self, problem: Exception) -> AbstractContextManager[None] | None:
         """All widths at their first sizes, where they have changed since."""
@@ -228,16 +220,8 @@ class LightningEvolution(EvolutionCallback):
         evolver = self.evolver
         return [*self._averages, *self._replicas.models_to_update(evolver.model, evolver.graph, evolver.optimizers)]
 
-    def _keep_record(self, pl_module: LightningModule) -> None:
-        """Keep the module's record, and write it into its state dicts until the run ends."""
-        assert self.evolver is not None
-        record = self._record(self.evolver)
-        remember(pl_module, record)
-        self._cleanup.callback(record.register(pl_module).remove)
-
     def _record(self, evolver: Evolver) -> WidthRecord:
-        root = self._subject.path if self._subject else ""
-        record = WidthRecord.of(evolver.model, evolver.graph, root, evolver.original.sizes)
+        record = WidthRecord.of(evolver.model, evolver.graph, self._subject.path if self._subject else "")
         return record.with_replicas(self._replicas.pairs(evolver.model, evolver.graph)) if self._replicas else record
 
     def _change_widths(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -256,6 +240,10 @@ class LightningEvolution(EvolutionCallback):
             return
         # Some runs replace their optimizers on the way.
         evolver.optimizers = optimizers_of(trainer, pl_module)
+        if self._replicas is not None:
+            graph = self._replicas.reviewed(evolver.model, evolver.graph)
+            if graph is not evolver.graph:
+                evolver.adopt(graph)
         with default_dtype(trainer), logging_muted(pl_module):
             event = evolver.step(at=trainer.global_step, progress=progress_of(trainer))
         evolver.forget()

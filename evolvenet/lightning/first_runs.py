@@ -25,7 +25,7 @@ class FirstRuns:
         module: the LightningModule.
         subject: as traced so far.
         graph: of the subject now.
-        settle: takes copies out of a graph.
+        settle: see `evolvenet.lightning.subject.Settle`.
     """
 
     def __init__(self, module: LightningModule, subject: Subject, graph: WidthGraph, settle: Settle) -> None:

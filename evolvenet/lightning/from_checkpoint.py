@@ -16,7 +16,8 @@ from torch import nn
 
 from evolvenet._compat.torch import state_dict_metadata
 from evolvenet._compat.wrapping import load_state, wrap
-from evolvenet.surgery.checkpoint import RECORD_KEY, find_record, fit_shapes, refuse_other_widths
+from evolvenet.surgery.checkpoint import RECORD_KEY, find_record, fit_shapes
+from evolvenet.surgery.module_replacement import REPLACEMENT_KEY, find_replacements, fit_replacements
 
 
 def wrap_loading(saving: ModuleType) -> None:
@@ -33,9 +34,8 @@ def _fitting(load_state: Any) -> Any:
             return load_state(cls, checkpoint, *args, **kwargs)
 
         def load_state_dict(self: Any, state: Mapping[str, Any], *rest: Any, **options: Any) -> Any:
-            record = find_record(checkpoint)
-            refuse_other_widths(self, state, record, "The checkpoint")
-            fit_shapes(self, state, record=record)
+            fit_replacements(self, find_replacements(checkpoint), state)
+            fit_shapes(self, state, record=find_record(checkpoint))
             return cls.load_state_dict(self, state, *rest, **options)
 
         # The module is built and loaded in one call: for as long as that takes it is of a subclass.
@@ -49,9 +49,9 @@ def _fitting(load_state: Any) -> Any:
 
 
 def evolved(checkpoint: Mapping[str, Any]) -> bool:
-    """Whether a Lightning checkpoint is of a run in which widths may have changed."""
+    """Whether a Lightning checkpoint is of a run in which widths may have changed, or holds factorized layers."""
     metadata = state_dict_metadata(checkpoint.get("state_dict"))
     states = checkpoint.get("callbacks", {}).values()
-    return any(RECORD_KEY in entry for entry in metadata.values()) or any(
+    return any({RECORD_KEY, REPLACEMENT_KEY} & set(entry) for entry in metadata.values()) or any(
         isinstance(state, Mapping) and {"evolver", "due_since"} <= set(state) for state in states
     )

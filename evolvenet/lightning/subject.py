@@ -17,13 +17,14 @@ from evolvenet.execution.step import InTurn, Step, run_model
 from evolvenet.graph.serialization import from_state_dict
 from evolvenet.graph.width_graph import Tie, WidthGraph, Widths
 from evolvenet.lightning.step import ModuleStep
+from evolvenet.tracing.grouping import NEVER_RAN
 from evolvenet.tracing.trace import trace
 from evolvenet.tracing.unreached import freeze_possible_inputs, unreached_parameters
 
 log = logging.getLogger("evolvenet")
 
 Settle = Callable[[nn.Module, WidthGraph], WidthGraph]
-"""Takes copies of a network out of its graph, see `ReplicaDiscovery.without_replicas`."""
+"""What replicas and modules that are not trained do to the graph of a network, see `ReplicaDiscovery.settled`."""
 NETWORK, TRAINING_STEP, NETWORKS = "network", "training_step", "networks"
 """What a subject runs: one network with its own inputs, the training step, or several networks each with its own inputs."""
 SAMPLES = 2
@@ -103,7 +104,6 @@ def choose_subject(
     calls: Mapping[str, Any],
     batches: Mapping[str, tuple[Any, int]],
     settle: Settle,
-    has_copies: Callable[[nn.Module, WidthGraph], bool] = lambda network, graph: False,
 ) -> Subject:
     """The one network of a module if its own graph says all about it, else the training step, else its networks.
 
@@ -116,9 +116,7 @@ def choose_subject(
         path: of the one network that its training step calls, None if there are several.
         calls: {path: inputs} of all networks that it calls.
         batches: {"training_step": its first batch and that batch's index, "validation_step": as far as it is known}.
-        settle: takes copies out of a graph.
-        has_copies: whether copies of the network follow it. They run in the step, but have no widths of their own, so the
-            network alone is traced then.
+        settle: see `Settle`.
 
     Raises:
         TraceError: if neither the steps nor any network can be traced.
@@ -130,9 +128,6 @@ def choose_subject(
             alone = Subject(path, calls[path], settle(root, trace(root, few)), few)
         except TraceError as error:
             problem = error
-        else:
-            if has_copies(root, alone.graph):
-                return alone
     whole = _trace_steps(module, batches, settle)
     if whole is None and alone is None:
         networks = {name: inputs for name, inputs in calls.items() if name}
@@ -142,7 +137,7 @@ def choose_subject(
         return Subject("", step, settle(module, trace(module, first_samples(step, SAMPLES))), step)
     if whole is None or alone is None:
         return whole or alone  # type: ignore[return-value]
-    return _reconciled(alone, whole) or whole
+    return _reconciled(module, alone, whole) or whole
 
 
 def _trace_steps(module: LightningModule, batches: Mapping[str, tuple[Any, int]], settle: Settle) -> Subject | None:
@@ -169,13 +164,23 @@ def _trace_steps(module: LightningModule, batches: Mapping[str, tuple[Any, int]]
     return Subject("", steps["training_step"], graph, together)
 
 
-def _reconciled(alone: Subject, whole: Subject) -> Subject | None:
-    """The network alone, with the steps' reasons to keep a size; None where the steps tie its widths to anything else."""
-    if unreached_parameters(whole.graph):
-        return None
+def _reconciled(module: LightningModule, alone: Subject, whole: Subject) -> Subject | None:
+    """The network alone, with the steps' reasons to keep a size; None where the steps reach more or tie its widths to more."""
     prefix = f"{alone.path}." if alone.path else ""
+    beside = [module.get_parameter(prefix + name) for name in unreached_parameters(alone.graph)]
+    if unreached_parameters(whole.graph) or any(parameter.requires_grad for parameter in beside):
+        return None
     by_tie = {_place(tie): width for width in whole.graph.widths.values() for tie in width.ties}
+    known = {_place(replace(tie, tensor=prefix + tie.tensor)) for w in alone.graph.resizable for tie in w.ties}
+    if any(_place(tie) not in known for width in whole.graph.resizable for tie in width.ties):
+        return None
     widths = dict(alone.graph.widths)
+    for width in widths.values():
+        ran = [
+            by_tie[place] for tie in width.ties if (place := _place(replace(tie, tensor=prefix + tie.tensor))) in by_tie
+        ]
+        if width.frozen == NEVER_RAN and ran and ran[0].frozen is not None:
+            widths[width.name] = replace(width, frozen=ran[0].frozen)
     for width in alone.graph.resizable:
         ties = {_place(replace(tie, tensor=prefix + tie.tensor)) for tie in width.ties}
         others = {other.name: other for tie in ties if (other := by_tie.get(tie)) is not None}
@@ -201,7 +206,7 @@ def extended(subject: Subject, module: LightningModule, step: ModuleStep, batch:
         module: the LightningModule.
         step: that ran.
         batch: that it ran on.
-        settle: takes copies out of a graph.
+        settle: see `Settle`.
 
     Raises:
         TraceError: if that cannot be traced.

@@ -9,6 +9,7 @@ very deep convolutional networks for classification and detection", TPAMI 38(10)
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -30,6 +31,8 @@ from evolvenet.graph.naming import named_tensors
 from evolvenet.graph.width_graph import FOLLOWS, WidthGraph
 from evolvenet.linalg.ridge import refit
 from evolvenet.surgery.resize_model import Surgery, TensorChange, compile_surgery, install
+
+log = logging.getLogger("evolvenet")
 
 
 @dataclass(frozen=True)
@@ -108,15 +111,18 @@ def reconstruct(
     >>> bool((before - model(x)).abs().max() < 1e-3)
     True
     """
-    batch = _concatenated(batches, limits)
+    listed, own = list(batches), graph.differentiates
+    batch = _concatenated(listed, limits)
     consumers = _consumers(graph, surgery)
     if batch is None or not consumers:
         return surgery
-    recorder = _OutputRecorder(consumers, limits)
-    own, mode = graph.differentiates, ResidualSumMode(model, None, recorder.record, recorder.sum, recorder.bias)
-    with isolated(model, gradients=own), op_by_op(mode):
-        run_model(model, batch)
-    targets = recorder.usable(mode.other_uses)
+    try:
+        targets = _recorded(model, batch, _OutputRecorder(consumers, limits), own)
+    except Exception as problem:
+        # A training step may count on the size of its batches, as one with a queue of former outputs does.
+        log.debug("The model does not run on several batches as one: it is fitted on the first", exc_info=problem)
+        batch = listed[0]
+        targets = _recorded(model, batch, _OutputRecorder(consumers, limits), own)
     if not targets:
         return surgery
     changes = {change.name: change for change in surgery.changes}
@@ -136,6 +142,14 @@ def reconstruct(
         change = changes.get(name) or TensorChange(tensor, name, {}, tensor.detach())
         changes[name] = replace(change, value=value.to(tensor.device, tensor.dtype))
     return replace(surgery, changes=tuple(changes.values()))
+
+
+def _recorded(model: nn.Module, batch: Any, recorder: _OutputRecorder, gradients: bool) -> dict[str, list[Target]]:
+    """What the model's consumers put out on a batch, as far as they can be fitted to it."""
+    mode = ResidualSumMode(model, None, recorder.record, recorder.sum, recorder.bias)
+    with isolated(model, gradients=gradients), op_by_op(mode):
+        run_model(model, batch)
+    return recorder.usable(mode.other_uses)
 
 
 def _consumers(graph: WidthGraph, surgery: Surgery) -> frozenset[str]:
@@ -160,6 +174,7 @@ class Target:
         bias: name and offset of its bias, or of the vector that takes the mean in its place.
         rows: numbers of the output positions that are compared.
         positions: number of all output positions.
+        inputs: number of all input positions.
         outputs: `[rows, out]`, of the sum that the op ends in if `summed`.
         summed: whether `outputs` are those of that sum.
         bias_sign: if the bias is added in an op of its own (1) or is a running mean (−1), its sign; `outputs` are then
@@ -172,6 +187,7 @@ class Target:
     bias: tuple[str, int] | None
     rows: Tensor
     positions: int
+    inputs: int
     outputs: Tensor
     summed: bool = False
     bias_sign: int = 0
@@ -198,7 +214,7 @@ class _OutputRecorder:
         outputs = op.outputs_at(out, rows).movedim(0, 1).flatten(1)
         targets = self.targets.setdefault(op.tensor, [])
         self._index[op] = (op.tensor, len(targets))
-        targets.append(Target(op.start, len(op.weight), op.axis, bias, rows, total, outputs))
+        targets.append(Target(op.start, len(op.weight), op.axis, bias, rows, total, op.input_positions, outputs))
 
     def sum(self, output: TrackedOutput, own: Tensor, other: Tensor) -> None:
         if output.op in self._index:
@@ -249,6 +265,9 @@ class _ConsumerFitter:
         if not self.targets.get(op.tensor):
             return
         target = self.targets[op.tensor].pop(0)
+        if target.inputs != op.input_positions:
+            # Which samples reach it depends on the units (a router's choice): its outputs are those of others.
+            return
         if target.summed:
             self._at_sum[op] = target
         else:

@@ -225,8 +225,11 @@ def is_unshared(graph: WidthGraph, tensor: str) -> bool:
 
 def _bias(model: nn.Module, graph: WidthGraph, tie: Tie) -> str | None:
     """Name of the consumer's bias; None if it has none, or another module uses it too."""
-    # "weight" has "bias" beside it, "in_proj_weight" has "in_proj_bias".
-    local = tie.tensor.rpartition(".")[2].replace("weight", "bias")
+    # "weight" has "bias" beside it, "in_proj_weight" has "in_proj_bias"; by any other name (LoRA's "lora_b") none is known.
+    weight = tie.tensor.rpartition(".")[2]
+    local = weight.replace("weight", "bias")
+    if local == weight:
+        return None
     name = f"{tie.module}.{local}" if tie.module else local
     has = getattr(model.get_submodule(tie.module), local, None) is not None
     return name if has and is_unshared(graph, name) else None

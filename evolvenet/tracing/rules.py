@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from evolvenet._compat.torch import OpOverload, base_of, schema_of, tree_flatten, tree_map_only
+from evolvenet._compat.torch import OpOverload, base_of, schema_of, tree_flatten
 from evolvenet.tracing.labels import (
     CONSTANT,
     DATA,
@@ -148,9 +148,15 @@ def _by_schema(call: Call) -> Rule | None:
     if torch.Tag.pointwise in call.func.tags:
         return elementwise
     name = call.op.rpartition("::")[2]
-    if not call.tensors or name.startswith("new_") or name.endswith("_like"):
-        return constant
-    return None
+    if name.endswith("_like"):
+        return alike
+    return constant if not call.tensors or name.startswith("new_") else None
+
+
+def alike(call: Call) -> None:
+    """Created by the model's code in the shape of another tensor: its places are that tensor's units."""
+    for out in call.outputs:
+        call.label_output(out, call.label_of(call.args[0]).layers, CONSTANT)
 
 
 def constant(call: Call) -> None:
@@ -201,36 +207,6 @@ def movement(call: Call) -> None:
         call.label_output(out, layers, label.kind if label.kind == CONSTANT else DATA, label.origin)
 
 
-@rule("index", "index_select")
-def pick(call: Call) -> None:
-    """Selected by an index: units along the indexed dimensions are frozen, the others pass."""
-    source, label = call.args[0], call.label_of(call.args[0])
-    picked = _picked(call)
-    # A meta index has no values; along dimensions without units any index gives the same labels.
-    rest = tree_map_only(Tensor, lambda t: torch.zeros(t.shape, dtype=t.dtype) if t.is_meta else t.cpu(), call.args[1:])
-    layers = []
-    for layer in label.layers:
-        if picked & set(varying(layer)):
-            call.label_graph.freeze(layer, f"{call.location} picks them by an index")
-        else:
-            layers.append(compress(call.func(layer.expand(source.shape), *rest)))
-    call.label_output(call.out, layers, origin=label.origin)
-
-
-def _picked(call: Call) -> set[int]:
-    """Dimensions of the source that are indexed; a mask indexes as many as it has."""
-    if call.op == "aten::index_select":
-        return {call.args[1] % max(call.args[0].dim(), 1)}
-    picked: set[int] = set()
-    position = 0
-    for index in call.args[1]:
-        covered = index.dim() if index is not None and index.dtype in (torch.bool, torch.uint8) else 1
-        if index is not None:
-            picked |= set(range(position, position + covered))
-        position += covered
-    return picked
-
-
 @rule("constant_pad_nd")
 def pad(call: Call) -> None:
     """Padding adds elements that belong to no unit."""
@@ -251,9 +227,18 @@ def pad(call: Call) -> None:
 @rule("hardtanh", "log_sigmoid_forward", "rrelu_with_noise", "softplus", "mish", "hardsigmoid", "celu", "hardshrink")
 def elementwise(call: Call) -> None:
     """Corresponding elements are tied; units combined with data of a fixed size along their axis are frozen."""
-    tensors = call.tensors
+    tie_elements(call, call.tensors, [call.label_of(tensor) for tensor in call.tensors])
+
+
+def tie_elements(call: Call, tensors: Sequence[Tensor], labels: Sequence[Label]) -> None:
+    """Tie corresponding elements of some of an op's tensors, and label its outputs.
+
+    Args:
+        call: the op.
+        tensors: those whose elements correspond; the first one is what an op in place writes to.
+        labels: of these tensors, without layers that do not pass.
+    """
     dims = max(tensor.dim() for tensor in tensors)
-    labels = [call.label_of(tensor) for tensor in tensors]
     for tensor in tensors:
         call.mark_changed(tensor)
     fixed = _freeze_met_by_data(call, tensors, labels, dims)

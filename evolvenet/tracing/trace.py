@@ -19,6 +19,7 @@ from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakTensorKeyDictionary
 
 import evolvenet.tracing.contraction_rules  # registers its rules
+import evolvenet.tracing.indexing_rules  # registers its rules
 import evolvenet.tracing.loss_rules  # registers its rules
 import evolvenet.tracing.reduction_rules  # noqa: F401  registers its rules
 from evolvenet._compat.torch import TorchDispatchMode, in_backward, schema_of, tree_map_only
@@ -191,6 +192,8 @@ class TracingMode(TorchDispatchMode):
         shortcut = META_SHORTCUTS.get(func)
         if shortcut is not None and args[0].is_meta:
             return shortcut(*args)
+        if func in META_CHECKS and args[0].is_meta:
+            META_CHECKS[func](*args)
         return func(*args, **(kwargs or {}))
 
     def on_gradients(
@@ -286,3 +289,27 @@ class LabelMode(TracingMode):
         out = func(*args, **kwargs)
         self.set_label(out, self.label_of(view))
         return out
+
+
+def _check_slices(target: Tensor, dim: int, index: Tensor, source: Tensor, *others: Any) -> None:
+    """The source of `index_add` has the target's shape, but for as many slices as the index has entries."""
+    expected = list(target.shape)
+    expected[dim] = index.numel()
+    if list(source.shape) != expected:
+        raise RuntimeError(f"slices of {list(source.shape)} written to {list(target.shape)}: expected {expected}")
+
+
+def _check_values(target: Tensor, indices: Sequence[Tensor | None], values: Tensor, *others: Any) -> None:
+    """The values of `index_put` broadcast to what the indices pick."""
+    values.expand(torch.ops.aten.index.Tensor(target, indices).shape)
+
+
+META_CHECKS = {
+    torch.ops.aten.index_add.default: _check_slices,
+    torch.ops.aten.index_add_.default: _check_slices,
+    torch.ops.aten.index_reduce.default: _check_slices,
+    torch.ops.aten.index_reduce_.default: _check_slices,
+    torch.ops.aten.index_put.default: _check_values,
+    torch.ops.aten.index_put_.default: _check_values,
+}
+"""Ops that take any shapes on meta tensors, with what they check on others."""

@@ -16,6 +16,7 @@ from torch import nn
 from evolvenet.graph.width_graph import Width, WidthGraph, Widths
 from evolvenet.tracing.grouping import NEVER_RAN
 from evolvenet.tracing.trace import trace
+from evolvenet.tracing.untrained import freeze_untrained, untrained_parameters
 
 log = logging.getLogger("evolvenet")
 
@@ -84,12 +85,13 @@ def freeze_possible_inputs(graph: WidthGraph, besides: Iterable[str] = ()) -> Wi
 def trace_for_training(model: nn.Module, example_inputs: Any) -> WidthGraph:
     """The graph of `trace` for a run in which other modules may come to run than on the example inputs.
 
-    Widths that might feed an unreached parameter keep their size, with a warning.
+    Widths that might feed an unreached parameter keep their size, with a warning, and so do layers that are not trained.
 
     Raises:
         TraceError: as `trace`.
     """
-    graph = freeze_possible_inputs(trace(model, example_inputs))
+    graph = freeze_untrained(trace(model, example_inputs), untrained_parameters(model))
+    graph = freeze_possible_inputs(graph)
     warn_of_unreached(graph)
     return graph
 

@@ -210,27 +210,46 @@ def test_a_copy_that_has_not_moved_skips_events_until_it_is_settled(tmp_path: Pa
 def test_a_reference_of_another_start_or_an_unused_layer_is_no_copy(tmp_path: Path) -> None:
     model = User()
     model.unused = nn.Linear(16, 16)
-    model.norm = nn.BatchNorm1d(16)
+    model.norm = nn.BatchNorm1d(5)
     changed(fit(tmp_path, model))
     assert model.unused.weight.shape == (16, 16)
 
 
-def test_a_copy_that_runs_in_forward_keeps_both_as_they_are(tmp_path: Path) -> None:
-    class Both(Teacher):
-        def __init__(self) -> None:
-            super().__init__()
-            self.extra = nn.Sequential(nn.Linear(6, 20), nn.ReLU(), nn.Linear(20, 3))
+class Both(Teacher):
+    """The average is a part of the forward pass."""
 
-        def forward(self, x: Tensor) -> Tensor:
-            return self.net(x) + self.extra(x) + 0.1 * self.teacher(x)
+    def __init__(self) -> None:
+        super().__init__()
+        self.extra = nn.Sequential(nn.Linear(6, 20), nn.ReLU(), nn.Linear(20, 3))
 
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x) + self.extra(x) + 0.1 * self.teacher(x)
+
+
+@pytest.mark.parametrize("copies", [None, {"teacher": "net"}], ids=["found", "declared"])
+def test_a_copy_that_runs_in_forward_has_the_widths_of_its_source(
+    copies: dict[str, str] | None, tmp_path: Path
+) -> None:
     model = Both()
-    evolution = fit(tmp_path, model)
+    evolution = fit(tmp_path, model, copies=copies)
     changed(evolution)
-    assert model.net[0].out_features == model.teacher[0].out_features == 16
-    assert model.extra[0].out_features != 20
     assert evolution.evolver is not None
-    assert "runs beside net, of which it is a copy" in str(evolution.evolver.graph.widths["net.0"].frozen)
+    assert set(evolution.evolver.graph.sizes) == {"net.0", "net.4", "extra.0"}
+    follows(model.teacher, model.net)
+
+
+def test_a_reference_in_forward_keeps_its_widths(tmp_path: Path) -> None:
+    class Stays(Both):
+        def on_train_batch_end(self, *args: Any, **_: Any) -> None:
+            pass
+
+    model = Stays()
+    evolution = fit(tmp_path, model, copies={})
+    changed(evolution)
+    assert evolution.evolver is not None
+    assert set(evolution.evolver.graph.sizes) == {"net.0", "net.4", "extra.0"}
+    assert "is not trained (requires_grad is False)" in str(evolution.evolver.graph.widths["teacher.0"].frozen)
+    assert model.teacher[0].out_features == 16
 
 
 class Keeps(lightning.Callback):

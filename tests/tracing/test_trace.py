@@ -70,9 +70,14 @@ def test_zeroing_a_unit_of_any_width_changes_the_outputs(case: Case) -> None:
         assert distance(outputs(model, inputs), expected) > 1e-6, width.name
 
 
-def _write(h: Tensor, where: slice, value: Tensor | float) -> Tensor:
+def _write(h: Tensor, where: slice | Tensor, value: Tensor | float) -> Tensor:
     h[..., where] = value
     return h
+
+
+def _rows(h: Tensor) -> Tensor:
+    """The numbers of the rows."""
+    return torch.tensor([1, 0], device=h.device)
 
 
 def _doubled(h: Tensor) -> Tensor:
@@ -89,7 +94,24 @@ FROZEN: dict[str, tuple[Code, int, str]] = {
     "rolled by one": (lambda m, x, h: h.roll(1, 1), 8, "another order"),
     "picked by an index": (lambda m, x, h: h[:, torch.tensor([0, 3, 3, 1])], 4, "picks them by an index"),
     "sorted by themselves": (lambda m, x, h: h.sort(1)[0], 8, "works along its units"),
-    "gathered": (lambda m, x, h: h.gather(1, x.argsort(1)), 5, "has no rule"),
+    "gathered": (lambda m, x, h: h.gather(1, x.argsort(1)), 5, "picks them by an index"),
+    "some of them gathered": (lambda m, x, h: h.gather(0, _rows(h)[:, None].repeat(1, 3)), 3, "a part of its units"),
+    "added up by an index": (
+        lambda m, x, h: h.new_zeros(2, 8).index_add(1, h[0].long() * 0, h),
+        8,
+        "picks them by an index",
+    ),
+    "in the sum of a fixed size": (
+        lambda m, x, h: h.new_zeros(3, 8).index_add(0, _rows(h), h)[:2],
+        8,
+        "a trial raised",
+    ),
+    "put to places": (
+        lambda m, x, h: h.index_put((_rows(h)[:, None], _rows(h)), torch.ones(2, 2).to(h)),
+        8,
+        "picks them by",
+    ),
+    "put to the last places": (lambda m, x, h: _write(h, _rows(h), 0.0), 8, "writes them by an index"),
     "numbers by place": (lambda m, x, h: h * torch.arange(h.shape[1], device=h.device), 8, DATA := "fixed size"),
     "numbers from outside": (lambda m, x, h: h * torch.tensor([1.0] * 8, device=h.device), 8, DATA),
     "an input of their size": (lambda m, x, h: h + torch.cat([x, x[:, :3]], 1), 8, DATA),
@@ -120,6 +142,25 @@ def test_units_used_in_an_unknown_way_are_frozen(name: str) -> None:
 
 
 RESIZABLE: dict[str, tuple[Code, int, dict[str, int]]] = {
+    "rows gathered": (lambda m, x, h: h.gather(0, _rows(h)[:, None].expand_as(h)), 8, {"a": 8}),
+    "rows added up": (lambda m, x, h: torch.zeros_like(h).index_add_(0, _rows(h), h), 8, {"a": 8}),
+    "rows added up in a new tensor": (
+        lambda m, x, h: h.new_zeros(2, h.shape[1]).index_add(0, _rows(h), h),
+        8,
+        {"a": 8},
+    ),
+    "rows scattered": (
+        lambda m, x, h: torch.zeros_like(h).scatter_add(0, _rows(h)[:, None].expand_as(h), h),
+        8,
+        {"a": 8},
+    ),
+    "rows filled": (lambda m, x, h: h.index_fill(0, _rows(h)[:1], 0.0), 8, {"a": 8}),
+    "rows put by an index": (
+        lambda m, x, h: torch.zeros_like(h).index_put((_rows(h),), h, accumulate=True),
+        8,
+        {"a": 8},
+    ),
+    "rows put by a mask": (lambda m, x, h: h.index_put((x[:, 0] > 100,), h.new_zeros(())), 8, {"a": 8}),
     "moved in place": (lambda m, x, h: h.t_().t_().unsqueeze_(1).transpose_(1, 2).squeeze_(2), 8, {"a": 8}),
     "squeezed in place": (lambda m, x, h: h[:, :, None, None].squeeze_(), 8, {"a": 8}),
     "every unit twice": (lambda m, x, h: h.repeat_interleave(2, 1), 16, {"a": 8}),

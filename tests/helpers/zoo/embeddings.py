@@ -222,8 +222,8 @@ class Triplet(LightningModule):
 EMBEDDINGS = {
     "simclr": Entry(SimCLR, ("encoder", "projector")),
     "barlow twins": Entry(BarlowTwins, ("backbone", "projector")),
-    "byol": Entry(BYOL, skipped="replica update failed"),
-    "dino": Entry(DINO, stays={"teacher_backbone.0": "which is not trained, runs beside student_backbone"}),
+    "byol": Entry(BYOL, ("online", "predictor")),
+    "dino": Entry(DINO, ("student_backbone", "student_head", "teacher_backbone", "teacher_head")),
     "siamese": Entry(Siamese, ("embed",)),
     "triplet": Entry(Triplet, ("backbone",)),
 }

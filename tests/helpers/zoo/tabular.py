@@ -242,9 +242,9 @@ class GraphConvolution(LightningModule):
 
 TABULAR = {
     "multi-task with uncertainties": Entry(MultiTask, ("backbone", "heads.label", "heads.norm")),
-    "mixture of experts": Entry(MixtureOfExperts, ("experts.0", "experts.3"), {"embed": "aten::add"}),
-    "lora": Entry(LoRA, skipped="unit selection failed"),
+    "mixture of experts": Entry(MixtureOfExperts, skipped="reconstruction failed"),
+    "lora": Entry(LoRA, ("model",)),
     "ewc": Entry(ElasticWeights, ("net",)),
-    "message passing": Entry(GraphNetwork, skipped="validation failed"),
+    "message passing": Entry(GraphNetwork, ("embed", "rounds.0", "rounds.1", "readout")),
     "graph convolution": Entry(GraphConvolution, ("w1", "w2", "out")),
 }

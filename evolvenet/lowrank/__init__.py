@@ -1,0 +1,1 @@
+"""Layers replaced by chains of smaller ones, and the choice of their ranks. May import nothing above `growth`."""

@@ -1,0 +1,168 @@
+"""Modules that stand in a model for others, and their record in checkpoints.
+
+A replacement computes what the module before it computed in another way (a chain of factors for a layer). It writes into
+the metadata of its state dict how it is built, so that a freshly built model gets the same modules before it is reshaped
+to a checkpoint's widths and loaded.
+"""
+
+# nn.Module.named_modules and its hooks have no full types.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
+from typing import Any
+
+from torch import nn
+
+from evolvenet._compat.torch import child_table, state_dict_metadata
+from evolvenet.errors import RecordError
+
+REPLACEMENT_KEY = "evolvenet.replacement"
+"""The key of a replacement's record in the metadata of its state dict."""
+
+Record = Mapping[str, Any]
+"""{"type": name in `BUILDERS`, "whole": names of the tensors of the module before it, and what the builder needs}."""
+
+BUILDERS: dict[str, Callable[[nn.Module, Record], nn.Module]] = {}
+"""{type of a replacement: (module before it, record) → replacement, its values undefined}."""
+
+
+class Replacement(nn.Module):
+    """Base of the modules that stand for others. A subclass calls `record_in_checkpoints` at the end of its `__init__`."""
+
+    @abstractmethod
+    def record(self) -> dict[str, Any]:
+        """How it is built, as plain data; see `Record`."""
+
+    @abstractmethod
+    def whole(self) -> nn.Module:
+        """The module that computes the same in the original way, with the replacement's biases and merged weights."""
+
+    def record_in_checkpoints(self) -> None:
+        """Write the record into the metadata of this module's state dicts."""
+        self.register_state_dict_post_hook(_write_record)
+
+
+def _write_record(module: nn.Module, state: Any, prefix: str, local_metadata: dict[str, Any]) -> None:
+    """A state-dict hook; a top-level function, so that a module that carries it can be pickled."""
+    assert isinstance(module, Replacement)
+    local_metadata[REPLACEMENT_KEY] = module.record()
+
+
+def find_replacements(found: Any) -> dict[str, Record]:
+    """{path: record} of the replacements in a file's contents.
+
+    Args:
+        found: a Lightning checkpoint, or a state dict.
+    """
+    # Callbacks that average weights put their own under "state_dict", without metadata.
+    places = [found.get(key) for key in ("state_dict", "current_model_state")] if "state_dict" in found else [found]
+    for place in places:
+        records = {
+            path: metadata[REPLACEMENT_KEY]
+            for path, metadata in state_dict_metadata(place).items()
+            if REPLACEMENT_KEY in metadata
+        }
+        if records:
+            return records
+    return {}
+
+
+def behind(records: Mapping[str, Record], prefix: str) -> dict[str, Record]:
+    """The records of the part of a model behind a prefix, by their paths in it.
+
+    >>> behind({"net.fc": {}, "head": {}}, "net.")
+    {'fc': {}}
+    """
+    return {path.removeprefix(prefix): record for path, record in records.items() if path.startswith(prefix)}
+
+
+def whole_names(names: Iterable[str], records: Mapping[str, Record]) -> set[str]:
+    """Names of tensors as they would be without replacements.
+
+    >>> sorted(whole_names(["fc.0.weight", "fc.1.weight", "out.bias"], {"fc": {"whole": ["weight"]}}))
+    ['fc.weight', 'out.bias']
+    """
+    outer = [path for path in records if not any(path.startswith(f"{other}.") for other in records)]
+    kept = {name for name in names if not any(name.startswith(f"{path}.") for path in outer)}
+    return kept | {f"{path}.{name}" for path in outer for name in records[path]["whole"]}
+
+
+def replacements(model: nn.Module) -> dict[str, Replacement]:
+    """{path: replacement} of a model, under every path; outer ones before those that they hold."""
+    return {
+        path: module for path, module in model.named_modules(remove_duplicate=False) if isinstance(module, Replacement)
+    }
+
+
+def exchange_modules(model: nn.Module, exchanged: Mapping[nn.Module, nn.Module], undo: ExitStack) -> None:
+    """Put other modules into the places of some, wherever the model has them.
+
+    Args:
+        model: is changed; it is itself none of them.
+        exchanged: {module: the one in its place}.
+        undo: closing it puts everything back.
+    """
+    assert model not in exchanged
+    for parent in list(model.modules()):
+        table = child_table(parent)
+        for name, child in list(table.items()):
+            if child is not None and child in exchanged:
+                undo.callback(table.__setitem__, name, child)
+                table[name] = exchanged[child]
+
+
+def fit_replacements(model: nn.Module, records: Mapping[str, Record], names: Iterable[str]) -> None:
+    """Give a model the replacements of a checkpoint, and no others. Their values are undefined until it is loaded.
+
+    Args:
+        model: freshly built, or with replacements already.
+        records: {path in the model: record}, from `find_replacements`.
+        names: of the checkpoint's tensors, as the model names them. A replacement that is not recorded there is merged only
+            if the checkpoint has the tensors of the module before it.
+
+    Raises:
+        RecordError: if the model has no such module, or one that cannot be replaced like this; nothing has changed then.
+    """
+    there = set(names)
+    with ExitStack() as undo:
+        for path, own in reversed(replacements(model).items()):
+            wanted = records.get(path)
+            unlike = own.record() != wanted if wanted else {f"{path}.{name}" for name in own.record()["whole"]} <= there
+            if unlike and not (wanted and _alike(own.record(), wanted)):
+                exchange_modules(model, {own: own.whole()}, undo)
+        for path in sorted(records, key=lambda path: path.count(".")):
+            module = _module_at(model, path)
+            if not isinstance(module, Replacement):
+                exchange_modules(model, {module: _built(path, module, records[path])}, undo)
+        undo.pop_all()
+
+
+def _alike(own: Record, wanted: Record) -> bool:
+    """Whether two records differ in nothing but ranks, which are widths: they are reshaped like any other."""
+    return {**own, "ranks": None} == {**wanted, "ranks": None}
+
+
+def _module_at(model: nn.Module, path: str) -> nn.Module:
+    try:
+        return model.get_submodule(path)
+    except AttributeError as missing:
+        raise RecordError(
+            f"The checkpoint is of another model: expected a module {path!r}, which is factorized there, got none. Build the "
+            "model as it was built for that run; only its widths and ranks may differ."
+        ) from missing
+
+
+def _built(path: str, module: nn.Module, record: Record) -> nn.Module:
+    builder = BUILDERS.get(record["type"])
+    if builder is None:
+        raise RecordError(
+            f"The checkpoint's {path!r} is a replacement of type {record['type']!r}: expected one of {sorted(BUILDERS)}. "
+            "Import the package that registers it in evolvenet.surgery.module_replacement.BUILDERS, or update evolvenet."
+        )
+    try:
+        return builder(module, record)
+    except (ValueError, TypeError) as error:
+        raise RecordError(f"The checkpoint is of another model, at {path}: {error}") from error

@@ -1,0 +1,118 @@
+"""Label rules of ops that read or write places given by an index: units along the indexed dimensions are frozen.
+
+Importing this module registers them in `rules.RULES`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from evolvenet._compat.torch import tree_map_only
+from evolvenet.tracing.labels import Label, align, compress, varying
+from evolvenet.tracing.rules import Call, rule, tie_elements
+
+
+@rule("index", "index_select")
+def pick(call: Call) -> None:
+    """Selected by an index: units along the indexed dimensions are frozen, the others pass."""
+    source, label = call.args[0], call.label_of(call.args[0])
+    picked = _picked(call)
+    # A meta index has no values; along dimensions without units any index gives the same labels.
+    rest = tree_map_only(Tensor, lambda t: torch.zeros(t.shape, dtype=t.dtype) if t.is_meta else t.cpu(), call.args[1:])
+    layers = []
+    for layer in label.layers:
+        if picked & set(varying(layer)):
+            call.label_graph.freeze(layer, f"{call.location} picks them by an index")
+        else:
+            layers.append(compress(call.func(layer.expand(source.shape), *rest)))
+    call.label_output(call.out, layers, origin=label.origin)
+
+
+def _picked(call: Call) -> set[int]:
+    """Dimensions of the source that are indexed; a mask indexes as many as it has."""
+    if call.op == "aten::index_select":
+        return {call.args[1] % max(call.args[0].dim(), 1)}
+    picked: set[int] = set()
+    position = 0
+    for index in call.args[1]:
+        covered = index.dim() if index is not None and index.dtype in (torch.bool, torch.uint8) else 1
+        if index is not None:
+            picked |= set(range(position, position + covered))
+        position += covered
+    return picked
+
+
+@rule("index_add", "index_add_", "index_copy", "index_copy_", "index_reduce", "index_reduce_")
+def write_slices(call: Call) -> None:
+    """Slices of a source are added to, or copied into, those slices of a tensor that an index names (message passing)."""
+    target, source = call.args[0], call.args[3]
+    _tie_beside(call, [target, source], {call.args[1] % max(target.dim(), 1)})
+
+
+@rule("index_fill", "index_fill_")
+def fill_slices(call: Call) -> None:
+    """The slices that an index names are filled with one number."""
+    _tie_beside(call, [call.args[0]], {call.args[1] % max(call.args[0].dim(), 1)})
+
+
+@rule("gather")
+def gather(call: Call) -> None:
+    """One element for each entry of the index, which has as many dimensions."""
+    source = call.args[0]
+    _tie_beside(call, [source, call.args[2]], {call.args[1] % max(source.dim(), 1)})
+
+
+@rule("scatter", "scatter_", "scatter_add", "scatter_add_", "scatter_reduce", "scatter_reduce_")
+def scatter(call: Call) -> None:
+    """Each element of a source, or one number, is written to the place that an index of as many dimensions names."""
+    target = call.args[0]
+    _tie_beside(call, [each for each in call.tensors if each.dim()], {call.args[1] % max(target.dim(), 1)})
+
+
+@rule("index_put", "index_put_", "_index_put_impl_", "_unsafe_index_put")
+def put(call: Call) -> None:
+    """Values are written to the elements, or slices, that indices of the first dimensions name.
+
+    What the indices leave of the dimensions are the last ones of the tensor and of the values.
+    """
+    target, values = call.args[0], call.args[2]
+    picked = _picked(call)
+    if picked != set(range(len(picked))):
+        call.freeze_all(f"{call.location} writes them by an index")
+        picked = set(range(target.dim()))
+    dims = max(target.dim(), values.dim())
+    _tie_beside(call, [target, values], set(range(dims - target.dim() + len(picked))), dims)
+
+
+def _tie_beside(call: Call, tensors: Sequence[Tensor], indexed: Iterable[int], dims: int | None = None) -> None:
+    """Freeze units along indexed dimensions, and units of which only a part meets; tie the others element by element.
+
+    Args:
+        call: the op.
+        tensors: those whose elements correspond beside the indexed dimensions, the target or source first.
+        indexed: dimensions, counted in `dims`.
+        dims: of all tensors, axes of size 1 in front included; None for those of the first one.
+    """
+    dims = tensors[0].dim() if dims is None else dims
+    shapes = [(1,) * (dims - tensor.dim()) + tuple(tensor.shape) for tensor in tensors]
+    partly = {
+        dim for dim, sizes in enumerate(zip(*shapes, strict=True)) if len({size for size in sizes if size > 1}) > 1
+    }
+    labels: list[Label] = []
+    for tensor in tensors:
+        label = call.label_of(tensor)
+        passing = []
+        for layer in label.layers:
+            axes = set(varying(align(layer, dims)))
+            if axes & set(indexed):
+                call.label_graph.freeze(layer, f"{call.location} picks them by an index")
+            elif axes & partly:
+                call.label_graph.freeze(layer, f"{call.location} works on a part of its units")
+            else:
+                passing.append(layer)
+        labels.append(replace(label, layers=tuple(passing)))
+    tie_elements(call, tensors, labels)
