@@ -13,10 +13,13 @@ from torch.optim import Optimizer
 
 from evolvenet._compat.torch import parameter_table
 from evolvenet.errors import FactorizationError
+from evolvenet.graph.naming import named_tensors
+from evolvenet.lowrank.fit import Fitted, fit, observe
 from evolvenet.lowrank.layers import FactoredLayer, factored
 from evolvenet.lowrank.plan import (
     Choice,
     Rank,
+    SecondMoments,
     choose,
     decomposed,
     relative_error,
@@ -50,7 +53,10 @@ def factorize(
         kinds: "auto" (SVD for dense layers and kernels of 1, Tucker-2 or spatial SVD, whichever is smaller, for others;
             Tucker-2 where the rank is given, channel SVD where there are few inputs), one of
             `evolvenet.lowrank.kinds.KINDS`, or {layer: kind}.
-        batches: inputs of the model. With them the factors approximate the outputs of the layers, without them the weights.
+        batches: inputs of the model. With them the factors approximate the outputs of the layers: each layer, in execution
+            order, is fitted on the inputs that it gets in the factorized model to the outputs that it had before, its bias
+            or the running mean of a batch norm right after it included (`evolvenet.lowrank.fit`). Without them the factors
+            approximate the weights, which is the baseline.
         optimizers: the one or those that hold the model's parameters. Factors take the place of their weight in its parameter
             group, with fresh state.
 
@@ -59,7 +65,8 @@ def factorize(
 
     Raises:
         FactorizationError: if a layer that is named cannot be factorized as requested. Nothing has changed then.
-        SpectrumError: for NaN or infinite weights.
+        SpectrumError: for NaN or infinite weights or inputs.
+        TraceError: for batches without a sample.
 
     >>> layer = nn.Linear(10, 10, bias=False)
     >>> layer.weight.data = torch.randn(10, 2) @ torch.randn(2, 10)
@@ -73,12 +80,20 @@ def factorize(
     True
     """
     requests = requested(model, ranks, kinds)
-    choices = [choose(request, {}) for request in requests]
-    made = {choice.target.name: decomposed(choice, None) for choice in choices if choice.refusal is None}
+    layers = [request.target for request in requests if request.target.refusal is None]
+    seen = None if batches is None or not layers else observe(model, layers, batches)
+    moments = {} if seen is None else seen.moments
+    choices = [choose(request, moments) for request in requests]
+    chosen = [choice for choice in choices if choice.refusal is None]
+    if seen is None or not chosen:
+        fitted = Fitted({choice.target.name: decomposed(choice, None) for choice in chosen}, {}, {})
+    else:
+        fitted = fit(model, chosen, seen)
+    report = Factorization(tuple(_reported(choice, fitted, moments) for choice in choices))
     with ExitStack() as undo:
-        _install(model, choices, made, _as_list(optimizers), undo)
+        _install(model, choices, fitted, _as_list(optimizers), undo)
         undo.pop_all()
-    return Factorization(tuple(_reported(choice, made.get(choice.target.name)) for choice in choices))
+    return report
 
 
 def merge(
@@ -141,18 +156,22 @@ def _whole(module: Replacement, replaced: dict[Tensor, list[Tensor]]) -> nn.Modu
 def _install(
     model: nn.Module,
     choices: Sequence[Choice],
-    factors: Mapping[str, Sequence[Sequence[Tensor]]],
+    fitted: Fitted,
     optimizers: Sequence[Optimizer],
     undo: ExitStack,
 ) -> None:
     """Put chains in the places of the layers; closing `undo` puts everything back."""
+    tensors, _, _ = named_tensors(model)
+    for name, value in fitted.values.items():
+        undo.callback(_write, tensors[name], tensors[name].detach().clone())
+        _write(tensors[name], value)
     exchanged: dict[nn.Module, nn.Module] = {}
     replaced: dict[Tensor, list[Tensor]] = {}
     for choice in choices:
         if choice.refusal is not None or choice.kind is None:
             continue
         target, kind = choice.target, choice.kind.name
-        chain = factored(target.layer, kind, choice.ranks, factors[target.name])
+        chain = factored(target.layer, kind, choice.ranks, fitted.factors[target.name])
         weights = [factor.get_parameter("weight") for factor in chain.factors]
         exchanged[target.layer] = chain
         for other in target.layers[1:]:
@@ -162,13 +181,20 @@ def _install(
     replace_parameters(optimizers, replaced, _names(model), undo)
 
 
-def _reported(choice: Choice, factors: Sequence[Sequence[Tensor]] | None) -> LayerReport:
-    shape = choice.target.shape
-    if factors is None or choice.kind is None:
-        return LayerReport(choice.target.name, None, (), shape.parameters, shape.parameters, reason=choice.refusal)
-    merged = torch.stack([choice.kind.merged(group, shape.inputs) for group in factors])
-    error = relative_error(weights_of(choice.target), merged, None)
-    return LayerReport(choice.target.name, choice.kind.name, choice.ranks, shape.parameters, choice.parameters, error)
+def _write(tensor: Tensor, value: Tensor) -> None:
+    with torch.no_grad():
+        tensor.copy_(value)
+
+
+def _reported(choice: Choice, fitted: Fitted, moments: SecondMoments) -> LayerReport:
+    name, shape = choice.target.name, choice.target.shape
+    if choice.refusal is not None or choice.kind is None:
+        return LayerReport(name, None, (), shape.parameters, shape.parameters, reason=choice.refusal)
+    merged = torch.stack([choice.kind.merged(group, shape.inputs) for group in fitted.factors[name]])
+    error = fitted.errors.get(name)
+    if error is None:
+        error = relative_error(weights_of(choice.target), merged, moments.get(name))
+    return LayerReport(name, choice.kind.name, choice.ranks, shape.parameters, choice.parameters, error)
 
 
 def _names(model: nn.Module) -> dict[Tensor, str]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
@@ -112,17 +112,17 @@ def reconstruct(
     True
     """
     listed, own = list(batches), graph.differentiates
-    batch = _concatenated(listed, limits)
+    batch = concatenated(listed, limits)
     consumers = _consumers(graph, surgery)
     if batch is None or not consumers:
         return surgery
     try:
-        targets = _recorded(model, batch, _OutputRecorder(consumers, limits), own)
+        targets = recorded(model, batch, OutputRecorder(consumers, limits), own)
     except Exception as problem:
         # A training step may count on the size of its batches, as one with a queue of former outputs does.
         log.debug("The model does not run on several batches as one: it is fitted on the first", exc_info=problem)
         batch = listed[0]
-        targets = _recorded(model, batch, _OutputRecorder(consumers, limits), own)
+        targets = recorded(model, batch, OutputRecorder(consumers, limits), own)
     if not targets:
         return surgery
     changes = {change.name: change for change in surgery.changes}
@@ -132,7 +132,7 @@ def reconstruct(
         with torch.no_grad():
             for name, change in changes.items():
                 shadows[name].copy_(change.value)
-        fitter = _ConsumerFitter(targets, changes, samples_in(batch), shadows)
+        fitter = ConsumerFitter(targets, changes, samples_in(batch), shadows)
         with isolated(model, gradients=own), op_by_op(ResidualSumMode(model, fitter.run, None, fitter.sum)):
             run_model(model, batch)
         fitted = {name: shadows[name].detach().clone() for name in fitter.fitted}
@@ -144,7 +144,7 @@ def reconstruct(
     return replace(surgery, changes=tuple(changes.values()))
 
 
-def _recorded(model: nn.Module, batch: Any, recorder: _OutputRecorder, gradients: bool) -> dict[str, list[Target]]:
+def recorded(model: nn.Module, batch: Any, recorder: OutputRecorder, gradients: bool) -> dict[str, list[Target]]:
     """What the model's consumers put out on a batch, as far as they can be fitted to it."""
     mode = ResidualSumMode(model, None, recorder.record, recorder.sum, recorder.bias)
     with isolated(model, gradients=gradients), op_by_op(mode):
@@ -193,8 +193,13 @@ class Target:
     bias_sign: int = 0
 
 
-class _OutputRecorder:
-    """Records the outputs of the consumers of the uncut model, in execution order."""
+class OutputRecorder:
+    """Records the outputs of the consumers of the uncut model, in execution order.
+
+    Args:
+        consumers: names of their weights.
+        limits: on the number of output positions.
+    """
 
     def __init__(self, consumers: frozenset[str], limits: ReconstructionLimits) -> None:
         self.consumers, self.limits = consumers, limits
@@ -204,6 +209,7 @@ class _OutputRecorder:
         self._index: WeakKeyDictionary[WeightOp, tuple[str, int]] = WeakKeyDictionary()
 
     def record(self, op: WeightOp, out: Tensor) -> None:
+        """Record the outputs of a weight op."""
         bias = None if op.bias is None or op.bias_name is None else (op.bias_name, int(op.bias.storage_offset()))
         if bias is not None:
             self.bias_uses[bias] += 1
@@ -217,6 +223,7 @@ class _OutputRecorder:
         targets.append(Target(op.start, len(op.weight), op.axis, bias, rows, total, op.input_positions, outputs))
 
     def sum(self, output: TrackedOutput, own: Tensor, other: Tensor) -> None:
+        """See `ResidualSumMode`."""
         if output.op in self._index:
             name, index = self._index[output.op]
             target = self.targets[name][index]
@@ -224,6 +231,7 @@ class _OutputRecorder:
             self.targets[name][index] = replace(target, outputs=summed, summed=True)
 
     def bias(self, op: WeightOp, name: str, sign: int) -> None:
+        """See `ResidualSumMode`."""
         self.bias_uses[name, 0] += 1
         if op in self._index:
             tensor, index = self._index[op]
@@ -246,8 +254,29 @@ class _OutputRecorder:
         return found
 
 
-class _ConsumerFitter:
-    """Fits each consumer of the cut model before it runs, or at the sum that it ends in."""
+Solve = Callable[[WeightOp, Tensor, Tensor, Tensor | None, Tensor], tuple[Tensor, Tensor] | None]
+"""(weight op, its columns, target outputs, bias, odd rows) → weight `[groups, out / groups, columns]` and bias; see `refit`."""
+
+
+def _refit_to_present(
+    op: WeightOp, columns: Tensor, targets: Tensor, bias: Tensor | None, odd: Tensor
+) -> tuple[Tensor, Tensor] | None:
+    return refit(columns, targets, op.matrix(), bias, odd)
+
+
+class ConsumerFitter:
+    """Fits each consumer of the cut model before it runs, or at the sum that it ends in.
+
+    Args:
+        targets: outputs of the uncut model, from `OutputRecorder.usable`.
+        changes: {weight: its change}, which says which of its output units are left.
+        samples: number of samples of the batch.
+        shadows: {name: tensor} of the cut model.
+        solve: the fit; None for ridge least squares, shrunk towards the weight as it is.
+
+    Attributes:
+        fitted: names of the tensors that were written to.
+    """
 
     def __init__(
         self,
@@ -255,13 +284,16 @@ class _ConsumerFitter:
         changes: dict[str, TensorChange],
         samples: int,
         shadows: Mapping[str, Tensor],
+        solve: Solve | None = None,
     ) -> None:
+        self.solve = solve or _refit_to_present
         self.targets = {name: list(each) for name, each in targets.items()}
         self.changes, self.samples, self.shadows = changes, samples, shadows
         self.fitted: set[str] = set()
         self._at_sum: dict[WeightOp, Target] = {}
 
     def run(self, op: WeightOp) -> None:
+        """Fit the op's weight, unless it is fitted at a sum."""
         if not self.targets.get(op.tensor):
             return
         target = self.targets[op.tensor].pop(0)
@@ -274,6 +306,7 @@ class _ConsumerFitter:
             self._fit(op, target, self._kept_outputs(op, target))
 
     def sum(self, output: TrackedOutput, own: Tensor, other: Tensor) -> None:
+        """See `ResidualSumMode`."""
         target = self._at_sum.pop(output.op, None)
         if target is None:
             return
@@ -306,7 +339,7 @@ class _ConsumerFitter:
         # Without the bias where `outputs` are.
         start = None if bias is None else (bias * (not target.bias_sign)).reshape(op.groups, -1)
         odd = target.rows * self.samples // target.positions % 2 == 1
-        found = refit(op.columns(target.rows), targets, op.matrix(), start, odd)
+        found = self.solve(op, op.columns(target.rows), targets, start, odd)
         if found is None:
             return None
         weight, offset = found
@@ -319,7 +352,7 @@ class _ConsumerFitter:
         return change.to(op.weight.dtype)
 
 
-def _concatenated(batches: Iterable[Any], limits: ReconstructionLimits) -> Any:
+def concatenated(batches: Iterable[Any], limits: ReconstructionLimits) -> Any:
     """The batches as one, or the first alone where their leaves cannot be concatenated; cut to the limits."""
     listed = list(batches)
     if not listed:

@@ -1,0 +1,340 @@
+"""Factors fitted to outputs: one pass observes the whole layers, a second one fits the factors one layer after the other.
+
+The first pass records the second moment of every layer's inputs and its outputs. In the second one all layers are already
+of low rank, and each is fitted, before it runs, on the inputs that it gets there to the outputs that it had in the first:
+
+1. the whole weight by ridge least squares, which makes up for the errors of the layers before it;
+2. its factors, weighted by the second moment of these inputs;
+3. the last factor by ridge least squares again, and with it the bias, or the running mean of a batch norm right after it.
+
+That is the asymmetric reconstruction of Zhang et al. (2016), as after a cut of widths; see `pruning.reconstruction`.
+"""
+
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from evolvenet.errors import SpectrumError, TraceError
+from evolvenet.execution.isolation import isolated, op_by_op
+from evolvenet.execution.residual_sums import ResidualSumMode
+from evolvenet.execution.sampling import evenly, samples_in
+from evolvenet.execution.step import run_model
+from evolvenet.execution.weight_ops import WeightOp, output_positions
+from evolvenet.graph.naming import named_tensors
+from evolvenet.linalg.ridge import refit
+from evolvenet.lowrank.base import Kind
+from evolvenet.lowrank.layers import written
+from evolvenet.lowrank.plan import Choice, SecondMoments, decomposed
+from evolvenet.lowrank.targets import Target as Layer
+from evolvenet.measurement.activation_moments import Moments
+from evolvenet.pruning.reconstruction import (
+    ONE_SHOT_LIMITS,
+    ConsumerFitter,
+    OutputRecorder,
+    ReconstructionLimits,
+    Target,
+    concatenated,
+    recorded,
+)
+
+log = logging.getLogger(__name__)
+
+MOST_COLUMNS = 6144
+"""Columns of a weight up to which the second moment of its inputs is computed; a wider layer is decomposed by its weight."""
+
+
+@dataclass(frozen=True)
+class Extent:
+    """Sizes of the inputs and outputs of one call of a layer.
+
+    Args:
+        before: of the input on each spatial axis; empty for a dense layer.
+        after: of the output on each spatial axis.
+        transposed: whether it is a transposed convolution.
+        times: inputs of this size for each sample of the batch; of a dense layer the positions of a sample.
+    """
+
+    before: tuple[int, ...]
+    after: tuple[int, ...]
+    transposed: bool
+    times: float
+
+
+@dataclass(frozen=True, eq=False)
+class Observations:
+    """What the first pass recorded.
+
+    Args:
+        batch: the inputs of the model.
+        names: {name of a layer: name of its weight}.
+        moments: {name of a layer: second moment of its inputs for each channel group}, about the mean where the layer has an
+            offset that can take up a change of the mean.
+        targets: {name of a weight: its outputs}, of those that can be fitted.
+        matrices: {name of a weight: `[groups, out / groups, columns]`}.
+        extents: {name of a layer: sizes of its inputs and outputs in each call}.
+    """
+
+    batch: Any
+    names: Mapping[str, str]
+    moments: SecondMoments
+    targets: Mapping[str, list[Target]]
+    matrices: Mapping[str, Tensor]
+    extents: Mapping[str, Sequence[Extent]]
+
+
+@dataclass(frozen=True, eq=False)
+class Fitted:
+    """The factors, and what changes beside them.
+
+    Args:
+        factors: {name of a layer: its factors, for each channel group}.
+        errors: {name of a layer: Σ‖ŷ − y‖² / Σ‖y − mean‖²}, of those that were fitted.
+        values: {name of a bias or a running mean: its new value}.
+    """
+
+    factors: Mapping[str, Sequence[Sequence[Tensor]]]
+    errors: Mapping[str, float]
+    values: Mapping[str, Tensor]
+
+
+def observe(
+    model: nn.Module, layers: Sequence[Layer], batches: Iterable[Any], limits: ReconstructionLimits = ONE_SHOT_LIMITS
+) -> Observations:
+    """Run the model once and record inputs and outputs of some layers.
+
+    Args:
+        model: with whole layers; it is left as it was.
+        layers: which may be factorized.
+        batches: inputs of the model; only the first one where they cannot be concatenated.
+        limits: how many of them are used.
+
+    Raises:
+        TraceError: if there is no batch.
+        SpectrumError: for NaN or infinite inputs of a layer.
+    """
+    if isinstance(batches, Tensor):
+        raise TraceError("Batches: expected an iterable of model inputs, got one tensor. Wrap it in a list: [inputs].")
+    listed = list(batches)
+    batch = concatenated(listed, limits)
+    if batch is None:
+        raise TraceError("Batches: expected at least one batch of model inputs, got none.")
+    by_tensor = {id(tensor): name for name, tensor in named_tensors(model)[0].items()}
+    names = {layer.name: by_tensor[id(layer.layer.get_parameter("weight"))] for layer in layers}
+    recorder = _InputRecorder(frozenset(names.values()), limits, samples_in(batch))
+    try:
+        targets = recorded(model, batch, recorder, gradients=False)
+    except Exception as problem:
+        if len(listed) < 2:
+            raise
+        log.debug("The model does not run on several batches as one: it is fitted on the first", exc_info=problem)
+        batch = listed[0]
+        recorder = _InputRecorder(frozenset(names.values()), limits, samples_in(batch))
+        targets = recorded(model, batch, recorder, gradients=False)
+    moments = {name: found for name, weight in names.items() if (found := recorder.second_moments(name, weight))}
+    extents = {name: recorder.extents.get(weight, []) for name, weight in names.items()}
+    return Observations(batch, names, moments, targets, recorder.matrices, extents)
+
+
+class _InputRecorder(OutputRecorder):
+    """Records the moments of inputs beside the outputs."""
+
+    def __init__(self, consumers: frozenset[str], limits: ReconstructionLimits, samples: int) -> None:
+        super().__init__(consumers, limits)
+        self.samples = samples
+        self.moments: dict[str, list[Moments]] = {}
+        self.matrices: dict[str, Tensor] = {}
+        self.extents: dict[str, list[Extent]] = {}
+
+    def record(self, op: WeightOp, out: Tensor) -> None:
+        """Record the inputs and the outputs of a weight op."""
+        super().record(op, out)
+        if op.tensor not in self.consumers:
+            return
+        matrix = op.matrix()
+        self.matrices[op.tensor] = matrix.clone()
+        space = (tuple(op.inputs.shape[2:]), tuple(out.shape[2:])) if op.geometry else ((), ())
+        extent = Extent(*space, op.geometry is not None and op.axis == 0, len(out) / self.samples)
+        self.extents.setdefault(op.tensor, []).append(extent)
+        if matrix.shape[-1] > MOST_COLUMNS:
+            return
+        rows = evenly(output_positions(op, out), self.limits.rows_for(matrix.shape[-1])).to(out.device)
+        found = [Moments.of(_in_order(op, columns).flatten(1)) for columns in op.columns(rows)]
+        before = self.moments.get(op.tensor)
+        self.moments[op.tensor] = found if before is None else [a.merge(b) for a, b in zip(before, found, strict=True)]
+
+    def second_moments(self, layer: str, weight: str) -> list[Tensor] | None:
+        """The second moment of a layer's inputs for each channel group; None if it did not run, or is too wide."""
+        found = self.moments.get(weight)
+        if found is None or not all(each.count for each in found):
+            return None
+        centred = all(target.bias is not None for target in self.targets[weight])
+        moments = [each.covariance if centred else each.second for each in found]
+        if not all(bool(moment.isfinite().all()) for moment in moments):
+            raise SpectrumError(
+                f"{layer}: expected finite inputs, got NaN or infinite ones. Training has diverged, or the batch holds such "
+                "values: check both."
+            )
+        return moments
+
+
+def _in_order(op: WeightOp, columns: Tensor) -> Tensor:
+    """Rows `[rows, in·k…]` of patches or weights as `[rows, in, k…]`, in the order of the weight's kernel, and back."""
+    return columns.reshape(len(columns), *op.weight.shape[1:]).flip(op.flipped_dims)
+
+
+def fit(model: nn.Module, choices: Sequence[Choice], seen: Observations) -> Fitted:
+    """Fit the factors of all chosen layers, in execution order. The model is left as it was.
+
+    Layers whose weight is used more than once in a pass, or by an op other than a product with data, get the factors for
+    the inputs of the first pass.
+
+    Args:
+        model: with whole layers.
+        choices: which of them are factorized, and how.
+        seen: from `observe`.
+    """
+    solver = _Solver(choices, seen)
+    with isolated(model, shadows=True):
+        shadows, _, _ = named_tensors(model)
+        with torch.no_grad():
+            for choice in choices:
+                shadow = shadows[seen.names[choice.target.name]]
+                shadow.copy_(written(choice.target.layer, solver.merged(choice)).to(shadow.device, shadow.dtype))
+        lengths = {
+            seen.names[choice.target.name]: choice.target.shape.outputs * choice.target.shape.groups
+            for choice in choices
+        }
+        # A part of a weight is not fitted alone: its factors are those of the whole.
+        targets = {
+            name: each
+            for name, each in seen.targets.items()
+            if [target.length for target in each] == [lengths.get(name)]
+        }
+        fitter = ConsumerFitter(targets, {}, samples_in(seen.batch), shadows, solver.solve)
+        with isolated(model), op_by_op(ResidualSumMode(model, fitter.run, None, fitter.sum)):
+            run_model(model, seen.batch)
+        values = {name: shadows[name].detach().clone() for name in fitter.fitted - set(lengths)}
+    return Fitted(solver.factors, solver.errors, values)
+
+
+class _Solver:
+    """The fit of one layer's factors, as `ConsumerFitter` calls it.
+
+    Attributes:
+        factors: {name of a layer: its factors for each channel group}.
+        errors: {name of a layer: relative squared error of its outputs}, of those that were fitted.
+    """
+
+    def __init__(self, choices: Sequence[Choice], seen: Observations) -> None:
+        self.seen = seen
+        self.choices = {seen.names[choice.target.name]: choice for choice in choices}
+        self.factors = {
+            choice.target.name: decomposed(choice, seen.moments.get(choice.target.name)) for choice in choices
+        }
+        self.errors: dict[str, float] = {}
+
+    def merged(self, choice: Choice) -> Tensor:
+        """The present weight of a layer, `[groups, out, in, k…]`."""
+        assert choice.kind is not None
+        inputs = choice.target.shape.inputs
+        return torch.stack([choice.kind.merged(group, inputs) for group in self.factors[choice.target.name]])
+
+    def solve(
+        self, op: WeightOp, columns: Tensor, targets: Tensor, bias: Tensor | None, odd: Tensor
+    ) -> tuple[Tensor, Tensor] | None:
+        """See `pruning.reconstruction.Solve`."""
+        choice, whole = self.choices[op.tensor], self.seen.matrices[op.tensor].to(columns.device)
+        assert choice.kind is not None
+        name, wide = choice.target.name, columns.shape[-1] > MOST_COLUMNS
+        fitted = refit(columns, targets, whole, bias, odd)
+        weights = [
+            _in_order(op, weight.to("cpu", torch.float64)) for weight in (whole if fitted is None else fitted[0])
+        ]
+        inputs = [_in_order(op, group) for group in columns]
+        moments = [None if wide else _moment(group, centred=bias is not None) for group in inputs]
+        factors = [
+            choice.kind.decompose(weight, choice.ranks, moment) for weight, moment in zip(weights, moments, strict=True)
+        ]
+        offset = _fit_last(choice, factors, inputs, targets, bias, odd)
+        self.factors[name] = factors
+        matrix = torch.stack([_in_order(op, group).flatten(1) for group in _merged_groups(choice, factors)])
+        matrix = matrix.to(columns.device)
+        self.errors[name] = _error(columns, targets, matrix, offset)
+        return matrix, targets.new_zeros(targets.shape[0], targets.shape[2]) if offset is None else offset
+
+
+def _moment(inputs: Tensor, centred: bool) -> Tensor:
+    found = Moments.of(inputs.flatten(1))
+    return found.covariance if centred else found.second
+
+
+def _merged_groups(choice: Choice, factors: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+    assert choice.kind is not None
+    return [choice.kind.merged(group, choice.target.shape.inputs) for group in factors]
+
+
+def _fit_last(
+    choice: Choice,
+    factors: list[list[Tensor]],
+    inputs: Sequence[Tensor],
+    targets: Tensor,
+    bias: Tensor | None,
+    odd: Tensor,
+) -> Tensor | None:
+    """Fit the last factor of each channel group in place, and the bias; the bias `[groups, out]`, or None where there is none."""
+    assert choice.kind is not None
+    last_step = choice.kind.steps(choice.target.shape, choice.ranks)[-1]
+    if last_step.groups > 1:
+        outputs = torch.stack(
+            [
+                x.flatten(1) @ merged.flatten(1).mT.to(x.device, x.dtype)
+                for x, merged in zip(inputs, _merged_groups(choice, factors), strict=True)
+            ]
+        )
+        return None if bias is None else (targets - outputs).mean(1)
+    z = torch.stack([last_inputs(choice.kind, x, group) for x, group in zip(inputs, factors, strict=True)])
+    last = torch.stack([group[-1].flatten(1) for group in factors]).to(z.device)
+    start = None if bias is None else (targets.double() - z.double() @ last.mT).mean(1)
+    found = refit(z, targets, last, start, odd)
+    if found is None:
+        return start
+    for group, weight in zip(factors, found[0], strict=True):
+        group[-1] = weight.to("cpu").reshape(group[-1].shape)
+    return None if bias is None else found[1]
+
+
+def last_inputs(kind: Kind, inputs: Tensor, factors: Sequence[Tensor]) -> Tensor:
+    """What the last factor is multiplied with: `[rows, r·k…]`, k the sizes of the spatial axes that it covers.
+
+    Args:
+        kind: of the factors.
+        inputs: patches of the layer's input, `[rows, in, k…]`.
+        factors: of one channel group.
+    """
+    last = factors[-1]
+    own = [axis for axis, size in enumerate(last.shape[2:]) if size > 1]
+    others = [axis for axis in range(last.dim() - 2) if axis not in own]
+    before = kind.merged(factors[:-1], inputs.shape[1]) if len(factors) > 2 else factors[0]
+    patches = inputs.permute(0, 1, *(2 + axis for axis in others), *(2 + axis for axis in own))
+    patches = patches.reshape(len(inputs), before[0].numel(), math.prod(last.shape[2:]))
+    return torch.einsum("rvl,cv->rcl", patches, before.flatten(1).to(inputs.device, inputs.dtype)).flatten(1)
+
+
+def _error(columns: Tensor, targets: Tensor, matrix: Tensor, offset: Tensor | None) -> float:
+    """Σ‖ŷ − y‖² / Σ‖y − mean‖², without the mean where there is no offset."""
+    outputs = columns @ matrix.mT.to(columns.dtype)
+    if offset is not None:
+        outputs = outputs + offset.unsqueeze(1).to(columns.dtype)
+        level = targets - targets.mean(1, keepdim=True)
+    else:
+        level = targets
+    total = float(level.double().square().sum())
+    return float((outputs - targets).double().square().sum()) / total if total > 0 else 0.0
