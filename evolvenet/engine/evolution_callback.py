@@ -9,6 +9,7 @@ from evolvenet.engine.event_timer import EventTimer
 from evolvenet.engine.evolver import Evolver
 from evolvenet.engine.history import History
 from evolvenet.errors import PolicyError
+from evolvenet.graph.restriction import Patterns, Restriction
 from evolvenet.policies.base import Policy, judged_metric
 from evolvenet.policies.schedule import Schedule
 
@@ -26,9 +27,14 @@ class EvolutionCallback:
         example_inputs: what the model is called with, if the first training batch should not be waited for.
         calibration_batches: how many training batches an event measures on.
         seed: of the new units' random directions.
+        network: submodules by name or `fnmatch` pattern, one or several: a width that one of them does not produce alone keeps
+            its size. None for no such limit.
+        fixed: names or patterns of widths, or of modules that produce them: they keep their size.
+        multiple: sizes change to multiples of so many channels alone, whatever the policy.
 
     Raises:
-        PolicyError: for values out of range, or a policy without a method `propose`.
+        PolicyError: for values out of range, a policy without a method `propose`, or, before training starts or on its first
+            batch, a name that matches nothing.
     """
 
     policy: Policy
@@ -39,6 +45,9 @@ class EvolutionCallback:
     example_inputs: Any = None
     calibration_batches: int = 4
     seed: int = 0
+    network: Patterns | None = None
+    fixed: Patterns = ()
+    multiple: int = 1
 
     def __post_init__(self) -> None:
         if self.calibration_batches < 1:
@@ -47,6 +56,7 @@ class EvolutionCallback:
             )
         self._judged_metric = judged_metric(self.policy)
         self.schedule = Schedule(self.every_n_epochs, self.every_n_steps, self.start_step, self.stop)
+        self.restriction = Restriction(self.network, self.fixed, self.multiple)
         self.evolver: Evolver | None = None
         self._timer = EventTimer(self.schedule)
         self._resumed: dict[str, Any] | None = None

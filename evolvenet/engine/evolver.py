@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -14,6 +15,7 @@ from torch.optim import Optimizer
 from evolvenet._compat.torch import reset_compiled_code, tree_map_only
 from evolvenet.engine.announcements import announce
 from evolvenet.engine.batch_buffer import BatchBuffer
+from evolvenet.engine.decision import decide
 from evolvenet.engine.distributed import (
     ProcessGroup,
     check_agreement,
@@ -26,18 +28,19 @@ from evolvenet.engine.event_data import EventData
 from evolvenet.engine.failure_policy import FailurePolicy
 from evolvenet.engine.functional import as_list
 from evolvenet.engine.history import Event, History, WidthChange, changed, count_changes
-from evolvenet.engine.invariants import ModelReference, check_finite_weights, check_resizable, validate
+from evolvenet.engine.invariants import ModelReference, check_resizable, validate
 from evolvenet.engine.original_widths import OriginalWidths, at_first_sizes
 from evolvenet.engine.snapshot import PendingCut, Snapshot, roll_back
 from evolvenet.engine.transaction import Transaction
-from evolvenet.errors import RankMismatchError, SkippedEvent, stage
+from evolvenet.errors import RankMismatchError, stage
 from evolvenet.execution.inputs import first_samples, is_plain
 from evolvenet.execution.step import Step, batch_of
+from evolvenet.graph.restriction import Patterns, Restriction
 from evolvenet.graph.serialization import check_fits, from_state_dict, to_state_dict
 from evolvenet.graph.width_graph import WidthGraph
 from evolvenet.measurement.cost import macs, parameters
-from evolvenet.measurement.width_spectra import WidthStatistics, ranks_and_energies
-from evolvenet.policies.base import JudgingPolicy, Policy, Proposal, check_proposals, judged_metric
+from evolvenet.measurement.width_spectra import ranks_and_energies
+from evolvenet.policies.base import JudgingPolicy, Policy, Proposal, judged_metric
 from evolvenet.surgery.checkpoint import WidthRecord, fit_shapes
 from evolvenet.surgery.resize_model import Surgery
 from evolvenet.tracing.unreached import trace_for_training
@@ -68,10 +71,12 @@ class Evolver:
         step: a function of a batch that computes the loss as training does, for several networks, or losses that read what
             lies between layers. It is traced and measured in place of calls of the model, in eval mode and without
             gradients, so it must not step an optimizer.
+        network, fixed, multiple: which widths change, and to which sizes, see `evolvenet.graph.restriction.Restriction`.
+        path: of the model in a larger module, by whose names `network` and `fixed` may go.
 
     Raises:
         TraceError: if the model does not run on the example inputs, or nothing in it can be resized.
-        PolicyError: for a policy without a method `propose`.
+        PolicyError: for a policy without a method `propose`, or a name in `network` or `fixed` that matches nothing.
 
     >>> from evolvenet import Threshold
     >>> model = nn.Sequential(nn.Linear(4, 64), nn.ReLU(), nn.Linear(64, 2))
@@ -95,8 +100,12 @@ class Evolver:
         after_change: Callable[[], object] = lambda: None,
         graph: WidthGraph | None = None,
         step: Callable[[Any], Any] | None = None,
+        network: Patterns | None = None,
+        fixed: Patterns = (),
+        multiple: int = 1,
+        path: str = "",
     ) -> None:
-        judges = judged_metric(policy) is not None
+        self._pending_cut = PendingCut(cast(JudgingPolicy, policy)) if judged_metric(policy) is not None else None
         if step is not None:
             example_inputs = Step(lambda _, batch: step(batch), example_inputs)
         self.model = model
@@ -104,21 +113,21 @@ class Evolver:
         self.policy = policy
         # Clones: a view would keep the whole batch in memory.
         self.example_inputs = tree_map_only(Tensor, torch.clone, first_samples(example_inputs, 2))
-        self.copies = copies
-        self.after_change = after_change
-        self.graph = graph or trace_for_training(model, self.example_inputs)
+        self.copies, self.after_change = copies, after_change
+        self._restriction, self._path = Restriction(network, fixed, multiple), path
+        self.graph = self._restricted(graph or trace_for_training(model, self.example_inputs))
         self.original = self._original_before_cut = OriginalWidths.of(self.graph)
         if graph is None:
             check_resizable(model, self.graph)
+        if not path:
+            self._restriction.check((name for name, _ in model.named_modules()), self.graph)
         self._macs = macs(self.model, self.example_inputs, self.graph.differentiates)
         self.history = History(self._event(0, (), parameters(model), 0.0), frozen=self.graph.reasons)
         self._buffer = BatchBuffer(example_inputs, calibration_batches)
-        self._observed = 0
-        self._events = 0
+        self._observed = self._events = 0
         self._changed: dict[str, Sequence[int]] = {}
         self._seed = seed
         self._failures = FailurePolicy()
-        self._pending_cut = PendingCut(cast(JudgingPolicy, policy)) if judges else None
 
     @property
     def off(self) -> str | None:
@@ -185,7 +194,8 @@ class Evolver:
             skipped = self._failures.explain(group, moment, problem)
         check_agreement(group, "weights", fingerprint(self.model) if group.size > 1 else "")
         seconds = time.perf_counter() - started
-        return self._record(self._event(moment, tuple(changes), before, seconds, skipped, ranks, kept))
+        found = {"effective_rank": ranks, "kept_energy": kept}
+        return self._record(self._event(moment, changes, before, seconds, skipped, **found))
 
     def judge(self, value: float, at: int | None = None) -> Event | None:
         """Tell a policy that judges its cuts, such as `Tolerance`, the value of its metric, after a validation.
@@ -214,11 +224,12 @@ class Evolver:
             skipped = self._failures.explain(group, moment, problem)
         self._macs = macs(self.model, self.example_inputs, self.graph.differentiates)
         changes = changed(sizes, self.graph.sizes, dict.fromkeys(sizes, reason))
-        return self._record(self._event(moment, tuple(changes), count, time.perf_counter() - started, skipped))
+        return self._record(self._event(moment, changes, count, time.perf_counter() - started, skipped))
 
     def adopt(self, graph: WidthGraph) -> None:
         """Go on with another graph of the same model as it is, from a trace that has reached more of it."""
         check_fits(graph, self.model)
+        graph = self._restricted(graph)
         self.graph, self.original = graph, self.original.renamed(self.graph, graph)
         self.history.initial.sizes.update({**graph.sizes, **self.history.initial.sizes})
         self.history.frozen = graph.reasons
@@ -237,7 +248,7 @@ class Evolver:
         self._macs = macs(self.model, self.example_inputs, self.graph.differentiates)
         self._failures.off = f"all widths have their first sizes again, and keep them: {why}"
         changes = changed(before, self.graph.sizes, dict.fromkeys(before, self._failures.off))
-        self._record(self._event(self._observed, tuple(changes), count, time.perf_counter() - started))
+        self._record(self._event(self._observed, changes, count, time.perf_counter() - started))
 
     def _take_snapshot(self, copies: Sequence[nn.Module]) -> Snapshot:
         return Snapshot.of(self.model, self.graph, self.optimizers, copies)
@@ -272,18 +283,21 @@ class Evolver:
         Raises:
             RecordError: if the model does not have the widths of that moment. Nothing has changed then.
         """
-        graph = from_state_dict(state["graph"])
+        graph = self._restricted(from_state_dict(state["graph"]))
         check_fits(graph, self.model, besides=state["note"]["buffers"])
         fit_shapes(self.model, {}, record=state["note"])
         self.graph = graph
         self.original, self._original_before_cut = map(OriginalWidths.from_state_dict, state["original"])
-        self.history = History.from_dict(state["history"])
+        self.history = replace(History.from_dict(state["history"]), frozen=graph.reasons)
         self._observed, self._events = state["observed"], state["events"]
         self._changed = {name: list(entry) for name, entry in state["changed"].items()}
         self._buffer.load_state_dict(state)
         self._failures.load_state_dict(state)
         if self._pending_cut and state.get("pending_cut"):
             self._pending_cut.load_state_dict(state["pending_cut"])
+
+    def _restricted(self, graph: WidthGraph) -> WidthGraph:
+        return self._restriction.apply(graph, self._path)
 
     def _revert(self, state: tuple[Any, ...], changes: list[WidthChange]) -> None:
         """Restore the evolver's own state, after the model's, where an event has failed."""
@@ -307,7 +321,10 @@ class Evolver:
         data = EventData(
             self.model, self.graph, self.example_inputs, batches, gradients, self._changed, self._events, self._seed
         )
-        measures, proposals = run_on_rank_0(group, lambda: self._propose(data, progress))
+        initial = self.history.initial.sizes
+        measures, proposals = run_on_rank_0(
+            group, lambda: decide(self.policy, data, progress, initial, self._pending_cut)
+        )
         past, own = None, self.graph.differentiates
         with stage("policy"):
             due = any(proposal.size != self.graph.sizes[name] for name, proposal in proposals.items())
@@ -334,23 +351,6 @@ class Evolver:
         if self._pending_cut:
             self._pending_cut.record(past, [change.width for change in changes])
         return ranks_and_energies(measures, self.graph.sizes)
-
-    def _propose(self, data: EventData, progress: float) -> tuple[dict[str, WidthStatistics], dict[str, Proposal]]:
-        """Measured statistics and the policy's proposals."""
-        with stage("weight check"):
-            check_finite_weights(self.model)
-        if not data.batches:
-            raise SkippedEvent(
-                "Expected at least one observed batch to measure on, got none. Call observe(batch) first."
-            )
-        if self._pending_cut and self._pending_cut.snapshot:
-            return {}, {}
-        with stage("policy"):
-            state = self._pending_cut and self._pending_cut.state
-            context = data.context(progress, self.history.initial.sizes, state)
-            proposals = check_proposals(self.policy.propose(context), self.graph)
-            # Which units are pruned depends on the statistics, also where the policy's sizes do not.
-            return (data.statistics if proposals else data.measured), proposals
 
     def _apply(self, transaction: Transaction, proposals: Mapping[str, Proposal], data: EventData) -> None:
         """Prune first, then grow: what grows is added to the pruned model, within the parameters that were freed."""
@@ -383,13 +383,11 @@ class Evolver:
     def _event(
         self,
         at: int,
-        changes: tuple[WidthChange, ...],
+        changes: Sequence[WidthChange],
         before: int,
         seconds: float,
         skipped: str | None = None,
-        ranks: dict[str, float] | None = None,
-        kept: dict[str, float] | None = None,
+        **found: Any,
     ) -> Event:
-        count = parameters(self.model)
-        sizes = dict(self.graph.sizes)
-        return Event(at, changes, sizes, before, count, self._macs, seconds, skipped, ranks or {}, kept or {})
+        count, sizes = parameters(self.model), dict(self.graph.sizes)
+        return Event(at, tuple(changes), sizes, before, count, self._macs, seconds, skipped, **found)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 import io
 import math
-from collections import Counter
+import re
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,8 @@ Row = tuple[str, str, str, str]
 HEAD: Row = ("", "start", "now", "change")
 MOST_ROWS = 30
 """Widths that a table lists."""
+PLACE = re.compile(r" in \S+ \(")
+"""The path of a module, before its type in brackets, in the reason of a frozen width."""
 MOST_REASONS = 3
 """Reasons that are listed, the most frequent first."""
 
@@ -72,11 +74,11 @@ def remarks(history: History) -> list[str]:
     found = [f"{_count(len(history.events), 'event')}, {changed} of them with changed widths, {len(skipped)} skipped"]
     found += [f"skipped {steps}: {reason}" for reason, steps in _skipped(skipped)]
     if history.frozen:
-        reasons = Counter(history.frozen.values()).most_common()
+        reasons = _frequent(history.frozen.values())
         keep = "width keeps its size" if len(history.frozen) == 1 else "widths keep their size"
         found.append(f"{len(history.frozen)} {keep}:")
-        found += [f"  {count} × {reason}" for reason, count in reasons[:MOST_REASONS]]
-        rest = sum(count for _, count in reasons[MOST_REASONS:])
+        found += [f"  {count} × {reason}" for count, reason in reasons[:MOST_REASONS]]
+        rest = sum(count for count, _ in reasons[MOST_REASONS:])
         found += [f"  {rest} for other reasons"] if rest else []
     return found
 
@@ -148,6 +150,15 @@ def _sizes(history: History) -> dict[str, tuple[int, int]]:
     """{width: (size at the start, size now)}."""
     now = history.latest.sizes
     return {name: (size, now.get(name, size)) for name, size in history.initial.sizes.items()}
+
+
+def _frequent(reasons: Iterable[str]) -> list[tuple[int, str]]:
+    """(how often, reason), the most frequent first; reasons that differ in the module's path alone are one."""
+    alike: dict[str, list[str]] = {}
+    for reason in reasons:
+        alike.setdefault(PLACE.sub(" in … (", reason), []).append(reason)
+    found = [(len(each), kind if len(set(each)) > 1 else each[0]) for kind, each in alike.items()]
+    return sorted(found, key=lambda item: -item[0])
 
 
 def _skipped(events: Sequence[Event]) -> list[tuple[str, str]]:

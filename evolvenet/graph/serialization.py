@@ -44,9 +44,8 @@ def from_state_dict(state: Mapping[str, Any]) -> WidthGraph:
     """The graph that `to_state_dict` was called on."""
     widths: dict[str, Width] = {}
     for entry in state["widths"]:
-        # Graphs that earlier versions saved also have "step", always 1.
-        given: dict[str, Any] = {key: value for key, value in entry.items() if key != "step"}
-        given |= {"ties": (), "patches": tuple((path, attribute) for path, attribute in entry["patches"])}
+        patches = tuple((path, attribute) for path, attribute in entry["patches"])
+        given: dict[str, Any] = {**entry, "ties": (), "patches": patches}
         widths[entry["name"]] = Width(**given)
     layouts = {
         name: {dim: tuple(Segment(*part) for part in segments) for dim, segments in axes}

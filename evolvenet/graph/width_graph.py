@@ -66,6 +66,7 @@ class Width:
         smallest: the fewest units it can have (two where the units are the groups of a grouped layer).
         patches: (module path, attribute) of Python numbers of the model's own code that are proportional to its size; a
             resize rescales them.
+        step: policies propose multiples of it alone, see `rounded`.
     """
 
     name: str
@@ -76,11 +77,20 @@ class Width:
     mixed: str | None = None
     smallest: int = 1
     patches: tuple[tuple[str, str], ...] = ()
+    step: int = 1
 
-    @property
-    def step(self) -> int:
-        """The granularity of its sizes: always 1, so every size from `smallest` on is possible."""
-        return 1
+    def rounded(self, size: int) -> int:
+        """The size that a policy may propose instead of this one: the next multiple of `step` from there up.
+
+        Between the present size, which need be no multiple, and the multiple above it: the present size. So pruning removes
+        no more than was meant, and growth reaches the next multiple at least.
+
+        >>> width = Width("fc1", 50, step=8)
+        >>> [width.rounded(size) for size in (41, 48, 49, 50, 51, 60)]
+        [48, 48, 50, 50, 56, 64]
+        """
+        above = -(-max(size, self.smallest) // self.step) * self.step
+        return self.size if size <= self.size <= above else above
 
     @property
     def producers(self) -> tuple[Tie, ...]:

@@ -61,8 +61,9 @@ class WidthEvolution(LightningEvolution, Callback):
     An event measures on at most half of an epoch's batches, or on those of `every_n_steps` optimizer steps.
 
     Args:
-        policy, every_n_epochs, every_n_steps, start_step, stop, example_inputs, calibration_batches, seed: see
-            `evolvenet.engine.evolution_callback.EvolutionCallback`.
+        policy, every_n_epochs, every_n_steps, start_step, stop, example_inputs, calibration_batches, seed, network, fixed,
+            multiple: see `evolvenet.engine.evolution_callback.EvolutionCallback`. Names are those of the LightningModule's
+            submodules, or of widths as the table at the end of a fit has them.
         copies: {name of a submodule that follows another one: name of that one}, no other is taken for a copy then; None
             to find them.
 
@@ -87,6 +88,7 @@ class WidthEvolution(LightningEvolution, Callback):
         if stage == "fit":
             show_messages()
         check_strategy(trainer.strategy)
+        self.restriction.check(name for name, _ in pl_module.named_modules())
         # Other callbacks may have copied the module before this one was asked.
         for module in (pl_module, *weight_averages(trainer, pl_module)):
             register_reshape_before_load(module)

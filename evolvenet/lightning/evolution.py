@@ -60,8 +60,8 @@ class LightningEvolution(EvolutionCallback):
     """The parts of `WidthEvolution` that are no hooks of Lightning.
 
     Args:
-        policy, every_n_epochs, every_n_steps, start_step, stop, example_inputs, calibration_batches, seed: see
-            `EvolutionCallback`.
+        policy, every_n_epochs, every_n_steps, start_step, stop, example_inputs, calibration_batches, seed, network, fixed,
+            multiple: see `EvolutionCallback`.
         copies: see `WidthEvolution`.
     """
 
@@ -145,15 +145,16 @@ class LightningEvolution(EvolutionCallback):
         root = pl_module.get_submodule(subject.path)
         self._averages = [copy.get_submodule(subject.path) for copy in weight_averages(trainer, pl_module)]
         state = self._resumed["evolver"] if self._resumed else None
+        self.restriction.check((name for name, _ in pl_module.named_modules()), subject.graph, subject.path)
         with default_dtype(trainer), logging_muted(pl_module):
             self.evolver = Evolver(
                 root, optimizers_of(trainer, pl_module), self.policy, subject.inputs, self.calibration_batches, self.seed,
                 self._models_to_update, after_change=partial(rebuild_ddp, trainer.strategy, pl_module),
-                graph=subject.graph,
+                graph=subject.graph, network=self.network, fixed=self.fixed, multiple=self.multiple, path=subject.path,
             )  # fmt: skip
         warn_of_unreached(subject.graph)
-        if not subject.graph.resizable:
-            reasons = "; ".join(f"{width.name}: {width.frozen}" for width in subject.graph.widths.values())
+        if not self.evolver.graph.resizable:
+            reasons = "; ".join(f"{name}: {reason}" for name, reason in self.evolver.graph.reasons.items())
             log.warning("No width of %s can be resized: %s", type(root).__name__, reasons)
         self._first_runs = FirstRuns(pl_module, subject, self.evolver.graph, self._settle)
         if state is not None:

@@ -256,6 +256,39 @@ def check_proposals(proposals: Mapping[str, Proposal], graph: WidthGraph) -> dic
     return found
 
 
+def rounded(proposals: Mapping[str, Proposal], graph: WidthGraph) -> dict[str, Proposal]:
+    """The proposals in sizes that their widths may have; those whose rounded size is the present one are left out.
+
+    Args:
+        proposals: by the widths' own names.
+        graph: the widths, see `Width.rounded`.
+    """
+    found: dict[str, Proposal] = {}
+    for name, proposal in proposals.items():
+        width = graph.widths[name]
+        size = width.rounded(proposal.size) if proposal.size != width.size else width.size
+        if size == proposal.size:
+            found[name] = proposal
+        elif size != width.size:
+            found[name] = Proposal(size, f"{proposal.reason}; {proposal.size} rounded up to a multiple of {width.step}")
+    return found
+
+
+def lowest(size: int, share: float, step: int = 1) -> int:
+    """The smallest size after a cut of at most a share of a width's units, or of one step where that is longer.
+
+    Args:
+        size: of the width now.
+        share: of its units, 0 … 1; 0 for no cut at all.
+        step: sizes are multiples of it.
+
+    >>> lowest(64, 0.5), lowest(64, 0.1, step=16), lowest(60, 0.01, step=16), lowest(64, 0.0, step=16)
+    (32, 48, 48, 64)
+    """
+    least = size - math.floor(share * size)
+    return min(least, (size - 1) // step * step) if share and step > 1 else least
+
+
 def enlarged(statistics: WidthStatistics, growth: float) -> int:
     """The size of a width after it grew by a share of itself, rounded up.
 

@@ -12,7 +12,7 @@ from evolvenet.graph.width_graph import Width
 from evolvenet.linalg.spectrum import effective_rank
 from evolvenet.measurement.cost import Costs
 from evolvenet.measurement.width_spectra import WidthStatistics
-from evolvenet.policies.base import PolicyContext, Proposal, check_fields
+from evolvenet.policies.base import PolicyContext, Proposal, check_fields, lowest
 from evolvenet.pruning.allocation import Curve, convex, energy_curve, fit_to_cost, loss_at, smallest
 
 KINDS = ("params", "macs", "bytes", "latency")
@@ -40,10 +40,11 @@ class Budget:
         bytes: of parameters and buffers.
         latency: seconds of a forward pass on the example inputs, measured on this machine.
         by: share of the run, 0 … 1, at which the budget holds.
-        multiple: sizes are multiples of it, for widths that have as many units.
+        multiple: sizes are multiples of it, for widths that have as many units. `multiple` of `WidthEvolution` and `Evolver`
+            counts channels, and holds as well.
         largest_step: largest share of a width's units that is removed in one event, 0 … 1.
-        growth: largest share of a width's units that is added in one event, 0 … 1; 0 for none. Up to the next multiple may always
-            be added.
+        growth: largest share of a width's units that is added in one event, 0 … 1; 0 for none. Down or up to the next multiple a
+            width may always go.
         trust: expected gain of a new unit, as a share 0 … 1 of the loss of the width's least direction; below 1 widths stay
             where gain and loss are about the same.
         saturated: a width grows only if its effective rank (Roy and Vetterli 2007) over its size reaches this, 0 … 1.
@@ -119,7 +120,7 @@ class Budget:
         """Proposals for a target above the cost, which is filled if `fills`, or below it."""
         known, graph = context.statistics, context.graph
         tried = context.trials() if self.trials else {}
-        tops = {name: self._largest(width) for name, width in known.items()}
+        tops = {name: self._largest(width, graph.widths[name]) for name, width in known.items()}
         tested = self._tested(context, tops) if context.costs.at(self.kind, {}) >= target else {}
         curves = {name: self._curve(width, tried.get(name), tops[name]) for name, width in known.items()}
         start = {name: tested.get(name, width.size) for name, width in known.items()}
@@ -138,7 +139,9 @@ class Budget:
         return any(
             size > width.size and context.costs.at(self.kind, {name: size}) <= target
             for name, width in context.statistics.items()
-            for size in self._options(width, context.graph.widths[name], self._largest(width))
+            for size in self._options(
+                width, context.graph.widths[name], self._largest(width, context.graph.widths[name])
+            )
         )
 
     def _tested(self, context: PolicyContext, tops: Mapping[str, int]) -> dict[str, int]:
@@ -160,22 +163,25 @@ class Budget:
         least = (above - below) / (high - low)
         return [*hull, (top, below - math.log1p(self.trust * least * (top - width.size)))]
 
-    def _largest(self, width: WidthStatistics) -> int:
+    def _step(self, width: Width) -> int:
+        """The units of which its sizes are multiples."""
+        return math.lcm(self.multiple, width.step)
+
+    def _largest(self, statistics: WidthStatistics, width: Width) -> int:
         """The size up to which a width may grow in one event."""
-        may = self.growth and width.growable
-        if not may or effective_rank(width.spectrum) < self.saturated * width.size:
+        may = self.growth and statistics.growable
+        if not may or effective_rank(statistics.spectrum) < self.saturated * width.size:
             return width.size
-        return width.size + max(math.floor(self.growth * width.size), self.multiple - width.size % self.multiple)
+        step = self._step(width)
+        return width.size + max(math.floor(self.growth * width.size), step - width.size % step)
 
     def _options(self, statistics: WidthStatistics, width: Width, top: int) -> list[int]:
         """Sizes that a width may take now, ascending."""
-        size = statistics.size
-        if size < self.multiple:
+        size, step = statistics.size, self._step(width)
+        if size < step:
             return [size]
-        least = max(size - math.floor(self.largest_step * size), smallest(width), min(self.smallest, size))
-        sizes = [each for each in range(self.multiple, top + 1, self.multiple) if each >= least]
-        # Between two multiples, where one event cannot reach the next one.
-        return sizes or [size]
+        least = max(lowest(size, self.largest_step, step), smallest(width), min(self.smallest, size))
+        return [each for each in range(step, top + 1, step) if each >= least] or [size]
 
     def _fitted(
         self,

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from evolvenet.errors import PolicyError
 from evolvenet.measurement.cost import Costs
 from evolvenet.measurement.width_spectra import WidthStatistics
-from evolvenet.policies.base import PolicyContext, Proposal, check_fields, enlarged
+from evolvenet.policies.base import PolicyContext, Proposal, check_fields, enlarged, lowest
 from evolvenet.policies.budget import KINDS
 from evolvenet.pruning.allocation import Curve, convex, loss_at, smallest
 
@@ -96,10 +96,10 @@ class Price:
         return max(0.0, 1 - progress / self.settle) if self.settle else 1.0
 
     def _cut(self, context: PolicyContext, width: WidthStatistics, curve: Curve) -> int:
-        """The smallest size with every unit above it below the price."""
-        step = math.floor(self.largest_step * self._pace(context.progress) * width.size)
-        least = max(self.smallest, smallest(context.graph.widths[width.width]), width.size - max(1, step))
-        size = width.size
+        """The smallest size with every unit above it below the price, or the next one that the width may have above that."""
+        size, sizes = width.size, context.graph.widths[width.width]
+        slowest = lowest(size, self.largest_step * self._pace(context.progress), sizes.step)
+        least = max(self.smallest, smallest(sizes), min(slowest, size - 1))
         if width.last_change > 0 and self._cools_down(width):
             return size
         while size > least:
@@ -107,7 +107,7 @@ class Price:
             if loss >= self._charge(context, self._saved(context.costs, width, size - 1, size)):
                 break
             size -= 1
-        return size
+        return sizes.rounded(size)
 
     def _grown(self, context: PolicyContext, width: WidthStatistics, curve: Curve) -> dict[str, Proposal]:
         if not width.growable or (width.last_change < 0 and self._cools_down(width)) or width.size == 1:
@@ -115,6 +115,7 @@ class Price:
         below = width.size - 1
         loss, saved = loss_at(curve, below), self._saved(context.costs, width, below, width.size)
         size = enlarged(width, self.growth * self._pace(context.progress))
+        size = context.graph.widths[width.width].rounded(size)
         if size == width.size or loss <= self.band * self._charge(context, saved):
             return {}
         return {width.width: Proposal(size, self._why(context, width, below, loss))}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -11,7 +10,7 @@ from evolvenet.graph.width_graph import WidthGraph
 from evolvenet.growth.loss_test import Evidence
 from evolvenet.linalg.spectrum import effective_rank, energy_shares, units_for_energy
 from evolvenet.measurement.width_spectra import WidthStatistics
-from evolvenet.policies.base import PolicyContext, Proposal, check_fields, enlarged
+from evolvenet.policies.base import PolicyContext, Proposal, check_fields, enlarged, lowest
 
 
 @dataclass(frozen=True)
@@ -81,7 +80,7 @@ class Threshold:
         if not found and self.max_parameters is not None and graph.parameters > self.max_parameters:
             return self._shrink_anyway(context)
         sizes = {name: proposal.size for name, proposal in found.items()}
-        larger = {name: self._larger(known[name]) for name in saturated}
+        larger = {name: graph.widths[name].rounded(self._larger(known[name])) for name in saturated}
         larger = {name: size for name, size in larger.items() if size > known[name].size}
         larger = {name: size for name, size in larger.items() if self._fits(graph, {**sizes, name: size})}
         tests = context.loss_tests(larger) if larger and self.certain else {}
@@ -108,8 +107,9 @@ class Threshold:
         if width.last_change >= 0 and self._cools_down(width):
             return None
         kept = units_for_energy(width.spectrum, prune)
-        slowest = width.size - math.floor(self.largest_step * width.size)
-        size = max(kept, slowest, self.smallest, graph.widths[width.width].smallest)
+        sizes = graph.widths[width.width]
+        slowest = lowest(width.size, self.largest_step, sizes.step)
+        size = sizes.rounded(max(kept, slowest, self.smallest, sizes.smallest))
         if size >= width.size:
             return None
         gone = width.size - size

@@ -41,8 +41,9 @@ class WidthEvolutionCallback(EvolutionCallback, TrainerCallback):
     and "evolve/macs" are added to what the trainer logs.
 
     Args:
-        policy, every_n_epochs, every_n_steps, start_step, stop, example_inputs, calibration_batches, seed: see
-            `evolvenet.engine.evolution_callback.EvolutionCallback`. An event measures on the last training batches.
+        policy, every_n_epochs, every_n_steps, start_step, stop, example_inputs, calibration_batches, seed, network, fixed,
+            multiple: see `evolvenet.engine.evolution_callback.EvolutionCallback`. An event measures on the last training
+            batches.
 
     Raises:
         PolicyError: for values out of range, a policy without a method `propose`, or one that takes cuts back.
@@ -75,6 +76,7 @@ class WidthEvolutionCallback(EvolutionCallback, TrainerCallback):
         """Refuse what cannot work, and take up where a checkpoint was written."""
         show_messages()
         _refuse_several_devices(args)
+        self.restriction.check(name for name, _ in model.named_modules())
         register_reshape_before_load(model)
         self._stop_recording()
         self.evolver, self._inputs, self._timer = None, self.example_inputs, EventTimer(self.schedule)
@@ -149,7 +151,10 @@ class WidthEvolutionCallback(EvolutionCallback, TrainerCallback):
 
     def _start(self, model: nn.Module, optimizer: Optimizer, state: TrainerState) -> None:
         inner = _unwrapped(optimizer)
-        self.evolver = Evolver(model, inner, self.policy, self._inputs, self.calibration_batches, self.seed)
+        self.evolver = Evolver(
+            model, inner, self.policy, self._inputs, self.calibration_batches, self.seed, network=self.network,
+            fixed=self.fixed, multiple=self.multiple,
+        )  # fmt: skip
         if self._resumed is not None:
             self.evolver.load_state_dict(self._resumed)
         self.evolver.observe(self._inputs)

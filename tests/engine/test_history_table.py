@@ -63,6 +63,12 @@ def test_a_table_of_many_widths_stays_short_and_sums_up_the_rest(count: int, shr
     assert ("other widths that changed" in text) == (shrunk > 30 and count > 30)
 
 
+def test_reasons_that_differ_in_their_module_alone_are_counted_together() -> None:
+    history = small()
+    history.frozen = {f"b{place}": f"aten::embedding in b{place} (Embedding) looks up rows" for place in range(4)}
+    assert "4 × aten::embedding in … (Embedding) looks up rows" in str(history)
+
+
 def test_the_html_has_no_colours_of_its_own_and_escapes_reasons() -> None:
     history = small()
     history.frozen["x"] = "reads <tensor>"

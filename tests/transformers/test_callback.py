@@ -78,6 +78,19 @@ def test_widths_change_while_training(options: dict[str, Any], tmp_path: Path) -
     assert all(0 < loss < 10 for loss in losses)
 
 
+def test_only_what_was_chosen_changes(tmp_path: Path) -> None:
+    for options, expected in (
+        ({"network": "bert.encoder"}, {HEADS: 5, INNER: 20}),
+        ({"fixed": ["bert.embeddings", "*.self"]}, {INNER: 20}),
+    ):
+        trainer(tmp_path, bert(), callback := evolution(expected, **options)).train()
+        assert events(callback).events[0].sizes == expected
+    trainer(tmp_path, bert(), callback := evolution(multiple=16)).train()
+    assert events(callback).events[0].sizes == {STREAM: 32, HEADS: 8, INNER: 32}
+    with pytest.raises(PolicyError, match=r"'bert\.encode', which matches none"):
+        trainer(tmp_path, bert(), evolution(network="bert.encode")).train()
+
+
 def test_what_is_logged_says_the_size(tmp_path: Path) -> None:
     seen = []
 
