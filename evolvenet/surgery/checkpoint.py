@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from evolvenet._compat.torch import load_state_dict_pre_hooks, own_tensors, state_dict_metadata
+from evolvenet._compat.torch import load_state_dict_pre_hooks, state_dict_metadata
 from evolvenet.errors import RecordError, ResizeError
 from evolvenet.graph.index_map import laid_out_as
 from evolvenet.graph.width_graph import WidthGraph
-from evolvenet.surgery.module_handlers import attributes, refresh
+from evolvenet.surgery.module_handlers import attributes, refresh, shape_sources
 from evolvenet.surgery.module_replacement import (
     Record,
     behind,
@@ -231,7 +231,7 @@ def fit_shapes(
     planned = _shapes_there(model, prefix, {**state, **{prefix + name: tensor for name, tensor in hidden.items()}})
     updates: list[tuple[nn.Module, dict[str, Any]]] = []
     for path, module in model.named_modules():
-        local = own_tensors(module)
+        local = shape_sources(module)
         shapes = {name: planned.get(tensor, tuple(tensor.shape)) for name, tensor in local.items()}
         if any(shapes[name] != tuple(tensor.shape) for name, tensor in local.items()):
             updates.append((module, _numbers(f"{prefix}{path}." if path else prefix, module, shapes)))

@@ -16,14 +16,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import singledispatch
-from typing import Any
+from typing import Any, cast
 
-from torch import nn
-from torch.nn.utils.parametrize import ParametrizationList
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 
 # Private in torch, public in `_compat`: pyright goes by the name that torch gives them.
 # pyright: reportPrivateUsage=false
-from evolvenet._compat.torch import ConvNd, ConvTransposeNd, NormBase, WeightNorm, renew_flat_weights
+from evolvenet._compat.torch import ConvNd, ConvTransposeNd, NormBase, WeightNorm, own_tensors, renew_flat_weights
 from evolvenet.errors import ResizeError
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -156,6 +156,23 @@ def _(module: nn.MultiheadAttention, shapes: Shapes) -> dict[str, Any]:
         return {"embed_dim": width, "kdim": width, "vdim": width}
     width = shapes["q_proj_weight"][0]
     return {"embed_dim": width, "kdim": shapes["k_proj_weight"][1], "vdim": shapes["v_proj_weight"][1]}
+
+
+def original_name(made_by: nn.Module) -> str:
+    """The tensor that a parametrized one takes its shape from: of a length and directions, the directions."""
+    sources = [*made_by.named_parameters(recurse=False), *made_by.named_buffers(recurse=False)]
+    return max(sources, key=lambda source: source[1].numel())[0]
+
+
+def shape_sources(module: nn.Module) -> dict[str, Tensor]:
+    """Each of a module's tensors by local name, or of one that a parametrization computes, the one that has its shape.
+
+    >>> from torch.nn.utils.parametrizations import weight_norm
+    >>> {name: tuple(tensor.shape) for name, tensor in shape_sources(weight_norm(nn.Linear(4, 3))).items()}
+    {'bias': (3,), 'weight': (3, 4)}
+    """
+    made = cast(nn.ModuleDict, module.parametrizations).items() if is_parametrized(module) else ()
+    return own_tensors(module) | {name: own_tensors(made_by)[original_name(made_by)] for name, made_by in made}
 
 
 GATES = {"LSTM": 4, "GRU": 3, "RNN_TANH": 1, "RNN_RELU": 1}

@@ -17,7 +17,7 @@ from evolvenet.errors import ResizeError, SpectrumError, stage
 from evolvenet.graph.index_map import NEW_UNIT, IndexMap, laid_out_as
 from evolvenet.graph.naming import named_tensors
 from evolvenet.graph.width_graph import WidthGraph
-from evolvenet.surgery.module_handlers import Shapes, attributes, new_unit_value, refresh
+from evolvenet.surgery.module_handlers import Shapes, attributes, new_unit_value, original_name, refresh
 
 
 @dataclass(frozen=True)
@@ -117,15 +117,9 @@ def _local_shapes(path: str, module: nn.Module, graph: WidthGraph) -> dict[str, 
     prefix = f"{path}." if path else ""
     own = {name: prefix + name for name in own_tensors(module)}
     made = cast(nn.ModuleDict, module.parametrizations).items() if is_parametrized(module) else ()
-    own |= {name: f"{prefix}parametrizations.{name}.{_original(made_by)}" for name, made_by in made}
+    own |= {name: f"{prefix}parametrizations.{name}.{original_name(made_by)}" for name, made_by in made}
     found = {name: graph.aliases.get(full, full) for name, full in own.items()}
     return {name: full for name, full in found.items() if full in graph.shapes}
-
-
-def _original(made_by: nn.Module) -> str:
-    """The tensor that a parametrized one takes its shape from: of a length and directions, the directions."""
-    sources = [*made_by.named_parameters(recurse=False), *made_by.named_buffers(recurse=False)]
-    return max(sources, key=lambda source: source[1].numel())[0]
 
 
 def _numbers(path: str, module: nn.Module, shapes: Shapes) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from typing import Any
 
 import lightning
@@ -20,17 +21,18 @@ def evolution() -> WidthEvolution:
 
 
 class Randomness(lightning.Callback):
-    """Saves and restores the state of the random generator, which Lightning leaves to its users."""
+    """Saves and restores the states of torch's and Python's random generators, which Lightning leaves to its users."""
 
     def state_dict(self) -> dict[str, Any]:
-        return {"cpu": torch.random.get_rng_state()}
+        return {"cpu": torch.random.get_rng_state(), "python": random.getstate()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.state = state_dict["cpu"]
+        self.state = state_dict
 
     def on_train_start(self, *args: Any, **_: Any) -> None:
         if hasattr(self, "state"):
-            torch.random.set_rng_state(self.state)
+            torch.random.set_rng_state(self.state["cpu"])
+            random.setstate(self.state["python"])
 
 
 def assert_same(one: Any, two: Any) -> None:

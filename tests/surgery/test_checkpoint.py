@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -117,6 +118,22 @@ def test_a_hook_lets_any_load_fit() -> None:
     fresh[0].register_load_state_dict_pre_hook(reshape_before_load)
     fresh.load_state_dict({f"0.{name}": tensor for name, tensor in model.state_dict().items()})
     assert distance(outputs(fresh, case.inputs()), outputs(model, case.inputs())) == 0
+
+
+@pytest.mark.parametrize("wrap", [nn.utils.parametrizations.weight_norm, nn.utils.parametrizations.spectral_norm])
+def test_a_layer_whose_weight_is_computed_from_others_takes_the_widths_too(wrap: Any) -> None:
+    def build() -> nn.Sequential:
+        return (
+            nn.Sequential(nn.Linear(4, 8), nn.ReLU(), wrap(nn.Linear(8, 6)), nn.ReLU(), nn.Linear(6, 2)).double().eval()
+        )
+
+    x, model, fresh = torch.randn(3, 4, dtype=torch.float64), build(), build()
+    evolvenet.prune(model, trace(model, x), {"0": 5})
+    state = model.state_dict()
+    fit_shapes(fresh, state)
+    fresh.load_state_dict(state)
+    assert fresh[2].in_features == 5
+    assert distance(fresh(x), model(x)) < 1e-12
 
 
 def test_shapes_that_fit_are_left_alone() -> None:
