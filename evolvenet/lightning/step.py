@@ -40,16 +40,21 @@ class ModuleStep:
         assert isinstance(module, LightningModule)
         parameters = dict(module.named_parameters())
         names = parameters if self.written is None else self.written
-        before = {name: (version_of(parameters[name]), parameters[name].detach().clone()) for name in names}
+        before = {name: (_version(parameters[name]), parameters[name].detach().clone()) for name in names}
         try:
             with without_effects(module):
                 return _called(getattr(module, self.name), batch, self.index)
         finally:
-            changed = [name for name, (version, _) in before.items() if version_of(parameters[name]) != version]
+            changed = [name for name, (version, _) in before.items() if _version(parameters[name]) != version]
             with torch.no_grad():
                 for name in changed:
                     parameters[name].copy_(before[name][1])
             self.written = tuple(changed)
+
+
+def _version(parameter: nn.Parameter) -> tuple[int, int]:
+    """Another one after each write: in place, or by `parameter.data = …`, which the version counter leaves out."""
+    return version_of(parameter), parameter.data_ptr()
 
 
 def _called(step: Callable[..., Any], batch: Any, index: int) -> Any:

@@ -124,11 +124,12 @@ def test_parameters_that_a_step_writes_to_are_known_after_its_first_run() -> Non
         def training_step(self, batch: Tensor) -> Tensor:
             with torch.no_grad():
                 self.slow.weight.mul_(0.5)
+                self.slow.bias.data = 0.5 * self.slow.bias.data
             return (self.net(batch) - self.slow(batch)).square().mean()
 
     module = Plain()
-    weight = module.slow.weight.clone()
+    before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
     for _ in range(2):
         model_outputs(module, Step(step, torch.randn(3, 2)))
-        assert step.written == ("slow.weight",)
-        torch.testing.assert_close(module.slow.weight, weight, rtol=0, atol=0)
+        assert step.written == ("slow.weight", "slow.bias")
+        torch.testing.assert_close(dict(module.state_dict()), before, rtol=0, atol=0)
