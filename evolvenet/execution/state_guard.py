@@ -29,6 +29,7 @@ class SavedState:
     Args:
         model: any module.
         with_buffers: whether the values of buffers are saved too.
+        others: objects whose attributes are saved as those of the model's modules are.
 
     >>> layer = nn.ReLU()
     >>> seen = []
@@ -40,7 +41,7 @@ class SavedState:
     []
     """
 
-    def __init__(self, model: nn.Module, with_buffers: bool) -> None:
+    def __init__(self, model: nn.Module, with_buffers: bool, others: Iterable[Any] = ()) -> None:
         self._seen: set[int] = set()
         self._kept_alive: list[Any] = []
         self._containers: list[tuple[Any, Any]] = []
@@ -54,6 +55,8 @@ class SavedState:
         for module in modules:
             for hook in forward_hooks(module):
                 self._save_hook(hook)
+        for other in others:
+            self._save(other)
 
     def restore(self) -> None:
         """Write back what has changed since."""

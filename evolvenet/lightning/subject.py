@@ -15,9 +15,9 @@ from evolvenet.execution.inputs import first_samples
 from evolvenet.execution.routes import runs_until_every_route
 from evolvenet.execution.step import InTurn, Step, run_model
 from evolvenet.graph.serialization import from_state_dict
-from evolvenet.graph.width_graph import Tie, WidthGraph, Widths
+from evolvenet.graph.width_graph import WidthGraph
 from evolvenet.lightning.step import ModuleStep
-from evolvenet.tracing.grouping import NEVER_RAN
+from evolvenet.tracing.reconciled import reconciled
 from evolvenet.tracing.trace import trace
 from evolvenet.tracing.unreached import freeze_possible_inputs, unreached_parameters
 
@@ -170,32 +170,8 @@ def _reconciled(module: LightningModule, alone: Subject, whole: Subject) -> Subj
     beside = [module.get_parameter(prefix + name) for name in unreached_parameters(alone.graph)]
     if unreached_parameters(whole.graph) or any(parameter.requires_grad for parameter in beside):
         return None
-    by_tie = {_place(tie): width for width in whole.graph.widths.values() for tie in width.ties}
-    known = {_place(replace(tie, tensor=prefix + tie.tensor)) for w in alone.graph.resizable for tie in w.ties}
-    if any(_place(tie) not in known for width in whole.graph.resizable for tie in width.ties):
-        return None
-    widths = dict(alone.graph.widths)
-    for width in widths.values():
-        ran = [
-            by_tie[place] for tie in width.ties if (place := _place(replace(tie, tensor=prefix + tie.tensor))) in by_tie
-        ]
-        if width.frozen == NEVER_RAN and ran and ran[0].frozen is not None:
-            widths[width.name] = replace(width, frozen=ran[0].frozen)
-    for width in alone.graph.resizable:
-        ties = {_place(replace(tie, tensor=prefix + tie.tensor)) for tie in width.ties}
-        others = {other.name: other for tie in ties if (other := by_tie.get(tie)) is not None}
-        if len(others) != 1:
-            return None
-        (other,) = others.values()
-        if {_place(tie) for tie in other.ties} != ties:
-            return None
-        if other.frozen is not None:
-            widths[width.name] = replace(width, frozen=other.frozen, patches=())
-    return replace(alone, graph=replace(alone.graph, widths=Widths(widths)))
-
-
-def _place(tie: Tie) -> tuple[str, int, int]:
-    return tie.tensor, tie.dim, tie.repeat
+    graph = reconciled(alone.graph, whole.graph, alone.path)
+    return None if graph is None else replace(alone, graph=graph)
 
 
 def extended(subject: Subject, module: LightningModule, step: ModuleStep, batch: Any, settle: Settle) -> Subject:

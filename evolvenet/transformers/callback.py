@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -13,9 +14,14 @@ from evolvenet.engine.announcements import announce_end, show_messages
 from evolvenet.engine.event_timer import EventState, EventTimer
 from evolvenet.engine.evolution_callback import EvolutionCallback
 from evolvenet.engine.evolver import Evolver
+from evolvenet.engine.invariants import check_resizable
 from evolvenet.errors import MissingPackageError, PolicyError, TraceError, UnsupportedStrategyError
 from evolvenet.execution.call_recorder import CallRecorder
+from evolvenet.execution.step import Step
+from evolvenet.execution.step_recorder import StepRecorder
+from evolvenet.graph.serialization import from_state_dict
 from evolvenet.surgery.checkpoint import fit_shapes, register_reshape_before_load
+from evolvenet.tracing.unreached import warn_of_unreached
 
 try:
     from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -24,6 +30,8 @@ except ModuleNotFoundError as error:
         f"evolvenet.transformers: expected the transformers library, got {error}. Install it with pip install "
         "'evolvenet[transformers]'."
     ) from error
+
+from evolvenet.transformers.loss import LossStep, running_trainer, trace_with_loss
 
 # Callbacks that are restored by transformers itself are built anew from JSON, which cannot hold a policy. Under a name
 # that is no callback's it leaves the entry alone, in the checkpoint and on the way back.
@@ -35,10 +43,14 @@ class WidthEvolutionCallback(EvolutionCallback, TrainerCallback):
     """Prunes and grows the widths of the model that a `transformers.Trainer` trains.
 
     Give it to `Trainer(callbacks=[...])`, so that `trainer.train(resume_from_checkpoint=True)` takes the checkpoint's
-    widths; a callback that is added later comes too late for that. The model is traced on the first training batch.
-    Events happen between two optimizer steps. `logging.getLogger("evolvenet")` gets one line an event, and a table at the
-    end of the training; they appear on stderr unless it or the root logger has been set up otherwise. "evolve/parameters"
-    and "evolve/macs" are added to what the trainer logs.
+    widths; a callback that is added later comes too late for that. Events happen between two optimizer steps.
+    `logging.getLogger("evolvenet")` gets one line an event, and a table at the end of the training; they appear on stderr
+    unless it or the root logger has been set up otherwise. "evolve/parameters" and "evolve/macs" are added to what the
+    trainer logs.
+
+    The model is traced on the first training batch. Where the trainer has a `compute_loss` of its own (distillation,
+    contrastive losses, losses of hidden states), that is traced, and statistics and trials run on it. A width that modules
+    of the trainer itself read, a projection beside the model for example, keeps its size.
 
     Args:
         policy, every_n_epochs, every_n_steps, start_step, stop, example_inputs, calibration_batches, seed, network, fixed,
@@ -63,6 +75,9 @@ class WidthEvolutionCallback(EvolutionCallback, TrainerCallback):
                 "in your own loop."
             )
         self._inputs: Any = None
+        self._loss: LossStep | None = None
+        self._steps: StepRecorder | None = None
+        self._recording = ExitStack()
 
     def on_init_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **unused: Any
@@ -80,6 +95,9 @@ class WidthEvolutionCallback(EvolutionCallback, TrainerCallback):
         register_reshape_before_load(model)
         self._stop_recording()
         self.evolver, self._inputs, self._timer = None, self.example_inputs, EventTimer(self.schedule)
+        running = running_trainer()
+        loss = None if running is None else LossStep(running)
+        self._loss = loss if loss is not None and loss.is_own else None
         self._resumed = _evolver_state(state)
         if self._resumed is not None:
             fit_shapes(model, {}, record=self._resumed["note"])
@@ -94,7 +112,7 @@ class WidthEvolutionCallback(EvolutionCallback, TrainerCallback):
         **unused: Any,
     ) -> None:
         """Trace once the first inputs are known, change widths when an event is due, record the step's batches."""
-        if self.evolver is None and self._inputs is not None:
+        if self.evolver is None and (self._steps.calls() if self._loss and self._steps else self._inputs is not None):
             self._start(model, optimizer, state)
         epoch = state.epoch or 0.0
         progress = state.global_step / max(state.max_steps, 1)
@@ -104,19 +122,20 @@ class WidthEvolutionCallback(EvolutionCallback, TrainerCallback):
             self.evolver.step(at=state.global_step, progress=progress)
             self._timer.finish()
             self._save_state(self.evolver, state)
-        self._recorder = CallRecorder({"": model}, self.calibration_batches)
+        self._record(model)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **unused: Any
     ) -> None:
         """Stop recording: the model has no hooks of ours while it is evaluated or saved."""
-        for inputs, gradients in self._recorder.calls("") if self._recorder else ():
-            if self.evolver is not None:
+        calls = list(self._recorder.calls("")) if self._recorder else []
+        if self.evolver is None:
+            self._inputs = calls[0][0] if calls and self._inputs is None else self._inputs
+        else:
+            for inputs, gradients in self._steps.calls() if self._follows_loss and self._steps else calls:
                 self.evolver.observe(inputs, gradients)
-            elif self._inputs is None:
-                self._inputs = inputs
         self._stop_recording()
-        if self._inputs is None and self.evolver is None:
+        if self._inputs is None and self.evolver is None and self._loss is None:
             raise TraceError(
                 f"A training step has run without calling the {type(model).__name__} itself, so there is nothing to trace. "
                 "Call model(...) in compute_loss, or give WidthEvolutionCallback(example_inputs=...)."
@@ -149,15 +168,42 @@ class WidthEvolutionCallback(EvolutionCallback, TrainerCallback):
             best = TrainerState.load_from_json(str(Path(state.best_model_checkpoint, "trainer_state.json")))
             fit_shapes(model, {}, record=(_evolver_state(best) or {}).get("note"))
 
+    @property
+    def _follows_loss(self) -> bool:
+        return self.evolver is not None and isinstance(self.evolver.example_inputs, Step)
+
+    def _record(self, model: nn.Module) -> None:
+        """Record the model's calls, and its trainer's where what is traced is the loss, or not known yet."""
+        if not self._follows_loss:
+            self._recorder = CallRecorder({"": model}, self.calibration_batches)
+        self._steps = None
+        if self._loss is not None and (self.evolver is None or self._follows_loss):
+            self._steps = StepRecorder(model, self.calibration_batches)
+            self._recording.enter_context(self._loss.recorded_by(self._steps))
+
+    def _stop_recording(self) -> None:
+        super()._stop_recording()
+        self._recording.close()
+
     def _start(self, model: nn.Module, optimizer: Optimizer, state: TrainerState) -> None:
+        inputs, graph = self._inputs, None
+        if self._loss is not None and self._steps is not None:
+            step = Step(self._loss, self._steps.calls()[0][0])
+            if self._resumed is None:
+                inputs, graph = trace_with_loss(model, inputs, step)
+                check_resizable(model, graph)
+                warn_of_unreached(graph)
+            else:
+                inputs = step if self._resumed.get("follows_loss") else inputs
+                graph = from_state_dict(self._resumed["graph"])
         inner = _unwrapped(optimizer)
         self.evolver = Evolver(
-            model, inner, self.policy, self._inputs, self.calibration_batches, self.seed, network=self.network,
+            model, inner, self.policy, inputs, self.calibration_batches, self.seed, graph=graph, network=self.network,
             fixed=self.fixed, multiple=self.multiple,
         )  # fmt: skip
         if self._resumed is not None:
             self.evolver.load_state_dict(self._resumed)
-        self.evolver.observe(self._inputs)
+        self.evolver.observe(inputs)
         self._inputs = None
         self._timer.start()
         self._save_state(self.evolver, state)
@@ -171,6 +217,7 @@ class WidthEvolutionCallback(EvolutionCallback, TrainerCallback):
             **saved,
             "batches": [],
             "gradients": [],
+            "follows_loss": isinstance(evolver.example_inputs, Step),
             "note": {**saved["note"], "buffers": {}},
         }
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import (
     BertForMaskedLM,
     BertForTokenClassification,
@@ -20,7 +20,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from evolvenet import MissingPackageError, PolicyError, Threshold, Tolerance, TraceError, UnsupportedStrategyError
+from evolvenet import MissingPackageError, PolicyError, Threshold, Tolerance, UnsupportedStrategyError
 from evolvenet.engine.history import History
 from evolvenet.transformers.callback import WidthEvolutionCallback
 from tests.helpers.policies import Fixed
@@ -198,17 +198,6 @@ def test_example_inputs_are_traced_before_the_first_batch(tmp_path: Path) -> Non
     callback = evolution(example_inputs={name: row[None] for name, row in sentences(1)[0].items()}, every_n_steps=1)
     trainer(tmp_path, bert(), callback, max_steps=2).train()
     assert [event.sizes[INNER] for event in events(callback).events] == [20]
-
-
-def test_a_model_that_is_not_called_is_refused(tmp_path: Path) -> None:
-    class Detour(Trainer):
-        def compute_loss(self, model: Any, inputs: Any, *unused: Any, **options: Any) -> Tensor:
-            return model.bert(inputs["input_ids"]).last_hidden_state.square().mean()
-
-    run = trainer(tmp_path, bert(), evolution())
-    run.__class__ = Detour
-    with pytest.raises(TraceError, match="without calling the BertForTokenClassification itself"):
-        run.train()
 
 
 def test_calls_in_eval_mode_within_a_step_are_not_heard(tmp_path: Path) -> None:
