@@ -126,22 +126,17 @@ class ReplicaDiscovery:
         )
         return frozen_tensors(graph, [tensor for tensor in graph.layouts if tensor.startswith(starts)], reason)
 
-    def models_to_update(
-        self, network: nn.Module, graph: WidthGraph, optimizers: Iterable[Optimizer]
-    ) -> list[nn.Module]:
+    def models_to_update(self, network: nn.Module, graph: WidthGraph) -> list[nn.Module]:
         """Models with the network's tensor names that must go through its change, each with replicas in place of their sources.
 
         Raises:
             SkippedEvent: if it is not known whether a copy follows, or which of several modules it is a copy of.
         """
         found: list[tuple[str, nn.Module]] = []
-        state = _with_state(optimizers)
         for name, source in self.united.items() if self.declared is None else ():
             if _digest(self._modules[name]) == self._start[name]:
                 raise _unsettled(name, source)
         for replica in self._replicas(network, graph):
-            if _is_trained(replica.module, state):
-                continue
             if (path := self._followed(replica)) is not None:
                 self.moved[replica.name] = path
                 found.append((path, replica.module))
@@ -175,8 +170,8 @@ class ReplicaDiscovery:
         return paths[0]
 
     def _replicas(self, network: nn.Module, graph: WidthGraph) -> Iterator[Replica]:
-        """Outermost modules that did not run and have the shape of one whose widths can change."""
-        resizable = _resizable_ids(network, graph)
+        """Outermost modules that did not run, are not trained, and have the shape of one whose widths can change."""
+        resizable, state = _resizable_ids(network, graph), _with_state(self._optimizers())
         tensors, _, _ = named_tensors(network)
         ran = {id(tensors[name]) for name in tensors_that_ran(graph)}
         inside = _paths(network)
@@ -185,7 +180,8 @@ class ReplicaDiscovery:
             kind = _signature(module)
             if kind is None or any(name.startswith(f"{outer}.") for outer in taken) or _is_traced(module, ran):
                 continue
-            if self.declared is not None and name not in self.declared:
+            # Trained: an expert, say, that the few traced samples did not reach, and others did.
+            if (self.declared is not None and name not in self.declared) or _is_trained(module, state):
                 continue
             others = self._alike(name) if self.declared is None else [self.declared[name]]
             sources = {

@@ -219,7 +219,7 @@ class LightningEvolution(EvolutionCallback):
         if self.evolver is None or self._replicas is None:
             return self._averages
         evolver = self.evolver
-        return [*self._averages, *self._replicas.models_to_update(evolver.model, evolver.graph, evolver.optimizers)]
+        return [*self._averages, *self._replicas.models_to_update(evolver.model, evolver.graph)]
 
     def _record(self, evolver: Evolver) -> WidthRecord:
         record = WidthRecord.of(evolver.model, evolver.graph, self._subject.path if self._subject else "")

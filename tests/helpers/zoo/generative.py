@@ -285,7 +285,7 @@ GENERATIVE = {
     "autoencoder": Entry(AutoEncoder, ("encoder.0", "encoder.2", "decoder.0")),
     "vae": Entry(VAE, ("encoder", "mu", "decoder")),
     "gan with gradient reversal": Entry(GradientReversalGAN, ("generator", "discriminator")),
-    "gan with two optimizers": Entry(GAN, ("generator",)),
+    "gan with two optimizers": Entry(GAN, ("generator", "discriminator")),
     "wgan-gp": Entry(WGANGP, ("generator", "critic")),
     "diffusion with ema": Entry(Diffusion, ("model", "ema")),
 }

@@ -242,7 +242,11 @@ class GraphConvolution(LightningModule):
 
 TABULAR = {
     "multi-task with uncertainties": Entry(MultiTask, ("backbone", "heads.label", "heads.norm")),
-    "mixture of experts": Entry(MixtureOfExperts, skipped="reconstruction failed", not_exported="data-dependent"),
+    "mixture of experts": Entry(
+        MixtureOfExperts,
+        ("embed", "experts.0", "experts.1", "experts.2", "experts.3", "head"),
+        not_exported="data-dependent",
+    ),
     "lora": Entry(LoRA, ("model",)),
     "ewc": Entry(ElasticWeights, ("net",)),
     "message passing": Entry(GraphNetwork, ("embed", "rounds.0", "rounds.1", "readout")),
