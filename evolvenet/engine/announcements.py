@@ -7,9 +7,15 @@ from __future__ import annotations
 
 import logging
 import sys
+from typing import TYPE_CHECKING
 
 from evolvenet.engine.distributed import process_group
-from evolvenet.engine.history import Event, History
+from evolvenet.engine.history import Event
+from evolvenet.engine.run_checks import missed, warn
+from evolvenet.graph.width_graph import WidthGraph
+
+if TYPE_CHECKING:
+    from evolvenet.engine.evolver import Evolver
 
 log = logging.getLogger("evolvenet")
 
@@ -37,6 +43,15 @@ def show_messages() -> None:
         log.setLevel(logging.INFO)
     if not log.handlers:
         log.addHandler(ConsoleHandler())
+
+
+def announce_start(graph: WidthGraph) -> None:
+    """Log how much of a network can change."""
+    if process_group().rank:
+        return
+    can, share = len(graph.resizable), f"{graph.coverage:.1%}".replace("%", " %")
+    widths = "1 width that can change holds" if can == 1 else f"{can} widths that can change hold"
+    log.info("%s %s of the %s parameters; %d frozen", widths, share, f"{graph.parameters:,}", len(graph.reasons))
 
 
 def announce(event: Event) -> None:
@@ -70,10 +85,22 @@ def line(event: Event) -> str:
     return f"step {event.step}: {event.parameters_before:,} → {event.parameters:,} parameters, {widths}, {seconds}"
 
 
-def announce_end(history: History | None) -> None:
-    """Log the table of a run that has ended."""
-    if history is not None and not process_group().rank:
-        log.info("widths at the end of the run:\n%s", history)
+def announce_end(evolver: Evolver | None, before: int = 0) -> None:
+    """Log the table of a run that has ended, and warn if no event took place in it, or if the policy has missed its aim.
+
+    Args:
+        evolver: of the run; None if there was nothing to trace in it.
+        before: events of the history that took place before this run.
+    """
+    if evolver is None or process_group().rank:
+        return
+    log.info("widths at the end of the run:\n%s", evolver.history)
+    if len(evolver.history.events) == before:
+        warn(
+            "No event took place in this run: it ended before the first one was due and measured. Take a smaller "
+            "every_n_epochs, every_n_steps or start_step, a larger stop, or a longer run."
+        )
+    warn(missed(evolver))
 
 
 def short_number(number: float) -> str:

@@ -30,6 +30,7 @@ from evolvenet.engine.functional import as_list
 from evolvenet.engine.history import Event, History, WidthChange, changed, count_changes
 from evolvenet.engine.invariants import ModelReference, check_resizable, validate
 from evolvenet.engine.original_widths import OriginalWidths, at_first_sizes
+from evolvenet.engine.run_checks import unreachable, warn
 from evolvenet.engine.snapshot import PendingCut, Snapshot, roll_back
 from evolvenet.engine.transaction import Transaction
 from evolvenet.errors import RankMismatchError, stage
@@ -126,8 +127,8 @@ class Evolver:
         self._buffer = BatchBuffer(example_inputs, calibration_batches)
         self._observed = self._events = 0
         self._changed: dict[str, Sequence[int]] = {}
-        self._seed = seed
-        self._failures = FailurePolicy()
+        self._failures, self._seed = FailurePolicy(), seed
+        warn(unreachable(policy, model, self.graph, self.example_inputs))
 
     @property
     def off(self) -> str | None:

@@ -14,19 +14,22 @@ from evolvenet.engine.announcements import announce_end, show_messages
 from evolvenet.engine.event_timer import EventState
 from evolvenet.engine.history import History
 from evolvenet.engine.replica_discovery import ReplicaDiscovery
+from evolvenet.engine.run_checks import warn
 from evolvenet.lightning.evolution import LightningEvolution
 from evolvenet.lightning.guard import StepGuard
 from evolvenet.lightning.loading import install
 from evolvenet.lightning.module import (
+    logging_muted,
     modules_to_search,
     optimizers_of,
     weight_averages,
 )
 from evolvenet.lightning.recording import SubjectRecorder
+from evolvenet.lightning.run_length import length_problem, progress_of
 from evolvenet.lightning.trainer_parts import (
     check_strategy,
+    default_dtype,
     metric_of,
-    progress_of,
     shown_in_progress_bar,
 )
 from evolvenet.surgery.checkpoint import RECORD_KEY, fit_shapes, register_reshape_before_load
@@ -88,13 +91,21 @@ class WidthEvolution(LightningEvolution, Callback):
         if stage == "fit":
             show_messages()
         check_strategy(trainer.strategy)
-        self.restriction.check(name for name, _ in pl_module.named_modules())
         # Other callbacks may have copied the module before this one was asked.
         for module in (pl_module, *weight_averages(trainer, pl_module)):
             register_reshape_before_load(module)
 
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse names that are none of the module's, all of whose parts are there by now."""
+        self.restriction.check(name for name, _ in pl_module.named_modules())
+        self._has_trained = False
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Record what the training step calls the model with."""
+        """Record what the training step calls the model with, and warn if no event falls into the run."""
+        self._has_trained = True
+        self._events_before = len(self.history.events) if self.history else 0
+        if self._resumed is None:
+            warn(length_problem(trainer, pl_module, self.schedule))
         self._module, self._timer.batches_without_call = pl_module, 0
         if self.evolver is not None:
             self._continue_from(pl_module, self.evolver)
@@ -170,7 +181,23 @@ class WidthEvolution(LightningEvolution, Callback):
         """Judge the last cut, leave no hook behind, and log what has become of the widths."""
         self._judge(trainer, pl_module)
         self._remove_hooks()
-        announce_end(self.history)
+        with default_dtype(trainer), logging_muted(pl_module):
+            announce_end(self.evolver, self._events_before)
+        if self.evolver is None and not self._untraceable:
+            warn(
+                "All widths are as they were: the training step has called no module in this run. Call the network as a module "
+                "(self(x) or self.net(x), not self.forward(x)), or give WidthEvolution(example_inputs=...)."
+            )
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Warn if there was nothing to train on."""
+        if not self._has_trained:
+            warn(
+                "No batch was trained on, so all widths are as they were: expected batches and epochs to go, got "
+                f"limit_train_batches={trainer.limit_train_batches}, max_epochs={trainer.max_epochs}, "  # type: ignore[attr-defined]
+                f"max_steps={trainer.max_steps}, of which {trainer.current_epoch} epochs and {trainer.global_step} steps were "
+                "done before. Raise what is too small."
+            )
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Leave no hook behind."""

@@ -13,7 +13,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import nn
 
 from evolvenet._compat.torch import reset_compiled_code
-from evolvenet.engine.announcements import short_number
+from evolvenet.engine.announcements import announce_start, short_number
 from evolvenet.engine.distributed import check_agreement, process_group, run_on_all_ranks
 from evolvenet.engine.event_timer import EventTimer
 from evolvenet.engine.evolution_callback import EvolutionCallback
@@ -31,6 +31,7 @@ from evolvenet.lightning.module import (
     weight_averages,
 )
 from evolvenet.lightning.recording import SubjectRecorder
+from evolvenet.lightning.run_length import progress_of
 from evolvenet.lightning.subject import (
     NETWORK,
     NETWORKS,
@@ -43,7 +44,6 @@ from evolvenet.lightning.subject import (
 from evolvenet.lightning.trainer_parts import (
     default_dtype,
     log_event,
-    progress_of,
     rebuild_ddp,
     shown_in_progress_bar,
 )
@@ -80,6 +80,8 @@ class LightningEvolution(EvolutionCallback):
         self._replicas: ReplicaDiscovery | None = None
         self._averages: list[nn.Module] = []
         self._metric: float | None = None
+        self._has_trained = False
+        self._events_before = 0
 
     def _start_on_all_ranks(
         self, trainer: Trainer, pl_module: LightningModule, find: Callable[[], Subject | None]
@@ -167,13 +169,7 @@ class LightningEvolution(EvolutionCallback):
             self.evolver.observe(*call)
         self._cleanup.callback(self._record(self.evolver).register(pl_module).remove)
         log_event(trainer, self.evolver.history.initial)
-        log.info(
-            "%d resizable widths hold %.1f %% of the %s parameters; %d frozen",
-            len(self.evolver.graph.resizable),
-            100 * self.evolver.graph.coverage,
-            f"{self.evolver.graph.parameters:,}",
-            sum(width.frozen is not None for width in self.evolver.graph.widths.values()),
-        )
+        announce_start(self.evolver.graph)
 
     def _continue_from(self, pl_module: LightningModule, evolver: Evolver) -> None:
         """In a second `fit` with this callback: resume from the first one's evolver, if the network is still the same."""

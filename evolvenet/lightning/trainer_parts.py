@@ -11,7 +11,7 @@ from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
 from lightning.pytorch.strategies.single_xla import SingleDeviceXLAStrategy
 
-from evolvenet._compat.lightning import batches_stepped, forget_static_graph
+from evolvenet._compat.lightning import forget_static_graph
 from evolvenet.engine.history import Event
 from evolvenet.errors import PolicyError, UnsupportedStrategyError
 
@@ -39,12 +39,6 @@ def rebuild_ddp(strategy: Strategy, pl_module: LightningModule) -> None:
         strategy.model = pl_module
         strategy.configure_ddp()
         forget_static_graph(strategy)
-
-
-def progress_of(trainer: Trainer) -> float:
-    """The share of the run that is done, 0 … 1, in the epochs' batches or in `max_steps` (the steps of all optimizers)."""
-    done = batches_stepped(trainer) / trainer.estimated_stepping_batches
-    return max(done, trainer.global_step / trainer.max_steps) if trainer.max_steps > 0 else done
 
 
 def default_dtype(trainer: Trainer) -> AbstractContextManager[Any]:

@@ -114,6 +114,10 @@ class Policy(Protocol):
 
     It should depend on its context alone: then a resumed run is the uninterrupted one, and all ranks agree.
 
+    A policy with an aim may have two methods more, each of which returns a warning or None: `unreachable(costs)`, called when
+    a run starts, and `missed(costs, initial)`, called at its end. `costs` are those of the network at that moment
+    (`evolvenet.measurement.cost.Costs`), `initial` the sizes at the start.
+
     >>> import torch
     >>> from evolvenet import Evolver, Proposal
     >>> class Halve:

@@ -106,6 +106,45 @@ class Budget:
         """New sizes with which the network costs at most what it may now; {} once the budget holds."""
         return self.propose_from(context, context.costs.at(self.kind, context.initial), context.progress)
 
+    def unreachable(self, costs: Costs) -> str | None:
+        """Why no widths of a network cost so little, and what to do; None if some do."""
+        least = {width.name: self._least(width) for width in costs.graph.resizable}
+        fewest, budget = costs.at(self.kind, least), float(getattr(self, self.kind))
+        if fewest <= budget:
+            return None
+        return (
+            f"Budget({self.kind}={getattr(self, self.kind)}) cannot be reached: with every width at its smallest the network has "
+            f"{self._amount(fewest)}. Take a larger budget, a smaller `smallest` or `multiple`, or let more widths change: "
+            "print(evolvenet.trace(model, inputs)) gives the reason for each that keeps its size."
+        )
+
+    def missed(self, costs: Costs, initial: Mapping[str, int]) -> str | None:
+        """By how much a network misses the budget at the end of a run, and what to do; None if it holds.
+
+        Args:
+            costs: of the network as it is.
+            initial: {width: size} at the start of the run.
+        """
+        now, budget = costs.at(self.kind, {}), float(getattr(self, self.kind))
+        below = now < NEAR * budget and costs.at(self.kind, initial) < NEAR * budget
+        if now <= budget and not below:
+            return None
+        return (
+            f"The run has ended at {self._amount(now)}, {'below' if below else 'above'} its budget of {self._amount(budget)}. "
+            "Give it more or larger steps on the way (every_n_steps, largest_step, growth), or a smaller `by`; skipped events "
+            "have a warning of their own."
+        )
+
+    def _amount(self, cost: float) -> str:
+        return f"{cost:.3g} s of latency" if self.kind == "latency" else f"{cost:,.0f} {self.kind}"
+
+    def _least(self, width: Width) -> int:
+        """The smallest size that it may have in the end."""
+        step = self._step(width)
+        if width.size < step:
+            return width.size
+        return -(-max(smallest(width), min(self.smallest, width.size)) // step) * step
+
     def propose_from(self, context: PolicyContext, start: float, progress: float) -> dict[str, Proposal]:
         """As `propose`, on the way from a network that cost `start`, of which a share `progress`, 0 … 1, is done."""
         target, final = self.target(start, progress), progress >= self.by

@@ -15,6 +15,7 @@ from evolvenet.engine.event_timer import EventState, EventTimer
 from evolvenet.engine.evolution_callback import EvolutionCallback
 from evolvenet.engine.evolver import Evolver
 from evolvenet.engine.invariants import check_resizable
+from evolvenet.engine.run_checks import no_event_possible, warn
 from evolvenet.errors import MissingPackageError, PolicyError, TraceError, UnsupportedStrategyError
 from evolvenet.execution.call_recorder import CallRecorder
 from evolvenet.execution.step import Step
@@ -78,6 +79,7 @@ class WidthEvolutionCallback(EvolutionCallback, TrainerCallback):
         self._loss: LossStep | None = None
         self._steps: StepRecorder | None = None
         self._recording = ExitStack()
+        self._events_before = 0
 
     def on_init_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **unused: Any
@@ -99,7 +101,10 @@ class WidthEvolutionCallback(EvolutionCallback, TrainerCallback):
         loss = None if running is None else LossStep(running)
         self._loss = loss if loss is not None and loss.is_own else None
         self._resumed = _evolver_state(state)
-        if self._resumed is not None:
+        self._events_before = len(self._resumed["history"]["events"]) if self._resumed else 0
+        if self._resumed is None:
+            warn(no_event_possible(self.schedule, state.max_steps, epochs=state.num_train_epochs))
+        else:
             fit_shapes(model, {}, record=self._resumed["note"])
 
     def on_step_begin(
@@ -163,7 +168,7 @@ class WidthEvolutionCallback(EvolutionCallback, TrainerCallback):
     ) -> None:
         """Leave no hook behind; the best checkpoint, if it was loaded, brings its numbers along."""
         self._stop_recording()
-        announce_end(self.history)
+        announce_end(self.evolver, self._events_before)
         if args.load_best_model_at_end and state.best_model_checkpoint is not None:
             best = TrainerState.load_from_json(str(Path(state.best_model_checkpoint, "trainer_state.json")))
             fit_shapes(model, {}, record=(_evolver_state(best) or {}).get("note"))

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from evolvenet.engine.history import Event, History, changed
 from evolvenet.errors import MissingPackageError
 from evolvenet.graph.width_graph import WidthGraph
-from evolvenet.lightning.trainer_parts import progress_of
+from evolvenet.lightning.run_length import progress_of
 from evolvenet.measurement.cost import macs, parameters
 from evolvenet.policies.front import Front
 from evolvenet.policies.schedule import Schedule

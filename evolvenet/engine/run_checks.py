@@ -1,0 +1,113 @@
+"""What a run's settings make impossible: a warning when the run starts, and one at its end."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from evolvenet.engine.distributed import process_group
+from evolvenet.graph.width_graph import WidthGraph
+from evolvenet.measurement.cost import Costs
+from evolvenet.policies.schedule import Schedule
+
+if TYPE_CHECKING:
+    from evolvenet.engine.evolver import Evolver
+
+log = logging.getLogger("evolvenet")
+
+UNKNOWN_LENGTH = (
+    "How long this run is to be is not known: expected a data loader with a length, or one of Trainer(max_steps=…), "
+    "Trainer(max_time=…), or max_epochs above 1. Policies and stop={stop:g} are given 0 % of the run as its progress, so budgets "
+    "that are to be reached later are not, and widths never come to rest. Give one of these to the Trainer."
+)
+"""For a run of which no share can be told."""
+
+
+def warn(message: str | None) -> None:
+    """Log a warning on rank 0, if there is one."""
+    if message is not None and not process_group().rank:
+        log.warning("%s", message)
+
+
+def no_event_possible(
+    schedule: Schedule,
+    steps: float | None,
+    epoch_steps: float | None = None,
+    epochs: float | None = None,
+    later: int = 0,
+) -> str | None:
+    """Why no event can take place in a run, and what to do about it; None where one can, or where that is not known.
+
+    Args:
+        schedule: when events come due.
+        steps: optimizer steps of the run; None if they are not known.
+        epoch_steps: optimizer steps of an epoch; None if they are not known.
+        epochs: of the run; None if they are not known.
+        later: optimizer steps that an event takes place after it has come due, at least.
+
+    >>> no_event_possible(Schedule(every_n_steps=100), steps=500) is None
+    True
+    >>> print(no_event_possible(Schedule(every_n_steps=1000), steps=500))
+    No event falls into this run, so all widths stay as they are: the first one is due after 1,000 steps, and the run ends
+    after 500. Take a smaller every_n_steps or a longer run.
+    """
+    name, unit, total, start = "every_n_steps", "steps", steps, max(schedule.start_step, 1)
+    period: float | None = schedule.every_n_steps
+    if period is None:
+        name, period = "every_n_epochs", (schedule.every_n_epochs or 1) * (epoch_steps or 1)
+        if not epoch_steps or not steps:
+            unit, total, start, later = "epochs", epochs, 1, 0
+    if not schedule.stop:
+        why, remedy = "stop=0 leaves no time for one", "a larger stop"
+    elif not total:
+        return None
+    else:
+        first = math.ceil(start / period) * period
+        due = f"the first one is due after {first:,.0f} {unit}"
+        if first >= total:
+            why, remedy = f"{due}, and the run ends after {total:,.0f}", f"a smaller {name} or a longer run"
+            remedy = f"a smaller start_step, {remedy}" if schedule.start_step > period else remedy
+        elif first / total > schedule.stop:
+            why = f"{due} of {total:,.0f}, when more than the share stop={schedule.stop:g} of the run is over"
+            remedy = f"a larger stop, a smaller {name} or a longer run"
+        elif first + later >= total:
+            why = f"{due} and measures on the batches that follow, but the run ends after {total:,.0f}"
+            remedy = f"a smaller {name} or a longer run"
+        else:
+            return None
+    return f"No event falls into this run, so all widths stay as they are: {why}. Take {remedy}."
+
+
+def unreachable(policy: Any, model: nn.Module, graph: WidthGraph, example_inputs: Any) -> str | None:
+    """What the policy cannot reach with this network, as its method `unreachable` tells; None if it has none.
+
+    Args:
+        policy: any.
+        model: is left as it was.
+        graph: its widths.
+        example_inputs: what costs are counted on.
+    """
+    return _told(getattr(policy, "unreachable", None), model, graph, example_inputs)
+
+
+def missed(evolver: Evolver) -> str | None:
+    """What the policy has not reached by the end of a run, as its method `missed` tells; None if it has none."""
+    initial: Mapping[str, int] = evolver.history.initial.sizes
+    tell = getattr(evolver.policy, "missed", None)
+    if tell is None:
+        return None
+    return _told(lambda costs: tell(costs, initial), evolver.model, evolver.graph, evolver.example_inputs)
+
+
+def _told(tell: Callable[[Costs], str | None] | None, model: nn.Module, graph: WidthGraph, inputs: Any) -> str | None:
+    if tell is None:
+        return None
+    try:
+        return tell(Costs.of(model, graph, inputs))
+    except Exception as problem:
+        log.debug("The costs of the network cannot be told", exc_info=problem)
+        return None

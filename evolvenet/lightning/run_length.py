@@ -1,0 +1,71 @@
+"""How long a run of Lightning is, how much of it is done, and whether an event falls into it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Timer
+
+from evolvenet._compat.lightning import batches_stepped
+from evolvenet.engine.distributed import process_group
+from evolvenet.engine.run_checks import UNKNOWN_LENGTH, no_event_possible
+from evolvenet.policies.schedule import Schedule
+
+
+def progress_of(trainer: Trainer) -> float:
+    """The share of the run that is done, 0 … 1, whatever ends it first.
+
+    In the epochs' batches, in `max_steps` (the steps of all optimizers), in whole epochs where a data loader has no length,
+    or in `max_time`; 0 where nothing of it is known.
+    """
+    share = min(1.0, max(_shares(trainer), default=0.0))
+    # Two processes' clocks differ.
+    return process_group().broadcast(share) if _timers(trainer) else share
+
+
+def length_problem(trainer: Trainer, module: LightningModule, schedule: Schedule) -> str | None:
+    """Why no event falls into the run, or no policy knows how much of it is done, and what to do; None if neither is so.
+
+    Args:
+        trainer: at the start of its fit.
+        module: that it trains.
+        schedule: when events come due.
+    """
+    steps, epoch_steps = None, None
+    # Under manual optimization a batch may have any number of steps.
+    if module.automatic_optimization:
+        estimated = trainer.estimated_stepping_batches
+        steps = estimated if 0 < estimated < math.inf else None
+        batches = trainer.num_training_batches
+        epoch_steps = math.ceil(batches / trainer.accumulate_grad_batches) if batches < math.inf else None
+    epochs = trainer.max_epochs if trainer.max_epochs and trainer.max_epochs > 0 else None
+    problem = no_event_possible(schedule, steps, epoch_steps, epochs, later=1)
+    if problem is not None and trainer.fast_dev_run:  # type: ignore[attr-defined]
+        return f"{problem} Or leave fast_dev_run={trainer.fast_dev_run} out, which ends the run so early."  # type: ignore[attr-defined]
+    if problem is None and not any(True for _ in _shares(trainer)):
+        return UNKNOWN_LENGTH.format(stop=schedule.stop)
+    return problem
+
+
+def _shares(trainer: Trainer) -> Iterator[float]:
+    """The share that is done by each measure that is known."""
+    steps, epochs = trainer.estimated_stepping_batches, trainer.max_epochs
+    if math.isfinite(trainer.num_training_batches):
+        if 0 < steps < math.inf:
+            yield batches_stepped(trainer) / steps
+    elif epochs is not None and epochs > 1:
+        yield trainer.current_epoch / epochs
+    if trainer.max_steps > 0:
+        yield trainer.global_step / trainer.max_steps
+    for timer in _timers(trainer):
+        elapsed, remaining = timer.time_elapsed(), timer.time_remaining()
+        if remaining is not None and elapsed + remaining > 0:
+            yield elapsed / (elapsed + remaining)
+
+
+def _timers(trainer: Trainer) -> list[Timer]:
+    """What ends the run after a time: `Trainer(max_time=…)` adds one."""
+    timers = [each for each in trainer.callbacks if isinstance(each, Timer)]  # type: ignore[attr-defined]
+    return [timer for timer in timers if timer.time_remaining() is not None]
