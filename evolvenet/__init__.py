@@ -29,7 +29,8 @@ from evolvenet.errors import (  # noqa: E402
 )
 from evolvenet.graph.index_map import IndexMap  # noqa: E402
 from evolvenet.graph.width_graph import Tie, Width, WidthGraph  # noqa: E402
-from evolvenet.lowrank import layers as _factored_layers  # noqa: E402, F401  registers how checkpoints are factorized
+from evolvenet.lowrank import attention as _attention  # noqa: E402, F401  both register how checkpoints are factorized
+from evolvenet.lowrank import layers as _layers  # noqa: E402, F401
 from evolvenet.measurement.output_spectra import output_spectra  # noqa: E402
 from evolvenet.measurement.residual_spectra import block_spectra  # noqa: E402
 from evolvenet.measurement.width_spectra import WidthStatistics, spectra  # noqa: E402
@@ -46,7 +47,8 @@ from evolvenet.tracing.trace import trace  # noqa: E402
 if TYPE_CHECKING:
     from evolvenet import transformers as transformers
     from evolvenet.lightning.callback import WidthEvolution
-    from evolvenet.lowrank.factorize import factorize, merge
+    from evolvenet.lowrank.factorize import factorize
+    from evolvenet.lowrank.merge import merge
 
 Measure = WidthStatistics
 """The public name that `WidthStatistics` had first."""
@@ -107,7 +109,7 @@ def __getattr__(name: str) -> Any:
     if name == "WidthEvolution":
         return import_module("evolvenet.lightning.callback").WidthEvolution
     if name in ("factorize", "merge"):
-        return getattr(import_module("evolvenet.lowrank.factorize"), name)
+        return getattr(import_module(f"evolvenet.lowrank.{name}"), name)
     if name == "transformers":
         return import_module("evolvenet.transformers")
     raise AttributeError(f"module 'evolvenet' has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""`factorize` and `merge`: layers replaced by chains of factors and back, with the optimizers, all or nothing."""
+"""`factorize`: layers replaced by chains of factors, with the optimizers, all or nothing."""
 
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 from __future__ import annotations
@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from evolvenet._compat.torch import parameter_table
 from evolvenet.errors import FactorizationError
 from evolvenet.graph.naming import named_tensors
+from evolvenet.lowrank.attention import Split, of_projections, split_attentions
+from evolvenet.lowrank.budget import within_budget
 from evolvenet.lowrank.fit import Fitted, fit, observe
-from evolvenet.lowrank.layers import FactoredLayer, factored
+from evolvenet.lowrank.layers import factored
 from evolvenet.lowrank.plan import (
     Choice,
     Rank,
@@ -27,8 +28,8 @@ from evolvenet.lowrank.plan import (
     weights_of,
 )
 from evolvenet.lowrank.report import Factorization, LayerReport
-from evolvenet.surgery.module_replacement import Replacement, exchange_modules, replacements
-from evolvenet.surgery.optimizer_parameters import replace_parameters
+from evolvenet.surgery.module_replacement import exchange_modules
+from evolvenet.surgery.optimizer_parameters import as_list, parameter_names, replace_parameters
 
 
 @torch.no_grad()
@@ -38,12 +39,14 @@ def factorize(
     kinds: str | Mapping[str, str] = "auto",
     batches: Iterable[Any] | None = None,
     optimizers: Optimizer | Sequence[Optimizer] = (),
+    parameters: int | None = None,
+    macs: int | None = None,
 ) -> Factorization:
     """Replace dense layers and convolutions by chains of smaller layers, in place, all or nothing.
 
     A layer whose factors would not have fewer parameters stays whole, and the report says so. The factors are ordinary
     layers in a `FactoredLayer`, which knows its `kind`, its `ranks` and its `merged_weight`. The bias stays the parameter
-    that it was.
+    that it was. `nn.MultiheadAttention` is split into its four projections where one of them is factorized.
 
     Args:
         model: any module.
@@ -59,6 +62,9 @@ def factorize(
             approximate the weights, which is the baseline.
         optimizers: the one or those that hold the model's parameters. Factors take the place of their weight in its parameter
             group, with fresh state.
+        parameters: most parameters of the whole model afterwards, in place of ranks: layers lose energy where it saves the most
+            parameters, see `evolvenet.lowrank.budget`. The ranks are None, or {layer: None} for some layers alone.
+        macs: likewise, most multiply-accumulates for one sample; needs batches.
 
     Returns:
         What became of each layer.
@@ -79,84 +85,47 @@ def factorize(
     >>> bool((model(x) - before).abs().max() < 5e-6)
     True
     """
-    requests = requested(model, ranks, kinds)
-    layers = [request.target for request in requests if request.target.refusal is None]
-    seen = None if batches is None or not layers else observe(model, layers, batches)
-    moments = {} if seen is None else seen.moments
-    choices = [choose(request, moments) for request in requests]
-    chosen = [choice for choice in choices if choice.refusal is None]
-    if seen is None or not chosen:
-        fitted = Fitted({choice.target.name: decomposed(choice, None) for choice in chosen}, {}, {})
-    else:
-        fitted = fit(model, chosen, seen)
-    report = Factorization(tuple(_reported(choice, fitted, moments) for choice in choices))
     with ExitStack() as undo:
-        _install(model, choices, fitted, _as_list(optimizers), undo)
+        named = [*_names(ranks), *_names(kinds)] if isinstance(ranks, Mapping) else None
+        splits = split_attentions(model, named, undo)
+        requests = requested(model, of_projections(ranks, splits), of_projections(kinds, splits))
+        layers = [request.target for request in requests if request.target.refusal is None]
+        seen = None if batches is None or not layers else observe(model, layers, batches)
+        moments = {} if seen is None else seen.moments
+        if parameters is None and macs is None:
+            choices = [choose(request, moments) for request in requests]
+        else:
+            _check_budget(ranks)
+            choices = within_budget(model, requests, seen, most_parameters=parameters, most_macs=macs)
+        chosen = [choice for choice in choices if choice.refusal is None]
+        if seen is None or not chosen:
+            fitted = Fitted({choice.target.name: decomposed(choice, None) for choice in chosen}, {}, {})
+        else:
+            fitted = fit(model, chosen, seen)
+        report = Factorization(tuple(_reported(choice, fitted, moments) for choice in choices))
+        _install(model, choices, fitted, splits, as_list(optimizers), undo)
         undo.pop_all()
     return report
 
 
-def merge(
-    model: nn.Module, names: Iterable[str] | None = None, optimizers: Optimizer | Sequence[Optimizer] = ()
-) -> tuple[str, ...]:
-    """Put whole layers back in the place of factorized ones, in place, all or nothing. The outputs stay the same.
-
-    Args:
-        model: any module.
-        names: paths of the layers; None for all that are factorized.
-        optimizers: the one or those that hold the model's parameters. A weight takes the place of its first factor, with
-            fresh state.
-
-    Returns:
-        The paths of the merged layers.
-
-    Raises:
-        FactorizationError: if there is no factorized layer of a name. Nothing has changed then.
-
-    >>> model = nn.Sequential(nn.Linear(10, 10))
-    >>> _ = factorize(model, 2)
-    >>> merge(model)
-    ('0',)
-    >>> model
-    Sequential(
-      (0): Linear(in_features=10, out_features=10, bias=True)
-    )
-    """
-    there = replacements(model)
-    wanted = list(there) if names is None else list(names)
-    for name in wanted:
-        if name not in there:
-            raise FactorizationError(
-                f"Merge: expected names of factorized layers, got {name!r}. The model has {', '.join(there) or 'none'}."
-            )
-    wholes: dict[nn.Module, nn.Module] = {}
-    replaced: dict[Tensor, list[Tensor]] = {}
-    for module in dict.fromkeys(there[name] for name in wanted):
-        wholes[module] = _whole(module, replaced)
-    with ExitStack() as undo:
-        exchange_modules(model, wholes, undo)
-        replace_parameters(_as_list(optimizers), replaced, _names(model), undo)
-        undo.pop_all()
-    return tuple(wanted)
+def _names(given: object) -> list[str]:
+    return [str(name) for name in given] if isinstance(given, Mapping) else []
 
 
-def _whole(module: Replacement, replaced: dict[Tensor, list[Tensor]]) -> nn.Module:
-    """The whole layer; chains that share their factors share its weight."""
-    whole = module.whole()
-    if isinstance(module, FactoredLayer):
-        first, *rest = (factor.get_parameter("weight") for factor in module.factors)
-        if first in replaced:
-            (weight,) = replaced[first]
-            parameter_table(whole)["weight"] = weight  # type: ignore[assignment]
-        replaced[first] = [whole.get_parameter("weight")]
-        replaced.update({factor: [] for factor in rest})
-    return whole
+def _check_budget(ranks: object) -> None:
+    given = list(ranks.values()) if isinstance(ranks, Mapping) else [ranks]
+    if any(rank is not None for rank in given):
+        raise FactorizationError(
+            f"Factorize: expected no ranks with a budget, which chooses them, got {ranks!r}. "
+            "To factorize some layers alone, pass {layer: None}."
+        )
 
 
 def _install(
     model: nn.Module,
     choices: Sequence[Choice],
     fitted: Fitted,
+    splits: Mapping[str, Split],
     optimizers: Sequence[Optimizer],
     undo: ExitStack,
 ) -> None:
@@ -178,7 +147,16 @@ def _install(
             exchanged[other] = factored(other, kind, choice.ranks, shared=weights)
         replaced[target.layer.get_parameter("weight")] = list(weights)
     exchange_modules(model, exchanged, undo)
-    replace_parameters(optimizers, replaced, _names(model), undo)
+    for split in splits.values():
+        if any(module in exchanged.values() for module in split.made.children()):
+            composed = {
+                old: [new for part in parts for new in replaced.pop(part, [part])]
+                for old, parts in split.replaced.items()
+            }
+            replaced.update(composed)
+        else:
+            exchange_modules(model, {split.made: split.attention}, undo)
+    replace_parameters(optimizers, replaced, parameter_names(model), undo)
 
 
 def _write(tensor: Tensor, value: Tensor) -> None:
@@ -195,11 +173,3 @@ def _reported(choice: Choice, fitted: Fitted, moments: SecondMoments) -> LayerRe
     if error is None:
         error = relative_error(weights_of(choice.target), merged, moments.get(name))
     return LayerReport(name, choice.kind.name, choice.ranks, shape.parameters, choice.parameters, error)
-
-
-def _names(model: nn.Module) -> dict[Tensor, str]:
-    return {parameter: name for name, parameter in model.named_parameters()}
-
-
-def _as_list(optimizers: Optimizer | Sequence[Optimizer]) -> list[Optimizer]:
-    return [optimizers] if isinstance(optimizers, Optimizer) else list(optimizers)

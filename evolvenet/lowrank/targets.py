@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from evolvenet._compat.torch import parameter_table, plain_attributes, runs_forward_of
+from evolvenet.lowrank.attention import SplitAttention, refusal
 from evolvenet.lowrank.base import LayerShape
 from evolvenet.lowrank.layers import FactoredLayer, layer_shape
 
@@ -100,8 +101,11 @@ def _own_refusal(model: nn.Module, path: str, layer: nn.Module, lists: Mapping[i
     if not weight.is_floating_point():
         return f"expected a floating-point weight, got {weight.dtype}: dequantise it first"
     parent = model.get_submodule(path.rpartition(".")[0])
-    if isinstance(parent, (nn.MultiheadAttention, FactoredLayer)):
-        return f"its {type(parent).__name__} uses its weight"
+    if isinstance(parent, nn.MultiheadAttention) and not isinstance(parent, SplitAttention):
+        reason = refusal(parent, {}) or "it was not named" if parent is not model else "it is the model itself"
+        return f"its {type(parent).__name__} multiplies with its weight and is not split: {reason}"
+    if isinstance(parent, FactoredLayer):
+        return "it is a factor already: merge first"
     return lists.get(id(layer))
 
 

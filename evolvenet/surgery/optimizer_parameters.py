@@ -8,7 +8,7 @@ from functools import singledispatch
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import LBFGS, SGD, Adagrad, Optimizer
 
 from evolvenet._compat.torch import LBFGS_SIZE_CACHE
@@ -134,3 +134,13 @@ def _restart(optimizer: LBFGS) -> None:
     optimizer.state.clear()
     optimizer.state[optimizer.param_groups[0]["params"][0]] = {"func_evals": max(evaluations, default=0), "n_iter": 0}
     setattr(optimizer, LBFGS_SIZE_CACHE, None)
+
+
+def as_list(optimizers: Optimizer | Sequence[Optimizer]) -> list[Optimizer]:
+    """One optimizer, or several, as a list."""
+    return [optimizers] if isinstance(optimizers, Optimizer) else list(optimizers)
+
+
+def parameter_names(model: nn.Module) -> dict[Tensor, str]:
+    """{parameter: its first name}."""
+    return {parameter: name for name, parameter in model.named_parameters()}
