@@ -14,6 +14,7 @@ mend_torchvision()  # before anything imports torchvision
 from evolvenet.engine.evolver import Evolver  # noqa: E402
 from evolvenet.engine.functional import grow, prune, resize  # noqa: E402
 from evolvenet.engine.history import Event, History, WidthChange  # noqa: E402
+from evolvenet.engine.saving import load, save  # noqa: E402
 from evolvenet.errors import (  # noqa: E402
     EvolveNetError,
     FactorizationError,
@@ -41,7 +42,6 @@ from evolvenet.policies.price import Price  # noqa: E402
 from evolvenet.policies.threshold import Threshold  # noqa: E402
 from evolvenet.policies.tolerance import Tolerance  # noqa: E402
 from evolvenet.pruning.allocation import allocate  # noqa: E402
-from evolvenet.surgery.checkpoint import load  # noqa: E402
 from evolvenet.tracing.trace import trace  # noqa: E402
 
 if TYPE_CHECKING:
@@ -94,6 +94,7 @@ __all__ = [
     "output_spectra",
     "prune",
     "resize",
+    "save",
     "spectra",
     "trace",
 ]

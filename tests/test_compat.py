@@ -56,6 +56,17 @@ def _ddp() -> Any:
     return pkgutil.resolve_name("lightning.pytorch.strategies:DDPStrategy")()
 
 
+def _with_hyperparameters() -> Any:
+    lightning = pkgutil.resolve_name("lightning.pytorch")
+
+    class Net(lightning.LightningModule):
+        def __init__(self, width: int = 3) -> None:
+            super().__init__()
+            self.save_hyperparameters()
+
+    return Net()
+
+
 OF_INSTANCES: dict[str, tuple[Callable[[], Any], type | tuple[type, ...]]] = {
     "torch.nn.Module._parameters": (lambda: nn.Linear(1, 1), dict),
     "torch.nn.Module._buffers": (lambda: nn.BatchNorm1d(1), dict),
@@ -87,6 +98,7 @@ OF_INSTANCES: dict[str, tuple[Callable[[], Any], type | tuple[type, ...]]] = {
         lambda: pkgutil.resolve_name("lightning.pytorch:LightningModule")(),
         type(None),
     ),
+    "lightning.pytorch.LightningModule._hparams_name": (_with_hyperparameters, (str, type(None))),
     "lightning.pytorch.Trainer.fit_loop.epoch_loop._batches_that_stepped": (_epoch_loop, int),
 }
 """{attribute: (what makes an object that has it, the type of its value)}."""

@@ -6,7 +6,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from typing import Any, cast
 
@@ -165,6 +166,17 @@ def state_dict_metadata(state: Any) -> dict[str, dict[str, Any]]:
     {'version': 1}
     """
     return getattr(state, "_metadata", {})
+
+
+def with_metadata(entries: Mapping[str, Any], metadata: Mapping[str, Mapping[str, Any]]) -> OrderedDict[str, Any]:
+    """A state dict that says something beside its tensors.
+
+    >>> state_dict_metadata(with_metadata({"weight": torch.zeros(2)}, {"": {"version": 1}}))
+    {'': {'version': 1}}
+    """
+    state: Any = OrderedDict(entries)
+    state._metadata = OrderedDict(metadata)
+    return state
 
 
 def renew_flat_weights(module: nn.RNNBase) -> None:

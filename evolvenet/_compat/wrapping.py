@@ -31,3 +31,8 @@ def wrap(place: Place, wrapper: Callable[[Any], Any]) -> None:
     function = getattr(owner, name, None)
     if function is not None and not hasattr(function, "__wrapped__"):
         setattr(owner, name, wrapper(function))
+
+
+def hparams_name(module: Any) -> str | None:
+    """The argument of a LightningModule's `__init__` that holds all its hyperparameters; None if each has its own."""
+    return getattr(module, "_hparams_name", None)

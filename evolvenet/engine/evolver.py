@@ -44,6 +44,7 @@ from evolvenet.measurement.width_spectra import ranks_and_energies
 from evolvenet.policies.base import JudgingPolicy, Policy, Proposal, judged_metric
 from evolvenet.surgery.checkpoint import WidthRecord, fit_shapes
 from evolvenet.surgery.resize_model import Surgery
+from evolvenet.surgery.width_record import remember_widths
 from evolvenet.tracing.unreached import trace_for_training
 
 
@@ -109,9 +110,8 @@ class Evolver:
         self._pending_cut = PendingCut(cast(JudgingPolicy, policy)) if judged_metric(policy) is not None else None
         if step is not None:
             example_inputs = Step(lambda _, batch: step(batch), example_inputs)
-        self.model = model
+        self.model, self.policy = model, policy
         self.optimizers = as_list(optimizer)
-        self.policy = policy
         # Clones: a view would keep the whole batch in memory.
         self.example_inputs = tree_map_only(Tensor, torch.clone, first_samples(example_inputs, 2))
         self.copies, self.after_change = copies, after_change
@@ -122,6 +122,7 @@ class Evolver:
             check_resizable(model, self.graph)
         if not path:
             self._restriction.check((name for name, _ in model.named_modules()), self.graph)
+        remember_widths(model, self.graph)
         self._macs = macs(self.model, self.example_inputs, self.graph.differentiates)
         self.history = History(self._event(0, (), parameters(model), 0.0), frozen=self.graph.reasons)
         self._buffer = BatchBuffer(example_inputs, calibration_batches)
@@ -232,6 +233,7 @@ class Evolver:
         check_fits(graph, self.model)
         graph = self._restricted(graph)
         self.graph, self.original = graph, self.original.renamed(self.graph, graph)
+        remember_widths(self.model, graph, self.original.sizes)
         self.history.initial.sizes.update({**graph.sizes, **self.history.initial.sizes})
         self.history.frozen = graph.reasons
 
@@ -268,7 +270,7 @@ class Evolver:
             "original": [each.state_dict() for each in (self.original, self._original_before_cut)],
             **self._buffer.state_dict(),
             **self._failures.state_dict(),
-            "note": WidthRecord.of(self.model, self.graph).state_dict(self.model),
+            "note": WidthRecord.of(self.model, self.graph).values(self.model),
             "pending_cut": self._pending_cut.state_dict() if self._pending_cut else None,
             # A cut may have to be taken back before the first batch of a resumed run.
             "example": [
@@ -289,6 +291,7 @@ class Evolver:
         fit_shapes(self.model, {}, record=state["note"])
         self.graph = graph
         self.original, self._original_before_cut = map(OriginalWidths.from_state_dict, state["original"])
+        remember_widths(self.model, graph, self.original.sizes)
         self.history = replace(History.from_dict(state["history"]), frozen=graph.reasons)
         self._observed, self._events = state["observed"], state["events"]
         self._changed = {name: list(entry) for name, entry in state["changed"].items()}

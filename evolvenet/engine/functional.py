@@ -20,6 +20,7 @@ from evolvenet.pruning.reconstruction import reconstruct
 from evolvenet.pruning.selection import plan_prune
 from evolvenet.surgery.optimizer_state import apply_state, compile_state, validate_state
 from evolvenet.surgery.resize_model import Surgery, compile_surgery, install
+from evolvenet.surgery.width_record import remember_widths
 
 
 def resize(
@@ -125,6 +126,8 @@ def commit(model: nn.Module, surgery: Surgery, optimizers: Optimizer | Sequence[
     with ExitStack() as undo:
         apply(model, surgery, as_list(optimizers), undo)
         undo.pop_all()
+    before = surgery.graph.with_sizes({name: index_map.size for name, index_map in surgery.maps.items()})
+    remember_widths(model, surgery.graph, before.sizes)
     return surgery.graph
 
 

@@ -28,7 +28,7 @@ class Snapshot:
     Args:
         networks: of the model and each of its copies, every tensor by name.
         graph: the widths.
-        width_record: what depends on widths and is not in a state dict, from `WidthRecord.state_dict`.
+        width_record: what depends on widths and is not in a state dict, from `WidthRecord.values`.
         states: of each optimizer, what its `state_dict` has under "state".
     """
 
@@ -45,7 +45,7 @@ class Snapshot:
         return cls(
             [{name: tensor.detach().clone() for name, tensor in _tensors(each).items()} for each in (model, *copies)],
             graph,
-            WidthRecord.of(model, graph).state_dict(model),
+            WidthRecord.of(model, graph).values(model),
             [copy.deepcopy(optimizer.state_dict()["state"]) for optimizer in optimizers],
         )
 

@@ -230,8 +230,15 @@ class WidthGraph:
         Raises:
             ResizeError: as `check`.
         """
-        checked = self.check(maps)
-        sizes = {name: checked[name].new_size if name in checked else width.size for name, width in self.widths.items()}
+        return self.with_sizes({name: index_map.new_size for name, index_map in self.check(maps).items()})
+
+    def with_sizes(self, given: Mapping[str, int]) -> WidthGraph:
+        """The graph of the same model with other sizes, also of widths that are frozen by now; the others stay.
+
+        Args:
+            given: {width: size}, by the widths' own names.
+        """
+        sizes = {name: given.get(name, width.size) for name, width in self.widths.items()}
         layouts = {
             name: {
                 dim: tuple(

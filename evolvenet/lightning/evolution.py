@@ -48,6 +48,7 @@ from evolvenet.lightning.trainer_parts import (
     shown_in_progress_bar,
 )
 from evolvenet.surgery.checkpoint import WidthRecord, fit_shapes
+from evolvenet.surgery.width_record import remember
 from evolvenet.tracing.unreached import warn_of_unreached
 
 log = logging.getLogger("evolvenet")
@@ -167,7 +168,7 @@ class LightningEvolution(EvolutionCallback):
         self._timer.start()
         for call in calls if self._timer.recording else ():
             self.evolver.observe(*call)
-        self._cleanup.callback(self._record(self.evolver).register(pl_module).remove)
+        self._keep_record(pl_module)
         log_event(trainer, self.evolver.history.initial)
         announce_start(self.evolver.graph)
 
@@ -193,7 +194,9 @@ class LightningEvolution(EvolutionCallback):
         if self._resumed is None:
             return None
         root = self._resumed["root"]
-        return WidthRecord.of(pl_module.get_submodule(root), from_state_dict(self._resumed["evolver"]["graph"]), root)
+        state = self._resumed["evolver"]
+        graph, sizes = from_state_dict(state["graph"]), state["original"][0]["sizes"]
+        return WidthRecord.of(pl_module.get_submodule(root), graph, root, sizes)
 
     def _settle(self, root: nn.Module, graph: WidthGraph) -> WidthGraph:
         return self._replicas.settled(root, graph) if self._replicas else graph
@@ -203,6 +206,8 @@ class LightningEvolution(EvolutionCallback):
         graph = self._first_runs.graph_after(name, batch, index) if self._first_runs else None
         if graph is not None and self.evolver is not None:
             self.evolver.adopt(graph)
+            if self._module is not None:
+                self._keep_record(self._module)
 
     def _restore(self, problem: Exception) -> AbstractContextManager[None] | None:
         """All widths at their first sizes, where they have changed since."""
@@ -217,8 +222,16 @@ class LightningEvolution(EvolutionCallback):
         evolver = self.evolver
         return [*self._averages, *self._replicas.models_to_update(evolver.model, evolver.graph)]
 
+    def _keep_record(self, pl_module: LightningModule) -> None:
+        """Keep the module's record, and write it into its state dicts until the run ends."""
+        assert self.evolver is not None
+        record = self._record(self.evolver)
+        remember(pl_module, record)
+        self._cleanup.callback(record.register(pl_module).remove)
+
     def _record(self, evolver: Evolver) -> WidthRecord:
-        record = WidthRecord.of(evolver.model, evolver.graph, self._subject.path if self._subject else "")
+        root = self._subject.path if self._subject else ""
+        record = WidthRecord.of(evolver.model, evolver.graph, root, evolver.original.sizes)
         return record.with_replicas(self._replicas.pairs(evolver.model, evolver.graph)) if self._replicas else record
 
     def _change_widths(self, trainer: Trainer, pl_module: LightningModule) -> None:

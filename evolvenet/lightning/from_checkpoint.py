@@ -16,7 +16,7 @@ from torch import nn
 
 from evolvenet._compat.torch import state_dict_metadata
 from evolvenet._compat.wrapping import load_state, wrap
-from evolvenet.surgery.checkpoint import RECORD_KEY, find_record, fit_shapes
+from evolvenet.surgery.checkpoint import RECORD_KEY, find_record, fit_shapes, refuse_other_widths
 from evolvenet.surgery.module_replacement import REPLACEMENT_KEY, find_replacements, fit_replacements
 
 
@@ -35,7 +35,9 @@ def _fitting(load_state: Any) -> Any:
 
         def load_state_dict(self: Any, state: Mapping[str, Any], *rest: Any, **options: Any) -> Any:
             fit_replacements(self, find_replacements(checkpoint), state)
-            fit_shapes(self, state, record=find_record(checkpoint))
+            record = find_record(checkpoint)
+            refuse_other_widths(self, state, record, "The checkpoint")
+            fit_shapes(self, state, record=record)
             return cls.load_state_dict(self, state, *rest, **options)
 
         # The module is built and loaded in one call: for as long as that takes it is of a subclass.

@@ -1,8 +1,9 @@
-"""Widths and callbacks' states that come back from the processes in which a run trains.
+"""The widths in the state dict that a trainer saves, and what comes back from the processes in which a run trains.
 
-The launchers that spawn or fork processes load the trained weights into the main process's module, on which `setup` never
-ran. That would end in "size mismatch". Lightning has no hook there, so two of its functions are wrapped; for runs without
-EvolveNet they do what they always did.
+A trainer's checkpoints after a run, of weights alone too, have the record of its widths, though no hook of it is left. The
+launchers that spawn or fork processes load the trained weights into the main process's module, on which `setup` never
+ran. That would end in "size mismatch". Lightning has no hook for either, so three of its functions are wrapped; for runs
+without EvolveNet they do what they always did.
 """
 
 from __future__ import annotations
@@ -13,10 +14,13 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.strategies import Strategy
 
 from evolvenet._compat.lightning import EXTRA_RESULTS, RECOVER_RESULTS
+from evolvenet._compat.torch import state_dict_metadata
 from evolvenet._compat.wrapping import wrap
 from evolvenet.surgery.checkpoint import register_reshape_before_load
+from evolvenet.surgery.width_record import RECORD_KEY, record_of
 
 EXTRA = "evolvenet"
 
@@ -36,8 +40,24 @@ class ReturnsState(Protocol):
 
 def install() -> None:
     """Wrap Lightning's functions, once in a process."""
+    wrap((Strategy, "lightning_module_state_dict"), _with_record)
     wrap(EXTRA_RESULTS, _with_states)
     wrap(RECOVER_RESULTS, _reshaping)
+
+
+def _with_record(get_state_dict: Any) -> Any:
+    """What a checkpoint holds: the module's state dict with the record of its widths, where they are known."""
+
+    @functools.wraps(get_state_dict)
+    def get(self: Any) -> dict[str, Any]:
+        state = get_state_dict(self)
+        metadata = state_dict_metadata(state).get("")
+        record = None if metadata is None or RECORD_KEY in metadata else record_of(self.lightning_module)
+        if metadata is not None and record is not None:
+            metadata[RECORD_KEY] = record.state_dict(self.lightning_module)
+        return state
+
+    return get
 
 
 def _with_states(get_extra_results: Any) -> Any:

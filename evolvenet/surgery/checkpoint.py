@@ -1,155 +1,46 @@
-"""A model reshaped to the widths of a checkpoint, and a record of what depends on widths and is not in a state dict."""
+"""A model reshaped to the widths of a state dict, and loaded, all or nothing."""
 
 # nn.Module.named_modules and its hooks have no return types.
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
+import logging
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
-from evolvenet._compat.torch import load_state_dict_pre_hooks, state_dict_metadata
+from evolvenet._compat.torch import (
+    load_state_dict_pre_hooks,
+    state_dict_metadata,
+    tensor_tables,
+)
 from evolvenet.errors import RecordError, ResizeError
 from evolvenet.graph.index_map import laid_out_as
+from evolvenet.graph.renaming import in_child, in_parent
 from evolvenet.graph.width_graph import WidthGraph
 from evolvenet.surgery.module_handlers import attributes, refresh, shape_sources
-from evolvenet.surgery.module_replacement import (
-    Record,
-    behind,
-    find_replacements,
-    fit_replacements,
-    replacements,
-    whole_names,
+from evolvenet.surgery.module_replacement import behind, find_replacements, fit_replacements
+from evolvenet.surgery.resize_model import exchange, scaled_numbers
+from evolvenet.surgery.state_parts import own_names, refuse_others, tied_to
+from evolvenet.surgery.width_check import problem_by_graph, problem_by_record, problem_without_record
+from evolvenet.surgery.width_record import RECORD_KEY, WidthRecord, renamed_state
+
+__all__ = [
+    "RECORD_KEY",
+    "WidthRecord",
+    "find_record",
+    "fit_shapes",
+    "register_reshape_before_load",
+    "reshape_before_load",
+]
+
+log = logging.getLogger("evolvenet")
+REMEDY = (
+    "Build the model as it was built for that file; only its widths may differ. If this is a width, save the file with "
+    "evolvenet.save, which records the widths, or call evolvenet.load(model, path, example_inputs=...), which traces them."
 )
-from evolvenet.surgery.resize_model import exchange
-
-
-@dataclass(frozen=True)
-class WidthRecord:
-    """What depends on a model's widths and is not in its state dict. It is written into the state dict's metadata.
-
-    Args:
-        numbers: (module path, attribute) of the model's own numbers that follow widths (`num_heads`).
-        buffers: names of buffers that follow widths and are not persistent.
-
-    >>> record = WidthRecord((("", "in_features"),), ())
-    >>> record.state_dict(nn.Linear(3, 2))
-    {'numbers': [['', 'in_features', 3]], 'buffers': {}}
-    """
-
-    numbers: tuple[tuple[str, str], ...]
-    buffers: tuple[str, ...]
-
-    @classmethod
-    def of(cls, model: nn.Module, graph: WidthGraph, root: str = "") -> WidthRecord:
-        """The record of a traced model.
-
-        Args:
-            model: the model of the graph.
-            graph: its widths.
-            root: path of the model in the module whose state dict will carry the record; paths and names start with it.
-        """
-        start = f"{root}." if root else ""
-        kept = {name for name, _ in model.named_parameters(remove_duplicate=False)} | set(model.state_dict())
-        numbers = {entry for width in graph.resizable for entry in width.patches}
-        return cls(
-            tuple(sorted((".".join(filter(None, (root, path))), name) for path, name in numbers)),
-            tuple(start + name for name in graph.layouts if name not in kept),
-        )
-
-    def with_replicas(self, pairs: Mapping[str, str]) -> WidthRecord:
-        """The record with the entries of some modules repeated for their replicas.
-
-        Args:
-            pairs: {path of the replica: path of the module that it is a copy of}.
-
-        >>> WidthRecord((("net", "num_heads"),), ()).with_replicas({"average": "net"}).numbers
-        (('net', 'num_heads'), ('average', 'num_heads'))
-        """
-
-        def in_replicas(name: str) -> list[str]:
-            return [copy + name[len(own) :] for copy, own in pairs.items() if f"{name}.".startswith(f"{own}.")]
-
-        numbers = [(copy, attribute) for path, attribute in self.numbers for copy in in_replicas(path)]
-        buffers = [copy for name in self.buffers for copy in in_replicas(name)]
-        return WidthRecord((*self.numbers, *numbers), (*self.buffers, *buffers))
-
-    def state_dict(self, model: nn.Module) -> dict[str, Any]:
-        """The values of the numbers and buffers in the model as it is now.
-
-        Returns:
-            {"numbers": [[module path, attribute, value], …], "buffers": {name: a copy of the tensor}}.
-        """
-        return {
-            "numbers": [[path, name, getattr(model.get_submodule(path), name)] for path, name in self.numbers],
-            "buffers": {name: model.get_buffer(name).detach().clone() for name in self.buffers},
-        }
-
-    def register(self, module: nn.Module) -> RemovableHandle:
-        """Write the record into the metadata of the module's state dicts, until the handle is removed."""
-        return module.register_state_dict_post_hook(partial(write_record, self))
-
-
-RECORD_KEY = "evolvenet"
-"""The key of a `WidthRecord` in a state dict's metadata."""
-
-
-def write_record(
-    record: WidthRecord, module: nn.Module, state: Any, prefix: str, local_metadata: dict[str, Any]
-) -> None:
-    """A state-dict hook, with the record bound: a top-level function, so that a model that carries it can be pickled."""
-    local_metadata[RECORD_KEY] = record.state_dict(module)
-
-
-def load(model: nn.Module, path: str | Path, map_location: Any = "cpu") -> nn.Module:
-    """Reshape a freshly built model to a checkpoint's widths and load its weights.
-
-    Layers that are factorized in the checkpoint are factorized here first.
-
-    Args:
-        model: the model as it is built, with any widths.
-        path: a Lightning checkpoint or a plain state dict saved with `torch.save`. A network inside a LightningModule is
-            found under any name that it has there.
-        map_location: as in `torch.load`.
-
-    Returns:
-        The same model.
-
-    Raises:
-        RecordError: if the checkpoint is of another model; the message names what differs, and nothing has changed.
-
-    >>> from tempfile import TemporaryDirectory
-    >>> with TemporaryDirectory() as folder:
-    ...     torch.save(nn.Linear(3, 2).state_dict(), f"{folder}/weights.pt")
-    ...     load(nn.Linear(8, 8), f"{folder}/weights.pt")
-    Linear(in_features=3, out_features=2, bias=True)
-    """
-    found = torch.load(path, map_location=map_location, weights_only=True)
-    whole = found["state_dict"] if isinstance(found, dict) and "state_dict" in found else found
-    _fit_replacements(model, whole, find_replacements(found), path)
-    state, prefix = _own_part(set(model.state_dict()), whole, path)
-    fit_shapes(model, state, record=find_record(found, prefix))
-    model.load_state_dict(state)
-    return model
-
-
-def _fit_replacements(
-    model: nn.Module, state: Mapping[str, Any], records: Mapping[str, Record], path: str | Path
-) -> None:
-    """Give the model the replacements of a checkpoint, in which it may lie behind a prefix."""
-    own = {name: module.record() for name, module in replacements(model).items()}
-    if not records and not own:
-        return
-    whole = dict.fromkeys(whole_names(state, records))
-    _, prefix = _own_part(whole_names(model.state_dict(), own), whole, path)
-    names = [name.removeprefix(prefix) for name in state if name.startswith(prefix)]
-    fit_replacements(model, behind(records, prefix), names)
 
 
 def find_record(found: Any, prefix: str = "") -> dict[str, Any] | None:
@@ -159,8 +50,8 @@ def find_record(found: Any, prefix: str = "") -> dict[str, Any] | None:
         found: a Lightning checkpoint, or a state dict.
         prefix: of the part's names in the state dict.
     """
-    # Callbacks that average weights put their own under "state_dict", without metadata.
-    places = [found.get(key) for key in ("state_dict", "current_model_state")] if "state_dict" in found else [found]
+    # Callbacks that average weights put their own under "state_dict", without metadata, and the network's under another key.
+    places = [found, found.get("state_dict"), *found.values()]
     records = (_record_in_metadata(each, prefix) for each in places)
     return next((record for record in records if record is not None), None)
 
@@ -169,45 +60,133 @@ def _record_in_metadata(state: Any, prefix: str) -> dict[str, Any] | None:
     """The record in a state dict's metadata, its names without the prefix; entries of other parts are left out."""
     for root, metadata in state_dict_metadata(state).items():
         if RECORD_KEY in metadata:
-            start = f"{root}." if root else ""
-            record = metadata[RECORD_KEY]
-            numbers = [[start + path, name, value] for path, name, value in record["numbers"]]
-            buffers = {start + name: tensor for name, tensor in record["buffers"].items()}
-            return {
-                "numbers": [
-                    [path.removeprefix(prefix), name, value]
-                    for path, name, value in numbers
-                    if f"{path}.".startswith(prefix)
-                ],
-                "buffers": {n.removeprefix(prefix): tensor for n, tensor in buffers.items() if n.startswith(prefix)},
-            }
+            whole = renamed_state(metadata[RECORD_KEY], in_parent(root))
+            return renamed_state(whole, in_child(prefix.removesuffix(".")))
     return None
 
 
-def _own_part(own: set[str], state: Mapping[str, Any], path: str | Path) -> tuple[dict[str, Any], str]:
-    """The entries of a state dict under the model's own names, all of them or those behind one prefix, and the prefix."""
-    some = min(own, default="")
-    prefixes = [name.removesuffix(some) for name in state if name.endswith(f".{some}")]
-    inside = [prefix for prefix in prefixes if all(prefix + name in state for name in own)]
-    if own != set(state) and len(inside) == 1:
-        return {name: state[inside[0] + name] for name in own}, inside[0]
-    if inside and own - set(state):
-        raise RecordError(
-            f"{path} holds {len(inside)} networks like this one: expected one, got {', '.join(inside)}. Build the module "
-            "that holds them all and load it as a whole."
-        )
-    _refuse_others(own, set(state), str(path))
-    return dict(state), ""
+def load_state(
+    model: nn.Module,
+    state: Mapping[str, Any],
+    record: Mapping[str, Any] | None = None,
+    graph: WidthGraph | None = None,
+    what: str = "What is loaded",
+) -> None:
+    """Reshape a model to a state dict's widths and load it; if anything fails, nothing has changed.
+
+    Args:
+        model: the model, with any widths.
+        state: entries under the model's own names.
+        record: of the state, from `WidthRecord.state_dict`.
+        graph: the model's widths, which decide what may differ where there is no record.
+        what: the name of the file, for messages.
+
+    Raises:
+        RecordError: if the state is of another model.
+    """
+    refuse_others(own_names(model), set(state) | tied_to(model, set(state)), what)
+    _refuse_types(model, state, what)
+    refuse_other_widths(model, state, record, what, graph)
+    if graph is not None and "graph" not in (record or {}):
+        shapes = {name: tuple(tensor.shape) for name, tensor in state.items() if isinstance(tensor, Tensor)}
+        record = {"numbers": scaled_numbers(model, graph, shapes), "buffers": {}}
+    restore = _snapshot(model, _shapes_there(model, "", state))
+    try:
+        fit_shapes(model, state, record=record)
+        # A tied tensor may be in the file under one of its names; what is missing otherwise was refused above.
+        model.load_state_dict(state, strict=False)
+    except BaseException:
+        restore()
+        raise
 
 
-def _refuse_others(own: set[str], state: set[str], what: str) -> None:
-    missing, unexpected = sorted(own - state), sorted(state - own)
-    if missing or unexpected:
-        raise RecordError(
-            f"{what} is of another model: expected entries that it lacks {missing[:5]}, and it has entries "
-            f"unknown here {unexpected[:5]} ({len(missing)} and {len(unexpected)} in all). Build the model as it was built "
-            "for that run; only its widths may differ."
-        )
+def _snapshot(model: nn.Module, planned: Mapping[Tensor, tuple[int, ...]]) -> Callable[[], None]:
+    """Keeps all that a load changes, and returns what puts it back."""
+    tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}.values()
+    # The old memory of a tensor that gets another shape is not written to.
+    kept = [
+        (t, t.data, t.grad, None if planned.get(t, tuple(t.shape)) != tuple(t.shape) else t.detach().clone())
+        for t in tensors
+    ]
+    tables = [(table, dict(table)) for module in model.modules() for table in tensor_tables(module)]
+    plain = [(module, dict(vars(module))) for module in model.modules()]
+
+    def restore() -> None:
+        for table, entries in tables:
+            table.clear()
+            table.update(entries)
+        for module, before in plain:
+            vars(module).clear()
+            vars(module).update(before)
+        with torch.no_grad():
+            for tensor, data, grad, values in kept:
+                if tensor.shape != data.shape:
+                    exchange(tensor, data, grad)
+                if values is not None:
+                    tensor.copy_(values)
+        for module in model.modules():
+            refresh(module)
+
+    return restore
+
+
+def _refuse_types(model: nn.Module, state: Mapping[str, Any], what: str) -> None:
+    """Raise for entries that the model's tensors cannot hold as they are: of a type that holds more, or without data."""
+    for name, own in model.state_dict().items():
+        there = state.get(name)
+        if not isinstance(own, Tensor) or not isinstance(there, Tensor):
+            continue
+        if torch.promote_types(own.dtype, there.dtype) != own.dtype:
+            raise RecordError(
+                f"{what} does not fit this model's number types: expected {name} of {own.dtype} or a type that it holds "
+                f"exactly, got {there.dtype}. Convert the model first, model.to({there.dtype}), and back after the load "
+                "if rounding is meant."
+            )
+        if there.is_meta and not own.is_meta:
+            raise RecordError(
+                f"{what} has no values: expected {name} with data, got a tensor on the device 'meta'. Load with "
+                "map_location='cpu' or another device."
+            )
+
+
+def refuse_other_widths(
+    model: nn.Module,
+    state: Mapping[str, Any],
+    record: Mapping[str, Any] | None,
+    what: str,
+    graph: WidthGraph | None = None,
+) -> None:
+    """Raise if a state dict differs from a model in more than widths, see `width_problem`.
+
+    Raises:
+        RecordError: naming the parameter.
+    """
+    problem = width_problem(model, state, record, graph)
+    if problem is not None:
+        raise RecordError(f"{what} is of another model: {problem}. {REMEDY}")
+
+
+def width_problem(
+    model: nn.Module,
+    state: Mapping[str, Any],
+    record: Mapping[str, Any] | None,
+    graph: WidthGraph | None = None,
+) -> str | None:
+    """How a state dict differs from a model in more than widths, as a sentence; None if it does not.
+
+    What is a width is known from the record, else from the graph, else as far as shapes tell (`bare_shapes`).
+
+    Raises:
+        RecordError: if a tensor has another number of axes, no entries, or a shape that its layer cannot have.
+    """
+    planned = _shapes_there(model, "", state)
+    if all(shape == tuple(tensor.shape) for tensor, shape in planned.items()):
+        return None
+    _changed_numbers(model, "", planned)
+    shapes = {name: tuple(tensor.shape) for name, tensor in state.items() if isinstance(tensor, Tensor)}
+    if record and "graph" in record:
+        return problem_by_record(model, shapes, record)
+    return problem_by_graph(model, shapes, graph) if graph else problem_without_record(model, planned)
 
 
 def fit_shapes(
@@ -216,6 +195,7 @@ def fit_shapes(
     """Give every parameter and buffer the shape that it has in a state dict, and update the modules' attributes.
 
     The entries of a reshaped tensor are undefined until the state is loaded. Tensors of the right shape are left as they are.
+    Which tensors may differ is not checked here.
 
     Args:
         model: the model to reshape.
@@ -229,12 +209,7 @@ def fit_shapes(
     """
     hidden = (record or {}).get("buffers", {})
     planned = _shapes_there(model, prefix, {**state, **{prefix + name: tensor for name, tensor in hidden.items()}})
-    updates: list[tuple[nn.Module, dict[str, Any]]] = []
-    for path, module in model.named_modules():
-        local = shape_sources(module)
-        shapes = {name: planned.get(tensor, tuple(tensor.shape)) for name, tensor in local.items()}
-        if any(shapes[name] != tuple(tensor.shape) for name, tensor in local.items()):
-            updates.append((module, _numbers(f"{prefix}{path}." if path else prefix, module, shapes)))
+    updates = _changed_numbers(model, prefix, planned)
     exchanges = [(t, _empty(t, shape)) for t, shape in planned.items() if shape != tuple(t.shape)]
     _apply_numbers(model, record)
     for tensor, value in exchanges:
@@ -246,6 +221,19 @@ def fit_shapes(
     with torch.no_grad():
         for name, value in hidden.items():
             model.get_buffer(name).copy_(value)
+
+
+def _changed_numbers(
+    model: nn.Module, prefix: str, planned: Mapping[Tensor, tuple[int, ...]]
+) -> list[tuple[nn.Module, dict[str, Any]]]:
+    """For each module whose own tensors get other shapes, its attributes then."""
+    updates: list[tuple[nn.Module, dict[str, Any]]] = []
+    for path, module in model.named_modules():
+        local = shape_sources(module)
+        shapes = {name: planned.get(tensor, tuple(tensor.shape)) for name, tensor in local.items()}
+        if any(shapes[name] != tuple(tensor.shape) for name, tensor in local.items()):
+            updates.append((module, _numbers(f"{prefix}{path}." if path else prefix, module, shapes)))
+    return updates
 
 
 def _apply_numbers(model: nn.Module, record: Mapping[str, Any] | None) -> None:
@@ -270,6 +258,11 @@ def _shapes_there(model: nn.Module, prefix: str, state: Mapping[str, Any]) -> di
             raise RecordError(
                 f"The checkpoint is of another model: expected {prefix + name} with {tensor.dim()} axes, like "
                 f"{tuple(tensor.shape)}, got {shape}. Only widths may differ."
+            )
+        if 0 in shape and 0 not in tensor.shape:
+            raise RecordError(
+                f"The checkpoint is of another model: expected {prefix + name} with at least one unit on every axis, like "
+                f"{tuple(tensor.shape)}, got {shape}."
             )
         if found.setdefault(tensor, shape) != shape:
             raise RecordError(
@@ -308,20 +301,18 @@ def reshape_before_load(
     Raises:
         RecordError: if the state dict is of another model and its widths differ too; nothing has changed then.
     """
-    fit_replacements(
-        module,
-        behind(find_replacements(state), prefix),
-        [name.removeprefix(prefix) for name in state if name.startswith(prefix)],
-    )
-    own = module.state_dict()
-    if strict and any(
-        tuple(state[prefix + k].shape) != tuple(t.shape) for k, t in own.items() if _both(t, state, prefix + k)
-    ):
-        named = (*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False))
-        saved = {id(tensor) for name, tensor in named if prefix + name in state}
-        tied = {name for name, tensor in named if id(tensor) in saved}
-        there = {name.removeprefix(prefix) for name in state if name.startswith(prefix)}
-        _refuse_others(set(own) - (tied - there), there, "What is loaded")
+    own = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+    fit_replacements(module, behind(find_replacements(state), prefix), own)
+    if any(tuple(own[k].shape) != tuple(t.shape) for k, t in module.state_dict().items() if _both(t, own, k)):
+        record = local_metadata.get(RECORD_KEY)
+        if strict:
+            refuse_others(own_names(module), set(own) | tied_to(module, set(own)), "What is loaded")
+        problem = width_problem(module, own, record)
+        if problem is not None and record is None:
+            # Averages of weights, for one, are saved without the record of a run that may well go on here.
+            log.warning("What is loaded may be of another model: %s. It is loaded as it is.", problem)
+        elif problem is not None:
+            raise RecordError(f"What is loaded is of another model: {problem}. {REMEDY}")
     fit_shapes(module, state, prefix, local_metadata.get(RECORD_KEY))
 
 

@@ -57,9 +57,8 @@ def find_replacements(found: Any) -> dict[str, Record]:
     Args:
         found: a Lightning checkpoint, or a state dict.
     """
-    # Callbacks that average weights put their own under "state_dict", without metadata.
-    places = [found.get(key) for key in ("state_dict", "current_model_state")] if "state_dict" in found else [found]
-    for place in places:
+    # Callbacks that average weights put their own under "state_dict", without metadata, and the network's under another key.
+    for place in (found, found.get("state_dict"), *found.values()):
         records = {
             path: metadata[REPLACEMENT_KEY]
             for path, metadata in state_dict_metadata(place).items()

@@ -16,6 +16,7 @@ from evolvenet._compat.torch import own_tensors, sparse_parts
 from evolvenet.errors import ResizeError, SpectrumError, stage
 from evolvenet.graph.index_map import NEW_UNIT, IndexMap, laid_out_as
 from evolvenet.graph.naming import named_tensors
+from evolvenet.graph.sizes import sizes_from_shapes
 from evolvenet.graph.width_graph import WidthGraph
 from evolvenet.surgery.module_handlers import Shapes, attributes, new_unit_value, original_name, refresh
 
@@ -140,6 +141,20 @@ def _patches(model: nn.Module, before: WidthGraph, after: WidthGraph) -> Iterato
             module = model.get_submodule(path)
             value = getattr(module, attribute)
             yield AttributeChange(module, attribute, _scaled(value, new, width.size))
+
+
+def scaled_numbers(model: nn.Module, graph: WidthGraph, shapes: Mapping[str, tuple[int, ...]]) -> list[list[Any]]:
+    """[[module path, attribute, value], …] of the numbers of a model's own code that follow its widths to other shapes.
+
+    Args:
+        model: the model as it is.
+        graph: its widths as they are.
+        shapes: {tensor name: other shape}, which sizes of the widths give.
+    """
+    sizes, _ = sizes_from_shapes(graph, shapes)
+    paths = {module: path for path, module in model.named_modules()}
+    changes = _patches(model, graph, graph.with_sizes(sizes))
+    return [[paths[change.module], change.name, change.value] for change in changes]
 
 
 def _scaled(value: Any, new: int, old: int) -> Any:

@@ -20,11 +20,11 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from evolvenet.engine.history import Event, History
+from evolvenet.engine.saving import load
 from evolvenet.errors import EvolveNetError, RecordError
 from evolvenet.lightning.callback import WidthEvolution
 from evolvenet.measurement.cost import macs
 from evolvenet.report import summary_table, write_report
-from evolvenet.surgery.checkpoint import load
 from experiments.data.images import ImageData
 from experiments.training.classifier import Classifier
 from experiments.training.points import Points, draw_front, front_table, tested

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
+from evolvenet.engine.functional import resize
 from evolvenet.execution.inputs import arguments
 from evolvenet.graph.index_map import IndexMap
 from evolvenet.graph.width_graph import WidthGraph
@@ -77,6 +78,21 @@ class Case:
 def graph_of(case: Case) -> WidthGraph:
     """The case's graph, traced once: it is immutable and fits every model that the case makes."""
     return trace(case.model(), case.inputs())
+
+
+def changed(case: Case) -> nn.Module:
+    """The case's model with every second width up and the others down."""
+    model = case.model(seed=3)
+    graph = graph_of(case)
+    maps = {
+        name: IndexMap.grow(size, 2) if k % 2 else IndexMap.keep(range(1, size), size)
+        for k, (name, size) in enumerate(graph.sizes.items())
+    }
+    resize(model, graph, maps)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    return model
 
 
 def run(model: nn.Module, inputs: Any) -> list[Tensor]:

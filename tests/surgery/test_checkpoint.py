@@ -13,14 +13,12 @@ from hypothesis import strategies as st
 from torch import nn
 
 import evolvenet
-from evolvenet.engine.functional import resize
 from evolvenet.engine.history import Event, History, WidthChange
 from evolvenet.errors import EvolveNetError, RecordError
-from evolvenet.graph.index_map import IndexMap
 from evolvenet.surgery.checkpoint import fit_shapes, reshape_before_load
 from evolvenet.tracing.trace import trace
 from tests.helpers import networks
-from tests.helpers.cases import CASES, Case, distance, graph_of, outputs
+from tests.helpers.cases import CASES, Case, changed, distance, outputs
 from tests.helpers.states import State, same_bits
 
 BY_NAME = {case.name: case for case in CASES}
@@ -54,21 +52,6 @@ def test_a_history_survives_a_checkpoint_that_holds_weights_only(tmp_path: Path)
     history = History(event, [event])
     torch.save({"history": history.to_dict()}, tmp_path / "file")
     assert History.from_dict(torch.load(tmp_path / "file", weights_only=True)["history"]) == history
-
-
-def changed(case: Case) -> nn.Module:
-    """The case's model with every second width up and the others down."""
-    model = case.model(seed=3)
-    graph = graph_of(case)
-    maps = {
-        name: IndexMap.grow(size, 2) if k % 2 else IndexMap.keep(range(1, size), size)
-        for k, (name, size) in enumerate(graph.sizes.items())
-    }
-    resize(model, graph, maps)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.1)
-    return model
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

@@ -1,0 +1,126 @@
+"""`save` and `load`: a model's weights with its widths, out into a file and in again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from evolvenet._compat.torch import state_dict_metadata
+from evolvenet.errors import RecordError
+from evolvenet.graph.sizes import sizes_from_shapes
+from evolvenet.graph.width_graph import WidthGraph
+from evolvenet.surgery.checkpoint import find_record, load_state
+from evolvenet.surgery.checkpoint_file import read, state_in, write
+from evolvenet.surgery.state_parts import fit_file_replacements, own_part
+from evolvenet.surgery.width_record import RECORD_KEY, WidthRecord, record_of, remember
+from evolvenet.tracing.trace import trace
+
+
+def save(model: nn.Module, path: str | Path, example_inputs: Any = None) -> None:
+    """Write a model's weights and its widths to a file.
+
+    `load` builds the widths from it, and so does `load_from_checkpoint` from a `.ckpt`. Where all widths are already there,
+    `load_state_dict` loads the state dict in it without EvolveNet. Optimizers are not saved: a run's own checkpoints are for
+    that.
+
+    Args:
+        model: a network or a LightningModule, whose widths EvolveNet has changed, or not.
+        path: its ending decides what is written: `.pt` and `.pth` a state dict; `.ckpt` a checkpoint like Lightning's, with
+            a LightningModule's hyperparameters; `.safetensors` tensors without pickle, a tied one once.
+        example_inputs: as `trace` takes them, for a model whose widths are not known in this process: one that was copied or
+            unpickled. The file has no record of its widths otherwise.
+
+    Raises:
+        RecordError: for another ending, or for what such a file cannot hold.
+        MissingPackageError: if safetensors is needed and not installed.
+
+    >>> import torch, evolvenet
+    >>> from tempfile import TemporaryDirectory
+    >>> build = lambda: nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    >>> graph = evolvenet.prune(model := build(), evolvenet.trace(model, torch.zeros(1, 4)), {"0": 3})
+    >>> with TemporaryDirectory() as folder:
+    ...     save(model, f"{folder}/narrow.pt")
+    ...     load(build(), f"{folder}/narrow.pt")[0]
+    Linear(in_features=4, out_features=3, bias=True)
+    """
+    path = Path(path)
+    state: Any = model.state_dict()
+    record = record_of(model)
+    if record is None and example_inputs is not None:
+        record = WidthRecord.of(model, trace(model, example_inputs))
+        remember(model, record)
+    own = state_dict_metadata(state).get("")
+    if record is not None and own is not None:
+        own.setdefault(RECORD_KEY, record.state_dict(model))
+    write(path, model, state)
+
+
+def load(model: nn.Module, path: str | Path, map_location: Any = "cpu", example_inputs: Any = None) -> nn.Module:
+    """Reshape a freshly built model to a checkpoint's widths and load its weights, all or nothing.
+
+    Layers that are factorized in the file are factorized here first. Otherwise only widths may differ between model and file.
+    A file of a run, or of `save`, has a record of what is a width. In a bare state dict, an axis may differ where an earlier
+    layer produces and a later one consumes that number of units; the number of classes or inputs may not. What cannot be
+    told so is refused, unless `example_inputs` are given.
+
+    Args:
+        model: the model as it is built, with any widths.
+        path: a Lightning checkpoint; a state dict saved with `torch.save`, or a dict that holds one; a `.safetensors` file;
+            or a folder of `save_pretrained`. A network inside a LightningModule is found under any name that it has there.
+        map_location: as in `torch.load`.
+        example_inputs: as `trace` takes them. With them, the model is traced to know its widths if the file has no record.
+            The model's own numbers (`num_heads`) then follow, but not buffers that are not persistent.
+
+    Returns:
+        The same model.
+
+    Raises:
+        RecordError: if the checkpoint is of another model (other classes, inputs, depth, layers, number types) or cannot be
+            read; the message names what differs, and nothing has changed.
+        FileNotFoundError: if there is no such file.
+
+    >>> import torch
+    >>> from tempfile import TemporaryDirectory
+    >>> build = lambda width: nn.Sequential(nn.Linear(4, width), nn.ReLU(), nn.Linear(width, 2))
+    >>> with TemporaryDirectory() as folder:
+    ...     torch.save(build(3).state_dict(), f"{folder}/weights.pt")
+    ...     load(build(8), f"{folder}/weights.pt")[0]
+    Linear(in_features=4, out_features=3, bias=True)
+    """
+    path = Path(path)
+    found = read(path, map_location)
+    whole = state_in(found, str(path))
+    undo = fit_file_replacements(model, whole, found, str(path))
+    try:
+        state, prefix = own_part(model, whole, str(path))
+        record, graph = find_record(found, prefix), None
+        if example_inputs is not None and "graph" not in (record or {}):
+            graph = trace(model, example_inputs)
+            _refuse_unsaved_buffers(model, graph, state, path)
+        load_state(model, state, record, graph, str(path))
+    except BaseException:
+        undo()
+        raise
+    if record is not None and "graph" in record:
+        remember(model, WidthRecord.from_state_dict(record))
+    elif graph is not None:
+        remember(model, WidthRecord.of(model, graph))
+    return model
+
+
+def _refuse_unsaved_buffers(model: nn.Module, graph: WidthGraph, state: Mapping[str, Any], path: Path) -> None:
+    """Raise for a buffer that follows a width of another size and is in no state dict: its values there are not known."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in state.items() if isinstance(tensor, Tensor)}
+    sizes, _ = sizes_from_shapes(graph, shapes)
+    saved = {name for name, _ in model.named_parameters(remove_duplicate=False)} | set(model.state_dict())
+    for width in graph.resizable:
+        for tie in width.ties if sizes[width.name] != width.size else ():
+            if tie.tensor not in saved:
+                raise RecordError(
+                    f"{path} has width {width.name!r} of {sizes[width.name]} units, expected {width.size}: the buffer "
+                    f"{tie.tensor} follows it, and is not persistent, so the file does not hold its values. Save the model "
+                    "with evolvenet.save where it was changed."
+                )

@@ -1,0 +1,86 @@
+"""The graph of a model as a part of a larger one, and the part of a graph that lies in one module."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from evolvenet.graph.width_graph import Width, WidthGraph, assemble
+
+Rename = Callable[[str], str | None]
+"""The new name of a module, tensor or width; None for one that is left out."""
+
+
+def in_parent(path: str) -> Rename:
+    """The names that everything has in a module which holds the model at a path.
+
+    >>> in_parent("net")("0.weight"), in_parent("net")(""), in_parent("")("0.weight")
+    ('net.0.weight', 'net', '0.weight')
+    """
+    return lambda name: ".".join(filter(None, (path, name)))
+
+
+def in_child(path: str) -> Rename:
+    """The names that everything has in the module at a path; None for what lies outside of it.
+
+    >>> in_child("net")("net.0.weight"), in_child("net")("net"), in_child("net")("head.weight")
+    ('0.weight', '', None)
+    """
+    start = f"{path}." if path else ""
+    return lambda name: "" if name == path else name.removeprefix(start) if name.startswith(start) else None
+
+
+def renamed_width(name: str, rename: Rename) -> str:
+    """The new name of a width; one that lies partly outside may keep its name."""
+    return rename(name) or name
+
+
+def renamed(graph: WidthGraph, rename: Rename) -> WidthGraph:
+    """A graph by other names, without the tensors for which there is none.
+
+    A width that has axes in such tensors, too, keeps the others.
+
+    >>> from torch import nn, zeros
+    >>> from evolvenet.tracing.trace import trace
+    >>> graph = trace(nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 2)), zeros(1, 6))
+    >>> whole = renamed(graph, in_parent("net"))
+    >>> whole.sizes, renamed(whole, in_child("net")) == graph
+    ({'net.0': 8}, True)
+    """
+    names = {name: new for name in graph.shapes if (new := rename(name)) is not None}
+    aliases: dict[str, str] = {}
+    for other, first in graph.aliases.items():
+        new = rename(other)
+        # A tied tensor whose first name is outside is called by the next one.
+        if new is not None and names.setdefault(first, new) != new:
+            aliases[new] = names[first]
+    layouts = {new: graph.layouts[name] for name, new in names.items()}
+    there = {part.width for axes in layouts.values() for segments in axes.values() for part in segments}
+    called = {name: renamed_width(name, rename) for name in graph.widths if name in there}
+    layouts = {
+        name: {
+            dim: tuple(replace(part, width=part.width and called[part.width]) for part in segments)
+            for dim, segments in axes.items()
+        }
+        for name, axes in layouts.items()
+    }
+    roles = {
+        (names[tie.tensor], tie.dim): tie.role
+        for width in graph.widths.values()
+        for tie in width.ties
+        if tie.tensor in names
+    }
+    return assemble(
+        {called[name]: _bare(graph.widths[name], called[name], rename) for name in called},
+        layouts,
+        {new: graph.shapes[name] for name, new in names.items()},
+        frozenset(names[name] for name in graph.trainable if name in names),
+        aliases,
+        roles,
+        graph.differentiates,
+    )
+
+
+def _bare(width: Width, name: str, rename: Rename) -> Width:
+    patches = tuple((new, attribute) for path, attribute in width.patches if (new := rename(path)) is not None)
+    return replace(width, name=name, ties=(), patches=patches)
