@@ -37,23 +37,41 @@ def runs_until_every_route(model: nn.Module, inputs: Any, tries: int = TRIES) ->
     >>> runs_until_every_route(nn.Linear(2, 2), torch.zeros(1, 2))
     1
     """
+    routes = _routes(model, inputs, tries)
+    return max(routes.index(route) for route in routes) + 1
+
+
+def modules_called(model: nn.Module, inputs: Any) -> frozenset[str]:
+    """Names of the modules that a run in train mode calls.
+
+    >>> import torch
+    >>> sorted(modules_called(nn.Sequential(nn.Linear(2, 2)), torch.zeros(1, 2)))
+    ['', '0']
+    """
+    (route,) = _routes(model, inputs, 1)
+    names = [name for name, _ in model.named_modules()]
+    return frozenset(names[number] for number in route)
+
+
+def _routes(model: nn.Module, inputs: Any, tries: int) -> list[list[int]]:
+    """The modules that each run calls, as their numbers in `model.modules()`."""
     try:
-        return _runs(model, inputs, tries, gradients=False)
+        return _recorded(model, inputs, tries, gradients=False)
     except GradientsNeededError:
-        return _runs(model, inputs, tries, gradients=True)
+        return _recorded(model, inputs, tries, gradients=True)
 
 
-def _runs(model: nn.Module, inputs: Any, tries: int, gradients: bool) -> int:
-    routes: dict[tuple[int, ...], int] = {}
+def _recorded(model: nn.Module, inputs: Any, tries: int, gradients: bool) -> list[list[int]]:
+    routes: list[list[int]] = []
     with isolated(model, shadows=True, gradients=gradients), op_by_op(), own_gradients():
         # Those of inference mode cannot be differentiated.
         inputs = tree_map_only(Tensor, lambda t: t.detach().clone(), inputs)
         model.train()
-        for count in range(1, tries + 1):
+        for _ in range(tries):
             with _calls(model) as route:
                 run_model(model, inputs)
-            routes.setdefault(tuple(route), count)
-    return max(routes.values())
+            routes.append(route)
+    return routes
 
 
 @contextmanager

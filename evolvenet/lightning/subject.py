@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import nn
 
 from evolvenet.errors import TraceError
 from evolvenet.execution.inputs import first_samples
-from evolvenet.execution.routes import runs_until_every_route
+from evolvenet.execution.routes import modules_called, runs_until_every_route
 from evolvenet.execution.step import InTurn, Step, run_model
 from evolvenet.graph.serialization import from_state_dict
 from evolvenet.graph.width_graph import WidthGraph
@@ -154,8 +154,7 @@ def _trace_steps(module: LightningModule, batches: Mapping[str, tuple[Any, int]]
                 runs.append(few)
             except Exception as problem:
                 log.debug("%s does not run beside training, so it is not traced", name, exc_info=problem)
-        together = InTurn(tuple(runs))
-        graph = freeze_possible_inputs(settle(module, trace(module, together)))
+        graph, together = _traced(module, runs, steps["training_step"], settle)
     except Exception as problem:
         log.debug("training_step does not run beside training, so its networks are traced alone", exc_info=problem)
         return None
@@ -187,7 +186,18 @@ def extended(subject: Subject, module: LightningModule, step: ModuleStep, batch:
     Raises:
         TraceError: if that cannot be traced.
     """
-    run = first_samples(Step(step, batch), SAMPLES)
+    whole = Step(step, batch)
+    run = first_samples(whole, SAMPLES)
     before = subject.runs.each if isinstance(subject.runs, InTurn) else (subject.runs,)
-    runs = InTurn((*before, *[run] * runs_until_every_route(module, run)))
-    return replace(subject, graph=freeze_possible_inputs(settle(module, trace(module, runs))), runs=runs)
+    graph, runs = _traced(module, [*before, *[run] * runs_until_every_route(module, run)], whole, settle)
+    return replace(subject, graph=graph, runs=runs)
+
+
+def _traced(module: LightningModule, runs: Sequence[Any], whole: Step, settle: Settle) -> tuple[WidthGraph, InTurn]:
+    """The graph of some runs, and of a whole batch where its samples reach modules that those of the runs do not (experts)."""
+    graph = settle(module, trace(module, InTurn(tuple(runs))))
+    unreached = {name.rpartition(".")[0] for name in unreached_parameters(graph)}
+    if unreached and unreached & modules_called(module, whole):
+        runs = [*runs, whole]
+        graph = settle(module, trace(module, InTurn(tuple(runs))))
+    return freeze_possible_inputs(graph), InTurn(tuple(runs))

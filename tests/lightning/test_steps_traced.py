@@ -241,6 +241,34 @@ def test_layers_that_a_random_step_leaves_out_fit_each_other(seed: int) -> None:
     assert module.a.out_features == module.b.in_features == module.b.out_features == module.c.in_features < 32
 
 
+def test_layers_that_only_some_samples_reach_are_traced_from_the_whole_batch(caplog: pytest.LogCaptureFixture) -> None:
+    class Sides(Base):
+        """One layer for the negative samples, one for the positive ones."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(16, 24), nn.Linear(24, 2)
+            self.sides = nn.ModuleList([nn.Linear(24, 24), nn.Linear(24, 24)])
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            x, y = batch
+            positive = x[:, 0] > POINTS[:2, 0].max()
+            hidden = self.first(x).relu()
+            mixed = torch.zeros_like(hidden)
+            for layer, chosen in zip(self.sides, (positive, ~positive), strict=True):
+                if chosen.any():
+                    mixed[chosen] = layer(hidden[chosen]).relu()
+            return functional.cross_entropy(self.last(mixed), y)
+
+    torch.manual_seed(0)
+    with caplog.at_level(logging.INFO, "evolvenet"):
+        evolution = fit(module := Sides())
+    assert "has not run" not in caplog.text
+    assert evolution.history is not None
+    assert not [event.skipped for event in evolution.history.events if event.skipped]
+    assert module.sides[0].out_features == module.sides[1].out_features == module.last.in_features < 24
+
+
 @pytest.mark.parametrize("kind", [ZeroDivisionError, RuntimeError, torch.OutOfMemoryError])
 def test_an_error_of_the_users_own_is_raised_as_it_is_and_widths_stay(kind: type[Exception]) -> None:
     tries: list[int] = []
