@@ -158,9 +158,10 @@ def scaled_numbers(model: nn.Module, graph: WidthGraph, shapes: Mapping[str, tup
 
 
 def _scaled(value: Any, new: int, old: int) -> Any:
-    """`8` or `(8, 1, 1)` in proportion."""
+    """`8`, or the first entry above 1 of `(8, 1, 1)` or `(8, 4, 4)`, in proportion."""
     if isinstance(value, tuple):
-        return tuple(entry if entry == 1 else entry * new // old for entry in value)
+        place = next(k for k, entry in enumerate(value) if entry != 1)
+        return (*value[:place], value[place] * new // old, *value[place + 1 :])
     return value * new // old
 
 

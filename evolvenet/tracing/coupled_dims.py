@@ -26,7 +26,7 @@ _SIZES = """hidden_dim hidden_size hidden_channels embed_dim embedding_dim emb_d
 split_size nf nx channels num_channels in_channels out_channels in_features out_features num_features features n_embd
 d_inner intermediate_size ssm_state_size time_step_rank conv_dim mlp_dim width attn_dim normalized_shape qkv_dim kdim vdim
 in_chs out_chs mid_chs expand_chs num_1x1_c latent_dim inplanes planes inner_size feature_dim n_state n_units output_size
-input_size num_hiddens shape"""
+input_size num_hiddens shape unflattened_size"""
 _HEAD_SIZES = """head_dim attention_head_size key_value_proj_dim d_kv dim_head head_size dim_per_head d_head key_dim val_dim
 head_width"""
 _HEAD_COUNTS = "num_heads n_heads num_attention_heads nhead heads n_head num_key_value_heads"
@@ -36,6 +36,8 @@ ATTRIBUTE_NAMES: Mapping[str, frozenset[str]] = {
     HEAD: frozenset(_SIZES.split() + _HEAD_COUNTS.split()),
 }
 """Attribute names that hold the size of a width, by the kind of fix."""
+SHAPES = frozenset({"shape", "unflattened_size"})
+"""Those of which the first number is the size and the others are places: channels × rows × columns."""
 
 
 @dataclass(frozen=True)
@@ -142,27 +144,42 @@ to have their size, and trying that first saves many trials; of the others the f
 
 
 def attributes_to_update(model: nn.Module, width: Width, kind: str) -> tuple[tuple[str, str], ...]:
-    """(module path, attribute) of all attributes with a width's size as value and a name of a size, on or above its modules."""
+    """(module path, attribute) of all attributes with a width's size as value and a name of a size, on or above its modules.
+
+    `nn.Unflatten`, which has no parameters, is searched beside them.
+    """
     totals: dict[tuple[str, int], int] = defaultdict(int)
     for tie in width.ties:
         totals[tie.tensor, tie.dim] += tie.repeat * width.size
     values = {width.size} | {total * k for total in totals.values() for k in (1, 2, 3, 4)}
-    paths = dict.fromkeys(path for tie in width.ties for path in _ancestors(tie.module))
+    above = dict.fromkeys(path for tie in width.ties for path in _ancestors(tie.module))
+    beside = {
+        ".".join(filter(None, (path, name)))
+        for path in above
+        for name, child in model.get_submodule(path).named_children()
+        if isinstance(child, nn.Unflatten)
+    }
+    paths = [*above, *sorted(beside)]
     others = {path: _other_lengths(model, path, totals) for path in paths}
     return tuple(
         (path, name)
         for path in paths
         for name, value in vars(model.get_submodule(path)).items()
-        if name in ATTRIBUTE_NAMES[kind] and single_number(value) in values - others[path] and single_number(value) > 1
+        if name in ATTRIBUTE_NAMES[kind] and size_in(name, value) in values - others[path] and size_in(name, value) > 1
     )
 
 
-def single_number(value: object) -> int:
-    """The number in an attribute's value, `8` or `(8, 1, 1)`; 0 if it is anything else."""
+def size_in(name: str, value: object) -> int:
+    """The size in an attribute's value, `8` or `(8, 1, 1)`, of a shape also `(8, 4, 4)`; 0 if it is anything else.
+
+    >>> size_in("dim", 8), size_in("dim", (8, 4, 4)), size_in("unflattened_size", (8, 4, 4))
+    (8, 0, 8)
+    """
     if type(value) is int:
         return value
     longer = [entry for entry in value if entry != 1] if isinstance(value, tuple) else []
-    return longer[0] if len(longer) == 1 and type(longer[0]) is int else 0
+    single = len(longer) == 1 or (longer and name in SHAPES)
+    return longer[0] if single and type(longer[0]) is int else 0
 
 
 def _other_lengths(model: nn.Module, path: str, totals: Mapping[tuple[str, int], int]) -> set[int]:

@@ -148,3 +148,29 @@ def test_a_layer_of_which_a_parameter_is_unused_is_frozen() -> None:
     graph = trace(Between(lambda m, x, h: functional.linear(h, m.c.weight), c=nn.Linear(8, 8)), torch.randn(2, 5))
     assert graph.sizes == {"a": 8}
     assert "expected bias of shape (7,)" in (graph.widths["c"].frozen or "")
+
+
+class Decoder(nn.Module):
+    """From a vector to channels × rows × columns by a shape of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shape = (6, 2, 2)
+        self.first, self.last = nn.Linear(3, 24), nn.Conv2d(6, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.first(x).relu().view(-1, *self.shape))
+
+
+@pytest.mark.parametrize("kind", ["module", "attribute"])
+def test_channels_that_a_vector_is_laid_out_as_resize_with_the_shape_that_says_so(kind: str) -> None:
+    layers = [nn.Linear(3, 24), nn.ReLU(), nn.Unflatten(1, (6, 2, 2)), nn.Conv2d(6, 2, 1)]
+    model = (nn.Sequential(*layers) if kind == "module" else Decoder()).double().eval()
+    x = torch.randn(2, 3, dtype=FLOAT)
+    graph, expected = trace(model, x), outputs(model, x)
+    ((name, size),) = graph.sizes.items()
+    assert size == 6
+    graph = evolvenet.grow(model, graph, {name: 9})
+    assert distance(outputs(model, x), expected) < 1e-9
+    evolvenet.prune(model, graph, {name: 4})
+    assert [tuple(output.shape) for output in outputs(model, x)] == [(2, 2, 2, 2)]

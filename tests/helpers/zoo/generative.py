@@ -283,7 +283,7 @@ class Diffusion(LightningModule):
 
 GENERATIVE = {
     "autoencoder": Entry(AutoEncoder, ("encoder.0", "encoder.2", "decoder.0")),
-    "vae": Entry(VAE, ("encoder", "mu", "decoder")),
+    "vae": Entry(VAE, ("encoder", "mu", "decoder.0", "decoder.2", "decoder.5")),
     "gan with gradient reversal": Entry(GradientReversalGAN, ("generator", "discriminator")),
     "gan with two optimizers": Entry(GAN, ("generator", "discriminator")),
     "wgan-gp": Entry(WGANGP, ("generator", "critic")),
