@@ -15,6 +15,7 @@ from evolvenet.engine.evolver import Evolver  # noqa: E402
 from evolvenet.engine.functional import grow, prune, resize  # noqa: E402
 from evolvenet.engine.history import Event, History, WidthChange  # noqa: E402
 from evolvenet.engine.saving import load, save  # noqa: E402
+from evolvenet.engine.width_table import widths  # noqa: E402
 from evolvenet.errors import (  # noqa: E402
     EvolveNetError,
     FactorizationError,
@@ -97,6 +98,7 @@ __all__ = [
     "save",
     "spectra",
     "trace",
+    "widths",
 ]
 
 
