@@ -108,9 +108,20 @@ def tucker2(tensor: Tensor, ranks: tuple[int, int]) -> tuple[Tensor, Tensor, Ten
     """
     with _tensorly() as tensorly:
         (core, (left, right)), _ = tensorly.partial_tucker(
-            tensor, rank=list(ranks), modes=[0, 1], n_iter_max=ITERATIONS, init="svd"
+            tensor, rank=list(ranks), modes=[0, 1], n_iter_max=ITERATIONS, init="svd", svd=_leading_left
         )
     return core, left, right
+
+
+def _leading_left(matrix: Tensor, n_eigenvecs: int, **unused: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Left singular vectors by the Gram matrix of the rows, many times faster than an SVD of a wide unfolding.
+
+    They are orthonormal to the last digit, also where singular values are too small for a Gram matrix to resolve.
+    """
+    values, vectors = torch.linalg.eigh(matrix @ matrix.mT)
+    left = vectors.flip(-1)[:, :n_eigenvecs]
+    # tensorly takes the signs from the third, and nothing else.
+    return left, values.flip(-1)[:n_eigenvecs].clamp_min(0).sqrt(), left.mT @ matrix
 
 
 @contextmanager

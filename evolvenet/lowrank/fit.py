@@ -1,7 +1,7 @@
 """Factors fitted to outputs: one pass observes the whole layers, a second one fits the factors one layer after the other.
 
-The first pass records the second moment of every layer's inputs and its outputs. In the second one all layers are already
-of low rank, and each is fitted, before it runs, on the inputs that it gets there to the outputs that it had in the first:
+The first pass records the second moment of every layer's inputs and its outputs. In the second one each layer is fitted,
+before it runs, on the inputs that it gets behind the layers fitted so far to the outputs that it had in the first:
 
 1. the whole weight by ridge least squares, which makes up for the errors of the layers before it;
 2. its factors, weighted by the second moment of these inputs;
@@ -201,28 +201,33 @@ def fit(model: nn.Module, choices: Sequence[Choice], seen: Observations) -> Fitt
         choices: which of them are factorized, and how.
         seen: from `observe`.
     """
-    solver = _Solver(choices, seen)
+    by_weight = {seen.names[choice.target.name]: choice for choice in choices}
+    # A part of a weight is not fitted alone: its factors are those of the whole.
+    targets = {
+        name: each
+        for name, each in seen.targets.items()
+        if name in by_weight and [target.length for target in each] == [_outputs(by_weight[name])]
+    }
+    solver = _Solver(by_weight, seen)
     with isolated(model, shadows=True):
         shadows, _, _ = named_tensors(model)
-        with torch.no_grad():
-            for choice in choices:
-                shadow = shadows[seen.names[choice.target.name]]
-                shadow.copy_(written(choice.target.layer, solver.merged(choice)).to(shadow.device, shadow.dtype))
-        lengths = {
-            seen.names[choice.target.name]: choice.target.shape.outputs * choice.target.shape.groups
-            for choice in choices
-        }
-        # A part of a weight is not fitted alone: its factors are those of the whole.
-        targets = {
-            name: each
-            for name, each in seen.targets.items()
-            if [target.length for target in each] == [lengths.get(name)]
-        }
+        for name, choice in by_weight.items():
+            if name not in targets:
+                merged = written(choice.target.layer, solver.decompose(choice))
+                with torch.no_grad():
+                    shadows[name].copy_(merged.to(shadows[name].device, shadows[name].dtype))
         fitter = ConsumerFitter(targets, {}, samples_in(seen.batch), shadows, solver.solve)
         with isolated(model), op_by_op(ResidualSumMode(model, fitter.run, None, fitter.sum)):
             run_model(model, seen.batch)
-        values = {name: shadows[name].detach().clone() for name in fitter.fitted - set(lengths)}
+        values = {name: shadows[name].detach().clone() for name in fitter.fitted - set(by_weight)}
+    for choice in choices:
+        if choice.target.name not in solver.factors:
+            solver.decompose(choice)
     return Fitted(solver.factors, solver.errors, values)
+
+
+def _outputs(choice: Choice) -> int:
+    return choice.target.shape.outputs * choice.target.shape.groups
 
 
 class _Solver:
@@ -233,19 +238,16 @@ class _Solver:
         errors: {name of a layer: relative squared error of its outputs}, of those that were fitted.
     """
 
-    def __init__(self, choices: Sequence[Choice], seen: Observations) -> None:
-        self.seen = seen
-        self.choices = {seen.names[choice.target.name]: choice for choice in choices}
-        self.factors = {
-            choice.target.name: decomposed(choice, seen.moments.get(choice.target.name)) for choice in choices
-        }
+    def __init__(self, choices: Mapping[str, Choice], seen: Observations) -> None:
+        self.choices, self.seen = choices, seen
+        self.factors: dict[str, Sequence[Sequence[Tensor]]] = {}
         self.errors: dict[str, float] = {}
 
-    def merged(self, choice: Choice) -> Tensor:
-        """The present weight of a layer, `[groups, out, in, k…]`."""
-        assert choice.kind is not None
-        inputs = choice.target.shape.inputs
-        return torch.stack([choice.kind.merged(group, inputs) for group in self.factors[choice.target.name]])
+    def decompose(self, choice: Choice) -> Tensor:
+        """Factors for the inputs of the first pass; the weight `[groups, out, in, k…]` that they multiply to."""
+        name = choice.target.name
+        self.factors[name] = decomposed(choice, self.seen.moments.get(name))
+        return torch.stack(_merged_groups(choice, self.factors[name]))
 
     def solve(
         self, op: WeightOp, columns: Tensor, targets: Tensor, bias: Tensor | None, odd: Tensor

@@ -44,6 +44,7 @@ def test_factors_start_like_new_parameters_and_the_others_keep_their_state(name:
     state = optimizer.state.get(model[2].weight, {})
     assert set(state) == set(kept)
     assert all(not isinstance(entry, torch.Tensor) or same_bits(entry, kept[key]) for key, entry in state.items())
+    assert set(optimizer.state) <= set(model.parameters())
     fresh = copy.deepcopy(model)
     anew = OPTIMIZERS[name](fresh.parameters(), lr=0.01)
     step(fresh, anew)
