@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -12,6 +12,7 @@ from torch import nn
 from evolvenet.engine.distributed import process_group
 from evolvenet.graph.width_graph import WidthGraph
 from evolvenet.measurement.cost import Costs
+from evolvenet.policies.base import Policy, PolicyContext
 from evolvenet.policies.schedule import Schedule
 
 if TYPE_CHECKING:
@@ -82,7 +83,7 @@ def no_event_possible(
     return f"No event falls into this run, so all widths stay as they are: {why}. Take {remedy}."
 
 
-def unreachable(policy: Any, model: nn.Module, graph: WidthGraph, example_inputs: Any) -> str | None:
+def unreachable(policy: Policy, model: nn.Module, graph: WidthGraph, example_inputs: Any) -> str | None:
     """What the policy cannot reach with this network, as its method `unreachable` tells; None if it has none.
 
     Args:
@@ -91,23 +92,24 @@ def unreachable(policy: Any, model: nn.Module, graph: WidthGraph, example_inputs
         graph: its widths.
         example_inputs: what costs are counted on.
     """
-    return _told(getattr(policy, "unreachable", None), model, graph, example_inputs)
+    return _told(policy, "unreachable", model, graph, example_inputs, graph.sizes)
 
 
 def missed(evolver: Evolver) -> str | None:
     """What the policy has not reached by the end of a run, as its method `missed` tells; None if it has none."""
-    initial: Mapping[str, int] = evolver.history.initial.sizes
-    tell = getattr(evolver.policy, "missed", None)
-    if tell is None:
-        return None
-    return _told(lambda costs: tell(costs, initial), evolver.model, evolver.graph, evolver.example_inputs)
+    initial = evolver.history.initial.sizes
+    return _told(evolver.policy, "missed", evolver.model, evolver.graph, evolver.example_inputs, initial)
 
 
-def _told(tell: Callable[[Costs], str | None] | None, model: nn.Module, graph: WidthGraph, inputs: Any) -> str | None:
+def _told(
+    policy: Policy, method: str, model: nn.Module, graph: WidthGraph, inputs: Any, initial: Mapping[str, int]
+) -> str | None:
+    tell = getattr(policy, method, None)
     if tell is None:
         return None
+    progress = 0.0 if method == "unreachable" else 1.0
     try:
-        return tell(Costs.of(model, graph, inputs))
+        return tell(PolicyContext(graph, progress, initial, count_costs=lambda: Costs.of(model, graph, inputs)))
     except Exception as problem:
-        log.debug("The costs of the network cannot be told", exc_info=problem)
+        log.debug("%s of %s fails", method, type(policy).__name__, exc_info=problem)
         return None

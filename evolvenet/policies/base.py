@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import Any, Literal, Protocol
 
 from evolvenet.errors import PolicyError
-from evolvenet.graph.width_graph import WidthGraph
+from evolvenet.graph.width_graph import Width, WidthGraph
 from evolvenet.growth.loss_test import Evidence
 from evolvenet.measurement.cost import Costs
 from evolvenet.measurement.width_spectra import WidthStatistics
@@ -114,9 +114,8 @@ class Policy(Protocol):
 
     It should depend on its context alone: then a resumed run is the uninterrupted one, and all ranks agree.
 
-    A policy with an aim may have two methods more, each of which returns a warning or None: `unreachable(costs)`, called when
-    a run starts, and `missed(costs, initial)`, called at its end. `costs` are those of the network at that moment
-    (`evolvenet.measurement.cost.Costs`), `initial` the sizes at the start.
+    A policy with an aim may have two methods more, each of which returns a warning or None: `unreachable(context)`, called
+    when a run starts, and `missed(context)`, called at its end. `context` is of that moment, without measurements.
 
     >>> import torch
     >>> from evolvenet import Evolver, Proposal
@@ -276,6 +275,22 @@ def rounded(proposals: Mapping[str, Proposal], graph: WidthGraph) -> dict[str, P
         elif size != width.size:
             found[name] = Proposal(size, f"{proposal.reason}; {proposal.size} rounded up to a multiple of {width.step}")
     return found
+
+
+def fewest_units(width: Width, smallest: int, step: int) -> int:
+    """The smallest size that a width may have at the end of a run.
+
+    Args:
+        width: as it is now.
+        smallest: fewest units that a policy leaves, where there are as many.
+        step: sizes are multiples of it, where there are as many units.
+
+    >>> fewest_units(Width("0", 64), 2, 1), fewest_units(Width("0", 64), 2, 8), fewest_units(Width("0", 6), 2, 8)
+    (2, 8, 6)
+    """
+    if width.size < step:
+        return width.size
+    return -(-max(1, width.smallest, min(smallest, width.size)) // step) * step
 
 
 def lowest(size: int, share: float, step: int = 1) -> int:

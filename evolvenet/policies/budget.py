@@ -12,7 +12,7 @@ from evolvenet.graph.width_graph import Width
 from evolvenet.linalg.spectrum import effective_rank
 from evolvenet.measurement.cost import Costs
 from evolvenet.measurement.width_spectra import WidthStatistics
-from evolvenet.policies.base import PolicyContext, Proposal, check_fields, lowest
+from evolvenet.policies.base import PolicyContext, Proposal, check_fields, fewest_units, lowest
 from evolvenet.pruning.allocation import Curve, convex, energy_curve, fit_to_cost, loss_at, smallest
 
 KINDS = ("params", "macs", "bytes", "latency")
@@ -106,10 +106,10 @@ class Budget:
         """New sizes with which the network costs at most what it may now; {} once the budget holds."""
         return self.propose_from(context, context.costs.at(self.kind, context.initial), context.progress)
 
-    def unreachable(self, costs: Costs) -> str | None:
+    def unreachable(self, context: PolicyContext) -> str | None:
         """Why no widths of a network cost so little, and what to do; None if some do."""
-        least = {width.name: self._least(width) for width in costs.graph.resizable}
-        fewest, budget = costs.at(self.kind, least), float(getattr(self, self.kind))
+        least = {each.name: fewest_units(each, self.smallest, self._step(each)) for each in context.graph.resizable}
+        fewest, budget = context.costs.at(self.kind, least), float(getattr(self, self.kind))
         if fewest <= budget:
             return None
         return (
@@ -118,15 +118,10 @@ class Budget:
             "print(evolvenet.trace(model, inputs)) gives the reason for each that keeps its size."
         )
 
-    def missed(self, costs: Costs, initial: Mapping[str, int]) -> str | None:
-        """By how much a network misses the budget at the end of a run, and what to do; None if it holds.
-
-        Args:
-            costs: of the network as it is.
-            initial: {width: size} at the start of the run.
-        """
-        now, budget = costs.at(self.kind, {}), float(getattr(self, self.kind))
-        below = now < NEAR * budget and costs.at(self.kind, initial) < NEAR * budget
+    def missed(self, context: PolicyContext) -> str | None:
+        """By how much a network misses the budget at the end of a run, and what to do; None if it holds."""
+        now, budget = context.costs.at(self.kind, {}), float(getattr(self, self.kind))
+        below = now < NEAR * budget and context.costs.at(self.kind, context.initial) < NEAR * budget
         if now <= budget and not below:
             return None
         return (
@@ -137,13 +132,6 @@ class Budget:
 
     def _amount(self, cost: float) -> str:
         return f"{cost:.3g} s of latency" if self.kind == "latency" else f"{cost:,.0f} {self.kind}"
-
-    def _least(self, width: Width) -> int:
-        """The smallest size that it may have in the end."""
-        step = self._step(width)
-        if width.size < step:
-            return width.size
-        return -(-max(smallest(width), min(self.smallest, width.size)) // step) * step
 
     def propose_from(self, context: PolicyContext, start: float, progress: float) -> dict[str, Proposal]:
         """As `propose`, on the way from a network that cost `start`, of which a share `progress`, 0 … 1, is done."""

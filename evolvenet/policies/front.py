@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
 from evolvenet.errors import PolicyError
-from evolvenet.measurement.cost import Costs
 from evolvenet.policies.base import PolicyContext, Proposal, check_number
 from evolvenet.policies.budget import Budget
 
@@ -62,18 +61,13 @@ class Front:
         point, start, progress = self._now(context.costs.at(self.points[0].kind, context.initial), context.progress)
         return point.propose_from(context, start, progress)
 
-    def unreachable(self, costs: Costs) -> str | None:
+    def unreachable(self, context: PolicyContext) -> str | None:
         """Why no widths of a network cost as little as one of the points, and what to do; None if some do."""
-        return next((problem for point in self.points if (problem := point.unreachable(costs)) is not None), None)
+        return next((problem for point in self.points if (problem := point.unreachable(context)) is not None), None)
 
-    def missed(self, costs: Costs, initial: Mapping[str, int]) -> str | None:
-        """By how much a network misses the last point at the end of a run; None if it does not.
-
-        Args:
-            costs: of the network as it is.
-            initial: {width: size} at the start of the run.
-        """
-        return self.points[-1].missed(costs, initial)
+    def missed(self, context: PolicyContext) -> str | None:
+        """By how much a network misses the last point at the end of a run; None if it does not."""
+        return self.points[-1].missed(context)
 
     def target(self, start: float, progress: float) -> float:
         """The most that the network may cost now.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from numbers import Integral
 
 from evolvenet.errors import PolicyError
 
@@ -34,8 +35,8 @@ class Schedule:
         if self.every_n_epochs is not None and self.every_n_steps is not None:
             raise PolicyError("Expected every_n_epochs or every_n_steps, got both. Give one of them.")
         for name, value in (("every_n_epochs", self.every_n_epochs), ("every_n_steps", self.every_n_steps)):
-            if value is not None and value < 1:
-                raise PolicyError(f"Expected {name} of 1 or more, got {value}.")
+            if value is not None and (not isinstance(value, Integral) or value < 1):
+                raise PolicyError(f"Expected {name} of 1 or more, a whole number, got {value!r}.")
         if not 0 <= self.stop <= 1:
             raise PolicyError(f"Expected stop as a share of the run in 0 … 1, got {self.stop}.")
 

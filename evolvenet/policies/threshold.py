@@ -10,7 +10,7 @@ from evolvenet.graph.width_graph import WidthGraph
 from evolvenet.growth.loss_test import Evidence
 from evolvenet.linalg.spectrum import effective_rank, energy_shares, units_for_energy
 from evolvenet.measurement.width_spectra import WidthStatistics
-from evolvenet.policies.base import PolicyContext, Proposal, check_fields, enlarged, lowest
+from evolvenet.policies.base import PolicyContext, Proposal, check_fields, enlarged, fewest_units, lowest
 
 
 @dataclass(frozen=True)
@@ -90,6 +90,18 @@ class Threshold:
                 sizes[name] = larger[name]
                 found[name] = Proposal(larger[name], self._why(known[name], tests.get(name)))
         return found
+
+    def unreachable(self, context: PolicyContext) -> str | None:
+        """Why no widths of a network have so few parameters, and what to do; None if some do, or without a limit."""
+        least = {each.name: fewest_units(each, self.smallest, each.step) for each in context.graph.resizable}
+        fewest = context.graph.proposed_parameters(least)
+        if self.max_parameters is None or fewest <= self.max_parameters:
+            return None
+        return (
+            f"Threshold(max_parameters={self.max_parameters}) cannot be reached: with every width at its smallest the network "
+            f"has {fewest:,} parameters. Take a larger max_parameters, a smaller `smallest` or `multiple`, or let more widths "
+            "change: print(evolvenet.trace(model, inputs)) gives the reason for each that keeps its size."
+        )
 
     def _shrink_anyway(self, context: PolicyContext) -> dict[str, Proposal]:
         """Prunings with the threshold doubled until a width shrinks, saturated or not."""

@@ -10,10 +10,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from evolvenet import Budget, Evolver, Front, trace
+from evolvenet import Budget, Evolver, Front, Threshold, trace
 from evolvenet.engine.event_timer import EventState, EventTimer
 from evolvenet.engine.run_checks import missed, no_event_possible
 from evolvenet.measurement.cost import Costs
+from evolvenet.policies.base import PolicyContext
 from evolvenet.policies.schedule import Schedule
 from tests.helpers.small_models import mlp
 
@@ -72,7 +73,14 @@ def evolver(policy: Any, **options: Any) -> Evolver:
 
 
 @pytest.mark.parametrize(
-    "policy", [Budget(params=10), Budget(macs=10), Front(points=[Budget(params=500), Budget(params=10)])], ids=str
+    "policy",
+    [
+        Budget(params=10),
+        Budget(macs=10),
+        Front(points=[Budget(params=500), Budget(params=10)]),
+        Threshold(prune=0.01, grow=0.9, max_parameters=10),
+    ],
+    ids=str,
 )
 def test_a_budget_below_the_smallest_network_is_named_at_the_start(
     policy: Any, caplog: pytest.LogCaptureFixture
@@ -88,8 +96,9 @@ def test_the_smallest_cost_is_exact(multiple: int) -> None:
     least = max(2, multiple)
     smallest = made.graph.proposed_parameters(dict.fromkeys(made.graph.sizes, least))
     costs = Costs.of(made.model, made.graph, made.example_inputs)
-    assert Budget(params=smallest).unreachable(costs) is None
-    assert f"has {smallest:,} params" in (Budget(params=smallest - 1).unreachable(costs) or "")
+    context = PolicyContext(made.graph, 0.0, made.graph.sizes, count_costs=lambda: costs)
+    assert Budget(params=smallest).unreachable(context) is None
+    assert f"has {smallest:,} params" in (Budget(params=smallest - 1).unreachable(context) or "")
 
 
 @pytest.mark.parametrize(
@@ -105,7 +114,7 @@ def test_a_missed_budget_is_named_at_the_end(budget: int, start: int, expected: 
 
 def test_a_policy_without_an_aim_or_with_an_error_in_it_warns_of_nothing(caplog: pytest.LogCaptureFixture) -> None:
     class Broken(Budget):
-        def unreachable(self, costs: Costs) -> str | None:
+        def unreachable(self, context: PolicyContext) -> str | None:
             raise RuntimeError
 
     evolver(Broken(params=10))
