@@ -256,6 +256,8 @@ class _Solver:
         choice, whole = self.choices[op.tensor], self.seen.matrices[op.tensor].to(columns.device)
         assert choice.kind is not None
         name, wide = choice.target.name, columns.shape[-1] > MOST_COLUMNS
+        # Half types would round the inputs of the last factor.
+        columns, targets = (each.to(torch.promote_types(each.dtype, torch.float32)) for each in (columns, targets))
         fitted = refit(columns, targets, whole, bias, odd)
         weights = [
             _in_order(op, weight.to("cpu", torch.float64)) for weight in (whole if fitted is None else fitted[0])

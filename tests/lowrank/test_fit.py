@@ -84,6 +84,16 @@ def test_data_lowers_the_error_of_every_kind(kind: str) -> None:
     assert relative(fitted(x), before) < 0.5 * relative(plain(x), before)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_other_types_are_fitted_in_float32_at_least_and_keep_their_type(dtype: torch.dtype) -> None:
+    model, x = network().to(dtype), images().to(dtype)
+    before = model(x).double()
+    evolvenet.factorize(plain := copy.deepcopy(model), 4)
+    evolvenet.factorize(model, 4, batches=[x])
+    assert {parameter.dtype for parameter in model.parameters()} == {dtype}
+    assert relative(model(x).double(), before) < 0.6 * relative(plain(x).double(), before)
+
+
 def test_each_layer_is_fitted_on_the_inputs_that_it_gets() -> None:
     model, x = network(), images()
     before = model(x)
@@ -143,6 +153,16 @@ class Twice(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.layer(self.layer(x).tanh())
+
+
+def test_a_layer_too_wide_for_a_second_moment_is_fitted_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    monkeypatch.setattr("evolvenet.lowrank.fit.MOST_COLUMNS", 10)
+    model, x = nn.Sequential(nn.Linear(20, 16)).double(), correlated(400, 20)
+    before, plain = model(x), copy.deepcopy(model)
+    evolvenet.factorize(plain, {"0": 4})
+    evolvenet.factorize(model, {"0": 4}, batches=[x])
+    assert relative(model(x), before) < 0.9 * relative(plain(x), before)
 
 
 def test_layers_that_run_twice_or_never_get_factors_too() -> None:
