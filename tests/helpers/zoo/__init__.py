@@ -8,9 +8,10 @@ from __future__ import annotations
 from tests.helpers.zoo.control import CONTROL
 from tests.helpers.zoo.embeddings import EMBEDDINGS
 from tests.helpers.zoo.entry import Entry
+from tests.helpers.zoo.further import FURTHER
 from tests.helpers.zoo.generative import GENERATIVE
 from tests.helpers.zoo.sequences import SEQUENCES
 from tests.helpers.zoo.tabular import TABULAR
 from tests.helpers.zoo.vision import VISION
 
-ZOO: dict[str, Entry] = {**GENERATIVE, **EMBEDDINGS, **VISION, **SEQUENCES, **CONTROL, **TABULAR}
+ZOO: dict[str, Entry] = {**GENERATIVE, **EMBEDDINGS, **VISION, **SEQUENCES, **CONTROL, **TABULAR, **FURTHER}
