@@ -210,8 +210,23 @@ class LightningEvolution(EvolutionCallback):
                 self._keep_record(self._module)
 
     def _restore(self, problem: Exception) -> AbstractContextManager[None] | None:
-        """All widths at their first sizes, where they have changed since."""
-        if self.evolver is None or not self.evolver.original.has_changed or process_group().size > 1:
+        """All widths at their first sizes, where they have changed since.
+
+        Of several processes, one may be in a step that raises while the others wait for its gradients: no exchange that all
+        take part in can follow, so nothing is restored there.
+        """
+        if self.evolver is None or not self.evolver.original.has_changed:
+            return None
+        group = process_group()
+        if group.size > 1:
+            log.error(
+                "A step on rank %d of %d has raised %s after widths had changed: if layers do not fit each other, the step has "
+                "taken a route that no traced batch took. With several processes widths are not restored, and the run ends. "
+                "Resume from the last checkpoint with WidthEvolution(fixed=[...]) for the widths before these layers.",
+                group.rank,
+                group.size,
+                type(problem).__name__,
+            )
             return None
         return self.evolver.restored(f"{type(problem).__name__}: {problem}")
 

@@ -22,6 +22,7 @@ class StepGuard:
     A trace follows the routes that the first batches take. A step that takes another one later may find layers that do not
     fit each other any more. Where a step raises one of `MISFITS`, all widths get their first sizes and the step is run once
     more; if it raises again, widths are as they were and the first exception is raised: it was not about widths then.
+    With several processes nothing is restored: the error says what to do.
 
     Args:
         strategy: the trainer's.

@@ -7,6 +7,7 @@ import evolvenet  # noqa: F401  isort: skip
 import logging
 import random
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 
 from evolvenet import Threshold, WidthEvolution
+from evolvenet.lightning import evolution as evolution_module
 
 POINTS = torch.randn(256, 16, generator=torch.Generator().manual_seed(0))
 CLASSES = (POINTS[:, :4].sum(1) > 0).long()
@@ -286,6 +288,29 @@ def test_an_error_of_the_users_own_is_raised_as_it_is_and_widths_stay(kind: type
         fit(module)
     assert module.encoder[0].out_features == tries[0] < 64
     assert tries[1:] == ([64] if kind is RuntimeError else [])
+
+
+def test_with_several_processes_a_step_that_raises_is_not_run_again_and_the_log_says_what_to_do(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tries: list[int] = []
+
+    class Fails(AutoEncoder):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            if self.global_step == 8:
+                # The others would wait for this rank's gradients.
+                monkeypatch.setattr(evolution_module, "process_group", lambda: SimpleNamespace(rank=1, size=2))
+                tries.append(self.encoder[0].out_features)  # type: ignore[arg-type]
+                raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+            return super().training_step(batch, batch_idx)
+
+    torch.manual_seed(0)
+    with pytest.raises(RuntimeError, match="mat1 and mat2"):
+        fit(Fails())
+    assert len(tries) == 1
+    assert tries[0] < 64
+    assert "A step on rank 1 of 2 has raised RuntimeError after widths had changed" in caplog.text
+    assert "Resume from the last checkpoint with WidthEvolution(fixed=[...])" in caplog.text
 
 
 def test_a_resumed_run_of_a_traced_step_is_the_uninterrupted_one(tmp_path: Path) -> None:
