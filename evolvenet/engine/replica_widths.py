@@ -75,6 +75,8 @@ def frozen_tensors(graph: WidthGraph, tensors: Iterable[str], reason: str) -> Wi
     names = {
         part.width for name in tensors for parts in graph.layouts.get(name, {}).values() for part in parts if part.width
     }
+    if not any(graph.widths[name].frozen is None for name in names):
+        return graph
     widths = {
         name: replace(width, frozen=reason, patches=()) if name in names and width.frozen is None else width
         for name, width in graph.widths.items()

@@ -12,13 +12,16 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from torch import nn
 
+from evolvenet._compat.lightning import trainer_of
 from evolvenet._compat.torch import reset_compiled_code
 from evolvenet.engine.announcements import announce_start, short_number
+from evolvenet.engine.bare_copies import bare_copies
 from evolvenet.engine.distributed import check_agreement, process_group, run_on_all_ranks
 from evolvenet.engine.event_timer import EventTimer
 from evolvenet.engine.evolution_callback import EvolutionCallback
 from evolvenet.engine.evolver import Evolver
 from evolvenet.engine.replica_discovery import ReplicaDiscovery
+from evolvenet.engine.replica_widths import frozen_tensors
 from evolvenet.errors import RecordError, TraceError
 from evolvenet.graph.serialization import check_fits, from_state_dict
 from evolvenet.graph.width_graph import WidthGraph
@@ -199,7 +202,21 @@ class LightningEvolution(EvolutionCallback):
         return WidthRecord.of(pl_module.get_submodule(root), graph, root, sizes)
 
     def _settle(self, root: nn.Module, graph: WidthGraph) -> WidthGraph:
-        return self._replicas.settled(root, graph) if self._replicas else graph
+        return self._without_bare_copies(root, self._replicas.settled(root, graph) if self._replicas else graph)
+
+    def _without_bare_copies(self, root: nn.Module, graph: WidthGraph) -> WidthGraph:
+        """The graph without widths of which somebody keeps a copy that no change would reach."""
+        if self._module is None:
+            return graph
+        holders: dict[str, object] = {"": self._module}
+        trainer = trainer_of(self._module)
+        for callback in [] if trainer is None else trainer.callbacks:  # type: ignore[attr-defined]
+            if callback is not self:
+                holders[type(callback).__name__] = callback
+        for name, where in bare_copies(holders, root).items():
+            reason = f"{where} holds a copy of {name} as a bare tensor, which would keep its size"
+            graph = frozen_tensors(graph, [graph.aliases.get(name, name)], reason)
+        return graph
 
     def _trace_first_runs(self, name: str, batch: Any, index: int) -> None:
         """Go on with a new graph where the step has called a module that no trace had reached."""
@@ -267,6 +284,7 @@ class LightningEvolution(EvolutionCallback):
         evolver.optimizers = optimizers_of(trainer, pl_module)
         if self._replicas is not None:
             graph = self._replicas.reviewed(evolver.model, evolver.graph)
+            graph = self._without_bare_copies(evolver.model, graph)
             if graph is not evolver.graph:
                 evolver.adopt(graph)
         with default_dtype(trainer), logging_muted(pl_module):
