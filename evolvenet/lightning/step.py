@@ -5,13 +5,14 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 from unittest.mock import patch
 
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.loggers.logger import DummyLogger
-from torch import nn
+from torch import Tensor, nn
 
 from evolvenet._compat.lightning import trainer_of
 from evolvenet._compat.torch import version_of
@@ -40,21 +41,42 @@ class ModuleStep:
         assert isinstance(module, LightningModule)
         parameters = dict(module.named_parameters())
         names = parameters if self.written is None else self.written
-        before = {name: (_version(parameters[name]), parameters[name].detach().clone()) for name in names}
+        before = {name: _Saved.of(parameters[name]) for name in names}
         try:
             with without_effects(module):
                 return _called(getattr(module, self.name), batch, self.index)
         finally:
-            changed = [name for name, (version, _) in before.items() if _version(parameters[name]) != version]
+            changed = tuple(name for name, saved in before.items() if saved.restore(parameters[name]))
+            # Tensors without data show no writes by `.data = …`, so a run on them says nothing of the next one.
+            if not any(parameters[name].is_meta for name in names):
+                self.written = changed
+
+
+@dataclass(frozen=True)
+class _Saved:
+    """A parameter's values, and the memory that it had, which `parameter.data = …` takes from it.
+
+    That is kept until the step is over: other tensors must not be found where a weight is expected.
+    """
+
+    version: int
+    data: Tensor
+    value: Tensor
+
+    @classmethod
+    def of(cls, parameter: nn.Parameter) -> _Saved:
+        return cls(version_of(parameter), parameter.data, parameter.detach().clone())
+
+    def restore(self, parameter: nn.Parameter) -> bool:
+        """Put the values back; whether they may have changed."""
+        moved = parameter.data_ptr() != self.data.data_ptr()
+        if moved:
+            parameter.data = self.data
+        if moved or version_of(parameter) != self.version:
             with torch.no_grad():
-                for name in changed:
-                    parameters[name].copy_(before[name][1])
-            self.written = tuple(changed)
-
-
-def _version(parameter: nn.Parameter) -> tuple[int, int]:
-    """Another one after each write: in place, or by `parameter.data = …`, which the version counter leaves out."""
-    return version_of(parameter), parameter.data_ptr()
+                parameter.copy_(self.value)
+            return True
+        return False
 
 
 def _called(step: Callable[..., Any], batch: Any, index: int) -> Any:

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from evolvenet.execution.isolation import model_outputs
 from evolvenet.execution.step import Step
 from evolvenet.lightning.step import ModuleStep
+from evolvenet.measurement.cost import macs
 
 
 class Manual(LightningModule):
@@ -129,7 +130,10 @@ def test_parameters_that_a_step_writes_to_are_known_after_its_first_run() -> Non
 
     module = Plain()
     before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    places = [parameter.data_ptr() for parameter in module.parameters()]
+    macs(module, Step(step, torch.randn(3, 2)))  # on tensors without data
     for _ in range(2):
         model_outputs(module, Step(step, torch.randn(3, 2)))
         assert step.written == ("slow.weight", "slow.bias")
         torch.testing.assert_close(dict(module.state_dict()), before, rtol=0, atol=0)
+        assert [parameter.data_ptr() for parameter in module.parameters()] == places
