@@ -19,7 +19,9 @@ class LayerReport:
         before: parameters of its weight.
         after: parameters of its factors, or of the whole weight.
         error: relative squared error, Σ‖ŷ − y‖² / Σ‖y − mean‖² of the layer's outputs where they were measured (about 0 in
-            place of the mean for a layer without an offset), else that of its weight; 0 for a whole layer.
+            place of the mean for a layer without an offset), else that of its weight; 0 for a whole layer. At the end of a
+            residual block y is what makes the sum equal to the original one, errors of the shortcut included: where these
+            are larger than the branch, the error is near 1.
         reason: why it stays whole.
     """
 
