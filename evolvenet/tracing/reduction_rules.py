@@ -13,6 +13,7 @@ from evolvenet.tracing.rules import Call, elementwise, rule
 
 @rule("sum", "mean", "amax", "amin", "prod", "var", "std", "norm", "linalg_vector_norm", "logsumexp", "any", "all")
 @rule("max", "min", "argmax", "argmin", "var_mean", "std_mean", "median", "_logcumsumexp", "count_nonzero")
+@rule("_is_all_true", "_is_any_true")
 def reduction(call: Call) -> None:
     """Units along the reduced dimensions are mixed, or frozen if the op returns their positions; the others pass.
 
