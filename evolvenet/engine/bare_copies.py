@@ -11,8 +11,9 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from evolvenet._compat.torch import plain_attributes
+
 _NOT_SEARCHED = (nn.Module, Tensor, Optimizer, type, str, bytes)
-_TABLES = ("_parameters", "_buffers", "_modules")
 
 
 def bare_copies(holders: Mapping[str, object], network: nn.Module) -> dict[str, str]:
@@ -60,8 +61,8 @@ def _containers(holders: Mapping[str, object]) -> Iterator[tuple[str, Any]]:
 
 
 def _attributes(thing: object) -> list[tuple[str, Any]]:
-    held = getattr(thing, "__dict__", None)
-    return [(name, value) for name, value in held.items() if name not in _TABLES] if isinstance(held, dict) else []
+    held = plain_attributes(thing) if isinstance(thing, nn.Module) else getattr(thing, "__dict__", None)
+    return list(held.items()) if isinstance(held, dict) else []
 
 
 def _copied_by_name(container: dict[Any, Any], own: Mapping[str, nn.Parameter], known: set[int]) -> list[nn.Parameter]:
