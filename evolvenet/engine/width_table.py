@@ -14,6 +14,9 @@ from evolvenet.graph.width_graph import Tie
 from evolvenet.surgery.width_record import WidthRecord, record_of
 from evolvenet.tracing.trace import trace
 
+SHOWN = 4
+"""Axes of a width in a printed table."""
+
 
 @dataclass(frozen=True)
 class WidthSize:
@@ -35,9 +38,8 @@ class WidthSize:
 
     @property
     def axes(self) -> list[str]:
-        """`"fc1.weight[0]"` for axis 0 of that tensor, with the places where it does not fill the axis from its start."""
-        places = ("" if t.start == 0 else f" from {t.start}" for t in self.ties)
-        return [f"{tie.tensor}[{tie.dim}]{place}" for tie, place in zip(self.ties, places, strict=True)]
+        """`"fc1.weight[0]"` for axis 0 of that tensor, each once; `ties` also says in which places of the axis."""
+        return list(dict.fromkeys(f"{tie.tensor}[{tie.dim}]" for tie in self.ties))
 
     def to_dict(self) -> dict[str, Any]:
         """As plain data."""
@@ -108,7 +110,7 @@ class WidthTable(Mapping[str, WidthSize]):
 
     def __str__(self) -> str:
         rows = [("width", "size", "was", "axes")]
-        rows += [(w.name, str(w.size), str(w.original), ", ".join(w.axes)) for w in self._widths.values()]
+        rows += [(w.name, str(w.size), str(w.original), _first(w.axes)) for w in self._widths.values()]
         lines = _aligned(rows)
         lines += ["", *_aligned([("layer", "built by"), *((path or ".", str(a)) for path, a in self.layers.items())])]
         if self.classes:
@@ -119,6 +121,12 @@ class WidthTable(Mapping[str, WidthSize]):
         return "\n".join(lines)
 
     __repr__ = __str__
+
+
+def _first(axes: list[str]) -> str:
+    """The first axes, and how many others there are."""
+    more = len(axes) - SHOWN
+    return ", ".join(axes[:SHOWN]) + (f" and {more} more" if more > 0 else "")
 
 
 def _aligned(rows: list[tuple[str, ...]]) -> list[str]:

@@ -24,7 +24,7 @@ from evolvenet.surgery.module_handlers import attributes, refresh, shape_sources
 from evolvenet.surgery.module_replacement import behind, find_replacements, fit_replacements
 from evolvenet.surgery.resize_model import exchange, scaled_numbers
 from evolvenet.surgery.state_parts import own_names, refuse_others, tied_to
-from evolvenet.surgery.width_check import problem_by_graph, problem_by_record, problem_without_record
+from evolvenet.surgery.width_check import problem_by_graph, problem_by_record, problem_without_record, warn_of_numbers
 from evolvenet.surgery.width_record import RECORD_KEY, WidthRecord, renamed_state
 
 __all__ = [
@@ -37,10 +37,7 @@ __all__ = [
 ]
 
 log = logging.getLogger("evolvenet")
-REMEDY = (
-    "Build the model as it was built for that file; only its widths may differ. If this is a width, save the file with "
-    "evolvenet.save, which records the widths, or call evolvenet.load(model, path, example_inputs=...), which traces them."
-)
+REMEDY = "Build the model as it was built for that file; only its widths may differ."
 
 
 def find_record(found: Any, prefix: str = "") -> dict[str, Any] | None:
@@ -90,6 +87,8 @@ def load_state(
     if graph is not None and "graph" not in (record or {}):
         shapes = {name: tuple(tensor.shape) for name, tensor in state.items() if isinstance(tensor, Tensor)}
         record = {"numbers": scaled_numbers(model, graph, shapes), "buffers": {}}
+    elif graph is None and "graph" not in (record or {}):
+        warn_of_numbers(model, _shapes_there(model, "", state), what)
     restore = _snapshot(model, _shapes_there(model, "", state))
     try:
         fit_shapes(model, state, record=record)

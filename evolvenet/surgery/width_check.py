@@ -4,6 +4,7 @@
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -16,6 +17,7 @@ from evolvenet.graph.width_graph import WidthGraph
 from evolvenet.surgery.bare_shapes import Side, unexplained
 from evolvenet.surgery.width_record import WidthRecord, in_replicas, shapes_of
 
+log = logging.getLogger("evolvenet")
 Shapes = Mapping[str, tuple[int, ...]]
 
 
@@ -113,8 +115,38 @@ def problem_without_record(model: nn.Module, planned: Mapping[Tensor, tuple[int,
     return (
         f"expected {name} of shape {tuple(tensor.shape)}, as in this model, got {planned[tensor]} ({sides[0].name} = "
         f"{sides[0].new}, not {sides[0].old}; {len(sides)} such in all). The file has no record of its widths, and "
-        f"{partner.get(sides[0].role, 'no other layer has')} that number, so it cannot be told to be a width"
+        f"{partner.get(sides[0].role, 'no other layer has')} that number, so it cannot be told to be a width. If it is one, "
+        "save the file with evolvenet.save, which records the widths, or call evolvenet.load(model, path, "
+        "example_inputs=...), which traces them"
     )
+
+
+def warn_of_numbers(model: nn.Module, planned: Mapping[Tensor, tuple[int, ...]], what: str) -> None:
+    """Warn of numbers in a model's own attributes that may follow a width which a file without a record changes.
+
+    Args:
+        model: the model as it is.
+        planned: shape in the file of each of its tensors.
+        what: the name of the file.
+    """
+    changed = {
+        old for t, shape in planned.items() for old, new in zip(t.shape, shape, strict=True) if old != new and old > 1
+    }
+    found = [
+        f"{'.'.join(filter(None, (path, name)))} = {value}"
+        for path, module in model.named_modules()
+        if changed and not type(module).__module__.startswith("torch.nn.")
+        for name, value in vars(module).items()
+        if isinstance(value, int) and value in changed
+    ]
+    if found:
+        log.warning(
+            "%s has no record of its widths, and other ones than this model. Numbers of the model's own code are as they "
+            "were, and some were the size of a width that differs: %s. If its forward pass uses them, save the file with "
+            "evolvenet.save, or give evolvenet.load(example_inputs=...).",
+            what,
+            ", ".join(found[:5]),
+        )
 
 
 def _tensors(model: nn.Module, side: Side, planned: Mapping[Tensor, tuple[int, ...]]) -> Iterator[tuple[str, Tensor]]:

@@ -167,6 +167,29 @@ def test_what_a_bare_state_dict_does_not_tell_a_trace_tells(tmp_path: Path) -> N
         evolvenet.load(mlp(), tmp_path / "classes.pt", example_inputs=torch.zeros(1, 6))
 
 
+class Heads(nn.Module):
+    """Its code counts in a number of its own."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.width = width
+        self.first, self.last = nn.Linear(6, width), nn.Linear(width, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.first(x).view(-1, self.width).relu())
+
+
+def test_numbers_that_a_bare_state_dict_does_not_hold_are_named_and_a_trace_adapts_them(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    torch.save(Heads(5).state_dict(), tmp_path / "bare.pt")
+    assert evolvenet.load(Heads(8), tmp_path / "bare.pt").width == 8
+    assert "some were the size of a width that differs: width = 8." in caplog.text
+    caplog.clear()
+    assert evolvenet.load(Heads(8), tmp_path / "bare.pt", example_inputs=torch.zeros(2, 6)).width == 5
+    assert caplog.text == ""
+
+
 def inconsistent() -> dict[str, Tensor]:
     """Eight units are produced and five consumed."""
     return {**mlp().state_dict(), "2.weight": torch.zeros(2, 5)}

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import nn
 
+from evolvenet.errors import RecordError
 from tests.helpers.interpreters import run_script
 from tests.helpers.resuming import evolution
-from tests.helpers.runs import Batches, fresh, trainer
+from tests.helpers.runs import Batches, Classifier, fresh, trainer
 
 NET = """
 class Net({package}.LightningModule):
@@ -79,3 +82,30 @@ def test_after_import_evolvenet_alone(order: str, files: tuple[list[str], list[f
     lines = run_script(script)
     assert [json.loads(line) for line in lines if line[0] == "["] == [expected, expected] * len(classes)
     assert [line for line in lines if line[0] != "["] == ["False"] * len(classes)
+
+
+class Four(Classifier):
+    """Four classes instead of three."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net[6] = nn.Linear(16, 4)
+
+
+def test_a_run_does_not_go_on_from_a_checkpoint_of_other_classes(
+    files: tuple[list[str], list[float]], tmp_path: Path
+) -> None:
+    model = Four()
+    with pytest.raises(RecordError, match=r"expected net\.6\.weight of shape \(4, 16\), as in this model, got \(3, "):
+        trainer(tmp_path, [evolution()]).fit(model, Batches(), ckpt_path=files[0][0], weights_only=True)
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    assert shapes == {name: tuple(tensor.shape) for name, tensor in Four().state_dict().items()}
+
+
+def test_weights_that_a_trainer_saves_after_the_run_have_its_widths(tmp_path: Path) -> None:
+    run, model = trainer(tmp_path, [evolution()]), fresh()
+    run.fit(model, Batches())
+    run.save_checkpoint(tmp_path / "after.ckpt", weights_only=True)
+    loaded = Classifier.load_from_checkpoint(tmp_path / "after.ckpt", weights_only=True)
+    assert loaded.net[0].out_features == model.net[0].out_features != 16  # type: ignore[union-attr]
+    assert not model._state_dict_hooks
