@@ -15,7 +15,7 @@ import evolvenet
 from evolvenet.execution.routes import runs_until_every_route
 from evolvenet.execution.step import run_model
 from evolvenet.graph.serialization import from_state_dict, to_state_dict
-from evolvenet.measurement.cost import macs
+from evolvenet.measurement.cost import macs, uses
 
 POINTS = torch.randn(256, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
@@ -153,6 +153,16 @@ def test_what_a_cut_does_to_gradients_is_no_more_than_what_it_does_to_units() ->
     torch.testing.assert_close(answers(model), before, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("guarded", [False, True])
+def test_consumers_are_refitted_on_the_forward_pass_alone(guarded: bool) -> None:
+    torch.manual_seed(0)
+    model: Any = Derivatives(guarded).double()
+    columns = model.net[2].weight.detach().clone()
+    evolvenet.prune(model, evolvenet.trace(model, POINTS[:2]), {"net.0": 10}, batches=[POINTS])
+    assert model.net[2].weight.shape == (12, 10)
+    assert torch.cdist(model.net[2].weight.detach().T, columns.T).min() > 1e-6, "no column is as it was"
+
+
 def test_a_gradient_of_a_fixed_size_freezes_what_it_is_given_for() -> None:
     class Given(ByFeatures):
         def forward(self, x: Tensor) -> Any:
@@ -169,6 +179,7 @@ def test_backward_passes_inside_count_as_operations_and_their_routes_run() -> No
     forward = 2 * 16 + 16 * 12 + 12
     assert macs(model.net, x) == forward
     assert macs(model, x, gradients=True) > 2 * forward
+    assert uses(model, x, gradients=True) == {f"net.{name}": count for name, count in uses(model.net, x).items()}
     assert runs_until_every_route(model, x) == 1
     with torch.inference_mode():
         assert runs_until_every_route(model, x.clone()) == 1
