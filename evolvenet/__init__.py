@@ -35,7 +35,8 @@ from evolvenet.lowrank import attention as _attention  # noqa: E402, F401  both 
 from evolvenet.lowrank import layers as _layers  # noqa: E402, F401
 from evolvenet.measurement.output_spectra import output_spectra  # noqa: E402
 from evolvenet.measurement.residual_spectra import block_spectra  # noqa: E402
-from evolvenet.measurement.width_spectra import WidthStatistics, spectra  # noqa: E402
+from evolvenet.measurement.width_spectra import spectra  # noqa: E402
+from evolvenet.measurement.width_statistics import WidthStatistics  # noqa: E402
 from evolvenet.policies.base import Policy, Proposal  # noqa: E402
 from evolvenet.policies.budget import Budget  # noqa: E402
 from evolvenet.policies.front import Front  # noqa: E402

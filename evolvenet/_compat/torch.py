@@ -171,7 +171,7 @@ def state_dict_metadata(state: Any) -> dict[str, dict[str, Any]]:
 def with_metadata(entries: Mapping[str, Any], metadata: Mapping[str, Mapping[str, Any]]) -> OrderedDict[str, Any]:
     """A state dict that says something beside its tensors.
 
-    >>> state_dict_metadata(with_metadata({"weight": torch.zeros(2)}, {"": {"version": 1}}))
+    >>> dict(state_dict_metadata(with_metadata({"weight": torch.zeros(2)}, {"": {"version": 1}})))
     {'': {'version': 1}}
     """
     state: Any = OrderedDict(entries)

@@ -45,6 +45,11 @@ class BatchBuffer:
         """Of each batch, the gradients at the model's outputs; () where none are known."""
         return [gradients for _, gradients in self._kept]
 
+    def keep(self, most: int) -> None:
+        """Keep so many batches from now on."""
+        if most != self._kept.maxlen:
+            self._kept = deque(self._kept, maxlen=most)
+
     def add(self, batch: Any, gradients: Sequence[Tensor | None] = ()) -> None:
         """Append a batch, and drop the oldest one beyond `most`."""
         if isinstance(self._example, Step):

@@ -8,19 +8,18 @@ from evolvenet.engine.event_data import EventData
 from evolvenet.engine.invariants import check_finite_weights
 from evolvenet.engine.snapshot import PendingCut
 from evolvenet.errors import SkippedEvent, stage
-from evolvenet.measurement.width_spectra import WidthStatistics
+from evolvenet.measurement.width_statistics import WidthStatistics
 from evolvenet.policies.base import Policy, Proposal, check_proposals, rounded
 
 
 def decide(
-    policy: Policy, data: EventData, progress: float, initial: Mapping[str, int], pending_cut: PendingCut | None
+    policy: Policy, data: EventData, initial: Mapping[str, int], pending_cut: PendingCut | None
 ) -> tuple[dict[str, WidthStatistics], dict[str, Proposal]]:
     """The statistics that were measured, and the policy's proposals; nothing while a cut is still to be judged.
 
     Args:
         policy: proposes sizes.
         data: of the event.
-        progress: share of the run that is done, 0 … 1.
         initial: {width: size} at the start of the run.
         pending_cut: of a policy that judges its cuts.
 
@@ -35,7 +34,7 @@ def decide(
     if pending_cut and pending_cut.snapshot:
         return {}, {}
     with stage("policy"):
-        context = data.context(progress, initial, pending_cut and pending_cut.state)
+        context = data.context(initial, pending_cut and pending_cut.state)
         proposals = rounded(check_proposals(policy.propose(context), data.graph), data.graph)
         # Which units are pruned depends on the statistics, also where the policy's sizes do not.
         return (data.statistics if proposals else data.measured), proposals

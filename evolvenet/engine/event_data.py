@@ -16,7 +16,8 @@ from evolvenet.growth.loss_test import Gradients, evidence
 from evolvenet.growth.plan import plan_growth
 from evolvenet.measurement.activation_moments import ActivationMoments, collect
 from evolvenet.measurement.cost import Costs
-from evolvenet.measurement.width_spectra import WidthStatistics, width_statistics
+from evolvenet.measurement.past_events import PastEvents
+from evolvenet.measurement.width_statistics import WidthStatistics, width_statistics
 from evolvenet.policies.base import PolicyContext
 from evolvenet.pruning.allocation import trial_curves
 from evolvenet.pruning.reconstruction import TRAINING_LIMITS, reconstruct
@@ -34,8 +35,10 @@ class EventData:
         example_inputs: what costs are counted on.
         batches: inputs to measure on, of all ranks.
         gradients: of the loss at the outputs for each batch, as far as they are known.
-        changed: {width: (event, units, reversals) of its last change}.
+        past: the events before this one.
         number: of the event, counted from 1.
+        progress: share of the run that is done, 0 … 1.
+        previous: the same at the event before, 0 at the first one; None where the run's length is unknown.
         seed: of the run; new units draw from `seed + number`.
     """
 
@@ -44,8 +47,10 @@ class EventData:
     example_inputs: Any
     batches: Sequence[Any]
     gradients: Sequence[Gradients]
-    changed: Mapping[str, Sequence[int]]
+    past: PastEvents
     number: int
+    progress: float
+    previous: float | None
     seed: int
 
     @cached_property
@@ -56,29 +61,29 @@ class EventData:
 
     @cached_property
     def statistics(self) -> dict[str, WidthStatistics]:
-        """{width: its statistics}, of every width on which enough was measured."""
+        """{width: its statistics}."""
         moments = self.moments
         with stage("spectra"):
-            return width_statistics(self.model, self.graph, moments, self.changed, self.number)
+            return width_statistics(self.model, self.graph, moments, self.past, self.number, self.progress)
 
     @property
     def measured(self) -> dict[str, WidthStatistics]:
         """The statistics if they have been computed, else none."""
         return vars(self).get("statistics", {})
 
-    def context(self, progress: float, initial: Mapping[str, int], state: Any) -> PolicyContext:
+    def context(self, initial: Mapping[str, int], state: Any) -> PolicyContext:
         """What a policy may look at.
 
         Args:
-            progress: share of the run that is done, 0 … 1.
             initial: {width: size} at the start of the run.
             state: what a judging policy kept.
         """
         return PolicyContext(
             self.graph,
-            progress,
+            self.progress,
             initial,
             state,
+            self.previous,
             measure=lambda: self.statistics,
             count_costs=lambda: Costs.of(self.model, self.graph, self.example_inputs),
             run_trials=partial(trial_curves, self.model, self.graph, self.batches),

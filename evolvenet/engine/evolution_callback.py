@@ -10,6 +10,7 @@ from evolvenet.engine.evolver import Evolver
 from evolvenet.engine.history import History
 from evolvenet.errors import PolicyError
 from evolvenet.graph.restriction import Patterns, Restriction
+from evolvenet.measurement.calibration import LEAST
 from evolvenet.policies.base import Policy, judged_metric
 from evolvenet.policies.schedule import Schedule
 
@@ -25,7 +26,8 @@ class EvolutionCallback:
         start_step: no event before this optimizer step.
         stop: share of the run's optimizer steps, 0 … 1, after which widths stay and the network settles.
         example_inputs: what the model is called with, if the first training batch should not be waited for.
-        calibration_batches: how many training batches an event measures on.
+        calibration_batches: how many training batches an event measures on; None for as many as the widest width needs, at most
+            a tenth of an epoch's (`evolvenet.measurement.calibration`).
         seed: of the new units' random directions.
         network: submodules by name or `fnmatch` pattern, one or several: a width that one of them does not produce alone keeps
             its size. None for no such limit.
@@ -43,14 +45,14 @@ class EvolutionCallback:
     start_step: int = 0
     stop: float = 0.75
     example_inputs: Any = None
-    calibration_batches: int = 4
+    calibration_batches: int | None = None
     seed: int = 0
     network: Patterns | None = None
     fixed: Patterns = ()
     multiple: int = 1
 
     def __post_init__(self) -> None:
-        if self.calibration_batches < 1:
+        if self.calibration_batches is not None and self.calibration_batches < 1:
             raise PolicyError(
                 f"{type(self).__name__}: expected calibration_batches of 1 or more, got {self.calibration_batches}."
             )
@@ -66,6 +68,11 @@ class EvolutionCallback:
     def history(self) -> History | None:
         """The run's events, None before the model is traced."""
         return self.evolver.history if self.evolver else None
+
+    @property
+    def _most_batches(self) -> int:
+        """How many batches are recorded for an event."""
+        return (self.evolver.calibration_batches if self.evolver else self.calibration_batches) or LEAST
 
     def _stop_recording(self) -> None:
         if self._recorder is not None:

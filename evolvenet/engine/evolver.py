@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -27,7 +28,7 @@ from evolvenet.engine.distributed import (
 from evolvenet.engine.event_data import EventData
 from evolvenet.engine.failure_policy import FailurePolicy
 from evolvenet.engine.functional import as_list
-from evolvenet.engine.history import Event, History, WidthChange, changed, count_changes
+from evolvenet.engine.history import Event, History, WidthChange, changed
 from evolvenet.engine.invariants import ModelReference, check_resizable, validate
 from evolvenet.engine.original_widths import OriginalWidths, at_first_sizes
 from evolvenet.engine.run_checks import unreachable, warn
@@ -39,11 +40,12 @@ from evolvenet.execution.step import Step, batch_of
 from evolvenet.graph.restriction import Patterns, Restriction
 from evolvenet.graph.serialization import check_fits, from_state_dict, to_state_dict
 from evolvenet.graph.width_graph import WidthGraph
+from evolvenet.measurement.calibration import LEAST, batches_needed, places_per_sample
 from evolvenet.measurement.cost import macs, parameters
-from evolvenet.measurement.width_spectra import ranks_and_energies
+from evolvenet.measurement.past_events import PastEvents
+from evolvenet.measurement.width_statistics import ranks_and_energies
 from evolvenet.policies.base import JudgingPolicy, Policy, Proposal, judged_metric
 from evolvenet.surgery.checkpoint import WidthRecord, fit_shapes
-from evolvenet.surgery.resize_model import Surgery
 from evolvenet.surgery.width_record import remember_widths
 from evolvenet.tracing.unreached import trace_for_training
 
@@ -64,10 +66,9 @@ class Evolver:
         policy: proposes sizes, for example `Threshold`, or one of your own (see `Policy`).
         example_inputs: what the model is called with: a tensor, a tuple of arguments or a dict of keyword arguments. With
             `step` a batch.
-        calibration_batches: how many of the last observed batches an event measures on.
+        calibration_batches: how many of the last batches an event measures on; None for as many as the widest width needs.
         seed: of the new units' random directions; they do not draw from the global generator.
-        copies: models with the same tensor names and weights of their own, such as a moving average: they go along. Or what
-            gives them when a change is due.
+        copies: models with the same tensor names, such as a moving average: they go along. Or what gives them when it is due.
         after_change: called after widths have changed, on every rank.
         graph: the model's widths, from `trace` or an earlier run; None to trace the model here.
         step: a function of a batch that computes the loss as training does, for several networks, or losses that read what
@@ -83,7 +84,7 @@ class Evolver:
     >>> from evolvenet import Threshold
     >>> model = nn.Sequential(nn.Linear(4, 64), nn.ReLU(), nn.Linear(64, 2))
     >>> optimizer = torch.optim.Adam(model.parameters())
-    >>> evolver = Evolver(model, optimizer, Threshold(prune=0.01, grow=0.9), torch.zeros(1, 4))
+    >>> evolver = Evolver(model, optimizer, Threshold(prune=0.2), torch.zeros(1, 4))
     >>> evolver.observe(torch.randn(256, 4))
     >>> event = evolver.step()
     >>> event.sizes["0"] < 64
@@ -96,7 +97,7 @@ class Evolver:
         optimizer: Optimizer | Sequence[Optimizer] | None,
         policy: Policy,
         example_inputs: Any,
-        calibration_batches: int = 4,
+        calibration_batches: int | None = None,
         seed: int = 0,
         copies: Sequence[nn.Module] | Callable[[], Sequence[nn.Module]] = (),
         after_change: Callable[[], object] = lambda: None,
@@ -125,10 +126,9 @@ class Evolver:
         remember_widths(model, self.graph)
         self._macs = macs(self.model, self.example_inputs, self.graph.differentiates)
         self.history = History(self._event(0, (), parameters(model), 0.0), frozen=self.graph.reasons)
-        self._buffer = BatchBuffer(example_inputs, calibration_batches)
-        self._observed = self._events = 0
-        self._changed: dict[str, Sequence[int]] = {}
-        self._failures, self._seed = FailurePolicy(), seed
+        self.calibration_batches, self._seed = calibration_batches, seed
+        self._buffer = BatchBuffer(example_inputs, calibration_batches or LEAST)
+        self._observed, self._past, self._failures = 0, PastEvents(), FailurePolicy()
         warn(unreachable(policy, model, self.graph, self.example_inputs))
 
     @property
@@ -149,14 +149,22 @@ class Evolver:
             gradients: of the loss with respect to each tensor that the model answered with in training, or to its first
                 samples; with them, widths grow only where the loss test passes. None of them is changed.
         """
+        self.calibrate(batch)
         self._buffer.add(batch, gradients)
         self._observed += 1
+
+    def calibrate(self, batch: Any, epoch: float = math.inf) -> None:
+        """Set how many batches like this one an event measures on, if that was not given; an epoch has `epoch`."""
+        if self.calibration_batches is None:
+            places = places_per_sample(self.model, self.graph, self.example_inputs)
+            self.calibration_batches = process_group().broadcast(batches_needed(self.graph, places, batch, epoch))
+            self._buffer.keep(self.calibration_batches)
 
     def forget(self) -> None:
         """Let go of the batches observed so far."""
         self._buffer.clear()
 
-    def step(self, at: int | None = None, progress: float = 1.0) -> Event:
+    def step(self, at: int | None = None, progress: float | None = None) -> Event:
         """Measure, let the policy decide, and change the widths.
 
         All or nothing: on any problem the model, its copies and the optimizers are as before, and training goes on. Where
@@ -164,7 +172,8 @@ class Evolver:
 
         Args:
             at: the optimizer step to write into the record; by default the number of batches observed.
-            progress: share of the run that is done, 0 … 1, for policies with a schedule.
+            progress: share of the run that is done, 0 … 1, for policies with a schedule; None where that is unknown, which
+                is the end of every schedule.
 
         Returns:
             What happened; `event.skipped` says why nothing did, if it should have.
@@ -178,17 +187,20 @@ class Evolver:
         if self.off is not None:
             return self._event(moment, (), before, 0.0, self.off)
         group = process_group()
-        check_agreement(group, "event, step and widths", f"event {self._events} at step {moment}, {self.graph.sizes}")
+        check_agreement(
+            group, "event, step and widths", f"event {self._past.count} at step {moment}, {self.graph.sizes}"
+        )
         # Before anything is done: making DDP's wrapper anew would hide it by sending rank 0's weights to all.
         check_agreement(group, "weights", fingerprint(self.model) if group.size > 1 else "")
-        self._events += 1
+        previous = None if progress is None else self._past.progress
+        self._past = self._past.next(1.0 if progress is None else progress)
         changes: list[WidthChange] = []
         ranks, kept, skipped = {}, {}, None
         try:
             with ExitStack() as undo:
-                state = (self.graph, self.original, self._changed, self._macs)
+                state = (self.graph, self.original, self._past, self._macs)
                 undo.callback(self._revert, state, changes)
-                ranks, kept = self._evolve(group, changes, undo, progress)
+                ranks, kept = self._evolve(group, changes, undo, previous)
                 undo.pop_all()
         except RankMismatchError:
             raise
@@ -264,8 +276,8 @@ class Evolver:
         return {
             "history": self.history.to_dict(),
             "observed": self._observed,
-            "events": self._events,
-            "changed": {name: list(entry) for name, entry in self._changed.items()},
+            **self._past.state_dict(),
+            "calibration_batches": self.calibration_batches,
             "graph": to_state_dict(self.graph),
             "original": [each.state_dict() for each in (self.original, self._original_before_cut)],
             **self._buffer.state_dict(),
@@ -293,8 +305,9 @@ class Evolver:
         self.original, self._original_before_cut = map(OriginalWidths.from_state_dict, state["original"])
         remember_widths(self.model, graph, self.original.sizes)
         self.history = replace(History.from_dict(state["history"]), frozen=graph.reasons)
-        self._observed, self._events = state["observed"], state["events"]
-        self._changed = {name: list(entry) for name, entry in state["changed"].items()}
+        self._observed, self._past = state["observed"], PastEvents.from_state_dict(state)
+        self.calibration_batches = state["calibration_batches"]
+        self._buffer.keep(self.calibration_batches or LEAST)
         self._buffer.load_state_dict(state)
         self._failures.load_state_dict(state)
         if self._pending_cut and state.get("pending_cut"):
@@ -305,7 +318,7 @@ class Evolver:
 
     def _revert(self, state: tuple[Any, ...], changes: list[WidthChange]) -> None:
         """Restore the evolver's own state, after the model's, where an event has failed."""
-        self.graph, self.original, self._changed, self._macs = state
+        self.graph, self.original, self._past, self._macs = state
         if changes:
             changes.clear()
             # Wrappers of the model were made for the shapes that have just been reverted.
@@ -313,7 +326,7 @@ class Evolver:
                 self.after_change()
 
     def _evolve(
-        self, group: ProcessGroup, changes: list[WidthChange], undo: ExitStack, progress: float
+        self, group: ProcessGroup, changes: list[WidthChange], undo: ExitStack, previous: float | None
     ) -> tuple[dict[str, float], dict[str, float]]:
         """One event; the changed widths are appended to `changes`, and `undo` reverts them.
 
@@ -323,12 +336,12 @@ class Evolver:
         with stage("batch gathering"):
             batches, gradients = self._buffer.gather(group)
         data = EventData(
-            self.model, self.graph, self.example_inputs, batches, gradients, self._changed, self._events, self._seed
-        )
+            self.model, self.graph, self.example_inputs, batches, gradients, self._past, self._past.count,
+            self._past.progress, previous, self._seed,
+        )  # fmt: skip
         initial = self.history.initial.sizes
-        measures, proposals = run_on_rank_0(
-            group, lambda: decide(self.policy, data, progress, initial, self._pending_cut)
-        )
+        measures, proposals = run_on_rank_0(group, lambda: decide(self.policy, data, initial, self._pending_cut))
+        self._past = self._past.with_energies({name: each.energies for name, each in measures.items()})
         past, own = None, self.graph.differentiates
         with stage("policy"):
             due = any(proposal.size != self.graph.sizes[name] for name, proposal in proposals.items())
@@ -361,23 +374,13 @@ class Evolver:
         sizes = self.graph.sizes
         down = {name: proposal.size for name, proposal in proposals.items() if proposal.size < sizes[name]}
         up = {name: proposal.size for name, proposal in proposals.items() if proposal.size > sizes[name]}
-        reasons = {name: proposal.reason for name, proposal in proposals.items()}
-        if down:
-            self._change(transaction, down, lambda: data.plan_pruning(down), reasons)
-        if up:
-            self._change(transaction, up, lambda: data.plan_growth(self.graph, up), reasons)
-
-    def _change(
-        self,
-        transaction: Transaction,
-        sizes: Mapping[str, int],
-        plan: Callable[[], Surgery],
-        reasons: Mapping[str, str],
-    ) -> None:
-        before = self.graph.sizes
-        surgery = transaction.apply(self.graph, plan, {name: reasons[name] for name in sizes})
-        self.graph, self.original = surgery.graph, self.original.after(surgery.maps)
-        self._changed = count_changes(self._changed, self._events, before, self.graph.sizes)
+        plans = ((down, lambda: data.plan_pruning(down)), (up, lambda: data.plan_growth(self.graph, up)))
+        for part, plan in plans:
+            if part:
+                before = self.graph.sizes
+                surgery = transaction.apply(self.graph, plan, {name: proposals[name].reason for name in part})
+                self.graph, self.original = surgery.graph, self.original.after(surgery.maps)
+                self._past = self._past.changed_by(before, self.graph.sizes)
 
     def _record(self, event: Event) -> Event:
         announce(event)

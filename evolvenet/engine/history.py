@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -110,29 +110,6 @@ class History:
 
         events = [event(entry) for entry in plain["events"]]
         return cls(event(plain["initial"]), events, dict(plain.get("frozen", {})))
-
-
-def count_changes(
-    counts: Mapping[str, Sequence[int]], event: int, before: Mapping[str, int], after: Mapping[str, int]
-) -> dict[str, Sequence[int]]:
-    """{width: (event of its last change, units added or removed then, reversals so far)} after one more event.
-
-    Args:
-        counts: before the event.
-        event: its number.
-        before: {width: size} before it.
-        after: and after it.
-
-    >>> count_changes({"0": (1, 4, 0), "2": (1, 2, 0)}, 3, {"0": 8, "2": 4}, {"0": 6, "2": 4})
-    {'0': [3, -2, 1], '2': (1, 2, 0)}
-    """
-    found = dict(counts)
-    for name, size in after.items():
-        units = size - before.get(name, size)
-        if units:
-            _, last_change, reversals = counts.get(name, (0, 0, 0))
-            found[name] = [event, units, reversals + (units * last_change < 0)]
-    return found
 
 
 def changed(before: Mapping[str, int], after: Mapping[str, int], reasons: Mapping[str, str]) -> list[WidthChange]:

@@ -109,7 +109,7 @@ class WidthEvolution(LightningEvolution, Callback):
         self._module, self._timer.batches_without_call = pl_module, 0
         if self.evolver is not None:
             self._continue_from(pl_module, self.evolver)
-        self._recorder = SubjectRecorder(pl_module, self.calibration_batches)
+        self._recorder = SubjectRecorder(pl_module, self._most_batches)
         self._replicas = None
         self._cleanup.callback(StepGuard(trainer.strategy, self._restore).remove)
         self._cleanup.enter_context(shown_in_progress_bar(trainer, self._shown))

@@ -78,6 +78,7 @@ class LightningEvolution(EvolutionCallback):
         self._untraceable = False
         self._recorder: SubjectRecorder | None = None
         self._batches: dict[str, tuple[Any, int]] = {}
+        self._first_calls: list[Any] = []
         self._first_runs: FirstRuns | None = None
         self._module: LightningModule | None = None
         self._cleanup = ExitStack()
@@ -106,6 +107,12 @@ class LightningEvolution(EvolutionCallback):
             self._stop_recording()
             log.warning("Widths stay as they are in this run: %s", problem)
         if self.evolver is not None:
+            assert self._subject is not None
+            with default_dtype(trainer), logging_muted(pl_module):
+                self.evolver.calibrate(self._subject.inputs, trainer.num_training_batches)
+            for call in self._first_calls:
+                self.evolver.observe(*call)
+            self._first_calls = []
             times = f"{self.schedule}, calibration_batches={self.calibration_batches}, seed={self.seed}"
             check_agreement(process_group(), "widths and times of events", f"{self.evolver.graph.sizes}, {times}")
 
@@ -169,8 +176,7 @@ class LightningEvolution(EvolutionCallback):
             for copy in self._averages:
                 fit_shapes(copy, {}, record=state["note"])
         self._timer.start()
-        for call in calls if self._timer.recording else ():
-            self.evolver.observe(*call)
+        self._first_calls = calls if self._timer.recording else []
         self._keep_record(pl_module)
         log_event(trainer, self.evolver.history.initial)
         announce_start(self.evolver.graph)
@@ -309,7 +315,7 @@ class LightningEvolution(EvolutionCallback):
         self._cleanup.callback(StepGuard(trainer.strategy, self._restore).remove)
         self._cleanup.enter_context(shown_in_progress_bar(trainer, self._shown))
         self.evolver, self._ignores_example = None, True
-        self._recorder = SubjectRecorder(pl_module, self.calibration_batches)
+        self._recorder = SubjectRecorder(pl_module, self._most_batches)
         self._timer = EventTimer(self.schedule)
 
     def _judge(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -335,7 +341,7 @@ class LightningEvolution(EvolutionCallback):
     def _record_subject(self) -> None:
         assert self._module is not None
         assert self._subject is not None
-        self._recorder = SubjectRecorder(self._module, self.calibration_batches, self._subject.kind, self._subject.path)
+        self._recorder = SubjectRecorder(self._module, self._most_batches, self._subject.kind, self._subject.path)
 
     def _batches_needed(self, trainer: Trainer) -> int:
         """Batches to measure on; not so many that the next event would be due before, or most of a short epoch gone."""
@@ -344,7 +350,7 @@ class LightningEvolution(EvolutionCallback):
             until = max(1.0, trainer.num_training_batches * (self.schedule.every_n_epochs or 1) / 2)
         else:
             until = steps * trainer.accumulate_grad_batches
-        return int(min(self.calibration_batches, until))
+        return int(min(self._most_batches, until))
 
     def _remove_hooks(self) -> None:
         self._observe_recorded()

@@ -2,49 +2,15 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from evolvenet.errors import SkippedEvent
 from evolvenet.graph.width_graph import Tie, Width, WidthGraph
-from evolvenet.linalg.spectrum import effective_rank, energy_shares, joint_spectrum, matricize
+from evolvenet.linalg.spectrum import joint_spectrum, matricize
 from evolvenet.measurement.activation_moments import ActivationMoments, Moments, collect
-
-
-@dataclass(frozen=True)
-class WidthStatistics:
-    """What is known about one width at an event.
-
-    Args:
-        width: its name.
-        size: its number of units.
-        spectrum: its `size` singular values, descending.
-        events_since_change: 1 at the event right after its last change; a large number if it never changed.
-        growable: whether growing keeps the function.
-        last_change: units added at its last change, negative if it was pruned; 0 if that is not known, or it never changed.
-        reversals: how often it grew after it was pruned, or was pruned after it grew.
-    """
-
-    width: str
-    size: int
-    spectrum: tuple[float, ...]
-    events_since_change: int
-    growable: bool
-    last_change: int = 0
-    reversals: int = 0
-
-
-log = logging.getLogger("evolvenet")
-
-PLACES = 2
-"""Fewest places (samples × positions) seen for each unit: fewer span fewer directions than there are units, and the
-rest would look as if they carried nothing. A width that saw fewer is left as it is."""
-_NEVER = 1_000_000
 
 
 def spectra(model: nn.Module, graph: WidthGraph, batches: Iterable[Any] | None = None) -> dict[str, Tensor]:
@@ -97,68 +63,10 @@ def measure(model: nn.Module, graph: WidthGraph, statistics: ActivationMoments |
     found: dict[str, Tensor] = {}
     for width in graph.resizable:
         parts = {tie: gathered[tie].covariance for tie in width.consumers if tie in gathered}
-        values = _from_inputs(model, width, parts) if parts else _from_weights(model, graph, width)
+        values = input_spectrum(model, width, parts) if parts else weight_spectrum(model, graph, width)
         if values is not None:
             found[width.name] = values
     return found
-
-
-def width_statistics(
-    model: nn.Module,
-    graph: WidthGraph,
-    statistics: ActivationMoments,
-    changed: Mapping[str, Sequence[int]],
-    event: int,
-) -> dict[str, WidthStatistics]:
-    """The statistics that policies propose sizes from, of every width with `PLACES` measured positions a unit.
-
-    Args:
-        model: the model of the graph.
-        graph: its widths.
-        statistics: from `collect`.
-        changed: of widths that changed, the number of the event, by how many units, and the reversals so far.
-        event: the number of this one.
-
-    Raises:
-        SkippedEvent: if there is not enough for any width.
-        SpectrumError: for NaN or infinite weights.
-    """
-    found, few = {}, {}
-    for name, spectrum in measure(model, graph, statistics).items():
-        width = graph.widths[name]
-        seen = [statistics.count(tie) for tie in width.consumers if tie in statistics]
-        if seen and max(seen) < PLACES * width.size:
-            few[name] = max(seen)
-            continue
-        at, last_change, reversals = changed.get(name, (-_NEVER, 0, 0))
-        # Without a producer's row a new unit has no input, and where an op mixes units it changes the function. Its columns
-        # are 0 at first: without a consumer that is trained they stay 0.
-        consumers = [model.get_parameter(tie.tensor) for tie in width.consumers if tie.tensor in graph.trainable]
-        trained = not consumers or any(parameter.requires_grad for parameter in consumers)
-        growable = width.mixed is None and bool(width.producers) and trained
-        found[name] = WidthStatistics(
-            name, width.size, tuple(spectrum.tolist()), event - at, growable, last_change, reversals
-        )
-    if few:
-        problem = (
-            f"Expected at least {PLACES} places (samples × positions) a unit to measure on, got "
-            + "; ".join(f"{count} for the {graph.widths[name].size} of {name}" for name, count in few.items())
-            + ". Observe more or larger batches, or raise calibration_batches."
-        )
-        if not found:
-            raise SkippedEvent(problem)
-        if event == 1:
-            log.warning("%s Until then those widths stay as they are.", problem)
-    return found
-
-
-def ranks_and_energies(
-    measures: Mapping[str, WidthStatistics], sizes: Mapping[str, int]
-) -> tuple[dict[str, float], dict[str, float]]:
-    """Of each width the effective rank, and the share of the energy in as many directions as units stay."""
-    shares = {name: energy_shares(measure.spectrum).sort(descending=True).values for name, measure in measures.items()}
-    ranks = {name: effective_rank(measure.spectrum) for name, measure in measures.items()}
-    return ranks, {name: min(1.0, float(values[: sizes[name]].sum())) for name, values in shares.items()}
 
 
 def unit_rows(model: nn.Module, width: Width, tie: Tie) -> Tensor:
@@ -212,12 +120,14 @@ def _scaled(matrix: Tensor) -> Tensor:
     return matrix / largest if largest > 0 else matrix
 
 
-def _from_inputs(model: nn.Module, width: Width, parts: Mapping[Tie, Tensor]) -> Tensor:
+def input_spectrum(model: nn.Module, width: Width, parts: Mapping[Tie, Tensor]) -> Tensor:
+    """Singular values `[width.size]` of the covariances of the inputs of a width's consumers, see `measure`."""
     eigenvalues = torch.linalg.eigvalsh(consumer_weighted(model, width, parts))
     return eigenvalues.flip(0).clamp_min(0).sqrt()
 
 
-def _from_weights(model: nn.Module, graph: WidthGraph, width: Width) -> Tensor | None:
+def weight_spectrum(model: nn.Module, graph: WidthGraph, width: Width) -> Tensor | None:
+    """Singular values `[width.size]` of the weights of a width, of its producers if there are any; None without a weight."""
     weights = [tie for tie in width.ties if tie.tensor in graph.trainable and len(graph.shapes[tie.tensor]) > 1]
     made = [tie for tie in weights if tie in width.producers] or weights
     if not made:

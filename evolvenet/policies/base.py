@@ -12,7 +12,7 @@ from evolvenet.errors import PolicyError
 from evolvenet.graph.width_graph import Width, WidthGraph
 from evolvenet.growth.loss_test import Evidence
 from evolvenet.measurement.cost import Costs
-from evolvenet.measurement.width_spectra import WidthStatistics
+from evolvenet.measurement.width_statistics import WidthStatistics
 
 Curves = Mapping[str, Sequence[tuple[int, float]]]
 """{width: [(size, loss)], by size}."""
@@ -35,6 +35,7 @@ class PolicyContext:
         progress: share of the run that is done, 0 … 1.
         initial: {width: size} when the run began.
         state: what `JudgingPolicy.judge` and `record` returned last; None before that, and for all other policies.
+        previous: the share that was done at the event before this one, 0 at the first; None where the run's length is unknown.
         measure: computes `statistics`.
         count_costs: computes `costs`.
         run_trials: computes `trials`, with `shares` as a keyword argument.
@@ -45,6 +46,7 @@ class PolicyContext:
     progress: float
     initial: Mapping[str, int]
     state: Any = None
+    previous: float | None = None
     measure: Callable[[], Mapping[str, WidthStatistics]] = dict
     count_costs: Callable[[], Costs] | None = None
     run_trials: Callable[..., Curves] = lambda **_: {}
@@ -53,7 +55,7 @@ class PolicyContext:
 
     @cached_property
     def statistics(self) -> Mapping[str, WidthStatistics]:
-        """{width: its statistics}, of every resizable width on which enough was measured.
+        """{width: its statistics}, of every resizable width that has a weight.
 
         Takes a forward pass on each observed batch, and the eigenvalues of one covariance a consumer.
         """

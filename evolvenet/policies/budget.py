@@ -11,7 +11,7 @@ from evolvenet.errors import PolicyError
 from evolvenet.graph.width_graph import Width
 from evolvenet.linalg.spectrum import effective_rank
 from evolvenet.measurement.cost import Costs
-from evolvenet.measurement.width_spectra import WidthStatistics
+from evolvenet.measurement.width_statistics import WidthStatistics
 from evolvenet.policies.base import PolicyContext, Proposal, check_fields, fewest_units, lowest
 from evolvenet.pruning.allocation import Curve, convex, energy_curve, fit_to_cost, loss_at, smallest
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from evolvenet.errors import PolicyError
 from evolvenet.measurement.cost import Costs
-from evolvenet.measurement.width_spectra import WidthStatistics
+from evolvenet.measurement.width_statistics import WidthStatistics
 from evolvenet.policies.base import PolicyContext, Proposal, check_fields, enlarged, lowest
 from evolvenet.policies.budget import KINDS
 from evolvenet.pruning.allocation import Curve, convex, loss_at, smallest

@@ -180,10 +180,10 @@ class WidthEvolutionCallback(EvolutionCallback, TrainerCallback):
     def _record(self, model: nn.Module) -> None:
         """Record the model's calls, and its trainer's where what is traced is the loss, or not known yet."""
         if not self._follows_loss:
-            self._recorder = CallRecorder({"": model}, self.calibration_batches)
+            self._recorder = CallRecorder({"": model}, self._most_batches)
         self._steps = None
         if self._loss is not None and (self.evolver is None or self._follows_loss):
-            self._steps = StepRecorder(model, self.calibration_batches)
+            self._steps = StepRecorder(model, self._most_batches)
             self._recording.enter_context(self._loss.recorded_by(self._steps))
 
     def _stop_recording(self) -> None:

@@ -185,7 +185,7 @@ def test_few_or_constant_samples_are_enough_to_prune(case: Case, name: str, monk
     before = evolver.graph.sizes
     event = evolver.step()
     if event.skipped is not None:
-        assert "a unit to measure on" in event.skipped
+        assert "places (samples × positions) to measure on" in event.skipped
         assert evolver.graph.sizes == before
     check_alive(model, evolver.optimizers[0], inputs)
 
@@ -197,7 +197,7 @@ SCARCE: Mapping[str, tuple[str, ...]] = {
     "resnext": ("mix",),
     "attention": ("hidden",),
 }
-"""The widths of which one sample holds fewer than two positions a unit."""
+"""Widths of which one sample holds a few positions."""
 
 
 @pytest.mark.parametrize("case", MODELS, ids=str)

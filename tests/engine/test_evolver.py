@@ -172,7 +172,7 @@ def test_several_optimizers_are_carried() -> None:
 
 def test_errors_share_one_base() -> None:
     with pytest.raises(EvolveNetError):
-        Threshold(prune=0.9, grow=0.1)
+        Threshold(prune=1.1)
 
 
 def test_one_optimizer_may_be_given_bare() -> None:
@@ -212,13 +212,15 @@ def test_a_growth_that_is_pruned_again_is_tried_later_and_later() -> None:
 
 def test_a_width_that_sees_too_little_is_named_once(caplog: pytest.LogCaptureFixture) -> None:
     """It stays as it is, which nobody would notice otherwise."""
-    model = nn.Sequential(nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 40), nn.Tanh(), nn.Linear(40, 3)).double()
-    evolver = Evolver(model, None, Threshold(prune=0.5, grow=0.95), batch()[:1])
+    model = nn.Sequential(
+        nn.Conv1d(1, 4, 3), nn.Tanh(), nn.Flatten(), nn.Linear(16, 40), nn.Tanh(), nn.Linear(40, 3)
+    ).double()
+    evolver = Evolver(model, None, Threshold(prune=0.9, grow=1.0), batch()[:1, None])
     for _ in range(3):
-        evolver.observe(batch())
+        evolver.observe(batch()[:16, None])
         assert evolver.step().skipped is None
         evolver.forget()
     told = [record.message for record in caplog.records if "places" in record.message]
     assert len(told) == 1
-    assert "got 64 for the 40 of 2. Observe more" in told[0]
-    assert evolver.graph.sizes["2"] == 40
+    assert "got 16 for the 40 of 3. Observe more" in told[0]
+    assert evolver.graph.sizes["3"] == 40

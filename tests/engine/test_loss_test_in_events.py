@@ -34,7 +34,7 @@ class Curved(Classifier):
 def grown(module: Classifier, folder: Path, certain: float) -> int:
     """Growths in a run in which every width is saturated."""
     torch.manual_seed(0)
-    policy = Threshold(prune=0.0, grow=0.0001, cooldown=0, certain=certain)
+    policy = Threshold(prune=0.0, grow=0.0001, settle=1.0, cooldown=0, certain=certain)
     callback = WidthEvolution(policy, every_n_steps=4, stop=1.0, calibration_batches=4)
     fitting = trainer(folder, [callback], max_epochs=6)
     fitting.fit(module, Batches(16, size=64))

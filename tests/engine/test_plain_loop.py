@@ -89,7 +89,7 @@ def test_a_loop_that_trains_several_networks_gives_its_loss_as_a_function_of_the
         return (nets["decoder"](nets["encoder"](batch)) - batch).square().mean()
 
     batches = torch.randn(256, 2) @ torch.randn(2, 8)
-    evolver = evolvenet.Evolver(nets, optimizer, evolvenet.Threshold(prune=0.01, grow=0.95), batches[:2], step=loss_of)
+    evolver = evolvenet.Evolver(nets, optimizer, evolvenet.Threshold(prune=0.2, grow=1.0), batches[:2], step=loss_of)
     assert set(evolver.graph.sizes) == {"encoder.0", "encoder.2", "decoder.0"}
     for step in range(40):
         batch = batches[torch.randint(0, 256, (64,))]

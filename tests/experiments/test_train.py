@@ -243,7 +243,7 @@ def test_a_terminal_gets_a_bar_with_epoch_accuracy_and_parameters(tmp_path, monk
     ("overrides", "message"),
     [
         (["evolve.policy.prune=1.5"], "prune"),
-        (["evolve.policy.prune=0.9", "evolve.policy.grow=0.5"], "prune below grow"),
+        (["evolve.policy.cooldown=2"], "cooldown"),
         (["evolve.every_n_steps=0"], "every_n_steps"),
         (["data.batch_size=99999"], "batch size"),
         (["data.val_size=0"], "val_size"),

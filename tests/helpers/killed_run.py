@@ -13,6 +13,7 @@ import json
 import logging
 import mmap
 import os
+import random
 import select
 import shutil
 import signal
@@ -180,6 +181,7 @@ def fit_once(order: dict[str, Any], seen: mmap.mmap, pipe: int) -> None:
     keeper = ModelCheckpoint(folder, filename="{step}", **order["keeper"])
     model = fresh()
     torch.manual_seed(11)
+    random.seed(11)
     fitting = trainer(folder, [Randomness(), Epochs(), evolution(), progress, keeper], max_epochs=order["epochs"])
     save = fitting.save_checkpoint
     fitting.save_checkpoint = progress.during(SAVING, save)

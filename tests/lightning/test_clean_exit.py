@@ -21,7 +21,7 @@ from torch.nn.modules import module as global_hooks
 from torch.utils.data import DataLoader, TensorDataset
 
 from evolvenet import Evolver, Proposal, WidthEvolution
-from evolvenet.measurement.width_spectra import WidthStatistics
+from evolvenet.measurement.width_statistics import WidthStatistics
 from evolvenet.policies.base import PolicyContext
 from evolvenet.surgery.checkpoint import reshape_before_load
 from tests.helpers import networks

@@ -20,6 +20,10 @@ from tests.helpers.runs import Batches, User, batch, trainer
 class Stream(IterableDataset):
     """Eight batches an epoch, without a length."""
 
+    def __repr__(self) -> str:
+        """The same in every process that collects the tests."""
+        return "Stream()"
+
     def __iter__(self) -> Iterator[Any]:
         return (batch(index) for index in range(8))
 

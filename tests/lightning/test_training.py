@@ -68,10 +68,9 @@ class Checks(lightning.Callback):
         check_fits(trainer.optimizers)
 
 
-def fit(tmp_path: Path, model: Net, evolve: bool = True, every: int = 5, prefix: str = "net.", **options: Any) -> Net:
+def fit(tmp_path: Path, model: Net, evolve: bool = True, every: int = 5, sizes: Any = SIZES, **options: Any) -> Net:
     """Train through all sizes, or without any event."""
     torch.manual_seed(3)
-    sizes = [{name.replace("net.", prefix): size for name, size in each.items()} for each in SIZES]
     evolution = WidthEvolution(InTurn(*sizes), every_n_steps=every, stop=1.0)
     settings: dict[str, Any] = {
         "max_steps": STEPS,
@@ -91,8 +90,9 @@ def fit(tmp_path: Path, model: Net, evolve: bool = True, every: int = 5, prefix:
     if evolve:
         assert evolution.history is not None
         assert not [event.skipped for event in evolution.history.events if event.skipped]
-        assert [event.sizes for event in evolution.history.events if event.changes] == sizes
-        assert (model.net[0].weight.shape, model.net[4].weight.shape) == ((5, 6), (3, 8))
+        changed = [event.sizes for event in evolution.history.events if event.changes]
+        assert [{name: found[name] for name in SIZES[0] if name in sizes[0]} for found in changed] == list(sizes)
+        assert model.net[4].weight.shape == (3, sizes[-1]["net.2"])
     return model
 
 
@@ -302,7 +302,7 @@ def test_inputs_that_autocast_has_made(precision: Any, tmp_path: Path) -> None:
             self.losses.append(float(loss.detach()))
             return loss
 
-    fit(tmp_path, ByChild(), prefix="", precision=precision)
+    fit(tmp_path, ByChild(), precision=precision)
 
 
 @pytest.mark.parametrize("algorithm", [None, "norm", "value"])
@@ -358,7 +358,10 @@ def test_frozen_groups_stay_frozen_and_decay_groups_apart(tmp_path: Path) -> Non
         model.groups = [[id(parameter) for parameter in group["params"]] for group in groups]
         return torch.optim.AdamW(groups, lr=0.01)
 
-    model: Any = fit(tmp_path, Net(make), callbacks=[Watch()])
+    # What is frozen keeps its sizes.
+    sizes = [{"net.2": each["net.2"]} for each in SIZES]
+    model: Any = fit(tmp_path, Net(make), callbacks=[Watch()], sizes=sizes)
+    assert model.net[0].weight.shape == (9, 6)
     optimizer: Any = model.optimizers(use_pl_optimizer=False)
     assert [[id(parameter) for parameter in group["params"]] for group in optimizer.param_groups] == model.groups
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.5, 0.1, 0.0]

@@ -31,7 +31,7 @@ def dense(*sizes: int) -> nn.Sequential:
 
 
 def fit(module: LightningModule, epochs: int = 3, ckpt: Path | None = None, **options: Any) -> WidthEvolution:
-    policy = options.pop("policy", Threshold(prune=0.05, grow=0.8))
+    policy = options.pop("policy", Threshold(prune=0.5, grow=1.0, start=0, cooldown=0))
     evolution = WidthEvolution(policy=policy, every_n_steps=3, stop=1.0, **options)
     trainer = Trainer(
         max_epochs=epochs, callbacks=[evolution], logger=False, enable_checkpointing=False, enable_progress_bar=False,

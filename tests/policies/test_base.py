@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from evolvenet import Budget, Evolver, Front, PolicyError, Price, Proposal, Threshold, Tolerance, WidthEvolution
-from evolvenet.measurement.width_spectra import WidthStatistics
+from evolvenet.measurement.width_statistics import WidthStatistics
 from evolvenet.policies.base import Judgement, PolicyContext, check_proposals, judged_metric
 from evolvenet.tracing.trace import trace
 from tests.helpers.runs import Batches, Classifier, fresh, trainer

@@ -16,7 +16,8 @@ from evolvenet import Budget, Evolver, PolicyError, resize, trace
 from evolvenet.graph.index_map import IndexMap
 from evolvenet.growth.loss_test import Evidence
 from evolvenet.measurement.cost import Costs, macs, parameters, size_in_bytes
-from evolvenet.measurement.width_spectra import WidthStatistics, measure
+from evolvenet.measurement.width_spectra import measure
+from evolvenet.measurement.width_statistics import WidthStatistics
 from evolvenet.policies.base import PolicyContext
 from tests.helpers.cases import CASES, Case, graph_of
 from tests.helpers.small_models import mlp, wide

@@ -17,7 +17,7 @@ from evolvenet import Budget, Evolver, Front, IndexMap, Price, Proposal, Thresho
 from evolvenet.graph.restriction import with_multiple
 from evolvenet.graph.width_graph import WidthGraph
 from evolvenet.measurement.cost import Costs
-from evolvenet.measurement.width_spectra import WidthStatistics
+from evolvenet.measurement.width_statistics import WidthStatistics
 from evolvenet.policies.base import Policy, PolicyContext, check_proposals, rounded
 from evolvenet.pruning.allocation import energy_curve
 from evolvenet.tracing.trace import trace

@@ -12,7 +12,7 @@ from torch import nn
 
 from evolvenet import Evolver, PolicyError, Price, trace
 from evolvenet.measurement.cost import Costs
-from evolvenet.measurement.width_spectra import WidthStatistics
+from evolvenet.measurement.width_statistics import WidthStatistics
 from evolvenet.policies.base import PolicyContext, Proposal
 from tests.helpers.small_models import mlp
 

@@ -18,10 +18,9 @@ from torch import nn
 from evolvenet.errors import PolicyError
 from evolvenet.graph.width_graph import WidthGraph, Widths
 from evolvenet.growth.loss_test import Evidence
-from evolvenet.linalg.spectrum import effective_rank
-from evolvenet.measurement.width_spectra import WidthStatistics
+from evolvenet.measurement.width_statistics import WidthStatistics
 from evolvenet.policies.base import PolicyContext, Proposal
-from evolvenet.policies.threshold import Threshold
+from evolvenet.policies.threshold import Threshold, units_above
 from evolvenet.tracing.trace import trace
 from tests.helpers.small_models import mlp
 
@@ -41,7 +40,8 @@ def decide(policy: Threshold, *widths: WidthStatistics) -> dict[str, Proposal]:
 
 
 def context_of(*widths: WidthStatistics, graph: WidthGraph = GRAPH, **rest: Any) -> PolicyContext:
-    return PolicyContext(graph, 0.5, graph.sizes, measure=lambda: {each.width: each for each in widths}, **rest)
+    progress = rest.pop("progress", 0.5)
+    return PolicyContext(graph, progress, graph.sizes, measure=lambda: {each.width: each for each in widths}, **rest)
 
 
 def flat(size: int, **rest: Any) -> WidthStatistics:
@@ -54,59 +54,108 @@ def low(size: int, rank: int, **rest: Any) -> WidthStatistics:
     return measured([1.0] * rank + [0.0] * (size - rank), **rest)
 
 
-def test_directions_without_energy_go() -> None:
+def slowly(energies: list[float], share: float) -> int:
+    """Units go one after the other while the last one has less than the share of the mean, 1 over those that are left."""
+    left = list(energies)
+    while left and (left[-1] == 0 or left[-1] < share / len(left)):
+        left.pop()
+    return len(left)
+
+
+@given(st.lists(st.floats(0, 1), max_size=24), st.floats(0, 1))
+def test_units_go_one_after_the_other_and_a_second_time_none_goes(values: list[float], share: float) -> None:
+    energies = sorted(values, reverse=True)
+    kept = units_above(energies, share)
+    assert kept == slowly(energies, share)
+    assert units_above(energies[:kept], share) == kept
+
+
+def test_units_without_energy_go() -> None:
     found = decide(Threshold(prune=0.01, grow=0.9), measured([5.0, 4.0, 3.0, 2.0, 0.2, 0.1, 0.1, 0.05]))
     energy = [value**2 for value in (5.0, 4.0, 3.0, 2.0, 0.2, 0.1, 0.1, 0.05)]
-    share = 100 * sum(energy[4:]) / sum(energy)
-    assert found == {"0": Proposal(4, f"4 directions carry {share:.1f} % of the energy (threshold 1.0 %)")}
+    most = 100 * 4 * energy[4] / sum(energy)
+    assert found == {"0": Proposal(4, f"4 units have less than 1.0 % of the mean energy: at most {most:.1f} %")}
 
 
-def test_one_direction_is_spoken_of_in_the_singular() -> None:
+def test_one_unit_is_written_in_the_singular() -> None:
     found = decide(Threshold(prune=0.01, grow=0.9), measured([5.0, 4.0, 3.0, 0.2]))
-    assert found["0"].reason.startswith("1 direction carries 0.1 % of the energy")
+    assert found["0"].reason == "1 unit has less than 1.0 % of the mean energy: 0.2 %"
+
+
+def test_the_energies_decide_where_they_are_given() -> None:
+    found = decide(Threshold(prune=0.01), measured([1.0] * 4, energies=(0.7, 0.3, 0.001, 0.0005)))
+    assert found["0"].size == 2
 
 
 def test_a_saturated_width_grows() -> None:
     found = decide(Threshold(prune=0.01, grow=0.9), flat(8))
-    assert found == {"0": Proposal(10, "effective rank 8.0 of 8 = 1.00 (threshold 0.90)")}
+    assert found == {"0": Proposal(10, "8 of 8 units have at least 1.0 % of the mean energy")}
 
 
 def test_between_the_thresholds_nothing_happens() -> None:
-    spectrum = [1.0, 0.9, 0.6, 0.5, 0.4, 0.3, 0.25, 0.2]
-    saturation = effective_rank(spectrum) / 8
-    assert 0.5 < saturation < 0.9
-    assert decide(Threshold(prune=0.005, grow=0.9), measured(spectrum)) == {}
+    """A width of which 9 of 10 units have energy is saturated, but may not grow; one of which 8 have it shrinks."""
+    assert decide(Threshold(grow=0.9, growth=0), low(10, 9)) == {}
+    assert decide(Threshold(grow=0.9, growth=0), low(10, 8))["0"].size == 8
 
 
 def test_a_saturated_width_is_not_pruned_even_if_it_may_not_grow() -> None:
-    policy = Threshold(prune=0.3, grow=0.9)
-    assert decide(policy, flat(8, growable=False)) == {}
-    assert decide(policy, measured([1.0, 1.0, 0.1, 0.1]))["0"].size == 2
+    assert decide(Threshold(prune=0.01, grow=0.9), flat(8, growable=False)) == {}
+    assert decide(Threshold(prune=0.01, grow=0.75), low(8, 6, growable=False)) == {}
 
 
 @pytest.mark.parametrize(("largest_step", "size"), [(0.5, 5), (0.25, 8), (0.05, 10), (1.0, 2), (0.0, 10)])
-def test_no_more_than_the_largest_step_goes_at_once(largest_step: float, size: int) -> None:
-    found = decide(Threshold(prune=0.01, grow=0.9, largest_step=largest_step), low(10, 1))
+def test_no_more_than_the_largest_step_goes_within_a_cooldown(largest_step: float, size: int) -> None:
+    found = decide(Threshold(prune=0.01, grow=0.9, largest_step=largest_step, cooldown=0), low(10, 1))
     assert (found["0"].size if found else 10) == size
+
+
+@pytest.mark.parametrize("events", [1, 4, 10, 50])
+@pytest.mark.parametrize("units", [16, 4096])
+def test_the_pace_is_a_share_of_the_run_whatever_the_number_of_events(events: int, units: int) -> None:
+    """Within one cooldown half of the units go, in one event or in many."""
+    policy, size, progress, last = Threshold(cooldown=0.1, start=0.4, largest_step=0.5), units, 0.4, 0.0
+    for _ in range(events):
+        previous, progress = progress, progress + 0.1 / events
+        width = low(size, 1, last_change=-1 if last else 0, since_change=progress - last if last else math.inf)
+        found = policy.propose(context_of(width, progress=progress, previous=previous))
+        if found:
+            size, last = found["0"].size, progress
+    assert units / 2 <= size <= units * 0.65
+
+
+def test_nothing_is_pruned_before_the_start_and_nothing_grows_after_settling() -> None:
+    policy = Threshold(start=0.3, settle=0.6)
+    shrinks = [bool(policy.propose(context_of(low(8, 2), progress=at, previous=at - 0.1))) for at in (0.2, 0.3, 0.9)]
+    grows = [bool(policy.propose(context_of(flat(8), progress=at, previous=at - 0.1))) for at in (0.2, 0.6, 0.7)]
+    assert shrinks == [False, True, True]
+    assert grows == [True, True, False]
+
+
+def test_widths_are_tested_for_growth_once_in_a_cooldown() -> None:
+    policy, steps = Threshold(cooldown=0.1, settle=1.0), [k / 40 for k in range(41)]
+    grown = [
+        now for before, now in pairwise(steps) if policy.propose(context_of(flat(8), progress=now, previous=before))
+    ]
+    assert grown == [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0]
 
 
 @pytest.mark.parametrize(("smallest", "size"), [(1, 1), (2, 2), (6, 6), (10, None), (20, None)])
 def test_no_width_falls_below_the_smallest(smallest: int, size: int | None) -> None:
-    found = decide(Threshold(prune=0.01, grow=0.9, largest_step=1, smallest=smallest), low(10, 1))
+    found = decide(Threshold(prune=0.01, grow=0.9, largest_step=1, cooldown=0, smallest=smallest), low(10, 1))
     assert (found["0"].size if found else None) == size
 
 
 def test_no_width_falls_below_what_its_layers_need() -> None:
     needs = replace(GRAPH, widths=Widths({**GRAPH.widths, "0": replace(GRAPH.widths["0"], smallest=3)}))
-    policy = Threshold(prune=0.01, grow=0.9, largest_step=1, smallest=1)
+    policy = Threshold(prune=0.01, grow=0.9, largest_step=1, cooldown=0, smallest=1)
     assert policy.propose(context_of(low(8, 1)))["0"].size == 1
     assert policy.propose(context_of(low(8, 1), graph=needs))["0"].size == 3
 
 
 @given(
     st.lists(st.floats(0, 10), min_size=1, max_size=24),
-    st.floats(0, 0.5),
-    st.floats(0.51, 1),
+    st.floats(0, 1),
+    st.floats(0, 1),
     st.floats(0, 1),
     st.floats(0, 1),
 )
@@ -115,14 +164,14 @@ def test_every_proposal_is_a_size_that_the_width_can_take(
 ) -> None:
     spectrum = sorted(values, reverse=True)
     size = len(spectrum)
-    policy = Threshold(prune=prune, grow=grow, largest_step=largest_step, growth=growth)
-    for proposal in decide(policy, measured(spectrum)).values():
+    policy = Threshold(prune=prune, grow=grow, largest_step=largest_step, growth=growth, cooldown=0)
+    width = measured(spectrum)
+    for proposal in decide(policy, width).values():
         assert proposal.size != size
         if proposal.size < size:
             assert proposal.size >= 2
             assert size - proposal.size <= largest_step * size
-            energy = sum(value**2 for value in spectrum)
-            assert sum(value**2 for value in spectrum[proposal.size :]) <= prune * energy * (1 + 1e-9)
+            assert proposal.size >= slowly(list(width.energies), prune)
         else:
             assert 0 < proposal.size - size <= math.ceil(growth * size)
 
@@ -132,14 +181,14 @@ def test_growth_is_rounded_up() -> None:
     assert decide(Threshold(prune=0.01, grow=0.9, growth=0), flat(8)) == {}
 
 
-@pytest.mark.parametrize("events", [1, 2, 3])
+@pytest.mark.parametrize("since", [0.05, 0.1, 0.15])
 @pytest.mark.parametrize("last", [-3, 0, 3])
-def test_a_change_of_direction_waits_for_the_cooldown(events: int, last: int) -> None:
-    policy = Threshold(prune=0.01, grow=0.9, cooldown=2)
-    shrinks = bool(decide(policy, low(8, 2, events_since_change=events, last_change=last)))
-    grows = bool(decide(policy, flat(8, events_since_change=events, last_change=last)))
-    assert shrinks == (events > 2 or last < 0)
-    assert grows == (events > 2 or last > 0)
+def test_a_change_of_direction_waits_for_the_cooldown(since: float, last: int) -> None:
+    policy = Threshold(prune=0.01, grow=0.9, cooldown=0.1)
+    shrinks = bool(decide(policy, low(8, 2, since_change=since, last_change=last)))
+    grows = bool(decide(policy, flat(8, since_change=since, last_change=last)))
+    assert shrinks == (since > 0.1 or last <= 0)
+    assert grows == (since > 0.1 or last >= 0)
 
 
 def flapping(policy: Threshold, events: int) -> list[int]:
@@ -147,7 +196,8 @@ def flapping(policy: Threshold, events: int) -> list[int]:
     size, reversals, last, at, seen = 8, 0, 0, -LONG_AGO, []
     for event in range(events):
         spectrum = [1.0] * 8 + [1e-4] * (size - 8)
-        measure = measured(spectrum, size=size, events_since_change=event - at, last_change=last, reversals=reversals)
+        since = (event - at) / events
+        measure = measured(spectrum, size=size, since_change=since, last_change=last, reversals=reversals)
         for proposal in decide(policy, measure).values():
             reversals += last * (proposal.size - size) < 0
             size, last, at = proposal.size, proposal.size - size, event
@@ -157,7 +207,7 @@ def flapping(policy: Threshold, events: int) -> list[int]:
 
 def test_widths_settle_instead_of_flapping() -> None:
     """Each reversal waits twice as long as the one before, so there are about log2 of the events, not a share of them."""
-    settles = flapping(Threshold(prune=0.01, grow=0.9, cooldown=2), 1000)
+    settles = flapping(Threshold(prune=0.01, grow=0.9, cooldown=0.002), 1000)
     assert 4 < len(settles) <= 2 + math.log2(1000 / 2)
     waits = [two - one for one, two in pairwise(settles)]
     assert all(later >= 2 * sooner - 1 for sooner, later in pairwise(waits))
@@ -165,16 +215,16 @@ def test_widths_settle_instead_of_flapping() -> None:
 
 
 def test_growth_in_one_direction_is_not_held_back_by_reversals() -> None:
-    policy = Threshold(prune=0.01, grow=0.9, cooldown=2)
-    assert decide(policy, flat(8, events_since_change=1, last_change=2, reversals=9))
-    assert not decide(policy, flat(8, events_since_change=500, last_change=-2, reversals=9))
-    assert decide(policy, low(8, 2, events_since_change=1, last_change=-2, reversals=9))
+    policy = Threshold(prune=0.01, grow=0.9)
+    assert decide(policy, flat(8, since_change=0.01, last_change=2, reversals=9))
+    assert not decide(policy, flat(8, since_change=0.5, last_change=-2, reversals=9))
+    assert decide(policy, low(8, 2, since_change=0.05, last_change=-2, reversals=9))
 
 
 def test_without_a_cooldown_nothing_waits() -> None:
     policy = Threshold(prune=0.01, grow=0.9, cooldown=0)
-    assert decide(policy, low(8, 2, events_since_change=1, last_change=3))
-    assert decide(policy, flat(8, events_since_change=1, last_change=-3))
+    assert decide(policy, low(8, 2, since_change=0.01, last_change=3))
+    assert decide(policy, flat(8, since_change=0.01, last_change=-3))
 
 
 def test_what_is_mixed_does_not_grow_but_shrinks() -> None:
@@ -205,16 +255,16 @@ def test_pruning_makes_room_for_growth_in_the_same_event() -> None:
 
 
 def test_the_most_saturated_width_grows_first() -> None:
-    nearly = measured([1.0] * 7 + [0.3], width="0")
-    limit = max(GRAPH.proposed_parameters({"0": 10}), GRAPH.proposed_parameters({"2": 10}))
+    nearly = low(10, 9, width="0")
+    limit = max(GRAPH.proposed_parameters({"0": 13}), GRAPH.proposed_parameters({"2": 10}))
     found = decide(Threshold(prune=0.01, grow=0.9, max_parameters=limit), nearly, flat(8, width="2"))
     assert list(found) == ["2"]
 
 
 def test_a_width_without_any_energy_shrinks() -> None:
-    found = decide(Threshold(prune=0.01, grow=0.9), measured([0.0] * 8))
+    found = decide(Threshold(prune=0.01, grow=0.9, cooldown=0), measured([0.0] * 8))
     assert found["0"].size == 4
-    assert "0.0 % of the energy" in found["0"].reason
+    assert found["0"].reason == "4 units have less than 1.0 % of the mean energy: at most 0.0 %"
 
 
 def test_proposing_is_pure() -> None:
@@ -226,44 +276,30 @@ def test_proposing_is_pure() -> None:
     assert policy == Threshold(prune=0.01, grow=0.9)
 
 
-@pytest.mark.parametrize("name", ["prune", "grow", "largest_step", "growth"])
+@pytest.mark.parametrize("name", ["prune", "grow", "largest_step", "growth", "start", "settle", "cooldown"])
 @pytest.mark.parametrize("value", [-0.1, 1.5, float("nan"), float("inf"), "0.5", None, True])
 def test_values_outside_0_to_1_are_refused(name: str, value: Any) -> None:
     with pytest.raises(PolicyError, match=rf"expected {name} to be a number in 0 … 1, got {value!r}"):
         Threshold(**{"prune": 0.01, "grow": 0.9, name: value})
 
 
-@pytest.mark.parametrize(
-    ("name", "value", "least"), [("cooldown", -1, 0), ("smallest", 0, 1), ("max_parameters", 0, 1)]
-)
+@pytest.mark.parametrize(("name", "value", "least"), [("certain", -1, 0), ("smallest", 0, 1), ("max_parameters", 0, 1)])
 def test_counts_out_of_range_are_refused(name: str, value: int, least: int) -> None:
     with pytest.raises(PolicyError, match=rf"expected {name} to be a number of {least} or more, got {value}"):
         Threshold(**{"prune": 0.01, "grow": 0.9, name: value})
-
-
-@pytest.mark.parametrize(("prune", "grow"), [(0.9, 0.9), (0.95, 0.9), (1, 0)])
-def test_a_prune_threshold_that_is_not_below_the_grow_threshold_is_refused(prune: float, grow: float) -> None:
-    with pytest.raises(PolicyError, match=rf"prune below grow, got prune={prune} and grow={grow}.*prune=0.01"):
-        Threshold(prune=prune, grow=grow)
 
 
 def test_above_max_parameters_the_least_energetic_go_even_where_all_is_saturated() -> None:
     graph = trace(
         nn.Sequential(nn.Linear(4, 10), nn.ReLU(), nn.Linear(10, 8), nn.ReLU(), nn.Linear(8, 2)), torch.zeros(1, 4)
     )
-    context = context_of(measured([1.0] * 9 + [0.9]), flat(8, width="2"), graph=graph)
+    context = context_of(measured([1.0] * 9 + [0.5]), measured([1.0] * 8, width="2"), graph=graph)
     bound = graph.parameters - 1
-    found = Threshold(prune=0.01, grow=0.9, max_parameters=bound).propose(context)
-    # The last of "0" carries 0.081 / 9.81 = 8.3 % with the doubled thresholds 2, 4, 8, 16 %; one of "2" carries 12.5 %.
-    assert {name: proposal.size for name, proposal in found.items()} == {"0": 9, "2": 7}
-    assert "threshold 16.0 %" in found["0"].reason
-    assert Threshold(prune=0.01, grow=0.9, max_parameters=graph.parameters).propose(context) == {}
-
-
-def test_the_reason_counts_what_goes_where_the_largest_step_is_less_than_the_threshold_allows() -> None:
-    proposal = decide(Threshold(prune=0.01, grow=0.9, largest_step=0.25), low(8, 1))["0"]
-    assert proposal.size == 6
-    assert proposal.reason.startswith("2 directions carry 0.0 %")
+    found = Threshold(prune=0.01, grow=0.9, max_parameters=bound, cooldown=0).propose(context)
+    # The last of "0" has 0.25 / 9.25 · 10 = 27 % of the mean with the doubled thresholds 2, 4, … 32 %; one of "2" has 100 %.
+    assert {name: proposal.size for name, proposal in found.items()} == {"0": 9}
+    assert found["0"].reason == "1 unit has less than 32.0 % of the mean energy: 24.3 %"
+    assert Threshold(prune=0.01, grow=0.9, max_parameters=graph.parameters, growth=0).propose(context) == {}
 
 
 def with_loss_tests(
@@ -279,7 +315,7 @@ def with_loss_tests(
     return policy.propose(context_of(*widths, run_loss_tests=loss_tests)), seen
 
 
-@pytest.mark.parametrize(("t_statistic", "grows"), [(1.99, False), (2.0, True), (-9.0, False), (None, True)])
+@pytest.mark.parametrize(("t_statistic", "grows"), [(3.99, False), (4.0, True), (-9.0, False), (None, True)])
 def test_a_saturated_width_grows_only_if_it_passes_the_loss_test(t_statistic: float | None, grows: bool) -> None:
     """Where the test cannot be made, the spectrum decides alone."""
     found, seen = with_loss_tests(
@@ -287,15 +323,15 @@ def test_a_saturated_width_grows_only_if_it_passes_the_loss_test(t_statistic: fl
     )
     assert seen == [{"0": 10}]
     assert set(found) == ({"0"} if grows else set())
-    if t_statistic == 2.0:
-        assert found["0"].reason.endswith("(threshold 0.90), t-statistic of new units 2.0 (threshold 2)")
+    if t_statistic == 4.0:
+        assert found["0"].reason.endswith("of the mean energy, t-statistic of new units 4.0 (threshold 4)")
 
 
 def test_no_loss_test_is_run_where_nothing_would_grow_or_the_spectrum_decides_alone() -> None:
     policy = Threshold(prune=0.01, grow=0.9)
     assert with_loss_tests(policy, {}, low(8, 4)) == (decide(policy, low(8, 4)), [])
     assert with_loss_tests(policy, {}, flat(8, growable=False)) == ({}, [])
-    assert with_loss_tests(policy, {}, flat(8, last_change=-1, events_since_change=1)) == ({}, [])
+    assert with_loss_tests(policy, {}, flat(8, last_change=-1, since_change=0.01)) == ({}, [])
     assert with_loss_tests(replace(policy, certain=0), {"0": -9.0}, flat(8)) == (decide(policy, flat(8)), [])
 
 
@@ -303,15 +339,15 @@ def test_parameters_go_to_the_widths_that_pass_the_loss_test() -> None:
     """Each would fit alone; the more saturated one fails, and leaves room for the other."""
     limit = GRAPH.proposed_parameters({"0": 10})
     policy = Threshold(prune=0.01, grow=0.8, max_parameters=limit)
-    less = measured([1.0] * 7 + [0.7], "2")
+    less = measured([1.0] * 7 + [0.0], "2")
     assert set(decide(policy, flat(8), less)) == {"0"}
-    assert set(with_loss_tests(policy, {"0": 0.0, "2": 3.0}, flat(8), less)[0]) == {"2"}
+    assert set(with_loss_tests(policy, {"0": 0.0, "2": 5.0}, flat(8), less)[0]) == {"2"}
 
 
 def test_only_sizes_that_would_fit_are_tested() -> None:
     limit = GRAPH.proposed_parameters({"2": 10})
     found, seen = with_loss_tests(
-        Threshold(prune=0.01, grow=0.8, max_parameters=limit), {"2": 3.0}, flat(8), measured([1.0] * 8, "2")
+        Threshold(prune=0.01, grow=0.8, max_parameters=limit), {"2": 5.0}, flat(8), measured([1.0] * 8, "2")
     )
     assert GRAPH.proposed_parameters({"0": 10}) > limit
     assert seen == [{"2": 10}]

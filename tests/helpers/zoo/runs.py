@@ -20,7 +20,8 @@ from evolvenet._compat.torch import tree_map_only
 from tests.helpers.resuming import Randomness
 from tests.helpers.zoo.entry import Entry
 
-POLICY = Threshold(prune=0.05, grow=0.95)
+POLICY = Threshold(prune=0.5, grow=1.0, start=0, cooldown=0)
+"""With the default thresholds twenty steps are too few for a unit to become superfluous."""
 EPOCHS, SAVED = 5, 3
 """Epochs of a run, and those after which it is saved: an event is due then, and half of its batches are gathered."""
 
