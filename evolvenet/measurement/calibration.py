@@ -18,9 +18,6 @@ from evolvenet.graph.width_graph import Tie, WidthGraph
 LEAST = 4
 """Fewest batches."""
 
-SAMPLES = 512
-"""Fewest samples, for the t-tests of growth."""
-
 PER_UNIT = 2
 """Places (samples × positions) for each unit of the widest width."""
 
@@ -65,7 +62,7 @@ def places_per_sample(model: nn.Module, graph: WidthGraph, inputs: Any) -> dict[
 
 
 def batches_needed(graph: WidthGraph, places: Mapping[str, float], batch: Any, epoch: float = math.inf) -> int:
-    """How many batches like one hold enough places for every width, and enough samples.
+    """How many batches like one hold enough places for every width.
 
     Args:
         graph: the widths.
@@ -84,6 +81,6 @@ def batches_needed(graph: WidthGraph, places: Mapping[str, float], batch: Any, e
     (32, 10)
     """
     most = max((width.size / places.get(width.name, 1.0) for width in graph.resizable), default=0.0)
-    wanted = math.ceil(max(PER_UNIT * most, SAMPLES) / max(1, samples_in(batch)))
+    wanted = math.ceil(PER_UNIT * most / max(1, samples_in(batch)))
     size = sum(leaf.numel() * leaf.element_size() for leaf in tree_leaves(batch) if isinstance(leaf, Tensor))
     return max(LEAST, min(wanted, LEAST + BYTES // max(1, size), int(min(EPOCH * epoch, wanted))))

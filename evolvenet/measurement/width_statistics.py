@@ -21,7 +21,7 @@ from evolvenet.measurement.width_spectra import input_spectrum, unit_rows, weigh
 
 log = logging.getLogger("evolvenet")
 
-FEWEST = 32
+FEWEST = 16
 """Fewest places (samples × positions) at which a width is measured."""
 
 EVENT = 0.05

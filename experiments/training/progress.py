@@ -35,7 +35,9 @@ class Progress(TQDMProgressBar):
             for name, value in trainer.progress_bar_metrics.items()
             if not name.startswith("evolve/")
         }
-        return {**metrics, "parameters": f"{_parameters(pl_module):,}"}
+        # `WidthEvolution` shows a rounded number of its own.
+        shown = {name: value for name, value in metrics.items() if name != "params"}
+        return {**shown, "parameters": f"{_parameters(pl_module):,}"}
 
     def on_train_epoch_start(self, trainer: lightning.Trainer, *unused: Any) -> None:
         """Describe the bar by the epoch's number from 1."""

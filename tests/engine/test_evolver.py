@@ -217,10 +217,10 @@ def test_a_width_that_sees_too_little_is_named_once(caplog: pytest.LogCaptureFix
     ).double()
     evolver = Evolver(model, None, Threshold(prune=0.9, grow=1.0), batch()[:1, None])
     for _ in range(3):
-        evolver.observe(batch()[:16, None])
+        evolver.observe(batch()[:15, None])
         assert evolver.step().skipped is None
         evolver.forget()
     told = [record.message for record in caplog.records if "places" in record.message]
     assert len(told) == 1
-    assert "got 16 for the 40 of 3. Observe more" in told[0]
+    assert "got 15 for the 40 of 3. Observe more" in told[0]
     assert evolver.graph.sizes["3"] == 40

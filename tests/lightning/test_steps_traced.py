@@ -14,7 +14,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
@@ -31,7 +31,9 @@ def loader() -> DataLoader[Any]:
 
 
 def fit(module: LightningModule, epochs: int = 3, **options: Any) -> WidthEvolution:
-    evolution = WidthEvolution(policy=Threshold(prune=0.02, grow=0.95), **{"every_n_steps": 3, **options})
+    evolution = WidthEvolution(
+        policy=Threshold(prune=0.5, grow=1.0, start=0, cooldown=0), **{"every_n_steps": 3, **options}
+    )
     Trainer(
         max_epochs=epochs, callbacks=[evolution], logger=False, enable_checkpointing=False, enable_progress_bar=False,
         enable_model_summary=False, accelerator="cpu",
@@ -314,13 +316,24 @@ def test_with_several_processes_a_step_that_raises_is_not_run_again_and_the_log_
 
 
 def test_a_resumed_run_of_a_traced_step_is_the_uninterrupted_one(tmp_path: Path) -> None:
+    class StopAfter(Callback):
+        """Interrupts a run; its length, of which policies are given shares, stays what it was."""
+
+        def __init__(self, epochs: int) -> None:
+            self.epochs = epochs
+
+        def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+            trainer.should_stop = trainer.current_epoch + 1 >= self.epochs
+
     def run(epochs: int, resume: Path | None = None) -> tuple[AutoEncoder, WidthEvolution]:
         torch.manual_seed(0)
         module = AutoEncoder()
-        evolution = WidthEvolution(policy=Threshold(prune=0.02, grow=0.95), every_n_steps=3, stop=1.0)
+        evolution = WidthEvolution(
+            policy=Threshold(prune=0.5, grow=1.0, start=0, cooldown=0), every_n_steps=3, stop=1.0
+        )
         trainer = Trainer(
-            max_epochs=epochs, callbacks=[evolution], logger=False, enable_checkpointing=False, accelerator="cpu",
-            enable_progress_bar=False, enable_model_summary=False,
+            max_epochs=4, callbacks=[evolution, StopAfter(epochs)], logger=False, enable_checkpointing=False,
+            accelerator="cpu", enable_progress_bar=False, enable_model_summary=False,
         )  # fmt: skip
         trainer.fit(module, loader(), ckpt_path=resume)
         trainer.save_checkpoint(tmp_path / f"{epochs}.ckpt")

@@ -156,7 +156,7 @@ class NeuralODE(LightningModule):
 
 
 CONTROL = {
-    "actor-critic": Entry(ActorCritic, ("shared", "actor", "critic"), not_exported="data-dependent"),
+    "actor-critic": Entry(ActorCritic, ("shared", "actor", "critic"), not_exported="Categorical"),
     "dqn": Entry(DQN, ("net", "target_net")),
     "pinn": Entry(PINN, ("net",)),
     "neural ode": Entry(NeuralODE, ("encoder", "field", "decoder")),
