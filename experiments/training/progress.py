@@ -35,9 +35,7 @@ class Progress(TQDMProgressBar):
             for name, value in trainer.progress_bar_metrics.items()
             if not name.startswith("evolve/")
         }
-        # `WidthEvolution` shows a rounded number of its own.
-        shown = {name: value for name, value in metrics.items() if name != "params"}
-        return {**shown, "parameters": f"{_parameters(pl_module):,}"}
+        return {**metrics, "parameters": f"{_parameters(pl_module):,}"}
 
     def on_train_epoch_start(self, trainer: lightning.Trainer, *unused: Any) -> None:
         """Describe the bar by the epoch's number from 1."""
@@ -48,7 +46,9 @@ class Progress(TQDMProgressBar):
         """The line of one epoch."""
         super().on_train_epoch_end(trainer, pl_module)
         if not self.terminal:
-            metrics = "  ".join(f"{name} {value}" for name, value in self.get_metrics(trainer, pl_module).items())
+            # `WidthEvolution` adds a rounded number of its own.
+            found = {name: value for name, value in self.get_metrics(trainer, pl_module).items() if name != "params"}
+            metrics = "  ".join(f"{name} {value}" for name, value in found.items())
             log.info("epoch %d/%s  %s", trainer.current_epoch + 1, trainer.max_epochs, metrics)
 
 
