@@ -30,7 +30,7 @@ SMALL = {
     "mnist_both": UNPADDED,
     "cifar_resnet": ["model.widths=[4,6,8]"],
 }
-LEAST = {"cifar_resnet": 500_000, "digits_both": 250_000, "digits_frequency": 250_000}
+LEAST = {"cifar_resnet": 500_000, "digits_both": 250_000, "digits_frequency": 250_000, "digits_both_threshold": 250_000}
 TINY = [
     "trainer.max_epochs=2",
     "trainer.limit_train_batches=2",
