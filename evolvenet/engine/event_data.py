@@ -35,11 +35,9 @@ class EventData:
         example_inputs: what costs are counted on.
         batches: inputs to measure on, of all ranks.
         gradients: of the loss at the outputs for each batch, as far as they are known.
-        past: the events before this one.
-        number: of the event, counted from 1.
-        progress: share of the run that is done, 0 … 1.
-        previous: the same at the event before, 0 at the first one; None where the run's length is unknown.
-        seed: of the run; new units draw from `seed + number`.
+        past: this event's number and share of the run, and what the events before it left.
+        previous: share of the run that was done at the event before, 0 at the first one; None where the run's length is unknown.
+        seed: of the run; new units draw from `seed` + the event's number.
     """
 
     model: nn.Module
@@ -48,8 +46,6 @@ class EventData:
     batches: Sequence[Any]
     gradients: Sequence[Gradients]
     past: PastEvents
-    number: int
-    progress: float
     previous: float | None
     seed: int
 
@@ -64,7 +60,7 @@ class EventData:
         """{width: its statistics}."""
         moments = self.moments
         with stage("spectra"):
-            return width_statistics(self.model, self.graph, moments, self.past, self.number, self.progress)
+            return width_statistics(self.model, self.graph, moments, self.past)
 
     @property
     def measured(self) -> dict[str, WidthStatistics]:
@@ -80,7 +76,7 @@ class EventData:
         """
         return PolicyContext(
             self.graph,
-            self.progress,
+            self.past.progress,
             initial,
             state,
             self.previous,
@@ -112,4 +108,4 @@ class EventData:
 
     def generator(self) -> torch.Generator:
         """The source of the new units' random directions."""
-        return torch.Generator().manual_seed(self.seed + self.number)
+        return torch.Generator().manual_seed(self.seed + self.past.count)

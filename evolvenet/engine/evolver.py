@@ -336,8 +336,8 @@ class Evolver:
         with stage("batch gathering"):
             batches, gradients = self._buffer.gather(group)
         data = EventData(
-            self.model, self.graph, self.example_inputs, batches, gradients, self._past, self._past.count,
-            self._past.progress, previous, self._seed,
+            self.model, self.graph, self.example_inputs, batches, gradients, self._past, previous,
+            self._seed,
         )  # fmt: skip
         initial = self.history.initial.sizes
         measures, proposals = run_on_rank_0(group, lambda: decide(self.policy, data, initial, self._pending_cut))

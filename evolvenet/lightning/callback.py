@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -34,11 +33,7 @@ from evolvenet.lightning.trainer_parts import (
 )
 from evolvenet.surgery.checkpoint import RECORD_KEY, fit_shapes, register_reshape_before_load
 
-log = logging.getLogger("evolvenet")
 install()
-
-MAX_BATCHES_WITHOUT_CALL = 8
-"""Batches without a call of any module, since a training step may skip some, before there seems to be no network."""
 
 
 @dataclass(eq=False, repr=False)

@@ -66,8 +66,6 @@ def width_statistics(
     graph: WidthGraph,
     moments: ActivationMoments,
     past: PastEvents,
-    event: int,
-    progress: float = 1.0,
 ) -> dict[str, WidthStatistics]:
     """The statistics of every resizable width that has a weight and was measured.
 
@@ -78,9 +76,7 @@ def width_statistics(
         model: the model of the graph.
         graph: its widths.
         moments: from `collect`.
-        past: the events before this one.
-        event: the number of this one.
-        progress: share of the run that is done, 0 … 1.
+        past: this event's number and share of the run, and what the events before it left.
 
     Raises:
         SkippedEvent: if no width was measured at `FEWEST` places.
@@ -103,12 +99,10 @@ def width_statistics(
         if spectrum is not None:
             spectra[width.name] = tuple(spectrum.tolist())
             energies[width.name] = unit_energies(model, width, parts) if parts else energy_shares(spectrum).tolist()
-    _report_few(graph, few, alone=not spectra, first=event == 1)
-    known = past.energies.updated(energies, progress).known
+    _report_few(graph, few, alone=not spectra, first=past.count == 1)
+    known = past.energies.updated(energies, past.progress).known
     return {
-        name: _statistics(
-            model, graph, name, spectrum, known[name][1], past.changed.get(name, LastChange()), event, progress
-        )
+        name: _statistics(model, graph, name, spectrum, known[name][1], past.changed.get(name, LastChange()), past)
         for name, spectrum in spectra.items()
     }
 
@@ -170,8 +164,7 @@ def _statistics(
     spectrum: tuple[float, ...],
     energies: tuple[float, ...],
     last: LastChange,
-    event: int,
-    progress: float,
+    past: PastEvents,
 ) -> WidthStatistics:
     width = graph.widths[name]
     # Without a producer's row a new unit has no input, and where an op mixes units it changes the function. Its columns
@@ -179,8 +172,8 @@ def _statistics(
     consumers = [model.get_parameter(tie.tensor) for tie in width.consumers if tie.tensor in graph.trainable]
     trained = not consumers or any(parameter.requires_grad for parameter in consumers)
     growable = width.mixed is None and bool(width.producers) and trained
-    events = event - last.event
-    since = progress - last.progress if progress > last.progress else EVENT * events
+    events = past.count - last.event
+    since = past.progress - last.progress if past.progress > last.progress else EVENT * events
     return WidthStatistics(name, width.size, spectrum, events, growable, last.units, last.reversals, since, energies)
 
 
