@@ -192,7 +192,8 @@ class Evolver:
         )
         # Before anything is done: making DDP's wrapper anew would hide it by sending rank 0's weights to all.
         check_agreement(group, "weights", fingerprint(self.model) if group.size > 1 else "")
-        previous = None if progress is None else self._past.progress
+        # A second run with the same evolver begins at 0 again.
+        previous = None if progress is None else self._past.progress if progress >= self._past.progress else 0.0
         self._past = self._past.next(1.0 if progress is None else progress)
         changes: list[WidthChange] = []
         ranks, kept, skipped = {}, {}, None
@@ -336,9 +337,8 @@ class Evolver:
         with stage("batch gathering"):
             batches, gradients = self._buffer.gather(group)
         data = EventData(
-            self.model, self.graph, self.example_inputs, batches, gradients, self._past, previous,
-            self._seed,
-        )  # fmt: skip
+            self.model, self.graph, self.example_inputs, batches, gradients, self._past, previous, self._seed
+        )
         initial = self.history.initial.sizes
         measures, proposals = run_on_rank_0(group, lambda: decide(self.policy, data, initial, self._pending_cut))
         self._past = self._past.with_energies({name: each.energies for name, each in measures.items()})

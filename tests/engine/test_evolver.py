@@ -224,3 +224,21 @@ def test_a_width_that_sees_too_little_is_named_once(caplog: pytest.LogCaptureFix
     assert len(told) == 1
     assert "got 15 for the 40 of 3. Observe more" in told[0]
     assert evolver.graph.sizes["3"] == 40
+
+
+def test_a_policy_is_given_the_time_of_the_event_before_in_the_same_run() -> None:
+    """A second fit begins at 0 again; without a share of the run no time is known."""
+
+    class Watch:
+        def __init__(self) -> None:
+            self.seen: list[tuple[float, float | None]] = []
+
+        def propose(self, context: PolicyContext) -> dict[str, Proposal]:
+            self.seen.append((context.progress, context.previous))
+            return {}
+
+    evolver = Evolver(network(), None, policy := Watch(), batch()[:1])
+    evolver.observe(batch())
+    for progress in (0.2, 0.7, 0.1, 0.3, None):
+        assert evolver.step(progress=progress).skipped is None
+    assert policy.seen == [(0.2, 0.0), (0.7, 0.2), (0.1, 0.0), (0.3, 0.1), (1.0, None)]
