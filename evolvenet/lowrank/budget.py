@@ -1,9 +1,9 @@
-"""Ranks of all layers for a number of parameters or multiply-accumulates, by the energy lost per cost saved."""
+"""Ranks of all layers for a number of parameters, bytes or multiply-accumulates, by the energy lost per cost saved."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from evolvenet.lowrank.base import Kind, Ranks
 from evolvenet.lowrank.fit import Extent, Observations
 from evolvenet.lowrank.plan import Choice, Request, possible, spectra
 from evolvenet.lowrank.rank_choice import Energy, Spectrum
-from evolvenet.measurement.cost import macs, parameters
+from evolvenet.measurement.cost import macs, parameters, size_in_bytes
 from evolvenet.pruning.allocation import convex, fit_to_cost
 
 GRID = tuple(1 - 10 ** (-6 + 0.1 * step) for step in range(60))
@@ -38,6 +38,21 @@ class Option:
     ranks: Ranks = ()
 
 
+@dataclass(frozen=True)
+class LayerCost:
+    """What one layer costs.
+
+    Args:
+        whole: as it is.
+        of: kind and ranks → cost of its factors.
+        reason: why it stays whole, where none of its factors costs less.
+    """
+
+    whole: int
+    of: Callable[[Kind, Ranks], int]
+    reason: str = "no factors of it cost less"
+
+
 def within_budget(
     model: nn.Module,
     requests: Sequence[Request],
@@ -45,13 +60,9 @@ def within_budget(
     *,
     most_parameters: int | None = None,
     most_macs: int | None = None,
+    most_bytes: int | None = None,
 ) -> list[Choice]:
-    """The kind and the ranks of each layer, so that the model is within one budget.
-
-    For each layer and each kind that comes into question, the loss is −log of the share of energy that the ranks keep: of
-    the outputs' where there are observations, of the weight's otherwise. Beginning with whole layers, the step is taken next
-    whose loss rises least for the cost that it saves (`pruning.allocation.fit_to_cost`). Of each layer's options those on the
-    lower convex hull of loss over cost count, so that factors are reached that pay only some way below the whole layer.
+    """The kind and the ranks of each layer, so that the model is within one budget; see `least_loss`.
 
     Args:
         model: with whole layers.
@@ -59,69 +70,128 @@ def within_budget(
         seen: from `observe`; needed for multiply-accumulates.
         most_parameters: of the whole model.
         most_macs: of the whole model, for one sample.
+        most_bytes: of the whole model's parameters and buffers, in their own dtypes.
 
     Raises:
         FactorizationError: if the model cannot be made so small, or multiply-accumulates are limited without batches.
     """
-    if (most_parameters is None) == (most_macs is None):
-        raise FactorizationError("Budget: expected either `parameters` or `macs`, got both or none.")
-    if most_macs is not None and seen is None:
-        raise FactorizationError("Budget: expected batches with `macs`, got none. They give the sizes of the images.")
-    limit = most_parameters if most_parameters is not None else most_macs
-    extents = seen.extents if seen is not None and most_macs is not None else None
-    options = {
-        request.target.name: _options(request, seen, extents) for request in requests if request.target.refusal is None
-    }
-    total = parameters(model) if seen is None or extents is None else macs(model, seen.batch)
+    given = [limit for limit in (most_parameters, most_macs, most_bytes) if limit is not None]
+    if len(given) != 1:
+        raise FactorizationError("Budget: expected one of `parameters`, `macs`, `bytes` and `latency`, got several.")
+    (limit,) = given
+    if most_macs is not None:
+        if seen is None:
+            raise FactorizationError(
+                "Budget: expected batches with `macs`, got none. They give the sizes of the images."
+            )
+        total, unit = macs(model, seen.batch), "multiply-accumulates"
+        costs = {name: _by_macs(request, seen.extents[name]) for name, request in factorizable(requests).items()}
+    else:
+        total, unit = (size_in_bytes(model), "bytes") if most_bytes is not None else (parameters(model), "parameters")
+        costs = {name: _by_entries(request, unit == "bytes") for name, request in factorizable(requests).items()}
+    options = {name: options_of(request, seen, costs[name]) for name, request in factorizable(requests).items()}
+    chosen, least = least_loss(options, total, limit)
+    if least > limit:
+        raise FactorizationError(
+            f"Budget: expected {least:,} {unit} or more, the fewest that factors of these layers reach, got {limit:,}. "
+            "Prune widths as well."
+        )
+    return choices_of(requests, chosen, {name: costs[name].reason for name in options if len(options[name]) == 1})
+
+
+def factorizable(requests: Sequence[Request]) -> dict[str, Request]:
+    """{name of the layer: request} of those that are not refused."""
+    return {request.target.name: request for request in requests if request.target.refusal is None}
+
+
+def least_loss(options: Mapping[str, Sequence[Option]], total: int, limit: int) -> tuple[dict[str, Option], int]:
+    """One option for each layer, so that the model is within a limit.
+
+    Beginning with whole layers, the step is taken next whose loss rises least for the cost that it saves
+    (`pruning.allocation.fit_to_cost`).
+
+    Args:
+        options: from `options_of`, by cost; the last one of each layer is the whole layer.
+        total: cost of the model with whole layers.
+        limit: of the model's cost.
+
+    Returns:
+        {name: option}, and the model's cost with them; it is above the limit if that cannot be reached.
+
+    >>> options = {"a": [Option(4, 0.5), Option(8, 0.0)], "b": [Option(4, 0.1), Option(8, 0.0)]}
+    >>> chosen, cost = least_loss(options, total=20, limit=16)
+    >>> [chosen[name].cost for name in "ab"], cost
+    ([8, 4], 16)
+    """
     rest = total - sum(each[-1].cost for each in options.values())
     chosen = fit_to_cost(
         {name: [(option.cost, option.loss) for option in each] for name, each in options.items()},
         {name: [option.cost for option in each] for name, each in options.items()},
         {name: each[-1].cost for name, each in options.items()},
         lambda sizes: rest + sum(sizes.values()),
-        limit or 0,
+        limit,
     )
-    if limit is not None and (least := rest + sum(chosen.values())) > limit:
-        what = "parameters" if most_macs is None else "multiply-accumulates"
-        raise FactorizationError(
-            f"Budget: expected {least:,} {what} or more, the fewest that factors of these layers reach, got {limit:,}. "
-            "Prune widths as well."
-        )
     by_cost = {name: {option.cost: option for option in each} for name, each in options.items()}
-    return [_choice(request, by_cost, chosen) for request in requests]
+    return {name: by_cost[name][cost] for name, cost in chosen.items()}, rest + sum(chosen.values())
 
 
-def _choice(request: Request, options: Mapping[str, Mapping[int, Option]], chosen: Mapping[str, int]) -> Choice:
-    target = request.target
-    if target.refusal is not None:
-        return Choice(target, refusal=target.refusal)
-    option = options[target.name][chosen[target.name]]
-    if option.kind is not None:
-        return Choice(target, option.kind, option.ranks)
-    reason = possible(request)
-    return Choice(target, refusal=reason if isinstance(reason, str) else "within the budget it is worth its cost")
+def choices_of(requests: Sequence[Request], chosen: Mapping[str, Option], reasons: Mapping[str, str]) -> list[Choice]:
+    """The choice of each layer.
+
+    Args:
+        requests: for the layers.
+        chosen: one option for each of them that is not refused.
+        reasons: {name: why it stays whole}, of layers without other options.
+    """
+    found: list[Choice] = []
+    for request in requests:
+        target = request.target
+        if target.refusal is not None:
+            found.append(Choice(target, refusal=target.refusal))
+            continue
+        option, kinds = chosen[target.name], possible(request)
+        if option.kind is not None:
+            found.append(Choice(target, option.kind, option.ranks))
+        elif isinstance(kinds, str):
+            found.append(Choice(target, refusal=kinds))
+        else:
+            reason = reasons.get(target.name, "within the budget it is worth its cost")
+            found.append(Choice(target, refusal=reason))
+    return found
 
 
-def _options(
-    request: Request, seen: Observations | None, extents: Mapping[str, Sequence[Extent]] | None
-) -> list[Option]:
-    """The whole layer and its factors on the lower convex hull of loss over cost, by cost."""
+def options_of(request: Request, seen: Observations | None, cost: LayerCost) -> list[Option]:
+    """The whole layer and its factors on the lower convex hull of loss over cost, by cost.
+
+    For each kind that comes into question, the loss is −log of the share of energy that the ranks keep: of the outputs'
+    where there are observations, of the weight's otherwise. Only the hull counts, so that factors are reached that pay only
+    some way below the whole layer. Factors that have as many parameters as the layer, or cost as much, are left out.
+    """
+    found = {option.cost: option for option in affordable(request, seen, cost)}
+    found[cost.whole] = Option(cost.whole, 0.0)
+    return [found[size] for size, _ in convex([(option.cost, option.loss) for option in found.values()])]
+
+
+def affordable(request: Request, seen: Observations | None, cost: LayerCost) -> list[Option]:
+    """Factors of a layer that are smaller and cost less than it; of several at one cost, that with the least loss."""
     target, shape = request.target, request.target.shape
-    own = None if extents is None else extents[target.name]
-    whole = Option(shape.parameters if own is None else _whole_macs(request, own), 0.0)
     kinds = possible(request)
-    found: dict[int, Option] = {whole.cost: whole}
+    found: dict[int, Option] = {}
     for kind in () if isinstance(kinds, str) else kinds:
         all_spectra = spectra(kind, target, None if seen is None else seen.moments.get(target.name))
         shares = [energy_shares(spectrum.values) for spectrum in all_spectra]
-        for kept in GRID:
-            ranks = kind.checked_ranks(shape, kind.combined([Energy(kept).rank(each) for each in all_spectra]))
-            cost = kind.parameters(shape, ranks) if own is None else _macs(kind, request, ranks, own)
-            option = Option(cost, _loss(kind, shares, all_spectra, ranks), kind, ranks)
-            smaller = cost < whole.cost and kind.parameters(shape, ranks) < shape.parameters
-            if smaller and (cost not in found or option.loss < found[cost].loss):
-                found[cost] = option
-    return [found[cost] for cost, _ in convex([(option.cost, option.loss) for option in found.values()])]
+        for ranks in ranks_by_energy(kind, request, all_spectra):
+            option = Option(cost.of(kind, ranks), _loss(kind, shares, all_spectra, ranks), kind, ranks)
+            smaller = option.cost < cost.whole and kind.parameters(shape, ranks) < shape.parameters
+            if smaller and (option.cost not in found or option.loss < found[option.cost].loss):
+                found[option.cost] = option
+    return [found[size] for size in sorted(found)]
+
+
+def ranks_by_energy(kind: Kind, request: Request, all_spectra: Sequence[Spectrum]) -> list[Ranks]:
+    """The ranks that keep the shares of energy of `GRID`, largest first, each once."""
+    found = (kind.combined([Energy(kept).rank(each) for each in all_spectra]) for kept in GRID)
+    return list(dict.fromkeys(kind.checked_ranks(request.target.shape, ranks) for ranks in found))
 
 
 def _loss(kind: Kind, shares: Sequence[Tensor], found: Sequence[Spectrum], ranks: Ranks) -> float:
@@ -130,14 +200,22 @@ def _loss(kind: Kind, shares: Sequence[Tensor], found: Sequence[Spectrum], ranks
     return -math.log(max(1e-12, 1 - min(lost, 1.0)))
 
 
-def _whole_macs(request: Request, extents: Sequence[Extent]) -> int:
-    entries = request.target.shape.parameters
-    return round(
-        sum(each.times * entries * math.prod(each.before if each.transposed else each.after) for each in extents)
-    )
+def _by_entries(request: Request, in_bytes: bool) -> LayerCost:
+    """The cost of a layer in entries of its weight, or in their bytes."""
+    shape = request.target.shape
+    each = request.target.layer.get_parameter("weight").element_size() if in_bytes else 1
+    return LayerCost(each * shape.parameters, lambda kind, ranks: each * kind.parameters(shape, ranks))
 
 
-def _macs(kind: Kind, request: Request, ranks: Ranks, extents: Sequence[Extent]) -> int:
+def _by_macs(request: Request, extents: Sequence[Extent]) -> LayerCost:
+    """The cost of a layer in multiply-accumulates for one sample."""
+    shape = request.target.shape
+    places = sum(each.times * math.prod(each.before if each.transposed else each.after) for each in extents)
+    return LayerCost(round(places * shape.parameters), lambda kind, ranks: macs_of(kind, request, ranks, extents))
+
+
+def macs_of(kind: Kind, request: Request, ranks: Ranks, extents: Sequence[Extent]) -> int:
+    """Multiply-accumulates of a layer's factors for one sample, in all its calls."""
     shape = request.target.shape
     return round(
         sum(each.times * kind.macs(shape, ranks, each.before, each.after, each.transposed) for each in extents)

@@ -41,6 +41,7 @@ def factorize(
     optimizers: Optimizer | Sequence[Optimizer] = (),
     parameters: int | None = None,
     macs: int | None = None,
+    bytes: int | None = None,
 ) -> Factorization:
     """Replace dense layers and convolutions by chains of smaller layers, in place, all or nothing.
 
@@ -65,6 +66,7 @@ def factorize(
         parameters: most parameters of the whole model afterwards, in place of ranks: layers lose energy where it saves the most
             parameters, see `evolvenet.lowrank.budget`. The ranks are None, or {layer: None} for some layers alone.
         macs: likewise, most multiply-accumulates for one sample; needs batches.
+        bytes: likewise, most bytes of the model's parameters and buffers in their own dtypes.
 
     Returns:
         What became of each layer.
@@ -92,11 +94,11 @@ def factorize(
         layers = [request.target for request in requests if request.target.refusal is None]
         seen = None if batches is None or not layers else observe(model, layers, batches)
         moments = {} if seen is None else seen.moments
-        if parameters is None and macs is None:
+        if parameters is None and macs is None and bytes is None:
             choices = [choose(request, moments) for request in requests]
         else:
             _check_budget(ranks)
-            choices = within_budget(model, requests, seen, most_parameters=parameters, most_macs=macs)
+            choices = within_budget(model, requests, seen, most_parameters=parameters, most_macs=macs, most_bytes=bytes)
         chosen = [choice for choice in choices if choice.refusal is None]
         if seen is None or not chosen:
             fitted = Fitted({choice.target.name: decomposed(choice, None) for choice in chosen}, {}, {})

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import evolvenet
-from evolvenet.measurement.cost import macs, parameters
+from evolvenet.measurement.cost import macs, parameters, size_in_bytes
 
 
 def network() -> nn.Sequential:
@@ -37,7 +37,7 @@ def images(samples: int = 128) -> Tensor:
 
 
 @pytest.mark.parametrize("share", [0.7, 0.4, 0.2])
-@pytest.mark.parametrize("kind", ["parameters", "macs"])
+@pytest.mark.parametrize("kind", ["parameters", "macs", "bytes"])
 @pytest.mark.parametrize("data", [True, False])
 def test_the_model_is_within_its_budget_and_uses_it(share: float, kind: str, data: bool) -> None:
     model, x = network(), images()
@@ -45,12 +45,24 @@ def test_the_model_is_within_its_budget_and_uses_it(share: float, kind: str, dat
         with pytest.raises(evolvenet.FactorizationError, match="expected batches"):
             evolvenet.factorize(model, macs=1000)
         return
-    count = (lambda: parameters(model)) if kind == "parameters" else (lambda: macs(model, x))
-    limit = round(share * count())
+    count = {"parameters": parameters, "macs": lambda model: macs(model, x), "bytes": size_in_bytes}[kind]
+    limit = round(share * count(model))
     budget: dict[str, Any] = {kind: limit}
     report = evolvenet.factorize(model, batches=[x] if data else None, **budget)
-    assert 0.85 * limit < count() <= limit
+    assert 0.85 * limit < count(model) <= limit
     assert all(line.after <= line.before for line in report)
+
+
+def test_bytes_count_each_layer_in_its_own_dtype() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(32, 32, bias=False).double(), nn.Linear(32, 32, bias=False).half())
+    decaying = torch.diag(0.8 ** torch.arange(32.0))
+    for layer in model:
+        left, _, right = torch.linalg.svd(torch.randn(32, 32))
+        layer.get_parameter("weight").data.copy_(left @ decaying @ right)
+    report = evolvenet.factorize(model, bytes=7000)
+    assert 8 * report["0"].after + 2 * report["1"].after == size_in_bytes(model) <= 7000
+    assert report["0"].after < report["1"].after, "an entry of 8 bytes saves more than one of 2"
 
 
 @pytest.mark.parametrize("limit", [240, 480, 672, 768])
@@ -81,7 +93,7 @@ def test_a_budget_that_no_ranks_reach_is_refused_and_changes_nothing() -> None:
     whole = repr(model)
     with pytest.raises(evolvenet.FactorizationError, match="the fewest that factors of these layers reach, got 10"):
         evolvenet.factorize(model, parameters=10)
-    with pytest.raises(evolvenet.FactorizationError, match="either `parameters` or `macs`"):
+    with pytest.raises(evolvenet.FactorizationError, match="one of `parameters`, `macs`, `bytes` and `latency`"):
         evolvenet.factorize(model, parameters=10_000, macs=10, batches=[images()])
     with pytest.raises(evolvenet.FactorizationError, match="no ranks with a budget"):
         evolvenet.factorize(model, 4, parameters=10_000)
