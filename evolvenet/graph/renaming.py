@@ -83,4 +83,5 @@ def renamed(graph: WidthGraph, rename: Rename) -> WidthGraph:
 
 def _bare(width: Width, name: str, rename: Rename) -> Width:
     patches = tuple((new, attribute) for path, attribute in width.patches if (new := rename(path)) is not None)
-    return replace(width, name=name, ties=(), patches=patches)
+    rank_of = None if width.rank_of is None else rename(width.rank_of)
+    return replace(width, name=name, ties=(), patches=patches, rank_of=rank_of)

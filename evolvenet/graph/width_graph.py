@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from evolvenet.errors import ResizeError
 from evolvenet.graph.index_map import IndexMap
+from evolvenet.graph.width_graph_text import as_table, as_text, layer_of_rank
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -67,6 +67,8 @@ class Width:
         patches: (module path, attribute) of Python numbers of the model's own code that are proportional to its size; a
             resize rescales them.
         step: policies propose multiples of it alone, see `rounded`.
+        rank_of: path of the factorized layer of which it is a rank: nothing but linear maps touches its units, so that any
+            invertible change of their basis keeps the function. None for other widths.
     """
 
     name: str
@@ -78,6 +80,7 @@ class Width:
     smallest: int = 1
     patches: tuple[tuple[str, str], ...] = ()
     step: int = 1
+    rank_of: str | None = None
 
     def rounded(self, size: int) -> int:
         """The size that a policy may propose instead of this one: the next multiple of `step` from there up.
@@ -295,6 +298,8 @@ class WidthGraph:
         """
         width = self.widths[name]
         lines = [f"{width.name}: {width.size} units, {width.parameters:,} parameters"]
+        if width.rank_of is not None:
+            lines.append(f"rank of {layer_of_rank(width)}")
         if width.frozen is not None:
             lines.append(f"frozen: {width.frozen}")
         for tie in width.ties:
@@ -305,36 +310,10 @@ class WidthGraph:
 
     def __rich__(self) -> Table:
         """The table that rich prints: `rich.print(graph)`. Frozen widths are dim; `str(graph)` is the plain text."""
-        # rich takes long to import, and is needed only here.
-        from rich.box import SIMPLE_HEAD
-        from rich.table import Table
-        from rich.text import Text
-
-        caption = Text(f"coverage {self.coverage:.1%} of {self.parameters:,} parameters")
-        table = Table(box=SIMPLE_HEAD, pad_edge=False, caption=caption, caption_justify="left")
-        table.add_column("name", overflow="fold")
-        for title in ("size", "parameters"):
-            table.add_column(title, justify="right", no_wrap=True)
-        table.add_column("ties")
-        table.add_column("frozen", overflow="fold")
-        for width in self.widths.values():
-            cells = [width.name, str(width.size), f"{width.parameters:,}", _roles(width)]
-            style = "dim" if width.frozen else ""
-            # As text: a reason may quote code, and rich would parse brackets in a plain string as styles.
-            table.add_row(*map(Text, [*cells, width.frozen or ""]), style=style)
-        return table
+        return as_table(self)
 
     def __str__(self) -> str:
-        rows = [("name", "size", "parameters", "ties", "frozen")]
-        rows += [
-            (w.name, str(w.size), f"{w.parameters:,}", str(len(w.ties)), w.frozen or "") for w in self.widths.values()
-        ]
-        columns = [max(len(row[i]) for row in rows) for i in range(4)]
-        lines = [
-            "  ".join([*(cell.ljust(size) for cell, size in zip(row, columns, strict=False)), row[4]]) for row in rows
-        ]
-        lines.append(f"coverage {self.coverage:.1%} of {self.parameters:,} parameters")
-        return "\n".join(line.rstrip() for line in lines)
+        return as_text(self)
 
 
 def _entries_in(chosen: set[str], shape: tuple[int, ...], axes: Mapping[int, tuple[Segment, ...]]) -> int:
@@ -348,13 +327,6 @@ def _entries_in(chosen: set[str], shape: tuple[int, ...], axes: Mapping[int, tup
 def _part_map(part: Segment, maps: Mapping[str, IndexMap]) -> IndexMap:
     index_map = None if part.width is None else maps.get(part.width)
     return IndexMap.identity(part.length) if index_map is None else index_map.repeat(part.repeat)
-
-
-def _roles(width: Width) -> str:
-    """Number of ties of each role: "3 produce, 1 consumes, 8 follow"."""
-    counts = Counter(tie.role for tie in width.ties)
-    roles = [(counts[role], role) for role in (PRODUCES, CONSUMES, FOLLOWS) if counts[role]]
-    return ", ".join(f"{count} {role if count == 1 else role.removesuffix('s')}" for count, role in roles)
 
 
 def _proposed(part: Segment, sizes: Mapping[str, int]) -> int:

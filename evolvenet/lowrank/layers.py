@@ -199,6 +199,10 @@ class FactoredLayer(Replacement, nn.Sequential):
         """The bias of its last layer."""
         return parameter_table(self.factors[-1]).get("bias")
 
+    def chain(self) -> Sequence[nn.Module]:
+        """See `Replacement`."""
+        return self.factors
+
     def record(self) -> dict[str, Any]:
         """See `Replacement`."""
         whole = ["weight", "bias"] if self._bias else ["weight"]

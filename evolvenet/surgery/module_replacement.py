@@ -10,7 +10,7 @@ to a checkpoint's widths and loaded.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -39,6 +39,10 @@ class Replacement(nn.Module):
     @abstractmethod
     def whole(self) -> nn.Module:
         """The module that computes the same in the original way, with the replacement's biases and merged weights."""
+
+    def chain(self) -> Sequence[nn.Module]:
+        """The layers that it runs one after the other with nothing between them that is not linear; none by default."""
+        return ()
 
     def record_in_checkpoints(self) -> None:
         """Write the record into the metadata of this module's state dicts."""

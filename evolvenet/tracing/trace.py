@@ -30,6 +30,7 @@ from evolvenet.execution.own_gradients import GradientsNeededError, own_gradient
 from evolvenet.execution.step import run_model
 from evolvenet.graph.naming import named_tensors
 from evolvenet.graph.width_graph import WidthGraph
+from evolvenet.tracing.factorized import with_ranks
 from evolvenet.tracing.labels import DATA, LABELLED, Label, LabelGraph, merge, varying
 from evolvenet.tracing.rules import Call, apply_rule
 from evolvenet.tracing.verification import Rerun, verify
@@ -85,7 +86,7 @@ def trace(model: nn.Module, example_inputs: Any) -> WidthGraph:
             )
             for each in dict.fromkeys((_needed_modes(label_graph), modes))
         ]
-        return verify(model, label_graph, device, runs)
+        return with_ranks(model, verify(model, label_graph, device, runs))
     raise TraceError(
         f"The model does not run on the example inputs: {type(last_error).__name__}: {last_error}. Give example_inputs "
         "exactly as the model is called: a tensor, a tuple of arguments, or a dict of keyword arguments."
