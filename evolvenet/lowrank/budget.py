@@ -6,11 +6,11 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from torch import Tensor, nn
+from torch import nn
 
 from evolvenet.errors import FactorizationError
 from evolvenet.linalg.spectrum import energy_shares
-from evolvenet.lowrank.base import Kind, Ranks
+from evolvenet.lowrank.base import Kind, LayerShape, Ranks
 from evolvenet.lowrank.fit import Extent, Observations
 from evolvenet.lowrank.plan import Choice, Request, possible, spectra
 from evolvenet.lowrank.rank_choice import Energy, Spectrum
@@ -21,13 +21,43 @@ GRID = tuple(1 - 10 ** (-6 + 0.1 * step) for step in range(60))
 """Shares of energy whose ranks are compared, from 0.999999 down to 0.2."""
 
 
+Loss = Callable[[str, Kind, float], float]
+"""(name of a layer, kind, share of the energy that its factors lose) → loss."""
+
+
+def energy_loss(layer: str, kind: Kind, lost: float) -> float:
+    """−log of the share of energy that factors keep; shares of layers in sequence multiply, so losses add up.
+
+    >>> from evolvenet.lowrank.kinds import kind_named
+    >>> round(energy_loss("0", kind_named("svd"), 0.5), 3)
+    0.693
+    """
+    return -math.log(max(1e-12, 1 - lost))
+
+
+def energy_lost(found: Sequence[Spectrum], ranks: Ranks) -> float:
+    """The share of energy, 0 … 1, that ranks lose; of several unfoldings the sum, which is an upper bound.
+
+    Args:
+        found: the spectrum of each unfolding.
+        ranks: one for each, or one for all.
+
+    >>> import torch
+    >>> energy_lost([Spectrum(torch.tensor([2.0, 1.0]), 2, 2)], (1,))
+    0.2
+    """
+    each = ranks if len(ranks) == len(found) else ranks * len(found)
+    shares = [energy_shares(spectrum.values).sort(descending=True).values for spectrum in found]
+    return min(1.0, sum(float(share[rank:].sum()) for share, rank in zip(shares, each, strict=True)))
+
+
 @dataclass(frozen=True)
 class Option:
     """One way to factorize a layer.
 
     Args:
         cost: of the factors.
-        loss: −log of the share of energy that they keep; shares of layers in sequence multiply, so losses add up.
+        loss: of the network with these factors; losses of several layers add up.
         kind: of the factors; None for the whole layer.
         ranks: of the factors.
     """
@@ -61,6 +91,7 @@ def within_budget(
     most_parameters: int | None = None,
     most_macs: int | None = None,
     most_bytes: int | None = None,
+    loss: Loss = energy_loss,
 ) -> list[Choice]:
     """The kind and the ranks of each layer, so that the model is within one budget; see `least_loss`.
 
@@ -71,6 +102,7 @@ def within_budget(
         most_parameters: of the whole model.
         most_macs: of the whole model, for one sample.
         most_bytes: of the whole model's parameters and buffers, in their own dtypes.
+        loss: of a layer, from the share of energy that its factors lose.
 
     Raises:
         FactorizationError: if the model cannot be made so small, or multiply-accumulates are limited without batches.
@@ -89,7 +121,7 @@ def within_budget(
     else:
         total, unit = (size_in_bytes(model), "bytes") if most_bytes is not None else (parameters(model), "parameters")
         costs = {name: _by_entries(request, unit == "bytes") for name, request in factorizable(requests).items()}
-    options = {name: options_of(request, seen, costs[name]) for name, request in factorizable(requests).items()}
+    options = {name: options_of(request, seen, costs[name], loss) for name, request in factorizable(requests).items()}
     chosen, least = least_loss(options, total, limit)
     if least > limit:
         raise FactorizationError(
@@ -160,28 +192,31 @@ def choices_of(requests: Sequence[Request], chosen: Mapping[str, Option], reason
     return found
 
 
-def options_of(request: Request, seen: Observations | None, cost: LayerCost) -> list[Option]:
+def options_of(
+    request: Request, seen: Observations | None, cost: LayerCost, loss: Loss = energy_loss
+) -> list[Option]:
     """The whole layer and its factors on the lower convex hull of loss over cost, by cost.
 
-    For each kind that comes into question, the loss is −log of the share of energy that the ranks keep: of the outputs'
+    For each kind that comes into question, the loss follows from the share of energy that the ranks lose: of the outputs'
     where there are observations, of the weight's otherwise. Only the hull counts, so that factors are reached that pay only
     some way below the whole layer. Factors that have as many parameters as the layer, or cost as much, are left out.
     """
-    found = {option.cost: option for option in affordable(request, seen, cost)}
+    found = {option.cost: option for option in affordable(request, seen, cost, loss)}
     found[cost.whole] = Option(cost.whole, 0.0)
     return [found[size] for size, _ in convex([(option.cost, option.loss) for option in found.values()])]
 
 
-def affordable(request: Request, seen: Observations | None, cost: LayerCost) -> list[Option]:
+def affordable(
+    request: Request, seen: Observations | None, cost: LayerCost, loss: Loss = energy_loss
+) -> list[Option]:
     """Factors of a layer that are smaller and cost less than it; of several at one cost, that with the least loss."""
     target, shape = request.target, request.target.shape
     kinds = possible(request)
     found: dict[int, Option] = {}
     for kind in () if isinstance(kinds, str) else kinds:
         all_spectra = spectra(kind, target, None if seen is None else seen.moments.get(target.name))
-        shares = [energy_shares(spectrum.values) for spectrum in all_spectra]
         for ranks in ranks_by_energy(kind, request, all_spectra):
-            option = Option(cost.of(kind, ranks), _loss(kind, shares, all_spectra, ranks), kind, ranks)
+            option = Option(cost.of(kind, ranks), loss(target.name, kind, energy_lost(all_spectra, ranks)), kind, ranks)
             smaller = option.cost < cost.whole and kind.parameters(shape, ranks) < shape.parameters
             if smaller and (option.cost not in found or option.loss < found[option.cost].loss):
                 found[option.cost] = option
@@ -192,12 +227,6 @@ def ranks_by_energy(kind: Kind, request: Request, all_spectra: Sequence[Spectrum
     """The ranks that keep the shares of energy of `GRID`, largest first, each once."""
     found = (kind.combined([Energy(kept).rank(each) for each in all_spectra]) for kept in GRID)
     return list(dict.fromkeys(kind.checked_ranks(request.target.shape, ranks) for ranks in found))
-
-
-def _loss(kind: Kind, shares: Sequence[Tensor], found: Sequence[Spectrum], ranks: Ranks) -> float:
-    each = ranks if len(ranks) == len(found) else ranks * len(found)
-    lost = sum(float(share.sort(descending=True).values[rank:].sum()) for share, rank in zip(shares, each, strict=True))
-    return -math.log(max(1e-12, 1 - min(lost, 1.0)))
 
 
 def _by_entries(request: Request, in_bytes: bool) -> LayerCost:
@@ -211,12 +240,11 @@ def _by_macs(request: Request, extents: Sequence[Extent]) -> LayerCost:
     """The cost of a layer in multiply-accumulates for one sample."""
     shape = request.target.shape
     places = sum(each.times * math.prod(each.before if each.transposed else each.after) for each in extents)
-    return LayerCost(round(places * shape.parameters), lambda kind, ranks: macs_of(kind, request, ranks, extents))
+    return LayerCost(round(places * shape.parameters), lambda kind, ranks: chain_macs(kind, shape, ranks, extents))
 
 
-def macs_of(kind: Kind, request: Request, ranks: Ranks, extents: Sequence[Extent]) -> int:
+def chain_macs(kind: Kind, shape: LayerShape, ranks: Ranks, extents: Sequence[Extent]) -> int:
     """Multiply-accumulates of a layer's factors for one sample, in all its calls."""
-    shape = request.target.shape
     return round(
         sum(each.times * kind.macs(shape, ranks, each.before, each.after, each.transposed) for each in extents)
     )

@@ -3,7 +3,7 @@
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -15,11 +15,12 @@ from evolvenet.errors import FactorizationError
 from evolvenet.graph.naming import named_tensors
 from evolvenet.lowrank.attention import Split, of_projections, split_attentions
 from evolvenet.lowrank.budget import within_budget
-from evolvenet.lowrank.fit import Fitted, fit, observe
+from evolvenet.lowrank.fit import Fitted, Observations, fit, observe
 from evolvenet.lowrank.layers import factored
 from evolvenet.lowrank.plan import (
     Choice,
     Rank,
+    Request,
     SecondMoments,
     choose,
     decomposed,
@@ -87,26 +88,64 @@ def factorize(
     >>> bool((model(x) - before).abs().max() < 5e-6)
     True
     """
-    with ExitStack() as undo:
-        named = [*_names(ranks), *_names(kinds)] if isinstance(ranks, Mapping) else None
-        splits = split_attentions(model, named, undo)
-        requests = requested(model, of_projections(ranks, splits), of_projections(kinds, splits))
-        layers = [request.target for request in requests if request.target.refusal is None]
-        seen = None if batches is None or not layers else observe(model, layers, batches)
-        moments = {} if seen is None else seen.moments
+
+    def select(requests: Sequence[Request], seen: Observations | None) -> Sequence[Choice]:
         if parameters is None and macs is None and bytes is None:
-            choices = [choose(request, moments) for request in requests]
-        else:
-            _check_budget(ranks)
-            choices = within_budget(model, requests, seen, most_parameters=parameters, most_macs=macs, most_bytes=bytes)
-        chosen = [choice for choice in choices if choice.refusal is None]
-        if seen is None or not chosen:
-            fitted = Fitted({choice.target.name: decomposed(choice, None) for choice in chosen}, {}, {})
-        else:
-            fitted = fit(model, chosen, seen)
-        report = Factorization(tuple(_reported(choice, fitted, moments) for choice in choices))
-        _install(model, choices, fitted, splits, as_list(optimizers), undo)
+            return [choose(request, {} if seen is None else seen.moments) for request in requests]
+        _check_budget(ranks)
+        return within_budget(model, requests, seen, most_parameters=parameters, most_macs=macs, most_bytes=bytes)
+
+    with ExitStack() as undo:
+        report = factorize_by(model, select, undo, ranks, kinds, batches, optimizers)
         undo.pop_all()
+    return report
+
+
+Select = Callable[[Sequence[Request], Observations | None], Sequence[Choice]]
+"""(requests, what was observed with batches) → what becomes of each layer."""
+
+
+@torch.no_grad()
+def factorize_by(
+    model: nn.Module,
+    select: Select,
+    undo: ExitStack,
+    ranks: Rank | Mapping[str, Any] | None = None,
+    kinds: str | Mapping[str, str] = "auto",
+    batches: Iterable[Any] | None = None,
+    optimizers: Optimizer | Sequence[Optimizer] = (),
+) -> Factorization:
+    """`factorize` with a choice of one's own.
+
+    Args:
+        model: as for `factorize`, like all below.
+        select: the choice of kinds and ranks.
+        undo: closing it puts everything back, also what was done before a failure.
+        ranks: of the layers in question.
+        kinds: of the layers in question.
+        batches: inputs of the model.
+        optimizers: of the model.
+
+    Returns:
+        What became of each layer.
+
+    Raises:
+        FactorizationError, SpectrumError, TraceError: as `factorize`.
+    """
+    named = [*_names(ranks), *_names(kinds)] if isinstance(ranks, Mapping) else None
+    splits = split_attentions(model, named, undo)
+    requests = requested(model, of_projections(ranks, splits), of_projections(kinds, splits))
+    layers = [request.target for request in requests if request.target.refusal is None]
+    seen = None if batches is None or not layers else observe(model, layers, batches)
+    moments = {} if seen is None else seen.moments
+    choices = select(requests, seen)
+    chosen = [choice for choice in choices if choice.refusal is None]
+    if seen is None or not chosen:
+        fitted = Fitted({choice.target.name: decomposed(choice, None) for choice in chosen}, {}, {})
+    else:
+        fitted = fit(model, chosen, seen)
+    report = Factorization(tuple(_reported(choice, fitted, moments) for choice in choices))
+    _install(model, choices, fitted, splits, as_list(optimizers), undo)
     return report
 
 

@@ -77,6 +77,7 @@ class Observations:
         names: {name of a layer: name of its weight}.
         moments: {name of a layer: second moment of its inputs for each channel group}, about the mean where the layer has an
             offset that can take up a change of the mean.
+        means: {name of a layer: mean of its inputs for each channel group}, in the order of the moments.
         targets: {name of a weight: its outputs}, of those that can be fitted.
         matrices: {name of a weight: `[groups, out / groups, columns]`}.
         extents: {name of a layer: sizes of its inputs and outputs in each call}.
@@ -85,6 +86,7 @@ class Observations:
     batch: Any
     names: Mapping[str, str]
     moments: SecondMoments
+    means: Mapping[str, Sequence[Tensor]]
     targets: Mapping[str, list[Target]]
     matrices: Mapping[str, Tensor]
     extents: Mapping[str, Sequence[Extent]]
@@ -139,8 +141,9 @@ def observe(
         recorder = _InputRecorder(frozenset(names.values()), limits, samples_in(batch))
         targets = recorded(model, batch, recorder, gradients=False)
     moments = {name: found for name, weight in names.items() if (found := recorder.second_moments(name, weight))}
+    means = {name: [each.mean for each in recorder.moments[names[name]]] for name in moments}
     extents = {name: recorder.extents.get(weight, []) for name, weight in names.items()}
-    return Observations(batch, names, moments, targets, recorder.matrices, extents)
+    return Observations(batch, names, moments, means, targets, recorder.matrices, extents)
 
 
 class _InputRecorder(OutputRecorder):

@@ -5,21 +5,18 @@ from __future__ import annotations
 import heapq
 import math
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from evolvenet.errors import ResizeError
-from evolvenet.execution.inputs import first_samples
-from evolvenet.execution.isolation import model_outputs
-from evolvenet.execution.sampling import samples_in
 from evolvenet.graph.width_graph import Width, WidthGraph
 from evolvenet.linalg.spectrum import Values, energy_shares
 from evolvenet.measurement.activation_moments import collect
+from evolvenet.measurement.output_error import first_batches, output_error, outputs_on
 from evolvenet.measurement.width_spectra import measure
 from evolvenet.pruning.reconstruction import TRAINING_LIMITS, reconstruct
 from evolvenet.pruning.selection import plan_prune
@@ -62,6 +59,7 @@ def allocate(
         ResizeError: if the model cannot be made so small.
         SpectrumError, TraceError: as `collect`.
 
+    >>> import torch
     >>> from evolvenet.tracing.trace import trace
     >>> model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
     >>> model[2].weight.data[1:] = 0
@@ -115,8 +113,8 @@ def trial_curves(
         SpectrumError, TraceError: as `collect`.
     """
     statistics = collect(model, graph, batches)
-    few = _first(batches, SAMPLES)
-    whole = _answers(model, few, graph.differentiates)
+    few = first_batches(batches, SAMPLES)
+    whole = outputs_on(model, few, graph.differentiates)
     limits = replace(TRAINING_LIMITS, samples=SAMPLES)
     found: dict[str, Curve] = {}
     for width in graph.resizable:
@@ -125,10 +123,10 @@ def trial_curves(
             surgery = plan_prune(model, graph, {width.name: size}, statistics)
             undo = install(model, reconstruct(model, graph, surgery, few, limits))
             try:
-                moved = _answers(model, few, graph.differentiates)
+                moved = outputs_on(model, few, graph.differentiates)
             finally:
                 undo()
-            points.append((size, max(_apart(whole, moved), points[-1][1])))
+            points.append((size, max(output_error(whole, moved), points[-1][1])))
         # Below the smallest trial: more than all that was seen.
         found[width.name] = [(0, 10 * points[-1][1] + 1), *reversed(points)]
     return found
@@ -164,6 +162,7 @@ def fit_to_cost(
     start: Mapping[str, int],
     cost: Callable[[Mapping[str, int]], float],
     limit: float,
+    ahead: Container[str] = (),
 ) -> dict[str, int]:
     """Sizes within a cost, with a small sum of losses: marginal analysis (Fox 1966), with costs that depend on each other.
 
@@ -177,6 +176,8 @@ def fit_to_cost(
         start: sizes from which widths are cut; between two options, the lower one.
         cost: of some sizes.
         limit: of the cost.
+        ahead: names of which cuts of 1, 2, 4 … times that depth are compared, the one with the least loss for its cost is
+            made: ranks, whose first cuts may save nothing.
 
     Returns:
         {width: one of its options}; the smallest ones where even their cost is above the limit.
@@ -193,11 +194,16 @@ def fit_to_cost(
 
     def next_cut(name: str) -> tuple[float, str, int] | None:
         """Loss per cost saved, width, new place."""
-        place = places[name] - min(places[name], max(1, len(options[name]) // STRIDES))
-        if place == places[name]:
-            return None
+        here = places[name]
+        depths = [min(here, max(1, len(options[name]) // STRIDES))]
+        while name in ahead and 0 < depths[-1] < here:
+            depths.append(min(here, 2 * depths[-1]))
+        cuts = [(ratio(name, here - depth), name, here - depth) for depth in depths if depth]
+        return min(cuts, default=None)
+
+    def ratio(name: str, place: int) -> float:
         loss = loss_at(curves[name], options[name][place]) - loss_at(curves[name], options[name][places[name]])
-        return loss / max(min(now - cost_with({name: place}), now - limit), _LEAST), name, place
+        return loss / max(min(now - cost_with({name: place}), now - limit), _LEAST)
 
     now = cost_with({})
     queue = [cut for cut in map(next_cut, places) if cut is not None]
@@ -275,35 +281,3 @@ def _trial_sizes(width: Width, shares: Sequence[float]) -> list[int]:
     # Rounded, a large share of a few units is all of them: without a trial the last one would seem to hold all of the loss.
     sizes = {max(smallest(width), min(width.size - 1, round(share * width.size))) for share in shares}
     return sorted((size for size in sizes if size < width.size), reverse=True)
-
-
-def _first(batches: Sequence[Any], samples: int) -> list[Any]:
-    """As many batches as hold so many samples, the last one cut."""
-    found: list[Any] = []
-    for batch in batches:
-        if samples <= 0:
-            break
-        found.append(first_samples(batch, samples))
-        samples -= samples_in(batch)
-    return found
-
-
-def _answers(model: nn.Module, batches: Sequence[Any], gradients: bool) -> list[Tensor]:
-    """Every output tensor of the model, concatenated over the batches where their shapes allow that."""
-    each = [
-        [tensor.double() for tensor in model_outputs(model, batch, gradients) if tensor.is_floating_point()]
-        for batch in batches
-    ]
-    if len({tuple(tensor.shape[1:] if tensor.dim() else () for tensor in found) for found in each}) > 1:
-        return each[0]
-    return [
-        torch.cat([tensor if tensor.dim() else tensor[None] for tensor in parts]) for parts in zip(*each, strict=True)
-    ]
-
-
-def _apart(whole: Sequence[Tensor], moved: Sequence[Tensor]) -> float:
-    """Σ‖moved − whole‖² / Σ‖whole − mean over the samples‖²; outputs that are themselves cut are left out."""
-    pairs = [(one, two) for one, two in zip(whole, moved, strict=True) if one.shape == two.shape]
-    apart = sum(float((one - two).square().sum()) for one, two in pairs)
-    level = sum(float((one - one.mean(0, keepdim=True)).square().sum()) for one, _ in pairs if one.dim())
-    return apart / max(level, torch.finfo(torch.float64).tiny)

@@ -1,0 +1,131 @@
+"""Widths and ranks together: which of both to cut for a cost, by loss per cost over both."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from evolvenet.graph.width_graph import Segment, WidthGraph
+from evolvenet.lowrank.base import LayerShape
+from evolvenet.lowrank.budget import Option, chain_macs
+from evolvenet.lowrank.fit import Extent
+from evolvenet.measurement.cost import Costs
+from evolvenet.pruning.allocation import Curve, convex, fit_to_cost, smallest
+
+
+@dataclass(frozen=True)
+class LayerInGraph:
+    """One layer of a graph: what its factors save while the widths around it change.
+
+    Args:
+        weight: its name in the graph.
+        shape: of the weight as it is.
+        extents: sizes of its inputs and outputs in each call.
+        entry_bytes: of one entry of the weight.
+    """
+
+    weight: str
+    shape: LayerShape
+    extents: Sequence[Extent]
+    entry_bytes: int = 4
+
+    def shape_at(self, graph: WidthGraph, sizes: Mapping[str, int]) -> LayerShape:
+        """The shape if the named widths had these sizes. Where groups of channels can go, all of them stay."""
+        if self.weight not in graph.shapes or self.shape.groups > 1:
+            return self.shape
+        lengths = [_length(graph, self.weight, axis, sizes) for axis in (0, 1)]
+        transposed = any(extent.transposed for extent in self.extents)
+        outputs, inputs = reversed(lengths) if transposed else lengths
+        return replace(self.shape, outputs=outputs, inputs=inputs)
+
+    def saved(self, kind: str, shape: LayerShape, option: Option) -> float:
+        """What factors save of the whole layer's cost, 0 where they cost more.
+
+        Args:
+            kind: of the cost: "params", "bytes" or "macs".
+            shape: of the weight.
+            option: the factors; none for the whole layer.
+        """
+        if option.kind is None:
+            return 0.0
+        ranks = option.kind.capped(shape, option.ranks)
+        fewer = shape.parameters - option.kind.parameters(shape, ranks)
+        if kind != "macs" or fewer <= 0:
+            return max(0.0, fewer * (self.entry_bytes if kind == "bytes" else 1.0))
+        whole = sum(
+            each.times * shape.parameters * math.prod(each.before if each.transposed else each.after)
+            for each in self.extents
+        )
+        return max(0.0, whole - chain_macs(option.kind, shape, ranks, self.extents))
+
+
+@dataclass(frozen=True)
+class Joint:
+    """Widths and factors, chosen together.
+
+    Args:
+        sizes: {width: size}.
+        options: {layer: its factors, or the whole layer}.
+    """
+
+    sizes: Mapping[str, int]
+    options: Mapping[str, Option]
+
+
+def joint(
+    graph: WidthGraph,
+    costs: Costs,
+    kind: str,
+    limit: float,
+    curves: Mapping[str, Curve],
+    options: Mapping[str, Sequence[Option]],
+    layers: Mapping[str, LayerInGraph],
+) -> Joint:
+    """Widths and ranks with a small sum of losses whose cost is within a limit, see `fit_to_cost`.
+
+    The cost of a layer is the lesser one of the whole layer and its factors, at the widths around it. A rank saves nothing
+    above break-even, so for ranks several depths of a cut are compared.
+
+    Args:
+        graph: the widths.
+        costs: of the network with whole layers.
+        kind: of the cost: "params", "bytes" or "macs".
+        limit: of the cost.
+        curves: {width: loss at some sizes}; the others keep their sizes.
+        options: {layer: ways to factorize it, by cost}, the whole layer last.
+        layers: {layer: its costs}.
+
+    Returns:
+        The smallest ones where even their cost is above the limit.
+    """
+    places = {f"{layer}\n": layer for layer in options}  # no width has such a name
+    widths = {name: convex(curve) for name, curve in curves.items()}
+    every = {name: range(smallest(graph.widths[name]), graph.sizes[name] + 1) for name in widths}
+
+    def cost(sizes: Mapping[str, int]) -> float:
+        own = {name: size for name, size in sizes.items() if name not in places}
+        saved = 0.0
+        for key, layer in places.items():
+            option = options[layer][sizes[key]]
+            if option.kind is not None:
+                saved += layers[layer].saved(kind, layers[layer].shape_at(graph, own), option)
+        return costs.at(kind, own) - saved
+
+    found = fit_to_cost(
+        {**widths, **{key: [(i, each.loss) for i, each in enumerate(options[layer])] for key, layer in places.items()}},
+        {**every, **{key: range(len(options[layer])) for key, layer in places.items()}},
+        {**graph.sizes, **{key: len(options[layer]) - 1 for key, layer in places.items()}},
+        cost,
+        limit,
+        ahead=places,
+    )
+    return Joint(
+        {**graph.sizes, **{name: found[name] for name in widths}},
+        {layer: options[layer][found[key]] for key, layer in places.items()},
+    )
+
+
+def _length(graph: WidthGraph, tensor: str, axis: int, sizes: Mapping[str, int]) -> int:
+    segments = graph.layouts[tensor].get(axis) or (Segment(None, graph.shapes[tensor][axis]),)
+    return sum(sizes.get(part.width or "", part.length // part.repeat) * part.repeat for part in segments)

@@ -1,0 +1,66 @@
+"""How far a network's outputs have moved: the figure in which cuts of widths and of ranks are compared."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from evolvenet.execution.inputs import first_samples
+from evolvenet.execution.isolation import model_outputs
+from evolvenet.execution.sampling import samples_in
+
+
+def first_batches(batches: Sequence[Any], samples: int) -> list[Any]:
+    """As many batches as hold so many samples, the last one cut.
+
+    >>> [len(batch) for batch in first_batches([torch.zeros(4), torch.zeros(4), torch.zeros(4)], 6)]
+    [4, 2]
+    """
+    found: list[Any] = []
+    for batch in batches:
+        if samples <= 0:
+            break
+        found.append(first_samples(batch, samples))
+        samples -= samples_in(batch)
+    return found
+
+
+def outputs_on(model: nn.Module, batches: Sequence[Any], gradients: bool = False) -> list[Tensor]:
+    """Every output tensor of the model in float64, concatenated over the batches where their shapes allow that.
+
+    Args:
+        model: is left as it was.
+        batches: inputs of the model.
+        gradients: whether it runs with autograd on, see `WidthGraph.differentiates`.
+
+    >>> outputs_on(nn.Linear(2, 3), [torch.zeros(4, 2), torch.zeros(1, 2)])[0].shape
+    torch.Size([5, 3])
+    """
+    each = [
+        [tensor.double() for tensor in model_outputs(model, batch, gradients) if tensor.is_floating_point()]
+        for batch in batches
+    ]
+    if len({tuple(tensor.shape[1:] if tensor.dim() else () for tensor in found) for found in each}) > 1:
+        return each[0]
+    return [
+        torch.cat([tensor if tensor.dim() else tensor[None] for tensor in parts]) for parts in zip(*each, strict=True)
+    ]
+
+
+def output_error(whole: Sequence[Tensor], moved: Sequence[Tensor]) -> float:
+    """Σ‖moved − whole‖² / Σ‖whole − mean over the samples‖²; outputs that are themselves cut are left out.
+
+    Args:
+        whole: outputs of the network before, from `outputs_on`.
+        moved: its outputs after a change.
+
+    >>> output_error([torch.tensor([[1.0], [-1.0]])], [torch.tensor([[1.1], [-1.0]])])
+    0.005...
+    """
+    pairs = [(one, two) for one, two in zip(whole, moved, strict=True) if one.shape == two.shape]
+    apart = sum(float((one - two).square().sum()) for one, two in pairs)
+    level = sum(float((one - one.mean(0, keepdim=True)).square().sum()) for one, _ in pairs if one.dim())
+    return apart / max(level, torch.finfo(torch.float64).tiny)
