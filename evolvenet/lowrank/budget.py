@@ -192,9 +192,7 @@ def choices_of(requests: Sequence[Request], chosen: Mapping[str, Option], reason
     return found
 
 
-def options_of(
-    request: Request, seen: Observations | None, cost: LayerCost, loss: Loss = energy_loss
-) -> list[Option]:
+def options_of(request: Request, seen: Observations | None, cost: LayerCost, loss: Loss = energy_loss) -> list[Option]:
     """The whole layer and its factors on the lower convex hull of loss over cost, by cost.
 
     For each kind that comes into question, the loss follows from the share of energy that the ranks lose: of the outputs'
@@ -206,9 +204,7 @@ def options_of(
     return [found[size] for size, _ in convex([(option.cost, option.loss) for option in found.values()])]
 
 
-def affordable(
-    request: Request, seen: Observations | None, cost: LayerCost, loss: Loss = energy_loss
-) -> list[Option]:
+def affordable(request: Request, seen: Observations | None, cost: LayerCost, loss: Loss = energy_loss) -> list[Option]:
     """Factors of a layer that are smaller and cost less than it; of several at one cost, that with the least loss."""
     target, shape = request.target, request.target.shape
     kinds = possible(request)
