@@ -108,8 +108,7 @@ def within_budget(
         FactorizationError: if the model cannot be made so small, or multiply-accumulates are limited without batches.
     """
     given = [limit for limit in (most_parameters, most_macs, most_bytes) if limit is not None]
-    if len(given) != 1:
-        raise FactorizationError("Budget: expected one of `parameters`, `macs`, `bytes` and `latency`, got several.")
+    assert len(given) == 1
     (limit,) = given
     if most_macs is not None:
         if seen is None:

@@ -3,19 +3,23 @@
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from evolvenet._compat.torch import version_of
 from evolvenet.errors import FactorizationError
+from evolvenet.execution.state_guard import SavedState
 from evolvenet.graph.naming import named_tensors
 from evolvenet.lowrank.attention import Split, of_projections, split_attentions
 from evolvenet.lowrank.budget import within_budget
 from evolvenet.lowrank.fit import Fitted, Observations, fit, observe
+from evolvenet.lowrank.latency import LatencyBudget, any_factors, fastest, within_latency
 from evolvenet.lowrank.layers import factored
 from evolvenet.lowrank.plan import (
     Choice,
@@ -28,13 +32,15 @@ from evolvenet.lowrank.plan import (
     requested,
     weights_of,
 )
+from evolvenet.lowrank.rank_choice import Within
 from evolvenet.lowrank.report import Factorization, LayerReport
+from evolvenet.lowrank.tolerance import Evaluate, ToleranceSearch
 from evolvenet.surgery.module_replacement import exchange_modules
 from evolvenet.surgery.optimizer_parameters import as_list, parameter_names, replace_parameters
 
 
 @torch.no_grad()
-def factorize(
+def factorize(  # noqa: PLR0913  of the budgets at most one is given
     model: nn.Module,
     ranks: Rank | Mapping[str, Any] | None = None,
     kinds: str | Mapping[str, str] = "auto",
@@ -43,6 +49,7 @@ def factorize(
     parameters: int | None = None,
     macs: int | None = None,
     bytes: int | None = None,
+    latency: float | None = None,
 ) -> Factorization:
     """Replace dense layers and convolutions by chains of smaller layers, in place, all or nothing.
 
@@ -53,8 +60,9 @@ def factorize(
     Args:
         model: any module.
         ranks: for all layers, or {layer: its rank} for some. A rank is an int, a tuple of the kind's ranks, a share of energy
-            to keep (0.99, the default), "evbmf", "gavish_donoho", or a rule of `evolvenet.lowrank.rank_choice`. In a dict it
-            may come with a kind: ("spatial", 8).
+            to keep (0.99, the default), "evbmf", "gavish_donoho", or a rule of `evolvenet.lowrank.rank_choice`, among them
+            `Within`: the smallest rank with which a metric stays within a tolerance. In a dict it may come with a kind:
+            ("spatial", 8).
         kinds: "auto" (SVD for dense layers and kernels of 1, Tucker-2 or spatial SVD, whichever is smaller, for others;
             Tucker-2 where the rank is given, channel SVD where there are few inputs), one of
             `evolvenet.lowrank.kinds.KINDS`, or {layer: kind}.
@@ -68,6 +76,9 @@ def factorize(
             parameters, see `evolvenet.lowrank.budget`. The ranks are None, or {layer: None} for some layers alone.
         macs: likewise, most multiply-accumulates for one sample; needs batches.
         bytes: likewise, most bytes of the model's parameters and buffers in their own dtypes.
+        latency: likewise, most seconds of a forward pass on the first batch, measured now, on this machine, with the number of
+            threads that is set; needs batches. A chain may have fewer multiply-accumulates than its layer and be slower: such
+            layers stay whole. See `evolvenet.lowrank.latency`.
 
     Returns:
         What became of each layer.
@@ -89,17 +100,23 @@ def factorize(
     True
     """
 
-    def select(requests: Sequence[Request], seen: Observations | None) -> Sequence[Choice]:
-        if parameters is None and macs is None and bytes is None:
-            return [choose(request, {} if seen is None else seen.moments) for request in requests]
-        _check_budget(ranks)
-        return within_budget(model, requests, seen, most_parameters=parameters, most_macs=macs, most_bytes=bytes)
+    def select(work: _Work) -> Selected:
+        if not _budgeted(ranks, parameters=parameters, macs=macs, bytes=bytes, latency=latency):
+            return work.by_rules(common=not isinstance(ranks, Mapping))
+        if latency is not None:
+            return work.within_latency(latency)
+        return within_budget(
+            model, work.requests, work.seen, most_parameters=parameters, most_macs=macs, most_bytes=bytes
+        ), {}
 
     with ExitStack() as undo:
-        report = factorize_by(model, select, undo, ranks, kinds, batches, optimizers)
+        report = _factorized(_Work.of(model, ranks, kinds, batches, undo), select, optimizers, undo)
         undo.pop_all()
     return report
 
+
+Selected = tuple[Sequence[Choice], Mapping[str, Any]]
+"""What becomes of each layer, and further arguments of the `Factorization`."""
 
 Select = Callable[[Sequence[Request], Observations | None], Sequence[Choice]]
 """(requests, what was observed with batches) → what becomes of each layer."""
@@ -132,20 +149,20 @@ def factorize_by(
     Raises:
         FactorizationError, SpectrumError, TraceError: as `factorize`.
     """
-    named = [*_names(ranks), *_names(kinds)] if isinstance(ranks, Mapping) else None
-    splits = split_attentions(model, named, undo)
-    requests = requested(model, of_projections(ranks, splits), of_projections(kinds, splits))
-    layers = [request.target for request in requests if request.target.refusal is None]
-    seen = None if batches is None or not layers else observe(model, layers, batches)
-    moments = {} if seen is None else seen.moments
-    choices = select(requests, seen)
-    chosen = [choice for choice in choices if choice.refusal is None]
-    if seen is None or not chosen:
-        fitted = Fitted({choice.target.name: decomposed(choice, None) for choice in chosen}, {}, {})
-    else:
-        fitted = fit(model, chosen, seen)
-    report = Factorization(tuple(_reported(choice, fitted, moments) for choice in choices))
-    _install(model, choices, fitted, splits, as_list(optimizers), undo)
+    work = _Work.of(model, ranks, kinds, batches, undo)
+    return _factorized(work, lambda work: (select(work.requests, work.seen), {}), optimizers, undo)
+
+
+def _factorized(
+    work: _Work,
+    select: Callable[[_Work], Selected],
+    optimizers: Optimizer | Sequence[Optimizer],
+    undo: ExitStack,
+) -> Factorization:
+    choices, found = select(work)
+    fitted = work.fitted(choices)
+    report = Factorization(tuple(_reported(choice, fitted, work.moments) for choice in choices), **found)
+    work.install(choices, fitted, as_list(optimizers), undo)
     return report
 
 
@@ -153,51 +170,150 @@ def _names(given: object) -> list[str]:
     return [str(name) for name in given] if isinstance(given, Mapping) else []
 
 
-def _check_budget(ranks: object) -> None:
+def _budgeted(ranks: object, **budgets: float | None) -> bool:
+    """Whether there is a budget, checked."""
+    found = [f"`{name}`" for name, limit in budgets.items() if limit is not None]
+    if not found:
+        return False
+    if len(found) > 1:
+        raise FactorizationError(
+            f"Budget: expected one of {', '.join(f'`{name}`' for name in budgets)}, got {' and '.join(found)}."
+        )
     given = list(ranks.values()) if isinstance(ranks, Mapping) else [ranks]
     if any(rank is not None for rank in given):
         raise FactorizationError(
             f"Factorize: expected no ranks with a budget, which chooses them, got {ranks!r}. "
             "To factorize some layers alone, pass {layer: None}."
         )
+    return True
 
 
-def _install(
-    model: nn.Module,
-    choices: Sequence[Choice],
-    fitted: Fitted,
-    splits: Mapping[str, Split],
-    optimizers: Sequence[Optimizer],
-    undo: ExitStack,
-) -> None:
-    """Put chains in the places of the layers; closing `undo` puts everything back."""
-    tensors, _, _ = named_tensors(model)
-    for name, value in fitted.values.items():
-        undo.callback(_write, tensors[name], tensors[name].detach().clone())
-        _write(tensors[name], value)
-    exchanged: dict[nn.Module, nn.Module] = {}
-    replaced: dict[Tensor, list[Tensor]] = {}
-    for choice in choices:
-        if choice.refusal is not None or choice.kind is None:
-            continue
-        target, kind = choice.target, choice.kind.name
-        chain = factored(target.layer, kind, choice.ranks, fitted.factors[target.name])
-        weights = [factor.get_parameter("weight") for factor in chain.factors]
-        exchanged[target.layer] = chain
-        for other in target.layers[1:]:
-            exchanged[other] = factored(other, kind, choice.ranks, shared=weights)
-        replaced[target.layer.get_parameter("weight")] = list(weights)
-    exchange_modules(model, exchanged, undo)
-    for split in splits.values():
-        if any(module in exchanged.values() for module in split.made.children()):
-            composed = {
-                old: [new for part in parts for new in replaced.pop(part, [part])]
-                for old, parts in split.replaced.items()
-            }
-            replaced.update(composed)
-        else:
-            exchange_modules(model, {split.made: split.attention}, undo)
-    replace_parameters(optimizers, replaced, parameter_names(model), undo)
+@dataclass(frozen=True, eq=False)
+class _Work:
+    """What is factorized.
+
+    Args:
+        model: with whole layers, and its attentions split.
+        requests: for its layers.
+        splits: of its attentions.
+        seen: what its layers got and put out; None without batches.
+        first: the first batch; None without batches.
+    """
+
+    model: nn.Module
+    requests: Sequence[Request]
+    splits: Mapping[str, Split]
+    seen: Observations | None
+    first: Any = None
+
+    @classmethod
+    def of(cls, model: nn.Module, ranks: Any, kinds: Any, batches: Iterable[Any] | None, undo: ExitStack) -> _Work:
+        """Split the attentions, and observe the layers; arguments as for `factorize_by`."""
+        named = [*_names(ranks), *_names(kinds)] if isinstance(ranks, Mapping) else None
+        splits = split_attentions(model, named, undo)
+        requests = requested(model, of_projections(ranks, splits), of_projections(kinds, splits))
+        layers = [request.target for request in requests if request.target.refusal is None]
+        if batches is None or not layers:
+            return cls(model, requests, splits, None)
+        listed = batches if isinstance(batches, Tensor) else list(batches)
+        seen = observe(model, layers, listed)
+        return cls(model, requests, splits, seen, listed[0])
+
+    @property
+    def moments(self) -> SecondMoments:
+        """Of the layers' inputs."""
+        return {} if self.seen is None else self.seen.moments
+
+    def by_rules(self, common: bool) -> Selected:
+        """Choices by the requests' ranks, and what belongs in the report; `common` if all have the same rank."""
+        rules = [request.rank for request in self.requests if isinstance(request.rank, Within)]
+        if not rules:
+            return [choose(request, self.moments) for request in self.requests], {}
+        search = ToleranceSearch(self.seen, self.metric)
+        choices = search.common(self.requests, rules[0]) if common else search.one_by_one(self.requests)
+        return choices, {"searches": tuple(search.searches), "evaluations": search.evaluations}
+
+    def within_latency(self, limit: float) -> Selected:
+        """Choices by measured time, and what belongs in the report."""
+        if self.seen is None:
+            raise FactorizationError(
+                "Budget: expected batches with `latency`, got none. The first one is what is timed."
+            )
+        budget = LatencyBudget(self.model, self.first, limit, self._with_any_values, fastest)
+        choices, found = within_latency(budget, self.requests, self.seen)
+        return choices, {"seconds": found}
+
+    def fitted(self, choices: Sequence[Choice]) -> Fitted:
+        """The factors of those choices that are not refused."""
+        chosen = [choice for choice in choices if choice.refusal is None]
+        if self.seen is None or not chosen:
+            return Fitted({choice.target.name: decomposed(choice, None) for choice in chosen}, {}, {})
+        return fit(self.model, chosen, self.seen)
+
+    @contextmanager
+    def installed(self, choices: Sequence[Choice], fitted: Fitted) -> Generator[None]:
+        """The model with the factors inside, and as it was afterwards."""
+        with ExitStack() as undo:
+            self.install(choices, fitted, (), undo)
+            yield
+
+    def _with_any_values(self, choices: Sequence[Choice]) -> AbstractContextManager[None]:
+        chosen = [choice for choice in choices if choice.refusal is None]
+        return self.installed(choices, Fitted({choice.target.name: any_factors(choice) for choice in chosen}, {}, {}))
+
+    def metric(self, evaluate: Evaluate, choices: Sequence[Choice]) -> float:
+        """The metric of the model with the factors of some choices; the model is left as it was."""
+        with self.installed(choices, self.fitted(choices)):
+            saved = SavedState(self.model, with_buffers=False)
+            # Compared by value: a batch norm writes its statistics without a new version of the tensors.
+            buffers = [(buffer, buffer.detach().clone()) for buffer in self.model.buffers()]
+            versions = {name: version_of(parameter) for name, parameter in self.model.named_parameters()}
+            try:
+                found = float(evaluate(self.model))
+            finally:
+                saved.restore()
+                for buffer, value in buffers:
+                    if not torch.equal(buffer, value):
+                        buffer.copy_(value)
+            written = [name for name, each in self.model.named_parameters() if version_of(each) != versions[name]]
+        if written:
+            raise FactorizationError(
+                f"Within: expected `evaluate` to leave the parameters as they are, got others for {', '.join(written)}. Train "
+                "after the factorization."
+            )
+        return found
+
+    def install(
+        self, choices: Sequence[Choice], fitted: Fitted, optimizers: Sequence[Optimizer], undo: ExitStack
+    ) -> None:
+        """Put chains in the places of the layers; closing `undo` puts everything back."""
+        tensors, _, _ = named_tensors(self.model)
+        for name, value in fitted.values.items():
+            undo.callback(_write, tensors[name], tensors[name].detach().clone())
+            _write(tensors[name], value)
+        exchanged: dict[nn.Module, nn.Module] = {}
+        replaced: dict[Tensor, list[Tensor]] = {}
+        for choice in choices:
+            if choice.refusal is not None or choice.kind is None:
+                continue
+            target, kind = choice.target, choice.kind.name
+            chain = factored(target.layer, kind, choice.ranks, fitted.factors[target.name])
+            weights = [factor.get_parameter("weight") for factor in chain.factors]
+            exchanged[target.layer] = chain
+            for other in target.layers[1:]:
+                exchanged[other] = factored(other, kind, choice.ranks, shared=weights)
+            replaced[target.layer.get_parameter("weight")] = list(weights)
+        exchange_modules(self.model, exchanged, undo)
+        for split in self.splits.values():
+            if any(module in exchanged.values() for module in split.made.children()):
+                composed = {
+                    old: [new for part in parts for new in replaced.pop(part, [part])]
+                    for old, parts in split.replaced.items()
+                }
+                replaced.update(composed)
+            else:
+                exchange_modules(self.model, {split.made: split.attention}, undo)
+        replace_parameters(optimizers, replaced, parameter_names(self.model), undo)
 
 
 def _write(tensor: Tensor, value: Tensor) -> None:

@@ -80,7 +80,7 @@ class Observations:
         means: {name of a layer: mean of its inputs for each channel group}, in the order of the moments.
         targets: {name of a weight: its outputs}, of those that can be fitted.
         matrices: {name of a weight: `[groups, out / groups, columns]`}.
-        extents: {name of a layer: sizes of its inputs and outputs in each call}.
+        extents: {name of a layer: sizes of its inputs and outputs in each call}, in the order of execution.
     """
 
     batch: Any
@@ -142,7 +142,9 @@ def observe(
         targets = recorded(model, batch, recorder, gradients=False)
     moments = {name: found for name, weight in names.items() if (found := recorder.second_moments(name, weight))}
     means = {name: [each.mean for each in recorder.moments[names[name]]] for name in moments}
-    extents = {name: recorder.extents.get(weight, []) for name, weight in names.items()}
+    order = list(recorder.extents)
+    ordered = sorted(names.items(), key=lambda item: order.index(item[1]) if item[1] in order else len(order))
+    extents = {name: recorder.extents.get(weight, []) for name, weight in ordered}
     return Observations(batch, names, moments, means, targets, recorder.matrices, extents)
 
 

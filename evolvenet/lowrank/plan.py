@@ -13,11 +13,11 @@ from evolvenet.errors import FactorizationError, SpectrumError
 from evolvenet.lowrank.base import Kind, Ranks
 from evolvenet.lowrank.kinds import KINDS, candidates, kind_named
 from evolvenet.lowrank.layers import canonical
-from evolvenet.lowrank.rank_choice import EVBMF, Energy, GavishDonoho, RankRule, Spectrum
+from evolvenet.lowrank.rank_choice import EVBMF, Energy, GavishDonoho, RankRule, Spectrum, Within
 from evolvenet.lowrank.targets import Target, find_targets
 
-Rank = int | Sequence[int] | float | str | RankRule
-"""A rank, one for each of the kind's ranks, a share of energy, "evbmf" or "gavish_donoho", or a rule."""
+Rank = int | Sequence[int] | float | str | RankRule | Within
+"""A rank, one for each of the kind's ranks, a share of energy, "evbmf" or "gavish_donoho", a rule, or a tolerance."""
 
 RULES: Mapping[str, Callable[[], RankRule]] = {"evbmf": EVBMF, "gavish_donoho": GavishDonoho}
 """Rules that are given by a name."""
@@ -33,12 +33,12 @@ class Request:
     Args:
         target: the layer.
         kind: name of a kind, or "auto".
-        rank: fixed, or a rule.
+        rank: fixed, a rule, or a tolerance, which `evolvenet.lowrank.tolerance` replaces by others.
     """
 
     target: Target
     kind: str
-    rank: int | tuple[int, ...] | RankRule
+    rank: int | tuple[int, ...] | RankRule | Within
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,7 +100,7 @@ def requested(
     return list(found.values())
 
 
-def _rank(given: object) -> int | tuple[int, ...] | RankRule:
+def _rank(given: object) -> int | tuple[int, ...] | RankRule | Within:
     """A rank of a request, checked."""
     if given is None:
         return Energy()
@@ -112,6 +112,8 @@ def _rank(given: object) -> int | tuple[int, ...] | RankRule:
         return given
     if isinstance(given, (tuple, list)) and given and all(isinstance(each, int) for each in given):
         return tuple(int(each) for each in given)
+    if isinstance(given, Within):
+        return given
     if hasattr(given, "rank") and hasattr(given, "uses_data"):
         return given  # type: ignore[return-value]
     raise FactorizationError(
@@ -165,6 +167,7 @@ def if_smaller(choice: Choice) -> Choice:
 
 def _ranks(kind: Kind, request: Request, moments: SecondMoments) -> Ranks:
     rule, shape = request.rank, request.target.shape
+    assert not isinstance(rule, Within)
     if isinstance(rule, int | tuple):
         return kind.checked_ranks(shape, rule)
     own = moments.get(request.target.name) if rule.uses_data else None

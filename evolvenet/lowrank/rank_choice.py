@@ -1,13 +1,14 @@
-"""Rules that choose a rank from the singular values of a layer's unfoldings."""
+"""Rules that choose a rank: from the singular values of a layer's unfoldings, or by a metric of the model."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import ClassVar, Literal, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from evolvenet.errors import FactorizationError
 from evolvenet.linalg.noise_rank import evbmf_rank, gavish_donoho_threshold
@@ -128,3 +129,43 @@ class GavishDonoho:
         """See `RankRule`."""
         threshold = gavish_donoho_threshold(spectrum.values, spectrum.rows, spectrum.columns)
         return max(1, int((spectrum.values > threshold).sum()))
+
+
+@dataclass(frozen=True)
+class Within:
+    """The smallest rank with which a metric of the model stays within a tolerance, found by bisection.
+
+    For all layers, `factorize(model, Within(…))`, one share of energy that each of them keeps is bisected. For layers by name,
+    `factorize(model, {"conv2": Within(…), "fc": Within(…)})`, the rank of each is bisected, in the order of execution, behind
+    the layers found before. Each adds its drop: the metric stays within the sum of the drops so far of the model's value at the
+    start. What one layer does not use of its drop is there for the next ones. A layer of which no rank is found stays whole.
+
+    Bisection rests on this: if a rank is within the tolerance, so are all larger ones. Therefore two smaller ranks than the
+    one found are measured as well. Where one of them is within the tolerance, it is taken, and a warning says that the metric
+    is not monotone. `evolvenet.lowrank.tolerance` has the details.
+
+    Args:
+        evaluate: model → metric, in some seconds: on a validation set, without training. It gets the model itself, with
+            factors in place, and calls `model.eval()` if it must.
+        drop: how far the metric may fall below that of the model as it is (rise above it with mode="min"), in its own units.
+        mode: "max" if larger is better, "min" if smaller is.
+
+    >>> from evolvenet.lowrank.factorize import factorize
+    >>> model, x = nn.Sequential(nn.Linear(32, 32)), torch.eye(32)
+    >>> model[0].weight.data = torch.diag(torch.tensor([3.0, 2.0, 1.0] + 29 * [0.01]))
+    >>> before = model(x)
+    >>> print(factorize(model, {"0": Within(lambda model: float((model(x) - before).norm()), 1.5, mode="min")}))
+    0: svd of rank 2, 1,024 → 128 parameters, error 0.072
+    all: 1,024 → 128 parameters
+    0: metric 1.001 (0 before, 1.5 at worst), 5 ranks measured
+    """
+
+    evaluate: Callable[[nn.Module], float]
+    drop: float
+    mode: Literal["max", "min"] = "max"
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.drop < math.inf or self.mode not in ("max", "min"):
+            raise FactorizationError(
+                f"Within: expected a drop of 0 or more and a mode of 'max' or 'min', got {self.drop} and {self.mode!r}."
+            )

@@ -93,7 +93,10 @@ def test_a_budget_that_no_ranks_reach_is_refused_and_changes_nothing() -> None:
     whole = repr(model)
     with pytest.raises(evolvenet.FactorizationError, match="the fewest that factors of these layers reach, got 10"):
         evolvenet.factorize(model, parameters=10)
-    with pytest.raises(evolvenet.FactorizationError, match="one of `parameters`, `macs`, `bytes` and `latency`"):
+    with pytest.raises(
+        evolvenet.FactorizationError,
+        match="one of `parameters`, `macs`, `bytes`, `latency`, got `parameters` and `macs`",
+    ):
         evolvenet.factorize(model, parameters=10_000, macs=10, batches=[images()])
     with pytest.raises(evolvenet.FactorizationError, match="no ranks with a budget"):
         evolvenet.factorize(model, 4, parameters=10_000)
