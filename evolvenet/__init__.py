@@ -11,6 +11,7 @@ from evolvenet._compat.wrapping import SAVING
 
 mend_torchvision()  # before anything imports torchvision
 
+from evolvenet.engine.compression import Compression  # noqa: E402
 from evolvenet.engine.evolver import Evolver  # noqa: E402
 from evolvenet.engine.functional import grow, prune, resize  # noqa: E402
 from evolvenet.engine.history import Event, History, WidthChange  # noqa: E402
@@ -48,6 +49,7 @@ from evolvenet.tracing.trace import trace  # noqa: E402
 
 if TYPE_CHECKING:
     from evolvenet import transformers as transformers
+    from evolvenet.engine.compress import compress
     from evolvenet.lightning.callback import WidthEvolution
     from evolvenet.lowrank.factorize import factorize
     from evolvenet.lowrank.merge import merge
@@ -59,6 +61,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Budget",
+    "Compression",
     "Event",
     "EvolveNetError",
     "Evolver",
@@ -89,6 +92,7 @@ __all__ = [
     "WidthStatistics",
     "allocate",
     "block_spectra",
+    "compress",
     "factorize",
     "grow",
     "load",
@@ -114,6 +118,8 @@ def __getattr__(name: str) -> Any:
         return import_module("evolvenet.lightning.callback").WidthEvolution
     if name in ("factorize", "merge"):
         return getattr(import_module(f"evolvenet.lowrank.{name}"), name)
+    if name == "compress":
+        return import_module("evolvenet.engine.compress").compress
     if name == "transformers":
         return import_module("evolvenet.transformers")
     raise AttributeError(f"module 'evolvenet' has no attribute {name!r}")

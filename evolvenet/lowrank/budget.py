@@ -224,6 +224,19 @@ def ranks_by_energy(kind: Kind, request: Request, all_spectra: Sequence[Spectrum
     return list(dict.fromkeys(kind.checked_ranks(request.target.shape, ranks) for ranks in found))
 
 
+def layer_cost(kind: str, request: Request, seen: Observations) -> LayerCost:
+    """What a layer costs.
+
+    Args:
+        kind: of the cost: "params", "bytes" or "macs".
+        request: for the layer.
+        seen: from `observe`.
+    """
+    if kind == "macs":
+        return _by_macs(request, seen.extents[request.target.name])
+    return _by_entries(request, kind == "bytes")
+
+
 def _by_entries(request: Request, in_bytes: bool) -> LayerCost:
     """The cost of a layer in entries of its weight, or in their bytes."""
     shape = request.target.shape

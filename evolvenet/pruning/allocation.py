@@ -146,14 +146,28 @@ def allocate_by(graph: WidthGraph, curves: Mapping[str, Curve], parameters: int)
     Raises:
         ResizeError: if the model cannot be made so small.
     """
-    hulls = {name: convex(curve) for name, curve in curves.items()}
-    options = {name: range(smallest(graph.widths[name]), graph.sizes[name] + 1) for name in hulls}
-    sizes = fit_to_cost(hulls, options, graph.sizes, graph.proposed_parameters, parameters)
+    sizes = allocate_to(graph, curves, graph.proposed_parameters, parameters)
     if (fewest := graph.proposed_parameters(sizes)) > parameters:
         raise ResizeError(
             f"Allocate: expected {fewest:,} parameters or more, the fewest that the model can have, got {parameters:,}."
         )
-    return {**graph.sizes, **sizes}
+    return sizes
+
+
+def allocate_to(
+    graph: WidthGraph, curves: Mapping[str, Curve], cost: Callable[[Mapping[str, int]], float], limit: float
+) -> dict[str, int]:
+    """`allocate_by` for any cost: the smallest sizes where even their cost is above the limit.
+
+    Args:
+        graph: the widths; those without a curve keep their size.
+        curves: of each width.
+        cost: of some sizes, for example `Costs.at` of a kind.
+        limit: of the cost.
+    """
+    hulls = {name: convex(curve) for name, curve in curves.items()}
+    options = {name: range(smallest(graph.widths[name]), graph.sizes[name] + 1) for name in hulls}
+    return {**graph.sizes, **fit_to_cost(hulls, options, graph.sizes, cost, limit)}
 
 
 def fit_to_cost(

@@ -1,0 +1,320 @@
+"""`compress`: a network of a given cost in one call, by widths and ranks together."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from evolvenet.engine.compression import UNITS, Attempt, Compression
+from evolvenet.engine.functional import apply
+from evolvenet.errors import EvolveNetError, ResizeError, TraceError
+from evolvenet.graph.restriction import Patterns, Restriction
+from evolvenet.graph.width_graph import WidthGraph
+from evolvenet.lowrank.attention import split_attentions
+from evolvenet.lowrank.budget import Option, factorizable, layer_cost, options_of, within_budget
+from evolvenet.lowrank.factorize import factorize_by
+from evolvenet.lowrank.fit import Observations, observe
+from evolvenet.lowrank.joint import LayerInGraph, joint
+from evolvenet.lowrank.plan import Choice, Request, requested
+from evolvenet.lowrank.report import Factorization
+from evolvenet.lowrank.sensitivity import OutputLoss, output_losses
+from evolvenet.measurement.activation_moments import collect
+from evolvenet.measurement.cost import Costs, macs, parameters, size_in_bytes
+from evolvenet.measurement.output_error import output_error, outputs_on
+from evolvenet.pruning.allocation import Curve, allocate_to, trial_curves
+from evolvenet.pruning.reconstruction import reconstruct
+from evolvenet.pruning.selection import plan_prune
+from evolvenet.surgery.optimizer_parameters import as_list
+from evolvenet.surgery.width_record import remember_widths
+from evolvenet.tracing.trace import trace
+
+log = logging.getLogger("evolvenet")
+
+SPLITS = (0.4, 0.7)
+"""Shares of the way to the limit, in logarithms of the cost, that widths go before ranks go the rest."""
+
+HELD_OUT = 0.25
+"""Share of the batches that nothing is fitted on while attempts are compared."""
+
+
+@torch.no_grad()
+def compress(  # noqa: PLR0913  one name for each cost
+    model: nn.Module,
+    example_inputs: Any,
+    batches: Iterable[Any],
+    *,
+    parameters: int | None = None,
+    macs: int | None = None,
+    bytes: int | None = None,
+    lowrank: bool = True,
+    optimizers: Optimizer | Sequence[Optimizer] = (),
+    fixed: Patterns = (),
+    multiple: int = 1,
+) -> Compression:
+    """Make a network as small as is required, in place, all or nothing, with the least change of its outputs.
+
+    Several ways are tried, and the one with the least measured error of the network's outputs is taken: cuts of widths alone;
+    factors of ranks alone; both, by loss per cost over both; and widths part of the way, ranks for the rest. Each is fitted on
+    unlabelled samples and judged on others, a quarter of the batches; the best one is then done again with all batches.
+    Nothing is trained, and no label is needed. A few hundred samples are enough, in four batches or more.
+
+    Args:
+        model: any module. Its parameters and buffers are resized in place; layers are replaced by chains where a lower rank is
+            the better choice, see `evolvenet.factorize`.
+        example_inputs: as for `trace`.
+        batches: inputs of the model.
+        parameters: most parameters afterwards; or one of the next two.
+        macs: most multiply-accumulates of a forward pass, for one sample.
+        bytes: most bytes of parameters and buffers, in their own dtypes.
+        lowrank: whether ranks are in question; without, widths alone are cut.
+        optimizers: the one or those that hold the model's parameters. State of cut tensors is cut, factors start fresh.
+        fixed: names or patterns of widths that keep their size, or of modules that produce them.
+        multiple: of which the channels of every width that is cut are a multiple.
+
+    Returns:
+        What was tried and done; `print` it.
+
+    Raises:
+        ResizeError: if the network cannot be made so small, or for none or several costs. Nothing has changed then.
+        TraceError: if the model does not run on the inputs, or there is no batch.
+        SpectrumError: for NaN or infinite weights or inputs.
+
+    >>> _ = torch.manual_seed(0)
+    >>> model = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
+    >>> done = compress(model, torch.zeros(1, 32), [torch.randn(32, 32) for _ in range(4)], parameters=4_000)
+    >>> done.before, done.after <= 4_000, [attempt.name for attempt in done.attempts][:3]
+    (6922, True, ['widths', 'ranks', 'widths and ranks'])
+    """
+    given = {"params": parameters, "macs": macs, "bytes": bytes}
+    goal = Goal.of({kind: limit for kind, limit in given.items() if limit is not None}, example_inputs)
+    listed = _listed(batches)
+    graph = Restriction(fixed=fixed, multiple=multiple).apply(trace(model, example_inputs))
+    before = goal.cost(model)
+    if before <= goal.limit:
+        raise ResizeError(
+            f"Compress: expected fewer {UNITS[goal.kind]} than the model has, {before:,}, got {goal.limit:,}. It is small enough."
+        )
+    fitting, judging = held_out(listed)
+    search = Search.of(model, graph, goal, fitting, lowrank)
+    whole = outputs_on(model, judging, graph.differentiates)
+    found: dict[str, tuple[Attempt, Mapping[str, int]]] = {}
+    for name, sizes in search.candidates():
+        with ExitStack() as undo:
+            found[name] = search.tried(name, sizes, fitting, partial(_error, whole, judging), undo), sizes
+    chosen, sizes = _best(goal, list(found.values()))
+    with ExitStack() as undo:
+        cut, layers = search.execute(sizes, listed, as_list(optimizers), undo)
+        after = trace(model, example_inputs) if layers is not None and layers.before > layers.after else cut
+        undo.pop_all()
+    remember_widths(model, after, graph.sizes)
+    changed = {name: (size, sizes[name]) for name, size in graph.sizes.items() if sizes[name] != size}
+    attempts = tuple(attempt for attempt, _ in found.values())
+    return Compression(goal.kind, goal.limit, before, goal.cost(model), attempts, chosen, changed, layers, after)
+
+
+@dataclass(frozen=True)
+class Goal:
+    """A limit on a cost of the network.
+
+    Args:
+        kind: "params", "macs" or "bytes".
+        limit: of the cost.
+        example_inputs: what multiply-accumulates are counted on.
+    """
+
+    kind: str
+    limit: int
+    example_inputs: Any
+
+    @classmethod
+    def of(cls, given: Mapping[str, int], example_inputs: Any) -> Goal:
+        """The goal from the one cost that is given.
+
+        Raises:
+            ResizeError: for none or several.
+        """
+        if len(given) != 1:
+            raise ResizeError(
+                f"Compress: expected one of parameters, macs and bytes, got {', '.join(given) or 'none'}. "
+                "Take for example compress(model, inputs, batches, parameters=100_000)."
+            )
+        ((kind, limit),) = given.items()
+        return cls(kind, limit, example_inputs)
+
+    def cost(self, model: nn.Module) -> int:
+        """Of a model."""
+        if self.kind == "macs":
+            return macs(model, self.example_inputs)
+        return parameters(model) if self.kind == "params" else size_in_bytes(model)
+
+
+def held_out(batches: Sequence[Any]) -> tuple[Sequence[Any], Sequence[Any]]:
+    """Batches to fit on and others to judge on; the same ones where there is one alone.
+
+    >>> held_out([1, 2, 3, 4, 5])
+    ([1, 2, 3, 4], [5])
+    """
+    few = max(1, int(HELD_OUT * len(batches)))
+    return (batches[:-few], batches[-few:]) if len(batches) > 1 else (batches, batches)
+
+
+@dataclass(frozen=True, eq=False)
+class Search:
+    """Everything that attempts at one goal have in common: losses of widths and of ranks, measured on the uncut network.
+
+    Args:
+        model: the model, uncut whenever a method begins.
+        graph: its widths.
+        goal: the limit.
+        costs: of the network at other widths.
+        curves: {width: loss at some sizes}.
+        loss: of factors; None where ranks are not in question.
+        options: {layer: ways to factorize it}.
+        layers: {layer: its place in the graph}.
+    """
+
+    model: nn.Module
+    graph: WidthGraph
+    goal: Goal
+    costs: Costs
+    curves: Mapping[str, Curve]
+    loss: OutputLoss | None
+    options: Mapping[str, Sequence[Option]]
+    layers: Mapping[str, LayerInGraph]
+
+    @classmethod
+    def of(cls, model: nn.Module, graph: WidthGraph, goal: Goal, batches: Sequence[Any], lowrank: bool) -> Search:
+        """Measure the losses: trial cuts of single widths, trial factors of single layers."""
+        costs, curves = Costs.of(model, graph, goal.example_inputs), trial_curves(model, graph, batches)
+        if not lowrank:
+            return cls(model, graph, goal, costs, curves, None, {}, {})
+        with ExitStack() as undo:
+            split_attentions(model, None, undo)
+            requests = requested(model, None, "auto")
+            asked = factorizable(requests)
+            if not asked:
+                return cls(model, graph, goal, costs, curves, None, {}, {})
+            seen = observe(model, [request.target for request in asked.values()], batches)
+            loss = output_losses(model, requests, seen, batches, graph.differentiates)
+            options = {
+                name: options_of(request, seen, layer_cost(goal.kind, request, seen), loss)
+                for name, request in asked.items()
+            }
+            layers = {name: _in_graph(request, seen) for name, request in asked.items()}
+        return cls(model, graph, goal, costs, curves, loss, options, layers)
+
+    def candidates(self) -> Iterator[tuple[str, Mapping[str, int]]]:
+        """(name, sizes of the widths, after which ranks go the rest of the way)."""
+        yield "widths", self._sizes(self.goal.limit)
+        if self.loss is None:
+            return
+        yield "ranks", self.graph.sizes
+        limit, kind = self.goal.limit, self.goal.kind
+        both = joint(self.graph, self.costs, kind, limit, self.curves, self.options, self.layers)
+        yield "widths and ranks", both.sizes
+        start = self.costs.at(kind, {})
+        for share in SPLITS:
+            cost = limit**share * start ** (1 - share)
+            yield f"widths to {cost:,.0f}, then ranks", self._sizes(cost)
+
+    def _sizes(self, limit: float) -> dict[str, int]:
+        return allocate_to(self.graph, self.curves, partial(self.costs.at, self.goal.kind), limit)
+
+    def tried(
+        self,
+        name: str,
+        sizes: Mapping[str, int],
+        batches: Sequence[Any],
+        error: Callable[[nn.Module, bool], float],
+        undo: ExitStack,
+    ) -> Attempt:
+        """The outcome of an attempt.
+
+        Args:
+            name: of the attempt.
+            sizes: {width: size}.
+            batches: to fit on.
+            error: (model, whether it runs with autograd on) → error of its outputs.
+            undo: closing it puts everything back.
+        """
+        try:
+            self.execute(sizes, batches, (), undo)
+            cost = self.goal.cost(self.model)
+            if cost > self.goal.limit:
+                return Attempt(name, cost, None, "above the limit")
+            return Attempt(name, cost, error(self.model, self.graph.differentiates))
+        except EvolveNetError as problem:
+            log.debug("compress: %s failed", name, exc_info=problem)
+            return Attempt(name, None, None, str(problem))
+
+    def execute(
+        self, sizes: Mapping[str, int], batches: Sequence[Any], optimizers: Sequence[Optimizer], undo: ExitStack
+    ) -> tuple[WidthGraph, Factorization | None]:
+        """Cut the widths, then choose and fit ranks until the network is within the limit.
+
+        Args:
+            sizes: {width: size}.
+            batches: to fit on.
+            optimizers: of the model.
+            undo: closing it puts everything back, also what was done before a failure.
+        """
+        surgery = plan_prune(self.model, self.graph, sizes, collect(self.model, self.graph, batches))
+        surgery = reconstruct(self.model, self.graph, surgery, batches)
+        apply(self.model, surgery, optimizers, undo)
+        if self.loss is None or self.goal.cost(self.model) <= self.goal.limit:
+            return surgery.graph, None
+        return surgery.graph, factorize_by(self.model, self._select, undo, None, "auto", batches, optimizers)
+
+    def _select(self, requests: Sequence[Request], seen: Observations | None) -> Sequence[Choice]:
+        assert self.loss is not None
+        limit = self.goal.limit
+        return within_budget(
+            self.model,
+            requests,
+            seen,
+            most_parameters=limit if self.goal.kind == "params" else None,
+            most_macs=limit if self.goal.kind == "macs" else None,
+            most_bytes=limit if self.goal.kind == "bytes" else None,
+            loss=self.loss,
+        )
+
+
+def _in_graph(request: Request, seen: Observations) -> LayerInGraph:
+    target = request.target
+    each = target.layer.get_parameter("weight").element_size()
+    return LayerInGraph(seen.names[target.name], target.shape, seen.extents[target.name], each)
+
+
+def _listed(batches: Iterable[Any]) -> list[Any]:
+    if isinstance(batches, Tensor):
+        raise TraceError("Batches: expected an iterable of model inputs, got one tensor. Wrap it in a list: [inputs].")
+    listed = list(batches)
+    if not listed:
+        raise TraceError("Batches: expected at least one batch of model inputs, got none.")
+    return listed
+
+
+def _error(whole: Sequence[Tensor], batches: Sequence[Any], model: nn.Module, gradients: bool) -> float:
+    return output_error(whole, outputs_on(model, batches, gradients))
+
+
+def _best(goal: Goal, found: Sequence[tuple[Attempt, Mapping[str, int]]]) -> tuple[Attempt, Mapping[str, int]]:
+    """The attempt with the least error."""
+    there = [(attempt.error, place) for place, (attempt, _) in enumerate(found) if attempt.error is not None]
+    if not there:
+        reasons = "; ".join(
+            f"{attempt.name}: {attempt.reason}" + (f" ({attempt.cost:,})" if attempt.cost else "")
+            for attempt, _ in found
+        )
+        raise ResizeError(
+            f"Compress: no attempt reached {goal.limit:,} {UNITS[goal.kind]}. {reasons}. Take a larger limit."
+        )
+    return found[min(there)[1]]
