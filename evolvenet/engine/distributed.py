@@ -15,6 +15,7 @@ from evolvenet.execution.inputs import first_samples
 from evolvenet.execution.sampling import samples_in
 from evolvenet.graph.index_map import IndexMap
 from evolvenet.graph.width_graph import WidthGraph
+from evolvenet.surgery.basis_change import BasisChange
 from evolvenet.surgery.resize_model import Surgery, compile_surgery, with_values
 
 Answer = TypeVar("Answer")
@@ -211,7 +212,7 @@ def gather_batches(group: ProcessGroup, batches: Sequence[Any]) -> list[Any]:
 def broadcast_surgery(
     group: ProcessGroup, model: nn.Module, graph: WidthGraph, decide: Callable[[], Surgery]
 ) -> Surgery:
-    """Call `decide` on rank 0 and return its surgery for this rank's model: the same maps and values.
+    """Call `decide` on rank 0 and return its surgery for this rank's model: the same maps, changes of basis and values.
 
     Raises:
         EvolveNetError: on the other ranks, if `decide` raises.
@@ -220,13 +221,13 @@ def broadcast_surgery(
         return decide()
     made: list[Surgery] = []
 
-    def plain() -> tuple[Mapping[str, Any], Mapping[str, Tensor]]:
+    def plain() -> tuple[Mapping[str, Any], Mapping[str, BasisChange], Mapping[str, Tensor]]:
         made.append(decide())
         maps = {name: (index_map.indices, index_map.size) for name, index_map in made[0].maps.items()}
-        return maps, {change.name: change.value.cpu() for change in made[0].changes}
+        return maps, made[0].bases, {change.name: change.value.cpu() for change in made[0].changes}
 
-    maps, values = run_on_rank_0(group, plain)
+    maps, bases, values = run_on_rank_0(group, plain)
     if made:
         return made[0]
-    surgery = compile_surgery(model, graph, {name: IndexMap.of(*entry) for name, entry in maps.items()})
+    surgery = compile_surgery(model, graph, {name: IndexMap.of(*entry) for name, entry in maps.items()}, bases)
     return with_values(model, surgery, values)

@@ -20,8 +20,9 @@ from evolvenet.surgery.resize_model import Surgery, TensorChange, compile_surger
 def plan_replica_update(copy: nn.Module, graph: WidthGraph, surgery: Surgery, batches: Sequence[Any]) -> Surgery:
     """Plan the surgery of a model's copy, which has weights of its own, from the model's surgery. Nothing is changed yet.
 
-    The same units are removed and added. The consumers of a removed unit are fitted to the copy's own outputs before the
-    cut, since the model's fit is for other weights. New units have the model's values: their fan-out is zero in both.
+    The same units are removed and added; ranks get the same change of basis before. The consumers of a removed unit are fitted
+    to the copy's own outputs before the cut, since the model's fit is for other weights. New units have the model's values:
+    their fan-out is zero in both.
 
     Args:
         copy: a model with the same tensor names and shapes as the graph's.
@@ -45,7 +46,7 @@ def plan_replica_update(copy: nn.Module, graph: WidthGraph, surgery: Surgery, ba
     ('0.weight', True, True)
     """
     if any(index_map.removed for index_map in surgery.maps.values()):
-        cut = plan_cut(copy, graph, surgery.maps, collect(copy, graph, batches))
+        cut = plan_cut(copy, graph, surgery.maps, collect(copy, graph, batches), surgery.bases)
         return reconstruct(copy, graph, cut, batches, TRAINING_LIMITS)
     own = compile_surgery(copy, graph, surgery.maps)
     values = {change.name: change.value for change in surgery.changes}

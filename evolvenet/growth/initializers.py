@@ -13,7 +13,7 @@ from evolvenet.growth.gradmax import maximize_fan_out_gradient
 from evolvenet.growth.tiny import Bottleneck, measure_bottleneck
 from evolvenet.linalg.pivoted_cholesky import pivots
 from evolvenet.measurement.activation_moments import collect
-from evolvenet.pruning.selection import is_unshared
+from evolvenet.measurement.consumer_moments import is_unshared
 
 Method = Callable[[Growth], dict[Tie, Tensor]]
 """Growth → {tie: directions of norm 1 (or 0) of the new units' rows, kernels and columns}; zeros for ties left out."""

@@ -24,7 +24,7 @@ from evolvenet.graph.index_map import NEW_UNIT
 from evolvenet.graph.width_graph import CONSUMES, PRODUCES, Tie
 from evolvenet.growth.expanded_model import Growth, finite
 from evolvenet.linalg.ridge import refit
-from evolvenet.pruning.selection import is_unshared
+from evolvenet.measurement.consumer_moments import is_unshared
 
 ROWS = 4096
 """Most output positions (samples × positions) of one layer from which moments and updates are computed."""

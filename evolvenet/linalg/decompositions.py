@@ -47,13 +47,14 @@ def truncated_svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     return left[:, :rank] * half, half[:, None] * right[:rank]
 
 
-def roots(moment: Tensor) -> tuple[Tensor, Tensor]:
+def roots(moment: Tensor, floor: float = FLOOR) -> tuple[Tensor, Tensor]:
     """The symmetric square root of a second moment and its inverse, by eigenvalues.
 
-    Eigenvalues below `FLOOR` of the largest are raised to that: inputs that are always 0 would have no inverse.
+    Eigenvalues below a share of the largest are raised to that: inputs that are always 0 would have no inverse.
 
     Args:
         moment: `[n, n]` symmetric, positive semidefinite.
+        floor: the share.
 
     Returns:
         (root, inverse root), `[n, n]` each; identities if the moment is 0.
@@ -67,7 +68,7 @@ def roots(moment: Tensor) -> tuple[Tensor, Tensor]:
     if largest <= 0:
         identity = torch.eye(len(moment), dtype=moment.dtype, device=moment.device)
         return identity, identity
-    scale = values.clamp_min(FLOOR * largest).sqrt()
+    scale = values.clamp_min(floor * largest).sqrt()
     return (vectors * scale) @ vectors.mT, (vectors / scale) @ vectors.mT
 
 

@@ -9,15 +9,18 @@ import torch
 from torch import Tensor, nn
 
 from evolvenet.graph.width_graph import Tie, Width, WidthGraph
-from evolvenet.linalg.spectrum import joint_spectrum, matricize
+from evolvenet.linalg.spectrum import joint_spectrum
 from evolvenet.measurement.activation_moments import ActivationMoments, Moments, collect
+from evolvenet.measurement.rank_spectra import is_rotatable, rank_spectrum
+from evolvenet.measurement.unit_rows import native_rows, unit_rows
 
 
 def spectra(model: nn.Module, graph: WidthGraph, batches: Iterable[Any] | None = None) -> dict[str, Tensor]:
     """Singular values of every resizable width.
 
     Without batches, those of the producers' matricized weights, several producers side by side. With batches, those of
-    the consumers' inputs, see `measure`.
+    the consumers' inputs, see `measure`. Of a rank those of its layer's weight, and of its layer's outputs, see
+    `evolvenet.measurement.rank_spectra`.
 
     Args:
         model: the model of the graph.
@@ -46,7 +49,8 @@ def measure(model: nn.Module, graph: WidthGraph, statistics: ActivationMoments |
     With statistics: the covariance of each consumer's inputs, every unit weighted by the norm of the consumer's columns
     (see `consumer_weighted`), divided by its trace, is averaged over the consumers; the singular values are the square
     roots of its eigenvalues. Their squares add up to 1, or to 0 if nothing varies. For a width without a measured
-    consumer, the values of its weights.
+    consumer, the values of its weights. For a rank, whose units may be mixed, the singular values of the outputs that its
+    layer computes through it, without statistics those of the layer's weight; neither is divided by anything.
 
     Args:
         model: the model of the graph.
@@ -62,27 +66,14 @@ def measure(model: nn.Module, graph: WidthGraph, statistics: ActivationMoments |
     gathered: Mapping[Tie, Moments] = {} if statistics is None else statistics
     found: dict[str, Tensor] = {}
     for width in graph.resizable:
+        if is_rotatable(graph, width):
+            found[width.name] = rank_spectrum(model, graph, width, statistics)
+            continue
         parts = {tie: gathered[tie].covariance for tie in width.consumers if tie in gathered}
         values = input_spectrum(model, width, parts) if parts else weight_spectrum(model, graph, width)
         if values is not None:
             found[width.name] = values
     return found
-
-
-def unit_rows(model: nn.Module, width: Width, tie: Tie) -> Tensor:
-    """What one tensor holds for each unit of the width, one row a unit: `[width.size, places]`, float64, on the CPU.
-
-    For a producer the rows of the unit, for a consumer its columns; a unit with `repeat` places on the axis has them one
-    after the other.
-
-    Raises:
-        SpectrumError: for NaN or infinite entries.
-
-    >>> width = Width("0", size=3)
-    >>> unit_rows(nn.Sequential(nn.Conv2d(3, 8, 5)), width, Tie("0.weight", 1, 0, 1, "consumes")).shape
-    torch.Size([3, 200])
-    """
-    return _native_rows(model, width, tie).to("cpu", torch.float64)
 
 
 def consumer_weighted(model: nn.Module, width: Width, parts: Mapping[Tie, Tensor]) -> Tensor:
@@ -133,11 +124,6 @@ def weight_spectrum(model: nn.Module, graph: WidthGraph, width: Width) -> Tensor
     if not made:
         return None
     # In the weights' own type: float32 has a faster way to its singular values.
-    values = joint_spectrum([_native_rows(model, width, tie) for tie in made], width.name).to("cpu", torch.float64)
+    values = joint_spectrum([native_rows(model, width, tie) for tie in made], width.name).to("cpu", torch.float64)
     # Fewer columns than units: the missing directions carry nothing.
     return torch.cat([values, values.new_zeros(width.size - len(values))])
-
-
-def _native_rows(model: nn.Module, width: Width, tie: Tie) -> Tensor:
-    tensor = matricize(model.get_parameter(tie.tensor), tie.dim, tie.tensor)
-    return tensor[tie.start : tie.start + width.size * tie.repeat].reshape(width.size, -1)

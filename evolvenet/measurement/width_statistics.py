@@ -17,7 +17,9 @@ from evolvenet.linalg.shrinkage import shrunk_covariance
 from evolvenet.linalg.spectrum import effective_rank, energy_shares
 from evolvenet.measurement.activation_moments import ActivationMoments
 from evolvenet.measurement.past_events import LastChange, PastEvents
-from evolvenet.measurement.width_spectra import input_spectrum, unit_rows, weight_spectrum
+from evolvenet.measurement.rank_spectra import is_rotatable, rank_spectrum
+from evolvenet.measurement.unit_rows import unit_rows
+from evolvenet.measurement.width_spectra import input_spectrum, weight_spectrum
 
 log = logging.getLogger("evolvenet")
 
@@ -43,7 +45,8 @@ class WidthStatistics:
         since_change: share of the run since its last change, infinite if it never changed.
         energies: `size` shares of the variance of its consumers' outputs, descending: what each unit adds to the units before it,
             the part of the unit that no linear function of those predicts, times its weights (see `unit_energies`), averaged over
-            the last events. () for the squares of the spectrum over their sum.
+            the last events. Of a rank, and by default for (), the squares of the spectrum over their sum: a rank is rotated into
+            its singular directions before it is pruned.
     """
 
     width: str
@@ -89,6 +92,11 @@ def width_statistics(
         seen = [moments.count(tie) for tie in width.consumers if tie in moments]
         if seen and max(seen) < FEWEST:
             few[width.name] = max(seen)
+            continue
+        if is_rotatable(graph, width):
+            spectrum = rank_spectrum(model, graph, width, moments, shrink=True)
+            spectra[width.name] = tuple(spectrum.tolist())
+            energies[width.name] = energy_shares(spectrum).tolist()
             continue
         parts = {
             tie: shrunk_covariance(moments[tie].covariance, moments[tie].count)

@@ -30,6 +30,7 @@ from evolvenet.execution.weight_ops import WeightOp, output_positions
 from evolvenet.graph.naming import named_tensors
 from evolvenet.graph.width_graph import FOLLOWS, WidthGraph
 from evolvenet.linalg.ridge import refit
+from evolvenet.surgery.basis_change import along
 from evolvenet.surgery.resize_model import Surgery, TensorChange, compile_surgery, install
 
 log = logging.getLogger("evolvenet")
@@ -127,7 +128,7 @@ def reconstruct(
         return surgery
     changes = {change.name: change for change in surgery.changes}
     with isolated(model, shadows=True):
-        install(model, compile_surgery(model, graph, surgery.maps))
+        install(model, compile_surgery(model, graph, surgery.maps, surgery.bases))
         shadows, _, _ = named_tensors(model)
         with torch.no_grad():
             for name, change in changes.items():
@@ -322,13 +323,19 @@ class ConsumerFitter:
             own.copy_(output.recomputed(own, offset if target.bias_sign else 0.0))
 
     def _kept_outputs(self, op: WeightOp, target: Target) -> Tensor:
-        """The target outputs of the units that the cut model still has."""
+        """The target outputs of the units that the cut model still has, in their new basis."""
         change = self.changes.get(op.tensor)
         kept = change.axes.get(1 - target.axis) if change else None
-        if kept is None:
+        if change is None or kept is None:
             return target.outputs
+        outputs, basis = target.outputs, change.bases.get(1 - target.axis)
+        if basis is not None:
+            # An op that multiplies with a part of the weight has outputs of a part of the units: they cannot be mixed.
+            whole = (target.start, target.length) == (0, kept.size)
+            outputs = along(outputs, basis.values, 1) if whole else outputs[:, :0]
+            return outputs[:, list(kept.indices)] if whole else outputs
         ends = target.start, target.start + target.length
-        return target.outputs[:, [index - target.start for index in kept.indices if ends[0] <= index < ends[1]]]
+        return outputs[:, [index - target.start for index in kept.indices if ends[0] <= index < ends[1]]]
 
     def _fit(self, op: WeightOp, target: Target, outputs: Tensor) -> Tensor | None:
         """Fit the weight and the bias in place; the change of the bias `[out]`, or None if they stay."""

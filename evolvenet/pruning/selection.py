@@ -14,7 +14,12 @@ from evolvenet.graph.width_graph import FOLLOWS, Tie, Width, WidthGraph
 from evolvenet.linalg.pivoted_cholesky import pivots
 from evolvenet.linalg.ridge import PrimalProblem, solve_held_out
 from evolvenet.measurement.activation_moments import ActivationMoments, Moments
-from evolvenet.measurement.width_spectra import consumer_weighted, unit_rows
+from evolvenet.measurement.consumer_moments import bias_of, is_unshared, second_moment
+from evolvenet.measurement.rank_spectra import is_rotatable
+from evolvenet.measurement.unit_rows import unit_rows
+from evolvenet.measurement.width_spectra import consumer_weighted
+from evolvenet.pruning.rank_basis import rank_bases, removed_means
+from evolvenet.surgery.basis_change import BasisChange, along
 from evolvenet.surgery.resize_model import Surgery, TensorChange, check_finite, compile_surgery
 
 
@@ -29,7 +34,8 @@ def choose(
     for a width without a measured consumer, by joint group magnitude: norm of the producers' rows (of the scales, where
     batch norms follow) times that of the consumers' columns. From Liberty et al., "Randomized algorithms for the low-rank
     approximation of matrices", PNAS 104(51), 2007, and Harbrecht, Peters and Schneider, "On the low-rank approximation by
-    the pivoted Cholesky decomposition", Applied Numerical Mathematics 62(4), 2012.
+    the pivoted Cholesky decomposition", Applied Numerical Mathematics 62(4), 2012. Of a rank the first coordinates stay, after
+    its rotation (see `evolvenet.pruning.rank_basis`).
 
     Args:
         model: the model of the graph.
@@ -62,7 +68,9 @@ def choose(
         maps[width.name] = IndexMap.identity(width.size)
         # Refuse before choosing, which takes a while.
         graph.check({width.name: IndexMap.keep(range(size), width.size)})
-        if size < width.size:
+        if size < width.size and is_rotatable(graph, width):
+            maps[width.name] = IndexMap.keep(range(size), width.size)
+        elif size < width.size:
             kept = _choose_units(model, graph, width, size, statistics)
             maps[width.name] = IndexMap.keep(sorted(kept), width.size)
     return maps
@@ -76,7 +84,8 @@ def plan_prune(
     The removed units are predicted from the kept ones, x_removed ≈ M·x_kept + m, by ridge least squares (see
     `predict_removed`). So W_kept += W_removed·M at every kernel position and bias += W_removed·m; m = 0 without a bias.
     A consumer whose output error no ridge lowers on held-out samples is cut and not refitted. At borders with zero padding
-    the change of the bias is inexact.
+    the change of the bias is inexact. A rank is rotated into the singular directions of its layer's outputs and cut to the
+    first ones, the truncated SVD of the outputs: its consumer's bias alone is refitted.
 
     Args:
         model: the model of the graph.
@@ -100,11 +109,15 @@ def plan_prune(
     {'0.weight': (3, 2), '2.weight': (2, 3)}
     """
     maps = {name: kept for name, kept in choose(model, graph, sizes, statistics).items() if not kept.is_identity}
-    return plan_cut(model, graph, maps, statistics)
+    return plan_cut(model, graph, maps, statistics, rank_bases(model, graph, maps, statistics))
 
 
 def plan_cut(
-    model: nn.Module, graph: WidthGraph, maps: Mapping[str, IndexMap], statistics: ActivationMoments | None = None
+    model: nn.Module,
+    graph: WidthGraph,
+    maps: Mapping[str, IndexMap],
+    statistics: ActivationMoments | None = None,
+    bases: Mapping[str, BasisChange] | None = None,
 ) -> Surgery:
     """`plan_prune` for units that are already chosen.
 
@@ -113,21 +126,37 @@ def plan_cut(
         graph: its widths.
         maps: {width: the units that stay}.
         statistics: None for a bare cut, or from `collect`.
+        bases: {rank: its rotation before the cut}, from `rank_bases`.
 
     Raises:
         ResizeError: for an unknown or frozen width, or a map of another size.
         SpectrumError: for NaN or infinite weights.
     """
-    surgery = check_finite(compile_surgery(model, graph, maps))
+    surgery = check_finite(compile_surgery(model, graph, maps, bases))
     if statistics is None:
         return surgery
     deltas: dict[str, Tensor] = {}
     for name, index_map in maps.items():
-        for tie in graph.widths[name].consumers:
-            if tie in statistics and is_unshared(graph, tie.tensor):
-                for tensor, delta in _refit(model, graph, tie, index_map, statistics):
-                    deltas[tensor] = deltas.get(tensor, 0) + delta
+        for tensor, delta in _refits(model, graph, name, index_map, statistics, surgery.bases.get(name)):
+            deltas[tensor] = deltas.get(tensor, 0) + delta
     return _with_deltas(model, surgery, deltas)
+
+
+def _refits(
+    model: nn.Module,
+    graph: WidthGraph,
+    name: str,
+    index_map: IndexMap,
+    statistics: ActivationMoments,
+    basis: BasisChange | None,
+) -> Iterator[tuple[str, Tensor]]:
+    """(tensor's name, delta of the old shape) of each change that makes up for the removed units of one width."""
+    if basis is not None:
+        yield from removed_means(model, graph, graph.widths[name], basis, index_map, statistics)
+        return
+    for tie in graph.widths[name].consumers:
+        if tie in statistics and is_unshared(graph, tie.tensor):
+            yield from _refit(model, graph, tie, index_map, statistics)
 
 
 def predict_removed(
@@ -182,7 +211,7 @@ def _choose_units(
     model: nn.Module, graph: WidthGraph, width: Width, size: int, statistics: ActivationMoments | None
 ) -> list[int]:
     parts = {
-        tie: statistics[tie].second if _bias(model, graph, tie) is None else statistics[tie].covariance
+        tie: second_moment(model, graph, tie, statistics[tie])
         for tie in width.consumers
         if statistics is not None and tie in statistics
     }
@@ -218,23 +247,6 @@ def _magnitude(model: nn.Module, graph: WidthGraph, width: Width) -> Tensor:
     return (norm(width.producers) if made is None else made) * norm(width.consumers)
 
 
-def is_unshared(graph: WidthGraph, tensor: str) -> bool:
-    """Whether no other module uses the tensor: a refit for one consumer would be wrong for the other."""
-    return tensor in graph.shapes and tensor not in graph.aliases.values()
-
-
-def _bias(model: nn.Module, graph: WidthGraph, tie: Tie) -> str | None:
-    """Name of the consumer's bias; None if it has none, or another module uses it too."""
-    # "weight" has "bias" beside it, "in_proj_weight" has "in_proj_bias"; by any other name (LoRA's "lora_b") none is known.
-    weight = tie.tensor.rpartition(".")[2]
-    local = weight.replace("weight", "bias")
-    if local == weight:
-        return None
-    name = f"{tie.module}.{local}" if tie.module else local
-    has = getattr(model.get_submodule(tie.module), local, None) is not None
-    return name if has and is_unshared(graph, name) else None
-
-
 def _refit(
     model: nn.Module, graph: WidthGraph, tie: Tie, index_map: IndexMap, statistics: ActivationMoments
 ) -> Iterator[tuple[str, Tensor]]:
@@ -246,7 +258,7 @@ def _refit(
     consumed = weight.narrow(tie.dim, tie.start, length).movedim(tie.dim, 0)
     places = consumed.reshape(index_map.size, tie.repeat, consumed.shape[1], -1)
     columns = places[removed].flatten(1)
-    bias = _bias(model, graph, tie)
+    bias = bias_of(model, graph, tie)
     even, odd = statistics.even[tie], statistics.odd[tie]
     found = predict_removed(even, odd, kept, removed, columns @ columns.T, bias=bias is not None)
     if found is None:
@@ -262,12 +274,14 @@ def _refit(
 
 
 def _with_deltas(model: nn.Module, surgery: Surgery, deltas: Mapping[str, Tensor]) -> Surgery:
-    """The surgery with `deltas`, of the old shapes, added to the tensors before they are cut."""
+    """The surgery with `deltas`, of the old shapes and bases, added to the tensors before they are changed."""
     changes = {change.name: change for change in surgery.changes}
     for name, delta in deltas.items():
         tensor = model.get_parameter(name)
         change = changes.get(name) or TensorChange(tensor, name, {}, tensor.detach())
         value = tensor.detach().to("cpu", torch.float64) + delta
+        for dim, basis in change.bases.items():
+            value = along(value, basis.values, dim)
         for dim, index_map in change.axes.items():
             value = index_map.apply(value, dim)
         changes[name] = replace(change, value=value.to(tensor.device, tensor.dtype))

@@ -1,11 +1,14 @@
-"""Optimizer state through index maps: kept units keep their entries, new units get momenta of 0 and mean second moments."""
+"""Optimizer state through index maps: kept units keep their entries, new units get momenta of 0 and mean second moments.
+
+The rule of each key is in `optimizer_state_rules`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import singledispatch
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -13,135 +16,16 @@ from torch.optim import LBFGS, Adam, AdamW, Optimizer
 
 from evolvenet._compat.torch import LBFGS_SIZE_CACHE
 from evolvenet.errors import OptimizerStateError, stage
-from evolvenet.graph.index_map import NEW_UNIT, IndexMap
-
-
-class Change(Protocol):
-    """The planned change of one parameter; `evolvenet.surgery.resize_model.TensorChange` is one."""
-
-    @property
-    def tensor(self) -> Tensor:
-        """The live parameter, still of its old shape."""
-        ...
-
-    @property
-    def name(self) -> str:
-        """Its name in the model, for errors."""
-        ...
-
-    @property
-    def axes(self) -> Mapping[int, IndexMap]:
-        """The map of each axis that changes."""
-        ...
-
-    @property
-    def value(self) -> Tensor:
-        """Its new value, of the new shape."""
-        ...
-
-
-Carry = Callable[[Tensor, Mapping[int, IndexMap], Change, Mapping[str, Any]], Tensor]
-"""(old entry, maps of the axes it has, change, parameter group) → new entry."""
-
-
-@dataclass(frozen=True)
-class Rule:
-    """How one key of an optimizer's state follows its parameter.
-
-    Args:
-        carry: computes the new entry from the old one.
-        reduced: the axis, counted from the end, along which the entry holds one value for all (Adafactor's factors).
-        exact: whether the entry must have the parameter's shape (but for `reduced`); otherwise any axis may be reduced.
-    """
-
-    carry: Carry
-    reduced: int | None = None
-    exact: bool = True
-
-    def axes(self, entry: Tensor, shape: Sequence[int]) -> tuple[int, ...] | None:
-        """The axes that the entry shares with a parameter of this shape, or None if it does not fit it."""
-        if self.reduced is not None:
-            shape = [1 if dim == len(shape) + self.reduced else size for dim, size in enumerate(shape)]
-        pairs = list(enumerate(zip(entry.shape, shape, strict=False)))
-        misfits = [dim for dim, (found, expected) in pairs if found != expected and (self.exact or found != 1)]
-        if entry.dim() != len(shape) or misfits:
-            return None
-        skipped = None if self.reduced is None else len(shape) + self.reduced
-        return tuple(dim for dim, (found, expected) in pairs if found == expected and dim != skipped)
-
-
-def _stays(entry: Tensor, axes: Mapping[int, IndexMap], change: Change, group: Mapping[str, Any]) -> Tensor:
-    """An entry that is not one value per weight: a step count, a schedule."""
-    return entry
-
-
-def _zeros(entry: Tensor, axes: Mapping[int, IndexMap], change: Change, group: Mapping[str, Any]) -> Tensor:
-    """New units have no history: momenta start at 0."""
-    for dim, index_map in axes.items():
-        entry = index_map.apply(entry, dim)
-    return entry
-
-
-def _means(entry: Tensor, axes: Mapping[int, IndexMap], change: Change, group: Mapping[str, Any]) -> Tensor:
-    """New units start at the mean of the kept units: 0 with the old step count would make the first updates far too large."""
-    for dim, index_map in axes.items():
-        moved = index_map.apply(entry, dim)
-        if index_map.new_units:
-            kept = [index for index in index_map.indices if index != NEW_UNIT] or list(range(index_map.size))
-            mean = entry.index_select(dim, torch.tensor(kept, device=entry.device)).mean(dim, keepdim=True)
-            new_units = torch.tensor(index_map.new_units, device=entry.device)
-            moved.index_copy_(dim, new_units, mean.repeat_interleave(len(new_units), dim))
-        entry = moved
-    return entry
-
-
-def _rates(entry: Tensor, axes: Mapping[int, IndexMap], change: Change, group: Mapping[str, Any]) -> Tensor:
-    """New units start at the learning rate, as Rprop's step sizes do."""
-    for dim, index_map in axes.items():
-        entry = index_map.apply(entry, dim, new_unit=float(group["lr"]))
-    return entry
-
-
-def _values(entry: Tensor, axes: Mapping[int, IndexMap], change: Change, group: Mapping[str, Any]) -> Tensor:
-    """ASGD's average of weights: new units start at their new weights, the others change by as much as their weights."""
-    value = change.value.detach().to(entry.device, entry.dtype)
-    moved = _zeros(entry, axes, change, group) + (value - _mapped(change).to(entry.device, entry.dtype))
-    return _with_new_units(moved, axes, value)
-
-
-def _mapped(change: Change) -> Tensor:
-    """The parameter's value after the maps alone, new units 0."""
-    return _zeros(change.tensor.detach(), change.axes, change, {})
-
-
-def _with_new_units(entry: Tensor, axes: Mapping[int, IndexMap], source: Tensor) -> Tensor:
-    """The entry, changed in place, with the new units of `source`."""
-    for dim, index_map in axes.items():
-        new_units = torch.tensor(index_map.new_units, dtype=torch.int64, device=entry.device)
-        entry.index_copy_(dim, new_units, source.index_select(dim, new_units))
-    return entry
-
-
-def _by_sign(entry: Tensor, axes: Mapping[int, IndexMap], change: Change, group: Mapping[str, Any]) -> Tensor:
-    """A key without a rule: an entry without negative values is carried as a second moment, any other as a momentum."""
-    magnitudes = entry.is_floating_point() and not bool((entry < 0).any())
-    return (_means if magnitudes else _zeros)(entry, axes, change, group)
-
-
-RULES: dict[str, Rule] = {
-    **dict.fromkeys(("exp_avg", "momentum_buffer", "grad_avg", "prev"), Rule(_zeros)),
-    **dict.fromkeys(("exp_avg_sq", "max_exp_avg_sq", "exp_inf"), Rule(_means)),
-    **dict.fromkeys(("square_avg", "acc_delta", "sum", "variance"), Rule(_means)),
-    "row_var": Rule(_means, reduced=-1),
-    "col_var": Rule(_means, reduced=-2),
-    "step_size": Rule(_rates),
-    "ax": Rule(_values),
-}
-"""The rule of each key of `optimizer.state[parameter]`, torch's own; another optimizer's keys may be added."""
-
-_SCALARS = frozenset({"step", "eta", "mu", "mu_product"})
-_SCALAR = Rule(_stays)
-_UNKNOWN = Rule(_by_sign, exact=False)
+from evolvenet.surgery.optimizer_state_rules import (
+    RULES,
+    SCALAR,
+    SCALARS,
+    UNKNOWN,
+    Change,
+    Rule,
+    mapped,
+    with_new_units,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -165,8 +49,10 @@ def compile_state(optimizer: Optimizer, changes: Sequence[Change]) -> StatePlan:
 
     Kept units keep their entries exactly, those of a split unit are copied. Entries of new units: 0 in momenta, the mean of the
     kept units in second moments, the learning rate in Rprop's step sizes, the new weights in ASGD's averages. Step counts
-    stay. Keys that `RULES` does not have are carried as second moments if no entry is negative, else as momenta. An optimizer
-    that stores its state in another way gets its own function by `compile_state.register(TheClass)`.
+    stay. Where the units of an axis get another basis first, averages of gradients are mixed as gradients are, and averages of
+    their squares by the squared matrix. Keys that `RULES` does not have are carried as second moments if no entry is negative,
+    else as momenta. An optimizer that stores its state in another way gets its own function by
+    `compile_state.register(TheClass)`.
 
     The state of a consumer that was refitted after a cut is sliced too, and not mapped as its weights were: for
     W' = W_kept + W_removed·M with x_removed = M·x_kept, the gradient is δ·x_keptᵀ, the slice of the old gradient. The gradient
@@ -186,12 +72,13 @@ def compile_state(optimizer: Optimizer, changes: Sequence[Change]) -> StatePlan:
         OptimizerStateError: if a state tensor fits neither its parameter nor a single number.
 
     >>> from types import SimpleNamespace
+    >>> from evolvenet.graph.index_map import IndexMap
     >>> weight = torch.nn.Parameter(torch.ones(2, 1))
     >>> optimizer = torch.optim.SGD([weight], lr=0.1, momentum=0.9)
     >>> weight.sum().backward()
     >>> optimizer.step()
     >>> grow = {0: IndexMap.of([1, -1, 0], size=2)}
-    >>> plan = compile_state(optimizer, [SimpleNamespace(tensor=weight, name="w", axes=grow, value=torch.ones(3, 1))])
+    >>> plan = compile_state(optimizer, [SimpleNamespace(tensor=weight, name="w", axes=grow, value=torch.ones(3, 1), bases={})])
     >>> plan.states[weight]["momentum_buffer"].flatten()
     tensor([1., 0., 1.])
     """
@@ -225,7 +112,7 @@ def _is_refitted_cut(changes: Sequence[Change]) -> bool:
     """Whether units are removed and a remaining weight gets another value than its map gives."""
     cut = any(index_map.removed for change in changes for index_map in change.axes.values())
     return cut and not all(
-        torch.equal(_with_new_units(_mapped(change).clone(), change.axes, change.value.detach()), change.value)
+        torch.equal(with_new_units(mapped(change).clone(), change.axes, change.value.detach()), change.value)
         for change in changes
     )
 
@@ -334,9 +221,9 @@ def _assign(plan: StatePlan) -> None:
 def _rule(key: str, entry: Tensor, shape: Sequence[int]) -> Rule:
     """The rule of an entry; for a single number beside a parameter of another shape, that of a scalar."""
     lone = entry.dim() == 0 or (entry.numel() == 1 and key not in RULES and tuple(entry.shape) != tuple(shape))
-    if key in _SCALARS or lone:
-        return _SCALAR
-    return RULES.get(key, _UNKNOWN)
+    if key in SCALARS or lone:
+        return SCALAR
+    return RULES.get(key, UNKNOWN)
 
 
 def _fitting(optimizer: Optimizer, key: str, entry: Any, shape: Sequence[int], name: str) -> tuple[int, ...]:
@@ -354,7 +241,7 @@ def _fitting(optimizer: Optimizer, key: str, entry: Any, shape: Sequence[int], n
             )
         return ()
     rule = _rule(key, entry, shape)
-    axes = () if rule is _SCALAR else rule.axes(entry, shape)
+    axes = () if rule is SCALAR else rule.axes(entry, shape)
     if axes is None:
         raise OptimizerStateError(
             f"{type(optimizer).__name__}: expected {key!r} to fit {name}, shape {tuple(shape)}, got {tuple(entry.shape)}. "
@@ -378,9 +265,13 @@ def _carried(optimizer: Optimizer, key: str, entry: Any, change: Change, group: 
     """One entry of a parameter's state after the change; the very same object where nothing changes."""
     shared = _fitting(optimizer, key, entry, change.tensor.shape, change.name)
     axes = {dim: index_map for dim, index_map in change.axes.items() if dim % change.tensor.dim() in shared}
-    if not axes:
+    bases = {dim: basis for dim, basis in change.bases.items() if dim % change.tensor.dim() in shared}
+    if not axes and not bases:
         return entry
-    moved = _rule(key, entry, change.tensor.shape).carry(entry, axes, change, group)
+    rule = _rule(key, entry, change.tensor.shape)
+    for dim, basis in bases.items():
+        entry = rule.mix(entry, dim, basis)
+    moved = rule.carry(entry, axes, change, group)
     _fitting(optimizer, key, moved, change.value.shape, f"the new {change.name}")
     if moved.shape == change.value.shape and moved.stride() != change.value.stride():
         # Fused kernels go through parameter and state in memory order, whatever their strides.

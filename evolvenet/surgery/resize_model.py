@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import torch
@@ -17,7 +17,8 @@ from evolvenet.errors import ResizeError, SpectrumError, stage
 from evolvenet.graph.index_map import NEW_UNIT, IndexMap, laid_out_as
 from evolvenet.graph.naming import named_tensors
 from evolvenet.graph.sizes import sizes_from_shapes
-from evolvenet.graph.width_graph import WidthGraph
+from evolvenet.graph.width_graph import CONSUMES, WidthGraph
+from evolvenet.surgery.basis_change import BasisChange, along
 from evolvenet.surgery.module_handlers import Shapes, attributes, new_unit_value, original_name, refresh
 
 
@@ -30,12 +31,14 @@ class TensorChange:
         name: its name in the model.
         axes: for each axis that changes, its map.
         value: the new value, of the new shape; kept in the memory format of the tensor.
+        bases: for each axis whose units get another basis before they are mapped, the change.
     """
 
     tensor: Tensor
     name: str
     axes: Mapping[int, IndexMap]
     value: Tensor
+    bases: Mapping[int, BasisChange] = field(default_factory=dict[int, BasisChange])
 
     def __post_init__(self) -> None:
         # The results of sums and fits over one channel or one place may have other strides.
@@ -53,15 +56,24 @@ class AttributeChange:
 
 @dataclass(frozen=True)
 class Surgery:
-    """All new values of tensors and attributes after a change of widths, and the graph after it."""
+    """All new values of tensors and attributes after a change of widths, and the graph after it.
+
+    `maps` and `bases` are by width; a basis changes before the units are mapped.
+    """
 
     changes: tuple[TensorChange, ...]
     attributes: tuple[AttributeChange, ...]
     maps: Mapping[str, IndexMap]
     graph: WidthGraph
+    bases: Mapping[str, BasisChange] = field(default_factory=dict[str, BasisChange])
 
 
-def compile_surgery(model: nn.Module, graph: WidthGraph, maps: Mapping[str, IndexMap]) -> Surgery:
+def compile_surgery(
+    model: nn.Module,
+    graph: WidthGraph,
+    maps: Mapping[str, IndexMap],
+    bases: Mapping[str, BasisChange] | None = None,
+) -> Surgery:
     """Compute all new tensors and attributes; nothing is changed.
 
     Args:
@@ -69,12 +81,14 @@ def compile_surgery(model: nn.Module, graph: WidthGraph, maps: Mapping[str, Inde
         graph: its widths as they are now.
         maps: {width: map}. Entries of new units are 0 (1 for norm weights and running variances), so new units change no
             output and have no gradient; `grow` initialises them.
+        bases: {width: change of the basis of its units, before they are mapped}; for widths with a map that fill every axis
+            in which they occur, see `evolvenet.measurement.rank_spectra.is_rotatable`.
 
     Raises:
         ResizeError: if a width is unknown, frozen or cannot take the map, or the graph is not this model's.
     """
     tensors, _, _ = named_tensors(model)
-    axis_maps = graph.axis_maps(maps)
+    axis_maps, axis_bases = graph.axis_maps(maps), _axis_bases(graph, bases or {})
     changes: list[TensorChange] = []
     for name, axes in axis_maps.items():
         tensor = tensors.get(name)
@@ -85,13 +99,26 @@ def compile_surgery(model: nn.Module, graph: WidthGraph, maps: Mapping[str, Inde
                 "or an older state of this one: trace it again, and keep the graph that each resize returns."
             )
         owner = model.get_submodule(name.rpartition(".")[0])
-        value = tensor.detach()
+        value, changed = tensor.detach(), axis_bases.get(name, {})
+        for dim, basis in changed.items():
+            value = along(value, basis.values, dim)
         for dim, index_map in axes.items():
             value = index_map.apply(value, dim, new_unit_value(owner, name.rpartition(".")[2], dim))
-        changes.append(TensorChange(tensor, name, axes, value))
+        changes.append(TensorChange(tensor, name, axes, value, changed))
     after = graph.resized(maps)
     numbers = _attribute_changes(model, graph, after, set(axis_maps))
-    return Surgery(tuple(changes), numbers, dict(maps), after)
+    return Surgery(tuple(changes), numbers, dict(maps), after, dict(bases or {}))
+
+
+def _axis_bases(graph: WidthGraph, bases: Mapping[str, BasisChange]) -> dict[str, dict[int, BasisChange]]:
+    """{tensor: {axis: change of basis}}; a consumer's columns change such that its products with the units stay."""
+    found: dict[str, dict[int, BasisChange]] = {}
+    for name, basis in bases.items():
+        width = graph.widths[name]
+        for tie in width.ties:
+            assert (tie.start, tie.repeat, graph.shapes[tie.tensor][tie.dim]) == (0, 1, width.size)
+            found.setdefault(tie.tensor, {})[tie.dim] = basis.dual if tie.role == CONSUMES else basis
+    return found
 
 
 def stale_attributes(model: nn.Module, graph: WidthGraph) -> tuple[AttributeChange, ...]:
@@ -174,9 +201,11 @@ def with_values(model: nn.Module, surgery: Surgery, values: Mapping[str, Tensor]
         values: {tensor name: new value} of every tensor that changes; one that the surgery leaves alone keeps its shape.
     """
     tensors, _, _ = named_tensors(model)
-    axes = {change.name: change.axes for change in surgery.changes}
+    before = {change.name: change for change in surgery.changes}
     changes = (
-        TensorChange(tensors[name], name, axes.get(name, {}), value.to(tensors[name].device))
+        replace(before[name], value=value.to(tensors[name].device))
+        if name in before
+        else TensorChange(tensors[name], name, {}, value.to(tensors[name].device))
         for name, value in values.items()
     )
     return replace(surgery, changes=tuple(changes))
@@ -239,6 +268,8 @@ def _gradient(change: TensorChange) -> Tensor | None:
     grad = change.tensor.grad
     if grad is None:
         return None
+    for dim, basis in change.bases.items():
+        grad = along(grad, basis.gradients, dim)
     for dim, index_map in change.axes.items():
         grad = _sparse(grad, index_map, dim) if grad.is_sparse else index_map.apply(grad, dim)
     return grad

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from torch.optim import Optimizer
 
 from evolvenet.graph.index_map import IndexMap
+from evolvenet.surgery.basis_change import BasisChange
 from evolvenet.surgery.optimizer_state import apply_state, compile_state, validate_state
 
 LR = 0.01
@@ -65,6 +66,7 @@ class Swap:
     name: str
     axes: Mapping[int, IndexMap]
     value: Tensor
+    bases: Mapping[int, BasisChange] = field(default_factory=dict)
 
 
 class Hidden(nn.Module):

@@ -16,6 +16,7 @@ import pytest
 import torch
 from torch import nn
 
+import evolvenet
 from evolvenet import WidthEvolution, trace
 from evolvenet.engine.distributed import (
     SingleProcess,
@@ -205,6 +206,29 @@ def test_another_rank_gets_rank_0s_values(case: Any) -> None:
     assert fingerprint(model) == fingerprint(replica)
     assert theirs.graph == surgery.graph
     assert trace(replica, case.inputs()).sizes == theirs.graph.sizes
+
+
+def test_another_rank_gets_the_rotation_of_a_rank_for_its_optimizer() -> None:
+    model, replica = (nn.Sequential(nn.Linear(8, 8), nn.ReLU()) for _ in range(2))
+    sent: list[Any] = []
+
+    def keep(value: Any) -> Any:
+        sent.append(value)
+        return value
+
+    for each in (model, replica):
+        evolvenet.factorize(each, {"0": 3})
+    graph = trace(model, torch.zeros(1, 8))
+    surgery = plan_prune(model, graph, {"0.0": 2})
+    group = Scripted(0, keep)
+    group.broadcast = keep  # type: ignore[method-assign]
+    assert broadcast_surgery(group, model, graph, lambda: surgery) is surgery
+    theirs = broadcast_surgery(Scripted(1, lambda value: sent[0]), replica, graph, lambda: surgery)
+    for one, two in zip(surgery.changes, theirs.changes, strict=True):
+        assert torch.equal(one.value, two.value)
+        assert list(one.bases) == list(two.bases)
+        assert all(torch.equal(one.bases[dim].gradients, two.bases[dim].gradients) for dim in one.bases)
+    assert theirs.changes[0].bases
 
 
 def test_spawned_runs_without_evolution_are_left_alone() -> None:

@@ -15,7 +15,8 @@ import evolvenet
 from evolvenet.errors import SpectrumError
 from evolvenet.graph.width_graph import Tie
 from evolvenet.measurement.activation_moments import collect
-from evolvenet.measurement.width_spectra import consumer_weighted, measure, spectra, unit_rows
+from evolvenet.measurement.unit_rows import unit_rows
+from evolvenet.measurement.width_spectra import consumer_weighted, measure, spectra
 from evolvenet.tracing.trace import trace
 from tests.helpers.cases import CASES, Case, graph_of
 from tests.helpers.small_models import Recurrent, Residual, convnet, images, mlp, mobile, used

@@ -1,0 +1,31 @@
+"""What a tensor holds for each unit of a width, as the rows of a matrix."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from evolvenet.graph.width_graph import Tie, Width
+from evolvenet.linalg.spectrum import matricize
+
+
+def unit_rows(model: nn.Module, width: Width, tie: Tie) -> Tensor:
+    """What one tensor holds for each unit of the width, one row a unit: `[width.size, places]`, float64, on the CPU.
+
+    For a producer the rows of the unit, for a consumer its columns; a unit with `repeat` places on the axis has them one
+    after the other.
+
+    Raises:
+        SpectrumError: for NaN or infinite entries.
+
+    >>> width = Width("0", size=3)
+    >>> unit_rows(nn.Sequential(nn.Conv2d(3, 8, 5)), width, Tie("0.weight", 1, 0, 1, "consumes")).shape
+    torch.Size([3, 200])
+    """
+    return native_rows(model, width, tie).to("cpu", torch.float64)
+
+
+def native_rows(model: nn.Module, width: Width, tie: Tie) -> Tensor:
+    """The same in the type and on the device of the tensor."""
+    tensor = matricize(model.get_parameter(tie.tensor), tie.dim, tie.tensor)
+    return tensor[tie.start : tie.start + width.size * tie.repeat].reshape(width.size, -1)
