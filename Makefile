@@ -6,7 +6,7 @@ OLDEST ?= .venv-oldest
 WORKERS ?= 2
 BIN := $(VENV)/bin
 
-.PHONY: train test test-all test-oldest install lint clean coverage bench-event bench-trace compare compare-install
+.PHONY: train test test-all test-oldest install lint clean coverage bench-event bench-trace compare compare-install compare-lowrank
 
 install: $(VENV)/.installed
 
@@ -70,6 +70,10 @@ compare: compare-install
 	$(COMPARE)/bin/python -m experiments.compare.growth
 	$(COMPARE)/bin/python -m experiments.compare.schedule
 	$(COMPARE)/bin/python -m experiments.compare.state --data "$${EVOLVENET_DATA:-data}" --out experiments/compare/state.md
+
+# Widths, ranks and both, on four networks of three seeds each. Resumes where it was stopped; hours on 2 CPU cores.
+compare-lowrank: compare-install
+	$(COMPARE)/bin/python -m experiments.compare.lowrank
 
 clean:
 	rm -rf $(VENV) $(COMPARE) $(OLDEST) .pytest_cache .ruff_cache .hypothesis outputs multirun lightning_logs

@@ -6,6 +6,7 @@ import argparse
 import importlib.metadata
 import os
 import platform
+import subprocess
 from collections.abc import Collection, Sequence
 from datetime import date
 from pathlib import Path
@@ -29,6 +30,13 @@ def machine_line() -> str:
     """For the head of a page: "on 2026-01-31 (2 CPU cores, x86_64; python 3.11.7, torch 2.13.0, …)"."""
     known = ", ".join(f"{name} {version}" for name, version in versions().items())
     return f"on {date.today().isoformat()} ({os.cpu_count()} CPU cores, {platform.machine()}; {known})"
+
+
+def commit() -> str:
+    """The commit of the checkout, with "-dirty" where files differ from it."""
+    command = ["git", "describe", "--always", "--dirty"]
+    found = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parent)
+    return found.stdout.strip() or "unknown"
 
 
 def write_whole(path: Path, text: str) -> None:

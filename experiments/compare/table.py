@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import subprocess
 from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from experiments.pages import cell, machine_line, markdown, write_whole
+from experiments.pages import cell, commit, machine_line, markdown, write_whole
 
 Record = Mapping[str, Any]
 Cell = tuple[str, int, str]
@@ -81,7 +80,7 @@ def write_table(path: Path, cache: Path, state: str) -> None:
     lines = [
         "# Pruning compared with peers",
         "",
-        f"Written by `make compare` (`python -m experiments.compare.pruning`) {machine_line()}, git {_commit()}, package in "
+        f"Written by `make compare` (`python -m experiments.compare.pruning`) {machine_line()}, git {commit()}, package in "
         f"state {state} (`experiments.coverage.run.state()`).",
         "",
         EXPLANATION,
@@ -89,12 +88,6 @@ def write_table(path: Path, cache: Path, state: str) -> None:
     for folder in sorted(cache.glob("*"), key=lambda found: (found.name != "mnist", found.name)):
         lines += _task(folder, state)
     write_whole(path, "\n".join(lines).rstrip() + "\n")
-
-
-def _commit() -> str:
-    command = ["git", "describe", "--always", "--dirty"]
-    found = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parent)
-    return found.stdout.strip() or "unknown"
 
 
 def read(folder: Path) -> tuple[dict[int, Record], dict[Cell, dict[int, Record]]]:
