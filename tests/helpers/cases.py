@@ -179,6 +179,13 @@ CASES = (
     _recurrent("lstm_deep", nn.LSTM, 10, {"cell": 5}, num_layers=2, bidirectional=True, dropout=0.1),
     _recurrent("gru", nn.GRU, 5, {"cell": 5}),
     _recurrent("gru_deep", nn.GRU, 10, {"cell": 5}, num_layers=2, bidirectional=True),
+    Case(
+        "factorized",
+        networks.factorized,
+        IMAGE,
+        {"0.0": 4, "0.3": 6, "3.0": 4, "3.1": 5, "3.2": 9, "7.0": 3, "7.1": 8},
+        frozen={"9": OUTPUT},
+    ),
     Case("glu", networks.Gated, VECTOR, {"gate": 6, "hidden": 7}),
     Case("pixel_shuffle", networks.SuperResolution, IMAGE, {"0": 3, "3": 5}),
     Case("conv1d", networks.Sounds, (2, 2, 16), {"0": 6, "4": 5}),

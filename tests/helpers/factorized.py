@@ -25,6 +25,9 @@ def decaying(layer: nn.Module, generator: torch.Generator) -> nn.Module:
         turned = torch.linalg.qr(torch.randn(weight.shape[dim], weight.shape[dim], generator=generator).double())[0]
         drawn = torch.randn(weight.shape, generator=generator).double() if dim == 0 else weight.detach()
         weight.data = along(drawn, turned * share, dim)
+    for name, parameter in layer.named_parameters():
+        if name == "bias":
+            parameter.data = torch.randn(parameter.shape, generator=generator).double()
     return layer
 
 

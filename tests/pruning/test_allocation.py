@@ -14,6 +14,7 @@ from torch import nn
 
 import evolvenet
 from evolvenet.errors import ResizeError, TraceError
+from evolvenet.graph.restriction import freeze
 from evolvenet.pruning.allocation import (
     Curve,
     allocate,
@@ -27,6 +28,7 @@ from evolvenet.pruning.allocation import (
 )
 from evolvenet.tracing.trace import trace
 from tests.helpers.cases import CASES, FLOAT, Case, distance, graph_of, outputs
+from tests.helpers.factorized import mixed_chain, seeded
 from tests.helpers.small_models import mlp
 from tests.helpers.states import State
 
@@ -271,3 +273,25 @@ def test_a_width_of_a_few_units_is_tried_too_where_shares_round_to_all_of_them()
     graph = trace(model, torch.zeros(1, 6).double())
     curves = trial_curves(model, graph, [torch.randn(64, 6).double()], shares=(0.97, 0.95))
     assert {name: [size for size, _ in curve] for name, curve in curves.items()} == {"0": [0, 3, 4], "2": [0, 2, 3]}
+
+
+def test_with_batches_ranks_are_cut_where_the_outputs_need_them_least_whatever_their_basis() -> None:
+    generator, sizes = seeded(), (9, 12, 12, 4)
+    chains = []
+    for needed, before, after in zip((3, 8, 4), sizes, sizes[1:], strict=False):
+        layer = nn.Linear(before, after).double()
+        parts = [torch.randn(*shape, generator=generator).double() for shape in ((after, needed), (needed, before))]
+        layer.weight.data = parts[0] @ parts[1] / before
+        chains += [mixed_chain(layer, "svd", (min(before, after),), generator), nn.ReLU()]
+    model = nn.Sequential(*chains[:-1])
+    x = torch.randn(128, 9, generator=generator).double()
+    graph = trace(model, x[:2])
+    only_ranks = freeze(graph, fixed=[width.name for width in graph.resizable if width.rank_of is None])
+    assert only_ranks.sizes == {"0.0": 9, "2.0": 12, "4.0": 4}
+    exact = {"0.0": 3, "2.0": 8, "4.0": 4}
+    found = allocate(model, only_ranks, graph.proposed_parameters(exact), [x])
+    assert found == exact
+    before = outputs(model, x)
+    evolvenet.prune(model, only_ranks, found, batches=[x])
+    assert distance(outputs(model, x), before) < 1e-9
+    assert allocate(model, only_ranks.with_sizes(exact), graph.proposed_parameters(exact)) == exact

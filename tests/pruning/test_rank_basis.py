@@ -104,7 +104,7 @@ def test_with_data_a_cut_loses_the_tail_of_the_outputs(case: str, bias: bool) ->
         assert lost(model, x, before) == pytest.approx(float(energies[size:].sum()), rel=1e-4)
         undo()
         worse = install(model, plan_cut(model, graph, {name: IndexMap.keep(range(size), 9)}, statistics))
-        assert lost(model, x, before) > 1.5 * float(energies[size:].sum())
+        assert lost(model, x, before) > 1.1 * float(energies[size:].sum())
         worse()
 
 

@@ -14,6 +14,7 @@ from tests.helpers.networks.convolutional import (
     SqueezeExcite,
     SuperResolution,
     Volumes,
+    factorized,
 )
 from tests.helpers.networks.dense import Gated, LayerNormMlp, Mlp, Reused
 from tests.helpers.networks.sequences import Attention, BagOfWords, Recurrent, transformer
@@ -45,5 +46,6 @@ __all__ = [
     "SuperResolution",
     "TwoInputs",
     "Volumes",
+    "factorized",
     "transformer",
 ]
