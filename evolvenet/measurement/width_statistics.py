@@ -37,7 +37,8 @@ class WidthStatistics:
     Args:
         width: its name.
         size: its number of units.
-        spectrum: its `size` singular values, descending.
+        spectrum: its `size` singular values, descending. Only their proportions mean something: of a rank they are those of its
+            layer's outputs, of other widths their squares add up to 1.
         events_since_change: 1 at the event right after its last change; a large number if it never changed.
         growable: whether growing keeps the function.
         last_change: units added at its last change, negative if it was pruned; 0 if that is not known, or it never changed.

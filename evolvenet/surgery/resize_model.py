@@ -88,6 +88,7 @@ def compile_surgery(
         ResizeError: if a width is unknown, frozen or cannot take the map, or the graph is not this model's.
     """
     tensors, _, _ = named_tensors(model)
+    assert set(bases or {}) <= set(maps)
     axis_maps, axis_bases = graph.axis_maps(maps), _axis_bases(graph, bases or {})
     changes: list[TensorChange] = []
     for name, axes in axis_maps.items():

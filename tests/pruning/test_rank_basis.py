@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 import evolvenet
 from evolvenet.engine.replica_update import plan_replica_update
+from evolvenet.engine.replica_widths import united
 from evolvenet.graph.index_map import IndexMap
 from evolvenet.lowrank.kinds import kind_named
 from evolvenet.lowrank.layers import FactoredLayer
@@ -249,6 +251,44 @@ def test_layers_that_share_their_factors_share_the_rotation() -> None:
     graph = evolvenet.prune(model, graph, {"one.0": 3}, batches=[x])
     assert graph.widths["one.0"].rank_of == "one"
     assert float((model(x) - before).detach().abs().max()) < 1e-9
+
+
+def test_a_replica_in_the_same_step_is_rotated_by_the_same_matrix() -> None:
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net, _, self.x = example("dense")
+            self.slow = deepcopy(self.net)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return self.net(x), self.slow(x)
+
+    model = Both()
+    with torch.no_grad():
+        model.slow.get_parameter("0.1.bias").add_(1.0)
+        before = model(model.x)
+    graph = united(trace(model, model.x), "slow", "net")
+    assert {width.name: width.rank_of for width in graph.resizable} == {"net.0.0": "net.0"}
+    graph = evolvenet.grow(model, graph, {"net.0.0": 12})
+    surgery = plan_prune(model, graph, {"net.0.0": 7}, collect(model, graph, [model.x]))
+    install(model, surgery)
+    apart = [float((a - b).detach().norm()) for a, b in zip(model(model.x), before, strict=True)]
+    assert apart[0] == pytest.approx(apart[1], rel=1e-6)
+    assert apart[0] < 0.05 * float(before[0].norm())
+
+
+def test_a_bias_of_the_factor_before_a_rank_is_rotated_with_its_rows() -> None:
+    model, _, x = example("dense")
+    first = chain_of(model)[0]
+    first.bias = nn.Parameter(torch.randn(9, generator=seeded(2)).double())
+    graph = trace(model, x)
+    assert graph.widths["0.0"].rank_of == "0"
+    before = model(x).detach()
+    moment = moment_of(x, (), centred=True)
+    weight = weight_of(chain_of(model))
+    tail = torch.linalg.eigvalsh(weight @ moment @ weight.mT).flip(0)[6:].sum()
+    install(model, plan_prune(model, graph, {"0.0": 6}, collect(model, graph, [x])))
+    assert lost(model, x, before) == pytest.approx(float(tail), rel=1e-4)
 
 
 def test_a_replica_gets_the_rotation_of_the_model() -> None:
