@@ -13,21 +13,21 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from evolvenet.engine.compression import UNITS, Attempt, Compression
+from evolvenet.engine.compression import UNITS, Attempt, Compression, amount
 from evolvenet.engine.functional import apply
 from evolvenet.errors import EvolveNetError, ResizeError, TraceError
 from evolvenet.graph.restriction import Patterns, Restriction
 from evolvenet.graph.width_graph import WidthGraph
 from evolvenet.lowrank.attention import split_attentions
 from evolvenet.lowrank.budget import Option, factorizable, layer_cost, options_of, within_budget
-from evolvenet.lowrank.factorize import factorize_by
+from evolvenet.lowrank.factorize import Selected, Work, factorize_by
 from evolvenet.lowrank.fit import Observations, observe
 from evolvenet.lowrank.joint import LayerInGraph, joint
-from evolvenet.lowrank.plan import Choice, Request, requested
+from evolvenet.lowrank.plan import Request, requested
 from evolvenet.lowrank.report import Factorization
 from evolvenet.lowrank.sensitivity import OutputLoss, output_losses
 from evolvenet.measurement.activation_moments import collect
-from evolvenet.measurement.cost import Costs, macs, parameters, size_in_bytes
+from evolvenet.measurement.cost import Costs, latency, macs, parameters, size_in_bytes
 from evolvenet.measurement.output_error import output_error, outputs_on
 from evolvenet.pruning.allocation import Curve, allocate_to, trial_curves
 from evolvenet.pruning.reconstruction import reconstruct
@@ -40,6 +40,12 @@ log = logging.getLogger("evolvenet")
 
 SPLITS = (0.4, 0.7)
 """Shares of the way to the limit, in logarithms of the cost, that widths go before ranks go the rest."""
+
+NEAR = 0.97
+"""Share of a latency that widths are chosen for: the next measurement may be a little slower."""
+
+BISECTIONS = 6
+"""In the search for the multiply-accumulates whose latency fits."""
 
 HELD_OUT = 0.25
 """Share of the batches that nothing is fitted on while attempts are compared."""
@@ -54,6 +60,7 @@ def compress(  # noqa: PLR0913  one name for each cost
     parameters: int | None = None,
     macs: int | None = None,
     bytes: int | None = None,
+    latency: float | None = None,
     lowrank: bool = True,
     optimizers: Optimizer | Sequence[Optimizer] = (),
     fixed: Patterns = (),
@@ -71,9 +78,12 @@ def compress(  # noqa: PLR0913  one name for each cost
             the better choice, see `evolvenet.factorize`.
         example_inputs: as for `trace`.
         batches: inputs of the model.
-        parameters: most parameters afterwards; or one of the next two.
+        parameters: most parameters afterwards; or one of the next three.
         macs: most multiply-accumulates of a forward pass, for one sample.
         bytes: most bytes of parameters and buffers, in their own dtypes.
+        latency: most seconds of a forward pass on the example inputs, measured on this machine, threads and load as they are:
+            give example inputs of the batch size that counts. Chains are timed, since fewer multiply-accumulates are not
+            always faster.
         lowrank: whether ranks are in question; without, widths alone are cut.
         optimizers: the one or those that hold the model's parameters. State of cut tensors is cut, factors start fresh.
         fixed: names or patterns of widths that keep their size, or of modules that produce them.
@@ -93,14 +103,15 @@ def compress(  # noqa: PLR0913  one name for each cost
     >>> done.before, done.after <= 4_000, [attempt.name for attempt in done.attempts][:3]
     (6922, True, ['widths', 'ranks', 'widths and ranks'])
     """
-    given = {"params": parameters, "macs": macs, "bytes": bytes}
+    given = {"params": parameters, "macs": macs, "bytes": bytes, "latency": latency}
     goal = Goal.of({kind: limit for kind, limit in given.items() if limit is not None}, example_inputs)
     listed = _listed(batches)
     graph = Restriction(fixed=fixed, multiple=multiple).apply(trace(model, example_inputs))
     before = goal.cost(model)
     if before <= goal.limit:
         raise ResizeError(
-            f"Compress: expected fewer {UNITS[goal.kind]} than the model has, {before:,}, got {goal.limit:,}. It is small enough."
+            f"Compress: expected fewer {UNITS[goal.kind]} than the model has, {amount(goal.kind, before)}, got "
+            f"{amount(goal.kind, goal.limit)}. It meets the limit already."
         )
     fitting, judging = held_out(listed)
     search = Search.of(model, graph, goal, fitting, lowrank)
@@ -125,17 +136,17 @@ class Goal:
     """A limit on a cost of the network.
 
     Args:
-        kind: "params", "macs" or "bytes".
+        kind: "params", "macs", "bytes" or "latency".
         limit: of the cost.
-        example_inputs: what multiply-accumulates are counted on.
+        example_inputs: what multiply-accumulates are counted on, and a forward pass is timed with.
     """
 
     kind: str
-    limit: int
+    limit: float
     example_inputs: Any
 
     @classmethod
-    def of(cls, given: Mapping[str, int], example_inputs: Any) -> Goal:
+    def of(cls, given: Mapping[str, float], example_inputs: Any) -> Goal:
         """The goal from the one cost that is given.
 
         Raises:
@@ -143,14 +154,16 @@ class Goal:
         """
         if len(given) != 1:
             raise ResizeError(
-                f"Compress: expected one of parameters, macs and bytes, got {', '.join(given) or 'none'}. "
+                f"Compress: expected one of parameters, macs, bytes and latency, got {', '.join(given) or 'none'}. "
                 "Take for example compress(model, inputs, batches, parameters=100_000)."
             )
         ((kind, limit),) = given.items()
         return cls(kind, limit, example_inputs)
 
-    def cost(self, model: nn.Module) -> int:
+    def cost(self, model: nn.Module) -> float:
         """Of a model."""
+        if self.kind == "latency":
+            return latency(model, self.example_inputs)
         if self.kind == "macs":
             return macs(model, self.example_inputs)
         return parameters(model) if self.kind == "params" else size_in_bytes(model)
@@ -204,9 +217,11 @@ class Search:
                 return cls(model, graph, goal, costs, curves, None, {}, {})
             seen = observe(model, [request.target for request in asked.values()], batches)
             loss = output_losses(model, requests, seen, batches, graph.differentiates)
+            # A sum of measured times of layers would be too rough to share a limit between widths and ranks.
+            shared = {} if goal.kind == "latency" else asked
             options = {
                 name: options_of(request, seen, layer_cost(goal.kind, request, seen), loss)
-                for name, request in asked.items()
+                for name, request in shared.items()
             }
             layers = {name: _in_graph(request, seen) for name, request in asked.items()}
         return cls(model, graph, goal, costs, curves, loss, options, layers)
@@ -218,15 +233,29 @@ class Search:
             return
         yield "ranks", self.graph.sizes
         limit, kind = self.goal.limit, self.goal.kind
-        both = joint(self.graph, self.costs, kind, limit, self.curves, self.options, self.layers)
-        yield "widths and ranks", both.sizes
+        if self.options:
+            both = joint(self.graph, self.costs, kind, limit, self.curves, self.options, self.layers)
+            yield "widths and ranks", both.sizes
         start = self.costs.at(kind, {})
         for share in SPLITS:
             cost = limit**share * start ** (1 - share)
-            yield f"widths to {cost:,.0f}, then ranks", self._sizes(cost)
+            yield f"widths to {amount(kind, cost)}, then ranks", self._sizes(cost)
 
     def _sizes(self, limit: float) -> dict[str, int]:
-        return allocate_to(self.graph, self.curves, partial(self.costs.at, self.goal.kind), limit)
+        """The widths for a cost; for a latency those with the most multiply-accumulates that are fast enough."""
+        if self.goal.kind != "latency":
+            return allocate_to(self.graph, self.curves, partial(self.costs.at, self.goal.kind), limit)
+        allocated = partial(allocate_to, self.graph, self.curves, partial(self.costs.at, "macs"))
+        low, high, limit = 0.0, self.costs.at("macs", {}), NEAR * limit
+        best = allocated(low)
+        for _ in range(BISECTIONS):
+            middle = (low + high) / 2
+            sizes = allocated(middle)
+            if self.costs.at("latency", sizes) <= limit:
+                best, low = sizes, middle
+            else:
+                high = middle
+        return best
 
     def tried(
         self,
@@ -273,18 +302,12 @@ class Search:
             return surgery.graph, None
         return surgery.graph, factorize_by(self.model, self._select, undo, None, "auto", batches, optimizers)
 
-    def _select(self, requests: Sequence[Request], seen: Observations | None) -> Sequence[Choice]:
+    def _select(self, work: Work) -> Selected:
         assert self.loss is not None
-        limit = self.goal.limit
-        return within_budget(
-            self.model,
-            requests,
-            seen,
-            most_parameters=limit if self.goal.kind == "params" else None,
-            most_macs=limit if self.goal.kind == "macs" else None,
-            most_bytes=limit if self.goal.kind == "bytes" else None,
-            loss=self.loss,
-        )
+        if self.goal.kind == "latency":
+            return work.within_latency(self.goal.limit, self.goal.example_inputs, self.loss)
+        name, limit = {"params": "parameters"}.get(self.goal.kind, self.goal.kind), int(self.goal.limit)
+        return within_budget(work.model, work.requests, work.seen, loss=self.loss, **{f"most_{name}": limit}), {}
 
 
 def _in_graph(request: Request, seen: Observations) -> LayerInGraph:
@@ -315,6 +338,6 @@ def _best(goal: Goal, found: Sequence[tuple[Attempt, Mapping[str, int]]]) -> tup
             for attempt, _ in found
         )
         raise ResizeError(
-            f"Compress: no attempt reached {goal.limit:,} {UNITS[goal.kind]}. {reasons}. Take a larger limit."
+            f"Compress: no attempt reached {amount(goal.kind, goal.limit)} {UNITS[goal.kind]}. {reasons}. Take a larger limit."
         )
     return found[min(there)[1]]

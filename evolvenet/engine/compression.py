@@ -12,8 +12,17 @@ from evolvenet.lowrank.report import Factorization
 if TYPE_CHECKING:
     from rich.table import Table
 
-UNITS = {"params": "parameters", "macs": "multiply-accumulates", "bytes": "bytes", "latency": "seconds"}
+UNITS = {"params": "parameters", "macs": "multiply-accumulates", "bytes": "bytes", "latency": "of latency"}
 """{kind of cost: what it is counted in}."""
+
+
+def amount(kind: str, cost: float) -> str:
+    """A cost as text; its unit is `UNITS[kind]`.
+
+    >>> amount("params", 1234.0), amount("latency", 0.00123)
+    ('1,234', '1.23 ms')
+    """
+    return f"{1000 * cost:.3g} ms" if kind == "latency" else f"{cost:,.0f}"
 
 
 @dataclass(frozen=True)
@@ -66,20 +75,17 @@ class Compression:
         assert self.chosen.error is not None
         return self.chosen.error
 
-    def _amount(self, cost: float) -> str:
-        return f"{1000 * cost:.3g} ms" if self.kind == "latency" else f"{cost:,.0f}"
-
     def _rows(self) -> list[tuple[str, str, str]]:
         rows: list[tuple[str, str, str]] = []
         for each in self.attempts:
-            cost = "" if each.cost is None else self._amount(each.cost)
+            cost = "" if each.cost is None else amount(self.kind, each.cost)
             error = each.reason or "" if each.error is None else f"{each.error:.2g}"
             rows.append((f"{each.name}{' (chosen)' if each is self.chosen else ''}", cost, error))
         return rows
 
     def _caption(self) -> str:
-        unit = "latency" if self.kind == "latency" else UNITS[self.kind]
-        return f"{self._amount(self.before)} → {self._amount(self.after)} {unit}, output error {self.error:.2g}"
+        before, after = amount(self.kind, self.before), amount(self.kind, self.after)
+        return f"{before} → {after} {UNITS[self.kind]}, output error {self.error:.2g}"
 
     def __str__(self) -> str:
         """The attempts, one line each, and what was reached."""
@@ -93,7 +99,7 @@ class Compression:
 
         table = Table(box=SIMPLE_HEAD, pad_edge=False, caption=self._caption(), caption_justify="left")
         table.add_column("attempt")
-        table.add_column("milliseconds" if self.kind == "latency" else UNITS[self.kind], justify="right", no_wrap=True)
+        table.add_column(UNITS[self.kind].removeprefix("of "), justify="right", no_wrap=True)
         table.add_column("output error")
         for row, each in zip(self._rows(), self.attempts, strict=True):
             table.add_row(*row, style="bold" if each is self.chosen else "dim" if each.error is None else "")

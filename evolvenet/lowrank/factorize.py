@@ -17,7 +17,7 @@ from evolvenet.errors import FactorizationError
 from evolvenet.execution.state_guard import SavedState
 from evolvenet.graph.naming import named_tensors
 from evolvenet.lowrank.attention import Split, of_projections, split_attentions
-from evolvenet.lowrank.budget import within_budget
+from evolvenet.lowrank.budget import Loss, energy_loss, within_budget
 from evolvenet.lowrank.fit import Fitted, Observations, fit, observe
 from evolvenet.lowrank.latency import LatencyBudget, any_factors, fastest, within_latency
 from evolvenet.lowrank.layers import factored
@@ -100,7 +100,7 @@ def factorize(  # noqa: PLR0913  of the budgets at most one is given
     True
     """
 
-    def select(work: _Work) -> Selected:
+    def select(work: Work) -> Selected:
         if not _budgeted(ranks, parameters=parameters, macs=macs, bytes=bytes, latency=latency):
             return work.by_rules(common=not isinstance(ranks, Mapping))
         if latency is not None:
@@ -110,7 +110,7 @@ def factorize(  # noqa: PLR0913  of the budgets at most one is given
         ), {}
 
     with ExitStack() as undo:
-        report = _factorized(_Work.of(model, ranks, kinds, batches, undo), select, optimizers, undo)
+        report = factorize_by(model, select, undo, ranks, kinds, batches, optimizers)
         undo.pop_all()
     return report
 
@@ -118,8 +118,8 @@ def factorize(  # noqa: PLR0913  of the budgets at most one is given
 Selected = tuple[Sequence[Choice], Mapping[str, Any]]
 """What becomes of each layer, and further arguments of the `Factorization`."""
 
-Select = Callable[[Sequence[Request], Observations | None], Sequence[Choice]]
-"""(requests, what was observed with batches) → what becomes of each layer."""
+Select = Callable[["Work"], Selected]
+"""What is factorized → what becomes of each layer."""
 
 
 @torch.no_grad()
@@ -149,16 +149,7 @@ def factorize_by(
     Raises:
         FactorizationError, SpectrumError, TraceError: as `factorize`.
     """
-    work = _Work.of(model, ranks, kinds, batches, undo)
-    return _factorized(work, lambda work: (select(work.requests, work.seen), {}), optimizers, undo)
-
-
-def _factorized(
-    work: _Work,
-    select: Callable[[_Work], Selected],
-    optimizers: Optimizer | Sequence[Optimizer],
-    undo: ExitStack,
-) -> Factorization:
+    work = Work.of(model, ranks, kinds, batches, undo)
     choices, found = select(work)
     fitted = work.fitted(choices)
     report = Factorization(tuple(_reported(choice, fitted, work.moments) for choice in choices), **found)
@@ -189,7 +180,7 @@ def _budgeted(ranks: object, **budgets: float | None) -> bool:
 
 
 @dataclass(frozen=True, eq=False)
-class _Work:
+class Work:
     """What is factorized.
 
     Args:
@@ -207,7 +198,7 @@ class _Work:
     first: Any = None
 
     @classmethod
-    def of(cls, model: nn.Module, ranks: Any, kinds: Any, batches: Iterable[Any] | None, undo: ExitStack) -> _Work:
+    def of(cls, model: nn.Module, ranks: Any, kinds: Any, batches: Iterable[Any] | None, undo: ExitStack) -> Work:
         """Split the attentions, and observe the layers; arguments as for `factorize_by`."""
         named = [*_names(ranks), *_names(kinds)] if isinstance(ranks, Mapping) else None
         splits = split_attentions(model, named, undo)
@@ -233,13 +224,20 @@ class _Work:
         choices = search.common(self.requests, rules[0]) if common else search.one_by_one(self.requests)
         return choices, {"searches": tuple(search.searches), "evaluations": search.evaluations}
 
-    def within_latency(self, limit: float) -> Selected:
-        """Choices by measured time, and what belongs in the report."""
+    def within_latency(self, limit: float, inputs: Any = None, loss: Loss = energy_loss) -> Selected:
+        """Choices by measured time, and what belongs in the report.
+
+        Args:
+            limit: seconds of a forward pass.
+            inputs: of that pass; the first batch by default.
+            loss: of factors, see `budget.within_budget`.
+        """
         if self.seen is None:
             raise FactorizationError(
                 "Budget: expected batches with `latency`, got none. The first one is what is timed."
             )
-        budget = LatencyBudget(self.model, self.first, limit, self._with_any_values, fastest)
+        timed = self.first if inputs is None else inputs
+        budget = LatencyBudget(self.model, timed, limit, self._with_any_values, fastest, loss)
         choices, found = within_latency(budget, self.requests, self.seen)
         return choices, {"seconds": found}
 

@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from evolvenet.graph.width_graph import Segment, WidthGraph
-from evolvenet.lowrank.base import LayerShape
+from evolvenet.lowrank.base import LayerShape, Ranks
 from evolvenet.lowrank.budget import Option, chain_macs
 from evolvenet.lowrank.fit import Extent
 from evolvenet.measurement.cost import Costs
-from evolvenet.pruning.allocation import Curve, convex, fit_to_cost, smallest
+from evolvenet.pruning.allocation import Curve, convex, fit_to_cost, possible_sizes
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,11 @@ class LayerInGraph:
         transposed = any(extent.transposed for extent in self.extents)
         outputs, inputs = reversed(lengths) if transposed else lengths
         return replace(self.shape, outputs=outputs, inputs=inputs)
+
+    def ranks_at(self, graph: WidthGraph, sizes: Mapping[str, int], option: Option) -> Ranks:
+        """The ranks of some factors at these widths: none above what the shape allows."""
+        assert option.kind is not None
+        return option.kind.capped(self.shape_at(graph, sizes), option.ranks)
 
     def saved(self, kind: str, shape: LayerShape, option: Option) -> float:
         """What factors save of the whole layer's cost, 0 where they cost more.
@@ -101,7 +106,7 @@ def joint(
     """
     places = {f"{layer}\n": layer for layer in options}  # no width has such a name
     widths = {name: convex(curve) for name, curve in curves.items()}
-    every = {name: range(smallest(graph.widths[name]), graph.sizes[name] + 1) for name in widths}
+    every = {name: possible_sizes(graph.widths[name]) for name in widths}
 
     def cost(sizes: Mapping[str, int]) -> float:
         own = {name: size for name, size in sizes.items() if name not in places}

@@ -20,7 +20,16 @@ from evolvenet.execution.sampling import samples_in
 from evolvenet.execution.step import run_model
 from evolvenet.graph.index_map import laid_out_as
 from evolvenet.lowrank.base import Kind, LayerShape, Ranks
-from evolvenet.lowrank.budget import LayerCost, chain_macs, choices_of, factorizable, least_loss, options_of
+from evolvenet.lowrank.budget import (
+    LayerCost,
+    Loss,
+    chain_macs,
+    choices_of,
+    energy_loss,
+    factorizable,
+    least_loss,
+    options_of,
+)
 from evolvenet.lowrank.fit import Extent, Observations
 from evolvenet.lowrank.layers import factored
 from evolvenet.lowrank.plan import Choice, Request, possible
@@ -81,6 +90,7 @@ class LatencyBudget:
         limit: seconds.
         installed: choices → a context in which the model has factors of these kinds and ranks, of any values.
         timer: measures.
+        loss: of factors, see `budget.within_budget`.
     """
 
     model: nn.Module
@@ -88,6 +98,7 @@ class LatencyBudget:
     limit: float
     installed: Callable[[Sequence[Choice]], AbstractContextManager[Any]]
     timer: Timer
+    loss: Loss = energy_loss
 
     def measured(self, choices: Sequence[Choice]) -> float:
         """Seconds of the model's forward pass with these factors."""
@@ -124,7 +135,7 @@ def within_latency(
         return [Choice(each.target, refusal=each.target.refusal or reason) for each in requests], (before, before)
     rows = samples_in(budget.batch)
     costs = {name: timed(each, seen.extents[name], rows, budget.timer) for name, each in factorizable(requests).items()}
-    options = {name: options_of(each, seen, costs[name]) for name, each in factorizable(requests).items()}
+    options = {name: options_of(each, seen, costs[name], budget.loss) for name, each in factorizable(requests).items()}
     reasons = {name: costs[name].reason for name in options if len(options[name]) == 1}
 
     def at(limit: int) -> tuple[list[Choice], float, int]:

@@ -163,8 +163,17 @@ def _timed(model: nn.Module, graph: WidthGraph, example_inputs: Any, sizes: Mapp
             maps[width.name] = IndexMap.grow(width.size, many) if many else few
     trial = copy.deepcopy(model).eval()
     install(trial, compile_surgery(trial, graph, maps))
-    with torch.set_grad_enabled(graph.differentiates):
-        return min(seconds(lambda: run_model(trial, example_inputs)) for _ in range(TIMINGS))
+    return latency(trial, example_inputs, graph.differentiates)
+
+
+def latency(model: nn.Module, example_inputs: Any, gradients: bool = False) -> float:
+    """Seconds of an eval forward pass, the least of `TIMINGS`, measured on this machine as it is.
+
+    >>> latency(nn.Linear(4, 3), torch.zeros(2, 4)) > 0
+    True
+    """
+    with isolated(model, gradients=gradients):
+        return min(seconds(lambda: run_model(model, example_inputs)) for _ in range(TIMINGS))
 
 
 def seconds(run: Callable[[], object]) -> float:

@@ -166,8 +166,17 @@ def allocate_to(
         limit: of the cost.
     """
     hulls = {name: convex(curve) for name, curve in curves.items()}
-    options = {name: range(smallest(graph.widths[name]), graph.sizes[name] + 1) for name in hulls}
+    options = {name: possible_sizes(graph.widths[name]) for name in hulls}
     return {**graph.sizes, **fit_to_cost(hulls, options, graph.sizes, cost, limit)}
+
+
+def possible_sizes(width: Width) -> list[int]:
+    """The sizes that a cut may give a width, ascending: multiples of its step, and its present size.
+
+    >>> possible_sizes(Width("0", size=7, step=3))
+    [3, 6, 7]
+    """
+    return [size for size in range(smallest(width), width.size + 1) if size % width.step == 0 or size == width.size]
 
 
 def fit_to_cost(
