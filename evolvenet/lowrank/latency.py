@@ -68,15 +68,18 @@ Timer = Callable[[Sequence[Run]], Sequence[float]]
 
 
 def fastest(runs: Sequence[Run]) -> list[float]:
-    """Seconds of each run: the least of several, taken in turns, so that other load on the machine meets all of them."""
-    for run in runs:
-        run.function()
+    """Seconds of each run: the least of several, taken in turns, so that other load on the machine meets all of them.
+
+    Before it is timed each runs once more: else the ones after a large run would pay for what it drove out of the caches.
+    """
     found = [math.inf] * len(runs)
     started, (least, most) = time.perf_counter(), ROUNDS
     for number in range(most):
         if number >= least and time.perf_counter() - started > SPAN:
             break
-        found = [min(before, seconds(run.function)) for before, run in zip(found, runs, strict=True)]
+        for place, run in enumerate(runs):
+            run.function()
+            found[place] = min(found[place], seconds(run.function))
     return found
 
 

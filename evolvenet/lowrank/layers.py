@@ -179,8 +179,11 @@ class FactoredLayer(Replacement, nn.Sequential):
     @property
     def ranks(self) -> Ranks:
         """The widths between its layers, per channel group."""
-        inputs = self._inputs()
-        return kind_named(self.kind).ranks_of([factor[0] for factor in self._canonical()], inputs)
+        groups = self._groups()
+        # Shapes alone: weights of a quantized chain are of a type that has no views.
+        shapes = [(layer, layer.get_parameter("weight").shape) for layer in self.factors]
+        factors = [canonical(layer, torch.empty(shape, device="meta"), groups)[0] for layer, shape in shapes]
+        return kind_named(self.kind).ranks_of(factors, self._inputs())
 
     @property
     def merged_weight(self) -> Tensor:

@@ -27,6 +27,7 @@ from evolvenet.measurement.cost import macs
 from evolvenet.report import summary_table, write_report
 from experiments.data.images import ImageData
 from experiments.training.classifier import Classifier
+from experiments.training.compression import Compression, compression_lines, compression_table
 from experiments.training.points import Points, draw_front, front_table, tested
 from experiments.training.progress import Progress
 
@@ -99,6 +100,7 @@ def run_config(config: DictConfig) -> float:
             evolution=instantiate(config.evolve),
             points=instantiate(config.points),
             callbacks=instantiate(config.callbacks),
+            compression=instantiate(config.compression),
         )
 
 
@@ -110,6 +112,7 @@ def run(
     evolution: WidthEvolution | None = None,
     points: Points | None = None,
     callbacks: Sequence[lightning.Callback] = (),
+    compression: Compression | None = None,
 ) -> float:
     """Train, test once, and leave `result.json`, `report.html` and `last.ckpt` in `config.output`.
 
@@ -124,6 +127,7 @@ def run(
         evolution: the callback that changes the widths, None for fixed widths.
         points: the callback that saves the points of a front, None for a run with a single result.
         callbacks: further callbacks.
+        compression: compares the trained network with compressed copies of it, None for none.
 
     Returns:
         The last validation accuracy.
@@ -155,6 +159,8 @@ def run(
     history = (evolution and evolution.history) or _unchanged(start)
     ends = {"start": start, "end": _size(classifier.model, data.example)}
     result: dict[str, Any] = {**_result(config, ends, measured, curve, history), "front": front}
+    if compression:
+        result["compression"] = compression(classifier.model, data)
     (output / RESULT).write_text(json.dumps(result, indent=1), encoding="utf-8")
     _present(result, history, output)
     return float(result["val_acc"] or 0.0)
@@ -193,18 +199,26 @@ def _result(
 
 
 def _present(result: Mapping[str, Any], history: History, output: Path) -> None:
-    front = result["front"]
+    front, rows = result["front"], result.get("compression", {}).get("rows", [])
     facts = {
         **{f"test accuracy at {point['parameters']:,}": f"{point['test_acc']:.2%}" for point in front[:-1]},
         "test accuracy": f"{result['test_acc']:.2%}",
         "time": f"{result['seconds']:.0f} s for {result['steps']:,} steps",
+        **{f"{row['network']} {row['state']}": _line(row) for row in rows if row["state"] == "+ epoch"},
     }
     pictures = {"The front": draw_front(front)} if front else {}
     report = write_report(history, output, result["title"], {"validation accuracy": result["curve"]}, facts, pictures)
     Console().print(summary_table(history, result["title"], facts))
     if front:
         Console().print(front_table(front))
+    if rows:
+        Console().print(compression_table(rows))
+        (output / "compression.md").write_text("\n".join(compression_lines([result["compression"]])), encoding="utf-8")
     print(f"report: {report}")
+
+
+def _line(row: Mapping[str, Any]) -> str:
+    return f"{row['accuracy']:.2%} with {row['parameters']:,}"
 
 
 def _size(model: nn.Module, example: Tensor) -> dict[str, int]:

@@ -20,8 +20,8 @@ from experiments.training.sweep import draw_sweep, sweep_table
 from tests.helpers.experiments import configuration, train, write_numbered
 from tests.helpers.paths import CONF, ROOT
 
-# What evolving runs are compared with: no widths of theirs are EvolveNet's to change. Each is run by a test of its own.
-CONTROLS = ("_scratch", "_uniform", "_torch_pruning")
+# What evolving runs are compared with, and low rank after training: no widths change. Each is run by a test of its own.
+CONTROLS = ("_scratch", "_uniform", "_torch_pruning", "_lenet")
 EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml") if not path.stem.endswith(CONTROLS))
 UNPADDED = ["model.width=8", "model.inside=[12,12]"]
 SMALL = {
