@@ -217,11 +217,12 @@ def compression_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     return table
 
 
-def compression_lines(results: Sequence[Mapping[str, Any]]) -> list[str]:
+def compression_lines(results: Sequence[Mapping[str, Any]], names: Sequence[str] = ()) -> list[str]:
     """The rows as Markdown, mean ± standard deviation over several runs, and a table of the classes.
 
     Args:
         results: of `Compression`, one for each run, of the same schemes.
+        names: of the classes; numbers by default.
     """
     groups = [list(each) for each in zip(*(result["rows"] for result in results), strict=True)]
     classes = [
@@ -229,11 +230,11 @@ def compression_lines(results: Sequence[Mapping[str, Any]]) -> list[str]:
         for rows in groups
         if rows[0]["state"] not in INT8
     ]
-    count = len(classes[0]) - 2
+    heads = names or [f"class {number}" for number in range(len(classes[0]) - 2)]
     return [
         *markdown(_heads(), [_cells(rows) for rows in groups], text=(0, 1)),
         "",
-        *markdown(["network", "state", *(f"class {number}" for number in range(count))], classes, text=(0, 1)),
+        *markdown(["network", "state", *heads], classes, text=(0, 1)),
     ]
 
 
