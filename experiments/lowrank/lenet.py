@@ -34,11 +34,11 @@ the least of many in turns, mean over the runs.
 
 _READ = """## What the tables say
 
-- EVBMF with plain factors costs a LeNet a fourth of its accuracy, some classes all of it, and an epoch brings most of that back,
-  but not all. As many parameters, allocated by `factorize` and fitted to outputs, lose a point without any training.
-- Of the schemes with CP none is faster at a batch of one, and all are slower there than their multiply-accumulates say: a chain of
-  four layers in the place of one is mostly calls. At 64 images they save some of the time.
-- 8 bits cost no accuracy here. They shrink files to about a third, and nothing becomes faster: without compilation weights
+- EVBMF with plain factors costs a LeNet a fourth of its accuracy, and one class nearly all of it; an epoch brings most of that
+  back, but not all. As many parameters, allocated by `factorize` and fitted to outputs, lose a point without any training.
+- No scheme is faster at a batch of one, whatever its multiply-accumulates say: a chain of four small layers in the place of one
+  is mostly calls. At 64 images the schemes with CP save some of the time.
+- 8 bits cost no accuracy here. They shrink files to two fifths or less, and nothing becomes faster: without compilation weights
   are converted in each pass, and dynamic quantization of layers as small as these takes several times as long.
 """
 
