@@ -228,8 +228,8 @@ def _exchange(model: nn.Module, share: float, dense: bool, decompose: bool) -> N
 
 
 METHODS = {
-    "both": Method("**widths and ranks** (`compress`)", both),
-    "widths": Method("widths alone", widths),
+    "both": Method("**widths and ranks** (`compress`)", both, costs=ALL),
+    "widths": Method("widths alone", widths, costs=ALL),
     "auto": Method('ranks, "auto", whitened', factorized("auto", True), kernels=True, costs=ALL),
     "svd": Method("ranks, SVD, whitened", factorized("svd", True)),
     "spatial": Method("ranks, spatial SVD, whitened", factorized("spatial", True), kernels=True),
