@@ -58,7 +58,8 @@ def write_page(path: Path, cache: Path) -> None:
     lines = [
         "# Widths and ranks compared",
         "",
-        f"Written by `make compare-lowrank` (`python -m experiments.compare.lowrank`) {machine_line()}, page at git {commit()}; one shot unless it says otherwise.",
+        f"Written by `make compare-lowrank` (`python -m experiments.compare.lowrank`) {machine_line()}; page at git "
+        f"{commit()}, results at the commits named below.",
         "",
         *markdown(["goal, one shot", "measured", ""], list(goals(found, trained)), text=(0, 1, 2)),
         "",
