@@ -138,7 +138,8 @@ class Within:
     For all layers, `factorize(model, Within(…))`, one share of energy that each of them keeps is bisected. For layers by name,
     `factorize(model, {"conv2": Within(…), "fc": Within(…)})`, the rank of each is bisected, in the order of execution, behind
     the layers found before. Each adds its drop: the metric stays within the sum of the drops so far of the model's value at the
-    start. What one layer does not use of its drop is there for the next ones. A layer of which no rank is found stays whole.
+    start. What one layer does not use of its drop is there for the next ones, if they have the same `evaluate`. The four
+    projections of an attention have a drop each. A layer of which no rank is found stays whole.
 
     Bisection rests on this: if a rank is within the tolerance, so are all larger ones. Therefore two smaller ranks than the
     one found are measured as well. Where one of them is within the tolerance, it is taken, and a warning says that the metric

@@ -114,6 +114,15 @@ def test_hooks_do_not_run_while_layers_are_timed(monkeypatch: pytest.MonkeyPatch
     assert shapes <= {(8, 1152)}
 
 
+def test_a_layer_that_does_not_run_stays_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    use(monkeypatch, synthetic)
+    model, x = network(), images()
+    model[5].register_module("unused", nn.Linear(64, 64))
+    report = evolvenet.factorize(model, batches=[x], latency=0.7 * synthetic(model, x))
+    assert report["5.unused"].kind is None
+    assert report["5"].kind is not None
+
+
 def test_attentions_grouped_and_transposed_layers_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(
