@@ -12,7 +12,7 @@ from datetime import date
 from pathlib import Path
 from statistics import fmean, stdev
 
-LIBRARIES = ("torch", "torchvision", "timm", "transformers", "torch-pruning")
+LIBRARIES = ("torch", "torchvision", "timm", "transformers", "torch-pruning", "torchao")
 
 
 def versions() -> dict[str, str]:

@@ -19,7 +19,8 @@ CLASSES = ("airplane", "car", "bird", "cat", "deer", "dog", "frog", "horse", "sh
 _TEXT = """
 Accuracy on the test split, %, mean ± standard deviation (of a sample). **kB**: the state dict as a file. **Time, 1** and
 **time, 64**: of a forward pass of 1 and 64 images on one thread, relative to the original's ({first:.2f} and {second:.2f} ms),
-the least of many in turns, mean over the runs.
+the least of many in turns, median over the runs. The machine had other work to do, and networks of the same shapes
+differ by up to 7 %.
 
 - **original**: as trained. **+ epoch**: after one more epoch (AdamW, 1e-3 at the highest, falling to 0), in the factorized
   networks on the factors. The original gets that epoch as well, since the epoch alone helps.
@@ -35,7 +36,8 @@ the least of many in turns, mean over the runs.
 _READ = """## What the tables say
 
 - EVBMF with plain factors costs a LeNet a fourth of its accuracy, and one class nearly all of it; an epoch brings most of that
-  back, but not all. As many parameters, allocated by `factorize` and fitted to outputs, lose a point without any training.
+  back, but not all. As many parameters, allocated by `factorize` and fitted to outputs, lose a point without any training;
+  they have twice the multiply-accumulates, since CP saves most of these in conv2.
 - No scheme is faster at a batch of one, whatever its multiply-accumulates say: a chain of four small layers in the place of one
   is mostly calls. At 64 images the schemes with CP save some of the time.
 - 8 bits cost no accuracy here. They shrink files to two fifths or less, and nothing becomes faster: without compilation weights

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import islice
-from statistics import fmean
+from statistics import fmean, median
 from typing import Any, TypeVar
 
 import torch
@@ -218,7 +218,7 @@ def compression_table(rows: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def compression_lines(results: Sequence[Mapping[str, Any]], names: Sequence[str] = ()) -> list[str]:
-    """The rows as Markdown, mean ± standard deviation over several runs, and a table of the classes.
+    """The rows as Markdown, over several runs mean ± standard deviation (times: median), and a table of the classes.
 
     Args:
         results: of `Compression`, one for each run, of the same schemes.
@@ -252,5 +252,5 @@ def _cells(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         f"{fmean(row['parameters'] for row in rows):,.0f}",
         f"{fmean(row['macs'] for row in rows) / 1e6:.2f} M",
         f"{fmean(row['kilobytes'] for row in rows):,.0f}",
-        *(f"{fmean(each[size] for each in latency):.2f}" for size in BATCHES),
+        *(f"{median(each[size] for each in latency):.2f}" for size in BATCHES),
     ]
