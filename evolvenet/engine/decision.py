@@ -35,6 +35,6 @@ def decide(
         return {}, {}
     with stage("policy"):
         context = data.context(initial, pending_cut and pending_cut.state)
-        proposals = rounded(check_proposals(policy.propose(context), data.graph), data.graph)
+        proposals = rounded(check_proposals(policy.propose(context), context.graph), context.graph)
         # Which units are pruned depends on the statistics, also where the policy's sizes do not.
         return (data.statistics if proposals else data.measured), proposals

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -14,12 +14,14 @@ from evolvenet.errors import stage
 from evolvenet.graph.width_graph import WidthGraph
 from evolvenet.growth.loss_test import Gradients, evidence
 from evolvenet.growth.plan import plan_growth
+from evolvenet.lowrank.fit import Observations
+from evolvenet.lowrank.layer_ranks import LayerRanks, LowRank, costs_of
+from evolvenet.lowrank.rank_statistics import observe_whole, rank_statistics, rank_trials
 from evolvenet.measurement.activation_moments import ActivationMoments, collect
-from evolvenet.measurement.cost import Costs
 from evolvenet.measurement.past_events import PastEvents
 from evolvenet.measurement.width_statistics import WidthStatistics, width_statistics
 from evolvenet.policies.base import PolicyContext
-from evolvenet.pruning.allocation import trial_curves
+from evolvenet.pruning.allocation import SHARES, Curve, trial_curves
 from evolvenet.pruning.reconstruction import TRAINING_LIMITS, reconstruct
 from evolvenet.pruning.selection import plan_prune
 from evolvenet.surgery.resize_model import Surgery
@@ -38,6 +40,7 @@ class EventData:
         past: this event's number and share of the run, and what the events before it left.
         previous: share of the run that was done at the event before, 0 at the first one; None where the run's length is unknown.
         seed: of the run; new units draw from `seed` + the event's number.
+        lowrank: how layers may be factorized; None where ranks are not in question.
     """
 
     model: nn.Module
@@ -48,6 +51,18 @@ class EventData:
     past: PastEvents
     previous: float | None
     seed: int
+    lowrank: LowRank | None = None
+
+    @cached_property
+    def ranks(self) -> LayerRanks | None:
+        """The ranks of all layers, of whole ones as well; None where ranks are not in question."""
+        return self.lowrank and self.lowrank.ranks(self.model, self.graph, self.example_inputs)
+
+    @cached_property
+    def whole_layers(self) -> Observations | None:
+        """Second moments of the inputs of whole layers that may be factorized, from one more forward pass."""
+        with stage("statistics"):
+            return observe_whole(self.model, self.ranks, self.batches) if self.ranks is not None else None
 
     @cached_property
     def moments(self) -> ActivationMoments:
@@ -60,7 +75,10 @@ class EventData:
         """{width: its statistics}."""
         moments = self.moments
         with stage("spectra"):
-            return width_statistics(self.model, self.graph, moments, self.past)
+            found = width_statistics(self.model, self.graph, moments, self.past)
+            if self.ranks is not None and self.whole_layers is not None:
+                found |= rank_statistics(self.model, self.ranks, self.whole_layers, self.past)
+            return found
 
     @property
     def measured(self) -> dict[str, WidthStatistics]:
@@ -75,18 +93,25 @@ class EventData:
             state: what a judging policy kept.
         """
         return PolicyContext(
-            self.graph,
+            self.graph if self.ranks is None else self.ranks.extended,
             self.past.progress,
             initial,
             state,
             self.previous,
             measure=lambda: self.statistics,
-            count_costs=lambda: Costs.of(self.model, self.graph, self.example_inputs),
-            run_trials=partial(trial_curves, self.model, self.graph, self.batches),
+            count_costs=lambda: costs_of(self.model, self.graph, self.example_inputs, self.ranks),
+            run_trials=self.trials,
             run_loss_tests=lambda sizes: evidence(
                 self.model, self.graph, sizes, self.batches, self.gradients, self.generator()
             ),
         )
+
+    def trials(self, shares: Sequence[float] = SHARES) -> dict[str, Curve]:
+        """See `PolicyContext.trials`."""
+        found = trial_curves(self.model, self.graph, self.batches, shares)
+        if self.ranks is not None and self.whole_layers is not None:
+            found |= rank_trials(self.model, self.ranks, self.whole_layers, self.batches, shares)
+        return found
 
     def plan_pruning(self, sizes: Mapping[str, int]) -> Surgery:
         """The surgery that prunes widths to smaller sizes, their consumers fitted to the outputs that they had."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any, cast
@@ -31,6 +31,7 @@ from evolvenet.engine.functional import as_list
 from evolvenet.engine.history import Event, History, WidthChange, changed
 from evolvenet.engine.invariants import ModelReference, check_resizable, validate
 from evolvenet.engine.original_widths import OriginalWidths, at_first_sizes
+from evolvenet.engine.proposals import apply_proposals
 from evolvenet.engine.run_checks import unreachable, warn
 from evolvenet.engine.snapshot import PendingCut, Snapshot, roll_back
 from evolvenet.engine.transaction import Transaction
@@ -40,11 +41,12 @@ from evolvenet.execution.step import Step, batch_of
 from evolvenet.graph.restriction import Patterns, Restriction
 from evolvenet.graph.serialization import check_fits, from_state_dict, to_state_dict
 from evolvenet.graph.width_graph import WidthGraph
+from evolvenet.lowrank.layer_ranks import low_rank
 from evolvenet.measurement.calibration import LEAST, batches_needed, places_per_sample
 from evolvenet.measurement.cost import macs, parameters
 from evolvenet.measurement.past_events import PastEvents
 from evolvenet.measurement.width_statistics import ranks_and_energies
-from evolvenet.policies.base import JudgingPolicy, Policy, Proposal, judged_metric
+from evolvenet.policies.base import JudgingPolicy, Policy, judged_metric
 from evolvenet.surgery.checkpoint import WidthRecord, fit_shapes
 from evolvenet.surgery.width_record import remember_widths
 from evolvenet.tracing.unreached import trace_for_training
@@ -124,17 +126,23 @@ class Evolver:
         if not path:
             self._restriction.check((name for name, _ in model.named_modules()), self.graph)
         remember_widths(model, self.graph)
+        self.lowrank = low_rank(policy, self._restriction, path)
         self._macs = macs(self.model, self.example_inputs, self.graph.differentiates)
         self.history = History(self._event(0, (), parameters(model), 0.0), frozen=self.graph.reasons)
         self.calibration_batches, self._seed = calibration_batches, seed
         self._buffer = BatchBuffer(example_inputs, calibration_batches or LEAST)
         self._observed, self._past, self._failures = 0, PastEvents(), FailurePolicy()
-        warn(unreachable(policy, model, self.graph, self.example_inputs))
+        warn(unreachable(policy, model, self.graph, self.example_inputs, self.lowrank))
 
     @property
     def off(self) -> str | None:
         """Why widths stay as they are for the rest of the run; None while they may change."""
         return self._failures.off
+
+    @property
+    def has_changed(self) -> bool:
+        """Whether any width has other units than at the start, or a layer has become a chain."""
+        return self.original.has_changed or self.original.made_chains(self.graph)
 
     @property
     def observed(self) -> int:
@@ -336,15 +344,17 @@ class Evolver:
         """
         with stage("batch gathering"):
             batches, gradients = self._buffer.gather(group)
+        inputs = self.example_inputs
         data = EventData(
-            self.model, self.graph, self.example_inputs, batches, gradients, self._past, previous, self._seed
+            self.model, self.graph, inputs, batches, gradients, self._past, previous, self._seed, self.lowrank
         )
         initial = self.history.initial.sizes
         measures, proposals = run_on_rank_0(group, lambda: decide(self.policy, data, initial, self._pending_cut))
-        self._past = self._past.with_energies({name: each.energies for name, each in measures.items()})
+        known = {name: each.energies for name, each in measures.items() if name in self.graph.widths}
+        self._past = self._past.with_energies(known)
         past, own = None, self.graph.differentiates
         with stage("policy"):
-            due = any(proposal.size != self.graph.sizes[name] for name, proposal in proposals.items())
+            due = any(proposal.size != self.graph.sizes.get(name) for name, proposal in proposals.items())
         if due:
             with stage("validation"):
                 before = run_on_all_ranks(group, lambda: ModelReference.of(self.model, self.example_inputs, own))
@@ -353,13 +363,12 @@ class Evolver:
             with stage("snapshot"):
                 past = run_on_all_ranks(group, lambda: self._take_snapshot(copies)) if self._pending_cut else None
                 self._original_before_cut = self.original
-            self._apply(
-                Transaction(group, self.model, self.optimizers, copies, batches, undo, changes), proposals, data
-            )
+            change = Transaction(group, self.model, self.optimizers, copies, batches, undo, changes)
+            found = apply_proposals(change, proposals, data, self.original, self._past, initial)
+            self.graph, self.original, self._past = found
             with stage("validation"):
-                run_on_all_ranks(
-                    group, lambda: validate(self.model, self.graph, self.optimizers, self.example_inputs, before)
-                )
+                kept = before.with_layers_of(self.model) if self.lowrank else before
+                run_on_all_ranks(group, lambda: validate(self.model, self.graph, self.optimizers, inputs, kept))
             with stage("cost count"):
                 self._macs = run_on_all_ranks(group, lambda: macs(self.model, self.example_inputs, own))
             with stage("after_change"):
@@ -368,19 +377,6 @@ class Evolver:
         if self._pending_cut:
             self._pending_cut.record(past, [change.width for change in changes])
         return ranks_and_energies(measures, self.graph.sizes)
-
-    def _apply(self, transaction: Transaction, proposals: Mapping[str, Proposal], data: EventData) -> None:
-        """Prune first, then grow: what grows is added to the pruned model, within the parameters that were freed."""
-        sizes = self.graph.sizes
-        down = {name: proposal.size for name, proposal in proposals.items() if proposal.size < sizes[name]}
-        up = {name: proposal.size for name, proposal in proposals.items() if proposal.size > sizes[name]}
-        plans = ((down, lambda: data.plan_pruning(down)), (up, lambda: data.plan_growth(self.graph, up)))
-        for part, plan in plans:
-            if part:
-                before = self.graph.sizes
-                surgery = transaction.apply(self.graph, plan, {name: proposals[name].reason for name in part})
-                self.graph, self.original = surgery.graph, self.original.after(surgery.maps)
-                self._past = self._past.changed_by(before, self.graph.sizes)
 
     def _record(self, event: Event) -> Event:
         announce(event)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -38,6 +38,11 @@ class ModelReference:
         """Run the model once, in eval mode, with autograd on if `gradients`, and record what a change must keep."""
         found = model_outputs(model, example_inputs, gradients)
         return cls(dict(model.named_parameters()), _shapes(found, example_inputs), _finite(found))
+
+    def with_layers_of(self, model: nn.Module) -> ModelReference:
+        """The same after layers were exchanged: parameters by a name that was there before must be the objects from then."""
+        now = dict(model.named_parameters())
+        return replace(self, parameters={name: self.parameters.get(name, tensor) for name, tensor in now.items()})
 
 
 def validate(

@@ -11,6 +11,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from evolvenet.engine.functional import apply
+from evolvenet.engine.rank_changes import merge_made
 from evolvenet.graph.index_map import NEW_UNIT, IndexMap
 from evolvenet.graph.width_graph import WidthGraph
 from evolvenet.surgery.resize_model import Surgery, compile_surgery
@@ -19,6 +20,8 @@ from evolvenet.surgery.resize_model import Surgery, compile_surgery
 @dataclass(frozen=True)
 class OriginalWidths:
     """The sizes of all widths at the start of a run, and for each present unit its number then.
+
+    Ranks of layers that were whole then are not among them.
 
     Code that takes another route through its layers than any that was traced needs layers to fit that were cut apart.
     At their first sizes all layers fit each other as they did when the model was built.
@@ -49,11 +52,16 @@ class OriginalWidths:
         """Whether any width has other units than at the start, or has them in another order."""
         return any(origin != tuple(range(self.sizes[name])) for name, origin in self.origins.items())
 
+    def made_chains(self, graph: WidthGraph) -> bool:
+        """Whether a layer has become a chain since."""
+        return any(width.rank_of is not None and width.name not in self.sizes for width in graph.widths.values())
+
     def after(self, maps: Mapping[str, IndexMap]) -> OriginalWidths:
         """The same after a change of widths."""
         moved = {
             name: tuple(NEW_UNIT if index == NEW_UNIT else self.origins[name][index] for index in index_map.indices)
             for name, index_map in maps.items()
+            if name in self.origins
         }
         return OriginalWidths(self.sizes, {**self.origins, **moved})
 
@@ -69,7 +77,9 @@ class OriginalWidths:
         sizes, origins = dict(fresh.sizes), dict(fresh.origins)
         for width in after.widths.values():
             known = next((n for tie in width.ties if (n := names.get((tie.tensor, tie.dim))) is not None), None)
-            if known is not None and len(self.origins[known]) == width.size:
+            if width.rank_of is not None and known is None:
+                del sizes[width.name], origins[width.name]
+            elif known is not None and known in self.origins and len(self.origins[known]) == width.size:
                 sizes[width.name], origins[width.name] = self.sizes[known], self.origins[known]
         return OriginalWidths(sizes, origins)
 
@@ -124,6 +134,7 @@ def at_first_sizes(
     Linear(in_features=2, out_features=3, bias=True) {'0': 3}
     """
     with ExitStack() as undo:
+        graph = merge_made(model, graph, original.sizes, optimizers, replicas, undo)
         surgery = original.surgery(model, graph)
         apply(model, surgery, optimizers, undo)
         for replica in replicas:

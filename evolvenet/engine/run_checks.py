@@ -11,7 +11,7 @@ from torch import nn
 
 from evolvenet.engine.distributed import process_group
 from evolvenet.graph.width_graph import WidthGraph
-from evolvenet.measurement.cost import Costs
+from evolvenet.lowrank.layer_ranks import LowRank, costs_of
 from evolvenet.policies.base import Policy, PolicyContext
 from evolvenet.policies.schedule import Schedule
 
@@ -83,7 +83,9 @@ def no_event_possible(
     return f"No event falls into this run, so all widths stay as they are: {why}. Take {remedy}."
 
 
-def unreachable(policy: Policy, model: nn.Module, graph: WidthGraph, example_inputs: Any) -> str | None:
+def unreachable(
+    policy: Policy, model: nn.Module, graph: WidthGraph, example_inputs: Any, lowrank: LowRank | None = None
+) -> str | None:
     """What the policy cannot reach with this network, as its method `unreachable` tells; None if it has none.
 
     Args:
@@ -91,25 +93,36 @@ def unreachable(policy: Policy, model: nn.Module, graph: WidthGraph, example_inp
         model: is left as it was.
         graph: its widths.
         example_inputs: what costs are counted on.
+        lowrank: how layers may be factorized; None where ranks are not in question.
     """
-    return _told(policy, "unreachable", model, graph, example_inputs, graph.sizes)
+    return _told(policy, "unreachable", model, graph, example_inputs, graph.sizes, lowrank)
 
 
 def missed(evolver: Evolver) -> str | None:
     """What the policy has not reached by the end of a run, as its method `missed` tells; None if it has none."""
     initial = evolver.history.initial.sizes
-    return _told(evolver.policy, "missed", evolver.model, evolver.graph, evolver.example_inputs, initial)
+    return _told(
+        evolver.policy, "missed", evolver.model, evolver.graph, evolver.example_inputs, initial, evolver.lowrank
+    )
 
 
 def _told(
-    policy: Policy, method: str, model: nn.Module, graph: WidthGraph, inputs: Any, initial: Mapping[str, int]
+    policy: Policy,
+    method: str,
+    model: nn.Module,
+    graph: WidthGraph,
+    inputs: Any,
+    initial: Mapping[str, int],
+    lowrank: LowRank | None,
 ) -> str | None:
     tell = getattr(policy, method, None)
     if tell is None:
         return None
     progress = 0.0 if method == "unreachable" else 1.0
     try:
-        return tell(PolicyContext(graph, progress, initial, count_costs=lambda: Costs.of(model, graph, inputs)))
+        ranks = lowrank and lowrank.ranks(model, graph, inputs)
+        seen = graph if ranks is None else ranks.extended
+        return tell(PolicyContext(seen, progress, initial, count_costs=lambda: costs_of(model, graph, inputs, ranks)))
     except Exception as problem:
         log.debug("%s of %s fails", method, type(policy).__name__, exc_info=problem)
         return None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -14,10 +14,12 @@ from torch.optim import Optimizer
 from evolvenet._compat.torch import reset_compiled_code
 from evolvenet.engine.distributed import ProcessGroup, run_on_all_ranks
 from evolvenet.engine.invariants import ModelReference, validate
+from evolvenet.engine.rank_changes import restore_chains
 from evolvenet.graph.serialization import from_state_dict, to_state_dict
 from evolvenet.graph.width_graph import WidthGraph
 from evolvenet.policies.base import Judgement, JudgingPolicy
 from evolvenet.surgery.checkpoint import WidthRecord, fit_shapes
+from evolvenet.surgery.module_replacement import Record, replacements
 from evolvenet.surgery.optimizer_state import validate_state
 
 
@@ -30,12 +32,14 @@ class Snapshot:
         graph: the widths.
         width_record: what depends on widths and is not in a state dict, from `WidthRecord.values`.
         states: of each optimizer, what its `state_dict` has under "state".
+        chains: {path: record} of the factorized layers.
     """
 
     networks: Sequence[Mapping[str, Tensor]]
     graph: WidthGraph
     width_record: Mapping[str, Any]
     states: Sequence[Mapping[int, Any]]
+    chains: Mapping[str, Record] = field(default_factory=dict[str, Record])
 
     @classmethod
     def of(
@@ -47,6 +51,7 @@ class Snapshot:
             graph,
             WidthRecord.of(model, graph).values(model),
             [copy.deepcopy(optimizer.state_dict()["state"]) for optimizer in optimizers],
+            {path: module.record() for path, module in replacements(model).items()},
         )
 
     def restore(self, model: nn.Module, optimizers: Sequence[Optimizer], copies: Sequence[nn.Module] = ()) -> None:
@@ -58,6 +63,7 @@ class Snapshot:
         """
         networks = [*self.networks, *[self.networks[0]] * (1 + len(copies) - len(self.networks))]
         for network, values in zip((model, *copies), networks, strict=False):
+            restore_chains(network, self.chains, optimizers if network is model else ())
             fit_shapes(network, values, record=self.width_record)
             tensors = _tensors(network)
             with torch.no_grad():
@@ -76,12 +82,15 @@ class Snapshot:
             "graph": to_state_dict(self.graph),
             "note": dict(self.width_record),
             "states": [dict(each) for each in self.states],
+            "chains": {path: dict(record) for path, record in self.chains.items()},
         }
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Any]) -> Snapshot:
         """The snapshot that `state_dict` was called on."""
-        return cls(state["networks"], from_state_dict(state["graph"]), state["note"], state["states"])
+        return cls(
+            state["networks"], from_state_dict(state["graph"]), state["note"], state["states"], state.get("chains", {})
+        )
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -111,13 +120,18 @@ def roll_back(
     )
     try:
         run_on_all_ranks(group, lambda: past.restore(run.model, run.optimizers, copies))
-        run_on_all_ranks(group, lambda: validate(run.model, past.graph, run.optimizers, run.example_inputs, before))
+        run_on_all_ranks(group, lambda: _validate(past, run, before))
         run_on_all_ranks(group, run.after_change)
     except BaseException:
         present.restore(run.model, run.optimizers, copies)
         run.after_change()
         raise
     reset_compiled_code()
+
+
+def _validate(past: Snapshot, run: TrainingRun, before: ModelReference) -> None:
+    kept = before.with_layers_of(run.model)
+    validate(run.model, past.graph, run.optimizers, run.example_inputs, kept)
 
 
 class PendingCut:

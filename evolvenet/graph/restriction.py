@@ -81,6 +81,17 @@ class Restriction:
                     f"none. Like it are {', '.join(map(repr, like)) or 'none'}; print(evolvenet.trace(model, inputs)) lists all."
                 )
 
+    def permits(self, module: str, path: str = "") -> bool:
+        """Whether a module may change, by its path in a model that lies at `path` in the module whose names are used.
+
+        >>> restriction = Restriction(network="backbone", fixed="stem")
+        >>> [restriction.permits(module) for module in ("backbone.fc", "backbone.stem", "stem", "head")]
+        [True, True, False, False]
+        """
+        if any(_matches(module, pattern, path) for pattern in as_tuple(self.fixed)):
+            return False
+        return self.network is None or any(_matches(module, pattern, path) for pattern in as_tuple(self.network))
+
     def apply(self, graph: WidthGraph, path: str = "") -> WidthGraph:
         """The graph under this restriction.
 

@@ -129,3 +129,11 @@ def _reason(graph: WidthGraph, axis: _Axis) -> str:
         if frozen is not None:
             return f"width {name!r} keeps its size: {frozen}"
     return f"no size of width {' and '.join(map(repr, axis.repeats))} gives it together with the other tensors"
+
+
+def proposed_length(graph: WidthGraph, tensor: str, axis: int, sizes: Mapping[str, int]) -> int:
+    """Places on an axis of a tensor if the named widths had these sizes; the others stay as they are."""
+    segments = graph.layouts[tensor].get(axis)
+    if segments is None:
+        return graph.shapes[tensor][axis]
+    return sum(sizes.get(part.width or "", part.length // part.repeat) * part.repeat for part in segments)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from evolvenet._compat.lightning import trainer_of
 from evolvenet._compat.torch import reset_compiled_code
@@ -87,6 +88,7 @@ class LightningEvolution(EvolutionCallback):
         self._metric: float | None = None
         self._has_trained = False
         self._events_before = 0
+        self._record_handle: RemovableHandle | None = None
 
     def _start_on_all_ranks(
         self, trainer: Trainer, pl_module: LightningModule, find: Callable[[], Subject | None]
@@ -238,7 +240,7 @@ class LightningEvolution(EvolutionCallback):
         Of several processes, one may be in a step that raises while the others wait for its gradients: no exchange that all
         take part in can follow, so nothing is restored there.
         """
-        if self.evolver is None or not self.evolver.original.has_changed:
+        if self.evolver is None or not self.evolver.has_changed:
             return None
         group = process_group()
         if group.size > 1:
@@ -265,7 +267,14 @@ class LightningEvolution(EvolutionCallback):
         assert self.evolver is not None
         record = self._record(self.evolver)
         remember(pl_module, record)
-        self._cleanup.callback(record.register(pl_module).remove)
+        self._forget_record()
+        self._record_handle = record.register(pl_module)
+
+    def _forget_record(self) -> None:
+        """State dicts of the module are written without a record again."""
+        if self._record_handle is not None:
+            self._record_handle.remove()
+        self._record_handle = None
 
     def _record(self, evolver: Evolver) -> WidthRecord:
         root = self._subject.path if self._subject else ""
@@ -293,8 +302,13 @@ class LightningEvolution(EvolutionCallback):
             graph = self._without_bare_copies(evolver.model, graph)
             if graph is not evolver.graph:
                 evolver.adopt(graph)
+        if evolver.lowrank is not None:
+            bare = bare_copies({"": pl_module}, evolver.model)
+            evolver.lowrank = replace(evolver.lowrank, whole=frozenset(name.rpartition(".")[0] for name in bare))
         with default_dtype(trainer), logging_muted(pl_module):
             event = evolver.step(at=trainer.global_step, progress=progress_of(trainer))
+        if evolver.lowrank is not None and event.changes:
+            self._keep_record(pl_module)
         evolver.forget()
         self._stop_recording()
         if self._timer.retried:
@@ -312,6 +326,7 @@ class LightningEvolution(EvolutionCallback):
         if self._first_runs is not None:
             self._first_runs.close()
         self._cleanup.close()
+        self._forget_record()
         self._cleanup.callback(StepGuard(trainer.strategy, self._restore).remove)
         self._cleanup.enter_context(shown_in_progress_bar(trainer, self._shown))
         self.evolver, self._ignores_example = None, True
@@ -327,6 +342,7 @@ class LightningEvolution(EvolutionCallback):
             event = self.evolver.judge(self._metric, at=trainer.global_step)
         self._metric = None
         if event is not None:
+            self._keep_record(pl_module)
             log_event(trainer, event)
 
     def _observe_recorded(self) -> None:
@@ -358,6 +374,7 @@ class LightningEvolution(EvolutionCallback):
         if self._first_runs is not None:
             self._first_runs.close()
         self._cleanup.close()
+        self._forget_record()
         self._first_runs = self._module = None
 
 

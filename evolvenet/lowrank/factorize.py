@@ -35,6 +35,7 @@ from evolvenet.lowrank.plan import (
 from evolvenet.lowrank.rank_choice import Within
 from evolvenet.lowrank.report import Factorization, LayerReport
 from evolvenet.lowrank.tolerance import Evaluate, ToleranceSearch
+from evolvenet.pruning.reconstruction import ONE_SHOT_LIMITS, ReconstructionLimits
 from evolvenet.surgery.module_replacement import exchange_modules
 from evolvenet.surgery.optimizer_parameters import as_list, parameter_names, replace_parameters
 
@@ -198,8 +199,16 @@ class Work:
     first: Any = None
 
     @classmethod
-    def of(cls, model: nn.Module, ranks: Any, kinds: Any, batches: Iterable[Any] | None, undo: ExitStack) -> Work:
-        """Split the attentions, and observe the layers; arguments as for `factorize_by`."""
+    def of(
+        cls,
+        model: nn.Module,
+        ranks: Any,
+        kinds: Any,
+        batches: Iterable[Any] | None,
+        undo: ExitStack,
+        limits: ReconstructionLimits = ONE_SHOT_LIMITS,
+    ) -> Work:
+        """Split the attentions, and observe the layers; arguments as for `factorize_by`, limits as for `observe`."""
         named = [*_names(ranks), *_names(kinds)] if isinstance(ranks, Mapping) else None
         splits = split_attentions(model, named, undo)
         requests = requested(model, of_projections(ranks, splits), of_projections(kinds, splits))
@@ -207,7 +216,7 @@ class Work:
         if batches is None or not layers:
             return cls(model, requests, splits, None)
         listed = batches if isinstance(batches, Tensor) else list(batches)
-        seen = observe(model, layers, listed)
+        seen = observe(model, layers, listed, limits)
         return cls(model, requests, splits, seen, listed[0])
 
     @property

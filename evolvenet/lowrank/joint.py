@@ -6,7 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from evolvenet.graph.width_graph import Segment, WidthGraph
+from evolvenet.graph.sizes import proposed_length
+from evolvenet.graph.width_graph import WidthGraph
 from evolvenet.lowrank.base import LayerShape, Ranks
 from evolvenet.lowrank.budget import Option, chain_macs
 from evolvenet.lowrank.fit import Extent
@@ -34,7 +35,7 @@ class LayerInGraph:
         """The shape if the named widths had these sizes. Where groups of channels can go, all of them stay."""
         if self.weight not in graph.shapes or self.shape.groups > 1:
             return self.shape
-        lengths = [_length(graph, self.weight, axis, sizes) for axis in (0, 1)]
+        lengths = [proposed_length(graph, self.weight, axis, sizes) for axis in (0, 1)]
         transposed = any(extent.transposed for extent in self.extents)
         outputs, inputs = reversed(lengths) if transposed else lengths
         return replace(self.shape, outputs=outputs, inputs=inputs)
@@ -129,8 +130,3 @@ def joint(
         {**graph.sizes, **{name: found[name] for name in widths}},
         {layer: options[layer][found[key]] for key, layer in places.items()},
     )
-
-
-def _length(graph: WidthGraph, tensor: str, axis: int, sizes: Mapping[str, int]) -> int:
-    segments = graph.layouts[tensor].get(axis) or (Segment(None, graph.shapes[tensor][axis]),)
-    return sum(sizes.get(part.width or "", part.length // part.repeat) * part.repeat for part in segments)

@@ -43,6 +43,16 @@ def merge(
       (0): Linear(in_features=10, out_features=10, bias=True)
     )
     """
+    with ExitStack() as undo:
+        merged = merge_by(model, names, optimizers, undo)
+        undo.pop_all()
+    return merged
+
+
+def merge_by(
+    model: nn.Module, names: Iterable[str] | None, optimizers: Optimizer | Sequence[Optimizer], undo: ExitStack
+) -> tuple[str, ...]:
+    """As `merge`; closing `undo` puts the factors back, also what was done before a failure."""
     there = replacements(model)
     wanted = list(there) if names is None else list(names)
     for name in wanted:
@@ -53,16 +63,14 @@ def merge(
     # An attention is put together from its projections once these are whole.
     chains = [name for name in there if any(f"{name}.".startswith(f"{each}.") for each in wanted)]
     chosen = dict.fromkeys(there[name] for name in chains)
-    with ExitStack() as undo:
-        for kind in (FactoredLayer, SplitAttention):
-            wholes: dict[nn.Module, nn.Module] = {}
-            replaced: dict[Tensor, list[Tensor]] = {}
-            for module in chosen:
-                if isinstance(module, kind):
-                    wholes[module] = _whole(module, replaced)
-            exchange_modules(model, wholes, undo)
-            replace_parameters(as_list(optimizers), replaced, parameter_names(model), undo)
-        undo.pop_all()
+    for kind in (FactoredLayer, SplitAttention):
+        wholes: dict[nn.Module, nn.Module] = {}
+        replaced: dict[Tensor, list[Tensor]] = {}
+        for module in chosen:
+            if isinstance(module, kind):
+                wholes[module] = _whole(module, replaced)
+        exchange_modules(model, wholes, undo)
+        replace_parameters(as_list(optimizers), replaced, parameter_names(model), undo)
     return tuple(wanted)
 
 

@@ -86,7 +86,7 @@ def output_losses(
             for kind in () if isinstance(kinds, str) else kinds:
                 points = found.setdefault((request.target.name, kind.name), [])
                 for choice, lost in _trials(request, kind, seen):
-                    with _in_place(choice, seen, shadows):
+                    with in_place(choice, seen, shadows):
                         error = output_error(whole, outputs_on(model, few, gradients))
                     if math.isfinite(error) and error > (points[-1][1] if points else 0.0):
                         points.append((lost, error))
@@ -107,7 +107,7 @@ def _trials(request: Request, kind: Kind, seen: Observations) -> Iterator[tuple[
 
 
 @contextmanager
-def _in_place(choice: Choice, seen: Observations, shadows: Mapping[str, Tensor]) -> Generator[None]:
+def in_place(choice: Choice, seen: Observations, shadows: Mapping[str, Tensor]) -> Generator[None]:
     """The product of a layer's factors in the place of its weight, and what takes up the change of the mean."""
     target, name = choice.target, seen.names[choice.target.name]
     assert choice.kind is not None

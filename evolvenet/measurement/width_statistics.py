@@ -110,10 +110,7 @@ def width_statistics(
             energies[width.name] = unit_energies(model, width, parts) if parts else energy_shares(spectrum).tolist()
     _report_few(graph, few, alone=not spectra, first=past.count == 1)
     known = past.energies.updated(energies, past.progress).known
-    return {
-        name: _statistics(model, graph, name, spectrum, known[name][1], past.changed.get(name, LastChange()), past)
-        for name, spectrum in spectra.items()
-    }
+    return {name: _statistics(model, graph, name, spectrum, known[name][1], past) for name, spectrum in spectra.items()}
 
 
 def _report_few(graph: WidthGraph, few: Mapping[str, int], *, alone: bool, first: bool) -> None:
@@ -172,7 +169,6 @@ def _statistics(
     name: str,
     spectrum: tuple[float, ...],
     energies: tuple[float, ...],
-    last: LastChange,
     past: PastEvents,
 ) -> WidthStatistics:
     width = graph.widths[name]
@@ -181,15 +177,34 @@ def _statistics(
     consumers = [model.get_parameter(tie.tensor) for tie in width.consumers if tie.tensor in graph.trainable]
     trained = not consumers or any(parameter.requires_grad for parameter in consumers)
     growable = width.mixed is None and bool(width.producers) and trained
+    return statistics_of(name, spectrum, past, growable, energies)
+
+
+def statistics_of(
+    name: str, spectrum: tuple[float, ...], past: PastEvents, growable: bool, energies: tuple[float, ...] = ()
+) -> WidthStatistics:
+    """The statistics of a width or a rank, with when it changed last.
+
+    Args:
+        name: of the width.
+        spectrum: one value for each of its units.
+        past: this event's number and share of the run, and what the events before it left.
+        growable: whether growing keeps the function.
+        energies: of its units; () for those of the spectrum.
+    """
+    last = past.changed.get(name, LastChange())
     events = past.count - last.event
     since = past.progress - last.progress if past.progress > last.progress else EVENT * events
-    return WidthStatistics(name, width.size, spectrum, events, growable, last.units, last.reversals, since, energies)
+    return WidthStatistics(name, len(spectrum), spectrum, events, growable, last.units, last.reversals, since, energies)
 
 
 def ranks_and_energies(
     statistics: Mapping[str, WidthStatistics], sizes: Mapping[str, int]
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """Of each width the effective rank, and the share of the energy in as many directions as units stay."""
+    """Of each width the effective rank, and the share of the energy in as many directions as units stay.
+
+    The rank of a layer that is whole, and so has no size, keeps all.
+    """
     shares = {name: energy_shares(each.spectrum).sort(descending=True).values for name, each in statistics.items()}
     ranks = {name: effective_rank(each.spectrum) for name, each in statistics.items()}
-    return ranks, {name: min(1.0, float(values[: sizes[name]].sum())) for name, values in shares.items()}
+    return ranks, {name: min(1.0, float(values[: sizes.get(name)].sum())) for name, values in shares.items()}

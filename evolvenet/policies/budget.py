@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -52,6 +52,8 @@ class Budget:
             that cannot be tested, for want of gradients, pass. Infinite for no such growth; growth towards a budget above
             the cost is not tested.
         smallest: fewest units that a width keeps.
+        lowrank: ranks of layers are in question beside widths: a layer becomes a chain of two factors where that costs less, and
+            is whole again where it no longer does. Needs a cost other than latency; `evolvenet.compress` measures that.
         trials: take losses from trials, as `allocate` with batches does: the error of the network's outputs when one width is
             cut and its consumers are fitted anew. Measures effects on the task, and takes longer.
 
@@ -75,6 +77,7 @@ class Budget:
     certain: float = 2.0
     smallest: int = 2
     trials: bool = False
+    lowrank: bool = False
 
     def __post_init__(self) -> None:
         given = [kind for kind in KINDS if getattr(self, kind) is not None]
@@ -82,6 +85,10 @@ class Budget:
             raise PolicyError(
                 f"Budget: expected one of {', '.join(KINDS)}, got {', '.join(given) or 'none'}. "
                 "Take for example Budget(params=12_500)."
+            )
+        if self.lowrank and self.latency is not None:
+            raise PolicyError(
+                "Budget: expected params, macs or bytes with lowrank, got latency. evolvenet.compress(latency=…) times chains."
             )
         shares = ("by", "largest_step", "growth", "trust", "saturated")
         check_fields(self, shares, least={given[0]: 0, "multiple": 1, "smallest": 1, "certain": 0})
@@ -153,7 +160,9 @@ class Budget:
         start = {name: tested.get(name, width.size) for name, width in known.items()}
         ends = tops if fills else start
         options = {name: self._options(width, graph.widths[name], ends[name]) for name, width in known.items()}
-        sizes = self._fitted(context.costs, curves, options, start, target)
+        # A rank of a whole layer saves nothing until it is below break-even.
+        ahead = {name for name in known if not context.graph.widths[name].ties}
+        sizes = self._fitted(context.costs, curves, options, start, target, ahead)
         cost = context.costs.at(self.kind, sizes)
         return {
             name: Proposal(size, self._reason(loss_at(curves[name], size), cost, target))
@@ -217,13 +226,14 @@ class Budget:
         options: Mapping[str, Sequence[int]],
         start: Mapping[str, int],
         target: float,
+        ahead: Collection[str],
     ) -> dict[str, int]:
         """The options with the least loss whose cost fits.
 
         For a latency, those with the most multiply-accumulates of which it fits: a bisection measures a few candidates.
         """
         if self.kind != "latency":
-            return fit_to_cost(curves, options, start, partial(costs.at, self.kind), target)
+            return fit_to_cost(curves, options, start, partial(costs.at, self.kind), target, ahead)
         low = costs.at("macs", {name: sizes[0] for name, sizes in options.items()})
         high = costs.at("macs", {name: sizes[-1] for name, sizes in options.items()})
         best = fit_to_cost(curves, options, start, partial(costs.at, "macs"), low)

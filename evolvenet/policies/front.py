@@ -51,6 +51,16 @@ class Front:
                 raise PolicyError(f"Front: expected spans above 0, got {self.spans}.")
 
     @property
+    def kind(self) -> str:
+        """Which cost is bounded."""
+        return self.points[0].kind
+
+    @property
+    def lowrank(self) -> bool:
+        """Whether ranks are in question in any span."""
+        return any(point.lowrank for point in self.points)
+
+    @property
     def ends(self) -> tuple[float, ...]:
         """The share of the run, 0 … 1, at which the span of each point ends."""
         spans = self.spans or [1] * len(self.points)
@@ -58,7 +68,7 @@ class Front:
 
     def propose(self, context: PolicyContext) -> dict[str, Proposal]:
         """The proposals of the budget in whose span this moment of the run lies."""
-        point, start, progress = self._now(context.costs.at(self.points[0].kind, context.initial), context.progress)
+        point, start, progress = self._now(context.costs.at(self.kind, context.initial), context.progress)
         return point.propose_from(context, start, progress)
 
     def unreachable(self, context: PolicyContext) -> str | None:

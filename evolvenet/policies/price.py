@@ -38,6 +38,8 @@ class Price:
         low: the price at the beginning of the rise, as a share of `price`, above 0, at most 1.
         settle: share of the run, 0 … 1, over which steps become smaller, until widths stay; 0 for steps of one size throughout.
         smallest: fewest units that a width keeps.
+        lowrank: ranks of layers are in question beside widths, see `Budget`. A layer that is whole becomes a chain where all
+            that it loses then is below the price of all that it saves.
 
     Raises:
         PolicyError: for a value outside its range.
@@ -58,6 +60,7 @@ class Price:
     low: float = 0.2
     settle: float = 1.0
     smallest: int = 2
+    lowrank: bool = False
 
     def __post_init__(self) -> None:
         least = {"price": math.ulp(0.0), "low": math.ulp(0.0), "band": 1, "cooldown": 0, "smallest": 1}
@@ -102,12 +105,21 @@ class Price:
         least = max(self.smallest, smallest(sizes), min(slowest, size - 1))
         if width.last_change > 0 and self._cools_down(width):
             return size
-        while size > least:
+        if not sizes.ties:
+            size = self._first_rank(context, width, curve, least)
+        while least < size < width.size or (sizes.ties and size > least):
             loss = loss_at(curve, size - 1) - loss_at(curve, size)
             if loss >= self._charge(context, self._saved(context.costs, width, size - 1, size)):
                 break
             size -= 1
         return sizes.rounded(size)
+
+    def _first_rank(self, context: PolicyContext, width: WidthStatistics, curve: Curve, least: int) -> int:
+        """The largest rank with which a whole layer's loss is below the price of what it saves; else its present size."""
+        for size in range(width.size - 1, least - 1, -1):
+            if loss_at(curve, size) < self._charge(context, self._saved(context.costs, width, size, width.size)):
+                return size
+        return width.size
 
     def _grown(self, context: PolicyContext, width: WidthStatistics, curve: Curve) -> dict[str, Proposal]:
         if not width.growable or (width.last_change < 0 and self._cools_down(width)) or width.size == 1:

@@ -57,6 +57,7 @@ class Tolerance:
         patience: events for which a width stays after a cut of it was undone, times how often it was.
         smallest: fewest units that a width keeps.
         trials: take losses from trials on the network's outputs, see `Budget`.
+        lowrank: ranks of layers are in question beside widths, see `Budget`.
 
     Raises:
         PolicyError: for a value outside its range.
@@ -76,6 +77,7 @@ class Tolerance:
     patience: int = 3
     smallest: int = 1
     trials: bool = False
+    lowrank: bool = False
 
     def __post_init__(self) -> None:
         for name, value, known in (
@@ -95,7 +97,7 @@ class Tolerance:
         if state["best"] is None or state["pending"] or not free:
             return {}
         target: dict[str, Any] = {self.cost: context.costs.at(self.cost, {}) * (1 - state["share"])}
-        budget = Budget(**target, by=0, growth=0, smallest=self.smallest, trials=self.trials)
+        budget = Budget(**target, by=0, growth=0, smallest=self.smallest, trials=self.trials, lowrank=self.lowrank)
         return budget.propose(context.only(free))
 
     def record(self, state: ToleranceState | None, widths: Sequence[str]) -> ToleranceState:
