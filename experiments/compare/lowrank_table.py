@@ -30,7 +30,8 @@ the largest. An empty cell was not run, or the method cannot do it; "–": it ca
   images, %, right after the cut, nothing trained since. **After an epoch**: one epoch over all training images (AdamW at 1e-3,
   5 % warm-up, cosine to 0; the same order of images, augmentation and schedule for all methods; in bfloat16).
 - **latency**: the least of several forward passes on one thread, over that of the uncut network, timed in turns with it; for a
-  batch of 1 / of 64. **Latency** as a limit: that of a batch of 64.
+  batch of 1 / of 64. **Latency** as a limit: that of a batch of 64. Both are as good as the machine is quiet: while other work
+  takes its cores, a search for a latency that is timed then can cut far too much. Measure latencies with nothing beside.
 - Methods with data measure on 512 random training images, the same for all. **widths alone**: `evolvenet.allocate` and
   `evolvenet.prune`; for multiply-accumulates and latency `evolvenet.compress(…, lowrank=False)`. **ranks**:
   `evolvenet.factorize` with the limit as its budget and one kind for kernels wider than 1 ("svd" for all other layers),
