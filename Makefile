@@ -70,6 +70,7 @@ compare: compare-install
 	$(COMPARE)/bin/python -m experiments.compare.growth
 	$(COMPARE)/bin/python -m experiments.compare.schedule
 	$(COMPARE)/bin/python -m experiments.compare.state --data "$${EVOLVENET_DATA:-data}" --out experiments/compare/state.md
+	$(COMPARE)/bin/python -m experiments.compare.factor_state --data "$${EVOLVENET_DATA:-data}"
 
 # Widths, ranks and both, on four networks of three seeds each. Resumes where it was stopped; hours on 2 CPU cores.
 compare-lowrank: compare-install

@@ -18,6 +18,7 @@ from evolvenet.execution.state_guard import SavedState
 from evolvenet.graph.naming import named_tensors
 from evolvenet.lowrank.attention import Split, of_projections, split_attentions
 from evolvenet.lowrank.budget import Loss, energy_loss, within_budget
+from evolvenet.lowrank.factor_state import State, check_state, factor_states
 from evolvenet.lowrank.fit import Fitted, Observations, fit, observe
 from evolvenet.lowrank.latency import LatencyBudget, any_factors, fastest, within_latency
 from evolvenet.lowrank.layers import factored
@@ -37,7 +38,7 @@ from evolvenet.lowrank.report import Factorization, LayerReport
 from evolvenet.lowrank.tolerance import Evaluate, ToleranceSearch
 from evolvenet.pruning.reconstruction import ONE_SHOT_LIMITS, ReconstructionLimits
 from evolvenet.surgery.module_replacement import exchange_modules
-from evolvenet.surgery.optimizer_parameters import as_list, parameter_names, replace_parameters
+from evolvenet.surgery.optimizer_parameters import NewStates, as_list, parameter_names, replace_parameters
 
 
 @torch.no_grad()
@@ -51,6 +52,7 @@ def factorize(  # noqa: PLR0913  of the budgets at most one is given
     macs: int | None = None,
     bytes: int | None = None,
     latency: float | None = None,
+    state: State = "fresh",
 ) -> Factorization:
     """Replace dense layers and convolutions by chains of smaller layers, in place, all or nothing.
 
@@ -80,6 +82,11 @@ def factorize(  # noqa: PLR0913  of the budgets at most one is given
         latency: likewise, most seconds of a forward pass on the first batch, measured now, on this machine, with the number of
             threads that is set; needs batches. A chain may have fewer multiply-accumulates than its layer and be slower: such
             layers stay whole. See `evolvenet.lowrank.latency`.
+        state: of the optimizers for the factors. "fresh" starts anew, with a step count of 0. "projected" maps the weight's
+            first and second moments to the factors, "kronecker" does so from the sums over rows and columns of the second
+            moment; both keep the step count, see `evolvenet.lowrank.factor_state`. They hold for the kinds "svd" and
+            "spatial" and for Adam, AdamW and SGD; the state of all others, and of split attentions, is fresh.
+            experiments/compare/factor_state.md compares them.
 
     Returns:
         What became of each layer.
@@ -111,7 +118,7 @@ def factorize(  # noqa: PLR0913  of the budgets at most one is given
         ), {}
 
     with ExitStack() as undo:
-        report = factorize_by(model, select, undo, ranks, kinds, batches, optimizers)
+        report = factorize_by(model, select, undo, ranks, kinds, batches, optimizers, state)
         undo.pop_all()
     return report
 
@@ -132,6 +139,7 @@ def factorize_by(
     kinds: str | Mapping[str, str] = "auto",
     batches: Iterable[Any] | None = None,
     optimizers: Optimizer | Sequence[Optimizer] = (),
+    state: State = "fresh",
 ) -> Factorization:
     """`factorize` with a choice of one's own.
 
@@ -143,6 +151,7 @@ def factorize_by(
         kinds: of the layers in question.
         batches: inputs of the model.
         optimizers: of the model.
+        state: of the optimizers for the factors.
 
     Returns:
         What became of each layer.
@@ -150,11 +159,12 @@ def factorize_by(
     Raises:
         FactorizationError, SpectrumError, TraceError: as `factorize`.
     """
+    check_state(state)
     work = Work.of(model, ranks, kinds, batches, undo)
     choices, found = select(work)
     fitted = work.fitted(choices)
     report = Factorization(tuple(_reported(choice, fitted, work.moments) for choice in choices), **found)
-    work.install(choices, fitted, as_list(optimizers), undo)
+    work.install(choices, fitted, as_list(optimizers), undo, state)
     return report
 
 
@@ -291,7 +301,12 @@ class Work:
         return found
 
     def install(
-        self, choices: Sequence[Choice], fitted: Fitted, optimizers: Sequence[Optimizer], undo: ExitStack
+        self,
+        choices: Sequence[Choice],
+        fitted: Fitted,
+        optimizers: Sequence[Optimizer],
+        undo: ExitStack,
+        state: State = "fresh",
     ) -> None:
         """Put chains in the places of the layers; closing `undo` puts everything back."""
         tensors, _, _ = named_tensors(self.model)
@@ -300,6 +315,7 @@ class Work:
             _write(tensors[name], value)
         exchanged: dict[nn.Module, nn.Module] = {}
         replaced: dict[Tensor, list[Tensor]] = {}
+        states: dict[Tensor, NewStates] = {}
         for choice in choices:
             if choice.refusal is not None or choice.kind is None:
                 continue
@@ -309,7 +325,8 @@ class Work:
             exchanged[target.layer] = chain
             for other in target.layers[1:]:
                 exchanged[other] = factored(other, kind, choice.ranks, shared=weights)
-            replaced[target.layer.get_parameter("weight")] = list(weights)
+            old = target.layer.get_parameter("weight")
+            replaced[old], states[old] = list(weights), factor_states(chain, state)
         exchange_modules(self.model, exchanged, undo)
         for split in self.splits.values():
             if any(module in exchanged.values() for module in split.made.children()):
@@ -320,7 +337,7 @@ class Work:
                 replaced.update(composed)
             else:
                 exchange_modules(self.model, {split.made: split.attention}, undo)
-        replace_parameters(optimizers, replaced, parameter_names(self.model), undo)
+        replace_parameters(optimizers, replaced, parameter_names(self.model), undo, states)
 
 
 def _write(tensor: Tensor, value: Tensor) -> None:

@@ -188,8 +188,16 @@ class FactoredLayer(Replacement, nn.Sequential):
     @property
     def merged_weight(self) -> Tensor:
         """The weight of the layer that it stands for, as that stores it; differentiable."""
+        return self.merged([factor.get_parameter("weight") for factor in self.factors])
+
+    def canonical_factors(self) -> list[Tensor]:
+        """The factors as `[groups, out, in, k…]`, in the order of execution; differentiable."""
+        return self._canonical([factor.get_parameter("weight") for factor in self.factors])
+
+    def merged(self, weights: Sequence[Tensor]) -> Tensor:
+        """`merged_weight` for other values of the factors' weights, of the same shapes."""
         kind, inputs = kind_named(self.kind), self._inputs()
-        groups = zip(*(factor.unbind(0) for factor in self._canonical()), strict=True)
+        groups = zip(*(factor.unbind(0) for factor in self._canonical(weights)), strict=True)
         return written(self._like_original(), torch.stack([kind.merged(factors, inputs) for factors in groups]))
 
     @property
@@ -232,9 +240,9 @@ class FactoredLayer(Replacement, nn.Sequential):
         channels = first.in_channels if isinstance(first, ConvNd) else first.get_parameter("weight").shape[1]
         return channels // self._groups()
 
-    def _canonical(self) -> list[Tensor]:
+    def _canonical(self, weights: Sequence[Tensor]) -> list[Tensor]:
         groups = self._groups()
-        return [canonical(layer, layer.get_parameter("weight"), groups) for layer in self.factors]
+        return [canonical(layer, weight, groups) for layer, weight in zip(self.factors, weights, strict=True)]
 
     def _like_original(self) -> nn.Module:
         """The original layer without tensors, its groups as they are now."""

@@ -1,8 +1,8 @@
-"""Parameters of optimizers replaced by others: they keep their place and options, and start with fresh state."""
+"""Parameters of optimizers replaced by others: they keep their place and options; their state is fresh, or as stated."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import singledispatch
 from typing import Any
@@ -13,6 +13,9 @@ from torch.optim import LBFGS, SGD, Adagrad, Optimizer
 
 from evolvenet._compat.torch import LBFGS_SIZE_CACHE
 from evolvenet.surgery.optimizer_state import validate_state
+
+NewStates = Callable[[Optimizer, Mapping[str, Any]], Sequence[dict[str, Any]] | None]
+"""(optimizer, state of a parameter) → a state for each parameter in its place; None for fresh ones."""
 
 
 @singledispatch
@@ -46,18 +49,19 @@ def replace_parameters(
     replaced: Mapping[Tensor, Sequence[Tensor]],
     names: Mapping[Tensor, str],
     undo: ExitStack,
+    states: Mapping[Tensor, NewStates] | None = None,
 ) -> None:
     """Put other parameters into the places of some, in every parameter group that holds them.
 
     The new ones stand where the old one stood, with the group's options (learning rate, weight decay), and their state is
-    fresh, its step count 0: in measurements a state carried over W → B·A was no better. Parameters that an optimizer does not
-    hold are not added to it.
+    fresh, its step count 0, unless `states` has another one. Parameters that an optimizer does not hold are not added to it.
 
     Args:
         optimizers: all that may hold the parameters.
         replaced: {parameter: those in its place}; none removes it.
         names: of the new parameters, for groups that name theirs.
         undo: closing it puts everything back.
+        states: {parameter: the states of those in its place, from its own}; fresh for all others.
 
     Raises:
         OptimizerStateError: if the remaining state does not fit.
@@ -75,7 +79,7 @@ def replace_parameters(
         if _holds_any(optimizer, replaced):
             _remember(optimizer, undo)
             for group in optimizer.param_groups:
-                _replace_in(optimizer, group, replaced, names)
+                _replace_in(optimizer, group, replaced, names, states or {})
             if isinstance(optimizer, LBFGS):
                 _restart(optimizer)
             validate_state(optimizer)
@@ -109,6 +113,7 @@ def _replace_in(
     group: dict[str, Any],
     replaced: Mapping[Tensor, Sequence[Tensor]],
     names: Mapping[Tensor, str],
+    states: Mapping[Tensor, NewStates],
 ) -> None:
     old_names = list(group.get("param_names", [None] * len(group["params"])))
     made: list[tuple[Tensor, str | None]] = []
@@ -116,12 +121,13 @@ def _replace_in(
         if parameter not in replaced:
             made.append((parameter, name))
             continue
-        for new in replaced[parameter]:
+        old, carry = optimizer.state.pop(parameter, {}), states.get(parameter)
+        found = carry(optimizer, old) if carry and old else None
+        for place, new in enumerate(replaced[parameter]):
             made.append((new, names[new]))
-            state = fresh_state(optimizer, group, new)
+            state = fresh_state(optimizer, group, new) if found is None else found[place]
             if state:
                 optimizer.state[new] = state
-        optimizer.state.pop(parameter, None)
     # In place: LBFGS keeps the list itself.
     group["params"][:] = [parameter for parameter, _ in made]
     if "param_names" in group:

@@ -85,13 +85,14 @@ def loss_lines(runs: Sequence[Run]) -> list[str]:
             apart = [found[event].difference for found in seeds]
             extra = [one - other for one, other in zip(apart, control, strict=True)]
             cells = [subject.optimizer, subject.network, f"{rate:g}", event, f"{mean(carried):.4f}"]
-            cells += [f"{mean(reset):.4f}", _signed(apart), verdict(apart)]
-            cells += ["", ""] if event == EVENTS[0] else [_signed(extra), verdict(extra)]
+            cells += [f"{mean(reset):.4f}", signed(apart), verdict(apart)]
+            cells += ["", ""] if event == EVENTS[0] else [signed(extra), verdict(extra)]
             rows.append(cells)
     return markdown(head, rows, text=(0, 1, 3, 7, 9))
 
 
-def _signed(values: Sequence[float]) -> str:
+def signed(values: Sequence[float]) -> str:
+    """Mean ± standard deviation of differences, with a sign."""
     return f"{mean(values):+.4f} ± {stdev(values):.4f}"
 
 
@@ -145,7 +146,7 @@ def _worse(runs: Sequence[Run], less_control: bool) -> str:
         for event in EVENTS[1:]:
             apart = [each[event].difference - other for each, other in zip(seeds, control, strict=True)]
             if verdict(apart) == "worse":
-                found.append(f"{subject.optimizer} at {rate:g} after the {event} ({_signed(apart)})")
+                found.append(f"{subject.optimizer} at {rate:g} after the {event} ({signed(apart)})")
     return "; ".join(found)
 
 
