@@ -24,7 +24,8 @@ TITLES = {
 }
 
 EXPLANATION = """Columns: what is limited, and the share of it that is removed. Means over the seeds, in brackets the least and
-the largest. An empty cell was not run, or the method cannot do it; "–": it cannot make the network so small.
+the largest; without brackets it is one network alone. An empty cell was not run, or the method cannot do it; "–": it cannot
+make the network so small.
 
 - **output error**: Σ‖y' − y‖² / Σ‖y − mean‖² of the logits, over the 10,000 test images, one shot; **accuracy**: on the same
   images, %, right after the cut, nothing trained since. **After an epoch**: one epoch over all training images (AdamW at 1e-3,
