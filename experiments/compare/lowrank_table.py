@@ -124,19 +124,22 @@ def goals(
     gained = [100 * (mine - beside) for mine, beside in pairs]
     goal = "in training, budget of 5 % of the parameters, 5 seeds: at least 0.5 points above widths alone"
     yield _row(goal, gained, lambda value: value >= 0.5, "{:+.2f} points")
-    slowest = max(
-        (
-            (record["latency_64"], f"{TITLES.get(name, name)}, {METHODS[method].label}, seed {seed}")
-            for name, (_, results) in found.items()
-            for (level, method), by_seed in results.items()
-            for seed, record in by_seed.items()
-            if level.startswith("latency") and "latency_64" in record
-        ),
-        default=(None, ""),
-    )
+    yield _never_slower(found)
+
+
+def _never_slower(found: Mapping[str, tuple[Mapping[int, Record], Results]]) -> list[str]:
+    ratios = [
+        (record["latency_64"], f"{TITLES.get(name, name)}, {METHODS[method].label}, seed {seed}")
+        for name, (_, results) in found.items()
+        for (level, method), by_seed in results.items()
+        for seed, record in by_seed.items()
+        if level.startswith("latency") and "latency_64" in record
+    ]
     goal = "no result of a limit on latency slower than the uncut network"
-    shown = "at most {:.2f} of uncut (" + slowest[1] + ")"
-    yield _row(goal, [] if slowest[0] is None else [slowest[0]], lambda value: value <= 1, shown, count=False)
+    if not ratios:
+        return [goal, "not run", ""]
+    ratio, where = max(ratios)
+    return [goal, f"at most {ratio:.2f} of uncut ({where})", _verdict(ratio <= 1)]
 
 
 def _never_worse(found: Mapping[str, tuple[Mapping[int, Record], Results]]) -> list[str]:
@@ -171,12 +174,12 @@ def _gain(results: Results, level: str, what: str, other: Callable[[int], float 
     return [100 * (mine - beside) for mine, beside in pairs]
 
 
-def _row(goal: str, values: Sequence[float], met: Callable[[float], bool], shown: str, count: bool = True) -> list[str]:
+def _row(goal: str, values: Sequence[float], met: Callable[[float], bool], shown: str) -> list[str]:
     """A goal for the mean of one value a network."""
     if not values:
         return [goal, "not run", ""]
     value = fmean(values)
-    return [goal, shown.format(value) + (f", n = {len(values)}" if count else ""), _verdict(met(value))]
+    return [goal, f"{shown.format(value)}, n = {len(values)}", _verdict(met(value))]
 
 
 def _verdict(met: bool) -> str:
