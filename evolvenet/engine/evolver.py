@@ -128,7 +128,7 @@ class Evolver:
         remember_widths(model, self.graph)
         self.lowrank = low_rank(policy, self._restriction, path)
         self._macs = macs(self.model, self.example_inputs, self.graph.differentiates)
-        self.history = History(self._event(0, (), parameters(model), 0.0), frozen=self.graph.reasons)
+        self.history = History.of(self._event(0, (), parameters(model), 0.0), self.graph)
         self.calibration_batches, self._seed = calibration_batches, seed
         self._buffer = BatchBuffer(example_inputs, calibration_batches or LEAST)
         self._observed, self._past, self._failures = 0, PastEvents(), FailurePolicy()
@@ -257,6 +257,7 @@ class Evolver:
         remember_widths(self.model, graph, self.original.sizes)
         self.history.initial.sizes.update({**graph.sizes, **self.history.initial.sizes})
         self.history.frozen = graph.reasons
+        self.history.ranks.update(graph.rank_layers)
 
     @contextmanager
     def restored(self, why: str) -> Iterator[None]:
@@ -381,6 +382,7 @@ class Evolver:
     def _record(self, event: Event) -> Event:
         announce(event)
         self.history.events.append(event)
+        self.history.ranks.update(self.graph.rank_layers)
         return event
 
     def _event(

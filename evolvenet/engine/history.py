@@ -11,6 +11,8 @@ from evolvenet.engine import history_table
 if TYPE_CHECKING:
     from rich.console import Group
 
+    from evolvenet.graph.width_graph import WidthGraph
+
 
 @dataclass(frozen=True)
 class WidthChange:
@@ -59,6 +61,7 @@ class History:
         initial: the network before the first event.
         events: in order.
         frozen: {width: why it keeps its size}.
+        ranks: {width that is or was the rank of a factorized layer: path of that layer}; empty in older records.
 
     >>> start = Event(0, (), {"hidden": 64}, 900, 900, 800, 0.0)
     >>> change = WidthChange("hidden", 64, 16, "the last 48 directions carry no energy")
@@ -76,6 +79,12 @@ class History:
     initial: Event
     events: list[Event] = field(default_factory=list)
     frozen: dict[str, str] = field(default_factory=dict)
+    ranks: dict[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, initial: Event, graph: WidthGraph) -> History:
+        """The history of a run that begins with this graph."""
+        return cls(initial, [], graph.reasons, graph.rank_layers)
 
     @property
     def latest(self) -> Event:
@@ -109,7 +118,7 @@ class History:
             return Event(**{**entry, "changes": changes, "sizes": dict(entry["sizes"])})
 
         events = [event(entry) for entry in plain["events"]]
-        return cls(event(plain["initial"]), events, dict(plain.get("frozen", {})))
+        return cls(event(plain["initial"]), events, dict(plain.get("frozen", {})), dict(plain.get("ranks", {})))
 
 
 def changed(before: Mapping[str, int], after: Mapping[str, int], reasons: Mapping[str, str]) -> list[WidthChange]:

@@ -36,30 +36,50 @@ def cost_rows(history: History) -> list[Row]:
 
 
 def width_rows(history: History, names: Iterable[str] | None = None) -> list[Row]:
-    """The size of every width, or of some.
+    """The size of every width, or of some; ranks come last and are labelled as such.
 
     Args:
         history: of a run.
         names: of the widths.
     """
-    sizes = _sizes(history)
-    return [(name, f"{sizes[name][0]:,}", f"{sizes[name][1]:,}", ratio(*sizes[name])) for name in names or sizes]
+    sizes = sizes_of(history)
+    chosen = sizes if names is None else names
+    return [
+        (width_label(history, name), f"{sizes[name][0]:,}", f"{sizes[name][1]:,}", ratio(*sizes[name]))
+        for name in chosen
+    ]
+
+
+def width_label(history: History, name: str) -> str:
+    """A width's name, or of which layer it is a rank; with the name where the layer has several ranks."""
+    layer = history.ranks.get(name)
+    if layer is None:
+        return name
+    several = list(history.ranks.values()).count(layer) > 1
+    return f"rank of {layer or 'the model'}" + (f" ({name})" if several else "")
 
 
 def compact_rows(history: History) -> list[Row]:
-    """The widths, in execution order; of more than `MOST_ROWS` those whose size has changed most.
+    """The widths, then the ranks, in execution order; of more than `MOST_ROWS` those whose size has changed most.
 
-    The last rows sum up the units of those that are left out.
+    The last rows of each sum up the units of those that are left out.
     """
-    sizes = _sizes(history)
-    if len(sizes) <= MOST_ROWS:
-        return width_rows(history)
-    changed = [name for name, (before, now) in sizes.items() if before != now]
+    sizes = sizes_of(history)
+    ranks = [name for name in sizes if name in history.ranks]
+    widths = [name for name in sizes if name not in history.ranks]
+    return [*_most_changed(history, widths, "widths"), *_most_changed(history, ranks, "ranks")]
+
+
+def _most_changed(history: History, names: Sequence[str], noun: str) -> list[Row]:
+    if len(names) <= MOST_ROWS:
+        return width_rows(history, names)
+    sizes = sizes_of(history)
+    changed = [name for name in names if sizes[name][0] != sizes[name][1]]
     most = set(sorted(changed, key=lambda name: -abs(math.log(sizes[name][1] / sizes[name][0])))[:MOST_ROWS])
-    rows = width_rows(history, [name for name in changed if name in most]) if most else []
+    rows = width_rows(history, [name for name in changed if name in most])
     for kind, rest in (
-        ("other widths that changed", [name for name in changed if name not in most]),
-        ("widths of the same size", [name for name in sizes if name not in changed]),
+        (f"other {noun} that changed", [name for name in changed if name not in most]),
+        (f"{noun} of the same size", [name for name in names if name not in changed]),
     ):
         if rest:
             before, now = (sum(sizes[name][place] for name in rest) for place in (0, 1))
@@ -96,9 +116,11 @@ def rich_table(history: History) -> Group:
     for heading in HEAD[1:]:
         table.add_column(heading, justify="right", no_wrap=True)
     costs, widths = cost_rows(history), compact_rows(history)
+    ranks = sum(name in history.ranks for name in sizes_of(history))
+    ends = {len(costs) - 1, len(costs) + len(widths) - ranks - 1} if ranks <= MOST_ROWS else {len(costs) - 1}
     for place, row in enumerate([*costs, *widths]):
         # As text: rich would parse brackets in a plain string as styles.
-        table.add_row(*map(Text, row), end_section=place == len(costs) - 1, style="" if row[3] else "dim")
+        table.add_row(*map(Text, row), end_section=place in ends, style="" if row[3] else "dim")
     notes = (Padding(Text(text.strip()), (0, 0, 0, len(text) - len(text.lstrip()))) for text in remarks(history))
     return Group(table, Text(), *notes)
 
@@ -146,10 +168,20 @@ def ratio(before: float, after: float) -> str:
     return f"÷ {before / after:.1f}" if after < before else f"× {after / before:.1f}"
 
 
-def _sizes(history: History) -> dict[str, tuple[int, int]]:
-    """{width: (size at the start, size now)}."""
-    now = history.latest.sizes
-    return {name: (size, now.get(name, size)) for name, size in history.initial.sizes.items()}
+def sizes_of(history: History) -> dict[str, tuple[int, int]]:
+    """{width: (size at the start, size now)}, ranks last.
+
+    A rank that came during the run starts at the rank of the whole layer, one that was merged ends there.
+    """
+    first, last = dict(history.initial.sizes), dict(history.initial.sizes)
+    for event in history.events:
+        for change in event.changes:
+            if change.width in history.ranks:
+                first.setdefault(change.width, change.before)
+                last[change.width] = change.after
+        last.update({name: size for name, size in event.sizes.items() if name in first})
+    ordered = sorted(first, key=lambda name: name in history.ranks)
+    return {name: (first[name], last[name]) for name in ordered}
 
 
 def _frequent(reasons: Iterable[str]) -> list[tuple[int, str]]:

@@ -170,6 +170,11 @@ class WidthGraph:
         return {width.name: width.frozen for width in self.widths.values() if width.frozen is not None}
 
     @property
+    def rank_layers(self) -> dict[str, str]:
+        """{rank: path of the factorized layer of which it is one}, of the resizable widths."""
+        return {width.name: width.rank_of for width in self.resizable if width.rank_of is not None}
+
+    @property
     def parameters(self) -> int:
         """Number of parameters of the whole model."""
         return sum(math.prod(self.shapes[name]) for name in self.trainable)

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 
 from evolvenet.engine.history import Event, History
-from evolvenet.engine.history_table import cost_rows, html_table, width_rows
+from evolvenet.engine.history_table import cost_rows, html_table, sizes_of, width_label, width_rows
 from evolvenet.errors import EvolveNetError
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ def _page(
     history: History, title: str, picture: bytes, facts: Mapping[str, str] | None, more: Mapping[str, bytes]
 ) -> str:
     summary = [("", "start", "end", "change"), *summary_rows(history, facts)]
-    events = [("step", "width", "from", "to", "why"), *_event_rows(history)]
+    events = [("step", "width or rank" if history.ranks else "width", "from", "to", "why"), *_event_rows(history)]
     return "\n".join(
         [
             "<!doctype html>",
@@ -121,8 +121,16 @@ def summary_rows(history: History, facts: Mapping[str, str] | None = None) -> li
     >>> summary_rows(History(start, [end]))[2]
     ('width hidden', '64', '16', '÷ 4.0')
     """
-    rows = [*cost_rows(history), *((f"width {name}", *rest) for name, *rest in width_rows(history))]
+    rows = [*cost_rows(history), *_labelled(history)]
     return rows + [(name, "", text, "") for name, text in (facts or {}).items()]
+
+
+def _labelled(history: History) -> list[tuple[str, str, str, str]]:
+    names = sizes_of(history)
+    return [
+        (row[0] if name in history.ranks else f"width {row[0]}", *row[1:])
+        for name, row in zip(names, width_rows(history, names), strict=True)
+    ]
 
 
 def summary_table(history: History, title: str, facts: Mapping[str, str] | None = None) -> Table:
@@ -133,26 +141,33 @@ def summary_table(history: History, title: str, facts: Mapping[str, str] | None 
         table.add_column(heading, justify="right")
     rows = summary_rows(history, facts)
     for row, following in zip(rows, [*rows[1:], None], strict=True):
-        ends_group = following is None or row[0].startswith("width ") != following[0].startswith("width ")
+        ends_group = following is None or any(
+            row[0].startswith(group) != following[0].startswith(group) for group in ("width ", "rank of ")
+        )
         table.add_row(*row, end_section=ends_group)
     return table
 
 
 def draw(history: History, metrics: Mapping[str, Curve] | None = None) -> Figure:
-    """Parameters (log scale), metrics, and every width over the training steps, one panel below the other.
+    """Parameters (log scale), metrics, every width and, apart, every rank over the training steps, one panel below the other.
 
     Raises:
         ReportError: if matplotlib is not installed.
     """
     curves = {name: curve for name, curve in (metrics or {}).items() if len(curve)}
-    heights = [2.6, *([2.2] if curves else []), max(3.2, 0.22 * len(history.initial.sizes))]
+    names = list(sizes_of(history))
+    ranks, widths = ([name for name in names if (name in history.ranks) is wanted] for wanted in (True, False))
+    groups = [("units in each width", widths)] if widths or not ranks else []
+    groups += [("ranks", ranks)] if ranks else []
+    heights = [2.6, *([2.2] if curves else []), *(max(3.2, 0.22 * len(chosen)) for _, chosen in groups)]
     figure: Figure = _need("matplotlib.figure").Figure(figsize=(10, sum(heights) + 1), layout="constrained")
     panels = list(figure.subplots(len(heights), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0])
     end = max([event.step for event in _timeline(history)] + [step for curve in curves.values() for step, _ in curve])
     _draw_parameters(panels[0], history, end)
     if curves:
         _draw_metrics(panels[1], curves)
-    _draw_widths(panels[-1], history, end)
+    for panel, (what, chosen) in zip(panels[-len(groups) :], groups, strict=True):
+        _draw_widths(panel, history, end, chosen, what)
     for panel in panels:
         panel.grid(alpha=0.25)
         panel.spines[["top", "right"]].set_visible(False)
@@ -201,23 +216,24 @@ def _draw_metrics(panel: Axes, curves: Mapping[str, Curve]) -> None:
     panel.legend(**_BESIDE)
 
 
-def _draw_widths(panel: Axes, history: History, end: int) -> None:
+def _draw_widths(panel: Axes, history: History, end: int, names: Sequence[str], what: str) -> None:
     timeline = _timeline(history)
     colors = _need("matplotlib").colormaps["turbo"]
-    names = list(history.initial.sizes)
+    starts, every = sizes_of(history), [1] if not names else []
     steps = [event.step for event in timeline] + [end]
     for place, name in enumerate(names):
-        sizes = [event.sizes.get(name, history.initial.sizes[name]) for event in timeline]
+        # A rank has no size while its layer is whole.
+        sizes = [event.sizes.get(name, starts[name][0]) for event in timeline]
+        every += sizes
         color = colors(0.05 + 0.9 * place / max(len(names) - 1, 1))
-        label = f"{name}  {sizes[0]} → {sizes[-1]}"
+        text = f"{width_label(history, name)}  {sizes[0]} → {sizes[-1]}"
         # Curves of equal sizes would cover each other.
         placed = _lifted(panel, min(0.9, 10 / len(names)) * (len(names) / 2 - place))
-        panel.step(steps, [*sizes, sizes[-1]], where="post", color=color, linewidth=1.5, label=label, transform=placed)
+        panel.step(steps, [*sizes, sizes[-1]], where="post", color=color, linewidth=1.5, label=text, transform=placed)
     panel.set_yscale("log", base=2)
-    every = [size for event in timeline for size in event.sizes.values()] or [1]
     panel.set_ylim(min(every) / 1.25, max(every) * 1.25)
     _plain_ticks(panel)
-    panel.set_ylabel("units in each width")
+    panel.set_ylabel(what)
     if names:
         panel.legend(**_BESIDE, title="from the first layer to the last")
 
@@ -254,7 +270,15 @@ def _event_rows(history: History) -> list[tuple[str, ...]]:
         if event.skipped is not None:
             rows.append((f"{event.step:,}", "", "", "", f"skipped: {event.skipped}"))
         for change in event.changes:
-            rows.append((f"{event.step:,}", change.width, str(change.before), str(change.after), change.reason))
+            rows.append(
+                (
+                    f"{event.step:,}",
+                    width_label(history, change.width),
+                    str(change.before),
+                    str(change.after),
+                    change.reason,
+                )
+            )
     return rows or [("", "", "", "", "no width changed")]
 
 

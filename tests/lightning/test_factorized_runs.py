@@ -11,6 +11,8 @@ from torch import nn
 
 import evolvenet
 from evolvenet import Threshold, WidthEvolution
+from evolvenet.engine.history import History
+from evolvenet.report import draw, summary_rows, write_report
 from tests.helpers.resuming import Randomness, assert_same
 from tests.helpers.runs import Batches, Classifier, trainer
 
@@ -53,3 +55,20 @@ def test_ranks_are_pruned_with_averages_and_a_resumed_run_is_the_uninterrupted_o
     for step in (first - 4, first - 1, first, first + 1):
         resumed, _ = run(tmp_path, [EMAWeightAveraging(decay=0.9)], ckpt=tmp_path / f"step={step}.ckpt")
         assert_same(state_of(resumed), state_of(whole))
+
+
+def test_the_history_of_a_run_shows_ranks_apart_from_widths(tmp_path: Path) -> None:
+    _, evolution = run(tmp_path)
+    history = evolution.history
+    assert history is not None
+    assert {"net.0.0": "net.0", "net.4.0": "net.4"}.items() <= history.ranks.items()
+    assert not {"net.0.1", "net.4.1"} & set(history.ranks)
+    names = [row[0] for row in summary_rows(history)]
+    assert [name for name in names if name.startswith("rank of ")] == ["rank of net.0", "rank of net.4"] == names[-2:]
+    assert "rank of net.4" in str(history)
+    assert History.from_dict(history.to_dict()) == history
+    older = {key: value for key, value in history.to_dict().items() if key != "ranks"}
+    assert History.from_dict(older).ranks == {}
+    panels = [panel.get_ylabel() for panel in draw(history).axes]
+    assert panels[-1] == "ranks"
+    write_report(history, tmp_path / "report", "ranks")
