@@ -51,7 +51,9 @@ def apply_proposals(
     if data.lowrank is not None:
         graph, made = change_ranks(transaction, graph, data, proposals, initial)
         past = past.changed_by(made, graph.sizes)
-        initial.update({**made, **initial})
+        for name in made.keys() - initial.keys():
+            initial[name] = made[name]
+            transaction.undo.callback(initial.pop, name)
         # The names of tensors have changed, and a record has those that were there when it was made.
         remember_widths(transaction.model, graph, original.sizes)
     return graph, original, past

@@ -62,8 +62,8 @@ def with_factors(graph: WidthGraph, factors: TwoFactors, step: int = 1) -> Width
     axes = graph.layouts[whole]
     segment = Segment(factors.rank, factors.first[0])
     made = {
-        first: (factors.first, {**_only(axes, 1), 0: (segment,)}),
-        last: (factors.last, {**_only(axes, 0), 1: (segment,)}),
+        first: (factors.first, {**_of(axes, 1, factors.first), 0: (segment,)}),
+        last: (factors.last, {**_of(axes, 0, factors.last), 1: (segment,)}),
     }
     rank = Width(factors.rank, factors.first[0], rank_of=factors.layer, step=step)
     roles = {(first, 0): PRODUCES, (last, 1): CONSUMES}
@@ -82,14 +82,15 @@ def without_factors(graph: WidthGraph, factors: TwoFactors) -> WidthGraph:
     True
     """
     whole, first, last = factors.weights
-    axes = {**_only(graph.layouts[last], 0), **_only(graph.layouts[first], 1)}
+    axes = {**_of(graph.layouts[last], 0, factors.last), **_of(graph.layouts[first], 1, factors.first)}
     replaced = {first: {whole: (factors.whole, axes)}, last: {}}
     moved = {(last, 0): (whole, 0), (first, 1): (whole, 1)}
     return _rebuilt(graph, replaced, moved, (factors.biases[1], factors.biases[0]), {}, factors.rank)
 
 
-def _only(axes: Axes, dim: int) -> dict[int, tuple[Segment, ...]]:
-    return {dim: axes[dim]} if dim in axes else {}
+def _of(axes: Axes, dim: int, shape: tuple[int, ...]) -> dict[int, tuple[Segment, ...]]:
+    """The layout of one of the first two axes, and of the kernel's as far as a tensor of that shape has them."""
+    return {each: segments for each, segments in axes.items() if each == dim or (each > 1 and shape[each] > 1)}
 
 
 def _rebuilt(

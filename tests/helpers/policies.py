@@ -55,3 +55,9 @@ class ShrinkThenGrow:
             for name, width in context.statistics.items()
             if width.size > 15 or width.growable
         }
+
+
+class FixedRanks(Fixed):
+    """Proposes given sizes of widths, and of ranks of layers that are whole."""
+
+    lowrank = True
