@@ -19,7 +19,7 @@ from evolvenet.errors import EvolveNetError, ResizeError, TraceError
 from evolvenet.graph.restriction import Patterns, Restriction
 from evolvenet.graph.width_graph import WidthGraph
 from evolvenet.lowrank.attention import split_attentions
-from evolvenet.lowrank.budget import Option, factorizable, layer_cost, options_of, within_budget
+from evolvenet.lowrank.budget import Option, energy_loss, factorizable, layer_cost, options_of, within_budget
 from evolvenet.lowrank.factorize import Selected, Work, factorize_by
 from evolvenet.lowrank.fit import Observations, observe
 from evolvenet.lowrank.joint import LayerInGraph, joint
@@ -40,6 +40,9 @@ log = logging.getLogger("evolvenet")
 
 SPLITS = (0.4, 0.7)
 """Shares of the way to the limit, in logarithms of the cost, that widths go before ranks go the rest."""
+
+BY_ENERGY = "ranks by energy"
+"""The attempt whose ranks go by the energy of the layers' outputs, not by trials on those of the network."""
 
 NEAR = 0.97
 """Share of a latency that widths are chosen for: the next measurement may be a little slower."""
@@ -101,7 +104,7 @@ def compress(  # noqa: PLR0913  one name for each cost
     >>> model = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
     >>> done = compress(model, torch.zeros(1, 32), [torch.randn(32, 32) for _ in range(4)], parameters=4_000)
     >>> done.before, done.after <= 4_000, [attempt.name for attempt in done.attempts][:3]
-    (6922, True, ['widths', 'ranks', 'widths and ranks'])
+    (6922, True, ['widths', 'ranks', 'ranks by energy'])
     """
     given = {"params": parameters, "macs": macs, "bytes": bytes, "latency": latency}
     goal = Goal.of({kind: limit for kind, limit in given.items() if limit is not None}, example_inputs)
@@ -122,7 +125,7 @@ def compress(  # noqa: PLR0913  one name for each cost
             found[name] = search.tried(name, sizes, fitting, partial(_error, whole, judging), undo), sizes
     chosen, sizes = _best(goal, list(found.values()))
     with ExitStack() as undo:
-        cut, layers = search.execute(sizes, listed, as_list(optimizers), undo)
+        cut, layers = search.execute(chosen.name, sizes, listed, as_list(optimizers), undo)
         after = trace(model, example_inputs) if layers is not None and layers.before > layers.after else cut
         undo.pop_all()
     remember_widths(model, after, graph.sizes)
@@ -232,6 +235,7 @@ class Search:
         if self.loss is None:
             return
         yield "ranks", self.graph.sizes
+        yield BY_ENERGY, self.graph.sizes
         limit, kind = self.goal.limit, self.goal.kind
         if self.options:
             both = joint(self.graph, self.costs, kind, limit, self.curves, self.options, self.layers)
@@ -275,7 +279,7 @@ class Search:
             undo: closing it puts everything back.
         """
         try:
-            self.execute(sizes, batches, (), undo)
+            self.execute(name, sizes, batches, (), undo)
             cost = self.goal.cost(self.model)
             if cost > self.goal.limit:
                 return Attempt(name, cost, None, "above the limit")
@@ -285,11 +289,17 @@ class Search:
             return Attempt(name, None, None, str(problem))
 
     def execute(
-        self, sizes: Mapping[str, int], batches: Sequence[Any], optimizers: Sequence[Optimizer], undo: ExitStack
+        self,
+        name: str,
+        sizes: Mapping[str, int],
+        batches: Sequence[Any],
+        optimizers: Sequence[Optimizer],
+        undo: ExitStack,
     ) -> tuple[WidthGraph, Factorization | None]:
         """Cut the widths, then choose and fit ranks until the network is within the limit.
 
         Args:
+            name: of the attempt.
             sizes: {width: size}.
             batches: to fit on.
             optimizers: of the model.
@@ -300,14 +310,17 @@ class Search:
         apply(self.model, surgery, optimizers, undo)
         if self.loss is None or self.goal.cost(self.model) <= self.goal.limit:
             return surgery.graph, None
-        return surgery.graph, factorize_by(self.model, self._select, undo, None, "auto", batches, optimizers)
+        return surgery.graph, factorize_by(
+            self.model, partial(self._select, name), undo, None, "auto", batches, optimizers
+        )
 
-    def _select(self, work: Work) -> Selected:
+    def _select(self, name: str, work: Work) -> Selected:
         assert self.loss is not None
+        loss = energy_loss if name == BY_ENERGY else self.loss
         if self.goal.kind == "latency":
-            return work.within_latency(self.goal.limit, self.goal.example_inputs, self.loss)
+            return work.within_latency(self.goal.limit, self.goal.example_inputs, loss)
         name, limit = {"params": "parameters"}.get(self.goal.kind, self.goal.kind), int(self.goal.limit)
-        return within_budget(work.model, work.requests, work.seen, loss=self.loss, **{f"most_{name}": limit}), {}
+        return within_budget(work.model, work.requests, work.seen, loss=loss, **{f"most_{name}": limit}), {}
 
 
 def _in_graph(request: Request, seen: Observations) -> LayerInGraph:

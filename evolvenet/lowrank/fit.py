@@ -30,6 +30,7 @@ from evolvenet.execution.step import run_model
 from evolvenet.execution.weight_ops import WeightOp, output_positions
 from evolvenet.graph.naming import named_tensors
 from evolvenet.linalg.ridge import refit
+from evolvenet.linalg.shrinkage import shrunk_covariance
 from evolvenet.lowrank.base import Kind
 from evolvenet.lowrank.layers import written
 from evolvenet.lowrank.plan import Choice, SecondMoments, decomposed
@@ -181,7 +182,7 @@ class _InputRecorder(OutputRecorder):
         if found is None or not all(each.count for each in found):
             return None
         centred = all(target.bias is not None for target in self.targets[weight])
-        moments = [each.covariance if centred else each.second for each in found]
+        moments = [_shrunk(each, centred) for each in found]
         if not all(bool(moment.isfinite().all()) for moment in moments):
             raise SpectrumError(
                 f"{layer}: expected finite inputs, got NaN or infinite ones. Training has diverged, or the batch holds such "
@@ -281,8 +282,13 @@ class _Solver:
 
 
 def _moment(inputs: Tensor, centred: bool) -> Tensor:
-    found = Moments.of(inputs.flatten(1))
-    return found.covariance if centred else found.second
+    return _shrunk(Moments.of(inputs.flatten(1)), centred)
+
+
+def _shrunk(moments: Moments, centred: bool) -> Tensor:
+    """The second moment, about the mean if `centred`; shrunk, since from few rows whole directions would seem to be empty."""
+    covariance = shrunk_covariance(moments.covariance, moments.count)
+    return covariance if centred else covariance + torch.outer(moments.mean, moments.mean)
 
 
 def _merged_groups(choice: Choice, factors: Sequence[Sequence[Tensor]]) -> list[Tensor]:
