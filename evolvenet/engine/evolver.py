@@ -234,7 +234,8 @@ class Evolver:
         judgement, past = self._pending_cut.judge(value) if self._pending_cut else (None, None)
         if judgement is None or past is None:
             return None
-        moment, sizes, count = self._observed if at is None else at, self._all_sizes(), parameters(self.model)
+        moment, count = self._observed if at is None else at, parameters(self.model)
+        sizes = self.history.sizes(self.graph)
         skipped, reason = None, f"taken back: {judgement.reason}"
         try:
             with stage("rollback"):
@@ -246,7 +247,7 @@ class Evolver:
         except Exception as problem:  # noqa: BLE001  the cut then stays, and the run can go on
             skipped = self._failures.explain(group, moment, problem)
         self._macs = macs(self.model, self.example_inputs, self.graph.differentiates)
-        changes = changed(sizes, self._all_sizes(), dict.fromkeys(sizes, reason))
+        changes = changed(sizes, self.history.sizes(self.graph), dict.fromkeys(sizes, reason))
         return self._record(self._event(moment, changes, count, time.perf_counter() - started, skipped))
 
     def adopt(self, graph: WidthGraph) -> None:
@@ -265,19 +266,15 @@ class Evolver:
 
         If the body raises, everything is as before. If not, evolution is off: what must fit what is not known. `why` is recorded.
         """
-        before, started, count = self._all_sizes(), time.perf_counter(), parameters(self.model)
+        before, started, count = self.history.sizes(self.graph), time.perf_counter(), parameters(self.model)
         with at_first_sizes(self.original, self.model, self.graph, self.optimizers, self._copies()) as graph:
             yield
         self.graph, self.original = graph, OriginalWidths.of(graph)
         reset_compiled_code()
         self._macs = macs(self.model, self.example_inputs, self.graph.differentiates)
         self._failures.off = f"all widths have their first sizes again, and keep them: {why}"
-        changes = changed(before, self._all_sizes(), dict.fromkeys(before, self._failures.off))
+        changes = changed(before, self.history.sizes(self.graph), dict.fromkeys(before, self._failures.off))
         self._record(self._event(self._observed, changes, count, time.perf_counter() - started))
-
-    def _all_sizes(self) -> dict[str, int]:
-        """{width: size}, also of the ranks of layers that are whole again."""
-        return {**self.history.initial.sizes, **self.graph.sizes}
 
     def _take_snapshot(self, copies: Sequence[nn.Module]) -> Snapshot:
         return Snapshot.of(self.model, self.graph, self.optimizers, copies)

@@ -86,6 +86,10 @@ class History:
         """The history of a run that begins with this graph."""
         return cls(initial, [], graph.reasons, graph.rank_layers)
 
+    def sizes(self, graph: WidthGraph) -> dict[str, int]:
+        """{width: size} in this graph, and of each rank whose layer is whole again the size while it was whole."""
+        return {**self.initial.sizes, **graph.sizes}
+
     @property
     def latest(self) -> Event:
         """The network after the last event."""

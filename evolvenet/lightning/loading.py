@@ -2,7 +2,8 @@
 
 A trainer's checkpoints after a run, of weights alone too, have the record of its widths, though no hook of it is left. The
 launchers that spawn or fork processes load the trained weights into the main process's module, on which `setup` never
-ran. That would end in "size mismatch". Lightning has no hook for either, so three of its functions are wrapped; for runs
+ran. That would end in "size mismatch". A checkpoint with an average of the weights has its chains recorded beside the
+average alone. Lightning has no hook for any of these, so four of its functions are wrapped; for runs
 without EvolveNet they do what they always did.
 """
 
@@ -17,9 +18,11 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import Strategy
 
 from evolvenet._compat.lightning import EXTRA_RESULTS, RECOVER_RESULTS
-from evolvenet._compat.torch import state_dict_metadata
+from evolvenet._compat.torch import load_state_dict_pre_hooks, state_dict_metadata
 from evolvenet._compat.wrapping import wrap
-from evolvenet.surgery.checkpoint import register_reshape_before_load
+from evolvenet.lightning.module import weight_averages
+from evolvenet.surgery.checkpoint import register_reshape_before_load, reshape_before_load
+from evolvenet.surgery.module_replacement import find_replacements, fit_replacements
 from evolvenet.surgery.width_record import RECORD_KEY, record_of
 
 EXTRA = "evolvenet"
@@ -41,6 +44,7 @@ class ReturnsState(Protocol):
 def install() -> None:
     """Wrap Lightning's functions, once in a process."""
     wrap((Strategy, "lightning_module_state_dict"), _with_record)
+    wrap((Strategy, "load_model_state_dict"), _with_chains)
     wrap(EXTRA_RESULTS, _with_states)
     wrap(RECOVER_RESULTS, _reshaping)
 
@@ -58,6 +62,20 @@ def _with_record(get_state_dict: Any) -> Any:
         return state
 
     return get
+
+
+def _with_chains(load: Any) -> Any:
+    """The module and averages of its weights have the chains of a checkpoint before any state dict of it is loaded."""
+
+    @functools.wraps(load)
+    def load_state(self: Any, checkpoint: Any, *args: Any, **rest: Any) -> Any:
+        module, records = self.lightning_module, find_replacements(checkpoint)
+        if records and reshape_before_load in load_state_dict_pre_hooks(module):
+            for each in (module, *weight_averages(module.trainer, module)):
+                fit_replacements(each, records, checkpoint["state_dict"])
+        return load(self, checkpoint, *args, **rest)
+
+    return load_state
 
 
 def _with_states(get_extra_results: Any) -> Any:
