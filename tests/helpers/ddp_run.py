@@ -24,7 +24,7 @@ from torch import Tensor, distributed, nn
 from evolvenet import Tolerance, WidthEvolution, errors
 from evolvenet.engine import distributed as processes
 from evolvenet.errors import RankMismatchError
-from tests.helpers.policies import Walk
+from tests.helpers.policies import Chains, Walk
 from tests.helpers.runs import Batches, Classifier, trainer
 
 SIZES = ((9, 16), (9, 20), (12, 7), (6, 11))
@@ -36,6 +36,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "manual": {},
     "accumulated": {},
     "judged": {},
+    "chains": {},
     "fails on one rank": {},
     "fails on rank 0": {},
     "other weights": {},
@@ -150,6 +151,8 @@ def run(variant: str, options: argparse.Namespace) -> dict[str, Any]:
     if variant == "judged":
         judging = Tolerance("val/acc", drop=0.01, validations=1, share=0.3)
         evolution = WidthEvolution(judging, every_n_epochs=1, calibration_batches=1, stop=1.0)
+    if variant == "chains":
+        evolution = WidthEvolution(Chains(), every_n_steps=2, calibration_batches=1, stop=1.0)
     watch = Watch(variant, evolution)
     strategy = DDPStrategy(
         start_method=options.start, process_group_backend="gloo", timeout=timedelta(seconds=240), **VARIANTS[variant]
@@ -168,7 +171,10 @@ def run(variant: str, options: argparse.Namespace) -> dict[str, Any]:
         "compared": watch.compared,
         "events": [[event.step, len(event.changes), event.skipped] for event in evolution.history.events],
         "sizes": evolution.history.events[-1].sizes,
-        "layers": [model.net[0].out_features, model.net[4].out_features],
+        "layers": [getattr(model.net[place], "out_features", None) for place in (0, 4)],
+        "changes": sorted(
+            {change.reason.split(":")[0] for event in evolution.history.events for change in event.changes}
+        ),
         "shapes": {name: list(parameter.shape) for name, parameter in model.named_parameters()},
         "finite": all(bool(parameter.isfinite().all()) for parameter in model.parameters()),
         "optimizers": [type(each).__name__ for each in fitting.optimizers],

@@ -61,3 +61,14 @@ class FixedRanks(Fixed):
     """Proposes given sizes of widths, and of ranks of layers that are whole."""
 
     lowrank = True
+
+
+class Chains:
+    """Halves the rank of every layer that is whole, and grows those of chains by one: they become whole again in the end."""
+
+    lowrank = True
+
+    def propose(self, context: PolicyContext) -> dict[str, Proposal]:
+        ranks = [width for width in context.graph.resizable if width.rank_of is not None]
+        sizes = {width.name: width.size + 1 if width.ties else max(1, width.size // 2) for width in ranks}
+        return {name: Proposal(size, "to and fro") for name, size in sizes.items()}

@@ -68,7 +68,7 @@ def assert_healthy(found: dict[str, Any], least: int = 10) -> None:
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> Ranks:
     """Two processes that run every variant, those that end with an error last."""
-    ranks = launch(tmp_path_factory.mktemp("pair"), 2, "popen", *HEALTHY, *FAILURES, "judged", *DISAGREEMENTS)
+    ranks = launch(tmp_path_factory.mktemp("pair"), 2, "popen", *HEALTHY, *FAILURES, "judged", "chains", *DISAGREEMENTS)
     assert len(ranks) == 2
     return ranks
 
@@ -99,6 +99,17 @@ def test_cuts_are_judged_and_taken_back_on_every_process(pair: Ranks) -> None:
         assert kinds == [(True, None)] * 3, "a cut, a cut, taken back"
         assert found["layers"] == list(found["sizes"].values())
     assert pair[0]["judged"] == pair[1]["judged"]
+
+
+def test_layers_become_chains_and_whole_again_on_every_process(pair: Ranks) -> None:
+    for rank in pair:
+        found = rank["chains"]
+        assert found["compared"] == 24
+        assert len(found["events"]) >= 10
+        assert all(skipped is None for _, _, skipped in found["events"])
+        assert found["changes"] == ["factorized", "to and fro", "whole again"]
+        assert found["finite"]
+    assert pair[0]["chains"] == pair[1]["chains"]
 
 
 @pytest.mark.parametrize("variant", DISAGREEMENTS)
