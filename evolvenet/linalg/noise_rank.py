@@ -12,8 +12,6 @@ from __future__ import annotations
 import math
 
 import torch
-from scipy.integrate import quad
-from scipy.optimize import minimize_scalar, root_scalar
 from torch import Tensor
 
 from evolvenet.errors import SpectrumError
@@ -75,6 +73,9 @@ def signal_bound(alpha: float) -> float:
     >>> round(signal_bound(1.0), 4)
     4.9108
     """
+    # scipy's solvers take long to import, and are needed only here.
+    from scipy.optimize import root_scalar
+
     _check_ratio(alpha)
 
     def balance(tau: float) -> float:
@@ -117,6 +118,8 @@ def _noise_variance(energies: Tensor, alpha: float, least: float) -> float:
 
     def at(place: float) -> float:
         return float(free_energies(torch.tensor([first + place * (last - first)], dtype=torch.float64))[0])
+
+    from scipy.optimize import minimize_scalar
 
     found = minimize_scalar(at, bounds=(0, 1), method="bounded")
     return first + float(found.x) * (last - first)
@@ -161,6 +164,9 @@ def marchenko_pastur_median(beta: float) -> float:
     >>> round(marchenko_pastur_median(1.0), 4)
     0.6528
     """
+    from scipy.integrate import quad
+    from scipy.optimize import root_scalar
+
     _check_ratio(beta)
     low, high = (1 - math.sqrt(beta)) ** 2, (1 + math.sqrt(beta)) ** 2
 

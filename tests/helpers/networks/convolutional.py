@@ -6,8 +6,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from evolvenet.lowrank.factorize import factorize
-
 
 class ConvNet(nn.Sequential):
     """Convolution, batch norm, pooling, and a dense head on the flattened map: one channel, four inputs."""
@@ -198,5 +196,8 @@ def factorized() -> nn.Module:
         nn.Conv2d(3, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 9, 3, padding=1), nn.ReLU(),
         nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(36, 8), nn.ReLU(), nn.Linear(8, 3),
     )  # fmt: skip
+    # Networks are unpickled where evolvenet is not imported.
+    from evolvenet.lowrank.factorize import factorize
+
     factorize(model, {"0": ("cp", 4), "3": ("tucker", (4, 5)), "7": 3})
     return model
