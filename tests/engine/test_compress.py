@@ -139,9 +139,10 @@ def test_attention_is_compressed() -> None:
     torch.manual_seed(0)
     model = nn.TransformerEncoderLayer(16, 2, 64, batch_first=True).eval()
     batches = [torch.randn(16, 5, 16) for _ in range(4)]
-    done = evolvenet.compress(model, batches[0][:2], batches, parameters=parameters(model) // 2)
-    assert parameters(model) <= done.limit
-    assert output_error(outputs_on(model, batches), outputs_on(model, batches)) == 0
+    whole, before = outputs_on(model, batches), parameters(model)
+    done = evolvenet.compress(model, batches[0][:2], batches, parameters=before // 2)
+    assert parameters(model) <= before // 2
+    assert 0 < output_error(whole, outputs_on(model, batches)) < 1.5 * done.error
 
 
 @pytest.mark.parametrize(
