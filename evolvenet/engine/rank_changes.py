@@ -184,13 +184,9 @@ def merge_layers(
     """
     paths = [rank.layer for rank in chains]
 
-    def merge_all() -> None:
-        merge_by(transaction.model, paths, transaction.optimizers, transaction.undo)
-        for replica in transaction.replicas:
-            merge_by(replica, [path for path in paths if _is_chain(replica, path)], (), transaction.undo)
-
+    act = partial(_merge_all, transaction.model, paths, transaction.optimizers, transaction.replicas, transaction.undo)
     with stage("merge"):
-        run_on_all_ranks(transaction.group, merge_all)
+        run_on_all_ranks(transaction.group, act)
     for rank in chains:
         size = graph.widths[rank.name].size
         graph = without_factors(graph, rank.factors)
@@ -277,6 +273,19 @@ def _named(model: nn.Module, layer: str) -> TwoFactors:
     return TwoFactors(layer, tuple(chain.merged_weight.shape), first, last)
 
 
+def _merge_all(
+    model: nn.Module,
+    paths: Sequence[str],
+    optimizers: Sequence[Optimizer],
+    replicas: Sequence[nn.Module],
+    undo: ExitStack,
+) -> None:
+    """Merge layers of a model and, where they are chains, of its replicas."""
+    merge_by(model, paths, optimizers, undo)
+    for replica in replicas:
+        merge_by(replica, [path for path in paths if _is_chain(replica, path)], (), undo)
+
+
 def merge_made(
     model: nn.Module,
     graph: WidthGraph,
@@ -300,8 +309,7 @@ def merge_made(
     """
     chains = [width.rank_of for width in graph.widths.values() if width.rank_of and width.name not in known]
     named = [_named(model, path) for path in chains if _is_chain(model, path)]
-    for each, held in ((model, optimizers), *((replica, ()) for replica in replicas)):
-        merge_by(each, [names.layer for names in named if _is_chain(each, names.layer)], held, undo)
+    _merge_all(model, [names.layer for names in named], optimizers, replicas, undo)
     for names in named:
         graph = without_factors(graph, names)
     return graph

@@ -239,16 +239,48 @@ def layer_cost(kind: str, request: Request, seen: Observations) -> LayerCost:
 
 def _by_entries(request: Request, in_bytes: bool) -> LayerCost:
     """The cost of a layer in entries of its weight, or in their bytes."""
-    shape = request.target.shape
-    each = request.target.layer.get_parameter("weight").element_size() if in_bytes else 1
-    return LayerCost(each * shape.parameters, lambda kind, ranks: each * kind.parameters(shape, ranks))
+    each = request.target.layer.get_parameter("weight").element_size()
+    return _cost_of("bytes" if in_bytes else "params", request, (), each)
 
 
 def _by_macs(request: Request, extents: Sequence[Extent]) -> LayerCost:
     """The cost of a layer in multiply-accumulates for one sample."""
+    return _cost_of("macs", request, extents, 1)
+
+
+def _cost_of(cost: str, request: Request, extents: Sequence[Extent], each: int) -> LayerCost:
     shape = request.target.shape
-    places = sum(each.times * math.prod(each.before if each.transposed else each.after) for each in extents)
-    return LayerCost(round(places * shape.parameters), lambda kind, ranks: chain_macs(kind, shape, ranks, extents))
+    return LayerCost(
+        round(whole_cost(cost, shape, extents, each)),
+        lambda kind, ranks: round(chain_cost(cost, shape, kind, ranks, extents, each)),
+    )
+
+
+def whole_cost(cost: str, shape: LayerShape, extents: Sequence[Extent], entry_bytes: int) -> float:
+    """What a whole layer costs.
+
+    Args:
+        cost: "params", "bytes" or "macs".
+        shape: of its weight.
+        extents: sizes of its inputs and outputs in each call; multiply-accumulates are those of one sample in all calls.
+        entry_bytes: of one entry of its weight.
+
+    >>> whole_cost("macs", LayerShape(8, 4, (3, 3)), [Extent((6, 6), (4, 4), False, 1.0)], 4)
+    4608.0
+    """
+    if cost == "macs":
+        places = sum(each.times * math.prod(each.before if each.transposed else each.after) for each in extents)
+        return places * shape.parameters
+    return float(shape.parameters * (entry_bytes if cost == "bytes" else 1))
+
+
+def chain_cost(
+    cost: str, shape: LayerShape, kind: Kind, ranks: Ranks, extents: Sequence[Extent], entry_bytes: int
+) -> float:
+    """What factors of a layer cost; arguments as for `whole_cost`."""
+    if cost == "macs":
+        return float(chain_macs(kind, shape, ranks, extents))
+    return float(kind.parameters(shape, ranks) * (entry_bytes if cost == "bytes" else 1))
 
 
 def chain_macs(kind: Kind, shape: LayerShape, ranks: Ranks, extents: Sequence[Extent]) -> int:

@@ -68,6 +68,12 @@ class Extent:
     transposed: bool
     times: float
 
+    @classmethod
+    def of(cls, op: WeightOp, out: Tensor, samples: int) -> Extent:
+        """Of a weight op with its output, in a batch of so many samples."""
+        space = (tuple(op.inputs.shape[2:]), tuple(out.shape[2:])) if op.geometry else ((), ())
+        return cls(*space, op.geometry is not None and op.axis == 0, len(out) / samples)
+
 
 @dataclass(frozen=True, eq=False)
 class Observations:
@@ -166,9 +172,7 @@ class _InputRecorder(OutputRecorder):
             return
         matrix = op.matrix()
         self.matrices[op.tensor] = matrix.clone()
-        space = (tuple(op.inputs.shape[2:]), tuple(out.shape[2:])) if op.geometry else ((), ())
-        extent = Extent(*space, op.geometry is not None and op.axis == 0, len(out) / self.samples)
-        self.extents.setdefault(op.tensor, []).append(extent)
+        self.extents.setdefault(op.tensor, []).append(Extent.of(op, out, self.samples))
         if matrix.shape[-1] > MOST_COLUMNS:
             return
         rows = evenly(output_positions(op, out), self.limits.rows_for(matrix.shape[-1])).to(out.device)

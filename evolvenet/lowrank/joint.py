@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from evolvenet.graph.sizes import proposed_length
 from evolvenet.graph.width_graph import WidthGraph
 from evolvenet.lowrank.base import LayerShape, Ranks
-from evolvenet.lowrank.budget import Option, chain_macs
+from evolvenet.lowrank.budget import Option, chain_cost, whole_cost
 from evolvenet.lowrank.fit import Extent
 from evolvenet.measurement.cost import Costs
 from evolvenet.pruning.allocation import Curve, convex, fit_to_cost, possible_sizes
@@ -56,14 +55,10 @@ class LayerInGraph:
         if option.kind is None:
             return 0.0
         ranks = option.kind.capped(shape, option.ranks)
-        fewer = shape.parameters - option.kind.parameters(shape, ranks)
-        if kind != "macs" or fewer <= 0:
-            return max(0.0, fewer * (self.entry_bytes if kind == "bytes" else 1.0))
-        whole = sum(
-            each.times * shape.parameters * math.prod(each.before if each.transposed else each.after)
-            for each in self.extents
-        )
-        return max(0.0, whole - chain_macs(option.kind, shape, ranks, self.extents))
+        if option.kind.parameters(shape, ranks) >= shape.parameters:
+            return 0.0
+        whole = whole_cost(kind, shape, self.extents, self.entry_bytes)
+        return max(0.0, whole - chain_cost(kind, shape, option.kind, ranks, self.extents, self.entry_bytes))
 
 
 @dataclass(frozen=True)

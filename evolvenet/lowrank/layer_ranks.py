@@ -10,7 +10,6 @@ whole, and with any fewer it is a chain of two. Policies see it beside the other
 # pyright: reportPrivateUsage=false
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -27,9 +26,10 @@ from evolvenet.graph.restriction import Restriction
 from evolvenet.graph.sizes import proposed_length
 from evolvenet.graph.width_graph import Width, WidthGraph, Widths
 from evolvenet.lowrank.base import Kind, LayerShape
+from evolvenet.lowrank.budget import chain_cost, whole_cost
 from evolvenet.lowrank.fit import Extent
 from evolvenet.lowrank.kinds import KINDS
-from evolvenet.lowrank.layers import FactoredLayer, layer_shape
+from evolvenet.lowrank.layers import FactoredLayer, groups_of
 from evolvenet.lowrank.targets import find_targets
 from evolvenet.measurement.cost import Costs
 
@@ -82,13 +82,9 @@ class LayerRank:
             shape: of the whole weight.
             rank: of the factors, or None.
         """
-        ranks = None if rank is None else self.kind.capped(shape, (rank,))
-        if kind != "macs":
-            entries = shape.parameters if ranks is None else self.kind.parameters(shape, ranks)
-            return float(entries * (self.entry_bytes if kind == "bytes" else 1))
-        if ranks is None:
-            return sum(each.times * shape.parameters * math.prod(each.after) for each in self.extents)
-        return sum(each.times * self.kind.macs(shape, ranks, each.before, each.after, False) for each in self.extents)
+        if rank is None:
+            return whole_cost(kind, shape, self.extents, self.entry_bytes)
+        return chain_cost(kind, shape, self.kind, self.kind.capped(shape, (rank,)), self.extents, self.entry_bytes)
 
     def shape_at(self, graph: WidthGraph, sizes: Mapping[str, int]) -> LayerShape:
         """The shape of the whole weight if the named widths had these sizes."""
@@ -276,11 +272,12 @@ def _of_chain(path: str, chain: FactoredLayer, extents: Mapping[str, Sequence[Ex
     if chain.kind not in IN_TRAINING or len(chain.factors) != 2 or not _trained(chain.factors[0]):
         return None
     first, last = (factor.get_parameter("weight") for factor in chain.factors)
-    shape = layer_shape(chain.whole())
-    names = TwoFactors(path, tuple(chain.merged_weight.shape), tuple(first.shape), tuple(last.shape))
+    merged = chain.merged_weight.shape
+    shape = LayerShape(merged[0], merged[1], tuple(merged[2:]))
+    names = TwoFactors(path, tuple(merged), tuple(first.shape), tuple(last.shape))
     calls = zip(extents.get(names.weights[1], ()), extents.get(names.weights[2], ()), strict=False)
     both = [Extent(one.before, two.after, False, one.times) for one, two in calls]
-    if shape.groups > 1 or isinstance(chain.factors[0], ConvTransposeNd) or not both:
+    if groups_of(chain.factors[0]) > 1 or isinstance(chain.factors[0], ConvTransposeNd) or not both:
         return None
     return LayerRank(names, KINDS[chain.kind], shape, both, False, first.element_size())
 
@@ -307,9 +304,7 @@ def extents_of(model: nn.Module, example_inputs: Any, gradients: bool = False) -
     found: dict[str, list[Extent]] = {}
 
     def record(op: WeightOp, out: Tensor) -> None:
-        space = (tuple(op.inputs.shape[2:]), tuple(out.shape[2:])) if op.geometry else ((), ())
-        extent = Extent(*space, op.geometry is not None and op.axis == 0, len(out) / samples)
-        found.setdefault(op.tensor, []).append(extent)
+        found.setdefault(op.tensor, []).append(Extent.of(op, out, samples))
 
     with isolated(model, shadows=True, gradients=gradients), op_by_op(WeightOpMode(model, after=record)):
         run_model(model, example_inputs)
