@@ -18,6 +18,7 @@ from torch.nn.modules.batchnorm import _NormBase as NormBase
 from torch.nn.modules.conv import _ConvNd as ConvNd
 from torch.nn.modules.conv import _ConvTransposeNd as ConvTransposeNd
 from torch.nn.utils.parametrizations import _WeightNorm as WeightNorm
+from torch.nn.utils.prune import BasePruningMethod
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import register_pytree_node, tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 from torch.utils.flop_counter import FlopCounterMode
@@ -40,6 +41,7 @@ __all__ = [
     "forward_hooks",
     "in_backward",
     "load_state_dict_pre_hooks",
+    "masked_name",
     "own_tensors",
     "parameter_table",
     "plain_attributes",
@@ -152,6 +154,11 @@ def adopt_hooks(module: nn.Module, other: nn.Module) -> None:
 def forward_hooks(module: nn.Module) -> list[Callable[..., Any]]:
     """The hooks that run before and after a module's forward pass."""
     return [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
+
+
+def masked_name(method: BasePruningMethod) -> str:
+    """The name of the tensor that a pruning method of torch.nn.utils.prune masks."""
+    return cast(Any, method)._tensor_name
 
 
 def load_state_dict_pre_hooks(module: nn.Module) -> list[Callable[..., Any]]:

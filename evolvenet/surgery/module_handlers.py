@@ -25,6 +25,7 @@ from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 # pyright: reportPrivateUsage=false
 from evolvenet._compat.torch import ConvNd, ConvTransposeNd, NormBase, WeightNorm, own_tensors, renew_flat_weights
 from evolvenet.errors import ResizeError
+from evolvenet.surgery.hooked_weights import hook_sources, hook_unit_value, recompute
 
 Shapes = Mapping[str, tuple[int, ...]]
 """New shape of each of a module's own tensors, by local name ("weight", "bias", …)."""
@@ -165,14 +166,18 @@ def original_name(made_by: nn.Module) -> str:
 
 
 def shape_sources(module: nn.Module) -> dict[str, Tensor]:
-    """Each of a module's tensors by local name, or of one that a parametrization computes, the one that has its shape.
+    """Each of a module's tensors by local name, or of one that is computed from others, the one that has its shape.
+
+    Computed by a parametrization, or by a hook of torch's older functions, see `evolvenet.surgery.hooked_weights`.
 
     >>> from torch.nn.utils.parametrizations import weight_norm
     >>> {name: tuple(tensor.shape) for name, tensor in shape_sources(weight_norm(nn.Linear(4, 3))).items()}
     {'bias': (3,), 'weight': (3, 4)}
     """
+    own = own_tensors(module)
     made = cast(nn.ModuleDict, module.parametrizations).items() if is_parametrized(module) else ()
-    return own_tensors(module) | {name: own_tensors(made_by)[original_name(made_by)] for name, made_by in made}
+    own |= {name: own_tensors(made_by)[original_name(made_by)] for name, made_by in made}
+    return own | {name: own[source] for name, source in hook_sources(module).items()}
 
 
 GATES = {"LSTM": 4, "GRU": 3, "RNN_TANH": 1, "RNN_RELU": 1}
@@ -205,7 +210,7 @@ def _groups(module: nn.Module, groups: int, channels: int, new_channels: int) ->
 @singledispatch
 def new_unit_value(module: nn.Module, name: str, dim: int) -> float:
     """Value of new units' entries along axis `dim` of the module's tensor `name`: 0, which keeps the outputs as they are."""
-    return 0.0
+    return hook_unit_value(module, name, dim)
 
 
 @new_unit_value.register(NormBase)
@@ -226,9 +231,11 @@ def _(module: ParametrizationList, name: str, dim: int) -> float:
 @singledispatch
 def refresh(module: nn.Module) -> None:
     """Recompute what a module derives from its tensors; nothing for most types."""
+    recompute(module)
 
 
 @refresh.register
 def _(module: nn.RNNBase) -> None:
     # It computes with a list of its parameters, in which a parameter that was exchanged would stay the old one, without an error.
+    recompute(module)
     renew_flat_weights(module)

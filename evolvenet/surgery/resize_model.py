@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
@@ -19,6 +20,7 @@ from evolvenet.graph.naming import named_tensors
 from evolvenet.graph.sizes import sizes_from_shapes
 from evolvenet.graph.width_graph import CONSUMES, WidthGraph
 from evolvenet.surgery.basis_change import BasisChange, along
+from evolvenet.surgery.hooked_weights import hook_sources
 from evolvenet.surgery.module_handlers import Shapes, attributes, new_unit_value, original_name, refresh
 
 
@@ -123,21 +125,36 @@ def _axis_bases(graph: WidthGraph, bases: Mapping[str, BasisChange]) -> dict[str
 
 
 def stale_attributes(model: nn.Module, graph: WidthGraph) -> tuple[AttributeChange, ...]:
-    """Attributes of modules that contradict the shapes of their tensors, each with the value that fits them."""
-    return _attribute_changes(model, graph, graph, set(graph.shapes))
+    """Attributes of modules that contradict the shapes of their tensors, each with the value that fits them.
+
+    Modules of which the attributes are unknown contradict nothing.
+    """
+    return _attribute_changes(model, graph, graph, None)
 
 
 def _attribute_changes(
-    model: nn.Module, before: WidthGraph, after: WidthGraph, touched: set[str]
+    model: nn.Module, before: WidthGraph, after: WidthGraph, touched: set[str] | None
 ) -> tuple[AttributeChange, ...]:
-    """The attributes that change; those by a module's type take precedence over those in proportion to a width."""
+    """The attributes that change; those by a module's type take precedence over those in proportion to a width.
+
+    Args:
+        model: the model.
+        before: its widths as they are.
+        after: its widths as they will be.
+        touched: names of the tensors that change; None for the attributes of all modules, as far as they are known.
+    """
     changes = {(id(change.module), change.name): change for change in _patches(model, before, after)}
     for path, module in model.named_modules():
         local = _local_shapes(path, module, after)
-        if any(full in touched for full in local.values()):
-            shapes = {name: after.shapes[full] for name, full in local.items()}
-            for name, value in _numbers(path, module, shapes).items():
-                changes[id(module), name] = AttributeChange(module, name, value)
+        shapes = {name: after.shapes[full] for name, full in local.items()}
+        numbers: dict[str, Any] = {}
+        if touched is None:
+            with suppress(KeyError):
+                numbers = attributes(module, shapes) if shapes else {}
+        elif any(full in touched for full in local.values()):
+            numbers = _numbers(path, module, shapes)
+        for name, value in numbers.items():
+            changes[id(module), name] = AttributeChange(module, name, value)
     return tuple(change for change in changes.values() if getattr(change.module, change.name) != change.value)
 
 
@@ -147,6 +164,7 @@ def _local_shapes(path: str, module: nn.Module, graph: WidthGraph) -> dict[str, 
     own = {name: prefix + name for name in own_tensors(module)}
     made = cast(nn.ModuleDict, module.parametrizations).items() if is_parametrized(module) else ()
     own |= {name: f"{prefix}parametrizations.{name}.{original_name(made_by)}" for name, made_by in made}
+    own |= {name: prefix + source for name, source in hook_sources(module).items()}
     found = {name: graph.aliases.get(full, full) for name, full in own.items()}
     return {name: full for name, full in found.items() if full in graph.shapes}
 

@@ -105,7 +105,9 @@ def _partly_changed(
 
 def _width(name: str, group: Group, disorder: str | None) -> Width:
     frozen = group.frozen or disorder
-    return Width(name, len(group.members), frozen=frozen, mixed=group.mixed, smallest=group.smallest)
+    # A width of one group may stay as it is: others of the same axis have the second one.
+    size = len(group.members)
+    return Width(name, size, frozen=frozen, mixed=group.mixed, smallest=min(group.smallest, size))
 
 
 def _groups(label_graph: LabelGraph, component: np.ndarray) -> list[Group]:

@@ -6,12 +6,19 @@ import dataclasses
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from evolvenet.engine.functional import resize
+from evolvenet.engine.evolver import Evolver
+from evolvenet.engine.functional import grow, prune, resize
 from evolvenet.errors import ResizeError
 from evolvenet.graph.index_map import IndexMap
+from evolvenet.graph.sizes import sizes_from_shapes
 from evolvenet.graph.width_graph import PRODUCES, WidthGraph
+from evolvenet.policies.base import Policy
+from evolvenet.policies.budget import Budget
+from evolvenet.policies.front import Front
+from evolvenet.policies.price import Price
+from evolvenet.policies.threshold import Threshold
 from evolvenet.tracing.trace import trace
 from tests.helpers.cases import CASES, Case, graph_of
 
@@ -167,3 +174,42 @@ def test_str_and_explain_list_widths_and_ties() -> None:
 def test_a_model_all_frozen_has_no_coverage() -> None:
     graph = trace(torch.nn.Linear(4, 3), torch.zeros(1, 4))
     assert (graph.coverage, graph.sizes, graph.resizable) == (0.0, {}, ())
+
+
+class TwoStreams(nn.Module):
+    """Channels of two convolutions side by side under one group norm, of which each group has as many as the first has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 4, 1), nn.Conv2d(3, 12, 1)
+        self.norm, self.out = nn.GroupNorm(4, 16), nn.Conv2d(16, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.norm(torch.cat([self.a(x), self.b(x)], 1)).relu())
+
+
+def test_a_width_of_one_group_may_stay_as_it_is() -> None:
+    model, x = TwoStreams(), torch.randn(8, 3, 4, 4)
+    graph, before = trace(model, x[:2]), model(x)
+    assert graph.sizes == {"a": 1, "b": 3}
+    resize(model, graph, {"a": IndexMap.identity(1)})
+    prune(model, graph, graph.sizes, [x])
+    assert torch.equal(model(x), before)
+    assert sizes_from_shapes(graph, graph.shapes) == ({name: width.size for name, width in graph.widths.items()}, [])
+    graph = grow(model, prune(model, graph, {"a": 1, "b": 2}, [x]), {"a": 3})
+    assert prune(model, graph, {"a": 1}).sizes == {"a": 1, "b": 2}
+    assert model(x).shape == before.shape
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [Threshold(prune=0.99), Budget(params=1), Price(1e9), Front([Budget(params=1)]), Budget(params=1, trials=True)],
+    ids=str,
+)
+def test_policies_take_a_width_of_one_group(policy: Policy) -> None:
+    model, x = TwoStreams(), torch.randn(8, 3, 4, 4)
+    evolver = Evolver(model, None, policy, x[:2])
+    evolver.observe(x)
+    event = evolver.step(progress=0.5)
+    assert event.skipped is None
+    assert event.sizes["b"] in {2, 3}
