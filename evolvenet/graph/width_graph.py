@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from evolvenet.errors import ResizeError
+from evolvenet.graph.coverage import shares
 from evolvenet.graph.index_map import IndexMap
 from evolvenet.graph.width_graph_text import as_table, as_text, layer_of_rank
 
@@ -180,12 +181,20 @@ class WidthGraph:
         return sum(math.prod(self.shapes[name]) for name in self.trainable)
 
     @property
+    def shares(self) -> dict[str, float]:
+        """Share of the parameters that falls to each width, 0 … 1, see `evolvenet.graph.coverage.shares`."""
+        return shares(self)
+
+    @property
     def coverage(self) -> float:
-        """Share of the parameters that lie in at least one resizable width, 0 … 1."""
-        total = self.parameters
-        chosen = set(self.sizes)
-        covered = sum(_entries_in(chosen, self.shapes[name], self.layouts[name]) for name in self.trainable)
-        return covered / total if total else 0.0
+        """Share of the parameters that falls to resizable widths, 0 … 1.
+
+        An entry of a weight `[hidden, stream]` counts one half if the hidden width can be resized and the stream is frozen.
+        Inputs, outputs, vocabularies and kernels, which are given, are no part of this: where all other widths can be
+        resized, every entry that lies in one of them counts whole.
+        """
+        found = self.shares
+        return math.fsum(found[name] for name in self.sizes)
 
     def check(self, maps: Mapping[str, IndexMap]) -> dict[str, IndexMap]:
         """The maps under the widths' own names, once it is clear that each can be applied.

@@ -20,13 +20,15 @@ def as_table(graph: WidthGraph) -> Table:
 
     table = Table(box=SIMPLE_HEAD, pad_edge=False, caption=Text(_caption(graph)), caption_justify="left")
     table.add_column("name", overflow="fold")
-    for title in ("size", "parameters"):
+    for title in ("size", "parameters", "share"):
         table.add_column(title, justify="right", no_wrap=True)
     table.add_column("ties")
     for title in _titles(graph):
         table.add_column(title, overflow="fold")
+    shares = graph.shares
     for width in graph.widths.values():
-        cells = [width.name, str(width.size), f"{width.parameters:,}", _roles(width), *_remarks(graph, width)]
+        share = f"{shares[width.name]:.1%}"
+        cells = [width.name, str(width.size), f"{width.parameters:,}", share, _roles(width), *_remarks(graph, width)]
         # As text: a reason may quote code, and rich would parse brackets in a plain string as styles.
         table.add_row(*map(Text, cells), style="dim" if width.frozen else "")
     return table
@@ -34,9 +36,11 @@ def as_table(graph: WidthGraph) -> Table:
 
 def as_text(graph: WidthGraph) -> str:
     """The same in plain text, with the number of ties of each width."""
-    rows = [["name", "size", "parameters", "ties", *_titles(graph)]]
+    shares = graph.shares
+    rows = [["name", "size", "parameters", "share", "ties", *_titles(graph)]]
     rows += [
-        [w.name, str(w.size), f"{w.parameters:,}", str(len(w.ties)), *_remarks(graph, w)] for w in graph.widths.values()
+        [w.name, str(w.size), f"{w.parameters:,}", f"{shares[w.name]:.1%}", str(len(w.ties)), *_remarks(graph, w)]
+        for w in graph.widths.values()
     ]
     columns = [max(len(row[i]) for row in rows) for i in range(len(rows[0]) - 1)]
     lines = [

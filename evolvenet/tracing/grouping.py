@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor, nn
 
+from evolvenet.graph.coverage import OTHER_ORDER
 from evolvenet.graph.naming import named_tensors
 from evolvenet.graph.width_graph import CONSUMES, FOLLOWS, PRODUCES, Segment, Width, WidthGraph, assemble
 from evolvenet.tracing.labels import KERNEL, AxisIds, LabelGraph
@@ -177,7 +178,7 @@ def _segments(
             parts.append((group, size * repeat, repeat))
         else:
             stop = start + 1
-            disordered.setdefault(group, f"its units stand in another order on axis {axis.dim} of {axis.tensor}")
+            disordered.setdefault(group, f"{OTHER_ORDER} on axis {axis.dim} of {axis.tensor}")
             parts.append((None, 1, 1))
         start = stop
     return tuple(parts)

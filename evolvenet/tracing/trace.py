@@ -28,6 +28,7 @@ from evolvenet.execution.inputs import tensors_of
 from evolvenet.execution.isolation import isolated, op_by_op
 from evolvenet.execution.own_gradients import GradientsNeededError, own_gradients
 from evolvenet.execution.step import run_model
+from evolvenet.graph.coverage import OUTPUT
 from evolvenet.graph.naming import named_tensors
 from evolvenet.graph.width_graph import WidthGraph
 from evolvenet.tracing.factorized import with_ranks
@@ -113,7 +114,7 @@ def run_for_labels(
             if training == modes[0]:
                 label_graph.output_shapes.append(tuple(leaf.shape))
             for layer in mode.label_of(leaf).layers:
-                label_graph.freeze(layer, "is the model's output")
+                label_graph.freeze(layer, OUTPUT)
         label_graph.modes_with_new_tensors.append(len(label_graph.first_use) > used)
     return label_graph
 

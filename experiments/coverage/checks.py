@@ -20,6 +20,7 @@ from torch import Tensor, nn
 import evolvenet
 from evolvenet._compat.torch import TorchDispatchMode, tree_leaves
 from evolvenet.execution.inputs import arguments
+from evolvenet.graph.coverage import OUTPUT
 from experiments.coverage.subjects import Subject
 
 LARGEST_DOUBLE = 100_000_000
@@ -29,7 +30,6 @@ TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
 """Largest relative difference of the output that counts as equal, by the coarsest type that the model computes in."""
 
 SHARE_LEFT, GROWTH, BATCH = 0.7, 1.25, 2
-OUTPUT = "is the model's output"
 INPUT_REASONS = ("reads data of a fixed size", "looks its rows up by data", "counts positions of a kernel")
 
 Note = Callable[[str, Mapping[str, Any]], None]

@@ -21,8 +21,8 @@ LONGEST = 150
 
 EXPLANATION = """Each model has random weights and runs in a process of its own. Figures come from that run only.
 
-- **widths**: how many can be resized, of how many found. **coverage**: share of the parameters with at least one axis in a
-  resizable width.
+- **widths**: how many can be resized, of how many found. **coverage**: share of the parameters that falls to resizable
+  widths; an entry that lies in several widths (hidden units and a stream) is divided equally between them.
 - **frozen, and why**: widths, their share of the parameters, reason; the weightiest first. The model's outputs and inputs
   (colours, vocabulary) are left out: they are given.
 - **pruned**: every resizable width to 70 % of its units at once, by weights alone; then a forward pass in eval mode, one in

@@ -26,10 +26,10 @@ def printed(graph: WidthGraph, columns: int = 200) -> list[str]:
 def test_every_width_has_a_line_that_a_person_reads() -> None:
     lines = printed(graph_called("embedding"))
     cells = [line.split() for line in lines]
-    assert cells[0] == ["name", "size", "parameters", "ties", "frozen"]
-    assert cells[2] == ["embed", "6", "162", "1", "produces,", "1", "consumes"]
+    assert cells[0] == ["name", "size", "parameters", "share", "ties", "frozen"]
+    assert cells[2] == ["embed", "6", "162", "73.1%", "1", "produces,", "1", "consumes"]
     assert " ".join(cells[3]) == (
-        "embed.weight[0] 20 120 1 follows aten::embedding in embed (Embedding) looks its rows up by data"
+        "embed.weight[0] 20 120 0.0% 1 follows aten::embedding in embed (Embedding) looks its rows up by data"
     )
     assert lines[-1].strip() == "coverage 98.4% of 193 parameters"
     assert len(lines) == 3 + len(graph_called("embedding").widths)
