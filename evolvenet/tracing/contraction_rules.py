@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from evolvenet.tracing.labels import CONSTANT, KERNEL, Label, align, arrange, merge, varying
+from evolvenet.tracing.labels import CONSTANT, KERNEL, Label, align, arrange, is_constant, merge, varying
 from evolvenet.tracing.rules import Call, rule
 
 
@@ -183,10 +183,14 @@ def _finest(sides: Sequence[list[Tensor]]) -> list[list[Tensor]]:
     A batched product pairs batch with batch: the head layer of one operand must not tie all places in a head of the other.
     """
     one, two = (
-        [layer for layer in layers if not any(set(varying(layer)) < set(varying(finer)) for finer in others)]
+        [layer for layer in layers if not any(_is_finer(other, layer) for other in others)]
         for layers, others in (sides, sides[::-1])
     )
     return [one, two]
+
+
+def _is_finer(one: Tensor, two: Tensor) -> bool:
+    return set(varying(two)) < set(varying(one)) and not is_constant(one)
 
 
 def _tie(call: Call, layer: Tensor, partners: Sequence[Tensor], other: Label) -> None:

@@ -114,7 +114,8 @@ def _width(name: str, group: Group, disorder: str | None) -> Width:
 def _groups(label_graph: LabelGraph, component: np.ndarray) -> list[Group]:
     """Groups of components with equal signatures and equal reasons, in order of their first id."""
     frozen, mixed = (_reasons(entries, component) for entries in (label_graph.frozen, label_graph.mixed))
-    whole = {int(c) for labels in label_graph.whole_groups for c in component[labels.reshape(-1).numpy()]}
+    channels = [labels.reshape(-1) for labels in label_graph.whole_groups]
+    whole = {int(c) for labels in channels for c in component[labels[labels >= 0].numpy()]}
     signatures = _signatures(label_graph, component, frozen)
     _, first = np.unique(component, return_index=True)
     together: dict[tuple[bytes, str | None, str | None, bool], list[int]] = defaultdict(list)

@@ -3,6 +3,8 @@
 A *unit* is one index of one axis of one parameter or buffer; it has an integer id. A *label layer* of a tensor is an
 int64 tensor that holds the id of the unit of each element; it is stored at size 1 along dimensions in which it is
 constant. A weight `[out, in]` has two label layers, its activations usually one. Id −1 means "no unit" (padding, data).
+Ids below −1 are places of a constant that the model's code made, such as the zeros that a hidden state begins with: they
+are no units either, but their number may change with a width's, so they tie nothing and freeze nothing.
 
 The rules of `rules` pass label layers through the ops of a model and add an edge to the `LabelGraph` for every two units
 that an op ties together. Connected components of that graph are units that can only be resized together.
@@ -112,13 +114,13 @@ class LabelGraph:
         return tuple(layers)
 
     def union(self, first: Tensor, second: Tensor) -> None:
-        """Tie corresponding elements (after broadcasting); one whose partner belongs to no unit is frozen."""
+        """Tie corresponding elements (after broadcasting); one whose partner is padding or data is frozen."""
         if first.shape == second.shape and torch.equal(first, second):
             return
         one, two = (part.reshape(-1) for part in torch.broadcast_tensors(first, second))
         real = (one >= 0) & (two >= 0)
         if not bool(real.all()):
-            unpaired = torch.cat([one[(two < 0) & (one >= 0)], two[(one < 0) & (two >= 0)]])
+            unpaired = torch.cat([one[(two == -1) & (one >= 0)], two[(one == -1) & (two >= 0)]])
             self.freeze(unpaired, "tied to places that belong to no unit (padding or data)")
             one, two = one[real], two[real]
         if len(one) > 4096:
@@ -129,7 +131,7 @@ class LabelGraph:
 
     def add_grid(self, layer: Tensor) -> None:
         """Keep a layer whose units vary along two dimensions: the model's code has laid them out as rows × columns."""
-        if len(varying(layer)) == 2 and layer.numel() <= self.units:
+        if len(varying(layer)) == 2 and layer.numel() <= self.units and bool((layer >= 0).all()):
             rows = layer.squeeze()
             first = dict.fromkeys(map(tuple, rows.tolist()))
             kept = torch.tensor(list(first))
@@ -138,7 +140,8 @@ class LabelGraph:
     def add_pieces(self, parts: Sequence[Tensor]) -> None:
         """Keep equal pieces that the model's code has split units into, as a grid of pieces × units of a piece."""
         rows = [part.reshape(-1) for part in parts]
-        if len(rows) > 1 and len({len(row) for row in rows}) == 1 and len(rows[0]) > 1:
+        whole = all(bool((row >= 0).all()) for row in rows)
+        if whole and len(rows) > 1 and len({len(row) for row in rows}) == 1 and len(rows[0]) > 1:
             self.grids.setdefault(torch.stack(rows).numpy().tobytes(), torch.stack(rows))
 
     def add_placeholders(self, layer: Tensor, dims: set[int]) -> Tensor:
@@ -295,8 +298,32 @@ def reshaped(layer: Tensor, old: Sequence[int], new: Sequence[int]) -> Tensor:
 
 
 def useful(layers: Iterable[Tensor]) -> tuple[Tensor, ...]:
-    """The layers that distinguish units: constant ones and those without any unit are dropped."""
-    return tuple(layer for layer in layers if layer.numel() > 1 and bool((layer >= 0).any()))
+    """The layers that distinguish places: those of one place, and those of padding and data alone, are dropped."""
+    return tuple(layer for layer in layers if layer.numel() > 1 and bool((layer != -1).any()))
+
+
+def places_of_constant(size: int, dim: int, dims: int) -> Tensor:
+    """The layer of an axis along which a tensor is constant: as many places as it has, which belong to no unit.
+
+    >>> places_of_constant(3, 1, 2)
+    tensor([[-2, -3, -4]])
+    """
+    return torch.arange(-2, -2 - size, -1).view([size if d == dim else 1 for d in range(dims)])
+
+
+def is_constant(layer: Tensor) -> bool:
+    """Whether a layer holds places of a constant only."""
+    return int(layer.reshape(-1)[0]) < -1 and bool((layer < -1).all())
+
+
+def known(one: Tensor, two: Tensor) -> Tensor:
+    """A layer with what `two` holds where `one` has places of a constant.
+
+    >>> known(torch.tensor([-1, -2, -3]), torch.tensor([-2, 7, -4]))
+    tensor([-1,  7, -4])
+    """
+    places = one < -1
+    return compress(torch.where(places, two, one)) if bool(places.any()) else one
 
 
 def align(layer: Tensor, dims: int) -> Tensor:
@@ -307,7 +334,8 @@ def align(layer: Tensor, dims: int) -> Tensor:
 def merge(label_graph: LabelGraph, groups: Sequence[Sequence[Tensor]]) -> tuple[Tensor, ...]:
     """The layers of the elementwise combination of several tensors, given the layers of each with equal dimensions.
 
-    Layers that vary along a common dimension are tied to each other; the smallest one of them is kept.
+    Layers that vary along a common dimension are tied to each other; the smallest one of them is kept, with the units of
+    the others where it has places of a constant.
     """
     merged: list[Tensor] = []
     # Placeholders come last, so that they can be tied to finer layers.
@@ -322,6 +350,8 @@ def merge(label_graph: LabelGraph, groups: Sequence[Sequence[Tensor]]) -> tuple[
         for k in shared:
             label_graph.union(merged[k], layer)
         smallest = min([layer, *(merged[k] for k in shared)], key=lambda each: each.numel())
+        for other in (layer, *(merged[k] for k in shared)) if shared else ():
+            smallest = known(smallest, other)
         merged = [other for k, other in enumerate(merged) if k not in shared] + [smallest]
     return tuple(merged)
 

@@ -23,7 +23,9 @@ from evolvenet.tracing.labels import (
     LabelGraph,
     align,
     compress,
+    is_constant,
     merge,
+    places_of_constant,
     reshaped,
     useful,
     varying,
@@ -155,8 +157,9 @@ def _by_schema(call: Call) -> Rule | None:
 
 def alike(call: Call) -> None:
     """Created by the model's code in the shape of another tensor: its places are that tensor's units."""
+    layers = [layer for layer in call.label_of(call.args[0]).layers if not is_constant(layer)]
     for out in call.outputs:
-        call.label_output(out, call.label_of(call.args[0]).layers, CONSTANT)
+        call.label_output(out, layers, CONSTANT)
 
 
 def constant(call: Call) -> None:
@@ -189,7 +192,7 @@ def movement(call: Call) -> None:
     if strided and not (source.is_contiguous() and source.storage_offset() == 0):
         call.freeze_all(f"{call.location} reads memory that is laid out in another way than it looks")
         label = Label()
-    if label.layers and any(tensor.device.type == "meta" for tensor in call.tensors[1:]):
+    if not all(map(is_constant, label.layers)) and any(tensor.device.type == "meta" for tensor in call.tensors[1:]):
         raise NeedsDataError(f"{call.location} moves units to places that only data can tell")
     results: list[list[Tensor]] = [[] for _ in call.outputs]
     for layer in label.layers:
@@ -245,7 +248,7 @@ def tie_elements(call: Call, tensors: Sequence[Tensor], labels: Sequence[Label])
     origin = _origin_after(tensors, labels, call.outputs)
     # Of equal layers the last one is kept: it should be the origin's, whose ids identify its axes.
     order = sorted(labels, key=lambda label: label.origin is not None and label.origin == origin)
-    aligned = [[align(layer, dims) for layer in label.layers] for label in order]
+    aligned = [[align(layer, dims) for layer in label.layers if not is_constant(layer)] for label in order]
     layers = merge(call.label_graph, aligned)
     if origin is not None:
         for dim in range(dims):
@@ -257,9 +260,39 @@ def tie_elements(call: Call, tensors: Sequence[Tensor], labels: Sequence[Label])
         for layer in layers:
             call.label_graph.freeze(layer, f"{call.location} writes it into a part of another tensor")
     all_constant = all(label.kind == CONSTANT for label in labels)
+    layers += constant_axes(tensors, labels, {axis for layer in layers for axis in varying(layer)})
     for out in call.outputs:
         if out.dim() == dims:
             call.label_output(out, layers, CONSTANT if all_constant else DATA, origin)
+
+
+def constant_axes(tensors: Sequence[Tensor], labels: Sequence[Label], taken: set[int]) -> list[Tensor]:
+    """A layer for each axis of an elementwise combination along which all that is combined is constant.
+
+    In `state * (1 - done)`, a state of zeros `[batch, units]` times data `[batch, 1]`, that is the last axis.
+
+    Args:
+        tensors: what is combined.
+        labels: of these tensors.
+        taken: axes that have units; what is constant along them belongs to these.
+    """
+    if all(label.kind == CONSTANT for label in labels):
+        return []  # The whole result is a constant.
+    dims = max(tensor.dim() for tensor in tensors)
+    sizes = [(1,) * (dims - tensor.dim()) + _unexpanded_sizes(tensor) for tensor in tensors]
+    layers = []
+    for axis in range(dims):
+        size = max(tensor.shape[axis - dims] if tensor.dim() >= dims - axis else 1 for tensor in tensors)
+        met = [label for each, label in zip(sizes, labels, strict=True) if each[axis] > 1]
+        if size > 1 and axis not in taken and all(_is_constant_along(label, axis, dims) for label in met):
+            layers.append(places_of_constant(size, axis, dims))
+    return layers
+
+
+def _is_constant_along(label: Label, axis: int, dims: int) -> bool:
+    return label.kind == CONSTANT or any(
+        is_constant(layer) and axis in varying(align(layer, dims)) for layer in label.layers
+    )
 
 
 def _origin_after(tensors: Sequence[Tensor], labels: Sequence[Label], outputs: Sequence[Tensor]) -> str | None:
@@ -275,6 +308,8 @@ def _freeze_met_by_data(call: Call, tensors: Sequence[Tensor], labels: Sequence[
     fixed: set[int] = set()
     for label in labels:
         for layer in label.layers:
+            if is_constant(layer):
+                continue
             axes = set(varying(align(layer, dims)))
             for tensor, other in zip(tensors, labels, strict=True):
                 sizes = (1,) * (dims - tensor.dim()) + _unexpanded_sizes(tensor)
@@ -288,49 +323,3 @@ def _freeze_met_by_data(call: Call, tensors: Sequence[Tensor], labels: Sequence[
 def _unexpanded_sizes(tensor: Tensor) -> tuple[int, ...]:
     """The shape, with 1 along dimensions that `expand` has repeated: whether that size changes with a width, trials find."""
     return tuple(size if stride else 1 for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-
-
-@rule("cat", "concat", "concatenate")
-def cat(call: Call) -> None:
-    """Units along the concatenated dimension stay side by side; corresponding units along the others are tied."""
-    tensors = [t for t in call.args[0] if not (t.dim() == 1 and t.numel() == 0)]
-    axis = (call.argument("dim") or 0) % tensors[0].dim()
-    along = [[layer for layer in call.label_of(t).layers if axis in varying(layer)] for t in tensors]
-    across = [[layer for layer in call.label_of(t).layers if axis not in varying(layer)] for t in tensors]
-    count = max(len(layers) for layers in (*along, [])) if along else 0
-    joined = list(merge(call.label_graph, across))
-    for k in range(count):
-        pieces = [
-            layers[k] if k < len(layers) else torch.full((1,) * t.dim(), -1)
-            for t, layers in zip(tensors, along, strict=True)
-        ]
-        # Only as large as they vary: expanded over an image they would take most of the memory.
-        shape = [max(sizes) for sizes in zip(*(layer.shape for layer in pieces), strict=True)]
-        parts = [
-            layer.expand([t.shape[axis] if dim == axis else size for dim, size in enumerate(shape)])
-            for layer, t in zip(pieces, tensors, strict=True)
-        ]
-        joined.append(compress(torch.cat(parts, axis)))
-    all_constant = all(call.label_of(t).kind == CONSTANT for t in tensors)
-    call.label_output(call.out, joined, CONSTANT if all_constant else DATA)
-
-
-@rule("stack")
-def stack(call: Call) -> None:
-    """Corresponding units of the tensors are tied."""
-    tensors = call.args[0]
-    axis = (call.argument("dim") or 0) % call.out.dim()
-    layers = merge(call.label_graph, [call.label_of(t).layers for t in tensors])
-    call.label_output(call.out, [layer.unsqueeze(axis) for layer in layers])
-
-
-@rule("glu")
-def glu(call: Call) -> None:
-    """The first half gated by the second: unit i of one half is tied to unit i of the other."""
-    source = call.args[0]
-    axis = call.argument("dim") % source.dim()
-    halves = [[], []]
-    for layer in call.label_of(source).layers:
-        for half, part in zip(halves, layer.expand(source.shape).chunk(2, axis), strict=True):
-            half.append(compress(part))
-    call.label_output(call.out, merge(call.label_graph, halves))

@@ -20,6 +20,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 import evolvenet.tracing.contraction_rules  # registers its rules
 import evolvenet.tracing.indexing_rules  # registers its rules
+import evolvenet.tracing.joining_rules  # registers its rules
 import evolvenet.tracing.loss_rules  # registers its rules
 import evolvenet.tracing.reduction_rules  # noqa: F401  registers its rules
 from evolvenet._compat.torch import TorchDispatchMode, in_backward, schema_of, tree_map_only

@@ -1,0 +1,76 @@
+"""Label rules of ops that put several tensors together, or the parts of one.
+
+Importing this module registers them in `rules.RULES`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from evolvenet.tracing.labels import CONSTANT, DATA, Label, compress, is_constant, merge, places_of_constant, varying
+from evolvenet.tracing.rules import Call, constant_axes, rule
+
+
+@rule("cat", "concat", "concatenate")
+def cat(call: Call) -> None:
+    """Units along the concatenated dimension stay side by side; corresponding units along the others are tied."""
+    tensors = [t for t in call.args[0] if not (t.dim() == 1 and t.numel() == 0)] or list(call.args[0])
+    labels = [call.label_of(t) for t in tensors]
+    axis = (call.argument("dim") or 0) % tensors[0].dim()
+    along = [[layer for layer in label.layers if axis in varying(layer)] for label in labels]
+    across = [
+        [layer for layer in label.layers if axis not in varying(layer) and not is_constant(layer)] for label in labels
+    ]
+    all_constant = all(label.kind == CONSTANT for label in labels)
+    count = max(len(layers) for layers in (*along, []))
+    if not all_constant and any(label.kind == CONSTANT for label in labels):
+        count = max(count, 1)
+    joined = list(merge(call.label_graph, across))
+    joined += constant_axes(tensors, labels, {axis, *(dim for layer in joined for dim in varying(layer))})
+    for k in range(count):
+        pieces = [
+            layers[k] if k < len(layers) else _without_units(label, t, axis)
+            for t, label, layers in zip(tensors, labels, along, strict=True)
+        ]
+        # Only as large as they vary: expanded over an image they would take most of the memory.
+        shape = [max(sizes) for sizes in zip(*(layer.shape for layer in pieces), strict=True)]
+        parts = [
+            layer.expand([t.shape[axis] if dim == axis else size for dim, size in enumerate(shape)])
+            for layer, t in zip(pieces, tensors, strict=True)
+        ]
+        joined.append(compress(torch.cat(parts, axis)))
+    call.label_output(call.out, joined, CONSTANT if all_constant else DATA)
+
+
+def _without_units(label: Label, tensor: Tensor, axis: int) -> Tensor:
+    """The layer of a piece that has no units along an axis: places of a constant, or data."""
+    if label.kind == CONSTANT:
+        return places_of_constant(tensor.shape[axis], axis, tensor.dim())
+    return torch.full((1,) * tensor.dim(), -1)
+
+
+@rule("stack")
+def stack(call: Call) -> None:
+    """Corresponding units of the tensors are tied."""
+    tensors = call.args[0]
+    labels = [call.label_of(t) for t in tensors]
+    axis = (call.argument("dim") or 0) % call.out.dim()
+    layers = list(
+        merge(call.label_graph, [[each for each in label.layers if not is_constant(each)] for label in labels])
+    )
+    layers += constant_axes(tensors, labels, {dim for layer in layers for dim in varying(layer)})
+    all_constant = all(label.kind == CONSTANT for label in labels)
+    call.label_output(call.out, [layer.unsqueeze(axis) for layer in layers], CONSTANT if all_constant else DATA)
+
+
+@rule("glu")
+def glu(call: Call) -> None:
+    """The first half gated by the second: unit i of one half is tied to unit i of the other."""
+    source = call.args[0]
+    axis = call.argument("dim") % source.dim()
+    halves = [[], []]
+    for layer in call.label_of(source).layers:
+        for half, part in zip(halves, layer.expand(source.shape).chunk(2, axis), strict=True):
+            half.append(compress(part))
+    call.label_output(call.out, merge(call.label_graph, halves))
