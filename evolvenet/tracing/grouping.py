@@ -69,11 +69,13 @@ def build_graph(model: nn.Module, label_graph: LabelGraph) -> GroupedWidths:
     label_graph.propagate_roles()
     groups = _groups(label_graph, component)
     where = {member: (g, u) for g, group in enumerate(groups) for u, member in enumerate(group.members)}
+    places = np.full((component.max(initial=-1) + 1, 2), -1)
+    places[list(where)] = list(where.values())
     layouts: dict[str, dict[int, AxisRuns]] = defaultdict(dict)
     disordered = _partly_changed(label_graph, component, groups, where)
     for axis in label_graph.axes:
-        places = [where[int(c)] for c in component[axis.start : axis.start + axis.size]]
-        layouts[axis.tensor][axis.dim] = _segments(places, groups, axis, disordered)
+        along = places[component[axis.start : axis.start + axis.size]]
+        layouts[axis.tensor][axis.dim] = _segments(along, groups, axis, disordered)
     tensors, aliases, trainable = named_tensors(model)
     names = _names(groups, layouts, label_graph, trainable)
     widths = {name: _width(name, groups[g], disordered.get(g)) for g, name in names.items()}
@@ -158,31 +160,46 @@ def _reasons(entries: Sequence[tuple[Tensor, str]], component: np.ndarray) -> di
     return found
 
 
-def _segments(
-    places: list[tuple[int, int]], groups: list[Group], axis: AxisIds, disordered: dict[int, str]
-) -> AxisRuns:
+def _segments(along: np.ndarray, groups: list[Group], axis: AxisIds, disordered: dict[int, str]) -> AxisRuns:
     """Divide an axis into (group, length, repeat) runs that hold all units of a group in order.
 
     A group whose units are in another order on the axis is added to `disordered`: where new units would have to be
-    inserted is not known.
+    inserted is not known. Its places, next to each other, are one run without a group.
+
+    Args:
+        along: (group, unit) at each place of the axis, `[places, 2]`.
+        groups: all of them.
+        axis: the axis, for the reason.
+        disordered: {group: reason}, extended here.
     """
     parts: list[tuple[int | None, int, int]] = []
+    changes = np.flatnonzero((along[1:] != along[:-1]).any(axis=1)) + 1
+    ends = np.append(changes, len(along))
+    next_change = np.repeat(ends, np.diff(ends, prepend=0))
     start = 0
-    while start < len(places):
-        group = places[start][0]
-        size = len(groups[group].members)
-        repeat = 1
-        while start + repeat < len(places) and places[start + repeat] == places[start]:
-            repeat += 1
-        stop = start + size * repeat
-        if places[start:stop] == [(group, unit) for unit in range(size) for _ in range(repeat)]:
-            parts.append((group, size * repeat, repeat))
+    while start < len(along):
+        group, repeat = int(along[start, 0]), int(next_change[start]) - start
+        length = len(groups[group].members) * repeat
+        if _in_order(along[start : start + length], length, repeat):
+            parts.append((group, length, repeat))
         else:
-            stop = start + 1
+            length = repeat
             disordered.setdefault(group, f"{OTHER_ORDER} on axis {axis.dim} of {axis.tensor}")
-            parts.append((None, 1, 1))
-        start = stop
+            joined = parts.pop()[1] if parts and parts[-1][0] is None else 0
+            parts.append((None, joined + length, 1))
+        start += length
     return tuple(parts)
+
+
+def _in_order(found: np.ndarray, length: int, repeat: int) -> bool:
+    """Whether places hold all units of the first one's group, in order, `repeat` times each.
+
+    The ends are compared first: a table of which the middle is used begins its width anew at every place.
+    """
+    last = length // repeat - 1
+    if len(found) < length or found[0, 1] != 0 or tuple(found[-1]) != (found[0, 0], last):
+        return False
+    return bool((found[:, 0] == found[0, 0]).all() and (found[:, 1] == np.arange(length) // repeat).all())
 
 
 def _names(
