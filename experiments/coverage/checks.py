@@ -61,7 +61,7 @@ def check_ours(subject: Subject, note: Note) -> None:
     model = build(subject, torch.float32)
     count = sum(parameter.numel() for parameter in model.parameters())
     dtype = torch.float64 if count <= LARGEST_DOUBLE else torch.float32
-    tested = ModelUnderTest(subject, dtype, model.to(dtype))
+    tested = ModelUnderTest(subject, dtype, cast(model, dtype))
     note("model", {"parameters": count, "dtype": str(dtype).removeprefix("torch.")})
     for stage in (trace, permute, grow, prune):
         _attempt(stage.__name__, partial(stage, tested), note)
@@ -88,7 +88,7 @@ def _attempt(name: str, stage: Callable[[], Mapping[str, Any]], note: Note) -> N
 def build(subject: Subject, dtype: torch.dtype) -> nn.Module:
     """The model with random weights that no error can hide behind: norms as after some training, no scale or head at zero."""
     torch.manual_seed(0)
-    model = subject.make().to(dtype).eval()
+    model = cast(subject.make(), dtype).eval()
     with torch.no_grad():
         for name, tensor in (*model.named_parameters(), *model.named_buffers()):
             if not tensor.is_floating_point():
@@ -100,6 +100,11 @@ def build(subject: Subject, dtype: torch.dtype) -> nn.Module:
             elif isinstance(tensor, nn.Parameter) and not tensor.any():
                 tensor.normal_(std=tensor[0].numel() ** -0.5)
     return model
+
+
+def cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """The model with real weights of this type; `nn.Module.to` would take the imaginary parts from complex ones."""
+    return model.double() if dtype == torch.float64 else model.float()
 
 
 def trace(tested: ModelUnderTest) -> dict[str, Any]:
@@ -147,9 +152,11 @@ def permute(tested: ModelUnderTest) -> dict[str, Any]:
 
 
 def grow(tested: ModelUnderTest) -> dict[str, Any]:
-    """Grow every width that keeps the function by 25 %, which must not change the output."""
+    """Grow every width that keeps the function by 25 % or a little more, then remove the new units: the output stays."""
     graph = tested.graph
-    sizes = {width.name: grown_size(width) for width in graph.resizable if width.mixed is None}
+    widths = [width for width in graph.resizable if width.mixed is None]
+    # By unequal amounts: what is right by the difference or the ratio of two widths alone is found.
+    sizes = {width.name: grown_size(width) + number % 3 for number, width in enumerate(widths)}
     left_out = len(graph.resizable) - len(sizes)
     if not sizes:
         return {"grown": 0, "left_out": left_out, "equal": True}
@@ -158,7 +165,15 @@ def grow(tested: ModelUnderTest) -> dict[str, Any]:
         tested.graphs.append(evolvenet.grow(tested.model, graph, sizes))
 
     figures = _compared(tested, change)
-    return {**figures, "grown": len(sizes), "left_out": left_out, "parameters": tested.graph.parameters}
+    grown = {"grown": len(sizes), "left_out": left_out, "parameters": tested.graph.parameters}
+    maps = {w.name: evolvenet.IndexMap.keep(range(w.size), sizes[w.name]) for w in widths}
+
+    def change_back() -> None:
+        tested.graphs.append(evolvenet.resize(tested.model, tested.graph, maps))
+
+    back = _compared(tested, change_back)
+    worst = max(figures, back, key=lambda each: each["difference"])
+    return {**worst, "equal": figures["equal"] and back["equal"], **grown}
 
 
 def grown_size(width: evolvenet.Width) -> int:
@@ -257,7 +272,7 @@ def outputs_of(model: nn.Module, inputs: Any) -> list[Tensor]:
     """Every tensor of the model's output, computed without gradients."""
     args, kwargs = arguments(inputs)
     with torch.no_grad():
-        return _tensors(model(*args, **kwargs))
+        return [output.detach() for output in _tensors(model(*args, **kwargs))]
 
 
 def _tensors(result: Any) -> list[Tensor]:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torchvision import models
 
-from experiments.coverage import small_networks, transformer_networks
+from experiments.coverage import kinds, small_networks, transformer_networks
 
 IMAGE = (3, 224, 224)
 
@@ -26,7 +26,7 @@ class Subject:
 
     Args:
         name: as its library calls it.
-        library: "torchvision" (its classifiers), "torchvision-other", "timm", "transformers" or "own".
+        library: "torchvision" (its classifiers), "torchvision-other", "timm", "transformers", "own" or "kinds".
         make: builds it with random weights.
         shapes: of its inputs without the batch, in order.
         tokens: 0, or the size of the vocabulary that whole-number inputs are drawn from; one per input.
@@ -66,7 +66,7 @@ class OneOutput(nn.Module):
 
 def subjects() -> dict[str, Subject]:
     """Every model of the table by "library/name", in the order of the table."""
-    found = [*_classifiers(), *_other_vision(), *_transformers(), *_timm(), *_own()]
+    found = [*_classifiers(), *_other_vision(), *_transformers(), *_timm(), *_own(), *_kinds()]
     return {f"{subject.library}/{subject.name}": subject for subject in found}
 
 
@@ -138,3 +138,7 @@ def _own() -> list[Subject]:
     return [
         Subject(name, "own", make, shapes, tokens) for name, (make, shapes, tokens) in small_networks.NETWORKS.items()
     ]
+
+
+def _kinds() -> list[Subject]:
+    return [Subject(name, "kinds", make, shapes, tokens) for name, (make, shapes, tokens) in kinds.NETWORKS.items()]

@@ -27,9 +27,10 @@ EXPLANATION = """Each model has random weights and runs in a process of its own.
   (colours, vocabulary) are left out: they are given.
 - **pruned**: every resizable width to 70 % of its units at once, by weights alone; then a forward pass in eval mode, one in
   train mode and a backward pass of two samples. Share of the parameters that is left.
-- **grown**: 25 % more units in every width at once; the output's relative difference in float64 (float32, marked, above
-  100 million parameters or where the model's own code computes in float32), equal up to 1e-9 (1e-4). Widths whose units are
-  mixed with each other (a layer norm over them) cannot grow without changing the function: they are left out, and counted.
+- **grown**: 25 % more units, and 0, 1 or 2 besides, in every width at once, and the same removed again; the output's larger
+  relative difference in float64 (float32, marked, above 100 million parameters or where the model's own code computes in
+  float32), equal up to 1e-9 (1e-4). Widths whose units are mixed with each other (a layer norm over them) cannot grow without
+  changing the function: they are left out, and counted.
 - **permuted**: the units of every width in another order at once; the same comparison.
 - **seconds**: tracing and proving all widths, in one thread, on a machine that may have had other work.
 - **Torch-Pruning**: the same 30 % everywhere without hints, the last layer kept; then the same three passes. A cross is what
