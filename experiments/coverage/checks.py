@@ -110,9 +110,9 @@ def cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
 def trace(tested: ModelUnderTest) -> dict[str, Any]:
     """Trace and verify: the share of parameters in resizable widths, and why the other widths are frozen."""
     inputs = tested.subject.inputs(1, tested.dtype)
-    begin = time.perf_counter()
+    begin = time.process_time()
     graph = evolvenet.trace(tested.model, inputs)
-    seconds = time.perf_counter() - begin
+    seconds = time.process_time() - begin
     if not graph.resizable:
         raise RuntimeError(f"no width can be resized; {len(graph.widths)} are frozen: {_reasons(tested, graph)[:1]}")
     tested.graphs.append(graph)

@@ -1,7 +1,8 @@
 """Which models can be traced, pruned and grown: `python -m experiments.coverage.run`, or `make coverage` for all of them.
 
-Every model runs in a process of its own with limits on time and memory. Its results are kept in one small JSON file, so a
-run can be stopped and resumed; the table `experiments/coverage/coverage.md` is written from those files after every model.
+Every model runs in a process of its own with limits on time and memory, forked from one that has imported the libraries.
+Its results are kept in one small JSON file, so a run can be stopped and resumed; the table
+`experiments/coverage/coverage.md` is written from those files after every model.
 """
 
 from __future__ import annotations
@@ -11,11 +12,13 @@ import fnmatch
 import hashlib
 import importlib.util
 import json
+import multiprocessing
+import os
 import resource
-import subprocess
-import sys
+import threading
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -28,26 +31,37 @@ from experiments.coverage.table import OURS, PEER, write_table
 from experiments.pages import versions, write_whole
 
 CHECKS = {OURS: check_ours, PEER: check_torch_pruning}
+IMPORTED = ("experiments.coverage.checks", "torch._dynamo", "timm", "transformers")
+"""What every process needs, imported once; those that are not installed are left out."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run what is missing and write the table."""
     options = _options(arguments)
-    if options.child:
-        return _child(options)
     names = [name for name in subjects() if any(fnmatch.fnmatch(name, pattern) for pattern in options.models or ["*"])]
     if not names:
         raise SystemExit(f"No model of the table is called {' or '.join(options.models)}; try 'torchvision/*'.")
-    for number, name in enumerate(names, start=1):
-        for part in _parts(options):
-            record = _record_path(options.cache, name, part)
-            if not _is_current(record, part, options):
-                print(f"{number:3}/{len(names)} {name} ({part})", flush=True)
-                _run_child(name, part, record, options)
+    multiprocessing.get_context("forkserver").set_forkserver_preload(list(IMPORTED))
+    table = threading.Lock()
+
+    def run(number: int, name: str, part: str) -> None:
+        record = _record_path(options.cache, name, part)
+        if not _is_current(record, part, options):
+            print(f"{number:3}/{len(names)} {name} ({part})", flush=True)
+            _run_child(name, part, record, options)
+            with table:
                 _write(options)
+
+    with ThreadPoolExecutor(options.workers) as pool:
+        jobs = [
+            pool.submit(run, number, name, part)
+            for number, name in enumerate(names, start=1)
+            for part in _parts(options)
+        ]
+        for job in jobs:
+            job.result()
     _write(options)
     print(f"table: {options.table}")
-    return None
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -61,7 +75,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--table", type=Path, default=Path(__file__).with_name("coverage.md"), help="page to write")
     parser.add_argument("--keep-old", action="store_true", help="keep results of an older state of the package")
     parser.add_argument("--only", choices=tuple(CHECKS), help="leave the other one's results as they are")
-    parser.add_argument("--child", choices=tuple(CHECKS), help=argparse.SUPPRESS)
+    parser.add_argument("--workers", type=int, default=1, help="models at a time (default %(default)s)")
     return parser.parse_args(arguments)
 
 
@@ -98,17 +112,20 @@ def state() -> str:
 def _run_child(name: str, part: str, record: Path, options: argparse.Namespace) -> None:
     """Run one model in a process of its own; if a limit or a crash stopped it, its record says so."""
     limit = options.limit if part == OURS else options.peer_limit
-    passed = ["--child", part, "--memory", str(options.memory), "--threads", str(options.threads)]
-    command = [sys.executable, "-m", "experiments.coverage.run", name, *passed, "--cache", str(options.cache)]
     begin, stopped = time.perf_counter(), None
     _save(record, _fresh_record(name, part))
-    with record.with_suffix(".log").open("w", encoding="utf-8") as log:
-        try:
-            code = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, timeout=limit, check=False).returncode
-            if code:
-                stopped = f"the process ended with {f'signal {-code}' if code < 0 else f'status {code}'}"
-        except subprocess.TimeoutExpired:
-            stopped = f"time limit of {limit:.0f} s"
+    process = multiprocessing.get_context("forkserver").Process(
+        target=_child, args=(name, part, record, options.threads, options.memory)
+    )
+    process.start()
+    process.join(limit)
+    if process.is_alive():
+        process.kill()
+        process.join()
+        stopped = f"time limit of {limit:.0f} s"
+    elif process.exitcode:
+        code = process.exitcode
+        stopped = f"the process ended with {f'signal {-code}' if code < 0 else f'status {code}'}"
     found = json.loads(record.read_text(encoding="utf-8"))
     wall = round(time.perf_counter() - begin, 1)
     _save(record, {**found, "stopped": stopped, "limit": limit, "wall_seconds": wall})
@@ -118,19 +135,21 @@ def _fresh_record(name: str, part: str) -> dict[str, Any]:
     return {"name": name, "part": part, "state": state(), "versions": versions(), "stages": {}}
 
 
-def _child(options: argparse.Namespace) -> None:
-    torch.set_num_threads(options.threads)
-    limit = int(options.memory * 2**30)
+def _child(name: str, part: str, record: Path, threads: int, memory: float) -> None:
+    """Run one model in this process, its output in a file beside the record."""
+    with record.with_suffix(".log").open("w", encoding="utf-8") as log:
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+    torch.set_num_threads(threads)
+    limit = int(memory * 2**30)
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-    (name,) = options.models
-    record = _record_path(options.cache, name, options.child)
-    found = _fresh_record(name, options.child)
+    found = _fresh_record(name, part)
 
     def note(stage: str, figures: Mapping[str, Any]) -> None:
         found["stages"][stage] = dict(figures)
         _save(record, found)
 
-    CHECKS[options.child](subjects()[name], note)
+    CHECKS[part](subjects()[name], note)
 
 
 def _save(record: Path, found: Mapping[str, Any]) -> None:

@@ -32,7 +32,7 @@ EXPLANATION = """Each model has random weights and runs in a process of its own.
   float32), equal up to 1e-9 (1e-4). Widths whose units are mixed with each other (a layer norm over them) cannot grow without
   changing the function: they are left out, and counted.
 - **permuted**: the units of every width in another order at once; the same comparison.
-- **seconds**: tracing and proving all widths, in one thread, on a machine that may have had other work.
+- **seconds**: of processor time for tracing and proving all widths, in one thread.
 - **Torch-Pruning**: the same 30 % everywhere without hints, the last layer kept; then the same three passes. A cross is what
   it or the model raised.
 - Models of transformers return their logits alone; segmenters have their auxiliary head, which train mode runs.
@@ -69,7 +69,18 @@ def write_table(
 
 
 def _totals(names: Sequence[str], records: Records) -> list[str]:
-    head = ["", "models", "run", "traced", *CHECKED, "coverage: mean", "least", "seconds: median", "Torch-Pruning"]
+    head = [
+        "",
+        "models",
+        "run",
+        "traced",
+        *CHECKED,
+        "coverage: mean",
+        "least",
+        "seconds: median",
+        "most",
+        "Torch-Pruning",
+    ]
     groups = groupby(names, key=lambda name: name.partition("/")[0])
     rows = [_total(library, list(group), records) for library, group in groups]
     return markdown(head, [*rows, _total("all", names, records)], text=(0, 8))
@@ -80,6 +91,8 @@ def _total(label: str, names: Sequence[str], records: Records) -> list[str]:
     peers = [records[name, PEER] for name in names if (name, PEER) in records]
     traced = [record for record in ours if _figures(record, "trace").get("ok")]
     coverage = {record["name"].partition("/")[2]: record["stages"]["trace"]["coverage"] for record in traced}
+    seconds = {record["name"].partition("/")[2]: record["stages"]["trace"]["trace_seconds"] for record in traced}
+    slowest = max(seconds, key=lambda name: seconds[name], default=None)
     least = min(coverage, key=lambda name: coverage[name], default=None)
     return [
         label,
@@ -91,7 +104,8 @@ def _total(label: str, names: Sequence[str], records: Records) -> list[str]:
         str(sum(bool(_figures(record, "permute").get("equal")) for record in ours)),
         f"{fmean(coverage.values()):.1%}" if coverage else "",
         f"{coverage[least]:.1%} ({least})" if least else "",
-        f"{median(r['stages']['trace']['trace_seconds'] for r in traced):.1f}" if traced else "",
+        f"{median(seconds.values()):.1f}" if traced else "",
+        f"{seconds[slowest]:.1f} ({slowest})" if slowest else "",
         f"{sum(_passed(_figures(record, 'cut')) for record in peers)} of {len(peers)}",
     ]
 
