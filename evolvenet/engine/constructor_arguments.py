@@ -12,6 +12,7 @@ from torch import nn
 
 from evolvenet.graph.width_graph import WidthGraph
 from evolvenet.surgery.module_handlers import attributes, shape_sources
+from evolvenet.surgery.numbers import attribute_of
 
 RECURRENT = ("input_size", "hidden_size", "num_layers", "bias", "batch_first", "dropout", "bidirectional", "proj_size")
 
@@ -145,7 +146,7 @@ def of_own_classes(model: nn.Module, graph: WidthGraph, original: Mapping[str, i
         graph: its widths now.
         original: {width: size before anything was changed}.
     """
-    numbers = {entry: width.name for width in graph.widths.values() for entry in width.patches}
+    numbers = {(path, attribute_of(n)): width.name for width in graph.widths.values() for path, n in width.patches}
     found: dict[str, Arguments] = {}
     for path, module in model.named_modules():
         if _is_torchs(module) or type(module).__init__ is nn.Module.__init__:

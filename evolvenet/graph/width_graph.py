@@ -65,8 +65,8 @@ class Width:
         mixed: None, or the op that mixes units with each other (layer norm, a mean over the units); growing then
             cannot keep the function exactly.
         smallest: the fewest units it can have (two where the units are the groups of a grouped layer).
-        patches: (module path, attribute) of Python numbers of the model's own code that are proportional to its size; a
-            resize rescales them.
+        patches: (module path, name) of Python numbers of the model's own code that are proportional to its size ("num_heads",
+            "config.hidden_size", see `evolvenet.surgery.numbers`); a resize rescales them.
         step: policies propose multiples of it alone, see `rounded`.
         rank_of: path of the factorized layer of which it is a rank: nothing but linear maps touches its units, so that any
             invertible change of their basis keeps the function. None for other widths.

@@ -22,6 +22,7 @@ from evolvenet.graph.renaming import in_child, in_parent
 from evolvenet.graph.width_graph import WidthGraph
 from evolvenet.surgery.module_handlers import attributes, refresh, shape_sources
 from evolvenet.surgery.module_replacement import behind, find_replacements, fit_replacements
+from evolvenet.surgery.numbers import number_at, with_number
 from evolvenet.surgery.resize_model import exchange, scaled_numbers
 from evolvenet.surgery.state_parts import own_names, refuse_others, tied_to
 from evolvenet.surgery.width_check import problem_by_graph, problem_by_record, problem_without_record, warn_of_numbers
@@ -241,8 +242,9 @@ def _apply_numbers(model: nn.Module, record: Mapping[str, Any] | None) -> None:
             module = model.get_submodule(path)
         except AttributeError:
             continue
-        if hasattr(module, name):
-            setattr(module, name, value)
+        if number_at(module, name) is not None:
+            attribute, changed = with_number(module, name, value)
+            setattr(module, attribute, changed)
 
 
 def _shapes_there(model: nn.Module, prefix: str, state: Mapping[str, Any]) -> dict[Tensor, tuple[int, ...]]:

@@ -196,8 +196,6 @@ def _read_safetensors(path: Path, map_location: Any) -> Any:
     entries: dict[str, dict[str, Any]] = {path: {REPLACEMENT_KEY: record} for path, record in replaced.items()}
     if RECORD_KEY in metadata:
         record = json.loads(metadata[RECORD_KEY])
-        # JSON has made lists of the model's tuples.
-        record["numbers"] = [[p, n, tuple(v) if isinstance(v, list) else v] for p, n, v in record["numbers"]]
         record["buffers"] = package.load(base64.b64decode(record["buffers"]))
         entries.setdefault("", {})[RECORD_KEY] = record
     return with_metadata(tensors, entries)

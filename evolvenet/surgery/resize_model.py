@@ -22,6 +22,7 @@ from evolvenet.graph.width_graph import CONSUMES, WidthGraph
 from evolvenet.surgery.basis_change import BasisChange, along
 from evolvenet.surgery.hooked_weights import hook_sources
 from evolvenet.surgery.module_handlers import Shapes, attributes, new_unit_value, original_name, refresh
+from evolvenet.surgery.numbers import attribute_of, number_at, with_number
 
 
 @dataclass(frozen=True)
@@ -143,7 +144,7 @@ def _attribute_changes(
         after: its widths as they will be.
         touched: names of the tensors that change; None for the attributes of all modules, as far as they are known.
     """
-    changes = {(id(change.module), change.name): change for change in _patches(model, before, after)}
+    changes = _number_changes(model, before, after)
     for path, module in model.named_modules():
         local = _local_shapes(path, module, after)
         shapes = {name: after.shapes[full] for name, full in local.items()}
@@ -179,18 +180,27 @@ def _numbers(path: str, module: nn.Module, shapes: Shapes) -> dict[str, Any]:
         ) from missing
 
 
-def _patches(model: nn.Module, before: WidthGraph, after: WidthGraph) -> Iterator[AttributeChange]:
-    """Numbers of the model's own code that are proportional to a width, see `evolvenet.tracing.coupled_dims`."""
+def _following_numbers(model: nn.Module, before: WidthGraph, after: WidthGraph) -> Iterator[tuple[str, str, int]]:
+    """(module path, name, new value) of numbers of the model's own code that are proportional to a width that changes."""
     for name, width in before.widths.items():
         new = after.widths[name].size
-        for path, attribute in width.patches if new != width.size else ():
-            module = model.get_submodule(path)
-            value = getattr(module, attribute)
-            yield AttributeChange(module, attribute, _scaled(value, new, width.size))
+        for path, number in width.patches if new != width.size else ():
+            yield path, number, number_at(model.get_submodule(path), number) * new // width.size
+
+
+def _number_changes(model: nn.Module, before: WidthGraph, after: WidthGraph) -> dict[tuple[int, str], AttributeChange]:
+    """The attributes in which such numbers lie, by module and name; several numbers may lie in one attribute."""
+    changes: dict[tuple[int, str], AttributeChange] = {}
+    for path, name, number in _following_numbers(model, before, after):
+        module = model.get_submodule(path)
+        known = changes.get((id(module), attribute_of(name)))
+        attribute, value = with_number(module, name, number, None if known is None else known.value)
+        changes[id(module), attribute] = AttributeChange(module, attribute, value)
+    return changes
 
 
 def scaled_numbers(model: nn.Module, graph: WidthGraph, shapes: Mapping[str, tuple[int, ...]]) -> list[list[Any]]:
-    """[[module path, attribute, value], …] of the numbers of a model's own code that follow its widths to other shapes.
+    """[[module path, name, value], …] of the numbers of a model's own code that follow its widths to other shapes.
 
     Args:
         model: the model as it is.
@@ -198,17 +208,7 @@ def scaled_numbers(model: nn.Module, graph: WidthGraph, shapes: Mapping[str, tup
         shapes: {tensor name: other shape}, which sizes of the widths give.
     """
     sizes, _ = sizes_from_shapes(graph, shapes)
-    paths = {module: path for path, module in model.named_modules()}
-    changes = _patches(model, graph, graph.with_sizes(sizes))
-    return [[paths[change.module], change.name, change.value] for change in changes]
-
-
-def _scaled(value: Any, new: int, old: int) -> Any:
-    """`8`, or the first entry above 1 of `(8, 1, 1)` or `(8, 4, 4)`, in proportion."""
-    if isinstance(value, tuple):
-        place = next(k for k, entry in enumerate(value) if entry != 1)
-        return (*value[:place], value[place] * new // old, *value[place + 1 :])
-    return value * new // old
+    return [list(found) for found in _following_numbers(model, graph, graph.with_sizes(sizes))]
 
 
 def with_values(model: nn.Module, surgery: Surgery, values: Mapping[str, Tensor]) -> Surgery:

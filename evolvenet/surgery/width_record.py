@@ -17,6 +17,7 @@ from evolvenet.graph.renaming import Rename, in_child, in_parent, renamed, renam
 from evolvenet.graph.serialization import from_state_dict, to_state_dict
 from evolvenet.graph.sizes import sizes_from_shapes
 from evolvenet.graph.width_graph import WidthGraph
+from evolvenet.surgery.numbers import number_at
 
 RECORD_KEY = "evolvenet"
 """The key of a `WidthRecord` in a state dict's metadata."""
@@ -29,7 +30,8 @@ class WidthRecord:
     All names and paths are relative to the model.
 
     Args:
-        numbers: (module path, attribute) of the model's own numbers that follow widths (`num_heads`).
+        numbers: (module path, name) of the model's own numbers that follow widths (`num_heads`, `config.hidden_size`), see
+            `evolvenet.surgery.numbers`.
         buffers: names of buffers that follow widths and are not persistent.
         graph: the widths, with any sizes: those that the model has are found by its shapes.
         original: {width: size before anything was changed}.
@@ -101,10 +103,10 @@ class WidthRecord:
         """The values of the numbers and buffers in the model as it is now.
 
         Returns:
-            {"numbers": [[module path, attribute, value], …], "buffers": {name: a copy of the tensor}}.
+            {"numbers": [[module path, name, value], …], "buffers": {name: a copy of the tensor}}.
         """
         return {
-            "numbers": [[path, name, getattr(model.get_submodule(path), name)] for path, name in self.numbers],
+            "numbers": [[path, name, number_at(model.get_submodule(path), name)] for path, name in self.numbers],
             "buffers": {name: model.get_buffer(name).detach().clone() for name in self.buffers},
         }
 

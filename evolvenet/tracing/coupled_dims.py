@@ -9,14 +9,17 @@ fix is accepted only after its trial has passed.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from evolvenet.graph.coverage import OTHER_ORDER
 from evolvenet.graph.width_graph import Width
+from evolvenet.surgery.numbers import attribute_of, numbers_in
 from evolvenet.tracing.grouping import GroupedWidths
 from evolvenet.tracing.labels import LabelGraph
 
@@ -35,7 +38,8 @@ ATTRIBUTE_NAMES: Mapping[str, frozenset[str]] = {
     SLICE: frozenset(_SIZES.split() + _HEAD_SIZES.split()),
     HEAD: frozenset(_SIZES.split() + _HEAD_COUNTS.split()),
 }
-"""Attribute names that hold the size of a width, by the kind of fix."""
+"""Attribute names that hold the size of a width, by the kind of fix: those are tried first, then those of any name."""
+ANY_SIZE = frozenset().union(*ATTRIBUTE_NAMES.values())
 SHAPES = frozenset({"shape", "unflattened_size"})
 """Those of which the first number is the size and the others are places: channels × rows × columns."""
 
@@ -49,12 +53,14 @@ class CandidateFix:
         kind: "plain", "slice" or "head": which attribute names may be updated, see `ATTRIBUTE_NAMES`.
         edges: two equally long tensors of ids that are tied element by element.
         key: equal for fixes of the same structure, which are tried together.
+        numbers: keys of the attributes to update, see `number_key`; None for those with the names of its kind.
     """
 
     anchors: tuple[int, ...]
     kind: str
     edges: tuple[Tensor, Tensor]
     key: object
+    numbers: frozenset[str] | None = None
 
 
 @dataclass(frozen=True)
@@ -82,9 +88,19 @@ def pieces_of_one_split(built: GroupedWidths, label_graph: LabelGraph) -> list[C
     `chunk(3)` and `split(n)` split at other indices as soon as one piece has another size than the rest, so these fixes
     are applied without a trial of the untied widths.
     """
+    return _tied_pieces(built, label_graph.grids.values())
+
+
+def pieces_of_given_sizes(built: GroupedWidths, label_graph: LabelGraph, failed: Sequence[str]) -> list[CandidateFix]:
+    """Tie corresponding units of equal pieces of `split((c, c))`, where one number is the size of several pieces."""
+    anchors = {built.anchors[name] for name in failed}
+    return [fix for fix in _tied_pieces(built, label_graph.sized_pieces.values()) if set(fix.anchors) <= anchors]
+
+
+def _tied_pieces(built: GroupedWidths, grids: Iterable[Tensor]) -> list[CandidateFix]:
     names = {members: name for name, members in built.members.items()}
     found: dict[tuple[int, ...], CandidateFix] = {}
-    for ids in label_graph.grids.values():
+    for ids in grids:
         rows = [names.get(tuple(dict.fromkeys(row))) for row in built.component[ids.numpy()].tolist()]
         widths = [built.graph.widths[row] for row in dict.fromkeys(rows) if row is not None]
         if None in rows or len(widths) < 2 or all(width.frozen for width in widths):
@@ -93,6 +109,16 @@ def pieces_of_one_split(built: GroupedWidths, label_graph: LabelGraph) -> list[C
         if len({width.size for width in widths}) == 1 and not any(set(anchors) & set(taken) for taken in found):
             found[anchors] = CandidateFix(anchors, PLAIN, _tie_columns(ids), (len(rows), widths[0].size))
     return list(found.values())
+
+
+def shuffled_grids(built: GroupedWidths, label_graph: LabelGraph) -> dict[str, str]:
+    """{width: reason} of widths whose units the code has laid out as a grid and goes through in another order later.
+
+    With the units of a row or column tied, the order may be the same everywhere, as in `nn.ChannelShuffle`.
+    """
+    frozen = {name: width.frozen for name, width in built.graph.widths.items() if width.frozen is not None}
+    stuck = [name for name, reason in frozen.items() if reason.startswith(OTHER_ORDER)]
+    return {grid.width.name: frozen[grid.width.name] for grid in _grids(built, label_graph, stuck)}
 
 
 def slices(built: GroupedWidths, label_graph: LabelGraph, failed: Sequence[str]) -> list[CandidateFix]:
@@ -134,6 +160,7 @@ def slices_with_stream(built: GroupedWidths, label_graph: LabelGraph, failed: Se
 
 FIX_STRATEGIES: tuple[FixStrategy, ...] = (
     update_attributes,
+    pieces_of_given_sizes,
     slices_with_stream,
     slices,
     slices_of_one_module,
@@ -143,43 +170,123 @@ FIX_STRATEGIES: tuple[FixStrategy, ...] = (
 to have their size, and trying that first saves many trials; of the others the finest come first."""
 
 
-def attributes_to_update(model: nn.Module, width: Width, kind: str) -> tuple[tuple[str, str], ...]:
-    """(module path, attribute) of all attributes with a width's size as value and a name of a size, on or above its modules.
+def attributes_to_update(
+    model: nn.Module, width: Width, kind: str, keys: frozenset[str] | None = None
+) -> tuple[tuple[str, str], ...]:
+    """(module path, name) of the numbers that may hold a width's size, see `evolvenet.surgery.numbers`.
 
-    `nn.Unflatten`, which has no parameters, is searched beside them.
+    They have a value of which it is a part: the number of units, or of places on an axis, or up to four times that. They
+    lie on modules with tensors of the width, on those above, or on modules without tensors beside these.
+
+    Args:
+        model: the model.
+        width: the width.
+        kind: "plain", "slice" or "head": whose attributes of `ATTRIBUTE_NAMES` are taken.
+        keys: take the numbers of these keys instead (see `number_key`), whatever they are called.
     """
     totals: dict[tuple[str, int], int] = defaultdict(int)
     for tie in width.ties:
         totals[tie.tensor, tie.dim] += tie.repeat * width.size
     values = {width.size} | {total * k for total in totals.values() for k in (1, 2, 3, 4)}
+    found: list[tuple[str, str]] = []
+    for path in _paths(model, width):
+        module = model.get_submodule(path)
+        others = _other_lengths(model, path, totals) if keys is None else set()
+        for name, value in numbers_in(module):
+            chosen = (
+                name_of_size(module, name) in ATTRIBUTE_NAMES[kind]
+                if keys is None
+                else number_key(module, name) in keys
+            )
+            if chosen and value > 1 and value in values - others:
+                found.append((path, name))
+    return tuple(found)
+
+
+def possible_keys(model: nn.Module, width: Width) -> list[str]:
+    """Keys of all numbers that may hold a width's size, whatever they are called; those with a name of a size come first.
+
+    The numbers of torch's layers with weights (`kernel_size`, `in_features`) are left out: which of them change is known.
+    """
+    everything = frozenset(
+        number_key(module, name)
+        for path in _paths(model, width)
+        if not is_known(module := model.get_submodule(path))
+        for name, _ in numbers_in(module)
+    )
+    found: dict[str, bool] = {}
+    for path, name in attributes_to_update(model, width, PLAIN, everything):
+        module = model.get_submodule(path)
+        if not is_known(module):
+            found[number_key(module, name)] = name_of_size(module, name) not in ANY_SIZE
+    return sorted(found, key=lambda key: found[key])
+
+
+def fewest_passing(keys: Sequence[str], passes: Callable[[frozenset[str]], bool]) -> frozenset[str] | None:
+    """A smallest set of numbers with which a width passes its trials, None if none is found.
+
+    All are tried at once, then each alone, each pair, and all but one. None of those that are left can be left out.
+
+    >>> fewest_passing(["c", "splits[0]", "num_steps"], lambda keys: "c" in keys and "num_steps" not in keys)
+    frozenset({'c'})
+    """
+    everything = frozenset(keys)
+    small = [frozenset(chosen) for size in (1, 2) for chosen in combinations(keys, size)]
+    fewer = [everything - {key} for key in keys]
+    found = next((chosen for chosen in dict.fromkeys([everything, *small, *fewer]) if chosen and passes(chosen)), None)
+    for key in keys if found is not None and len(found) > 1 else ():
+        if found is not None and key in found and len(found) > 1 and passes(found - {key}):
+            found -= {key}
+    return found
+
+
+def number_key(module: nn.Module, name: str) -> str:
+    """What the same number has in common in all modules of a type.
+
+    >>> number_key(nn.LayerNorm(8), "normalized_shape[0]")
+    'LayerNorm.normalized_shape[0]'
+    """
+    return f"{type(module).__qualname__}.{name}"
+
+
+def name_of_size(module: nn.Module, name: str) -> str:
+    """The attribute of which a number is the size, "" if it is not: `8` or the 8 in `(8, 1, 1)`, of a shape in `(8, 4, 4)`.
+
+    >>> norm = nn.LayerNorm((8, 4))
+    >>> name_of_size(norm, "normalized_shape[0]"), name_of_size(norm, "normalized_shape[1]"), name_of_size(norm, "eps")
+    ('', '', 'eps')
+    """
+    attribute = attribute_of(name)
+    if name == attribute:
+        return name
+    value = getattr(module, attribute)
+    if not isinstance(value, tuple):
+        return ""
+    longer = [place for place, entry in enumerate(value) if entry != 1]
+    single = len(longer) == 1 or attribute in SHAPES
+    return attribute if single and name == f"{attribute}[{longer[0]}]" else ""
+
+
+def is_known(module: nn.Module) -> bool:
+    """Whether a module is a layer of torch with weights: which of its numbers change is known by its type."""
+    return type(module).__module__.startswith("torch.nn.") and _holds_tensors(module)
+
+
+def _holds_tensors(module: nn.Module) -> bool:
+    return next(module.parameters(), None) is not None or next(module.buffers(), None) is not None
+
+
+def _paths(model: nn.Module, width: Width) -> list[str]:
+    """Modules with tensors of a width, those above, and those without tensors beside them, with all that they hold."""
     above = dict.fromkeys(path for tie in width.ties for path in _ancestors(tie.module))
-    beside = {
-        ".".join(filter(None, (path, name)))
+    beside = [
+        ".".join(filter(None, (path, name, below)))
         for path in above
         for name, child in model.get_submodule(path).named_children()
-        if isinstance(child, nn.Unflatten)
-    }
-    paths = [*above, *sorted(beside)]
-    others = {path: _other_lengths(model, path, totals) for path in paths}
-    return tuple(
-        (path, name)
-        for path in paths
-        for name, value in vars(model.get_submodule(path)).items()
-        if name in ATTRIBUTE_NAMES[kind] and size_in(name, value) in values - others[path] and size_in(name, value) > 1
-    )
-
-
-def size_in(name: str, value: object) -> int:
-    """The size in an attribute's value, `8` or `(8, 1, 1)`, of a shape also `(8, 4, 4)`; 0 if it is anything else.
-
-    >>> size_in("dim", 8), size_in("dim", (8, 4, 4)), size_in("unflattened_size", (8, 4, 4))
-    (8, 0, 8)
-    """
-    if type(value) is int:
-        return value
-    longer = [entry for entry in value if entry != 1] if isinstance(value, tuple) else []
-    single = len(longer) == 1 or (longer and name in SHAPES)
-    return longer[0] if single and type(longer[0]) is int else 0
+        if not _holds_tensors(child)
+        for below, _ in child.named_modules()
+    ]
+    return [*above, *sorted(beside)]
 
 
 def _other_lengths(model: nn.Module, path: str, totals: Mapping[tuple[str, int], int]) -> set[int]:

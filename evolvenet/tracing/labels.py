@@ -76,6 +76,7 @@ class LabelGraph:
         first_use: tensor → rank of its first use in the run.
         output_shapes: of the model's outputs.
         grids: id grids `[rows, columns]` that the model's code has laid units out as, by their bytes.
+        sized_pieces: the same for equal pieces of a split to which the code gives a size for every piece.
         placeholder_ties: (layer, placeholders) as flat, equally long id tensors; see `add_placeholders`.
         placeholder_ids: the ids of all placeholders.
         changed: sets of ids (their bytes) that an op changes, with the op; see `mark_changed`.
@@ -96,6 +97,7 @@ class LabelGraph:
     first_use: dict[str, int] = field(default_factory=dict)
     output_shapes: list[tuple[int, ...]] = field(default_factory=list)
     grids: dict[bytes, Tensor] = field(default_factory=dict)
+    sized_pieces: dict[bytes, Tensor] = field(default_factory=dict)
     placeholder_ties: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     placeholder_ids: set[int] = field(default_factory=set)
     changed: dict[bytes, str] = field(default_factory=dict)
@@ -137,12 +139,18 @@ class LabelGraph:
             kept = torch.tensor(list(first))
             self.grids.setdefault(kept.numpy().tobytes(), kept)
 
-    def add_pieces(self, parts: Sequence[Tensor]) -> None:
-        """Keep equal pieces that the model's code has split units into, as a grid of pieces × units of a piece."""
+    def add_pieces(self, parts: Sequence[Tensor], sizes_given: bool) -> None:
+        """Keep equal pieces that the model's code has split units into, as a grid of pieces × units of a piece.
+
+        Args:
+            parts: label layers of the pieces.
+            sizes_given: whether the code gives a size for every piece, so that they could be of different sizes.
+        """
         rows = [part.reshape(-1) for part in parts]
         whole = all(bool((row >= 0).all()) for row in rows)
         if whole and len(rows) > 1 and len({len(row) for row in rows}) == 1 and len(rows[0]) > 1:
-            self.grids.setdefault(torch.stack(rows).numpy().tobytes(), torch.stack(rows))
+            kept = self.sized_pieces if sizes_given else self.grids
+            kept.setdefault(torch.stack(rows).numpy().tobytes(), torch.stack(rows))
 
     def add_placeholders(self, layer: Tensor, dims: set[int]) -> Tensor:
         """New ids for the rows of a grid of units that an op has reduced over `dims`: the layer of its result.

@@ -112,6 +112,8 @@ Rule = Callable[[Call], None]
 RULES: dict[str, Rule] = {}
 RESHAPING = frozenset({"aten::view", "aten::_unsafe_view", "aten::_reshape_copy"})
 """Ops that give the same elements in the same order other dimensions."""
+SPLITTING = {"aten::split": False, "aten::split_with_sizes": True}
+"""Ops that divide an axis into pieces, and whether the code gives a size for every piece."""
 REINTERPRETING = frozenset({"aten::view_as_real", "aten::view_as_complex", "aten::_conj", "aten::_neg_view"})
 """Views of the same memory as another type, which rearrange no labels."""
 
@@ -204,8 +206,11 @@ def movement(call: Call) -> None:
         for result, part in zip(results, tree_flatten(moved)[0], strict=True):
             result.append(compress(part))
             call.label_graph.add_grid(result[-1])
-        if call.op == "aten::split" and all(len(varying(each[-1])) == 1 for each in results):
-            call.label_graph.add_pieces([each[-1] for each in results])
+        if call.op in SPLITTING and all(len(varying(each[-1])) == 1 for each in results):
+            call.label_graph.add_pieces([each[-1] for each in results], SPLITTING[call.op])
+        if call.op == "aten::channel_shuffle" and varying(layer) == (1,):
+            # It lays the channels out as groups × channels of a group, and goes through them in the other order.
+            call.label_graph.add_grid(layer.unflatten(1, (call.args[1], -1)))
     for out, layers in zip(call.outputs, results, strict=True):
         call.label_output(out, layers, label.kind if label.kind == CONSTANT else DATA, label.origin)
 

@@ -11,15 +11,15 @@ from __future__ import annotations
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import product
 from pathlib import Path
 from typing import TypeVar
 
-import numpy as np
 from torch import Tensor, nn
 
 from evolvenet.execution.isolation import isolated
 from evolvenet.graph.index_map import IndexMap
-from evolvenet.graph.width_graph import WidthGraph, Widths
+from evolvenet.graph.width_graph import Width, WidthGraph, Widths
 from evolvenet.surgery.resize_model import compile_surgery, install
 from evolvenet.tracing.coupled_dims import (
     FIX_STRATEGIES,
@@ -27,13 +27,21 @@ from evolvenet.tracing.coupled_dims import (
     SLICE,
     CandidateFix,
     attributes_to_update,
+    fewest_passing,
+    is_known,
+    number_key,
     pieces_of_one_split,
+    possible_keys,
+    shuffled_grids,
     structure,
 )
 from evolvenet.tracing.grouping import GroupedWidths, build_graph
 from evolvenet.tracing.labels import LabelGraph
+from evolvenet.tracing.predicted_ties import difference
 
 Item = TypeVar("Item")
+MOST_NUMBERS = 8
+"""So many numbers of other names than those of sizes are tried for a width, in up to 46 trials of which most fail early."""
 PACKAGE = Path(__file__).parents[1]
 """The folder of EvolveNet's own code."""
 
@@ -63,10 +71,10 @@ def verify(model: nn.Module, label_graph: LabelGraph, device: str | None, runs: 
     """
     for search_with_labels in (False, True):
         verification = Verification(model, label_graph, device, runs[0], runs[-1], search_with_labels)
-        built, at_once, failed = _with_fixes(verification)
+        built, passed, failed = _with_fixes(verification)
         names = [width.name for width in built.graph.resizable]
         # Whatever was tried before, all widths together, resized both ways and run with labels, must pass.
-        if at_once or verification.try_all(built, names) is None:
+        if passed or verification.try_all(built, names) is None:
             return built.graph
         if not failed:
             break
@@ -79,29 +87,35 @@ def _with_fixes(verification: Verification) -> tuple[GroupedWidths, bool, bool]:
     """The graph after trials with and without candidate fixes; widths that fail all of them are frozen.
 
     Returns:
-        The graph, whether it passed without any fix, and whether any width failed.
+        The graph, whether all its widths have passed together, and whether any width failed.
     """
     built = verification.build([])
     accepted = pieces_of_one_split(built, verification.label_graph)
     built = verification.build(accepted) if accepted else built
     names = [width.name for width in built.graph.resizable]
-    if verification.try_all(built, names) is None:
+    shuffled = shuffled_grids(built, verification.label_graph)
+    if not shuffled and verification.try_all(built, names) is None:
         return built, True, False
     failed = verification.failures(built, names)
-    reasons = {built.anchors[name]: reason for name, reason in failed.items()}
-    for strategy in FIX_STRATEGIES:
+    reasons = {built.anchors[name]: reason for name, reason in (*failed.items(), *shuffled.items())}
+    for search, strategy in product((Verification.accept, Verification.with_any_numbers), FIX_STRATEGIES):
         if not reasons:
             break
         names = [name for name, anchor in built.anchors.items() if anchor in reasons]
-        working = verification.accept(accepted, strategy(built, verification.label_graph, names))
+        candidates = strategy(built, verification.label_graph, names)
+        working = search(verification, accepted, candidates)
         if working:
             accepted += working
             built = verification.build(accepted)
             for fix in working:
                 for anchor in fix.anchors:
                     reasons.pop(anchor, None)
+    passed = False
+    if accepted:
+        names = [width.name for width in built.graph.resizable if built.anchors[width.name] not in reasons]
+        built, passed = verification.needed(accepted, names)
     graph = _frozen(built.graph, {name: reasons[a] for name, a in built.anchors.items() if a in reasons})
-    return replace(built, graph=graph), False, bool(failed)
+    return replace(built, graph=graph), passed, bool(failed)
 
 
 def _frozen(graph: WidthGraph, reasons: Mapping[str, str]) -> WidthGraph:
@@ -124,6 +138,7 @@ class Verification:
         full_rerun: how to run all of it again, including parts that run in train mode only.
         search_with_labels: whether the search for failing widths also uses runs with labels.
         trials: number of trials so far.
+        unneeded: keys of numbers that have the value and name of a size and are none, see `number_key`.
     """
 
     model: nn.Module
@@ -133,34 +148,94 @@ class Verification:
     full_rerun: Rerun
     search_with_labels: bool = True
     trials: int = field(default=0)
+    unneeded: frozenset[str] = frozenset()
 
     def build(self, accepted: Sequence[CandidateFix]) -> GroupedWidths:
         """The graph with the units tied and the attributes updated as the accepted fixes say."""
         edges: list[tuple[Tensor, Tensor]] = [fix.edges for fix in accepted if len(fix.edges[0])]
         built = build_graph(self.model, replace(self.label_graph, edges=[*self.label_graph.edges, *edges]))
-        kinds = {min(fix.anchors): fix.kind for fix in accepted}
+        fixes = {min(fix.anchors): fix for fix in accepted}
         widths = {
-            name: replace(width, patches=attributes_to_update(self.model, width, kinds[built.anchors[name]]))
-            if built.anchors[name] in kinds
+            name: replace(width, patches=self._patches(width, fixes[built.anchors[name]]))
+            if built.anchors[name] in fixes
             else width
             for name, width in built.graph.widths.items()
         }
-        joined = frozenset(name for name, a in built.anchors.items() if kinds.get(a) in (SLICE, HEAD))
+        joined = frozenset(name for name, a in built.anchors.items() if a in fixes and fixes[a].kind in (SLICE, HEAD))
         return replace(built, graph=replace(built.graph, widths=Widths(widths)), joined=joined)
+
+    def _patches(self, width: Width, fix: CandidateFix) -> tuple[tuple[str, str], ...]:
+        found = attributes_to_update(self.model, width, fix.kind, fix.numbers)
+        return tuple(
+            (path, name)
+            for path, name in found
+            if number_key(self.model.get_submodule(path), name) not in self.unneeded
+        )
 
     def accept(self, accepted: Sequence[CandidateFix], candidates: Sequence[CandidateFix]) -> list[CandidateFix]:
         """The candidates that pass their trial, on top of the fixes accepted before."""
-
-        def attempt(chosen: Sequence[CandidateFix], with_labels: bool) -> str | None:
-            built = self.build([*accepted, *chosen])
-            anchors = {min(fix.anchors) for fix in chosen}
-            names = [name for name, anchor in built.anchors.items() if anchor in anchors]
-            if any(built.graph.widths[name].frozen for name in names):
-                return "ties units that cannot be tied"
-            return self.trial(built, names, with_labels=with_labels)
-
-        failed = self._failing(_classes(candidates, lambda fix: (fix.key, fix.kind)), attempt)
+        failed = self._failing(
+            _classes(candidates, lambda fix: (fix.key, fix.kind, fix.numbers)),
+            lambda chosen, with_labels: self.attempt(accepted, chosen, with_labels),
+        )
         return [fix for k, fix in enumerate(candidates) if k not in failed]
+
+    def attempt(
+        self, accepted: Sequence[CandidateFix], chosen: Sequence[CandidateFix], with_labels: bool
+    ) -> str | None:
+        """The failure of the widths of chosen fixes, on top of those accepted before, or None."""
+        built = self.build([*accepted, *chosen])
+        anchors = {min(fix.anchors) for fix in chosen}
+        names = [name for name, anchor in built.anchors.items() if anchor in anchors]
+        if any(built.graph.widths[name].frozen for name in names):
+            return "ties units that cannot be tied"
+        return self.trial(built, names, with_labels=with_labels)
+
+    def with_any_numbers(
+        self, accepted: Sequence[CandidateFix], candidates: Sequence[CandidateFix]
+    ) -> list[CandidateFix]:
+        """The candidates that pass with other numbers than those with the names of sizes, each with the fewest that do.
+
+        Of each structure one candidate is searched, and the others take the same numbers.
+        """
+        found: list[CandidateFix] = []
+        for members in _classes(candidates, lambda fix: (fix.key, fix.kind)):
+            first = members[0][1]
+            built = self.build([*accepted, first])
+            width = next((w for n, w in built.graph.widths.items() if built.anchors[n] == min(first.anchors)), None)
+            if width is None or width.frozen is not None:
+                continue
+            keys = possible_keys(self.model, width)[:MOST_NUMBERS]
+            if set(keys) <= {number_key(self.model.get_submodule(path), name) for path, name in width.patches}:
+                continue
+
+            def passes(chosen: frozenset[str], first: CandidateFix = first) -> bool:
+                fix = replace(first, numbers=chosen)
+                return all(self.attempt(accepted, [fix], with_labels) is None for with_labels in (False, True))
+
+            numbers = fewest_passing(keys, passes)
+            if numbers is not None:
+                found += [replace(fix, numbers=numbers) for _, fix in members]
+        return self.accept(accepted, found)
+
+    def needed(self, accepted: Sequence[CandidateFix], names: Sequence[str]) -> tuple[GroupedWidths, bool]:
+        """The graph without numbers that its widths do not need, and whether all have passed together without them."""
+        patches = {patch for width in self.build(accepted).graph.widths.values() for patch in width.patches}
+        modules = [(self.model.get_submodule(path), name) for path, name in patches]
+        used = sorted({number_key(module, name) for module, name in modules if not is_known(module)})
+        for trial in (lambda built: self.trial(built, names, (1,), False), lambda built: self.try_all(built, names)):
+            self.unneeded = frozenset()
+            for key in used:
+                self.unneeded |= {key}
+                if trial(self.build(accepted)) is not None:
+                    self.unneeded -= {key}
+            # Shapes tell most of them in a fraction of the time.
+            if self.unneeded and self.try_all(self.build(accepted), names) is None:
+                return self.build(accepted), True
+            if not self.unneeded:
+                break
+        self.unneeded = frozenset()
+        return self.build(accepted), False
 
     def try_all(self, built: GroupedWidths, names: Sequence[str]) -> str | None:
         """All widths resized together, both ways, one of them in the full run; the failure, or None."""
@@ -276,12 +351,7 @@ def _trial_failure(
         return f"a trial changed the output's shape from {verification.label_graph.output_shapes} to {outputs}"
     if not isinstance(rerun, LabelGraph):
         return None
-    predicted = _predicted(surgery.graph, rerun)
-    axis = _disagreement(predicted, rerun) or _split_heads(surgery.graph, predicted, rerun, joined)
-    if axis is not None:
-        return f"a trial tied its units differently on {axis}"
-    part = _partly_changed(surgery.graph, predicted, rerun)
-    return f"in a trial {part}" if part else None
+    return difference(surgery.graph, rerun, joined)
 
 
 def _first_line(error: Exception) -> str:
@@ -296,68 +366,3 @@ def _source_line(error: Exception) -> str:
         if "torch" not in file.parts and PACKAGE not in file.parents:
             return f" at {'/'.join(file.parts[-2:])}:{frame.lineno}: {frame.line}"
     return ""
-
-
-def _disagreement(predicted: np.ndarray, rerun: LabelGraph) -> str | None:
-    """The first axis on which the ties of the new run differ from those that the graph predicts, or None.
-
-    One unit of the graph may be several in the new run, as fixes tie units that no op ties; never the reverse.
-    """
-    known = predicted[:, 0] >= 0
-    found, units = rerun.components()[: len(predicted)][known], predicted[known]
-    if not len(found):
-        return None
-    code = units[:, 0] * (units[:, 1].max() + 1) + units[:, 1]
-    expected = np.full(found.max() + 1, -1)
-    # Backwards, so that the first occurrence of a component counts.
-    expected[found[::-1]] = code[::-1]
-    wrong = np.flatnonzero(known)[expected[found] != code]
-    if not len(wrong):
-        return None
-    axis = next(axis for axis in rerun.axes if axis.start <= wrong[0] < axis.start + axis.size)
-    return f"axis {axis.dim} of {axis.tensor}"
-
-
-def _split_heads(graph: WidthGraph, predicted: np.ndarray, rerun: LabelGraph, joined: frozenset[str]) -> str | None:
-    """The failure if the new run lays units out in grids that cut through units tied by a fix, or None.
-
-    Units tied by a fix are whole rows or whole columns of grids of heads × places. If they no longer are, the boundaries
-    between heads have moved, which changes no shape.
-    """
-    numbers = {k for k, name in enumerate(graph.widths) if name in joined}
-    for ids in rerun.grids.values():
-        grid = predicted[ids.numpy()]
-        if int(ids.min()) < 0 or len(np.unique(grid[..., 0])) > 1 or int(grid[0, 0, 0]) not in numbers:
-            continue
-        units = grid[..., 1]
-        if not ((units == units[:1]).all() or (units == units[:, :1]).all()):
-            return "heads whose boundaries have moved"
-    return None
-
-
-def _partly_changed(graph: WidthGraph, predicted: np.ndarray, rerun: LabelGraph) -> str | None:
-    """The op that in the new run changes some units of a width and not the others, or None.
-
-    A slice at a number in the code, `h[:, :8].tanh()`, ties no units and changes no shape, but selects other units.
-    """
-    sizes = [0 if width.frozen is not None else width.size for width in graph.widths.values()]
-    for ids, reason in rerun.changed.items():
-        units = np.unique(predicted[np.frombuffer(ids, np.int64)], axis=0)
-        numbers, counts = np.unique(units[units[:, 0] >= 0, 0], return_counts=True)
-        if any(count < sizes[number] for number, count in zip(numbers, counts, strict=True)):
-            return reason
-    return None
-
-
-def _predicted(graph: WidthGraph, rerun: LabelGraph) -> np.ndarray:
-    """(number of the width, unit) that the graph predicts for every id of the new run, −1 for none; `[units, 2]`."""
-    found = np.full((rerun.units, 2), -1)
-    numbers = {name: k for k, name in enumerate(graph.widths)}
-    for axis in rerun.axes:
-        at = axis.start
-        for part in graph.layouts.get(axis.tensor, {}).get(axis.dim, ()):
-            if part.width is not None:
-                found[at : at + part.length, 0] = numbers[part.width]
-                found[at : at + part.length, 1] = np.repeat(np.arange(part.length // part.repeat), part.repeat)
-            at += part.length
-    return found

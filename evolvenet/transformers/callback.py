@@ -233,12 +233,8 @@ def _callback_states(state: TrainerState) -> dict[str, Any]:
 
 
 def _evolver_state(state: TrainerState) -> dict[str, Any] | None:
-    """What `_save_state` wrote; JSON has made lists of tuples."""
-    saved = _callback_states(state).get(_KEY)
-    if saved is None:
-        return None
-    numbers = [[path, name, tuple(v) if isinstance(v, list) else v] for path, name, v in saved["note"]["numbers"]]
-    return {**saved, "note": {**saved["note"], "numbers": numbers}}
+    """What `_save_state` wrote."""
+    return _callback_states(state).get(_KEY)
 
 
 def _refuse_several_devices(args: TrainingArguments) -> None:
