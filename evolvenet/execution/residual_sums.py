@@ -1,13 +1,13 @@
 """Weight ops whose outputs are added to another tensor of the same shape, as at the end of a residual branch.
 
-`ResidualSumMode` follows the output of every weight op through batch norms in eval mode and views, keeping the scale and
-shift that each output unit has had, and calls back before each sum in which such an output is an operand. A layer that is
-refitted at that sum can also correct the errors of the other operand.
+`ResidualSumMode` follows the output of every weight op through biases that are added to it, batch norms in eval mode and
+views, keeping the scale and shift that each output unit has had, and calls back before each sum in which such an output is an
+operand. A layer that is refitted at that sum can also correct the errors of the other operand.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -33,22 +33,24 @@ class TrackedOutput:
         recompute: runs it again on the same inputs, with the weight's present values.
         scale: `[out]`.
         shift: `[out]`.
+        normed: whether a batch norm has scaled it: a vector added after that is no bias of the weight op.
     """
 
     op: WeightOp
     recompute: Callable[[], Tensor]
     scale: Tensor
     shift: Tensor
+    normed: bool = False
 
     def values_at(self, tensor: Tensor, rows: Tensor) -> Tensor:
         """Entries of a tensor with the layout of the output at some output positions of the op: `[len(rows), out]`."""
-        flat = tensor if self.op.geometry else tensor.reshape(-1, tensor.shape[-1])
+        flat = tensor if self.op.geometry else tensor.reshape(-1, len(self.scale))
         return self.op.outputs_at(flat, rows).movedim(0, 1).flatten(1)
 
     def recomputed(self, like: Tensor, offset: Tensor | float = 0.0) -> Tensor:
         """The op's output computed again, plus `offset` `[out]`, then scaled and shifted, in the shape of `like`."""
         out = self.recompute()
-        shape = [1, -1] + [1] * (out.dim() - 2)
+        shape = [1, -1] + [1] * (out.dim() - 2) if self.op.geometry else [-1]
         shift = self.shift + self.scale * offset
         return (out * self.scale.reshape(shape) + shift.reshape(shape)).reshape(like.shape)
 
@@ -73,7 +75,8 @@ class ResidualSumMode(WeightOpMode):
         after: see `WeightOpMode`.
         on_sum: called before each such sum.
         on_bias: called for a weight op without a bias whose output has a vector added or subtracted by a later op. Gets
-            the weight op, the name of the vector, and the sign: 1 for an added one, −1 for the running mean of a batch norm.
+            the weight op, the name of the vector, its values `[out]`, and the sign: 1 for an added one, −1 for the running mean
+            of a batch norm.
     """
 
     def __init__(
@@ -82,7 +85,7 @@ class ResidualSumMode(WeightOpMode):
         before: Callable[[WeightOp], None] | None = None,
         after: Callable[[WeightOp, Tensor], None] | None = None,
         on_sum: SumCallback | None = None,
-        on_bias: Callable[[WeightOp, str, int], None] | None = None,
+        on_bias: Callable[[WeightOp, str, Tensor, int], None] | None = None,
     ) -> None:
         super().__init__(model, before, after)
         self.on_sum, self.on_bias = on_sum, on_bias
@@ -90,46 +93,65 @@ class ResidualSumMode(WeightOpMode):
 
     def on_output(self, op: WeightOp, out: Tensor, recompute: Callable[[], Tensor]) -> None:
         """Start to track the output of a weight op."""
+        if op.weight_first:
+            return
         ones = torch.ones(len(op.weight), dtype=out.dtype, device=out.device)
         self._tracked[out] = TrackedOutput(op, recompute, ones, torch.zeros_like(ones))
 
     def run_other_op(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """Run an op; its result is tracked if the op is in `TRACKED_OPS` and its argument is tracked."""
-        adds_bias = func in SUMS and not kwargs and self._report_sum(*args)
+        """Run an op; its result is tracked if it adds a bias, or the op is in `TRACKED_OPS` and its argument is tracked."""
+        biased = self._report_sum(*args) if func in SUMS and not kwargs else None
         transform = TRACKED_OPS.get(func)
         before = self._tracked.get(args[0]) if transform and isinstance(args[0], Tensor) else None
-        out = func(*args) if adds_bias else super().run_other_op(func, args, kwargs)
-        after = transform(before, out, *args) if transform and before else None
-        if after is not None:
-            self._report_running_mean(func, after, args)
-            self._tracked[out[0] if isinstance(out, tuple) else out] = after
+        out = func(*args) if biased else super().run_other_op(func, args, kwargs)
+        after = transform(before, out, *args) if transform and before else biased
         if schema_of(func).is_mutable:
             for tensor in args:
                 if isinstance(tensor, Tensor):
                     self._tracked.pop(tensor, None)
+        if after is not None:
+            self._report_running_mean(func, after, args)
+            self._tracked[out[0] if isinstance(out, tuple) else out] = after
         return out
 
     def _report_running_mean(self, func: Any, output: TrackedOutput, args: Any) -> None:
         """Call `on_bias` for a batch norm directly after a weight op without a bias."""
         mean = self.named_tensor(args[3]) if func in NORMS and output.op.bias is None else None
         if mean is not None and mean[1].shape == output.scale.shape and self.on_bias is not None:
-            self.on_bias(output.op, mean[0], -1)
+            self.on_bias(output.op, mean[0], args[3], -1)
 
-    def _report_sum(self, one: Any, two: Any) -> bool:
-        """Call `on_bias` or `on_sum` for a sum; returns whether it adds a bias to a weight op's output."""
+    def _report_sum(self, one: Any, two: Any) -> TrackedOutput | None:
+        """Call `on_bias` or `on_sum` for a sum; returns the sum if it is a weight op's output with a bias, else None."""
         if not isinstance(one, Tensor) or not isinstance(two, Tensor) or one is two:
-            return False
+            return None
         operands = [(self._tracked.get(own), own, other) for own, other in ((one, two), (two, one))]
         known = [(output, own, other) for output, own, other in operands if output is not None]
-        for output, _, other in known:
-            added = self.named_tensor(other)
-            if added is not None and output.op.bias is None and other.shape == added[1].shape == output.scale.shape:
+        for output, own, other in known:
+            bias = self._bias_of(output, own, other)
+            if bias is not None:
                 if self.on_bias is not None:
-                    self.on_bias(output.op, added[0], 1)
-                return True
+                    self.on_bias(output.op, bias, other.reshape(-1), 1)
+                return replace(output, shift=output.shift + other.reshape(-1))
         if known and one.shape == two.shape and self.on_sum is not None:
             self.on_sum(*max(known, key=lambda entry: entry[0].op.matrix().shape[-1]))
-        return False
+        return None
+
+    def _bias_of(self, output: TrackedOutput, own: Tensor, other: Tensor) -> str | None:
+        """Name of the parameter that is added to a weight op's output, if it has one number for each unit, and no other."""
+        added = self.named_tensor(other)
+        count, units = len(output.scale), _unit_axis(output, own)
+        if added is None or added[0] not in self.parameters or output.normed or output.op.bias is not None:
+            return None
+        aligned = (1,) * (own.dim() - other.dim()) + tuple(other.shape)
+        whole = other.numel() == added[1].numel() == count and len(aligned) == own.dim() and aligned[units] == count
+        return added[0] if whole else None
+
+
+def _unit_axis(output: TrackedOutput, tensor: Tensor) -> int:
+    """The axis of the units of a tracked tensor: the second of a convolution's, the last of any length of a dense product's."""
+    if output.op.geometry:
+        return 1
+    return max((axis for axis, length in enumerate(tensor.shape) if length > 1), default=tensor.dim() - 1)
 
 
 def _through_batch_norm(output: TrackedOutput, out: Any, *args: Any) -> TrackedOutput | None:
@@ -139,18 +161,29 @@ def _through_batch_norm(output: TrackedOutput, out: Any, *args: Any) -> TrackedO
         return None
     scale = (variance + epsilon).rsqrt() * (1 if weight is None else weight)
     shift = (0 if bias is None else bias) - mean * scale
-    return replace(output, scale=output.scale * scale, shift=output.shift * scale + shift)
+    return replace(output, scale=output.scale * scale, shift=output.shift * scale + shift, normed=True)
 
 
 def _through_view(output: TrackedOutput, out: Tensor, x: Tensor, *rest: Any) -> TrackedOutput | None:
-    """Unchanged after a view that keeps the last axis of a dense product's output; None for any other view."""
-    keeps_units = out.dim() > 0 and out.shape[-1] == x.shape[-1] and output.op.geometry is None
-    return output if keeps_units and out.shape[-1] == len(output.op.weight) else None
+    """Unchanged after a view of a dense product's output, all units of a position side by side; None for any other view."""
+    count = len(output.op.weight)
+    if output.op.geometry or out.dim() == 0:
+        return None
+    return output if count in (1, out.shape[_unit_axis(output, out)]) else None
+
+
+def _through_permutation(output: TrackedOutput, out: Tensor, x: Tensor, order: Sequence[int]) -> TrackedOutput | None:
+    """Unchanged if only axes of length 1 change their places, as in einsum."""
+    moved = [axis % x.dim() for axis in order if x.shape[axis] > 1]
+    return _through_view(output, out, x) if moved == sorted(moved) else None
 
 
 TRACKED_OPS: dict[Any, Callable[..., TrackedOutput | None]] = {
     aten.native_batch_norm.default: _through_batch_norm,
     aten.view.default: _through_view,
+    aten.unsqueeze.default: _through_view,
+    aten.squeeze.dim: _through_view,
     UNSAFE_VIEW: _through_view,
+    aten.permute.default: _through_permutation,
 }
 """Ops through which the output of a weight op is tracked, and how scale and shift change in each."""

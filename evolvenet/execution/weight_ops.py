@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -58,6 +58,8 @@ class WeightOp:
         bias_name: name of the bias.
         inputs: `[rows, in]`, for a convolution `[N, in, space…]`.
         geometry: of a convolution; None for a dense product.
+        addend: what the op adds to the product where that is no bias: no vector of parameters, but computed, a buffer or data.
+        weight_first: whether a dense product is weight · data, so that its outputs are columns.
     """
 
     tensor: str
@@ -68,6 +70,8 @@ class WeightOp:
     bias_name: str | None
     inputs: Tensor
     geometry: Geometry | None
+    addend: Tensor | None = None
+    weight_first: bool = False
 
     @property
     def groups(self) -> int:
@@ -130,15 +134,25 @@ class WeightOp:
     def outputs_at(self, out: Tensor, rows: Tensor) -> Tensor:
         """The entries of the output `out` at some output positions: `[groups, len(rows), out / groups]`."""
         if self.geometry is None:
-            return out[rows][None]
+            return self._output_rows(out)[rows][None]
         space = out.shape[2:].numel()
         chosen = out.flatten(2)[rows // space, :, rows % space]
         return chosen.reshape(len(rows), self.groups, -1).movedim(1, 0)
 
+    def products_at(self, out: Tensor, rows: Tensor) -> Tensor:
+        """`outputs_at` without the `addend`: the products with the weight, plus the bias."""
+        found = self.outputs_at(out, rows)
+        return found if self.addend is None else found - self.outputs_at(self.addend.expand_as(out), rows)
+
+    def _output_rows(self, out: Tensor) -> Tensor:
+        """The output of a dense product, of one matrix or of a batch of them, as `[rows, out]`."""
+        turned = out.mT if self.weight_first else out
+        return turned.reshape(-1, turned.shape[-1])
+
 
 def output_positions(op: WeightOp, out: Tensor) -> int:
     """Number of output positions: rows of a dense output, samples × spatial positions of a convolution's."""
-    return len(out) if op.geometry is None else out[:, :1].numel()
+    return out[:, :1].numel() if op.geometry else out.numel() // len(op.weight)
 
 
 def _patches(x: Tensor, geometry: Geometry) -> Tensor:
@@ -175,6 +189,7 @@ class WeightOpMode(TorchDispatchMode):
 
     Attributes:
         other_uses: names of the tensors that took part in any op that is no weight op.
+        parameters: names of the model's parameters; its other tensors are buffers.
     """
 
     def __init__(
@@ -188,7 +203,7 @@ class WeightOpMode(TorchDispatchMode):
         self.other_uses: set[str] = set()
         self._autocast_off = ExitStack()
         self._by_storage: dict[int, list[tuple[str, Tensor]]] = {}
-        tensors = named_tensors(model)[0]
+        tensors, _, self.parameters = named_tensors(model)
         self._devices = {tensor.device.type for tensor in tensors.values()}
         for name, tensor in tensors.items():
             self._by_storage.setdefault(tensor.untyped_storage().data_ptr(), []).append((name, tensor))
@@ -239,24 +254,52 @@ class WeightOpMode(TorchDispatchMode):
 
 
 def _dense(mode: WeightOpMode, bias: Tensor | None, x: Tensor, right: Tensor) -> WeightOp | None:
-    """X · right, `[rows, in]` by `[in, out]`, where right is (a part of) a weight `[out, in]` transposed, or one `[in, out]`."""
+    """X · right, `[rows, in]` by `[in, out]`, one of them data, the other (a part of) a weight `[out, in]` or `[in, out]`."""
+    if mode.named_tensor(x) is None:
+        return _product(mode, bias, x, right)
+    return None if mode.named_tensor(right) is not None else _weight_first(mode, bias, right.T, x.T)
+
+
+def _batched(mode: WeightOpMode, bias: Tensor | None, x: Tensor, right: Tensor) -> WeightOp | None:
+    """`_dense` for a batch of matrices, all of which are multiplied with one weight: einsum's is a batch of one."""
+    known = mode.named_tensor(x), mode.named_tensor(right)
+    weight = right if known[0] is None else x
+    if None not in known or (len(weight) > 1 and weight.stride(0)):
+        return None
+    if known[0] is None:
+        return _product(mode, bias, x.reshape(-1, x.shape[-1]), right[0])
+    return _weight_first(mode, bias, right.mT.reshape(-1, right.shape[-2]), x[0].T)
+
+
+def _product(mode: WeightOpMode, bias: Tensor | None, x: Tensor, right: Tensor) -> WeightOp | None:
+    """The weight op of x · right; None where right is not a block of outputs of one of the model's matrices."""
     found = mode.named_tensor(right)
-    if found is None or found[1].dim() != 2 or mode.named_tensor(x) is not None:
+    if found is None or found[1].dim() != 2 or right.is_complex():
         return None
     name, whole = found
-    if right.stride() == whole.stride() and right.shape == whole.shape and right.stride(0) != right.stride(1):
-        return _weight_op(mode, name, 0, 0, right.T, bias, x, None)
-    first, rest = divmod(int(right.storage_offset() - whole.storage_offset()), whole.stride(0))
-    if right.stride() == whole.stride()[::-1] and right.shape[0] == whole.shape[1] and not rest:
-        return _weight_op(mode, name, 1, first, right.T, bias, x, None)
+    offset = int(right.storage_offset() - whole.storage_offset())
+    # Strides alone do not tell the two layouts apart where an axis has one entry.
+    for axis, strides in ((0, whole.stride()), (1, whole.stride()[::-1])):
+        start, rest = divmod(offset, strides[1])
+        if right.stride() == strides and len(right) == whole.shape[axis] and not rest:
+            return _weight_op(mode, name, axis, start, right.T, bias, x, None)
     return None
+
+
+def _weight_first(mode: WeightOpMode, bias: Tensor | None, x: Tensor, right: Tensor) -> WeightOp | None:
+    """The weight op of (x · right)ᵀ; what is added to that is no bias, as it has its numbers along the rows of x."""
+    added = None if bias is None else mode.named_tensor(bias)
+    op = _product(mode, None, x, right)
+    if op is not None and added is not None:
+        mode.other_uses.add(added[0])
+    return op and replace(op, addend=bias, weight_first=True)
 
 
 def _convolution(mode: WeightOpMode, x: Tensor, weight: Tensor, bias: Tensor | None, *settings: Any) -> WeightOp | None:
     """A convolution with the settings stride, padding, dilation, transposed, output_padding, groups of ATen's op."""
     stride, padding, dilation, transposed, output_padding, groups = settings
     found = mode.named_tensor(weight)
-    if found is None or weight.shape != found[1].shape or weight.stride() != found[1].stride():
+    if found is None or weight.shape != found[1].shape or weight.stride() != found[1].stride() or weight.is_complex():
         return None
     space = weight.dim() - 2
     kernel = tuple(weight.shape[2:])
@@ -288,19 +331,21 @@ def _weight_op(
     x: Tensor,
     geometry: Geometry | None,
 ) -> WeightOp:
-    """A weight op; its bias counts only if it is a whole vector `[out]`, or a part of one, of the model's."""
+    """A weight op; its bias counts only if it is a whole vector `[out]` of parameters, or a part of one."""
     added = None if bias is None else mode.named_tensor(bias)
-    usable = added is not None and bias is not None and bias.dim() == 1 and len(bias) == len(weight)
-    if added is not None and not usable:
-        mode.other_uses.add(added[0])
-    return WeightOp(
-        name, axis, start, weight, bias if usable else None, added[0] if usable and added else None, x, geometry
-    )
+    if bias is None or added is None:
+        return WeightOp(name, axis, start, weight, None, None, x, geometry, bias)
+    if bias.dim() == 1 and len(bias) == len(weight) and added[0] in mode.parameters:
+        return WeightOp(name, axis, start, weight, bias, added[0], x, geometry)
+    mode.other_uses.add(added[0])
+    return WeightOp(name, axis, start, weight, None, None, x, geometry, bias)
 
 
 WEIGHT_OPS: Mapping[Any, Callable[..., WeightOp | None]] = {
     aten.mm.default: lambda mode, x, right: _dense(mode, None, x, right),
     aten.addmm.default: _dense,
+    aten.bmm.default: lambda mode, x, right: _batched(mode, None, x, right),
+    aten.baddbmm.default: _batched,
     aten.convolution.default: _convolution,
 }
 """The ops that multiply a weight with data, and how a `WeightOp` is made from their arguments."""

@@ -129,4 +129,5 @@ def _rebuilt(
     if isinstance(rank, Width):
         bare[rank.name] = rank
     known = {place: role for place, role in {**kept, **roles}.items() if place[0] in shapes}
-    return assemble(bare, layouts, shapes, frozenset(trainable), graph.aliases, known, graph.differentiates)
+    added = frozenset(bias[1] if name == bias[0] else name for name in graph.added)
+    return assemble(bare, layouts, shapes, frozenset(trainable), graph.aliases, known, graph.differentiates, added)

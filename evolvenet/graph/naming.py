@@ -4,6 +4,18 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from evolvenet._compat.torch import own_tensors
+
+
+def tensor_named(model: nn.Module, name: str) -> Tensor:
+    """The parameter or buffer of a name.
+
+    >>> tensor_named(nn.BatchNorm1d(2), "running_mean")
+    tensor([0., 0.])
+    """
+    path, _, local = name.rpartition(".")
+    return own_tensors(model.get_submodule(path))[local]
+
 
 def named_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str], frozenset[str]]:
     """Every parameter and floating-point buffer once by its first name, the other names, and which are parameters."""

@@ -78,6 +78,7 @@ def renamed(graph: WidthGraph, rename: Rename) -> WidthGraph:
         aliases,
         roles,
         graph.differentiates,
+        frozenset(names[name] for name in graph.added if name in names),
     )
 
 

@@ -37,6 +37,7 @@ def to_state_dict(graph: WidthGraph) -> dict[str, Any]:
         "trainable": sorted(graph.trainable),
         "aliases": dict(graph.aliases),
         "differentiates": graph.differentiates,
+        "added": sorted(graph.added),
     }
 
 
@@ -59,6 +60,7 @@ def from_state_dict(state: Mapping[str, Any]) -> WidthGraph:
         dict(state["aliases"]),
         {(tensor, dim): role for tensor, dim, role in state["roles"]},
         state.get("differentiates", False),
+        frozenset(state.get("added", ())),
     )
 
 

@@ -146,6 +146,7 @@ class WidthGraph:
         trainable: names in `layouts` that are parameters (the others are buffers).
         aliases: other names of the same tensor object (tied weights) → the name used here.
         differentiates: whether the model's own code computes gradients, so that it only runs with autograd on.
+        added: names of the tensors that ops only add to their units: biases, running means.
     """
 
     widths: Widths
@@ -154,6 +155,7 @@ class WidthGraph:
     trainable: frozenset[str]
     aliases: Mapping[str, str] = field(default_factory=dict[str, str])
     differentiates: bool = False
+    added: frozenset[str] = frozenset()
 
     @property
     def resizable(self) -> tuple[Width, ...]:
@@ -195,6 +197,10 @@ class WidthGraph:
         """
         found = self.shares
         return math.fsum(found[name] for name in self.sizes)
+
+    def is_shared(self, tensor: str) -> bool:
+        """Whether a tensor has several names in the model: a change for one of its uses would change the others."""
+        return tensor in self.aliases or tensor in self.aliases.values()
 
     def check(self, maps: Mapping[str, IndexMap]) -> dict[str, IndexMap]:
         """The maps under the widths' own names, once it is clear that each can be applied.
@@ -275,7 +281,7 @@ class WidthGraph:
         }
         bare = {name: replace(width, size=sizes[name], ties=()) for name, width in self.widths.items()}
         roles = {(tie.tensor, tie.dim): tie.role for width in self.widths.values() for tie in width.ties}
-        return assemble(bare, layouts, shapes, self.trainable, self.aliases, roles, self.differentiates)
+        return assemble(bare, layouts, shapes, self.trainable, self.aliases, roles, self.differentiates, self.added)
 
     def proposed_parameters(self, sizes: Mapping[str, int]) -> int:
         """Number of parameters of the model if the named widths had these sizes.
@@ -356,6 +362,7 @@ def assemble(
     aliases: Mapping[str, str],
     roles: Mapping[tuple[str, int], str],
     differentiates: bool,
+    added: frozenset[str],
 ) -> WidthGraph:
     """Build a graph from widths without ties: the ties and parameter counts are computed from the layouts."""
     ties: dict[str, list[Tie]] = {name: [] for name in bare}
@@ -378,4 +385,4 @@ def assemble(
         )
         for name, width in bare.items()
     }
-    return WidthGraph(Widths(widths), layouts, shapes, trainable, aliases, differentiates)
+    return WidthGraph(Widths(widths), layouts, shapes, trainable, aliases, differentiates, added)

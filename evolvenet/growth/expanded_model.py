@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -184,6 +185,11 @@ class Growth:
         """The ties of one role in weights and kernels, not in vectors."""
         return tuple(tie for tie in width.ties if tie.role == role and len(self.graph.shapes[tie.tensor]) > 1)
 
+    def is_vector(self, tie: Tie) -> bool:
+        """Whether a tensor has one axis of any length: `[units]`, or `[1, units, 1, 1]` for images."""
+        shape = self.graph.shapes[tie.tensor]
+        return len(shape) == 1 or math.prod(shape) == shape[tie.dim]
+
 
 def fill_new_units(growth: Growth, directions: Entries) -> Surgery:
     """The surgery of a growth with the entries of its new units.
@@ -191,7 +197,7 @@ def fill_new_units(growth: Growth, directions: Entries) -> Surgery:
     Args:
         growth: the expansion.
         directions: {tie: rows of norm 1 (or 0)}, scaled to the mean norm of the present units; zeros for ties left out. The
-            entries of vectors are not given: 0 where they are added (biases, running means), the mean magnitude of the
+            entries of vectors are not given: 0 where ops only add them (biases, running means), the mean magnitude of the
             present units where they scale (norm weights, running variances), 1 if those are all 0.
 
     Returns:
@@ -203,12 +209,12 @@ def fill_new_units(growth: Growth, directions: Entries) -> Surgery:
             slot, value = growth.slot(tie, width), values[tie.tensor]
             if tie in directions:
                 slot.put(value, growth.norm(tie, width) * directions[tie])
-            elif value.dim() == 1 and tie.role == FOLLOWS and not _is_added(tie.tensor):
-                units = growth.changes[tie.tensor].tensor.detach().narrow(0, tie.start, width.size * tie.repeat)
+            elif growth.is_vector(tie) and tie.role == FOLLOWS and tie.tensor not in growth.graph.added:
+                units = growth.changes[tie.tensor].tensor.detach().narrow(tie.dim, tie.start, width.size * tie.repeat)
                 level = units.abs().mean()
                 # With a scale of 0 and columns of 0 both gradients would stay 0.
                 if level > 0:
-                    value.narrow(0, slot.first, slot.count * slot.repeat).fill_(level)
+                    value.narrow(tie.dim, slot.first, slot.count * slot.repeat).fill_(level)
     return replace(growth.surgery, changes=tuple(replace(c, value=values[c.name]) for c in growth.surgery.changes))
 
 
@@ -239,9 +245,3 @@ def finite(entries: Tensor, where: str) -> Tensor:
             "Training has diverged, or the batches hold such values: check both."
         )
     return entries
-
-
-def _is_added(tensor: str) -> bool:
-    """Whether a vector is added to the units (a new unit's entry is 0) rather than scaling them."""
-    name = tensor.rpartition(".")[2]
-    return "bias" in name or name == "running_mean"

@@ -7,13 +7,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from evolvenet.graph.width_graph import CONSUMES, PRODUCES, Tie, Width
+from evolvenet.graph.width_graph import CONSUMES, FOLLOWS, PRODUCES, Tie, Width
 from evolvenet.growth.expanded_model import Growth, expanded
 from evolvenet.growth.gradmax import maximize_fan_out_gradient
 from evolvenet.growth.tiny import Bottleneck, measure_bottleneck
 from evolvenet.linalg.pivoted_cholesky import pivots
 from evolvenet.measurement.activation_moments import collect
-from evolvenet.measurement.consumer_moments import is_unshared
 
 Method = Callable[[Growth], dict[Tie, Tensor]]
 """Growth → {tie: directions of norm 1 (or 0) of the new units' rows, kernels and columns}; zeros for ties left out."""
@@ -145,7 +144,7 @@ def init_random(growth: Growth) -> dict[Tie, Tensor]:
     found: dict[Tie, Tensor] = {}
     for width in growth.widths:
         for tie in width.ties:
-            if len(growth.graph.shapes[tie.tensor]) > 1:
+            if len(growth.graph.shapes[tie.tensor]) > 1 and not (tie.role == FOLLOWS and growth.is_vector(tie)):
                 found[tie] = _random(growth, width, tie)
     return found
 
@@ -166,6 +165,8 @@ def _initial_directions(growth: Growth) -> dict[Tie, Tensor]:
     for width in growth.widths:
         for tie in width.ties:
             if len(growth.graph.shapes[tie.tensor]) < 2 or tie.role == CONSUMES:
+                continue
+            if tie.role == FOLLOWS and growth.is_vector(tie):
                 continue
             if tie.role == PRODUCES:
                 found[tie] = orthogonal(growth.unit_entries(tie, width), growth.count(width), growth.generator)
@@ -260,7 +261,7 @@ def _plain_consumers(growth: Growth, width: Width) -> list[Tie]:
     return [
         tie
         for tie in growth.matrices(width, CONSUMES)
-        if is_unshared(growth.graph, tie.tensor)
+        if not growth.graph.is_shared(tie.tensor)
         and not any(tensor == tie.tensor and dim != tie.dim for tensor, dim in consuming)
         and not isinstance(growth.model.get_submodule(tie.module), (nn.Embedding, nn.EmbeddingBag))
         and growth.norm(tie, width) > 0

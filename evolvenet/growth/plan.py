@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -10,10 +11,13 @@ from torch import Tensor, nn
 
 from evolvenet.errors import ResizeError, TraceError
 from evolvenet.graph.index_map import IndexMap
+from evolvenet.graph.naming import tensor_named
 from evolvenet.graph.width_graph import Width, WidthGraph
 from evolvenet.growth.expanded_model import Growth, Loss, fill_new_units
 from evolvenet.growth.initializers import METHODS
 from evolvenet.surgery.resize_model import Surgery, check_finite, compile_surgery
+
+log = logging.getLogger("evolvenet")
 
 
 def plan_growth(
@@ -74,6 +78,7 @@ def plan_growth(
         width = graph.widths[name]
         _check(width, size)
         if size > width.size:
+            _warn_of_untrained(model, width)
             maps[width.name] = IndexMap.grow(width.size, size - width.size)
     surgery = check_finite(compile_surgery(model, graph, maps))
     growth = Growth(model, graph, surgery, generator, _gathered(batches), loss)
@@ -88,6 +93,16 @@ def _gathered(batches: Iterable[Any] | None) -> tuple[Any, ...] | None:
     if gathered == ():
         raise TraceError("Batches: expected at least one batch, got none.")
     return gathered
+
+
+def _warn_of_untrained(model: nn.Module, width: Width) -> None:
+    """Warn where all consumers of a width are buffers or frozen: the columns of new units are 0 and will stay so."""
+    consumers = [tie.tensor for tie in width.consumers]
+    if consumers and not any(tensor_named(model, name).requires_grad for name in consumers):
+        log.warning(
+            "Grow: nothing that consumes the units of %s is trained (%s): the new ones have no effect until you write their "
+            "entries there.", width.name, ", ".join(consumers),
+        )  # fmt: skip
 
 
 def _check(width: Width, size: int) -> None:

@@ -24,7 +24,6 @@ from evolvenet.graph.index_map import NEW_UNIT
 from evolvenet.graph.width_graph import CONSUMES, PRODUCES, Tie
 from evolvenet.growth.expanded_model import Growth, finite
 from evolvenet.linalg.ridge import refit
-from evolvenet.measurement.consumer_moments import is_unshared
 
 ROWS = 4096
 """Most output positions (samples × positions) of one layer from which moments and updates are computed."""
@@ -149,7 +148,7 @@ def _has_weight_op(growth: Growth, tie: Tie, dim: int) -> bool:
     module = growth.model.get_submodule(tie.module)
     known = weight_op_of.dispatch(type(module)) is not weight_op_of.dispatch(object)
     names = [f"{tie.module}.{name}" if tie.module else name for name in dict(module.named_parameters(recurse=False))]
-    return known and tie.dim == dim and tie.tensor in names and all(is_unshared(growth.graph, name) for name in names)
+    return known and tie.dim == dim and tie.tensor in names and not any(growth.graph.is_shared(name) for name in names)
 
 
 @singledispatch

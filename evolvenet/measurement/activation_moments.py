@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -12,10 +12,12 @@ from torch import Tensor, nn
 
 from evolvenet.errors import SpectrumError, TraceError
 from evolvenet.execution.isolation import isolated, op_by_op
+from evolvenet.execution.residual_sums import ResidualSumMode
 from evolvenet.execution.sampling import evenly, samples_in
 from evolvenet.execution.step import run_model
-from evolvenet.execution.weight_ops import WeightOp, WeightOpMode
+from evolvenet.execution.weight_ops import WeightOp
 from evolvenet.graph.width_graph import Tie, WidthGraph
+from evolvenet.measurement.weight_uses import UseRecorder, WeightUses
 
 CAP = 8192
 """Most samples taken for one consumer from one batch; more positions are sampled evenly."""
@@ -98,10 +100,12 @@ class ActivationMoments(Mapping[Tie, Moments]):
     Args:
         even: moments of the samples 0, 2, 4 … of all batches one after the other.
         odd: those of the others, over the same ties.
+        uses: the biases and the other uses of the consumers.
     """
 
     even: Mapping[Tie, Moments]
     odd: Mapping[Tie, Moments]
+    uses: WeightUses = field(default_factory=lambda: WeightUses({}, {}))
 
     def __getitem__(self, tie: Tie) -> Moments:
         return self.even[tie].merge(self.odd[tie])
@@ -109,6 +113,24 @@ class ActivationMoments(Mapping[Tie, Moments]):
     def count(self, tie: Tie) -> int:
         """Number of samples of both halves."""
         return self.even[tie].count + self.odd[tie].count
+
+    def bias_of(self, tie: Tie) -> str | None:
+        """Name of the bias of a consumer, which takes a change of the mean; None if it has none, or shares it."""
+        return self.uses.biases.get(tie.tensor)
+
+    def second_moment(self, tie: Tie, moments: Moments | None = None) -> Tensor:
+        """The covariance of a consumer's inputs where it has a bias, else E[x·xᵀ]; `[n, n]`.
+
+        Args:
+            tie: of the consumer.
+            moments: those of its inputs in other coordinates; None for those that were measured.
+        """
+        found = self[tie] if moments is None else moments
+        return found.second if self.bias_of(tie) is None else found.covariance
+
+    def is_refittable(self, tie: Tie) -> bool:
+        """Whether a consumer's columns may be changed: it is trained, and nothing but these products uses it."""
+        return self.uses.axes.get(tie.tensor) == tie.dim
 
     def __iter__(self) -> Iterator[Tie]:
         return iter(self.even)
@@ -150,11 +172,14 @@ def collect(model: nn.Module, graph: WidthGraph, batches: Iterable[Any]) -> Acti
     by_tensor: dict[str, dict[Tie, _Halves]] = {}
     for tie, halves in gathered.items():
         by_tensor.setdefault(tie.tensor, {})[tie] = halves
-    seen, ran = 0, False
+    seen, ran, uses = 0, False, UseRecorder(model)
     with isolated(model, gradients=graph.differentiates):
         for batch in batches:
-            with op_by_op(WeightOpMode(model, before=partial(_gather, by_tensor, max(1, samples_in(batch)), seen))):
+            gather = partial(_gather, by_tensor, max(1, samples_in(batch)), seen)
+            mode = ResidualSumMode(model, gather, lambda op, _: uses.add_op(op), on_bias=uses.add_bias)
+            with op_by_op(mode):
                 run_model(model, batch)
+            uses.add_other_uses(mode.other_uses)
             seen += samples_in(batch)
             ran = True
     if not ran or not seen:
@@ -163,9 +188,8 @@ def collect(model: nn.Module, graph: WidthGraph, batches: Iterable[Any]) -> Acti
     run = {tie: halves for tie, halves in gathered.items() if halves.seen}
     for tie, halves in run.items():
         halves.check(tie)
-    return ActivationMoments(
-        {tie: h.moments[0] for tie, h in run.items()}, {tie: h.moments[1] for tie, h in run.items()}
-    )
+    even, odd = ({tie: halves.moments[half] for tie, halves in run.items()} for half in (0, 1))
+    return ActivationMoments(even, odd, uses.found(graph))
 
 
 class _Halves:

@@ -17,7 +17,6 @@ from evolvenet.graph.width_graph import CONSUMES, FOLLOWS, PRODUCES, Tie, Width,
 from evolvenet.linalg.shrinkage import shrunk_covariance
 from evolvenet.linalg.singular_basis import balanced, singular_basis, singular_values_between
 from evolvenet.measurement.activation_moments import ActivationMoments, Moments
-from evolvenet.measurement.consumer_moments import second_moment
 from evolvenet.measurement.unit_rows import unit_rows
 
 
@@ -106,7 +105,7 @@ def rank_spectrum(
     inside = Moments(moments.count, basis.matrix @ moments.mean, basis.of_moment(moments.covariance))
     if shrink:
         inside = replace(inside, covariance=shrunk_covariance(inside.covariance, inside.count))
-    moment = second_moment(model, graph, factors.consumer, inside)
+    moment = statistics.second_moment(factors.consumer, inside)
     return singular_values_between(moment, basis.of_gram(factors.used))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from evolvenet.graph.naming import tensor_named
 from evolvenet.graph.width_graph import Tie, Width
 from evolvenet.linalg.spectrum import matricize
 
@@ -13,7 +14,7 @@ def unit_rows(model: nn.Module, width: Width, tie: Tie) -> Tensor:
     """What one tensor holds for each unit of the width, one row a unit: `[width.size, places]`, float64, on the CPU.
 
     For a producer the rows of the unit, for a consumer its columns; a unit with `repeat` places on the axis has them one
-    after the other.
+    after the other. A weight that is a buffer (a fixed basis, random features) counts like one that is trained.
 
     Raises:
         SpectrumError: for NaN or infinite entries.
@@ -27,5 +28,5 @@ def unit_rows(model: nn.Module, width: Width, tie: Tie) -> Tensor:
 
 def native_rows(model: nn.Module, width: Width, tie: Tie) -> Tensor:
     """The same in the type and on the device of the tensor."""
-    tensor = matricize(model.get_parameter(tie.tensor), tie.dim, tie.tensor)
+    tensor = matricize(tensor_named(model, tie.tensor), tie.dim, tie.tensor)
     return tensor[tie.start : tie.start + width.size * tie.repeat].reshape(width.size, -1)

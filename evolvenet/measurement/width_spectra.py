@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from evolvenet.graph.width_graph import Tie, Width, WidthGraph
+from evolvenet.graph.width_graph import FOLLOWS, Tie, Width, WidthGraph
 from evolvenet.linalg.spectrum import joint_spectrum
 from evolvenet.measurement.activation_moments import ActivationMoments, Moments, collect
 from evolvenet.measurement.rank_spectra import is_rotatable, rank_spectrum
@@ -117,9 +117,18 @@ def input_spectrum(model: nn.Module, width: Width, parts: Mapping[Tie, Tensor]) 
     return eigenvalues.flip(0).clamp_min(0).sqrt()
 
 
+def weight_ties(graph: WidthGraph, width: Width) -> list[Tie]:
+    """The ties of a width in weights: trained ones, and buffers that are multiplied with data."""
+    return [
+        tie
+        for tie in width.ties
+        if len(graph.shapes[tie.tensor]) > 1 and (tie.tensor in graph.trainable or tie.role != FOLLOWS)
+    ]
+
+
 def weight_spectrum(model: nn.Module, graph: WidthGraph, width: Width) -> Tensor | None:
     """Singular values `[width.size]` of the weights of a width, of its producers if there are any; None without a weight."""
-    weights = [tie for tie in width.ties if tie.tensor in graph.trainable and len(graph.shapes[tie.tensor]) > 1]
+    weights = weight_ties(graph, width)
     made = [tie for tie in weights if tie in width.producers] or weights
     if not made:
         return None

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from evolvenet.errors import SkippedEvent
+from evolvenet.graph.naming import tensor_named
 from evolvenet.graph.width_graph import Tie, Width, WidthGraph
 from evolvenet.linalg.pivoted_cholesky import pivoted_cholesky
 from evolvenet.linalg.shrinkage import shrunk_covariance
@@ -174,8 +175,8 @@ def _statistics(
     width = graph.widths[name]
     # Without a producer's row a new unit has no input, and where an op mixes units it changes the function. Its columns
     # are 0 at first: without a consumer that is trained they stay 0.
-    consumers = [model.get_parameter(tie.tensor) for tie in width.consumers if tie.tensor in graph.trainable]
-    trained = not consumers or any(parameter.requires_grad for parameter in consumers)
+    consumers = [tensor_named(model, tie.tensor) for tie in width.consumers]
+    trained = not consumers or any(tensor.requires_grad for tensor in consumers)
     growable = width.mixed is None and bool(width.producers) and trained
     return statistics_of(name, spectrum, past, growable, energies)
 

@@ -15,7 +15,6 @@ from evolvenet.graph.index_map import IndexMap
 from evolvenet.graph.width_graph import Width, WidthGraph
 from evolvenet.linalg.singular_basis import balanced, singular_basis
 from evolvenet.measurement.activation_moments import ActivationMoments
-from evolvenet.measurement.consumer_moments import bias_of, second_moment
 from evolvenet.measurement.rank_spectra import is_rotatable, rank_factors
 from evolvenet.surgery.basis_change import BasisChange
 
@@ -45,7 +44,7 @@ def rank_basis(
     """The change of basis after which a rank's first q coordinates are the best q for the outputs of its layer, for every q.
 
     z' = R·z with A' = R·A and B' = B·R⁻¹ leaves the outputs as they are. The coordinates z' are the singular directions of
-    B·S^½, S the second moment of the measured z (its covariance where the consumer has a bias, see `second_moment`); without
+    B·S^½, S the second moment of the measured z (its covariance where the consumer has a bias); without
     a measurement those of the product of the layer's factors. Rows of A' are as long as the columns of B'.
 
     Args:
@@ -70,7 +69,7 @@ def rank_basis(
     factors = rank_factors(model, graph, width)
     moment = factors.made
     if statistics is not None and factors.consumer in statistics:
-        moment = second_moment(model, graph, factors.consumer, statistics[factors.consumer])
+        moment = statistics.second_moment(factors.consumer)
     basis = balanced(singular_basis(moment, factors.used), factors.rows, factors.columns)
     return BasisChange(basis.matrix, basis.inverse.mT.contiguous())
 
@@ -90,7 +89,7 @@ def removed_means(
     """
     removed = list(index_map.removed)
     for tie in width.consumers:
-        bias = bias_of(model, graph, tie)
+        bias = statistics.bias_of(tie)
         if bias is not None and tie in statistics:
             weight = model.get_parameter(tie.tensor).detach().to("cpu", torch.float64)
             columns = weight.movedim(tie.dim, 0).reshape(width.size, weight.shape[1 - tie.dim], -1).sum(-1)

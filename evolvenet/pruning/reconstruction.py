@@ -178,8 +178,8 @@ class Target:
         inputs: number of all input positions.
         outputs: `[rows, out]`, of the sum that the op ends in if `summed`.
         summed: whether `outputs` are those of that sum.
-        bias_sign: if the bias is added in an op of its own (1) or is a running mean (−1), its sign; `outputs` are then
-            without it. 0 if the bias is added in the same op.
+        bias_sign: 1 for a bias that an op of its own adds, 0 for one that is added in the same op; `outputs` are with it. −1 for
+            a running mean, which is not subtracted from them.
     """
 
     start: int
@@ -218,7 +218,7 @@ class OutputRecorder:
             return
         total = output_positions(op, out)
         rows = evenly(total, self.limits.rows_for(op.matrix().shape[-1])).to(out.device)
-        outputs = op.outputs_at(out, rows).movedim(0, 1).flatten(1)
+        outputs = op.products_at(out, rows).movedim(0, 1).flatten(1)
         targets = self.targets.setdefault(op.tensor, [])
         self._index[op] = (op.tensor, len(targets))
         targets.append(Target(op.start, len(op.weight), op.axis, bias, rows, total, op.input_positions, outputs))
@@ -231,13 +231,15 @@ class OutputRecorder:
             summed = output.values_at(own, target.rows) + output.values_at(other, target.rows)
             self.targets[name][index] = replace(target, outputs=summed, summed=True)
 
-    def bias(self, op: WeightOp, name: str, sign: int) -> None:
+    def bias(self, op: WeightOp, name: str, values: Tensor, sign: int) -> None:
         """See `ResidualSumMode`."""
         self.bias_uses[name, 0] += 1
         if op in self._index:
             tensor, index = self._index[op]
-            if self.targets[tensor][index].bias is None:
-                self.targets[tensor][index] = replace(self.targets[tensor][index], bias=(name, 0), bias_sign=sign)
+            target = self.targets[tensor][index]
+            if target.bias is None:
+                outputs = target.outputs + values if sign > 0 else target.outputs
+                self.targets[tensor][index] = replace(target, outputs=outputs, bias=(name, 0), bias_sign=sign)
 
     def usable(self, other_uses: set[str]) -> dict[str, list[Target]]:
         """The targets of weights that nothing else uses, and no entry of which is used twice."""
@@ -318,7 +320,9 @@ class ConsumerFitter:
         off = output.scale.abs() < 1e-6 * output.scale.abs().max()
         residual = summed - output.values_at(own, target.rows) - output.values_at(other, target.rows)
         step = residual.masked_fill(off, 0) / output.scale.masked_fill(off, 1)
-        present = output.op.outputs_at(output.recompute(), target.rows).movedim(0, 1).flatten(1)
+        present = output.op.products_at(output.recompute(), target.rows).movedim(0, 1).flatten(1)
+        if target.bias is not None and target.bias_sign > 0:
+            present = present + self.shadows[target.bias[0]].reshape(-1)
         if (offset := self._fit(output.op, target, present + step)) is not None:
             own.copy_(output.recomputed(own, offset if target.bias_sign else 0.0))
 
@@ -339,12 +343,13 @@ class ConsumerFitter:
 
     def _fit(self, op: WeightOp, target: Target, outputs: Tensor) -> Tensor | None:
         """Fit the weight and the bias in place; the change of the bias `[out]`, or None if they stay."""
+        # A bias that is added by itself may have the shape of an image's channels.
         bias = self.shadows[target.bias[0]] if target.bias_sign and target.bias else op.bias
         if outputs.shape[1] != len(op.weight) or (bias is None) != (target.bias is None):
             return None
         targets = outputs.reshape(len(outputs), op.groups, -1).movedim(1, 0)
-        # Without the bias where `outputs` are.
-        start = None if bias is None else (bias * (not target.bias_sign)).reshape(op.groups, -1)
+        # Without the running mean, as `outputs` are.
+        start = None if bias is None else (bias * (target.bias_sign >= 0)).reshape(op.groups, -1)
         odd = target.rows * self.samples // target.positions % 2 == 1
         found = self.solve(op, op.columns(target.rows), targets, start, odd)
         if found is None:
@@ -354,7 +359,7 @@ class ConsumerFitter:
         self.fitted.add(op.tensor)
         change = (offset if start is None else offset - start).flatten()
         if bias is not None and target.bias is not None:
-            bias.add_(change * (target.bias_sign or 1))
+            bias.add_((change * (target.bias_sign or 1)).reshape(bias.shape))
             self.fitted.add(target.bias[0])
         return change.to(op.weight.dtype)
 

@@ -8,13 +8,14 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from evolvenet._compat.torch import NormBase
 from evolvenet.errors import ResizeError
 from evolvenet.graph.index_map import IndexMap
-from evolvenet.graph.width_graph import FOLLOWS, Tie, Width, WidthGraph
+from evolvenet.graph.naming import tensor_named
+from evolvenet.graph.width_graph import Tie, Width, WidthGraph
 from evolvenet.linalg.pivoted_cholesky import pivots
 from evolvenet.linalg.ridge import PrimalProblem, solve_held_out
 from evolvenet.measurement.activation_moments import ActivationMoments, Moments
-from evolvenet.measurement.consumer_moments import bias_of, is_unshared, second_moment
 from evolvenet.measurement.rank_spectra import is_rotatable
 from evolvenet.measurement.unit_rows import unit_rows
 from evolvenet.measurement.width_spectra import consumer_weighted
@@ -155,8 +156,8 @@ def _refits(
         yield from removed_means(model, graph, graph.widths[name], basis, index_map, statistics)
         return
     for tie in graph.widths[name].consumers:
-        if tie in statistics and is_unshared(graph, tie.tensor):
-            yield from _refit(model, graph, tie, index_map, statistics)
+        if tie in statistics and statistics.is_refittable(tie):
+            yield from _refit(model, tie, index_map, statistics)
 
 
 def predict_removed(
@@ -211,9 +212,7 @@ def _choose_units(
     model: nn.Module, graph: WidthGraph, width: Width, size: int, statistics: ActivationMoments | None
 ) -> list[int]:
     parts = {
-        tie: second_moment(model, graph, tie, statistics[tie])
-        for tie in width.consumers
-        if statistics is not None and tie in statistics
+        tie: statistics.second_moment(tie) for tie in width.consumers if statistics is not None and tie in statistics
     }
     taken = pivots(consumer_weighted(model, width, parts), size) if parts else []
     if len(taken) < size:
@@ -230,25 +229,23 @@ def _magnitude(model: nn.Module, graph: WidthGraph, width: Width) -> Tensor:
     """
 
     def norm(ties: Sequence[Tie]) -> Tensor:
-        weights = [tie for tie in ties if tie.tensor in graph.trainable and len(graph.shapes[tie.tensor]) > 1]
+        weights = [tie for tie in ties if len(graph.shapes[tie.tensor]) > 1]
         if not weights:
             return torch.ones(width.size, dtype=torch.float64)
         return torch.cat([unit_rows(model, width, tie) for tie in weights], dim=1).norm(dim=1)
 
     scales = [
-        model.get_parameter(tie.tensor).detach().to("cpu", torch.float64).narrow(0, tie.start, width.size * tie.repeat)
+        tensor_named(model, tie.tensor).detach().to("cpu", torch.float64).narrow(0, tie.start, width.size * tie.repeat)
         for tie in width.ties
-        if tie.tensor in graph.trainable
-        and tie.role == FOLLOWS
-        and tie.tensor == f"{tie.module}.weight".removeprefix(".")
-        and f"{tie.module}.running_mean".removeprefix(".") in graph.shapes
+        if isinstance(owner := model.get_submodule(tie.module), NormBase)
+        and tensor_named(model, tie.tensor) is owner.weight
     ]
     made = torch.cat([each.reshape(width.size, -1) for each in scales], dim=1).norm(dim=1) if scales else None
     return (norm(width.producers) if made is None else made) * norm(width.consumers)
 
 
 def _refit(
-    model: nn.Module, graph: WidthGraph, tie: Tie, index_map: IndexMap, statistics: ActivationMoments
+    model: nn.Module, tie: Tie, index_map: IndexMap, statistics: ActivationMoments
 ) -> Iterator[tuple[str, Tensor]]:
     """The changes of the consumer's weight and bias, (tensor's name, delta of the old shape) each."""
     kept, removed = index_map.tensor(), torch.tensor(index_map.removed)
@@ -258,7 +255,7 @@ def _refit(
     consumed = weight.narrow(tie.dim, tie.start, length).movedim(tie.dim, 0)
     places = consumed.reshape(index_map.size, tie.repeat, consumed.shape[1], -1)
     columns = places[removed].flatten(1)
-    bias = bias_of(model, graph, tie)
+    bias = statistics.bias_of(tie)
     even, odd = statistics.even[tie], statistics.odd[tie]
     found = predict_removed(even, odd, kept, removed, columns @ columns.T, bias=bias is not None)
     if found is None:
@@ -279,7 +276,7 @@ def _with_deltas(model: nn.Module, surgery: Surgery, deltas: Mapping[str, Tensor
     for name, delta in deltas.items():
         tensor = model.get_parameter(name)
         change = changes.get(name) or TensorChange(tensor, name, {}, tensor.detach())
-        value = tensor.detach().to("cpu", torch.float64) + delta
+        value = tensor.detach().to("cpu", torch.float64) + delta.reshape(tensor.shape)
         for dim, basis in change.bases.items():
             value = along(value, basis.values, dim)
         for dim, index_map in change.axes.items():

@@ -87,7 +87,8 @@ def build_graph(model: nn.Module, label_graph: LabelGraph) -> GroupedWidths:
         for tensor in tensors
     }
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    graph = assemble(widths, named, shapes, trainable, aliases, label_graph.roles, label_graph.differentiates)
+    added = frozenset(name for name, only in label_graph.only_added.items() if only)
+    graph = assemble(widths, named, shapes, trainable, aliases, label_graph.roles, label_graph.differentiates, added)
     anchors = {name: groups[g].anchor for g, name in names.items()}
     return GroupedWidths(graph, component, anchors, {name: groups[g].members for g, name in names.items()})
 

@@ -74,6 +74,7 @@ class LabelGraph:
         same_roles: pairs of axes of weights that are added to each other.
         inherited_roles: the axes whose role is that of another axis in `same_roles`.
         first_use: tensor → rank of its first use in the run.
+        only_added: tensor → whether all ops that combine it with data add it, see `addends`.
         output_shapes: of the model's outputs.
         grids: id grids `[rows, columns]` that the model's code has laid units out as, by their bytes.
         sized_pieces: the same for equal pieces of a split to which the code gives a size for every piece.
@@ -95,6 +96,7 @@ class LabelGraph:
     same_roles: list[tuple[tuple[str, int], tuple[str, int]]] = field(default_factory=list)
     inherited_roles: set[tuple[str, int]] = field(default_factory=set)
     first_use: dict[str, int] = field(default_factory=dict)
+    only_added: dict[str, bool] = field(default_factory=dict)
     output_shapes: list[tuple[int, ...]] = field(default_factory=list)
     grids: dict[bytes, Tensor] = field(default_factory=dict)
     sized_pieces: dict[bytes, Tensor] = field(default_factory=dict)

@@ -32,6 +32,7 @@ from evolvenet.execution.step import run_model
 from evolvenet.graph.coverage import OUTPUT
 from evolvenet.graph.naming import named_tensors
 from evolvenet.graph.width_graph import WidthGraph
+from evolvenet.tracing.addends import record_addends
 from evolvenet.tracing.factorized import with_ranks
 from evolvenet.tracing.labels import DATA, LABELLED, Label, LabelGraph, merge, varying
 from evolvenet.tracing.rules import Call, apply_rule
@@ -246,6 +247,7 @@ class LabelMode(TracingMode):
             origin = self.label_of(tensor).origin
             if origin is not None:
                 self.label_graph.first_use.setdefault(origin, len(self.label_graph.first_use))
+        record_addends(call, self.label_graph)
         apply_rule(call)
         return out
 

@@ -89,7 +89,7 @@ def test_projections_of_attention_are_weight_ops() -> None:
     model = nn.MultiheadAttention(8, 2, batch_first=True).double().eval()
     x, y = torch.randn(2, 3, 5, 8, dtype=FLOAT)
     biases: list[tuple[str, str, int]] = []
-    mode = ResidualSumMode(model, on_bias=lambda op, name, sign: biases.append((op.tensor, name, sign)))
+    mode = ResidualSumMode(model, on_bias=lambda op, name, values, sign: biases.append((op.tensor, name, sign)))
     with op_by_op(mode):
         model(x, x, x)
     assert biases == [("in_proj_weight", "in_proj_bias", 1)]
@@ -153,7 +153,9 @@ def test_a_branch_is_tracked_to_its_residual_sum(projected: bool) -> None:
 
     means: list[tuple[str, str, int]] = []
     with op_by_op(
-        ResidualSumMode(model, on_sum=on_sum, on_bias=lambda op, mean, sign: means.append((op.tensor, mean, sign)))
+        ResidualSumMode(
+            model, on_sum=on_sum, on_bias=lambda op, mean, values, sign: means.append((op.tensor, mean, sign))
+        )
     ):
         model(x)
     assert means == [("conv2.weight", "norm.running_mean", -1)]

@@ -1,0 +1,157 @@
+"""A weight is what is multiplied with data, a bias what is added to that, whatever they are called and however it is written."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import evolvenet
+from tests.helpers.networks.weights import WAYS, linear_network, rewritten
+
+X = torch.randn(128, 6, generator=torch.Generator().manual_seed(1)).double()
+LABELS = torch.randint(0, 3, (128,), generator=torch.Generator().manual_seed(2))
+ALL = [*WAYS, "one module"]
+
+
+def loss(outputs: Tensor, labels: Tensor) -> Tensor:
+    return nn.functional.cross_entropy(outputs, labels)
+
+
+def sizes_of(graph: evolvenet.WidthGraph, *sizes: int) -> dict[str, int]:
+    return dict(zip(graph.sizes, sizes, strict=True))
+
+
+def pruned(model: nn.Module, batches: list[Tensor] | None = None) -> Tensor:
+    graph = evolvenet.trace(model, X[:2])
+    evolvenet.prune(model, graph, sizes_of(graph, 11, 9), batches=batches)
+    return model(X).detach()
+
+
+def grown(model: nn.Module, method: str, with_loss: bool = False) -> Tensor:
+    """The outputs after three steps of training: new units' rows, columns, biases all count."""
+    graph = evolvenet.trace(model, X[:2])
+    data = {"batches": [(X, LABELS)], "loss": loss} if with_loss else {}
+    source = torch.Generator().manual_seed(5)
+    evolvenet.grow(model, graph, sizes_of(graph, 20, 14), method=method, generator=source, **data)
+    optimizer = torch.optim.SGD(model.parameters(), 0.5)
+    for _ in range(3):
+        optimizer.zero_grad()
+        loss(model(X), LABELS).backward()
+        optimizer.step()
+    return model(X).detach()
+
+
+def evolved(model: nn.Module, policy: evolvenet.Policy) -> tuple[list[tuple[int, ...]], Tensor]:
+    torch.manual_seed(0)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    evolver = evolvenet.Evolver(model, optimizer, policy, X[:2])
+    sizes = []
+    for event in range(3):
+        optimizer.zero_grad()
+        outputs = model(X)
+        outputs.retain_grad()
+        loss(outputs, LABELS).backward()
+        assert outputs.grad is not None
+        evolver.observe(X, [outputs.grad])
+        optimizer.step()
+        assert evolver.step(progress=(event + 1) / 3).skipped is None
+        sizes.append(tuple(evolver.graph.sizes.values()))
+    return sizes, model(X).detach()
+
+
+def equal(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> None:
+    for one, two in zip(ours.values(), theirs.values(), strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-7, atol=1e-7)
+
+
+@pytest.mark.parametrize("way", ALL)
+def test_spectra_and_allocations_equal_those_of_linear_layers(way: str) -> None:
+    model, reference = rewritten(way), linear_network()
+    graph, other = evolvenet.trace(model, X[:2]), evolvenet.trace(reference, X[:2])
+    equal(evolvenet.spectra(model, graph), evolvenet.spectra(reference, other))
+    equal(evolvenet.spectra(model, graph, [X]), evolvenet.spectra(reference, other, [X]))
+    equal(evolvenet.output_spectra(model, graph, [X]), evolvenet.output_spectra(reference, other, [X]))
+    ours = evolvenet.allocate(model, graph, parameters=150, batches=[X])
+    theirs = evolvenet.allocate(reference, other, parameters=150, batches=[X])
+    assert list(ours.values()) == list(theirs.values())
+
+
+@pytest.mark.parametrize("way", ALL)
+def test_cuts_equal_those_of_linear_layers(way: str) -> None:
+    for batches in (None, [X[:64], X[64:]]):
+        ours, theirs = pruned(rewritten(way), batches), pruned(linear_network(), batches)
+        torch.testing.assert_close(ours, theirs, rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize("way", ALL)
+@pytest.mark.parametrize("method", ["orthogonal", "paired"])
+def test_new_units_equal_those_of_linear_layers(way: str, method: str) -> None:
+    ours, theirs = grown(rewritten(way), method), grown(linear_network(), method)
+    torch.testing.assert_close(ours, theirs, rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize("way", ["clip", "einsum", "bias of images", "one module"])
+def test_new_units_by_gradients_equal_those_of_linear_layers(way: str) -> None:
+    ours, theirs = grown(rewritten(way), "gradmax", True), grown(linear_network(), "gradmax", True)
+    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("way", ["names swapped", "einsum", "bias of images", "one module"])
+@pytest.mark.parametrize(
+    "policy",
+    [
+        evolvenet.Threshold(prune=0.05, grow=0.9),
+        evolvenet.Price(price=1e-3),
+        evolvenet.Budget(params=150, by=0.6),
+    ],
+    ids=lambda policy: type(policy).__name__,
+)
+def test_runs_equal_those_of_linear_layers(way: str, policy: evolvenet.Policy) -> None:
+    sizes, outputs = evolved(rewritten(way), policy)
+    expected_sizes, expected = evolved(linear_network(), policy)
+    assert sizes == expected_sizes
+    assert sizes[-1] != (16, 12)
+    torch.testing.assert_close(outputs, expected, rtol=1e-5, atol=1e-7)
+
+
+class FixedBasis(nn.Module):
+    """A read-out that is not trained: a discrete cosine transform, mel filters, random features."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden = nn.Linear(6, 16)
+        self.register_buffer("basis", torch.randn(16, 3, generator=torch.Generator().manual_seed(0)))
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.hidden(x).tanh() @ self.get_buffer("basis")
+
+
+def test_a_buffer_that_consumes_a_width_is_cut_and_never_fitted() -> None:
+    model = FixedBasis()
+    basis, graph = model.get_buffer("basis").clone(), evolvenet.trace(model, X[:2])
+    spectrum = evolvenet.spectra(model, graph, [X])["hidden"]
+    linear = nn.Sequential(model.hidden, nn.Tanh(), nn.Linear(16, 3, bias=False).double())
+    linear[2].weight.data = basis.T.clone()
+    expected = evolvenet.spectra(linear, evolvenet.trace(linear, X[:2]), [X])["0"]
+    torch.testing.assert_close(spectrum, expected)
+    assert sum(evolvenet.allocate(model, graph, parameters=70, batches=[X]).values()) == 10
+    kept = {tuple(row) for row in basis.tolist()}
+    evolvenet.prune(model, graph, {"hidden": 12}, batches=[X])
+    rows = {tuple(row) for row in model.get_buffer("basis").tolist()}
+    assert (len(rows), rows <= kept) == (12, True)
+
+
+def test_no_policy_grows_a_width_that_only_buffers_consume(caplog: pytest.LogCaptureFixture) -> None:
+    model = FixedBasis()
+    for policy in (evolvenet.Price(price=1e-9), evolvenet.Threshold(prune=1e-6, grow=0.5)):
+        sizes, _ = evolved(model, policy)
+        assert sizes[-1][0] <= 16
+    assert not caplog.records
+    before = model(X)
+    evolvenet.grow(model, evolvenet.trace(model, X[:2]), {"hidden": 20})
+    torch.testing.assert_close(model(X), before)
+    assert "nothing that consumes the units of hidden is trained (basis)" in caplog.text
