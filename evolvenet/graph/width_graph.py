@@ -362,7 +362,7 @@ def assemble(
     aliases: Mapping[str, str],
     roles: Mapping[tuple[str, int], str],
     differentiates: bool,
-    added: frozenset[str],
+    added: frozenset[str] = frozenset(),
 ) -> WidthGraph:
     """Build a graph from widths without ties: the ties and parameter counts are computed from the layouts."""
     ties: dict[str, list[Tie]] = {name: [] for name in bare}
