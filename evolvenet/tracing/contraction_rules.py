@@ -11,6 +11,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from evolvenet.tracing.labels import CONSTANT, KERNEL, Label, align, arrange, is_constant, merge, varying
+from evolvenet.tracing.partitions import partners
 from evolvenet.tracing.rules import Call, rule
 
 
@@ -101,11 +102,26 @@ def embedding(call: Call) -> None:
     call.label_output(call.out, out)
 
 
-@rule("mm", "addmm", "bmm", "baddbmm", "mv", "dot", "vdot", "addmv", "addbmm")
+@rule("_embedding_bag", "_embedding_bag_forward_only")
+def embedding_bag(call: Call) -> None:
+    """Sums, means or largest entries of rows that are selected by data: rows are frozen, units along the columns pass."""
+    weight = call.args[0]
+    label = call.label_of(weight)
+    out = []
+    for layer in label.layers:
+        if 0 in varying(layer):
+            call.label_graph.freeze(layer, f"{call.location} looks its rows up by data")
+        else:
+            call.label_graph.set_role(label.origin, layer, consumed=False)
+            out.append(layer)
+    call.label_output(call.outputs[0], out)
+
+
+@rule("mm", "addmm", "bmm", "baddbmm", "mv", "dot", "vdot", "addmv", "addbmm", "_sparse_mm", "_sparse_addmm")
 def matrix_product(call: Call) -> None:
     """Units along the contracted dimension are tied, the others pass to the output; a bias is elementwise."""
     operands = call.tensors
-    bias = operands.pop(0) if call.op.startswith("aten::add") or call.op == "aten::baddbmm" else None
+    bias = operands.pop(0) if "add" in call.op else None
     names = {
         "aten::bmm": ("bnk", "bkm", "bnm"),
         "aten::baddbmm": ("bnk", "bkm", "bnm"),
@@ -166,8 +182,12 @@ def contract(
             if not over & summed:
                 passed[side].append(layer)
                 continue
-            partners = [p for p in other.layers if {other_names[d] for d in varying(p)} & over & summed]
-            _tie(call, arrange(layer, names, every), [arrange(p, other_names, every) for p in partners], other)
+            along = [
+                [arrange(p, each, every) for p in layers if {each[d] for d in varying(p)} & over & summed]
+                for layers, each in ((label.layers, names), (other.layers, other_names))
+            ]
+            found = arrange(layer, names, every)
+            _tie(call, found, partners(found, *along), other)
             if not (label.origin or other.origin):
                 call.label_graph.mark_mixed(layer, f"{call.location} multiplies it with another activation")
     target = {name: position for position, name in enumerate(out_names)}
@@ -193,10 +213,10 @@ def _is_finer(one: Tensor, two: Tensor) -> bool:
     return set(varying(two)) < set(varying(one)) and not is_constant(one)
 
 
-def _tie(call: Call, layer: Tensor, partners: Sequence[Tensor], other: Label) -> None:
-    for partner in partners:
+def _tie(call: Call, layer: Tensor, found: Sequence[Tensor], other: Label) -> None:
+    for partner in found:
         call.label_graph.union(layer, partner)
-    if not partners and other.kind != CONSTANT:
+    if not found and other.kind != CONSTANT:
         call.label_graph.freeze(layer, f"{call.location} reads data of a fixed size with it")
 
 

@@ -30,7 +30,7 @@ def cat(call: Call) -> None:
     joined += constant_axes(tensors, labels, {axis, *(dim for layer in joined for dim in varying(layer))})
     for k in range(count):
         pieces = [
-            layers[k] if k < len(layers) else _without_units(label, t, axis)
+            layers[k] if k < len(layers) else _without_units(label, t, axis, bool(layers))
             for t, label, layers in zip(tensors, labels, along, strict=True)
         ]
         # Only as large as they vary: expanded over an image they would take most of the memory.
@@ -43,9 +43,9 @@ def cat(call: Call) -> None:
     call.label_output(call.out, joined, CONSTANT if all_constant else DATA)
 
 
-def _without_units(label: Label, tensor: Tensor, axis: int) -> Tensor:
-    """The layer of a piece that has no units along an axis: places of a constant, or data."""
-    if label.kind == CONSTANT:
+def _without_units(label: Label, tensor: Tensor, axis: int, has_layers: bool) -> Tensor:
+    """A layer of a piece that has no units in it: of a constant, of data, or of what has its units in another layer."""
+    if label.kind == CONSTANT or has_layers:
         return places_of_constant(tensor.shape[axis], axis, tensor.dim())
     return torch.full((1,) * tensor.dim(), -1)
 
