@@ -209,6 +209,67 @@ def _finest(sides: Sequence[list[Tensor]]) -> list[list[Tensor]]:
     return [one, two]
 
 
+@rule("_cdist_forward", "_euclidean_dist")
+def distances(call: Call) -> None:
+    """Distances between the rows of two tensors: their units are tied and mixed, as a new one changes all distances."""
+    one, two = call.args[0], call.args[1]
+    dims = call.out.dim()
+    across = [
+        [align(layer, dims) for layer in call.label_of(t).layers if t.dim() - 1 in varying(layer)] for t in (one, two)
+    ]
+    for t, layers, others in ((one, *across), (two, *across[::-1])):
+        for layer in layers:
+            call.label_graph.mark_mixed(layer, f"{call.location} takes distances over its units")
+            if not others and call.label_of(two if t is one else one).kind != CONSTANT:
+                call.label_graph.freeze(layer, f"{call.location} reads data of a fixed size with it")
+    merge(call.label_graph, across)
+    rows = [
+        [align(layer, dims) for layer in call.label_of(t).layers if t.dim() - 1 not in varying(layer)]
+        for t in (one, two)
+    ]
+    for layer in rows[1]:
+        call.label_graph.set_role(call.label_of(two).origin, layer, consumed=False)
+    call.label_output(call.out, merge(call.label_graph, [rows[0], [layer.transpose(-1, -2) for layer in rows[1]]]))
+
+
+@rule("_trilinear")
+def trilinear(call: Call) -> None:
+    """A sum of products of three tensors, such as `x · W · y` for each output: units along the summed dimensions are tied."""
+    tensors = [call.args[0], call.args[1], call.args[2]]
+    summed = set(call.args[6])
+    labels = [call.label_of(t) for t in tensors]
+    shaped: list[list[Tensor]] = []
+    for label, added in zip(labels, call.args[3:6], strict=True):
+        layers = list(label.layers)
+        for dim in sorted(added):
+            layers = [layer.unsqueeze(dim) for layer in layers]
+        shaped.append(layers)
+        for layer in layers:
+            call.label_graph.set_role(label.origin, layer, consumed=bool(summed & set(varying(layer))))
+    for axis in summed:
+        _tie_summed(call, labels, shaped, axis, [axis in added for added in call.args[3:6]])
+    layers = merge(
+        call.label_graph, [[each for each in layers if not summed & set(varying(each))] for layers in shaped]
+    )
+    kept = [dim for dim in range(max(3, *(each.dim() for each in layers))) if dim not in summed] if layers else []
+    call.label_output(call.out, [layer.reshape([layer.shape[dim] for dim in kept]) for layer in layers])
+
+
+def _tie_summed(
+    call: Call, labels: Sequence[Label], shaped: Sequence[Sequence[Tensor]], axis: int, added: Sequence[bool]
+) -> None:
+    """Tie what a sum along an axis runs over; what meets data there is frozen."""
+    found = [[layer for layer in layers if axis in varying(layer)] for layers in shaped]
+    merge(call.label_graph, found)
+    for label, layers, absent in zip(labels, found, added, strict=True):
+        if not layers and not absent and label.kind != CONSTANT:
+            for layer in (each for others in found for each in others):
+                call.label_graph.freeze(layer, f"{call.location} reads data of a fixed size with it")
+    if all(label.origin is None for label, layers in zip(labels, found, strict=True) if layers):
+        for layer in (each for layers in found for each in layers):
+            call.label_graph.mark_mixed(layer, f"{call.location} multiplies it with another activation")
+
+
 def _is_finer(one: Tensor, two: Tensor) -> bool:
     return set(varying(two)) < set(varying(one)) and not is_constant(one)
 

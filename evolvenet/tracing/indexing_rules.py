@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from evolvenet._compat.torch import tree_map_only
-from evolvenet.tracing.labels import Label, align, compress, varying
+from evolvenet.tracing.labels import Label, align, compress, merge, varying
 from evolvenet.tracing.rules import Call, rule, tie_elements
 
 
@@ -57,6 +57,54 @@ def write_slices(call: Call) -> None:
 def fill_slices(call: Call) -> None:
     """The slices that an index names are filled with one number."""
     _tie_beside(call, [call.args[0]], {call.args[1] % max(call.args[0].dim(), 1)})
+
+
+@rule("_pack_padded_sequence")
+def packed(call: Call) -> None:
+    """The steps of all samples `[steps, samples, …]` below each other as `[all steps, …]`, without those of padding."""
+    kept = []
+    for layer in call.label_of(call.args[0]).layers:
+        if {0, 1} & set(varying(layer)):
+            call.label_graph.freeze(layer, f"{call.location} packs them")
+        else:
+            kept.append(layer[0])
+    call.label_output(call.outputs[0], kept)
+
+
+@rule("segment_reduce")
+def segments(call: Call) -> None:
+    """Slices along an axis are reduced in segments: units along it are frozen, the others pass."""
+    source = call.args[0]
+    axis = call.argument("axis", 0) % max(source.dim(), 1)
+    kept = []
+    for layer in call.label_of(source).layers:
+        if axis in varying(layer):
+            call.label_graph.freeze(layer, f"{call.location} works along its units")
+        else:
+            kept.append(layer)
+    call.label_output(call.out, kept)
+
+
+@rule("masked_scatter", "masked_scatter_")
+def masked_scatter(call: Call) -> None:
+    """Rows of a source take the place of those rows of a tensor that a mask names, which is repeated over the columns."""
+    target, mask, source = call.args
+    last = target.dim() - 1
+    whole_rows = mask.dim() == target.dim() and mask.stride(-1) == 0 and source.shape[-1:] == target.shape[-1:]
+    labels = []
+    for tensor in (target, source):
+        label = call.label_of(tensor)
+        passing = [layer for layer in label.layers if whole_rows and varying(layer) == (tensor.dim() - 1,)]
+        for layer in label.layers:
+            if not any(layer is each for each in passing):
+                call.label_graph.freeze(layer, f"{call.location} picks them by a mask")
+        labels.append([layer.view([-1 if dim == last else 1 for dim in range(target.dim())]) for layer in passing])
+    if not whole_rows or not all(labels):
+        for layers in labels:
+            for layer in layers:
+                call.label_graph.freeze(layer, f"{call.location} combines it with data that has a fixed size")
+        labels = []
+    call.label_output(call.out, merge(call.label_graph, labels))
 
 
 @rule("gather")

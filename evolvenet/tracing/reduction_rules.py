@@ -10,10 +10,13 @@ from torch import Tensor
 from evolvenet.tracing.labels import varying
 from evolvenet.tracing.rules import Call, elementwise, rule
 
+WITH_POSITIONS = frozenset(f"aten::{name}" for name in ("max", "min", "median", "nanmedian", "kthvalue", "mode"))
+"""Reductions that also return where along the dimension they have found the number."""
+
 
 @rule("sum", "mean", "amax", "amin", "prod", "var", "std", "norm", "linalg_vector_norm", "logsumexp", "any", "all")
 @rule("max", "min", "argmax", "argmin", "var_mean", "std_mean", "median", "_logcumsumexp", "count_nonzero")
-@rule("_is_all_true", "_is_any_true")
+@rule("_is_all_true", "_is_any_true", "kthvalue", "mode", "nanmedian")
 def reduction(call: Call) -> None:
     """Units along the reduced dimensions are mixed, or frozen if the op returns their positions; the others pass.
 
@@ -25,7 +28,7 @@ def reduction(call: Call) -> None:
     given = call.argument("dim")
     dims = range(source.dim()) if given is None or given == [] else ([given] if isinstance(given, int) else given)
     reduced = {dim % source.dim() for dim in dims} if source.dim() else set()
-    positions = "arg" in call.op or (call.op in ("aten::max", "aten::min", "aten::median") and given is not None)
+    positions = "arg" in call.op or (call.op in WITH_POSITIONS and given is not None)
     kept = []
     for layer in call.label_of(source).layers:
         over = reduced & set(varying(layer))

@@ -30,6 +30,7 @@ from evolvenet.tracing.labels import (
     useful,
     varying,
 )
+from evolvenet.tracing.part_writes import data_in_base, in_base, places_of_view
 
 
 @dataclass(frozen=True)
@@ -114,8 +115,6 @@ RESHAPING = frozenset({"aten::view", "aten::_unsafe_view", "aten::_reshape_copy"
 """Ops that give the same elements in the same order other dimensions."""
 SPLITTING = {"aten::split": False, "aten::split_with_sizes": True}
 """Ops that divide an axis into pieces, and whether the code gives a size for every piece."""
-REINTERPRETING = frozenset({"aten::view_as_real", "aten::view_as_complex", "aten::_conj", "aten::_neg_view"})
-"""Views of the same memory as another type, which rearrange no labels."""
 
 
 def rule(*ops: str) -> Callable[[Rule], Rule]:
@@ -145,8 +144,8 @@ def apply_rule(call: Call) -> None:
 
 def _by_schema(call: Call) -> Rule | None:
     returns = schema_of(call.func).returns
-    if call.op in REINTERPRETING or schema_of(call.func).overload_name == "dtype":
-        return None
+    if schema_of(call.func).overload_name == "dtype":
+        return None  # The same memory as numbers of another type.
     if any(item.alias_info is not None and not item.alias_info.is_write for item in returns):
         return movement
     if torch.Tag.pointwise in call.func.tags:
@@ -260,15 +259,35 @@ def tie_elements(call: Call, tensors: Sequence[Tensor], labels: Sequence[Label])
             call.label_graph.share_role([layer for each in aligned for layer in each if varying(layer) == (dim,)])
     # Layers just frozen are dropped: a later reshape would tie others to them, which would be frozen too.
     layers = [layer for layer in layers if not fixed & set(varying(layer))]
-    target = call.args[0] if call.op.endswith("_") else None
-    if isinstance(target, Tensor) and base_of(target) is not None and not labels[0].layers:
-        for layer in layers:
-            call.label_graph.freeze(layer, f"{call.location} writes it into a part of another tensor")
+    if call.op.endswith("_") and isinstance(call.args[0], Tensor):
+        _write_through(call, labels[0], layers, labels)
     all_constant = all(label.kind == CONSTANT for label in labels)
     layers += constant_axes(tensors, labels, {axis for layer in layers for axis in varying(layer)})
     for out in call.outputs:
         if out.dim() == dims:
             call.label_output(out, layers, CONSTANT if all_constant else DATA, origin)
+
+
+def _write_through(call: Call, label: Label, layers: Sequence[Tensor], labels: Sequence[Label]) -> None:
+    """Pass what an op has written into a view without units, as into `out[:, 0]`, to the tensor that it is a view of."""
+    target = call.args[0]
+    base = base_of(target)
+    if base is None or any(bool((layer >= 0).any()) for layer in label.layers):
+        return
+    places = places_of_view(base, target)
+    before = call.label_of(base)
+    layers = [layer for layer in layers if not is_constant(layer)]
+    moved = [None if places is None else in_base(base, places, layer) for layer in layers]
+    written = [layer for layer in moved if layer is not None]
+    for layer, found in zip(layers, moved, strict=True):
+        if found is None:
+            call.label_graph.freeze(layer, f"{call.location} writes it into a part of another tensor")
+    if not layers and places is not None and before.kind == CONSTANT and labels[-1].kind == DATA:
+        written = list(data_in_base(base, places))
+    if written:
+        call.label_output(base, merge(call.label_graph, [before.layers, written]))
+    elif before.kind == CONSTANT and target.numel() < base.numel():
+        call.set_label(base, Label())
 
 
 def constant_axes(tensors: Sequence[Tensor], labels: Sequence[Label], taken: set[int]) -> list[Tensor]:

@@ -18,11 +18,13 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakTensorKeyDictionary
 
+import evolvenet.tracing.complex_rules  # registers its rules
 import evolvenet.tracing.contraction_rules  # registers its rules
 import evolvenet.tracing.indexing_rules  # registers its rules
 import evolvenet.tracing.joining_rules  # registers its rules
 import evolvenet.tracing.loss_rules  # registers its rules
-import evolvenet.tracing.reduction_rules  # noqa: F401  registers its rules
+import evolvenet.tracing.reduction_rules  # registers its rules
+import evolvenet.tracing.window_rules  # noqa: F401  registers its rules
 from evolvenet._compat.torch import TorchDispatchMode, in_backward, schema_of, tree_map_only
 from evolvenet.errors import TraceError
 from evolvenet.execution.inputs import tensors_of

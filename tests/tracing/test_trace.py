@@ -121,11 +121,11 @@ FROZEN: dict[str, tuple[Code, int, str]] = {
     "written into a part": (
         lambda m, x, h: _write(torch.zeros(2, 12, dtype=FLOAT, device=h.device), slice(8), h),
         12,
-        "a part of another tensor",
+        "a trial raised",
     ),
     "other numbers from the same bits": (lambda m, x, h: h.view(torch.int64).view(FLOAT), 8, "has no rule"),
     "memory read anew": (lambda m, x, h: h.t().as_strided((2, 8), (8, 1)), 8, "laid out in another way"),
-    "an op without a rule": (lambda m, x, h: torch.fft.rfft(h, dim=0).abs(), 8, "has no rule"),
+    "an op without a rule": (lambda m, x, h: torch.linalg.qr(h)[0] @ h[:, :2].T @ h, 8, "has no rule"),
     "a view by a number": (lambda m, x, h: h.view(2, 8), 8, "a trial raised"),
     "halves cut at a number": (lambda m, x, h: h[:, :4].relu() * h[:, 4:], 4, "a trial raised"),
     "a view by a number in training": (lambda m, x, h: h.view(-1, 8) if m.training else h, 8, "a trial raised"),
