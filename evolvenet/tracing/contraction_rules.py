@@ -10,7 +10,8 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from evolvenet.tracing.labels import CONSTANT, KERNEL, Label, align, arrange, is_constant, merge, varying
+from evolvenet.tracing.labels import CONSTANT, KERNEL, Label, align, arrange, is_constant, varying
+from evolvenet.tracing.merging import merge
 from evolvenet.tracing.partitions import partners
 from evolvenet.tracing.rules import Call, rule
 

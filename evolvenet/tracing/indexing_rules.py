@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from evolvenet._compat.torch import tree_map_only
-from evolvenet.tracing.labels import Label, align, compress, merge, varying
+from evolvenet.tracing.labels import Label, align, compress, varying
+from evolvenet.tracing.merging import merge
 from evolvenet.tracing.rules import Call, rule, tie_elements
 
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from evolvenet.tracing.labels import CONSTANT, DATA, Label, compress, is_constant, merge, places_of_constant, varying
+from evolvenet.tracing.labels import CONSTANT, DATA, Label, compress, is_constant, places_of_constant, varying
+from evolvenet.tracing.merging import merge
 from evolvenet.tracing.rules import Call, constant_axes, rule
 
 

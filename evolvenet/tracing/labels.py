@@ -23,7 +23,6 @@ import torch
 from torch import Tensor
 
 from evolvenet.graph.width_graph import CONSUMES, PRODUCES
-from evolvenet.tracing.partitions import partners
 
 DATA = "data"
 CONSTANT = "constant"
@@ -329,59 +328,9 @@ def is_constant(layer: Tensor) -> bool:
     return int(layer.reshape(-1)[0]) < -1 and bool((layer < -1).all())
 
 
-def known(one: Tensor, two: Tensor) -> Tensor:
-    """A layer with what `two` holds where `one` has places of a constant.
-
-    >>> known(torch.tensor([-1, -2, -3]), torch.tensor([-2, 7, -4]))
-    tensor([-1,  7, -4])
-    """
-    places = one < -1
-    return compress(torch.where(places, two, one)) if bool(places.any()) else one
-
-
 def align(layer: Tensor, dims: int) -> Tensor:
     """Prepend axes of size 1, as broadcasting does."""
     return layer.view((1,) * (dims - layer.dim()) + tuple(layer.shape))
-
-
-def merge(label_graph: LabelGraph, groups: Sequence[Sequence[Tensor]]) -> tuple[Tensor, ...]:
-    """The layers of the elementwise combination of several tensors, given the layers of each with equal dimensions.
-
-    Layers of different tensors that vary along a common dimension are tied to each other; the smallest one of them is
-    kept, with the units of the others where it has places of a constant. See `partitions` for several layers of one
-    tensor along a dimension.
-    """
-    merged: list[
-        tuple[Tensor, dict[int, Tensor]]
-    ] = []  # a layer, and what it was merged from by the number of its group
-    ordered = [(source, layer) for source, layers in enumerate(groups) for layer in layers]
-    # Placeholders come last, so that they can be tied to finer layers.
-    for source, layer in sorted(ordered, key=lambda each: label_graph.is_placeholder(each[1])):
-        axes = set(varying(layer))
-        finer = (
-            [other for other, _ in merged if axes < set(varying(other))] if label_graph.is_placeholder(layer) else []
-        )
-        if finer:
-            for other in finer:
-                label_graph.tie_to_placeholders(other, layer)
-            continue
-        met = {
-            k: min(theirs, key=lambda each: each.numel())
-            for k, (other, parts) in enumerate(merged)
-            if set(varying(other)) & axes and (theirs := [part for key, part in parts.items() if key != source])
-        }
-        own = [each for each in groups[source] if set(varying(each)) & axes]
-        tied = partners(layer, own, list(met.values()))
-        shared = [k for k, other in met.items() if any(other is each for each in tied)]
-        for k in shared:
-            label_graph.union(met[k], layer)
-        smallest = min([layer, *(merged[k][0] for k in shared)], key=lambda each: each.numel())
-        parts = {source: layer}
-        for k in shared:
-            smallest = known(known(smallest, merged[k][0]), layer)
-            parts = {**merged[k][1], **parts}
-        merged = [entry for k, entry in enumerate(merged) if k not in shared] + [(smallest, parts)]
-    return tuple(layer for layer, _ in merged)
 
 
 def arrange(layer: Tensor, names: Sequence[str], target: Mapping[str, int]) -> Tensor:

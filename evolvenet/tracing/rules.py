@@ -24,12 +24,12 @@ from evolvenet.tracing.labels import (
     align,
     compress,
     is_constant,
-    merge,
     places_of_constant,
     reshaped,
     useful,
     varying,
 )
+from evolvenet.tracing.merging import merge
 from evolvenet.tracing.part_writes import data_in_base, in_base, places_of_view
 
 

@@ -36,7 +36,8 @@ from evolvenet.graph.naming import named_tensors
 from evolvenet.graph.width_graph import WidthGraph
 from evolvenet.tracing.addends import record_addends
 from evolvenet.tracing.factorized import with_ranks
-from evolvenet.tracing.labels import DATA, LABELLED, Label, LabelGraph, merge, varying
+from evolvenet.tracing.labels import DATA, LABELLED, Label, LabelGraph, varying
+from evolvenet.tracing.merging import merge
 from evolvenet.tracing.rules import Call, apply_rule
 from evolvenet.tracing.verification import Rerun, verify
 

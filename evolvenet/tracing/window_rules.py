@@ -10,7 +10,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from evolvenet.tracing.labels import merge, varying
+from evolvenet.tracing.labels import varying
+from evolvenet.tracing.merging import merge
 from evolvenet.tracing.rules import Call, rule
 
 

@@ -12,7 +12,8 @@ from torch import nn
 
 from evolvenet.execution.isolation import isolated
 from evolvenet.graph.width_graph import CONSUMES
-from evolvenet.tracing.labels import LabelGraph, merge, reshaped
+from evolvenet.tracing.labels import LabelGraph, reshaped
+from evolvenet.tracing.merging import merge
 from evolvenet.tracing.trace import run_for_labels, run_for_shapes
 
 

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from evolvenet.tracing.labels import LabelGraph, merge, places_of_constant
+from evolvenet.tracing.labels import LabelGraph, places_of_constant
+from evolvenet.tracing.merging import merge
 from evolvenet.tracing.trace import trace
 from tests.helpers.cases import FLOAT
 from tests.helpers.tracing import shuffle_and_widen
