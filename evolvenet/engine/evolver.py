@@ -38,6 +38,7 @@ from evolvenet.engine.transaction import Transaction
 from evolvenet.errors import RankMismatchError, stage
 from evolvenet.execution.inputs import first_samples, is_plain
 from evolvenet.execution.step import Step, batch_of
+from evolvenet.graph.current import check_current
 from evolvenet.graph.restriction import Patterns, Restriction
 from evolvenet.graph.serialization import check_fits, from_state_dict, to_state_dict
 from evolvenet.graph.width_graph import WidthGraph
@@ -121,8 +122,8 @@ class Evolver:
         self._restriction, self._path = Restriction(network, fixed, multiple), path
         self.graph = self._restricted(graph or trace_for_training(model, self.example_inputs))
         self.original = self._original_before_cut = OriginalWidths.of(self.graph)
-        if graph is None:
-            check_resizable(model, self.graph)
+        check = check_resizable if graph is None else check_current
+        check(model, self.graph)
         if not path:
             self._restriction.check((name for name, _ in model.named_modules()), self.graph)
         remember_widths(model, self.graph)

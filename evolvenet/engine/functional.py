@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from evolvenet.errors import stage
+from evolvenet.graph.current import check_current
 from evolvenet.graph.index_map import IndexMap
 from evolvenet.graph.width_graph import WidthGraph
 from evolvenet.growth.expanded_model import Loss
@@ -38,7 +39,8 @@ def resize(
         The graph of the changed model. The old one no longer fits it.
 
     Raises:
-        ResizeError: if a width is unknown, frozen, or cannot take its map. Nothing has changed then.
+        ResizeError: if a width is unknown, frozen, or cannot take its map, or the graph was made before the last change of
+            widths. Nothing has changed then.
         OptimizerStateError: if an optimizer's state is not understood. Nothing has changed then.
 
     >>> from evolvenet import IndexMap, trace
@@ -73,6 +75,7 @@ def prune(
     Raises:
         ResizeError, OptimizerStateError: as `resize`.
     """
+    check_current(model, graph)
     if batches is None:
         return commit(model, plan_prune(model, graph, sizes), optimizers)
     batches = batches if isinstance(batches, Tensor) else list(batches)
@@ -111,6 +114,7 @@ def grow(
         ResizeError, OptimizerStateError: as `resize`; also for a width whose units are mixed (layer norm), where no
             new unit could leave the function as it is, and for batches or a loss that the method needs and lacks.
     """
+    check_current(model, graph)
     return commit(model, plan_growth(model, graph, sizes, method, generator, batches, loss), optimizers)
 
 

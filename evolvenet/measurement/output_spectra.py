@@ -19,6 +19,7 @@ from evolvenet.execution.isolation import isolated, op_by_op
 from evolvenet.execution.sampling import evenly, samples_in
 from evolvenet.execution.step import run_model
 from evolvenet.execution.weight_ops import WeightOp, WeightOpMode, output_positions
+from evolvenet.graph.current import check_current
 from evolvenet.graph.width_graph import Tie, Width, WidthGraph
 from evolvenet.measurement.activation_moments import CAP, Moments
 
@@ -42,6 +43,7 @@ def output_spectra(model: nn.Module, graph: WidthGraph, batches: Iterable[Any]) 
         and narrower types.
 
     Raises:
+        ResizeError: if the graph was made before the last change of widths.
         TraceError: if there is no sample in `batches`.
         SpectrumError: for NaN or infinite outputs of a layer.
 
@@ -54,6 +56,7 @@ def output_spectra(model: nn.Module, graph: WidthGraph, batches: Iterable[Any]) 
     """
     if isinstance(batches, Tensor):
         raise TraceError("Batches: expected an iterable of model inputs, got one tensor. Wrap it in a list: [inputs].")
+    check_current(model, graph)
     gathered = {
         tie: Moments.empty(width.size)
         for width in graph.resizable

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from evolvenet.errors import SpectrumError
 from evolvenet.execution.isolation import isolated, op_by_op
 from evolvenet.execution.step import run_model
-from evolvenet.graph.naming import named_tensors
+from evolvenet.graph.current import check_current
 from evolvenet.graph.width_graph import Width, WidthGraph
 from evolvenet.linalg.spectrum import matricize, residual_operator, singular_values
 from evolvenet.tracing.op_trace import Op, OpTrace, Value
@@ -81,6 +81,7 @@ def block_spectra(model: nn.Module, graph: WidthGraph, example_inputs: Any) -> d
         {inner width: spectra}; other widths are left out, `residual_blocks` gives the reason.
 
     Raises:
+        ResizeError: if the graph was made before the last change of widths.
         SpectrumError: for NaN or infinite weights.
 
     >>> from evolvenet.tracing.trace import trace
@@ -129,7 +130,7 @@ def residual_blocks(
     >>> residual_blocks(model, trace(model, torch.zeros(1, 2)), torch.zeros(1, 2))
     ({}, {'0': "0.weight consumes the width '0:in', 2.weight produces the width '2'"})
     """
-    tensors, _, _ = named_tensors(model)
+    tensors = check_current(model, graph)
     op_trace = OpTrace(tensors)
     with isolated(model, gradients=graph.differentiates), op_by_op(op_trace, fused=False):
         run_model(model, example_inputs)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from evolvenet.graph.current import check_current
 from evolvenet.graph.width_graph import FOLLOWS, Tie, Width, WidthGraph
 from evolvenet.linalg.spectrum import joint_spectrum
 from evolvenet.measurement.activation_moments import ActivationMoments, Moments, collect
@@ -31,6 +32,7 @@ def spectra(model: nn.Module, graph: WidthGraph, batches: Iterable[Any] | None =
         {width: `[width.size]` float64 values on the CPU, descending}; frozen widths are left out.
 
     Raises:
+        ResizeError: if the graph was made before the last change of widths.
         SpectrumError: for NaN or infinite weights or activations.
         TraceError: if there is no batch in `batches`.
 
@@ -40,6 +42,7 @@ def spectra(model: nn.Module, graph: WidthGraph, batches: Iterable[Any] | None =
     >>> spectra(model, trace(model, torch.zeros(1, 4)))
     {'0': tensor([1., 1., 1.], dtype=torch.float64)}
     """
+    check_current(model, graph)
     return measure(model, graph, None if batches is None else collect(model, graph, batches))
 
 

@@ -13,6 +13,7 @@ from typing import Any
 from torch import nn
 
 from evolvenet.errors import ResizeError
+from evolvenet.graph.current import check_current
 from evolvenet.graph.width_graph import Width, WidthGraph
 from evolvenet.linalg.spectrum import Values, energy_shares
 from evolvenet.measurement.activation_moments import collect
@@ -56,7 +57,7 @@ def allocate(
         {width: new size} of every resizable width, for `prune`.
 
     Raises:
-        ResizeError: if the model cannot be made so small.
+        ResizeError: if the model cannot be made so small, or the graph was made before the last change of widths.
         SpectrumError, TraceError: as `collect`.
 
     >>> import torch
@@ -66,6 +67,7 @@ def allocate(
     >>> allocate(model, trace(model, torch.zeros(1, 8)), parameters=120)
     {'0': 8, '2': 4}
     """
+    check_current(model, graph)
     curves = energy_curves(model, graph) if batches is None else trial_curves(model, graph, list(batches))
     return allocate_by(graph, curves, parameters)
 

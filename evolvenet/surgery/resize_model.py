@@ -15,6 +15,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from evolvenet._compat.torch import own_tensors, sparse_parts
 from evolvenet.errors import ResizeError, SpectrumError, stage
+from evolvenet.graph.current import check_current
 from evolvenet.graph.index_map import NEW_UNIT, IndexMap, laid_out_as
 from evolvenet.graph.naming import named_tensors
 from evolvenet.graph.sizes import sizes_from_shapes
@@ -90,18 +91,12 @@ def compile_surgery(
     Raises:
         ResizeError: if a width is unknown, frozen or cannot take the map, or the graph is not this model's.
     """
-    tensors, _, _ = named_tensors(model)
+    tensors = check_current(model, graph)
     assert set(bases or {}) <= set(maps)
     axis_maps, axis_bases = graph.axis_maps(maps), _axis_bases(graph, bases or {})
     changes: list[TensorChange] = []
     for name, axes in axis_maps.items():
-        tensor = tensors.get(name)
-        if not isinstance(tensor, Tensor) or tuple(tensor.shape) != graph.shapes[name]:
-            got = "nothing of that name" if tensor is None else f"the shape {tuple(tensor.shape)}"
-            raise ResizeError(
-                f"Expected {name!r} of shape {graph.shapes[name]} in the model, got {got}. The graph is of another model "
-                "or an older state of this one: trace it again, and keep the graph that each resize returns."
-            )
+        tensor = tensors[name]
         owner = model.get_submodule(name.rpartition(".")[0])
         value, changed = tensor.detach(), axis_bases.get(name, {})
         for dim, basis in changed.items():

@@ -260,7 +260,7 @@ def test_an_old_graph_is_refused() -> None:
     model, graph = case.model(), graph_of(case)
     after = resize(model, graph, {"0": IndexMap.keep(range(4), 12)})
     before = State.of(model)
-    with pytest.raises(ResizeError, match="keep the graph that each resize returns"):
+    with pytest.raises(ResizeError, match="use the graph that prune returned"):
         resize(model, graph, {"3": IndexMap.keep(range(4), 9), "0": IndexMap.grow(12, 1)})
     assert before.differences(model) == []
     assert resize(model, after, {"0": IndexMap.grow(4, 1)}).sizes == {"0": 5, "3": 9}
