@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import cast
@@ -113,6 +114,22 @@ class IndexMap:
             indices.extend(index if index == NEW_UNIT else index + offset for index in part.indices)
             offset += part.size
         return cls(tuple(indices), offset)
+
+    def copying(self) -> IndexMap:
+        """The same with a present unit in the place of each new one: its entries are copied from it.
+
+        The kept units take turns, in steps of about 0.618 of their number, so that a few new units are as different from
+        each other as the kept ones, whether these are sorted or repeat in a cycle.
+
+        >>> IndexMap.grow(4, 3).copying().indices, IndexMap.of([3, 1, -1], 4).copying().indices
+        ((0, 1, 2, 3, 0, 3, 2), (3, 1, 3))
+        """
+        kept = [index for index in self.indices if index != NEW_UNIT] or list(range(self.size))
+        step = next(
+            step for step in range(math.ceil(0.618 * len(kept)), 2 * len(kept) + 1) if math.gcd(step, len(kept)) == 1
+        )
+        turns = (kept[turn * step % len(kept)] for turn in range(len(self.indices)))
+        return IndexMap(tuple(next(turns) if index == NEW_UNIT else index for index in self.indices), self.size)
 
     @property
     def new_size(self) -> int:

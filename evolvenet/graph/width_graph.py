@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 PRODUCES = "produces"
 CONSUMES = "consumes"
 FOLLOWS = "follows"
+MASKS = "masks"
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,8 @@ class Tie:
     """One occurrence of a width: places `start … start + size · repeat − 1` of axis `dim` of a tensor.
 
     `role` is "produces" (an output axis of a weight: rows of a dense or conv weight), "consumes" (an input axis: columns) or
-    "follows" (biases, norm parameters and buffers, depthwise kernels, embeddings added on).
+    "follows" (biases, norm parameters and buffers, depthwise kernels, embeddings added on), or "masks" (buffers that a weight
+    is multiplied with).
     """
 
     tensor: str
@@ -197,6 +199,11 @@ class WidthGraph:
         """
         found = self.shares
         return math.fsum(found[name] for name in self.sizes)
+
+    @property
+    def masks(self) -> frozenset[str]:
+        """Names of the buffers that weights are multiplied with, entry by entry."""
+        return frozenset(tie.tensor for width in self.widths.values() for tie in width.ties if tie.role == MASKS)
 
     def is_shared(self, tensor: str) -> bool:
         """Whether a tensor has several names in the model: a change for one of its uses would change the others."""

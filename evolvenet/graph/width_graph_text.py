@@ -72,5 +72,5 @@ def _remarks(graph: WidthGraph, width: Width) -> list[str]:
 def _roles(width: Width) -> str:
     """Number of ties of each role: "3 produce, 1 consumes, 8 follow"."""
     counts = Counter(tie.role for tie in width.ties)
-    roles = [(counts[role], role) for role in ("produces", "consumes", "follows") if counts[role]]
+    roles = [(counts[role], role) for role in ("produces", "consumes", "follows", "masks") if counts[role]]
     return ", ".join(f"{count} {role if count == 1 else role.removesuffix('s')}" for count, role in roles)

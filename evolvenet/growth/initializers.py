@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from evolvenet.graph.width_graph import CONSUMES, FOLLOWS, PRODUCES, Tie, Width
+from evolvenet.graph.width_graph import CONSUMES, FOLLOWS, MASKS, PRODUCES, Tie, Width
 from evolvenet.growth.expanded_model import Growth, expanded
 from evolvenet.growth.gradmax import maximize_fan_out_gradient
 from evolvenet.growth.tiny import Bottleneck, measure_bottleneck
@@ -144,7 +144,11 @@ def init_random(growth: Growth) -> dict[Tie, Tensor]:
     found: dict[Tie, Tensor] = {}
     for width in growth.widths:
         for tie in width.ties:
-            if len(growth.graph.shapes[tie.tensor]) > 1 and not (tie.role == FOLLOWS and growth.is_vector(tie)):
+            if (
+                tie.role != MASKS
+                and len(growth.graph.shapes[tie.tensor]) > 1
+                and not (tie.role == FOLLOWS and growth.is_vector(tie))
+            ):
                 found[tie] = _random(growth, width, tie)
     return found
 
@@ -164,7 +168,7 @@ def _initial_directions(growth: Growth) -> dict[Tie, Tensor]:
     found: dict[Tie, Tensor] = {}
     for width in growth.widths:
         for tie in width.ties:
-            if len(growth.graph.shapes[tie.tensor]) < 2 or tie.role == CONSUMES:
+            if len(growth.graph.shapes[tie.tensor]) < 2 or tie.role in (CONSUMES, MASKS):
                 continue
             if tie.role == FOLLOWS and growth.is_vector(tie):
                 continue
@@ -254,9 +258,12 @@ def unpredicted_covariance(covariance: Tensor, known: int) -> Tensor:
 def _plain_consumers(growth: Growth, width: Width) -> list[Tie]:
     """The consumers whose weight is used in no other way, so that columns Z and −Z of two equal units cancel.
 
+    A width of which weights are masked has none: the masks of the two would differ.
     Excluded are weights that are producers too (tied embeddings), weights of which another axis consumes too (a transposed
     use), and weights of norm 0.
     """
+    if any(tie.role == MASKS for tie in width.ties):
+        return []
     consuming = {(tie.tensor, tie.dim) for other in growth.graph.widths.values() for tie in other.consumers}
     return [
         tie

@@ -83,8 +83,8 @@ def compile_surgery(
     Args:
         model: the traced model.
         graph: its widths as they are now.
-        maps: {width: map}. Entries of new units are 0 (1 for norm weights and running variances), so new units change no
-            output and have no gradient; `grow` initialises them.
+        maps: {width: map}. Entries of new units are 0 (1 for norm weights and running variances; in buffers that mask weights
+            those of units that are there), so new units change no output and have no gradient; `grow` initialises them.
         bases: {width: change of the basis of its units, before they are mapped}; for widths with a map that fill every axis
             in which they occur, see `evolvenet.measurement.rank_spectra.is_rotatable`.
 
@@ -94,6 +94,8 @@ def compile_surgery(
     tensors = check_current(model, graph)
     assert set(bases or {}) <= set(maps)
     axis_maps, axis_bases = graph.axis_maps(maps), _axis_bases(graph, bases or {})
+    masks = graph.masks
+    copying = graph.axis_maps({name: index_map.copying() for name, index_map in maps.items()}) if masks else {}
     changes: list[TensorChange] = []
     for name, axes in axis_maps.items():
         tensor = tensors[name]
@@ -102,7 +104,10 @@ def compile_surgery(
         for dim, basis in changed.items():
             value = along(value, basis.values, dim)
         for dim, index_map in axes.items():
-            value = index_map.apply(value, dim, new_unit_value(owner, name.rpartition(".")[2], dim))
+            filled = new_unit_value(owner, name.rpartition(".")[2], dim)
+            # Torch's own masks (`torch.nn.utils.prune`) are filled with ones.
+            copied = name in masks and not filled
+            value = (copying[name][dim] if copied else index_map).apply(value, dim, filled)
         changes.append(TensorChange(tensor, name, axes, value, changed))
     after = graph.resized(maps)
     numbers = _attribute_changes(model, graph, after, set(axis_maps))

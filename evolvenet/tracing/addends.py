@@ -1,6 +1,7 @@
-"""Which tensors are only added to units (biases, running means): known from the ops that use them, by whatever name.
+"""Which tensors are only added to units (biases, running means), and which mask weights: known from the ops that use them.
 
-An entry of 0 in one of them leaves a new unit as it is; in one that scales its units it would keep the unit at 0 for good.
+An entry of 0 in what is added leaves a new unit as it is; in what scales its units it would keep the unit at 0 for good, and
+in a mask it would keep the weights of a new unit at 0 for good.
 """
 
 from __future__ import annotations
@@ -44,3 +45,17 @@ def record_addends(call: Call, label_graph: LabelGraph) -> None:
         origin = call.label_of(tensor).origin if isinstance(tensor, Tensor) else None
         if origin is not None:
             label_graph.only_added[origin] = label_graph.only_added.get(origin, True) and argument.name in added
+
+
+def record_masks(call: Call, label_graph: LabelGraph) -> None:
+    """Record the buffers that an op multiplies a parameter with, entry by entry: `linear(x, weight * mask)`.
+
+    New units get the entries of units that are there, see `IndexMap.copying`: which entries of a weight are masked follows a
+    rule that is not known here (degrees in MADE), and the new unit's weights, which are 0, can be trained under any of them.
+    """
+    if call.op not in ("aten::mul", "aten::mul_"):
+        return
+    origins = [call.label_of(tensor).origin for tensor in call.tensors]
+    known = {origin for origin in origins if origin is not None}
+    if None not in origins and not known.isdisjoint(label_graph.trainable):
+        label_graph.masks |= known - label_graph.trainable

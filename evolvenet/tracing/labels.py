@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from evolvenet.graph.width_graph import CONSUMES, PRODUCES
+from evolvenet.graph.width_graph import CONSUMES, MASKS, PRODUCES
 
 DATA = "data"
 CONSTANT = "constant"
@@ -73,6 +73,7 @@ class LabelGraph:
         trainable: names of the parameters.
         same_roles: pairs of axes of weights that are added to each other.
         inherited_roles: the axes whose role is that of another axis in `same_roles`.
+        masks: names of buffers that weights are multiplied with, see `masks`.
         first_use: tensor → rank of its first use in the run.
         only_added: tensor → whether all ops that combine it with data add it, see `addends`.
         output_shapes: of the model's outputs.
@@ -95,6 +96,7 @@ class LabelGraph:
     trainable: frozenset[str] = frozenset()
     same_roles: list[tuple[tuple[str, int], tuple[str, int]]] = field(default_factory=list)
     inherited_roles: set[tuple[str, int]] = field(default_factory=set)
+    masks: set[str] = field(default_factory=set)
     first_use: dict[str, int] = field(default_factory=dict)
     only_added: dict[str, bool] = field(default_factory=dict)
     output_shapes: list[tuple[int, ...]] = field(default_factory=list)
@@ -208,7 +210,7 @@ class LabelGraph:
         self.same_roles += permutations([axis for axis in axes if axis is not None], 2)
 
     def propagate_roles(self) -> None:
-        """Give axes without a role the role of an axis that they are paired with in `same_roles`."""
+        """Give axes without a role the role of an axis that they are paired with in `same_roles`, and masks theirs."""
         for _ in self.same_roles:
             found = {
                 two: self.roles[one] for one, two in self.same_roles if one in self.roles and two not in self.roles
@@ -217,6 +219,7 @@ class LabelGraph:
                 break
             self.roles.update(found)
             self.inherited_roles.update(found)
+        self.roles.update({(axis.tensor, axis.dim): MASKS for axis in self.axes if axis.tensor in self.masks})
 
     def _axis(self, label: int) -> tuple[str, int] | None:
         """(tensor, axis) of a unit's id; None for a placeholder."""

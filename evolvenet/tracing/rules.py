@@ -249,7 +249,7 @@ def tie_elements(call: Call, tensors: Sequence[Tensor], labels: Sequence[Label])
     for tensor in tensors:
         call.mark_changed(tensor)
     fixed = _freeze_met_by_data(call, tensors, labels, dims)
-    origin = _origin_after(tensors, labels, call.outputs)
+    origin = _origin_after(tensors, labels, call)
     # Of equal layers the last one is kept: it should be the origin's, whose ids identify its axes.
     order = sorted(labels, key=lambda label: label.origin is not None and label.origin == origin)
     aligned = [[align(layer, dims) for layer in label.layers if not is_constant(layer)] for label in order]
@@ -319,12 +319,16 @@ def _is_constant_along(label: Label, axis: int, dims: int) -> bool:
     )
 
 
-def _origin_after(tensors: Sequence[Tensor], labels: Sequence[Label], outputs: Sequence[Tensor]) -> str | None:
-    """Origin of the output of an elementwise op on weights and constants only (spectral norm, LoRA); else None."""
-    met = [(t, label) for t, label in zip(tensors, labels, strict=True) if label.kind != CONSTANT]
-    if any(label.origin is None for _, label in met) or not outputs:
+def _origin_after(tensors: Sequence[Tensor], labels: Sequence[Label], call: Call) -> str | None:
+    """Origin of the output of an elementwise op on weights and constants only (spectral norm, LoRA, masks); else None.
+
+    Of a parameter and a buffer it is the parameter.
+    """
+    met = [(t, label.origin) for t, label in zip(tensors, labels, strict=True) if label.kind != CONSTANT]
+    if any(origin is None for _, origin in met) or not call.outputs:
         return None
-    return next((label.origin for tensor, label in met if tensor.shape == outputs[0].shape), None)
+    whole = [origin for tensor, origin in met if tensor.shape == call.outputs[0].shape]
+    return next((origin for origin in whole if origin in call.label_graph.trainable), whole[0] if whole else None)
 
 
 def _freeze_met_by_data(call: Call, tensors: Sequence[Tensor], labels: Sequence[Label], dims: int) -> set[int]:

@@ -34,7 +34,7 @@ from evolvenet.execution.step import run_model
 from evolvenet.graph.coverage import OUTPUT
 from evolvenet.graph.naming import named_tensors
 from evolvenet.graph.width_graph import WidthGraph
-from evolvenet.tracing.addends import record_addends
+from evolvenet.tracing.addends import record_addends, record_masks
 from evolvenet.tracing.factorized import with_ranks
 from evolvenet.tracing.labels import DATA, LABELLED, Label, LabelGraph, varying
 from evolvenet.tracing.merging import merge
@@ -251,6 +251,7 @@ class LabelMode(TracingMode):
             if origin is not None:
                 self.label_graph.first_use.setdefault(origin, len(self.label_graph.first_use))
         record_addends(call, self.label_graph)
+        record_masks(call, self.label_graph)
         apply_rule(call)
         return out
 
