@@ -22,15 +22,28 @@ def pick(call: Call) -> None:
     """Selected by an index: units along the indexed dimensions are frozen, the others pass."""
     source, label = call.args[0], call.label_of(call.args[0])
     picked = _picked(call)
-    # A meta index has no values; along dimensions without units any index gives the same labels.
-    rest = tree_map_only(Tensor, lambda t: torch.zeros(t.shape, dtype=t.dtype) if t.is_meta else t.cpu(), call.args[1:])
+    # Along dimensions without units any index gives the same labels, also one without values (meta) or entries.
+    rest = tree_map_only(Tensor, _first_place, call.args[1:])
     layers = []
     for layer in label.layers:
         if picked & set(varying(layer)):
             call.label_graph.freeze(layer, f"{call.location} picks them by an index")
         else:
-            layers.append(compress(call.func(layer.expand(source.shape), *rest)))
+            layers.append(compress(call.func(layer.expand(_indexable(source.shape, picked)), *rest)))
     call.label_output(call.out, layers, origin=label.origin)
+
+
+def _indexable(shape: Sequence[int], picked: set[int]) -> list[int]:
+    """The shape of a source with one place along the dimensions that are indexed."""
+    return [1 if dim in picked else size for dim, size in enumerate(shape)]
+
+
+def _first_place(index: Tensor) -> Tensor:
+    """An index of as many dimensions that picks one place; a mask picks along one dimension."""
+    mask = index.dtype in (torch.bool, torch.uint8)
+    return (
+        torch.ones((1,) * index.dim(), dtype=index.dtype) if mask else index.new_zeros((1,) * index.dim(), device="cpu")
+    )
 
 
 def _picked(call: Call) -> set[int]:

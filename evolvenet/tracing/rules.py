@@ -113,6 +113,8 @@ Rule = Callable[[Call], None]
 RULES: dict[str, Rule] = {}
 RESHAPING = frozenset({"aten::view", "aten::_unsafe_view", "aten::_reshape_copy"})
 """Ops that give the same elements in the same order other dimensions."""
+CUTTING = frozenset(f"aten::{name}" for name in ("slice", "split", "split_with_sizes", "unsafe_split"))
+"""Ops that take pieces along one axis."""
 SPLITTING = {"aten::split": False, "aten::split_with_sizes": True}
 """Ops that divide an axis into pieces, and whether the code gives a size for every piece."""
 
@@ -197,7 +199,9 @@ def movement(call: Call) -> None:
         raise NeedsDataError(f"{call.location} moves units to places that only data can tell")
     results: list[list[Tensor]] = [[] for _ in call.outputs]
     for layer in label.layers:
-        if call.op in RESHAPING:
+        if call.op in CUTTING and layer.shape[call.argument("dim") % source.dim()] == 1:
+            moved = [layer] * len(results)  # Also where the piece has no places: tokens of an expert that gets none.
+        elif call.op in RESHAPING:
             moved = reshaped(layer, source.shape, call.out.shape)
         else:
             whole = layer.expand(source.shape)
