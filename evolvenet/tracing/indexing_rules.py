@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from evolvenet._compat.torch import tree_map_only
-from evolvenet.tracing.labels import Label, align, compress, varying
+from evolvenet.tracing.labels import DATA, Label, align, compress, varying
 from evolvenet.tracing.merging import merge
 from evolvenet.tracing.rules import Call, rule, tie_elements
 
@@ -178,3 +178,7 @@ def _tie_beside(call: Call, tensors: Sequence[Tensor], indexed: Iterable[int], d
                 passing.append(layer)
         labels.append(replace(label, layers=tuple(passing)))
     tie_elements(call, tensors, labels)
+    for out in call.outputs:
+        if not call.label_of(out).layers:
+            # A constant is no longer the same everywhere once an index has written to it.
+            call.set_label(out, replace(call.label_of(out), kind=DATA))

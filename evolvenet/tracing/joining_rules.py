@@ -1,4 +1,4 @@
-"""Label rules of ops that put several tensors together, or the parts of one.
+"""Label rules of ops that put several tensors together, the parts of one, or padding around one.
 
 Importing this module registers them in `rules.RULES`.
 """
@@ -13,11 +13,25 @@ from evolvenet.tracing.merging import merge
 from evolvenet.tracing.rules import Call, constant_axes, rule
 
 
+@rule("constant_pad_nd")
+def pad(call: Call) -> None:
+    """Padding adds elements that belong to no unit."""
+    source, widths = call.args[0], call.args[1]
+    label = call.label_of(source)
+    padded = {source.dim() - 1 - k // 2 for k, amount in enumerate(widths) if amount}
+    layers = []
+    for layer in label.layers:
+        if padded & set(varying(layer)):
+            layer = compress(torch.constant_pad_nd(layer.expand(source.shape), widths, -1))
+        layers.append(layer)
+    call.label_output(call.out, layers)
+
+
 @rule("cat", "concat", "concatenate")
 def cat(call: Call) -> None:
     """Units along the concatenated dimension stay side by side; corresponding units along the others are tied."""
     tensors = [t for t in call.args[0] if not (t.dim() == 1 and t.numel() == 0)] or list(call.args[0])
-    labels = [call.label_of(t) for t in tensors]
+    labels = _with_equal_constants([call.label_of(t) for t in tensors])
     axis = (call.argument("dim") or 0) % tensors[0].dim()
     along = [[layer for layer in label.layers if axis in varying(layer)] for label in labels]
     across = [
@@ -41,7 +55,17 @@ def cat(call: Call) -> None:
             for layer, t in zip(pieces, tensors, strict=True)
         ]
         joined.append(compress(torch.cat(parts, axis)))
-    call.label_output(call.out, joined, CONSTANT if all_constant else DATA)
+    call.label_output(
+        call.out, joined, CONSTANT if all_constant else DATA, value=labels[0].value if all_constant else None
+    )
+
+
+def _with_equal_constants(labels: list[Label]) -> list[Label]:
+    """The labels of pieces put side by side, in which constants of different numbers count as data: places differ then."""
+    values = [label.value for label in labels if label.kind == CONSTANT]
+    if len(values) < 2 or (len(set(values)) == 1 and values[0] is not None):
+        return labels
+    return [label if label.kind != CONSTANT else Label() for label in labels]
 
 
 def _without_units(label: Label, tensor: Tensor, axis: int, has_layers: bool) -> Tensor:

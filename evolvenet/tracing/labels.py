@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import permutations
 
@@ -41,11 +41,13 @@ class Label:
             "constant" (made during the run from the shapes of other tensors: its size may change with a width's).
         origin: name of the parameter or buffer that the tensor is a rearrangement of, or that it was computed from
             together with other parameters only; None for what depends on data.
+        value: the number that fills a constant from end to end; None where it is not known.
     """
 
     layers: tuple[Tensor, ...] = ()
     kind: str = DATA
     origin: str | None = None
+    value: float | None = None
 
 
 @dataclass(frozen=True)
@@ -107,6 +109,8 @@ class LabelGraph:
     changed: dict[bytes, str] = field(default_factory=dict)
     modes_with_new_tensors: list[bool] = field(default_factory=list)
     differentiates: bool = False
+    _marked: dict[int, Tensor] = field(default_factory=dict, repr=False)
+    """The layers given to `mark_changed`, by their `id`, which is theirs as long as they are kept here."""
 
     def add_tensor(self, name: str, shape: Sequence[int]) -> tuple[Tensor, ...]:
         """Give ids to each axis longer than 1 of a parameter or buffer (one of size 1 broadcasts); its label layers."""
@@ -184,8 +188,13 @@ class LabelGraph:
 
     def mark_changed(self, labels: Tensor, reason: str) -> None:
         """Keep which units an op changes: a width of which an op changes some units and not others is frozen."""
+        if id(labels) in self._marked:
+            return
+        self._marked[id(labels)] = labels
         found = torch.unique(labels)
-        self.changed.setdefault(found[found >= 0].numpy().tobytes(), reason)
+        found = found[found >= 0]
+        if len(found):
+            self.changed.setdefault(found.numpy().tobytes(), reason)
 
     def mark_mixed(self, labels: Tensor, reason: str) -> None:
         """Keep that units influence each other in an op, so that growth cannot preserve the function exactly."""

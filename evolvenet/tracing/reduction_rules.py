@@ -83,7 +83,6 @@ def spatial(call: Call) -> None:
     """Units along the last one to three dimensions are frozen, the others pass."""
     source = call.args[0]
     last = next((count for mark, count in SPATIAL.items() if mark in call.op), 2)
-    call.mark_changed(source)
     _along(call, set(range(source.dim() - last, source.dim())))
 
 
@@ -93,7 +92,6 @@ def by_place(call: Call) -> None:
     source = call.args[0]
     matrix = call.op in ("aten::tril", "aten::triu")
     dims = (-2, -1) if matrix else (call.argument("dim"),)
-    call.mark_changed(source)
     _along(call, {dim % max(source.dim(), 1) for dim in dims})
 
 

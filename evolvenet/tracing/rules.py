@@ -7,8 +7,8 @@ ops are recognised by their schema or tags; all others are registered by name wi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -87,16 +87,26 @@ class Call:
         return default
 
     def label_output(
-        self, tensor: Tensor, layers: Sequence[Tensor], fallback: str = DATA, origin: str | None = None
+        self,
+        tensor: Tensor,
+        layers: Sequence[Tensor],
+        fallback: str = DATA,
+        origin: str | None = None,
+        value: float | None = None,
     ) -> None:
         """Set the label of an output; without any useful layer its kind is `fallback`."""
         kept = useful(layers)
-        self.set_label(tensor, Label(kept, LABELLED if kept else fallback, origin))
+        self.set_label(tensor, Label(kept, LABELLED if kept else fallback, origin, value))
 
     def mark_changed(self, tensor: Tensor) -> None:
         """Keep that the op changes every unit that this tensor holds; see `LabelGraph.mark_changed`."""
         for layer in self.label_of(tensor).layers:
             self.label_graph.mark_changed(layer, f"{self.location} works on a part of its units")
+
+    def mark_single(self, before: Tensor, after: Tensor) -> None:
+        """Keep that the op picks a single unit out of a layer: `h[:, :1]`, which code may combine with all the others."""
+        if before.numel() > 1 and after.numel() == 1:
+            self.label_graph.mark_changed(after, f"{self.location} works on a part of its units")
 
     def freeze_all(self, reason: str) -> None:
         """Freeze every unit that reaches this op."""
@@ -117,6 +127,28 @@ CUTTING = frozenset(f"aten::{name}" for name in ("slice", "split", "split_with_s
 """Ops that take pieces along one axis."""
 SPLITTING = {"aten::split": False, "aten::split_with_sizes": True}
 """Ops that divide an axis into pieces, and whether the code gives a size for every piece."""
+PARTING = frozenset(
+    f"aten::{name}"
+    for name in (
+        *("slice", "select", "narrow", "split", "split_with_sizes", "chunk", "unbind", "unsafe_split", "unsafe_chunk"),
+        *(
+            "unsafe_split_with_sizes",
+            "view",
+            "_unsafe_view",
+            "_reshape_copy",
+            "unsqueeze",
+            "squeeze",
+            "expand",
+            "alias",
+        ),
+        *("detach", "clone", "_to_copy", "lift_fresh", "cat", "concat", "concatenate", "stack"),
+    )
+)
+"""Ops that take a part of a tensor out, or put parts together, and change nothing in them."""
+FILLED_WITH: Mapping[str, float] = {"zeros": 0.0, "new_zeros": 0.0, "zeros_like": 0.0, "zero_": 0.0} | dict.fromkeys(
+    ("ones", "new_ones", "ones_like"), 1.0
+)
+"""The number with which an op fills a tensor from end to end; others have it as the argument `fill_value` or `value`."""
 
 
 def rule(*ops: str) -> Callable[[Rule], Rule]:
@@ -134,6 +166,9 @@ def apply_rule(call: Call) -> None:
     """Pass labels through an op that has run, by its rule; without one its units are frozen."""
     if not call.outputs:
         return
+    if call.op not in PARTING:
+        for tensor in call.tensors:
+            call.mark_changed(tensor)
     found = RULES.get(call.op) or _by_schema(call)
     if found is not None:
         found(call)
@@ -162,13 +197,19 @@ def alike(call: Call) -> None:
     """Created by the model's code in the shape of another tensor: its places are that tensor's units."""
     layers = [layer for layer in call.label_of(call.args[0]).layers if not is_constant(layer)]
     for out in call.outputs:
-        call.label_output(out, layers, CONSTANT)
+        call.label_output(out, layers, CONSTANT, value=_filled_with(call))
 
 
 def constant(call: Call) -> None:
     """Created by the model's code from the shapes of other tensors: its size may change with a width's."""
     for out in call.outputs:
-        call.set_label(out, Label((), CONSTANT))
+        call.set_label(out, Label((), CONSTANT, value=_filled_with(call)))
+
+
+def _filled_with(call: Call) -> float | None:
+    """The number that an op fills its whole result with, or None: random numbers, memory that is filled later."""
+    found = FILLED_WITH.get(call.op.rpartition("::")[2], call.argument("fill_value", call.argument("value")))
+    return float(found) if isinstance(found, int | float) else None
 
 
 @rule("arange", "linspace", "logspace", "eye", "tril_indices", "triu_indices", "randperm")
@@ -181,8 +222,20 @@ def positional(call: Call) -> None:
 
 @rule("uniform_", "normal_", "bernoulli_", "zero_", "fill_", "exponential_", "random_")
 def unchanged(call: Call) -> None:
-    """Filled in place: labels do not change."""
-    call.mark_changed(call.args[0])
+    """Filled in place: labels do not change, but a constant of which a part is filled is no longer the same everywhere."""
+    target = call.args[0]
+    written_in_part(call, target)
+    call.set_label(target, replace(call.label_of(target), value=_filled_with(call)))
+
+
+def written_in_part(call: Call, target: Tensor) -> None:
+    """Count a constant as data from now on if the target, a view, is a part of it: its numbers depend on the place."""
+    base = base_of(target)
+    if base is None or base.numel() == target.numel():
+        return
+    label = call.label_of(base)
+    if label.kind == CONSTANT and not label.layers:
+        call.set_label(base, Label())
 
 
 @rule("unsafe_split", "unsafe_split_with_sizes", "unsafe_chunk", "_unsafe_view", "roll", "flip", "repeat")
@@ -208,6 +261,7 @@ def movement(call: Call) -> None:
             moved = call.func(whole.contiguous() if strided else whole, *call.args[1:], **call.kwargs)
         for result, part in zip(results, tree_flatten(moved)[0], strict=True):
             result.append(compress(part))
+            call.mark_single(layer, result[-1])
             call.label_graph.add_grid(result[-1])
         if call.op in SPLITTING and all(len(varying(each[-1])) == 1 for each in results):
             call.label_graph.add_pieces([each[-1] for each in results], SPLITTING[call.op])
@@ -215,21 +269,8 @@ def movement(call: Call) -> None:
             # It lays the channels out as groups × channels of a group, and goes through them in the other order.
             call.label_graph.add_grid(layer.unflatten(1, (call.args[1], -1)))
     for out, layers in zip(call.outputs, results, strict=True):
-        call.label_output(out, layers, label.kind if label.kind == CONSTANT else DATA, label.origin)
-
-
-@rule("constant_pad_nd")
-def pad(call: Call) -> None:
-    """Padding adds elements that belong to no unit."""
-    source, widths = call.args[0], call.args[1]
-    label = call.label_of(source)
-    padded = {source.dim() - 1 - k // 2 for k, amount in enumerate(widths) if amount}
-    layers = []
-    for layer in label.layers:
-        if padded & set(varying(layer)):
-            layer = compress(torch.constant_pad_nd(layer.expand(source.shape), widths, -1))
-        layers.append(layer)
-    call.label_output(call.out, layers)
+        kind = CONSTANT if label.kind == CONSTANT else DATA
+        call.label_output(out, layers, kind, label.origin, label.value if call.op in PARTING else None)
 
 
 @rule("clone", "_to_copy", "copy_", "hardswish", "hardswish_", "_prelu_kernel")
@@ -250,8 +291,6 @@ def tie_elements(call: Call, tensors: Sequence[Tensor], labels: Sequence[Label])
         labels: of these tensors, without layers that do not pass.
     """
     dims = max(tensor.dim() for tensor in tensors)
-    for tensor in tensors:
-        call.mark_changed(tensor)
     fixed = _freeze_met_by_data(call, tensors, labels, dims)
     origin = _origin_after(tensors, labels, call)
     # Of equal layers the last one is kept: it should be the origin's, whose ids identify its axes.
@@ -267,9 +306,10 @@ def tie_elements(call: Call, tensors: Sequence[Tensor], labels: Sequence[Label])
         _write_through(call, labels[0], layers, labels)
     all_constant = all(label.kind == CONSTANT for label in labels)
     layers += constant_axes(tensors, labels, {axis for layer in layers for axis in varying(layer)})
+    value = labels[0].value if call.op in PARTING else None
     for out in call.outputs:
         if out.dim() == dims:
-            call.label_output(out, layers, CONSTANT if all_constant else DATA, origin)
+            call.label_output(out, layers, CONSTANT if all_constant else DATA, origin, value)
 
 
 def _write_through(call: Call, label: Label, layers: Sequence[Tensor], labels: Sequence[Label]) -> None:

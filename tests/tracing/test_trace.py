@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -85,7 +86,56 @@ def _doubled(h: Tensor) -> Tensor:
     return h
 
 
+def _in_half(op: Callable[[Tensor], Tensor]) -> Code:
+    """An op on the first half of the units, in places: the boundary between the halves moves with the width."""
+
+    def code(m: nn.Module, x: Tensor, h: Tensor) -> Tensor:
+        places, half = h[:, :, None] * torch.arange(1, 5, device=h.device).to(h), h.shape[1] // 2
+        return torch.cat([op(places[:, :half]), places[:, half:]], 1).mean(2)
+
+    return code
+
+
+def _filled_in_part(h: Tensor, value: float | bool, dtype: torch.dtype = FLOAT) -> Tensor:
+    filled = torch.zeros(h.shape[1], dtype=dtype, device=h.device)
+    filled[: h.shape[1] // 2] = value
+    return filled
+
+
+def _written(h: Tensor, unit: int) -> Tensor:
+    h = h.clone()
+    h[:, unit] = 0.0
+    return h
+
+
+PART = "works on a part of its units"
+HALVES: dict[str, Callable[[Tensor], Tensor]] = {
+    "rolled": lambda u: u.roll(1, 2),
+    "flipped": lambda u: u.flip(2),
+    "laid out in another order": lambda u: u.view(len(u), -1, 2, 2).transpose(2, 3).reshape(u.shape),
+    "shifted": lambda u: torch.nn.functional.pad(u[:, :, 1:], (0, 1)),
+    "averaged": lambda u: u.mean(2, keepdim=True).expand_as(u),
+    "in proportion": lambda u: u.softmax(2),
+    "normalised over a batch": lambda u: torch.nn.functional.batch_norm(u, None, None, training=True),
+    "normalised": lambda u: torch.nn.functional.layer_norm(u, u.shape[2:]),
+    "picked by an index": lambda u: u[:, :, torch.arange(3, -1, -1)],
+    "mixed by a product": lambda u: u @ torch.ones(4, 4, dtype=FLOAT, device=u.device).tril(),
+}
+
 FROZEN: dict[str, tuple[Code, int, str]] = {
+    **{f"a half {name}": (_in_half(op), 8, PART) for name, op in HALVES.items()},
+    "a constant filled in part": (lambda m, x, h: h * _filled_in_part(h, 2.0), 8, DATA := "fixed size"),
+    "a mask filled in part": (lambda m, x, h: torch.where(_filled_in_part(h, True, torch.bool), h, -h), 8, DATA),
+    "two constants side by side": (
+        lambda m, x, h: h * torch.cat([torch.ones(h.shape[1] - 2), torch.full((2,), 2.0)]).to(h),
+        8,
+        DATA,
+    ),
+    "gated by the last one": (lambda m, x, h: h * h[:, -1:].sigmoid(), 8, PART),
+    "gated by the first one": (lambda m, x, h: h * h[:, 0].sigmoid()[:, None], 8, PART),
+    "less the first one": (lambda m, x, h: h - h[:, :1], 8, PART),
+    "one of them zeroed": (lambda m, x, h: _written(h, 2), 8, PART),
+    "one of them read by itself": (lambda m, x, h: h + h[:, 0].sum(), 8, PART),
     "sums along the units": (lambda m, x, h: h.cumsum(1), 8, "works along its units"),
     "a triangle of them": (lambda m, x, h: h.tril(), 8, "works along its units"),
     "softmax over them": (lambda m, x, h: h.softmax(1), 8, "makes its units compete"),
@@ -112,7 +162,7 @@ FROZEN: dict[str, tuple[Code, int, str]] = {
         "picks them by",
     ),
     "put to the last places": (lambda m, x, h: _write(h, _rows(h), 0.0), 8, "writes them by an index"),
-    "numbers by place": (lambda m, x, h: h * torch.arange(h.shape[1], device=h.device), 8, DATA := "fixed size"),
+    "numbers by place": (lambda m, x, h: h * torch.arange(h.shape[1], device=h.device), 8, DATA),
     "numbers from outside": (lambda m, x, h: h * torch.tensor([1.0] * 8, device=h.device), 8, DATA),
     "an input of their size": (lambda m, x, h: h + torch.cat([x, x[:, :3]], 1), 8, DATA),
     "a part doubled in place": (lambda m, x, h: _doubled(h), 8, "a part of its units"),
@@ -219,7 +269,7 @@ def test_a_trial_fails_by_its_ties_though_shapes_agree() -> None:
 
 def test_a_computed_index_is_not_read_on_meta_tensors() -> None:
     """An index that is computed has no values on shadows without data: it must not be read there."""
-    model = Between(lambda m, x, h: torch.index_select(h, 0, h[:, 0].argsort()), 8).double()
+    model = Between(lambda m, x, h: torch.index_select(h, 0, h.norm(dim=1).argsort()), 8).double()
     x = torch.randn(2, 5, dtype=FLOAT)
     assert [trace(model, x).sizes for _ in range(3)] == [{"a": 8}] * 3
 

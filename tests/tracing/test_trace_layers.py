@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.nn.utils import parametrize, prune
+from torch.nn.utils import parametrize
 
 import evolvenet
 from evolvenet.graph.index_map import IndexMap
@@ -132,15 +132,6 @@ def test_a_product_with_a_buffer_counts_as_one_with_data() -> None:
     assert [tie.tensor for tie in graph.widths["mlp.0"].consumers] == ["mlp.2.weight"]
     evolvenet.grow(model, graph, {"mlp.0": 9})
     assert distance(outputs(model, x), expected) < 1e-9
-
-
-def test_a_weight_computed_in_an_unknown_way_is_frozen() -> None:
-    """`torch.nn.utils.prune` keeps the layer's weight in an attribute; what the layer reads can change all the same."""
-    masked = prune.identity(nn.Linear(8, 8), "weight")
-    model = Between(lambda m, x, h: m.c(h), c=masked).double()
-    graph = trace(model, torch.randn(2, 5, dtype=FLOAT))
-    assert graph.sizes == {}
-    assert any("it computes it from other tensors" in (width.frozen or "") for width in graph.widths.values())
 
 
 def test_a_layer_of_which_a_parameter_is_unused_is_frozen() -> None:
