@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from evolvenet._compat.torch import schema_of, storage_id, tree_leaves, tree_map_only
-from evolvenet.tracing.trace import TracingMode
+from evolvenet.tracing.tracing_mode import TracingMode
 
 
 class Value(int):

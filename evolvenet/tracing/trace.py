@@ -14,8 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
-from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakTensorKeyDictionary
 
 import evolvenet.tracing.complex_rules  # registers its rules
@@ -25,12 +23,11 @@ import evolvenet.tracing.joining_rules  # registers its rules
 import evolvenet.tracing.loss_rules  # registers its rules
 import evolvenet.tracing.reduction_rules  # registers its rules
 import evolvenet.tracing.window_rules  # noqa: F401  registers its rules
-from evolvenet._compat.torch import TorchDispatchMode, in_backward, schema_of, tree_map_only
+from evolvenet._compat.torch import in_backward, schema_of
 from evolvenet.errors import TraceError
 from evolvenet.execution.inputs import tensors_of
-from evolvenet.execution.isolation import isolated, op_by_op
-from evolvenet.execution.own_gradients import GradientsNeededError, own_gradients
-from evolvenet.execution.step import run_model
+from evolvenet.execution.isolation import isolated
+from evolvenet.execution.own_gradients import GradientsNeededError
 from evolvenet.graph.coverage import OUTPUT
 from evolvenet.graph.naming import named_tensors
 from evolvenet.graph.width_graph import WidthGraph
@@ -39,6 +36,7 @@ from evolvenet.tracing.factorized import with_ranks
 from evolvenet.tracing.labels import DATA, LABELLED, Label, LabelGraph, varying
 from evolvenet.tracing.merging import merge
 from evolvenet.tracing.rules import Call, apply_rule
+from evolvenet.tracing.tracing_mode import TracingMode, run_under_mode
 from evolvenet.tracing.verification import Rerun, verify
 
 ATTEMPTS = (("meta", (False, True)), (None, (False, True)), ("meta", (False,)), (None, (False,)))
@@ -114,7 +112,7 @@ def run_for_labels(
         used = len(label_graph.first_use)
         for name, tensor in tensors.items():
             mode.set_label(tensor, Label(layers_of[name], LABELLED if layers_of[name] else DATA, name))
-        result = _run(model, example_inputs, device, training, mode)
+        result = run_under_mode(model, example_inputs, device, training, mode)
         for leaf in tensors_of(result):
             if training == modes[0]:
                 label_graph.output_shapes.append(tuple(leaf.shape))
@@ -128,96 +126,13 @@ def run_for_shapes(
     model: nn.Module, example_inputs: Any, device: str | None, modes: Sequence[bool] = (False, True)
 ) -> list[tuple[int, ...]]:
     """The shapes of the outputs in the first mode, as in `run_for_labels`, in a fraction of its time."""
-    results = [_run(model, example_inputs, device, training, TracingMode()) for training in modes]
+    results = [run_under_mode(model, example_inputs, device, training, TracingMode()) for training in modes]
     return [tuple(leaf.shape) for leaf in tensors_of(results[0])]
-
-
-def _run(model: nn.Module, example_inputs: Any, device: str | None, training: bool, mode: TracingMode) -> Any:
-    """One forward pass under `mode`; with the batch twice if train mode raises a ValueError (batch norm on one sample)."""
-    # A model may write into its inputs; those on another device are copies anyway.
-    inputs = tree_map_only(Tensor, lambda t: t.detach().clone(), example_inputs) if device is None else example_inputs
-    model.train(training)
-    mode.names = {id(module): name for name, module in model.named_modules()}
-    try:
-        with op_by_op(mode, fused=False), own_gradients(mode.on_gradients):
-            return run_model(model, inputs, device)
-    except ValueError:
-        if not training:
-            raise
-    with op_by_op(mode, fused=False), own_gradients(mode.on_gradients):
-        return run_model(model, _doubled(inputs), device)
 
 
 def _needed_modes(label_graph: LabelGraph) -> tuple[bool, ...]:
     """The modes that a trial must run: train mode only if it uses parameters that eval mode does not."""
     return (False, True) if label_graph.modes_with_new_tensors[1:] == [True] else (False,)
-
-
-def _doubled(inputs: Any) -> Any:
-    return tree_map_only(Tensor, lambda t: torch.cat([t, t]) if t.dim() else t, inputs)
-
-
-def _batch_norm_shapes(source: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """Batch norm on a meta tensor, without the dozens of ops that PyTorch runs to find the shapes of its outputs."""
-    channels = source.shape[1]
-    for tensor in others[:4]:
-        if tensor is not None and tuple(tensor.shape) != (channels,):
-            raise RuntimeError(f"batch norm of {channels} channels with a parameter of shape {tuple(tensor.shape)}")
-    return torch.empty_like(source), source.new_empty(channels), source.new_empty(channels)
-
-
-META_SHORTCUTS = {torch.ops.aten.native_batch_norm.default: _batch_norm_shapes}
-"""Ops that are slow on meta tensors, with a faster implementation."""
-
-
-class TracingMode(TorchDispatchMode):
-    """Runs every op unchanged.
-
-    Attributes:
-        names: path of every module by its `id`.
-        path: path and type of the modules that are running while the mode is active, the innermost one last.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: dict[int, str] = {}
-        self.path: list[str] = []
-        self._hooks: list[RemovableHandle] = []
-
-    def __enter__(self) -> TracingMode:
-        self._hooks.append(register_module_forward_pre_hook(self._enter_module))
-        self._hooks.append(register_module_forward_hook(self._leave_module, always_call=True))
-        return super().__enter__()
-
-    def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)
-        for _ in range(2):
-            self._hooks.pop().remove()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run the op."""
-        shortcut = META_SHORTCUTS.get(func)
-        if shortcut is not None and args[0].is_meta:
-            return shortcut(*args)
-        if func in META_CHECKS and args[0].is_meta:
-            META_CHECKS[func](*args)
-        return func(*args, **(kwargs or {}))
-
-    def on_gradients(
-        self,
-        outputs: Sequence[Tensor],
-        given: Sequence[Tensor | None],
-        inputs: Sequence[Tensor],
-        found: Sequence[Tensor | None],
-    ) -> None:
-        """Called after each gradient that the model's own code computes, see `own_gradients`."""
-
-    def _enter_module(self, module: nn.Module, inputs: Any) -> None:
-        name = self.names.get(id(module))
-        self.path.append(f"{name} ({type(module).__name__})" if name else type(module).__name__)
-
-    def _leave_module(self, module: nn.Module, inputs: Any, output: Any) -> None:
-        self.path.pop()
 
 
 class LabelMode(TracingMode):
@@ -298,27 +213,3 @@ class LabelMode(TracingMode):
         out = func(*args, **kwargs)
         self.set_label(out, self.label_of(view))
         return out
-
-
-def _check_slices(target: Tensor, dim: int, index: Tensor, source: Tensor, *others: Any) -> None:
-    """The source of `index_add` has the target's shape, but for as many slices as the index has entries."""
-    expected = list(target.shape)
-    expected[dim] = index.numel()
-    if list(source.shape) != expected:
-        raise RuntimeError(f"slices of {list(source.shape)} written to {list(target.shape)}: expected {expected}")
-
-
-def _check_values(target: Tensor, indices: Sequence[Tensor | None], values: Tensor, *others: Any) -> None:
-    """The values of `index_put` broadcast to what the indices pick."""
-    values.expand(torch.ops.aten.index.Tensor(target, indices).shape)
-
-
-META_CHECKS = {
-    torch.ops.aten.index_add.default: _check_slices,
-    torch.ops.aten.index_add_.default: _check_slices,
-    torch.ops.aten.index_reduce.default: _check_slices,
-    torch.ops.aten.index_reduce_.default: _check_slices,
-    torch.ops.aten.index_put.default: _check_values,
-    torch.ops.aten.index_put_.default: _check_values,
-}
-"""Ops that take any shapes on meta tensors, with what they check on others."""
