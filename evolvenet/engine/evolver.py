@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -32,7 +33,7 @@ from evolvenet.engine.history import Event, History, WidthChange, changed
 from evolvenet.engine.invariants import ModelReference, check_resizable, validate
 from evolvenet.engine.original_widths import OriginalWidths, at_first_sizes
 from evolvenet.engine.proposals import apply_proposals
-from evolvenet.engine.run_checks import unreachable, warn
+from evolvenet.engine.run_checks import fixed_by_optimizers, unreachable, warn
 from evolvenet.engine.snapshot import PendingCut, Snapshot, roll_back
 from evolvenet.engine.transaction import Transaction
 from evolvenet.errors import RankMismatchError, stage
@@ -133,6 +134,7 @@ class Evolver:
         self.calibration_batches, self._seed = calibration_batches, seed
         self._buffer = BatchBuffer(example_inputs, calibration_batches or LEAST)
         self._observed, self._past, self._failures = 0, PastEvents(), FailurePolicy()
+        self._failures.off = fixed_by_optimizers(self.optimizers, model)
         warn(unreachable(policy, model, self.graph, self.example_inputs, self.lowrank))
 
     @property
@@ -218,8 +220,9 @@ class Evolver:
             skipped = self._failures.explain(group, moment, problem)
         check_agreement(group, "weights", fingerprint(self.model) if group.size > 1 else "")
         seconds = time.perf_counter() - started
-        found = {"effective_rank": ranks, "kept_energy": kept}
-        return self._record(self._event(moment, changes, before, seconds, skipped, **found))
+        return self._record(
+            self._event(moment, changes, before, seconds, skipped, effective_rank=ranks, kept_energy=kept)
+        )
 
     def judge(self, value: float, at: int | None = None) -> Event | None:
         """Tell a policy that judges its cuts, such as `Tolerance`, the value of its metric, after a validation.
@@ -241,7 +244,8 @@ class Evolver:
         try:
             with stage("rollback"):
                 copies = run_on_all_ranks(group, self._copies)
-                roll_back(group, past, self._take_snapshot(copies), self, copies)
+                now = Snapshot.of(self.model, self.graph, self.optimizers, copies)
+                roll_back(group, past, now, self, copies)
             self.graph, self.original = past.graph, self._original_before_cut
         except RankMismatchError:
             raise
@@ -276,9 +280,6 @@ class Evolver:
         self._failures.off = f"all widths have their first sizes again, and keep them: {why}"
         changes = changed(before, self.history.sizes(self.graph), dict.fromkeys(before, self._failures.off))
         self._record(self._event(self._observed, changes, count, time.perf_counter() - started))
-
-    def _take_snapshot(self, copies: Sequence[nn.Module]) -> Snapshot:
-        return Snapshot.of(self.model, self.graph, self.optimizers, copies)
 
     def _copies(self) -> Sequence[nn.Module]:
         return self.copies() if callable(self.copies) else self.copies
@@ -364,7 +365,8 @@ class Evolver:
             with stage("replica update"):
                 copies = run_on_all_ranks(group, self._copies)
             with stage("snapshot"):
-                past = run_on_all_ranks(group, lambda: self._take_snapshot(copies)) if self._pending_cut else None
+                take = partial(Snapshot.of, self.model, self.graph, self.optimizers, copies)
+                past = run_on_all_ranks(group, take) if self._pending_cut else None
                 self._original_before_cut = self.original
             change = Transaction(group, self.model, self.optimizers, copies, batches, undo, changes)
             found = apply_proposals(change, proposals, data, self.original, self._past, initial)

@@ -55,4 +55,4 @@ class FailurePolicy:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what `state_dict` returned."""
-        self.counts, self.off = Counter(state["failures"]), state["off"]
+        self.counts, self.off = Counter(state["failures"]), self.off or state["off"]

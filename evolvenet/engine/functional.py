@@ -19,7 +19,8 @@ from evolvenet.growth.plan import plan_growth
 from evolvenet.measurement.activation_moments import collect
 from evolvenet.pruning.reconstruction import reconstruct
 from evolvenet.pruning.selection import plan_prune
-from evolvenet.surgery.optimizer_state import apply_state, compile_state, validate_state
+from evolvenet.surgery.optimizer_state import apply_state, compile_states, validate_state
+from evolvenet.surgery.optimizer_tensors import with_inner
 from evolvenet.surgery.resize_model import Surgery, compile_surgery, install
 from evolvenet.surgery.width_record import remember_widths
 
@@ -142,12 +143,12 @@ def apply(model: nn.Module, surgery: Surgery, optimizers: Sequence[Optimizer], u
         OptimizerStateError: if a state does not fit, before or after.
     """
     with stage("optimizer state"), torch.inference_mode(False):
-        plans = [compile_state(optimizer, surgery.changes) for optimizer in optimizers]
+        plans = compile_states(optimizers, surgery.changes)
     undo.callback(install(model, surgery))
     for plan in plans:
         undo.callback(apply_state, apply_state(plan))
     with stage("optimizer state check"):
-        for optimizer in optimizers:
+        for optimizer in with_inner(optimizers):
             validate_state(optimizer)
 
 

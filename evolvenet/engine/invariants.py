@@ -16,6 +16,7 @@ from evolvenet.execution.step import Step
 from evolvenet.graph.naming import named_tensors
 from evolvenet.graph.width_graph import WidthGraph
 from evolvenet.surgery.optimizer_state import validate_state
+from evolvenet.surgery.optimizer_tensors import with_inner
 from evolvenet.surgery.resize_model import stale_attributes
 
 
@@ -85,7 +86,7 @@ def validate(
     for change in stale_attributes(model, graph):
         module = type(change.module).__name__
         raise _wrong(f"{change.name} of {module} to be {change.value}", f"{getattr(change.module, change.name)}")
-    for optimizer in optimizers:
+    for optimizer in with_inner(optimizers):
         validate_state(optimizer)
     found = model_outputs(model, example_inputs, graph.differentiates)
     shapes = _shapes(found, example_inputs)

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
+from torch.optim import Optimizer
 
 from evolvenet.engine.distributed import process_group
+from evolvenet.errors import OptimizerStateError
 from evolvenet.graph.width_graph import WidthGraph
 from evolvenet.lowrank.layer_ranks import LowRank, costs_of
 from evolvenet.policies.base import Policy, PolicyContext
 from evolvenet.policies.schedule import Schedule
+from evolvenet.surgery.optimizer_state import check_optimizers
 
 if TYPE_CHECKING:
     from evolvenet.engine.evolver import Evolver
@@ -96,6 +99,17 @@ def unreachable(
         lowrank: how layers may be factorized; None where ranks are not in question.
     """
     return _told(policy, "unreachable", model, graph, example_inputs, graph.sizes, lowrank)
+
+
+def fixed_by_optimizers(optimizers: Sequence[Optimizer], model: nn.Module) -> str | None:
+    """Why the optimizers keep all widths as they are; None where their state can follow. The reason is logged."""
+    try:
+        check_optimizers(optimizers, dict(model.named_parameters()))
+    except OptimizerStateError as problem:
+        reason = f"widths stay as they are in this run, since an optimizer could not follow: {problem}"
+        warn(reason)
+        return reason
+    return None
 
 
 def missed(evolver: Evolver) -> str | None:

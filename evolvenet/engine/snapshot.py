@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -21,6 +20,8 @@ from evolvenet.policies.base import Judgement, JudgingPolicy
 from evolvenet.surgery.checkpoint import WidthRecord, fit_shapes
 from evolvenet.surgery.module_replacement import Record, replacements
 from evolvenet.surgery.optimizer_state import validate_state
+from evolvenet.surgery.optimizer_tensors import with_inner
+from evolvenet.surgery.optimizer_values import held_by_place, optimizer_values, restore_optimizer
 
 
 @dataclass(frozen=True)
@@ -31,14 +32,14 @@ class Snapshot:
         networks: of the model and each of its copies, every tensor by name.
         graph: the widths.
         width_record: what depends on widths and is not in a state dict, from `WidthRecord.values`.
-        states: of each optimizer, what its `state_dict` has under "state".
+        states: of each optimizer and of those inside of them, what it keeps, from `optimizer_values`.
         chains: {path: record} of the factorized layers.
     """
 
     networks: Sequence[Mapping[str, Tensor]]
     graph: WidthGraph
     width_record: Mapping[str, Any]
-    states: Sequence[Mapping[int, Any]]
+    states: Sequence[Mapping[str, Any]]
     chains: Mapping[str, Record] = field(default_factory=dict[str, Record])
 
     @classmethod
@@ -50,7 +51,7 @@ class Snapshot:
             [{name: tensor.detach().clone() for name, tensor in _tensors(each).items()} for each in (model, *copies)],
             graph,
             WidthRecord.of(model, graph).values(model),
-            [copy.deepcopy(optimizer.state_dict()["state"]) for optimizer in optimizers],
+            [optimizer_values(optimizer) for optimizer in with_inner(optimizers)],
             {path: module.record() for path, module in replacements(model).items()},
         )
 
@@ -61,6 +62,8 @@ class Snapshot:
             RecordError, OptimizerStateError: if the model or an optimizer is another one than in the snapshot. Part of it may
                 have been restored then: restore a snapshot taken before the call.
         """
+        every = with_inner(optimizers)
+        held = [held_by_place(optimizer) for optimizer in every]
         networks = [*self.networks, *[self.networks[0]] * (1 + len(copies) - len(self.networks))]
         for network, values in zip((model, *copies), networks, strict=False):
             restore_chains(network, self.chains, optimizers if network is model else ())
@@ -69,10 +72,8 @@ class Snapshot:
             with torch.no_grad():
                 for name, value in values.items():
                     tensors[name].copy_(value)
-        for optimizer, state in zip(optimizers, self.states, strict=True):
-            # The groups stay as they are now, so that schedulers continue.
-            groups = optimizer.state_dict()["param_groups"]
-            optimizer.load_state_dict({"state": copy.deepcopy(dict(state)), "param_groups": groups})
+        for optimizer, values, tensors in zip(every, self.states, held, strict=True):
+            restore_optimizer(optimizer, values, tensors)
             validate_state(optimizer)
 
     def state_dict(self) -> dict[str, Any]:

@@ -1,14 +1,14 @@
 """Optimizer state through index maps: kept units keep their entries, new units get momenta of 0 and mean second moments.
 
-The rule of each key is in `optimizer_state_rules`.
+The rule of each key is in `optimizer_state_rules`; what optimizers keep outside of their state is in `optimizer_tensors`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import singledispatch
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,16 +16,10 @@ from torch.optim import LBFGS, Adam, AdamW, Optimizer
 
 from evolvenet._compat.torch import LBFGS_SIZE_CACHE
 from evolvenet.errors import OptimizerStateError, stage
-from evolvenet.surgery.optimizer_state_rules import (
-    RULES,
-    SCALAR,
-    SCALARS,
-    UNKNOWN,
-    Change,
-    Rule,
-    mapped,
-    with_new_units,
-)
+from evolvenet.surgery.optimizer_entries import CopyChange, carried, fitting, weights_rules
+from evolvenet.surgery.optimizer_state_rules import Change, is_weights, mapped, with_new_units
+from evolvenet.surgery.optimizer_tensors import held_tensors, tensors_on, with_inner
+from evolvenet.surgery.resize_model import carried_gradient, exchange
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,14 +27,50 @@ class StatePlan:
     """New optimizer state, computed but not yet in place.
 
     Args:
-        optimizer: whose state it is.
+        optimizer: whose state it is; None for tensors that are on parameters.
         states: the new `optimizer.state[parameter]` of each parameter whose state changes.
         attributes: the optimizer's own attributes that change.
+        tensors: (new data, new gradient) of tensors outside of the state, which stay the objects that they are.
     """
 
-    optimizer: Optimizer
+    optimizer: Optimizer | None
     states: Mapping[Tensor, dict[str, Any]]
     attributes: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    tensors: Mapping[Tensor, tuple[Tensor, Tensor | None]] = field(
+        default_factory=dict[Tensor, "tuple[Tensor, Tensor | None]"]
+    )
+
+
+def compile_states(optimizers: Sequence[Optimizer], changes: Sequence[Change]) -> list[StatePlan]:
+    """The plans of all optimizers, of those inside of them, and of tensors that are on parameters (Adahessian's `p.hess`).
+
+    Where an inner optimizer steps on copies of parameters (float32 masters) that the outer one holds, its state goes along.
+
+    Args:
+        optimizers: those that hold the parameters.
+        changes: of each tensor, which still has its old shape.
+
+    Returns:
+        Plans for `apply_state`, in this order.
+
+    Raises:
+        OptimizerStateError: as `compile_state`.
+    """
+    every = with_inner(optimizers)
+    plans = [compile_state(optimizer, changes) for optimizer in every]
+    moved = {tensor: data for plan in plans for tensor, (data, _) in plan.tensors.items()}
+    owners = {
+        held.tensor: held for each in every for held in held_tensors(each, _names(changes)) if held.tensor in moved
+    }
+    stepped = {tensor for optimizer in every for group in optimizer.param_groups for tensor in group["params"]}
+    by_tensor = {change.tensor: change for change in changes}
+    copies: list[Change] = []
+    for tensor in owners.keys() & stepped:
+        change = by_tensor[owners[tensor].parameters[0]]
+        copies.append(CopyChange(tensor, owners[tensor].place, change.axes, moved[tensor], change.bases))
+    if copies:
+        plans = [compile_state(optimizer, [*changes, *copies]) for optimizer in every]
+    return [*plans, StatePlan(None, {}, tensors=_on_parameters(changes))]
 
 
 @singledispatch
@@ -87,12 +117,57 @@ def compile_state(optimizer: Optimizer, changes: Sequence[Change]) -> StatePlan:
 
 def _compiled(optimizer: Optimizer, changes: Sequence[Change]) -> StatePlan:
     changed = {change.tensor: change for change in changes}
+    name = type(optimizer).__name__
+    rules = weights_rules((key, entry, own) for _, own, state in _states(optimizer) for key, entry in state.items())
     states = {
-        parameter: {key: _carried(optimizer, key, entry, changed[parameter], group) for key, entry in state.items()}
+        parameter: {
+            key: carried(name, key, entry, changed[parameter], group, rules.get(key)) for key, entry in state.items()
+        }
         for group, parameter, state in _states(optimizer)
         if parameter in changed
     }
-    return StatePlan(optimizer, states)
+    return StatePlan(optimizer, states, tensors=_held(optimizer, changed))
+
+
+def _held(optimizer: Optimizer, changed: Mapping[Tensor, Change]) -> dict[Tensor, tuple[Tensor, Tensor | None]]:
+    """New data and gradients of the tensors in an optimizer's attributes and groups."""
+    found = held_tensors(optimizer, _names(changed.values()))
+    rules = weights_rules(
+        (held.key, part, own) for held in found for part, own in zip(held.parts(), held.parameters, strict=True)
+    )
+    groups = {id(parameter): group for group in optimizer.param_groups for parameter in group["params"]}
+    name, made = type(optimizer).__name__, dict[Tensor, tuple[Tensor, Tensor | None]]()
+    for held in found:
+        if not any(parameter in changed for parameter in held.parameters):
+            continue
+        parts = [
+            carried(name, held.key, part, changed[own], groups.get(id(own), {}), rules.get(held.key))
+            if own in changed
+            else part
+            for part, own in zip(held.parts(), held.parameters, strict=True)
+        ]
+        if held.tensor.shape == held.parameters[0].shape:
+            change, grad = changed[held.parameters[0]], None
+            if held.tensor.is_leaf:
+                grad = carried_gradient(CopyChange(held.tensor, held.place, change.axes, parts[0], change.bases))
+            made[held.tensor] = parts[0], grad
+        else:
+            made[held.tensor] = torch.cat([part.reshape(-1) for part in parts]), None
+    return made
+
+
+def _on_parameters(changes: Sequence[Change]) -> dict[Tensor, tuple[Tensor, Tensor | None]]:
+    """New data of the tensors that parameters have as attributes."""
+    found = [(key, entry, change) for change in changes for key, entry in tensors_on(change.tensor).items()]
+    rules = weights_rules((key, entry, change.tensor) for key, entry, change in found)
+    return {
+        entry: (carried("Parameter", key, entry.detach(), change, {}, rules.get(key)), None)
+        for key, entry, change in found
+    }
+
+
+def _names(changes: Iterable[Change]) -> dict[str, Tensor]:
+    return {change.name: change.tensor for change in changes if not isinstance(change, CopyChange)}
 
 
 @compile_state.register(Adam)
@@ -157,8 +232,9 @@ def apply_state(plan: StatePlan) -> StatePlan:
     optimizer = plan.optimizer
     undo = StatePlan(
         optimizer,
-        {parameter: optimizer.state[parameter] for parameter in plan.states},
+        {parameter: optimizer.state[parameter] for parameter in plan.states} if optimizer is not None else {},
         {name: getattr(optimizer, name) for name in plan.attributes},
+        {tensor: (tensor.data, tensor.grad if tensor.is_leaf else None) for tensor in plan.tensors},
     )
     try:
         with stage("optimizer state"):
@@ -167,6 +243,41 @@ def apply_state(plan: StatePlan) -> StatePlan:
         _assign(undo)
         raise
     return undo
+
+
+def check_optimizers(optimizers: Sequence[Optimizer], parameters: Mapping[str, Tensor]) -> None:
+    """Check that what the optimizers hold by now can follow a change of widths.
+
+    Args:
+        optimizers: of a model.
+        parameters: {name: parameter} of the model.
+
+    Raises:
+        OptimizerStateError: for an optimizer, or one inside of it, with a tensor that could not; and for one whose parameters
+            are copies of the model's (float32 masters) that no other optimizer holds.
+    """
+    every, known = with_inner(optimizers), set(parameters.values())
+    for optimizer in every:
+        if follows_rules(optimizer):
+            known |= {held.tensor for held in held_tensors(optimizer, parameters)}
+            validate_state(optimizer)
+    for optimizer in every:
+        own = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        models = list(parameters.values())
+        alike = [tensor.shape for tensor in own] == [tensor.shape for tensor in models]
+        if alike and not known & set(own) and is_weights("", zip(own, models, strict=True)):
+            raise OptimizerStateError(
+                f"{type(optimizer).__name__}: expected the model's parameters, got copies of them, which would keep their "
+                "shapes. Give the optimizer model.parameters(), and keep copies in optimizer.state[parameter]."
+            )
+
+
+def follows_rules(optimizer: Optimizer) -> bool:
+    """Whether what an optimizer keeps is carried by the rules of its keys; not so for one with a function of its own."""
+    return compile_state.dispatch(type(optimizer)) in _GENERIC
+
+
+_GENERIC = tuple(compile_state.dispatch(each) for each in (Optimizer, Adam, LBFGS))
 
 
 @singledispatch
@@ -188,7 +299,8 @@ def validate_state(optimizer: Optimizer) -> None:
     for index, group in enumerate(optimizer.param_groups):
         for place, parameter in enumerate(group["params"]):
             for key, entry in optimizer.state.get(parameter, {}).items():
-                _fitting(optimizer, key, entry, parameter.shape, f"parameter {place} of group {index}")
+                name = f"parameter {place} of group {index}"
+                fitting(type(optimizer).__name__, key, entry, parameter.shape, name)
 
 
 @validate_state.register
@@ -212,68 +324,9 @@ def _states(optimizer: Optimizer) -> Iterator[tuple[dict[str, Any], Tensor, dict
 
 
 def _assign(plan: StatePlan) -> None:
-    for parameter, state in plan.states.items():
-        plan.optimizer.state[parameter] = state
+    if plan.optimizer is not None:
+        plan.optimizer.state.update(plan.states)
+    for tensor, (data, grad) in plan.tensors.items():
+        exchange(tensor, data, grad)
     for name, value in plan.attributes.items():
         setattr(plan.optimizer, name, value)
-
-
-def _rule(key: str, entry: Tensor, shape: Sequence[int]) -> Rule:
-    """The rule of an entry; for a single number beside a parameter of another shape, that of a scalar."""
-    lone = entry.dim() == 0 or (entry.numel() == 1 and key not in RULES and tuple(entry.shape) != tuple(shape))
-    if key in SCALARS or lone:
-        return SCALAR
-    return RULES.get(key, UNKNOWN)
-
-
-def _fitting(optimizer: Optimizer, key: str, entry: Any, shape: Sequence[int], name: str) -> tuple[int, ...]:
-    """The axes that a state entry shares with its parameter; none for numbers.
-
-    Raises:
-        OptimizerStateError: if it holds tensors that do not fit.
-    """
-    if not isinstance(entry, Tensor):
-        if _holds_tensors(entry):
-            raise OptimizerStateError(
-                f"{type(optimizer).__name__}: expected {key!r} of {name} to be a tensor or a number, got a "
-                f"{type(entry).__name__} of tensors. Register a function for it with "
-                "evolvenet.surgery.optimizer_state.compile_state.register."
-            )
-        return ()
-    rule = _rule(key, entry, shape)
-    axes = () if rule is SCALAR else rule.axes(entry, shape)
-    if axes is None:
-        raise OptimizerStateError(
-            f"{type(optimizer).__name__}: expected {key!r} to fit {name}, shape {tuple(shape)}, got {tuple(entry.shape)}. "
-            "If the optimizer has it in this shape by design, register a function for it with "
-            "evolvenet.surgery.optimizer_state.compile_state.register."
-        )
-    return axes
-
-
-def _holds_tensors(entry: Any) -> bool:
-    if isinstance(entry, Mapping):
-        entry = list(cast("Mapping[Any, Any]", entry).values())
-    if not isinstance(entry, (list, tuple)):
-        return False
-    return any(isinstance(part, Tensor) or _holds_tensors(part) for part in cast("Sequence[Any]", entry))
-
-
-@torch.no_grad()
-@stage("optimizer state")
-def _carried(optimizer: Optimizer, key: str, entry: Any, change: Change, group: Mapping[str, Any]) -> Any:
-    """One entry of a parameter's state after the change; the very same object where nothing changes."""
-    shared = _fitting(optimizer, key, entry, change.tensor.shape, change.name)
-    axes = {dim: index_map for dim, index_map in change.axes.items() if dim % change.tensor.dim() in shared}
-    bases = {dim: basis for dim, basis in change.bases.items() if dim % change.tensor.dim() in shared}
-    if not axes and not bases:
-        return entry
-    rule = _rule(key, entry, change.tensor.shape)
-    for dim, basis in bases.items():
-        entry = rule.mix(entry, dim, basis)
-    moved = rule.carry(entry, axes, change, group)
-    _fitting(optimizer, key, moved, change.value.shape, f"the new {change.name}")
-    if moved.shape == change.value.shape and moved.stride() != change.value.stride():
-        # Fused kernels go through parameter and state in memory order, whatever their strides.
-        moved = torch.empty_like(change.value, dtype=moved.dtype, device=moved.device).copy_(moved)
-    return moved

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -145,7 +145,11 @@ def _rates(entry: Tensor, axes: Mapping[int, IndexMap], change: Change, group: M
 
 
 def _values(entry: Tensor, axes: Mapping[int, IndexMap], change: Change, group: Mapping[str, Any]) -> Tensor:
-    """ASGD's average of weights: new units start at their new weights, the others change by as much as their weights."""
+    """Another version of the weights (an average, a copy): new units get their new weights, the others keep their distance.
+
+    With f the map of units, w the weights and e the entry: e' = f(e) + (w' − f(w)). What a refit has added to the weights is
+    so added to the entry, and what was between the two before is still between them.
+    """
     value = change.value.detach().to(entry.device, entry.dtype)
     moved = _zeros(entry, axes, change, group) + (value - mapped(change).to(entry.device, entry.dtype))
     return with_new_units(moved, axes, value)
@@ -187,6 +191,52 @@ RULES: dict[str, Rule] = {
     "ax": Rule(_values, _weights),
 }
 """The rule of each key of `optimizer.state[parameter]`, torch's own; another optimizer's keys may be added."""
+
+WEIGHTS = RULES["ax"]
+"""The rule of another version of the weights."""
+NAMED_WEIGHTS = frozenset(
+    {"master", "master_param", "master_params", "fp32_param", "slow_param", "slow_params", "slow_buffer", "slow_weights",
+     "lookahead_params", "p0", "x0", "init_buffer"}
+)  # fmt: skip
+"""Keys of other versions of the weights in optimizers other than torch's: copies in float32, slow weights of Lookahead, first
+weights of Prodigy, D-Adaptation and DoG."""
+NEAR = {"z": 1.0}
+"""By key, the distance below which an entry is another version of the weights; `z` of schedule-free optimizers goes far."""
+NEAREST = 0.5
+"""That distance for every other key without a rule. Averages of gradients are 1 or more from the weights, as zeros are."""
+
+
+def is_weights(key: str, pairs: Iterable[tuple[Any, Tensor]]) -> bool:
+    """Whether the entries of one key are other versions of the weights, by the key or by their values.
+
+    By their values if √(Σ‖e − w‖² / Σ‖w‖²) over all parameters together is small. Zeros are at a distance of 1, whatever the
+    weights are, and where all weights are 0 nothing is known.
+
+    Args:
+        key: in `optimizer.state[parameter]`.
+        pairs: of each parameter that has the key, its entry and the parameter.
+
+    >>> w = torch.tensor([1.0, -2.0])
+    >>> is_weights("ema", [(w * 0.9, w)]), is_weights("ema", [(-w, w)]), is_weights("ema", [(w * 0, w)])
+    (True, False, False)
+    """
+    if key in RULES or key in SCALARS:
+        return False
+    alike = [
+        (e.detach(), w.detach().to(e.device, e.dtype))
+        for e, w in pairs
+        if isinstance(e, Tensor) and e.shape == w.shape and e.is_complex() == w.is_complex() and _is_real_or_complex(e)
+    ]
+    if key in NAMED_WEIGHTS:
+        return bool(alike)
+    distance = sum(float((e - w).abs().double().square().sum()) for e, w in alike)
+    length = sum(float(w.abs().double().square().sum()) for _, w in alike)
+    return length > 0 and distance < NEAR.get(key, NEAREST) ** 2 * length
+
+
+def _is_real_or_complex(entry: Tensor) -> bool:
+    return entry.is_floating_point() or entry.is_complex()
+
 
 SCALARS = frozenset({"step", "eta", "mu", "mu_product"})
 SCALAR = Rule(_stays)

@@ -24,6 +24,7 @@ from evolvenet.surgery.basis_change import BasisChange, along
 from evolvenet.surgery.hooked_weights import hook_sources
 from evolvenet.surgery.module_handlers import Shapes, attributes, new_unit_value, original_name, refresh
 from evolvenet.surgery.numbers import attribute_of, number_at, with_number
+from evolvenet.surgery.optimizer_state_rules import Change
 
 
 @dataclass(frozen=True)
@@ -266,7 +267,7 @@ def install(model: nn.Module, surgery: Surgery) -> Callable[[], None]:
             refresh(module)
 
     try:
-        gradients = [_gradient(change) for change in surgery.changes]
+        gradients = [carried_gradient(change) for change in surgery.changes]
         for change, grad in zip(surgery.changes, gradients, strict=True):
             with stage("tensor exchange"):
                 exchange(change.tensor, change.value, grad)
@@ -283,7 +284,8 @@ def install(model: nn.Module, surgery: Surgery) -> Callable[[], None]:
 
 
 @stage("gradient")
-def _gradient(change: TensorChange) -> Tensor | None:
+def carried_gradient(change: Change) -> Tensor | None:
+    """The gradient of a tensor after its change, 0 for new units; None if it has none."""
     grad = change.tensor.grad
     if grad is None:
         return None
