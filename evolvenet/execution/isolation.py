@@ -130,7 +130,7 @@ def _shadow(tensor: Tensor, device: torch.device | str | None) -> Tensor:
             "Expected parameters with shapes, got a lazy one. Run the model once on a batch before tracing it."
         )
     # Integer tensors are indices, whose values decide which units belong together.
-    without_data = device is not None and tensor.is_floating_point()
+    without_data = device is not None and (tensor.is_floating_point() or tensor.is_complex())
     with torch.no_grad():
         value = tensor.detach().to(device) if without_data else tensor.detach().clone()
     return nn.Parameter(value, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else value

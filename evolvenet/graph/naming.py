@@ -18,13 +18,15 @@ def tensor_named(model: nn.Module, name: str) -> Tensor:
 
 
 def named_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str], frozenset[str]]:
-    """Every parameter and floating-point buffer once by its first name, the other names, and which are parameters."""
+    """Every parameter and every real or complex buffer once by its first name, the other names, and which are parameters."""
     first: dict[int, str] = {}
     tensors: dict[str, Tensor] = {}
     aliases: dict[str, str] = {}
     trainable: set[str] = set()
     entries = [(n, t, True) for n, t in model.named_parameters(remove_duplicate=False)]
-    entries += [(n, t, False) for n, t in model.named_buffers(remove_duplicate=False) if t.is_floating_point()]
+    entries += [
+        (n, t, False) for n, t in model.named_buffers(remove_duplicate=False) if t.is_floating_point() or t.is_complex()
+    ]
     for name, tensor, is_parameter in entries:
         known = first.setdefault(id(tensor), name)
         if known != name:

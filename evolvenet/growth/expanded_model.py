@@ -18,14 +18,14 @@ from evolvenet.execution.step import run_model
 from evolvenet.graph.index_map import NEW_UNIT, IndexMap
 from evolvenet.graph.naming import named_tensors
 from evolvenet.graph.width_graph import FOLLOWS, PRODUCES, Tie, Width, WidthGraph
-from evolvenet.linalg.spectrum import matricize
+from evolvenet.linalg.spectrum import exact, matricize
 from evolvenet.surgery.resize_model import Surgery, TensorChange, compile_surgery, install
 
 INITIAL_NORM = 3**-0.5
 """Mean norm of a row of PyTorch's default initialisation, U(−1/√d, 1/√d); for a layer whose rows are all 0."""
 
 Entries = Mapping[Tie, Tensor]
-"""{tie: entries of the new units, `[count, places]` float64}; the places in the order of `Growth.unit_entries`."""
+"""{tie: entries of the new units, `[count, places]` float64 or complex128}; the places in the order of `Growth.unit_entries`."""
 
 Loss = Callable[[Any, Any], Tensor]
 """(the model's output, targets) → a scalar."""
@@ -63,12 +63,12 @@ class NewUnitSlice:
         part.copy_(fresh)
 
     def take(self, tensor: Tensor) -> Tensor:
-        """Read `[count, places]` float64 on the CPU out of a tensor of the new shape."""
+        """Read `[count, places]` out of a tensor of the new shape, float64 or complex128 on the CPU."""
         part = tensor.detach().narrow(self.dim, self.first, self.count * self.repeat)
         for dim, index_map in self.others.items():
             old = [place for place, index in enumerate(index_map.indices) if index != NEW_UNIT]
             part = part.index_select(dim, torch.tensor(old, device=tensor.device))
-        return part.movedim(self.dim, 0).reshape(self.count, -1).to("cpu", torch.float64)
+        return exact(part.movedim(self.dim, 0).reshape(self.count, -1))
 
 
 @dataclass(frozen=True, eq=False)
@@ -160,13 +160,13 @@ class Growth:
         return replace(self, surgery=compile_surgery(self.model, self.graph, maps))
 
     def unit_entries(self, tie: Tie, width: Width) -> Tensor:
-        """The entries of the present units in one tensor, `[width.size, places]` float64 on the CPU.
+        """The entries of the present units in one tensor, `[width.size, places]`, float64 or complex128 on the CPU.
 
         Raises:
             SpectrumError: for NaN or infinite entries.
         """
         tensor = self.changes[tie.tensor].tensor.detach().narrow(tie.dim, tie.start, width.size * tie.repeat)
-        return matricize(tensor, tie.dim, tie.tensor).to("cpu", torch.float64).reshape(width.size, -1)
+        return exact(matricize(tensor, tie.dim, tie.tensor)).reshape(width.size, -1)
 
     def norm(self, tie: Tie, width: Width) -> float:
         """Mean norm of a present unit's entries in one tensor; `INITIAL_NORM` where a producer's are all 0."""

@@ -90,7 +90,7 @@ class _BestRows:
 
 def _gain(growth: Growth, width: Width, rows: Entries, fan_out: Entries, bottleneck: Bottleneck) -> Tensor:
     """Squared norm of the gradient of each new unit's fan-out for a row of length 1, `[count]`."""
-    gain = sum((fan_out[tie].square().sum(1) for tie in growth.matrices(width, CONSUMES)), torch.zeros(()))
+    gain = sum((fan_out[tie].abs().square().sum(1) for tie in growth.matrices(width, CONSUMES)), torch.zeros(()))
     length = sum(
         (bottleneck.scales.get(tie, Scale()).energy(rows[tie]) for tie in growth.matrices(width, PRODUCES)),
         torch.zeros(()),
@@ -116,9 +116,9 @@ def _next_rows(rows: Tensor, fan_in: Tensor, gain: Tensor, scale: Scale) -> Tens
     # A new unit that is 0 for all inputs (ReLU) need not be with the opposite sign.
     directions = torch.where(has_gradient[:, None], scale.gradients(fan_in), -scale.coordinates(rows))[:count]
     order = torch.where(has_gradient, gain, -1.0)[:count].argsort(descending=True, stable=True)
-    basis, size = torch.linalg.qr(directions[order].T)
+    basis, size = torch.linalg.qr(directions[order].mH)
     following = rows.clone()
-    following[order] = scale.rows((basis * torch.where(size.diagonal() < 0, -1.0, 1.0)).T)
+    following[order] = scale.rows((basis * torch.where(size.diagonal().real < 0, -1.0, 1.0)).mH)
     return following / following.norm(dim=1, keepdim=True)
 
 

@@ -28,25 +28,25 @@ def orthogonal(rows: Tensor, count: int, generator: torch.Generator | None = Non
     """Random directions orthogonal to the rows and to each other, as long as there are any; then random ones.
 
     Args:
-        rows: `[n, d]` float64, the existing units.
+        rows: `[n, d]` float64 or complex128, the existing units.
         count: number of new units.
         generator: where the random numbers come from, a CPU generator; None for PyTorch's global one.
 
     Returns:
-        `[count, d]` float64, each of norm 1.
+        `[count, d]` of the type of the rows, each of norm 1.
 
     >>> made = orthogonal(torch.eye(2, 4, dtype=torch.float64), 2)
     >>> bool((made[:, :2].abs() < 1e-12).all()), round(float(made[0] @ made[1]), 6) + 0.0
     (True, 0.0)
     """
-    drawn = torch.randn(count, rows.shape[1], dtype=torch.float64, generator=generator)
+    drawn = torch.randn(count, rows.shape[1], dtype=rows.dtype, generator=generator)
     rank, project = _projection(rows)
     free = min(count, rows.shape[1] - rank)
     if free > 0:
-        part = drawn[:free].T
+        part = drawn[:free].mH
         for _ in range(3):  # once leaves the Gram matrix's rounding behind
             part = part - project(part)
-        drawn = torch.cat([torch.linalg.qr(part).Q.T, drawn[free:]])
+        drawn = torch.cat([torch.linalg.qr(part).Q.mH, drawn[free:]])
     return drawn / drawn.norm(dim=1, keepdim=True)
 
 
@@ -57,20 +57,20 @@ def _projection(rows: Tensor) -> tuple[int, Callable[[Tensor], Tensor]]:
     full rank, in a small part of the time of `eigh`, which takes a minute for a layer of 4096 x 4096.
     """
     count, length = rows.shape
-    gram = rows @ rows.T if count < length else rows.T @ rows
-    least = RANK_TOLERANCE * gram.diagonal().sum().clamp_min(torch.finfo(torch.float64).tiny)
+    gram = rows @ rows.mH if count < length else rows.mH @ rows
+    least = RANK_TOLERANCE * gram.diagonal().real.sum().clamp_min(torch.finfo(torch.float64).tiny)
     shifted = gram - least * torch.eye(len(gram), dtype=gram.dtype)
     if int(torch.linalg.cholesky_ex(shifted).info) == 0:
         if count >= length:
             return length, lambda part: part
         factor = torch.linalg.cholesky(gram)
-        return count, lambda part: rows.T @ torch.cholesky_solve(rows @ part, factor)
+        return count, lambda part: rows.mH @ torch.cholesky_solve(rows @ part, factor)
     values, vectors = torch.linalg.eigh(gram)
     alive = vectors[:, values > RANK_TOLERANCE * values[-1].clamp_min(torch.finfo(torch.float64).tiny)]
     if count >= length:
-        return alive.shape[1], lambda part: alive @ (alive.T @ part)
-    basis = torch.linalg.qr(rows.T @ alive).Q
-    return alive.shape[1], lambda part: basis @ (basis.T @ part)
+        return alive.shape[1], lambda part: alive @ (alive.mH @ part)
+    basis = torch.linalg.qr(rows.mH @ alive).Q
+    return alive.shape[1], lambda part: basis @ (basis.mH @ part)
 
 
 def init_orthogonal(growth: Growth) -> dict[Tie, Tensor]:
@@ -181,8 +181,8 @@ def _initial_directions(growth: Growth) -> dict[Tie, Tensor]:
 
 def _random(growth: Growth, width: Width, tie: Tie) -> Tensor:
     """Random directions `[count, places]` of norm 1 for one tie."""
-    places = growth.unit_entries(tie, width).shape[1]
-    drawn = torch.randn(growth.count(width), places, dtype=torch.float64, generator=growth.generator)
+    present = growth.unit_entries(tie, width)
+    drawn = torch.randn(growth.count(width), present.shape[1], dtype=present.dtype, generator=growth.generator)
     return drawn / drawn.norm(dim=1, keepdim=True)
 
 

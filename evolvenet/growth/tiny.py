@@ -75,7 +75,7 @@ class Scale:
 
     def energy(self, rows: Tensor) -> Tensor:
         """Squared lengths `[count]`."""
-        return self.coordinates(rows).square().sum(1)
+        return self.coordinates(rows).abs().square().sum(1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -148,7 +148,9 @@ def _has_weight_op(growth: Growth, tie: Tie, dim: int) -> bool:
     module = growth.model.get_submodule(tie.module)
     known = weight_op_of.dispatch(type(module)) is not weight_op_of.dispatch(object)
     names = [f"{tie.module}.{name}" if tie.module else name for name in dict(module.named_parameters(recurse=False))]
-    return known and tie.dim == dim and tie.tensor in names and not any(growth.graph.is_shared(name) for name in names)
+    if not known or tie.dim != dim or tie.tensor not in names or any(map(growth.graph.is_shared, names)):
+        return False
+    return not module.get_parameter("weight").is_complex()
 
 
 @singledispatch

@@ -20,7 +20,7 @@ def matricize(weight: Tensor, dim: int = 0, name: str = "weight") -> Tensor:
 
     Args:
         weight: two axes or more: dense `[out, in]`, convolution `[out, in, k…]`, transposed convolution
-            `[in, out, k…]` with `dim=1`. float16 and bfloat16 come back as float32.
+            `[in, out, k…]` with `dim=1`. float16 and bfloat16 come back as float32; complex ones stay complex.
         dim: the axis of the units.
         name: what to call the weight in an error.
 
@@ -45,6 +45,15 @@ def matricize(weight: Tensor, dim: int = 0, name: str = "weight") -> Tensor:
     return _computable(weight, name).movedim(dim, 0).flatten(1)
 
 
+def exact(tensor: Tensor) -> Tensor:
+    """A tensor on the CPU in float64, or complex128.
+
+    >>> exact(torch.ones(1, dtype=torch.cfloat)).dtype
+    torch.complex128
+    """
+    return tensor.to("cpu", torch.promote_types(tensor.dtype, torch.float64))
+
+
 def singular_values(matrix: Tensor, name: str = "matrix") -> Tensor:
     """Singular values of a matrix, largest first.
 
@@ -54,11 +63,11 @@ def singular_values(matrix: Tensor, name: str = "matrix") -> Tensor:
     takes the SVD.
 
     Args:
-        matrix: `[rows, columns]`, of any floating type; float16 and bfloat16 are computed in float32.
+        matrix: `[rows, columns]`, of any floating or complex type; float16 and bfloat16 are computed in float32.
         name: what to call the matrix in an error.
 
     Returns:
-        `[min(rows, columns)]`, descending, not negative, of the matrix's type (float32 for the half types).
+        `[min(rows, columns)]`, descending, real and not negative, of the matrix's precision (float32 for the half types).
 
     Raises:
         SpectrumError: if it is not a matrix, has no entries, or holds NaN or infinite ones.
@@ -70,7 +79,7 @@ def singular_values(matrix: Tensor, name: str = "matrix") -> Tensor:
         raise SpectrumError(f"{name}: expected a matrix, got shape {tuple(matrix.shape)}. Make one with matricize.")
     matrix = _computable(matrix, name)
     # MPS has no float64; its svdvals runs on the CPU by itself.
-    if matrix.dtype == torch.float64 or matrix.device.type == "mps":
+    if matrix.dtype == torch.float64 or matrix.is_complex() or matrix.device.type == "mps":
         return torch.linalg.svdvals(matrix)
     short = (matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T).double()
     return torch.linalg.eigvalsh(short @ short.T).flip(0).clamp_min(0).sqrt().to(matrix.dtype)
@@ -127,11 +136,15 @@ def output_values(matrix: Tensor, moment: Tensor, name: str = "weight") -> Tenso
             f"{name}: expected a matrix [units, columns] and a moment [columns, columns], got {tuple(matrix.shape)} and "
             f"{tuple(moment.shape)}. Take the moment of the layer's input, of its patches for a convolution."
         )
-    rows, inner = _computable(matrix, name).double(), _computable(moment, f"{name}'s moment").to(matrix.device).double()
+    precision = torch.promote_types(torch.promote_types(matrix.dtype, moment.dtype), torch.float64)
+    rows, inner = (
+        _computable(matrix, name).to(precision),
+        _computable(moment, f"{name}'s moment").to(matrix.device, precision),
+    )
     # Scaled first, products neither overflow nor vanish.
     tall, deep = (part.abs().max().clamp_min(torch.finfo(torch.float64).tiny) for part in (rows, inner))
-    gram = (rows / tall) @ (inner / deep) @ (rows / tall).T
-    return torch.linalg.eigvalsh((gram + gram.T) / 2).flip(0).clamp_min(0).sqrt() * tall * deep.sqrt()
+    gram = (rows / tall) @ (inner / deep) @ (rows / tall).mH
+    return torch.linalg.eigvalsh((gram + gram.mH) / 2).flip(0).clamp_min(0).sqrt() * tall * deep.sqrt()
 
 
 def residual_operator(first: Tensor, second: Tensor) -> Tensor:
@@ -259,10 +272,10 @@ def units_for_energy(values: Values, lost: float) -> int:
 
 
 def _computable(weight: Tensor, name: str) -> Tensor:
-    """The weight detached, as float32 or float64, after refusing what has no spectrum."""
-    if not weight.is_floating_point() or not weight.numel():
+    """The weight detached, as float32 or float64 or complex, after refusing what has no spectrum."""
+    if not (weight.is_floating_point() or weight.is_complex()) or not weight.numel():
         raise SpectrumError(
-            f"{name}: expected floating-point entries, got {weight.dtype} of shape {tuple(weight.shape)}. "
+            f"{name}: expected floating-point or complex entries, got {weight.dtype} of shape {tuple(weight.shape)}. "
             "Dequantise the weight first."
         )
     made = weight.detach()

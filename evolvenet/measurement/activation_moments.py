@@ -154,7 +154,7 @@ def collect(model: nn.Module, graph: WidthGraph, batches: Iterable[Any]) -> Acti
 
     Returns:
         The moments of each consumer whose weight was multiplied with data in a dense product or a convolution, whatever
-        module it belongs to.
+        module it belongs to. Complex ones are left out: a width that only they consume is measured by its weights.
 
     Raises:
         TraceError: if there is no batch, or no sample in any.
@@ -217,7 +217,7 @@ class _Halves:
 def _gather(by_tensor: Mapping[str, Mapping[Tie, _Halves]], samples: int, before: int, op: WeightOp) -> None:
     """Add the inputs of a weight op to the moments of all its ties; `before` samples came in earlier batches."""
     for tie, halves in by_tensor.get(op.tensor, {}).items():
-        if tie.dim != op.axis or not op.input_positions:
+        if tie.dim != op.axis or not op.input_positions or op.weight.is_complex():
             continue
         row = evenly(op.input_positions, max(1, CAP // (tie.repeat * op.groups))).to(op.inputs.device)
         size = len(halves.moments[0].mean)

@@ -40,7 +40,11 @@ def outputs_on(model: nn.Module, batches: Sequence[Any], gradients: bool = False
     torch.Size([5, 3])
     """
     each = [
-        [tensor.double() for tensor in model_outputs(model, batch, gradients) if tensor.is_floating_point()]
+        [
+            real(tensor)
+            for tensor in model_outputs(model, batch, gradients)
+            if tensor.is_floating_point() or tensor.is_complex()
+        ]
         for batch in batches
     ]
     if len({tuple(tensor.shape[1:] if tensor.dim() else () for tensor in found) for found in each}) > 1:
@@ -48,6 +52,11 @@ def outputs_on(model: nn.Module, batches: Sequence[Any], gradients: bool = False
     return [
         torch.cat([tensor if tensor.dim() else tensor[None] for tensor in parts]) for parts in zip(*each, strict=True)
     ]
+
+
+def real(tensor: Tensor) -> Tensor:
+    """A tensor in float64, a complex one as its real and imaginary parts, on one more axis."""
+    return torch.view_as_real(tensor.resolve_conj()).double() if tensor.is_complex() else tensor.double()
 
 
 def output_error(whole: Sequence[Tensor], moved: Sequence[Tensor]) -> float:

@@ -7,11 +7,13 @@ from torch import Tensor, nn
 
 from evolvenet.graph.naming import tensor_named
 from evolvenet.graph.width_graph import Tie, Width
-from evolvenet.linalg.spectrum import matricize
+from evolvenet.linalg.spectrum import exact, matricize
 
 
 def unit_rows(model: nn.Module, width: Width, tie: Tie) -> Tensor:
     """What one tensor holds for each unit of the width, one row a unit: `[width.size, places]`, float64, on the CPU.
+
+    A complex entry counts as two places, its real and its imaginary part.
 
     For a producer the rows of the unit, for a consumer its columns; a unit with `repeat` places on the axis has them one
     after the other. A weight that is a buffer (a fixed basis, random features) counts like one that is trained.
@@ -23,7 +25,8 @@ def unit_rows(model: nn.Module, width: Width, tie: Tie) -> Tensor:
     >>> unit_rows(nn.Sequential(nn.Conv2d(3, 8, 5)), width, Tie("0.weight", 1, 0, 1, "consumes")).shape
     torch.Size([3, 200])
     """
-    return native_rows(model, width, tie).to("cpu", torch.float64)
+    rows = native_rows(model, width, tie)
+    return exact(torch.view_as_real(rows).flatten(1) if rows.is_complex() else rows)
 
 
 def native_rows(model: nn.Module, width: Width, tie: Tie) -> Tensor:

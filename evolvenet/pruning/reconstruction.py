@@ -214,7 +214,7 @@ class OutputRecorder:
         bias = None if op.bias is None or op.bias_name is None else (op.bias_name, int(op.bias.storage_offset()))
         if bias is not None:
             self.bias_uses[bias] += 1
-        if op.tensor not in self.consumers:
+        if op.tensor not in self.consumers or op.weight.is_complex():
             return
         total = output_positions(op, out)
         rows = evenly(total, self.limits.rows_for(op.matrix().shape[-1])).to(out.device)
