@@ -6,7 +6,6 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 from functools import partial
 from typing import Any, cast
 
@@ -27,6 +26,7 @@ from evolvenet.engine.distributed import (
     run_on_rank_0,
 )
 from evolvenet.engine.event_data import EventData
+from evolvenet.engine.evolver_state import EvolverState
 from evolvenet.engine.failure_policy import FailurePolicy
 from evolvenet.engine.functional import as_list
 from evolvenet.engine.history import Event, History, WidthChange, changed
@@ -37,11 +37,11 @@ from evolvenet.engine.run_checks import fixed_by_optimizers, unreachable, warn
 from evolvenet.engine.snapshot import PendingCut, Snapshot, roll_back
 from evolvenet.engine.transaction import Transaction
 from evolvenet.errors import RankMismatchError, stage
-from evolvenet.execution.inputs import first_samples, is_plain
-from evolvenet.execution.step import Step, batch_of
+from evolvenet.execution.inputs import first_samples
+from evolvenet.execution.step import Step
 from evolvenet.graph.current import check_current
 from evolvenet.graph.restriction import Patterns, Restriction
-from evolvenet.graph.serialization import check_fits, from_state_dict, to_state_dict
+from evolvenet.graph.serialization import check_fits
 from evolvenet.graph.width_graph import WidthGraph
 from evolvenet.lowrank.layer_ranks import low_rank
 from evolvenet.measurement.calibration import LEAST, batches_needed, places_per_sample
@@ -49,12 +49,11 @@ from evolvenet.measurement.cost import macs, parameters
 from evolvenet.measurement.past_events import PastEvents
 from evolvenet.measurement.width_statistics import ranks_and_energies
 from evolvenet.policies.base import JudgingPolicy, Policy, judged_metric
-from evolvenet.surgery.checkpoint import WidthRecord, fit_shapes
 from evolvenet.surgery.width_record import remember_widths
 from evolvenet.tracing.unreached import trace_for_training
 
 
-class Evolver:
+class Evolver(EvolverState):
     """Changes a model's widths while it trains, in any loop.
 
     Call `observe` with the model's inputs on some training batches and `step` between two optimizer steps, never between
@@ -283,51 +282,6 @@ class Evolver:
 
     def _copies(self) -> Sequence[nn.Module]:
         return self.copies() if callable(self.copies) else self.copies
-
-    def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs besides the model: plain data, and the tensors of the batches observed so far."""
-        return {
-            "history": self.history.to_dict(),
-            "observed": self._observed,
-            **self._past.state_dict(),
-            "calibration_batches": self.calibration_batches,
-            "graph": to_state_dict(self.graph),
-            "original": [each.state_dict() for each in (self.original, self._original_before_cut)],
-            **self._buffer.state_dict(),
-            **self._failures.state_dict(),
-            "note": WidthRecord.of(self.model, self.graph).values(self.model),
-            "pending_cut": self._pending_cut.state_dict() if self._pending_cut else None,
-            # A cut may have to be taken back before the first batch of a resumed run.
-            "example": [
-                batch_of(x)
-                for x in (self.example_inputs,)
-                if self._pending_cut and self._pending_cut.snapshot and is_plain(x)
-            ],
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up where `state_dict` was called.
-
-        Raises:
-            RecordError: if the model does not have the widths of that moment. Nothing has changed then.
-        """
-        graph = self._restricted(from_state_dict(state["graph"]))
-        check_fits(graph, self.model, besides=state["note"]["buffers"])
-        fit_shapes(self.model, {}, record=state["note"])
-        self.graph = graph
-        self.original, self._original_before_cut = map(OriginalWidths.from_state_dict, state["original"])
-        remember_widths(self.model, graph, self.original.sizes)
-        self.history = replace(History.from_dict(state["history"]), frozen=graph.reasons)
-        self._observed, self._past = state["observed"], PastEvents.from_state_dict(state)
-        self.calibration_batches = state["calibration_batches"]
-        self._buffer.keep(self.calibration_batches or LEAST)
-        self._buffer.load_state_dict(state)
-        self._failures.load_state_dict(state)
-        if self._pending_cut and state.get("pending_cut"):
-            self._pending_cut.load_state_dict(state["pending_cut"])
-
-    def _restricted(self, graph: WidthGraph) -> WidthGraph:
-        return self._restriction.apply(graph, self._path)
 
     def _revert(self, state: tuple[Any, ...], changes: list[WidthChange]) -> None:
         """Restore the evolver's own state, after the model's, where an event has failed."""

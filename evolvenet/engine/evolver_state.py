@@ -1,0 +1,87 @@
+"""What an `Evolver` keeps between events, and how a checkpoint holds it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from evolvenet.engine.batch_buffer import BatchBuffer
+from evolvenet.engine.failure_policy import FailurePolicy
+from evolvenet.engine.history import History
+from evolvenet.engine.original_widths import OriginalWidths
+from evolvenet.engine.snapshot import PendingCut
+from evolvenet.execution.inputs import is_plain
+from evolvenet.execution.step import batch_of
+from evolvenet.graph.restriction import Restriction
+from evolvenet.graph.serialization import check_fits, from_state_dict, to_state_dict
+from evolvenet.graph.width_graph import WidthGraph
+from evolvenet.measurement.calibration import LEAST
+from evolvenet.measurement.past_events import PastEvents
+from evolvenet.surgery.checkpoint import WidthRecord, fit_shapes
+from evolvenet.surgery.width_record import remember_widths
+
+
+class EvolverState:
+    """The state of an `Evolver`, which is the only subclass."""
+
+    model: nn.Module
+    example_inputs: Any
+    graph: WidthGraph
+    original: OriginalWidths
+    history: History
+    calibration_batches: int | None
+    _original_before_cut: OriginalWidths
+    _restriction: Restriction
+    _path: str
+    _buffer: BatchBuffer
+    _observed: int
+    _past: PastEvents
+    _failures: FailurePolicy
+    _pending_cut: PendingCut | None
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs besides the model: plain data, and the tensors of the batches observed so far."""
+        return {
+            "history": self.history.to_dict(),
+            "observed": self._observed,
+            **self._past.state_dict(),
+            "calibration_batches": self.calibration_batches,
+            "graph": to_state_dict(self.graph),
+            "original": [each.state_dict() for each in (self.original, self._original_before_cut)],
+            **self._buffer.state_dict(),
+            **self._failures.state_dict(),
+            "note": WidthRecord.of(self.model, self.graph).values(self.model),
+            "pending_cut": self._pending_cut.state_dict() if self._pending_cut else None,
+            # A cut may have to be taken back before the first batch of a resumed run.
+            "example": [
+                batch_of(x)
+                for x in (self.example_inputs,)
+                if self._pending_cut and self._pending_cut.snapshot and is_plain(x)
+            ],
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up where `state_dict` was called.
+
+        Raises:
+            RecordError: if the model does not have the widths of that moment. Nothing has changed then.
+        """
+        graph = self._restricted(from_state_dict(state["graph"]))
+        check_fits(graph, self.model, besides=state["note"]["buffers"])
+        fit_shapes(self.model, {}, record=state["note"])
+        self.graph = graph
+        self.original, self._original_before_cut = map(OriginalWidths.from_state_dict, state["original"])
+        remember_widths(self.model, graph, self.original.sizes)
+        self.history = replace(History.from_dict(state["history"]), frozen=graph.reasons)
+        self._observed, self._past = state["observed"], PastEvents.from_state_dict(state)
+        self.calibration_batches = state["calibration_batches"]
+        self._buffer.keep(self.calibration_batches or LEAST)
+        self._buffer.load_state_dict(state)
+        self._failures.load_state_dict(state)
+        if self._pending_cut and state.get("pending_cut"):
+            self._pending_cut.load_state_dict(state["pending_cut"])
+
+    def _restricted(self, graph: WidthGraph) -> WidthGraph:
+        return self._restriction.apply(graph, self._path)
