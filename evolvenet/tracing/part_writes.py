@@ -35,34 +35,35 @@ class Places:
         return self.at == range(self.size)
 
 
-def places_of_view(base: Tensor, view: Tensor) -> dict[int, Places] | None:
-    """For each dimension of a view longer than 1 its places in the tensor; None for other views than slices and permutations.
+def places_of_view(base: Tensor, view: Tensor) -> dict[int, Places]:
+    """For each dimension of a view that goes along one dimension of the tensor its places there.
+
+    Dimensions of size 1 are left out, and those that go along several dimensions, as after `view(-1)` or `diagonal`.
 
     >>> base = torch.zeros(4, 6)
     >>> places_of_view(base, base[1, 2:6:2])
     {0: Places(dim=1, size=6, at=range(2, 6, 2))}
-    >>> places_of_view(base, base.view(-1)) is None
-    True
+    >>> places_of_view(base, base.view(-1))
+    {}
     """
-    if not base.is_contiguous() or base.numel() == 0:
-        return None
+    if not base.is_contiguous() or view.numel() == 0:
+        return {}
     offset = int(view.storage_offset()) - int(base.storage_offset())
     start = _coordinates(base, offset)
+    moved: dict[int, set[int]] = {}
     found: dict[int, Places] = {}
     for dim, (size, stride) in enumerate(zip(view.shape, view.stride(), strict=True)):
         if size == 1:
             continue
-        second = _coordinates(base, offset + stride)
-        last = _coordinates(base, offset + stride * (size - 1))
-        moved = [k for k in range(base.dim()) if second[k] != start[k]]
-        step = second[moved[0]] - start[moved[0]] if len(moved) == 1 else 0
-        if step <= 0 or any(
-            last[k] != start[k] + (step * (size - 1) if k == moved[0] else 0) for k in range(base.dim())
-        ):
-            return None
-        at = range(start[moved[0]], start[moved[0]] + step * size, step)
-        found[dim] = Places(moved[0], base.shape[moved[0]], at[:size])
-    return found if len({places.dim for places in found.values()}) == len(found) else None
+        second, last = (_coordinates(base, offset + stride * steps) for steps in (1, size - 1))
+        moved[dim] = {k for k in range(base.dim()) if second[k] != start[k] or last[k] != start[k]}
+        along = min(moved[dim], default=0)
+        step = second[along] - start[along]
+        if len(moved[dim]) == 1 and step > 0 and last[along] == start[along] + step * (size - 1):
+            at = range(start[along], start[along] + step * size, step)
+            found[dim] = Places(along, base.shape[along], at)
+    others = {dim: {k for other, each in moved.items() if other != dim for k in each} for dim in found}
+    return {dim: places for dim, places in found.items() if places.dim not in others[dim]}
 
 
 def _coordinates(base: Tensor, offset: int) -> list[int]:
@@ -74,10 +75,12 @@ def _coordinates(base: Tensor, offset: int) -> list[int]:
 
 
 def in_base(base: Tensor, places: Mapping[int, Places], layer: Tensor) -> Tensor | None:
-    """A layer of a view as one of the tensor; None if it varies along several dimensions that are written in part.
+    """A layer of a view as one of the tensor; None if that is not known, or it is written in part along two dimensions.
 
     What is not written are places of a constant.
     """
+    if not places.keys() >= set(varying(layer)):
+        return None
     moved = {dim: places[dim] for dim in varying(layer)}
     partial = [dim for dim, each in moved.items() if not each.all]
     if partial and len(moved) > 1:
@@ -97,10 +100,9 @@ def in_base(base: Tensor, places: Mapping[int, Places], layer: Tensor) -> Tensor
 
 def data_in_base(base: Tensor, places: Mapping[int, Places]) -> Sequence[Tensor]:
     """The layer of a tensor of constants after data have been written into places of one dimension: they are no constants."""
-    partial = [(dim, each) for dim, each in places.items() if not each.all]
+    partial = [each for each in places.values() if not each.all]
     if len(partial) != 1:
         return ()
-    ((dim, each),) = partial
-    shape = [len(each.at) if k == dim else 1 for k in range(max(places) + 1)]
-    layer = in_base(base, {dim: each}, torch.full(shape, -1))
-    return () if layer is None else (layer,)
+    layer = places_of_constant(partial[0].size, partial[0].dim, base.dim())
+    layer.view(-1)[torch.tensor(partial[0].at)] = -1
+    return (layer,)

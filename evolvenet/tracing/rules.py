@@ -321,12 +321,13 @@ def _write_through(call: Call, label: Label, layers: Sequence[Tensor], labels: S
     places = places_of_view(base, target)
     before = call.label_of(base)
     layers = [layer for layer in layers if not is_constant(layer)]
-    moved = [None if places is None else in_base(base, places, layer) for layer in layers]
+    moved = [in_base(base, places, layer) for layer in layers]
     written = [layer for layer in moved if layer is not None]
     for layer, found in zip(layers, moved, strict=True):
         if found is None:
             call.label_graph.freeze(layer, f"{call.location} writes it into a part of another tensor")
-    if not layers and places is not None and before.kind == CONSTANT and labels[-1].kind == DATA:
+    simple = len(places) == sum(size > 1 for size in target.shape)
+    if not layers and simple and before.kind == CONSTANT and labels[-1].kind == DATA:
         written = list(data_in_base(base, places))
     if written:
         call.label_output(base, merge(call.label_graph, [before.layers, written]))
