@@ -17,6 +17,8 @@ from tests.helpers.paths import ROOT
 
 PACKAGE = ROOT / "evolvenet"
 IMPORTED = (
+    "torch._C:DisableTorchFunction",
+    "torch._C:_EnableTorchFunction",
     "torch._C:_current_autograd_node",
     "torch._dynamo:reset",
     "torch._ops:OpOverload",

@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
 import torch
@@ -55,6 +55,8 @@ __all__ = [
     "state_dict_metadata",
     "storage_id",
     "tensor_tables",
+    "torch_functions_off",
+    "torch_functions_on",
     "tree_flatten",
     "tree_leaves",
     "tree_map_only",
@@ -254,6 +256,26 @@ def schema_of(op: Any) -> Any:
     True
     """
     return op._schema
+
+
+def torch_functions_off() -> AbstractContextManager[Any]:
+    """Functions of torch run without the modes around them: a default device is one.
+
+    >>> with torch.device("meta"), torch_functions_off():
+    ...     torch.zeros(1).device
+    device(type='cpu')
+    """
+    return torch._C.DisableTorchFunction()
+
+
+def torch_functions_on() -> AbstractContextManager[Any]:
+    """Undoes `torch_functions_off` inside of it.
+
+    >>> with torch.device("meta"), torch_functions_off(), torch_functions_on():
+    ...     torch.zeros(1).device
+    device(type='meta')
+    """
+    return torch._C._EnableTorchFunction()
 
 
 def without_module_tracker(counter: FlopCounterMode) -> FlopCounterMode:

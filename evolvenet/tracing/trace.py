@@ -8,6 +8,7 @@ are tied. `grouping` makes a `WidthGraph` of them, and `verification` freezes ev
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -23,11 +24,12 @@ import evolvenet.tracing.joining_rules  # registers its rules
 import evolvenet.tracing.loss_rules  # registers its rules
 import evolvenet.tracing.reduction_rules  # registers its rules
 import evolvenet.tracing.window_rules  # noqa: F401  registers its rules
-from evolvenet._compat.torch import in_backward, schema_of
+from evolvenet._compat.torch import in_backward, schema_of, torch_functions_off
 from evolvenet.errors import TraceError
 from evolvenet.execution.inputs import tensors_of
 from evolvenet.execution.isolation import isolated
 from evolvenet.execution.own_gradients import GradientsNeededError
+from evolvenet.execution.surroundings import autocast_devices, plain_surroundings
 from evolvenet.graph.coverage import OUTPUT
 from evolvenet.graph.naming import named_tensors
 from evolvenet.graph.width_graph import WidthGraph
@@ -45,6 +47,9 @@ ATTEMPTS = (("meta", (False, True)), (None, (False, True)), ("meta", (False,)), 
 
 def trace(model: nn.Module, example_inputs: Any) -> WidthGraph:
     """Find every width of a model and verify by trials which of them can be resized.
+
+    The graph does not depend on what surrounds the call: autocast (on only if the model does not run without it), inference
+    mode, `no_grad`, a default device, deterministic algorithms.
 
     Args:
         model: any module; it is not changed.
@@ -64,6 +69,14 @@ def trace(model: nn.Module, example_inputs: Any) -> WidthGraph:
     """
     if next(model.parameters(), None) is None:
         raise TraceError(f"Expected a model with parameters, got a {type(model).__name__} without any.")
+    if autocast_devices():
+        with suppress(TraceError), plain_surroundings():
+            return _trace(model, example_inputs)
+    with plain_surroundings(autocast=True):
+        return _trace(model, example_inputs)
+
+
+def _trace(model: nn.Module, example_inputs: Any) -> WidthGraph:
     last_error: Exception | None = None
     gradients = False
     attempts = list(ATTEMPTS)
@@ -153,7 +166,10 @@ class LabelMode(TracingMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the op, then its rule. A backward pass ties nothing that the forward pass does not, see `on_gradients`."""
-        kwargs = kwargs or {}
+        with torch_functions_off():
+            return self._run_and_label(func, types, args, kwargs or {})
+
+    def _run_and_label(self, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
         if in_backward():
             return super().__torch_dispatch__(func, types, args, kwargs)
         if torch.Tag.inplace_view in func.tags:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils.hooks import RemovableHandle
 
-from evolvenet._compat.torch import TorchDispatchMode, tree_map_only
+from evolvenet._compat.torch import TorchDispatchMode, torch_functions_on, tree_map_only
 from evolvenet.execution.isolation import op_by_op
 from evolvenet.execution.own_gradients import own_gradients
 from evolvenet.execution.step import run_model
@@ -123,12 +123,12 @@ def run_under_mode(model: nn.Module, example_inputs: Any, device: str | None, tr
     model.train(training)
     mode.names = {id(module): name for name, module in model.named_modules()}
     try:
-        with op_by_op(mode, fused=False), own_gradients(mode.on_gradients):
+        with op_by_op(mode, fused=False), own_gradients(mode.on_gradients), torch_functions_on():
             return run_model(model, inputs, device)
     except ValueError:
         if not training:
             raise
-    with op_by_op(mode, fused=False), own_gradients(mode.on_gradients):
+    with op_by_op(mode, fused=False), own_gradients(mode.on_gradients), torch_functions_on():
         return run_model(model, _doubled(inputs), device)
 
 
