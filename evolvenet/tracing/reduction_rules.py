@@ -78,7 +78,14 @@ SPATIAL = {"1d": 1, "2d": 2, "3d": 3}
 @rule("adaptive_avg_pool1d", "max_pool1d", "max_pool2d", "max_pool3d", "reflection_pad1d", "reflection_pad2d")
 @rule("reflection_pad3d", "replication_pad1d", "replication_pad2d", "replication_pad3d", "upsample_linear1d")
 @rule("upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d", "upsample_bilinear2d", "upsample_bicubic2d")
-@rule("upsample_trilinear3d", "_upsample_nearest_exact1d", "_upsample_nearest_exact2d", "_upsample_bilinear2d_aa")
+@rule(
+    "fractional_max_pool2d",
+    "fractional_max_pool3d",
+    "upsample_trilinear3d",
+    "_upsample_nearest_exact1d",
+    "_upsample_nearest_exact2d",
+    "_upsample_bilinear2d_aa",
+)
 def spatial(call: Call) -> None:
     """Units along the last one to three dimensions are frozen, the others pass."""
     source = call.args[0]

@@ -104,6 +104,17 @@ def _(net: Any, x: Tensor) -> Tensor:
     return net.b(functional.max_unpool2d(pooled, places, [2, 2]))
 
 
+@CASES.add("pooled at random places", _convs, IMAGE, sizes={"a": 6})
+def _(net: Any, x: Tensor) -> Tensor:
+    places = torch.full((2, net.a.out_channels, 2), 0.3, dtype=x.dtype, device=x.device)
+    return net.b(functional.fractional_max_pool2d(net.a(x), 2, output_size=4, _random_samples=places))
+
+
+@CASES.add("rounded as in int8", _two, ROWS, sizes={"a": 8})
+def _(net: Any, x: Tensor) -> Tensor:
+    return net.b(torch.fake_quantize_per_tensor_affine(net.a(x).float(), 0.1, 0, -128, 127).to(x.dtype))
+
+
 @CASES.add("spectrum along the steps", _two, STEPS, sizes={"a": 8})
 def _(net: Any, x: Tensor) -> Tensor:
     return net.b(torch.fft.fft(net.a(x), dim=1).real)
