@@ -9,39 +9,18 @@ fix is accepted only after its trial has passed.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from itertools import combinations
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from evolvenet.graph.coverage import OTHER_ORDER
-from evolvenet.graph.width_graph import Width
-from evolvenet.surgery.numbers import attribute_of, numbers_in
+from evolvenet.graph.width_graph import FOLLOWS, Width, WidthGraph
 from evolvenet.tracing.grouping import GroupedWidths
 from evolvenet.tracing.labels import LabelGraph
-
-PLAIN, SLICE, HEAD = "plain", "slice", "head"
-
-_SIZES = """hidden_dim hidden_size hidden_channels embed_dim embedding_dim emb_dim d_model dim dims inner_dim all_head_size
-split_size nf nx channels num_channels in_channels out_channels in_features out_features num_features features n_embd
-d_inner intermediate_size ssm_state_size time_step_rank conv_dim mlp_dim width attn_dim normalized_shape qkv_dim kdim vdim
-in_chs out_chs mid_chs expand_chs num_1x1_c latent_dim inplanes planes inner_size feature_dim n_state n_units output_size
-input_size num_hiddens shape unflattened_size"""
-_HEAD_SIZES = """head_dim attention_head_size key_value_proj_dim d_kv dim_head head_size dim_per_head d_head key_dim val_dim
-head_width"""
-_HEAD_COUNTS = "num_heads n_heads num_attention_heads nhead heads n_head num_key_value_heads"
-ATTRIBUTE_NAMES: Mapping[str, frozenset[str]] = {
-    PLAIN: frozenset(_SIZES.split()),
-    SLICE: frozenset(_SIZES.split() + _HEAD_SIZES.split()),
-    HEAD: frozenset(_SIZES.split() + _HEAD_COUNTS.split()),
-}
-"""Attribute names that hold the size of a width, by the kind of fix: those are tried first, then those of any name."""
-ANY_SIZE = frozenset().union(*ATTRIBUTE_NAMES.values())
-SHAPES = frozenset({"shape", "unflattened_size"})
-"""Those of which the first number is the size and the others are places: channels × rows × columns."""
+from evolvenet.tracing.numbers_of_widths import HEAD, PLAIN, SLICE
 
 
 @dataclass(frozen=True)
@@ -121,6 +100,29 @@ def shuffled_grids(built: GroupedWidths, label_graph: LabelGraph) -> dict[str, s
     return {grid.width.name: frozen[grid.width.name] for grid in _grids(built, label_graph, stuck)}
 
 
+def shared_by_heads(graph: WidthGraph) -> frozenset[str]:
+    """Tensors that tie all heads of frozen widths to each other: frequencies of rotary embeddings, norms of queries.
+
+    They follow a width whose producers have more places than they have, on a module of their own. If they stay as they are,
+    whole heads may go. Heads of queries go with the key and value head that they share.
+    """
+    found: set[str] = set()
+    for width in graph.widths.values():
+        if width.frozen is None or not width.frozen.startswith("a trial"):
+            continue
+        totals: dict[tuple[str, int], int] = defaultdict(int)
+        for tie in width.ties:
+            totals[tie.tensor, tie.dim] += tie.repeat * width.size
+        most = max((totals[tie.tensor, tie.dim] for tie in width.producers), default=0)
+        own = {tie.module for tie in (*width.producers, *width.consumers)}
+        found |= {
+            tie.tensor
+            for tie in width.ties
+            if tie.role == FOLLOWS and tie.module not in own and totals[tie.tensor, tie.dim] < most
+        }
+    return frozenset(found)
+
+
 def slices(built: GroupedWidths, label_graph: LabelGraph, failed: Sequence[str]) -> list[CandidateFix]:
     """Tie the units of one place in all heads."""
     return [
@@ -135,7 +137,10 @@ def slices_of_one_module(built: GroupedWidths, label_graph: LabelGraph, failed: 
 
 
 def heads_of_one_module(built: GroupedWidths, label_graph: LabelGraph, failed: Sequence[str]) -> list[CandidateFix]:
-    """Tie the units of one head of queries, keys and values, which have the same number of heads."""
+    """Tie the units of one head of queries, keys and values, which have the same number of heads.
+
+    Heads of queries that share a key and value head are tied to it already, as they are multiplied with its keys.
+    """
     return _by_module(built, label_graph, failed, HEAD)
 
 
@@ -170,141 +175,6 @@ FIX_STRATEGIES: tuple[FixStrategy, ...] = (
 to have their size, and trying that first saves many trials; of the others the finest come first."""
 
 
-def attributes_to_update(
-    model: nn.Module, width: Width, kind: str, keys: frozenset[str] | None = None
-) -> tuple[tuple[str, str], ...]:
-    """(module path, name) of the numbers that may hold a width's size, see `evolvenet.surgery.numbers`.
-
-    They have a value of which it is a part: the number of units, or of places on an axis, or up to four times that. They
-    lie on modules with tensors of the width, on those above, or on modules without tensors beside these.
-
-    Args:
-        model: the model.
-        width: the width.
-        kind: "plain", "slice" or "head": whose attributes of `ATTRIBUTE_NAMES` are taken.
-        keys: take the numbers of these keys instead (see `number_key`), whatever they are called.
-    """
-    totals: dict[tuple[str, int], int] = defaultdict(int)
-    for tie in width.ties:
-        totals[tie.tensor, tie.dim] += tie.repeat * width.size
-    values = {width.size} | {total * k for total in totals.values() for k in (1, 2, 3, 4)}
-    found: list[tuple[str, str]] = []
-    for path in _paths(model, width):
-        module = model.get_submodule(path)
-        others = _other_lengths(model, path, totals) if keys is None else set()
-        for name, value in numbers_in(module):
-            chosen = (
-                name_of_size(module, name) in ATTRIBUTE_NAMES[kind]
-                if keys is None
-                else number_key(module, name) in keys
-            )
-            if chosen and value > 1 and value in values - others:
-                found.append((path, name))
-    return tuple(found)
-
-
-def possible_keys(model: nn.Module, width: Width) -> list[str]:
-    """Keys of all numbers that may hold a width's size, whatever they are called; those with a name of a size come first.
-
-    The numbers of torch's layers with weights (`kernel_size`, `in_features`) are left out: which of them change is known.
-    """
-    everything = frozenset(
-        number_key(module, name)
-        for path in _paths(model, width)
-        if not is_known(module := model.get_submodule(path))
-        for name, _ in numbers_in(module)
-    )
-    found: dict[str, bool] = {}
-    for path, name in attributes_to_update(model, width, PLAIN, everything):
-        module = model.get_submodule(path)
-        if not is_known(module):
-            found[number_key(module, name)] = name_of_size(module, name) not in ANY_SIZE
-    return sorted(found, key=lambda key: found[key])
-
-
-def fewest_passing(keys: Sequence[str], passes: Callable[[frozenset[str]], bool]) -> frozenset[str] | None:
-    """A smallest set of numbers with which a width passes its trials, None if none is found.
-
-    All are tried at once, then each alone, each pair, and all but one. None of those that are left can be left out.
-
-    >>> fewest_passing(["c", "splits[0]", "num_steps"], lambda keys: "c" in keys and "num_steps" not in keys)
-    frozenset({'c'})
-    """
-    everything = frozenset(keys)
-    small = [frozenset(chosen) for size in (1, 2) for chosen in combinations(keys, size)]
-    fewer = [everything - {key} for key in keys]
-    found = next((chosen for chosen in dict.fromkeys([everything, *small, *fewer]) if chosen and passes(chosen)), None)
-    for key in keys if found is not None and len(found) > 1 else ():
-        if found is not None and key in found and len(found) > 1 and passes(found - {key}):
-            found -= {key}
-    return found
-
-
-def number_key(module: nn.Module, name: str) -> str:
-    """What the same number has in common in all modules of a type.
-
-    >>> number_key(nn.LayerNorm(8), "normalized_shape[0]")
-    'LayerNorm.normalized_shape[0]'
-    """
-    return f"{type(module).__qualname__}.{name}"
-
-
-def name_of_size(module: nn.Module, name: str) -> str:
-    """The attribute of which a number is the size, "" if it is not: `8` or the 8 in `(8, 1, 1)`, of a shape in `(8, 4, 4)`.
-
-    >>> norm = nn.LayerNorm((8, 4))
-    >>> name_of_size(norm, "normalized_shape[0]"), name_of_size(norm, "normalized_shape[1]"), name_of_size(norm, "eps")
-    ('', '', 'eps')
-    """
-    attribute = attribute_of(name)
-    if name == attribute:
-        return name
-    value = getattr(module, attribute)
-    if not isinstance(value, tuple):
-        return ""
-    longer = [place for place, entry in enumerate(value) if entry != 1]
-    single = len(longer) == 1 or attribute in SHAPES
-    return attribute if single and name == f"{attribute}[{longer[0]}]" else ""
-
-
-def is_known(module: nn.Module) -> bool:
-    """Whether a module is a layer of torch with weights: which of its numbers change is known by its type."""
-    return type(module).__module__.startswith("torch.nn.") and _holds_tensors(module)
-
-
-def _holds_tensors(module: nn.Module) -> bool:
-    return next(module.parameters(), None) is not None or next(module.buffers(), None) is not None
-
-
-def _paths(model: nn.Module, width: Width) -> list[str]:
-    """Modules with tensors of a width, those above, and those without tensors beside them, with all that they hold."""
-    above = dict.fromkeys(path for tie in width.ties for path in _ancestors(tie.module))
-    beside = [
-        ".".join(filter(None, (path, name, below)))
-        for path in above
-        for name, child in model.get_submodule(path).named_children()
-        if not _holds_tensors(child)
-        for below, _ in child.named_modules()
-    ]
-    return [*above, *sorted(beside)]
-
-
-def _other_lengths(model: nn.Module, path: str, totals: Mapping[tuple[str, int], int]) -> set[int]:
-    """Lengths of a module's axes that the width does not fill, except those of axes that it does fill."""
-    filled, other = set(), set()
-    for name, tensor in model.get_submodule(path).named_parameters(path, recurse=False):
-        for dim, length in enumerate(tensor.shape):
-            (filled if totals.get((name, dim)) == length else other).add(length)
-    return other - filled
-
-
-def _ancestors(path: str) -> Iterator[str]:
-    while path:
-        yield path
-        path = path.rpartition(".")[0]
-    yield ""
-
-
 def _grids(built: GroupedWidths, label_graph: LabelGraph, failed: Sequence[str]) -> list[Grid]:
     """The grids of the failing widths that the model's code has laid out as one, with each unit once."""
     by_first: dict[int, list[Tensor]] = defaultdict(list)
@@ -325,21 +195,30 @@ def _by_module(built: GroupedWidths, label_graph: LabelGraph, failed: Sequence[s
     by_module: dict[tuple[str, int], list[Grid]] = defaultdict(list)
     for grid in _grids(built, label_graph, failed):
         by_module[_enclosing_module(grid.width), len(grid.ids)].append(grid)
+    gridded = {grid.width.name for grids in by_module.values() for grid in grids}
+    others = [built.graph.widths[name] for name in failed if name not in gridded]
     found = []
-    for (_, rows), grids in by_module.items():
+    for (module, rows), grids in by_module.items():
         views = [grid.ids.T if kind == HEAD else grid.ids for grid in grids]
         if len({view.shape[1] for view in views}) > 1:
             continue
-        edges = _tie_all([_tie_columns(view) for view in views], [view[0] for view in views])
-        key = (rows, tuple(structure(grid.width) for grid in grids))
-        found.append(CandidateFix(tuple(grid.anchor for grid in grids), kind, edges, key))
+        # Widths whose units are whole heads by now: rotary embeddings have tied the places of each.
+        whole = [w for w in others if kind == HEAD and w.size == rows and _enclosing_module(w) == module]
+        firsts = [*(view[0] for view in views), *(_ids(built, width.name) for width in whole)]
+        edges = _tie_all([_tie_columns(view) for view in views], firsts)
+        key = (rows, tuple(structure(width) for width in (*(grid.width for grid in grids), *whole)))
+        anchors = (*(grid.anchor for grid in grids), *(built.anchors[width.name] for width in whole))
+        found.append(CandidateFix(anchors, kind, edges, key))
     return found
 
 
 def _enclosing_module(width: Width) -> str:
     """Path of the module that holds a width's projections: its first producer if it is a fused one, else the parent."""
     first = (width.producers or width.ties)[0].module
-    return first if any(tie.module == first and tie.start for tie in width.ties) else first.rpartition(".")[0]
+    # In another order, units may stand after others in a weight that is no fused one.
+    in_order = width.frozen is None or not width.frozen.startswith(OTHER_ORDER)
+    fused = in_order and any(tie.module == first and tie.start for tie in width.ties)
+    return first if fused else first.rpartition(".")[0]
 
 
 def _tie_columns(ids: Tensor) -> tuple[Tensor, Tensor]:

@@ -178,6 +178,13 @@ class LabelGraph:
         one, two = torch.broadcast_tensors(layer, placeholders)
         self.placeholder_ties.append((one.reshape(-1), two.reshape(-1)))
 
+    def tie_rows(self, layer: Tensor, dims: set[int]) -> None:
+        """Tie the units of a grid that differ along `dims` alone."""
+        first = layer
+        for dim in dims:
+            first = first.narrow(dim, 0, 1)
+        self.union(layer, first)
+
     def is_placeholder(self, layer: Tensor) -> bool:
         """Whether a layer holds placeholders."""
         return bool(self.placeholder_ids) and int(layer.reshape(-1)[0]) in self.placeholder_ids

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from evolvenet.tracing.labels import LabelGraph, compress, varying
+from evolvenet.tracing.labels import CONSTANT, Label, LabelGraph, align, compress, is_constant, varying
 from evolvenet.tracing.partitions import partners
 
 
@@ -56,3 +56,37 @@ def known(one: Tensor, two: Tensor) -> Tensor:
     """
     places = one < -1
     return compress(torch.where(places, two, one)) if bool(places.any()) else one
+
+
+def freeze_met_by_data(
+    label_graph: LabelGraph, location: str, tensors: Sequence[Tensor], labels: Sequence[Label], dims: int
+) -> set[int]:
+    """Freeze units that are combined with data along their axes; returns those axes.
+
+    Of heads × places, data along the places (rotary embeddings) keeps the number of places: whole heads can still go, so the
+    units of each head are tied.
+    """
+    fixed: set[int] = set()
+    for label in labels:
+        for layer in label.layers:
+            if is_constant(layer):
+                continue
+            aligned = align(layer, dims)
+            axes = set(varying(aligned))
+            for tensor, other in zip(tensors, labels, strict=True):
+                sizes = (1,) * (dims - tensor.dim()) + unexpanded_sizes(tensor)
+                known = {axis for each in other.layers for axis in varying(align(each, dims))}
+                met = {axis for axis in axes if sizes[axis] > 1}
+                if other.kind == CONSTANT or known & axes or not met:
+                    continue
+                if met < axes and bool((layer >= 0).all()):
+                    label_graph.tie_rows(aligned, met)
+                else:
+                    label_graph.freeze(layer, f"{location} combines it with data that has a fixed size")
+                    fixed |= axes
+    return fixed
+
+
+def unexpanded_sizes(tensor: Tensor) -> tuple[int, ...]:
+    """The shape, with 1 along dimensions that `expand` has repeated: whether that size changes with a width, trials find."""
+    return tuple(size if stride else 1 for size, stride in zip(tensor.shape, tensor.stride(), strict=True))

@@ -29,7 +29,7 @@ from evolvenet.tracing.labels import (
     useful,
     varying,
 )
-from evolvenet.tracing.merging import merge
+from evolvenet.tracing.merging import freeze_met_by_data, merge, unexpanded_sizes
 from evolvenet.tracing.part_writes import data_in_base, in_base, places_of_view
 
 
@@ -293,7 +293,7 @@ def tie_elements(call: Call, tensors: Sequence[Tensor], labels: Sequence[Label])
         labels: of these tensors, without layers that do not pass.
     """
     dims = max(tensor.dim() for tensor in tensors)
-    fixed = _freeze_met_by_data(call, tensors, labels, dims)
+    fixed = freeze_met_by_data(call.label_graph, call.location, tensors, labels, dims)
     origin = _origin_after(tensors, labels, call)
     # Of equal layers the last one is kept: it should be the origin's, whose ids identify its axes.
     order = sorted(labels, key=lambda label: label.origin is not None and label.origin == origin)
@@ -350,7 +350,7 @@ def constant_axes(tensors: Sequence[Tensor], labels: Sequence[Label], taken: set
     if all(label.kind == CONSTANT for label in labels):
         return []  # The whole result is a constant.
     dims = max(tensor.dim() for tensor in tensors)
-    sizes = [(1,) * (dims - tensor.dim()) + _unexpanded_sizes(tensor) for tensor in tensors]
+    sizes = [(1,) * (dims - tensor.dim()) + unexpanded_sizes(tensor) for tensor in tensors]
     layers = []
     for axis in range(dims):
         size = max(tensor.shape[axis - dims] if tensor.dim() >= dims - axis else 1 for tensor in tensors)
@@ -376,25 +376,3 @@ def _origin_after(tensors: Sequence[Tensor], labels: Sequence[Label], call: Call
         return None
     whole = [origin for tensor, origin in met if tensor.shape == call.outputs[0].shape]
     return next((origin for origin in whole if origin in call.label_graph.trainable), whole[0] if whole else None)
-
-
-def _freeze_met_by_data(call: Call, tensors: Sequence[Tensor], labels: Sequence[Label], dims: int) -> set[int]:
-    """Freeze units that are combined with data along their axes; returns those axes."""
-    fixed: set[int] = set()
-    for label in labels:
-        for layer in label.layers:
-            if is_constant(layer):
-                continue
-            axes = set(varying(align(layer, dims)))
-            for tensor, other in zip(tensors, labels, strict=True):
-                sizes = (1,) * (dims - tensor.dim()) + _unexpanded_sizes(tensor)
-                known = {axis for each in other.layers for axis in varying(align(each, dims))}
-                if other.kind != CONSTANT and not known & axes and any(sizes[axis] > 1 for axis in axes):
-                    call.label_graph.freeze(layer, f"{call.location} combines it with data that has a fixed size")
-                    fixed |= axes
-    return fixed
-
-
-def _unexpanded_sizes(tensor: Tensor) -> tuple[int, ...]:
-    """The shape, with 1 along dimensions that `expand` has repeated: whether that size changes with a width, trials find."""
-    return tuple(size if stride else 1 for size, stride in zip(tensor.shape, tensor.stride(), strict=True))

@@ -7,7 +7,7 @@ are tied. `grouping` makes a `WidthGraph` of them, and `verification` freezes ev
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -34,6 +34,7 @@ from evolvenet.graph.coverage import OUTPUT
 from evolvenet.graph.naming import named_tensors
 from evolvenet.graph.width_graph import WidthGraph
 from evolvenet.tracing.addends import record_addends, record_masks
+from evolvenet.tracing.coupled_dims import shared_by_heads
 from evolvenet.tracing.factorized import with_ranks
 from evolvenet.tracing.labels import DATA, LABELLED, Label, LabelGraph, varying
 from evolvenet.tracing.merging import merge
@@ -96,35 +97,64 @@ def _trace(model: nn.Module, example_inputs: Any) -> WidthGraph:
         except Exception as error:  # noqa: BLE001  the model's own code may raise anything
             last_error = error
             continue
-        runs = [
-            Rerun(
-                partial(run_for_labels, example_inputs=example_inputs, device=device, modes=each),
-                partial(run_for_shapes, example_inputs=example_inputs, device=device, modes=each),
-            )
-            for each in dict.fromkeys((_needed_modes(label_graph), modes))
-        ]
-        return with_ranks(model, verify(model, label_graph, device, runs))
+        run = partial(run_for_labels, example_inputs=example_inputs, device=device)
+        shapes = partial(run_for_shapes, example_inputs=example_inputs, device=device)
+        return with_ranks(model, _verified(model, label_graph, device, modes, run, shapes))
     raise TraceError(
         f"The model does not run on the example inputs: {type(last_error).__name__}: {last_error}. Give example_inputs "
         "exactly as the model is called: a tensor, a tuple of arguments, or a dict of keyword arguments."
     ) from last_error
 
 
+def _verified(
+    model: nn.Module,
+    label_graph: LabelGraph,
+    device: str | None,
+    modes: Sequence[bool],
+    run: Callable[..., LabelGraph],
+    shapes: Callable[..., list[tuple[int, ...]]],
+) -> WidthGraph:
+    """The verified graph; with tensors that all heads share kept as they are, if more of the model can be resized then."""
+
+    def verified(labels: LabelGraph, given: frozenset[str]) -> WidthGraph:
+        runs = [
+            Rerun(partial(run, modes=each, given=given), partial(shapes, modes=each))
+            for each in dict.fromkeys((_needed_modes(labels), modes))
+        ]
+        return verify(model, labels, device, runs)
+
+    graph = verified(label_graph, frozenset())
+    given = shared_by_heads(graph)
+    if not given:
+        return graph
+    with isolated(model, shadows=True, device=device, gradients=label_graph.differentiates):
+        other = run(model, modes=modes, given=given)
+        other.differentiates = label_graph.differentiates
+    return max(graph, verified(other, given), key=lambda each: sum(width.parameters for width in each.resizable))
+
+
 def run_for_labels(
-    model: nn.Module, example_inputs: Any, device: str | None, modes: Sequence[bool] = (False, True)
+    model: nn.Module,
+    example_inputs: Any,
+    device: str | None,
+    modes: Sequence[bool] = (False, True),
+    given: frozenset[str] = frozenset(),
 ) -> LabelGraph:
     """The ties of all units in a run of a (shadowed) model in each mode: eval (False), train (True).
 
-    Train mode is included because auxiliary heads run in it only.
+    Train mode is included because auxiliary heads run in it only. Tensors in `given` count as data of a fixed size.
     """
     tensors, _, trainable = named_tensors(model)
     label_graph = LabelGraph(trainable=trainable)
     layers_of = {name: label_graph.add_tensor(name, tensor.shape) for name, tensor in tensors.items()}
+    for layer in (layer for name in given for layer in layers_of[name]):
+        label_graph.freeze(layer, "is shared by all heads, of which each can go as a whole")
     for training in modes:
         mode = LabelMode(label_graph)
         used = len(label_graph.first_use)
         for name, tensor in tensors.items():
-            mode.set_label(tensor, Label(layers_of[name], LABELLED if layers_of[name] else DATA, name))
+            layers = () if name in given else layers_of[name]
+            mode.set_label(tensor, Label(layers, LABELLED if layers else DATA, None if name in given else name))
         result = run_under_mode(model, example_inputs, device, training, mode)
         for leaf in tensors_of(result):
             if training == modes[0]:

@@ -23,20 +23,22 @@ from evolvenet.graph.width_graph import Width, WidthGraph, Widths
 from evolvenet.surgery.resize_model import compile_surgery, install
 from evolvenet.tracing.coupled_dims import (
     FIX_STRATEGIES,
-    HEAD,
-    SLICE,
     CandidateFix,
-    attributes_to_update,
-    fewest_passing,
-    is_known,
-    number_key,
     pieces_of_one_split,
-    possible_keys,
     shuffled_grids,
     structure,
 )
 from evolvenet.tracing.grouping import GroupedWidths, build_graph
 from evolvenet.tracing.labels import LabelGraph
+from evolvenet.tracing.numbers_of_widths import (
+    HEAD,
+    SLICE,
+    attributes_to_update,
+    fewest_passing,
+    is_known,
+    number_key,
+    possible_keys,
+)
 from evolvenet.tracing.predicted_ties import difference
 
 Item = TypeVar("Item")

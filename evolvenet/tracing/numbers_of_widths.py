@@ -1,0 +1,172 @@
+"""Which numbers in a model's own code may hold the size of a width.
+
+Code such as `x.view(b, t, self.num_heads, self.head_dim)` has sizes in Python numbers, which have no labels. Names of sizes are
+tried first, then any number of the right value; trials decide, and none is changed that they do not need.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import combinations
+
+from torch import nn
+
+from evolvenet.graph.width_graph import Width
+from evolvenet.surgery.numbers import attribute_of, numbers_in
+
+PLAIN, SLICE, HEAD = "plain", "slice", "head"
+"""Kinds of fixes: units as they are, those of one place in all heads tied, those of one head tied."""
+
+_SIZES = """hidden_dim hidden_size hidden_channels embed_dim embedding_dim emb_dim d_model dim dims inner_dim all_head_size
+split_size nf nx channels num_channels in_channels out_channels in_features out_features num_features features n_embd
+d_inner intermediate_size ssm_state_size time_step_rank conv_dim mlp_dim width attn_dim normalized_shape qkv_dim kdim vdim
+in_chs out_chs mid_chs expand_chs num_1x1_c latent_dim inplanes planes inner_size feature_dim n_state n_units output_size
+input_size num_hiddens shape unflattened_size"""
+_HEAD_SIZES = """head_dim attention_head_size key_value_proj_dim d_kv dim_head head_size dim_per_head d_head key_dim val_dim
+head_width"""
+_HEAD_COUNTS = "num_heads n_heads num_attention_heads nhead heads n_head num_key_value_heads"
+ATTRIBUTE_NAMES: Mapping[str, frozenset[str]] = {
+    PLAIN: frozenset(_SIZES.split()),
+    SLICE: frozenset(_SIZES.split() + _HEAD_SIZES.split()),
+    HEAD: frozenset(_SIZES.split() + _HEAD_COUNTS.split()),
+}
+"""Attribute names that hold the size of a width, by the kind of fix: those are tried first, then those of any name."""
+ANY_SIZE = frozenset().union(*ATTRIBUTE_NAMES.values())
+SHAPES = frozenset({"shape", "unflattened_size"})
+"""Those of which the first number is the size and the others are places: channels × rows × columns."""
+
+
+def attributes_to_update(
+    model: nn.Module, width: Width, kind: str, keys: frozenset[str] | None = None
+) -> tuple[tuple[str, str], ...]:
+    """(module path, name) of the numbers that may hold a width's size, see `evolvenet.surgery.numbers`.
+
+    They have a value of which it is a part: the number of units, or of places on an axis, or up to four times that. They
+    lie on modules with tensors of the width, on those above, or on modules without tensors beside these.
+
+    Args:
+        model: the model.
+        width: the width.
+        kind: "plain", "slice" or "head": whose attributes of `ATTRIBUTE_NAMES` are taken.
+        keys: take the numbers of these keys instead (see `number_key`), whatever they are called.
+    """
+    totals: dict[tuple[str, int], int] = defaultdict(int)
+    for tie in width.ties:
+        totals[tie.tensor, tie.dim] += tie.repeat * width.size
+    values = {width.size} | {total * k for total in totals.values() for k in (1, 2, 3, 4)}
+    found: list[tuple[str, str]] = []
+    for path in _paths(model, width):
+        module = model.get_submodule(path)
+        others = _other_lengths(model, path, totals) if keys is None else set()
+        for name, value in numbers_in(module):
+            chosen = (
+                name_of_size(module, name) in ATTRIBUTE_NAMES[kind]
+                if keys is None
+                else number_key(module, name) in keys
+            )
+            if chosen and value > 1 and value in values - others:
+                found.append((path, name))
+    return tuple(found)
+
+
+def possible_keys(model: nn.Module, width: Width) -> list[str]:
+    """Keys of all numbers that may hold a width's size, whatever they are called; those with a name of a size come first.
+
+    The numbers of torch's layers with weights (`kernel_size`, `in_features`) are left out: which of them change is known.
+    """
+    everything = frozenset(
+        number_key(module, name)
+        for path in _paths(model, width)
+        if not is_known(module := model.get_submodule(path))
+        for name, _ in numbers_in(module)
+    )
+    found: dict[str, bool] = {}
+    for path, name in attributes_to_update(model, width, PLAIN, everything):
+        module = model.get_submodule(path)
+        if not is_known(module):
+            found[number_key(module, name)] = name_of_size(module, name) not in ANY_SIZE
+    return sorted(found, key=lambda key: found[key])
+
+
+def fewest_passing(keys: Sequence[str], passes: Callable[[frozenset[str]], bool]) -> frozenset[str] | None:
+    """A smallest set of numbers with which a width passes its trials, None if none is found.
+
+    All are tried at once, then each alone, each pair, and all but one. None of those that are left can be left out.
+
+    >>> fewest_passing(["c", "splits[0]", "num_steps"], lambda keys: "c" in keys and "num_steps" not in keys)
+    frozenset({'c'})
+    """
+    everything = frozenset(keys)
+    small = [frozenset(chosen) for size in (1, 2) for chosen in combinations(keys, size)]
+    fewer = [everything - {key} for key in keys]
+    found = next((chosen for chosen in dict.fromkeys([everything, *small, *fewer]) if chosen and passes(chosen)), None)
+    for key in keys if found is not None and len(found) > 1 else ():
+        if found is not None and key in found and len(found) > 1 and passes(found - {key}):
+            found -= {key}
+    return found
+
+
+def number_key(module: nn.Module, name: str) -> str:
+    """What the same number has in common in all modules of a type.
+
+    >>> number_key(nn.LayerNorm(8), "normalized_shape[0]")
+    'LayerNorm.normalized_shape[0]'
+    """
+    return f"{type(module).__qualname__}.{name}"
+
+
+def name_of_size(module: nn.Module, name: str) -> str:
+    """The attribute of which a number is the size, "" if it is not: `8` or the 8 in `(8, 1, 1)`, of a shape in `(8, 4, 4)`.
+
+    >>> norm = nn.LayerNorm((8, 4))
+    >>> name_of_size(norm, "normalized_shape[0]"), name_of_size(norm, "normalized_shape[1]"), name_of_size(norm, "eps")
+    ('', '', 'eps')
+    """
+    attribute = attribute_of(name)
+    if name == attribute:
+        return name
+    value = getattr(module, attribute)
+    if not isinstance(value, tuple):
+        return ""
+    longer = [place for place, entry in enumerate(value) if entry != 1]
+    single = len(longer) == 1 or attribute in SHAPES
+    return attribute if single and name == f"{attribute}[{longer[0]}]" else ""
+
+
+def is_known(module: nn.Module) -> bool:
+    """Whether a module is a layer of torch with weights: which of its numbers change is known by its type."""
+    return type(module).__module__.startswith("torch.nn.") and _holds_tensors(module)
+
+
+def _holds_tensors(module: nn.Module) -> bool:
+    return next(module.parameters(), None) is not None or next(module.buffers(), None) is not None
+
+
+def _paths(model: nn.Module, width: Width) -> list[str]:
+    """Modules with tensors of a width, those above, and those without tensors beside them, with all that they hold."""
+    above = dict.fromkeys(path for tie in width.ties for path in _ancestors(tie.module))
+    beside = [
+        ".".join(filter(None, (path, name, below)))
+        for path in above
+        for name, child in model.get_submodule(path).named_children()
+        if not _holds_tensors(child)
+        for below, _ in child.named_modules()
+    ]
+    return [*above, *sorted(beside)]
+
+
+def _other_lengths(model: nn.Module, path: str, totals: Mapping[tuple[str, int], int]) -> set[int]:
+    """Lengths of a module's axes that the width does not fill, except those of axes that it does fill."""
+    filled, other = set(), set()
+    for name, tensor in model.get_submodule(path).named_parameters(path, recurse=False):
+        for dim, length in enumerate(tensor.shape):
+            (filled if totals.get((name, dim)) == length else other).add(length)
+    return other - filled
+
+
+def _ancestors(path: str) -> Iterator[str]:
+    while path:
+        yield path
+        path = path.rpartition(".")[0]
+    yield ""

@@ -1,0 +1,85 @@
+"""Attention in which heads share keys and values, or positions tie all heads: whole groups of heads go."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+import evolvenet
+from evolvenet.graph.index_map import IndexMap
+from evolvenet.tracing.trace import trace
+from tests.helpers.cases import distance, outputs
+from tests.helpers.networks.grouped_attention import PLACES, REPEAT, TURN, GroupedAttention
+from tests.helpers.tracing import shuffle_and_widen
+
+X = torch.randn(2, 6, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+WAYS = [
+    *((4, 2, repeat, turn, False) for repeat, turn in itertools.product([*REPEAT, "enable_gqa"], TURN)),
+    (6, 3, "expand", "half", True),
+    (4, 4, "expand", "half", True),
+    (4, 4, "expand", "pairs", False),
+    (8, 2, "repeat_interleave", "none", True),
+]
+
+
+@pytest.mark.parametrize("way", WAYS, ids=str)
+def test_a_unit_is_a_head_of_keys_and_values_with_its_queries(way: tuple[int, int, str, str, bool]) -> None:
+    heads, groups = way[:2]
+    torch.manual_seed(0)
+    model = GroupedAttention(*way).double()
+    graph = trace(model, X)
+    assert graph.sizes == {"first": 12, "q": groups}
+    places = {tie.tensor: tie.repeat for tie in graph.widths["q"].ties if tie.tensor.endswith("weight")}
+    share = heads // groups * PLACES
+    assert places == {"q.weight": share, "k.weight": PLACES, "v.weight": PLACES, "o.weight": share}
+    shuffle_and_widen(model, graph, X)
+
+
+def test_the_group_that_goes_is_that_of_the_chosen_head() -> None:
+    """The same as zeros in the columns that consume the group."""
+    torch.manual_seed(0)
+    model = GroupedAttention(6, 3).double()
+    graph = trace(model, X)
+    whole = outputs(model, X)
+    weight = model.o.weight.detach().clone()
+    with torch.no_grad():
+        model.o.weight[:, 2 * PLACES : 4 * PLACES] = 0
+    expected = outputs(model, X)
+    assert distance(expected, whole) > 1e-3
+    with torch.no_grad():
+        model.o.weight.copy_(weight)
+    evolvenet.resize(model, graph, {"q": IndexMap.keep([0, 2], 3)})
+    assert model.q.weight.shape == (4 * PLACES, 12)
+    assert distance(outputs(model, X), expected) < 1e-12
+
+
+def test_what_all_heads_share_keeps_its_size() -> None:
+    graph = trace(GroupedAttention(norm=True).double(), X)
+    assert graph.shapes["norm_q.weight"] == (PLACES,)
+    assert "shared by all heads" in (graph.widths["norm_q.weight[0]"].frozen or "")
+
+
+SIZES = {"vocab_size": 40, "hidden_size": 32, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4}
+MODELS = {"llama": (LlamaForCausalLM, LlamaConfig), "qwen3": (Qwen3ForCausalLM, Qwen3Config)}
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_each_layer_of_a_language_model_loses_groups_of_its_own(kind: str) -> None:
+    make, config = MODELS[kind]
+    torch.manual_seed(0)
+    model: nn.Module = make(config(**SIZES, num_key_value_heads=2, head_dim=8, use_cache=False)).double()
+    inputs = {"input_ids": torch.randint(0, 40, (2, 6), generator=torch.Generator().manual_seed(0))}
+    graph = trace(model, inputs)
+    heads = {name: size for name, size in graph.sizes.items() if name.endswith("q_proj")}
+    assert heads == {f"model.layers.{layer}.self_attn.q_proj": 2 for layer in range(2)}
+    expected = outputs(model, inputs)
+    first, second = heads
+    graph = evolvenet.resize(model, graph, {first: IndexMap.of([1, 0, -1], 2)})
+    assert distance(outputs(model, inputs), expected) < 1e-9
+    evolvenet.resize(model, graph, {first: IndexMap.keep([0], 3), second: IndexMap.keep([1], 2)})
+    assert outputs(model, inputs)[0].shape == expected[0].shape
+    assert model.get_parameter("model.layers.0.self_attn.k_proj.weight").shape == (8, 32)
