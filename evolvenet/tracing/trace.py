@@ -38,6 +38,7 @@ from evolvenet.tracing.coupled_dims import shared_by_heads
 from evolvenet.tracing.factorized import with_ranks
 from evolvenet.tracing.labels import DATA, LABELLED, Label, LabelGraph, varying
 from evolvenet.tracing.merging import merge
+from evolvenet.tracing.numeric_proof import compare_numbers
 from evolvenet.tracing.rules import Call, apply_rule
 from evolvenet.tracing.tracing_mode import TracingMode, run_under_mode
 from evolvenet.tracing.verification import Rerun, verify
@@ -99,7 +100,9 @@ def _trace(model: nn.Module, example_inputs: Any) -> WidthGraph:
             continue
         run = partial(run_for_labels, example_inputs=example_inputs, device=device)
         shapes = partial(run_for_shapes, example_inputs=example_inputs, device=device)
-        return with_ranks(model, _verified(model, label_graph, device, modes, run, shapes))
+        graph = _verified(model, label_graph, device, modes, run, shapes)
+        graph = compare_numbers(model, example_inputs, graph, _needed_modes(label_graph), gradients)
+        return with_ranks(model, graph)
     raise TraceError(
         f"The model does not run on the example inputs: {type(last_error).__name__}: {last_error}. Give example_inputs "
         "exactly as the model is called: a tensor, a tuple of arguments, or a dict of keyword arguments."

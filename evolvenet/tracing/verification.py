@@ -1,6 +1,6 @@
 """Verification of a traced graph: every width is resized in trials on shadows of the model, and frozen if one fails.
 
-A trial shrinks some widths by one unit, grows others by one and runs the model again. It fails if the model raises, if an
+A trial shrinks some widths by one unit, grows others by a few and runs the model again. It fails if the model raises, if an
 output has another shape than before, or if units are tied in another way than the graph predicts: a slice at a
 hard-coded index may change which units it selects without changing a shape. For widths that fail, the candidate fixes
 of `coupled_dims` are tried in turn; widths that none of them fixes are frozen, with the failure as reason.
@@ -9,11 +9,9 @@ of `coupled_dims` are tried in turn; widths that none of them fixes are frozen, 
 from __future__ import annotations
 
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import product
-from pathlib import Path
-from typing import TypeVar
 
 from torch import Tensor, nn
 
@@ -21,6 +19,7 @@ from evolvenet.execution.isolation import isolated
 from evolvenet.graph.index_map import IndexMap
 from evolvenet.graph.width_graph import Width, WidthGraph, Widths
 from evolvenet.surgery.resize_model import compile_surgery, install
+from evolvenet.tracing.bisection import Item, bisect, classes_of
 from evolvenet.tracing.coupled_dims import (
     FIX_STRATEGIES,
     CandidateFix,
@@ -40,12 +39,10 @@ from evolvenet.tracing.numbers_of_widths import (
     possible_keys,
 )
 from evolvenet.tracing.predicted_ties import difference
+from evolvenet.tracing.reasons import first_line, frozen_for, source_line
 
-Item = TypeVar("Item")
 MOST_NUMBERS = 8
 """So many numbers of other names than those of sizes are tried for a width, in up to 46 trials of which most fail early."""
-PACKAGE = Path(__file__).parents[1]
-"""The folder of EvolveNet's own code."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +79,7 @@ def verify(model: nn.Module, label_graph: LabelGraph, device: str | None, runs: 
             break
     if len(runs) > 1:
         return verify(model, label_graph, device, runs[-1:])
-    return _frozen(built.graph, verification.failures(built, names))
+    return frozen_for(built.graph, verification.failures(built, names))
 
 
 def _with_fixes(verification: Verification) -> tuple[GroupedWidths, bool, bool]:
@@ -116,16 +113,8 @@ def _with_fixes(verification: Verification) -> tuple[GroupedWidths, bool, bool]:
     if accepted:
         names = [width.name for width in built.graph.resizable if built.anchors[width.name] not in reasons]
         built, passed = verification.needed(accepted, names)
-    graph = _frozen(built.graph, {name: reasons[a] for name, a in built.anchors.items() if a in reasons})
+    graph = frozen_for(built.graph, {name: reasons[a] for name, a in built.anchors.items() if a in reasons})
     return replace(built, graph=graph), passed, bool(failed)
-
-
-def _frozen(graph: WidthGraph, reasons: Mapping[str, str]) -> WidthGraph:
-    widths = {
-        name: replace(width, frozen=reasons[name], patches=()) if name in reasons else width
-        for name, width in graph.widths.items()
-    }
-    return replace(graph, widths=Widths(widths))
 
 
 @dataclass
@@ -177,7 +166,7 @@ class Verification:
     def accept(self, accepted: Sequence[CandidateFix], candidates: Sequence[CandidateFix]) -> list[CandidateFix]:
         """The candidates that pass their trial, on top of the fixes accepted before."""
         failed = self._failing(
-            _classes(candidates, lambda fix: (fix.key, fix.kind, fix.numbers)),
+            classes_of(candidates, lambda fix: (fix.key, fix.kind, fix.numbers)),
             lambda chosen, with_labels: self.attempt(accepted, chosen, with_labels),
         )
         return [fix for k, fix in enumerate(candidates) if k not in failed]
@@ -201,7 +190,7 @@ class Verification:
         Of each structure one candidate is searched, and the others take the same numbers.
         """
         found: list[CandidateFix] = []
-        for members in _classes(candidates, lambda fix: (fix.key, fix.kind)):
+        for members in classes_of(candidates, lambda fix: (fix.key, fix.kind)):
             first = members[0][1]
             built = self.build([*accepted, first])
             width = next((w for n, w in built.graph.widths.items() if built.anchors[n] == min(first.anchors)), None)
@@ -248,26 +237,26 @@ class Verification:
         """{width that fails: reason}; widths of equal structure are tried together."""
         if self.trial(built, names) is None:
             return {}
-        classes = _classes(names, lambda name: structure(built.graph.widths[name]))
+        classes = classes_of(names, lambda name: structure(built.graph.widths[name]))
         failed = self._failing(classes, lambda chosen, with_labels: self.trial(built, chosen, with_labels=with_labels))
         # All together they fail: if not by a shape, then by their ties.
-        failed = failed or _search(classes, lambda chosen: self.trial(built, chosen))
+        failed = failed or bisect(classes, lambda chosen: self.trial(built, chosen))
         return {names[k]: reason for k, reason in failed.items()}
 
     def _failing(
         self, classes: Sequence[Sequence[tuple[int, Item]]], trial: Callable[[Sequence[Item], bool], str | None]
     ) -> dict[int, str]:
         """{number of an item that fails: reason}: by a search without labels, then one with labels among the others."""
-        failed = _search(classes, lambda chosen: trial(chosen, False))
+        failed = bisect(classes, lambda chosen: trial(chosen, False))
         if not self.search_with_labels:
             return failed
         left = [kept for members in classes if (kept := [entry for entry in members if entry[0] not in failed])]
-        return {**failed, **_search(left, lambda chosen: trial(chosen, True))}
+        return {**failed, **bisect(left, lambda chosen: trial(chosen, True))}
 
     def trial(
         self, built: GroupedWidths, names: Sequence[str], phases: Sequence[int] = (0, 1), with_labels: bool = True
     ) -> str | None:
-        """Shrink every second width and grow the others, then the reverse; the failure, or None.
+        """Shrink every second width and grow the others, by unequal amounts, then the reverse; the failure, or None.
 
         Args:
             built: the graph.
@@ -279,7 +268,7 @@ class Verification:
             return None
         graph = built.graph
         for phase in phases:
-            maps = {name: _one_step(graph, name, (k + phase) % 2 == 0) for k, name in enumerate(names)}
+            maps = {name: _step(graph, name, k, (k + phase) % 2 == 0) for k, name in enumerate(names)}
             self.trials += 1
             reason = _trial_failure(self, graph, maps, built.joined, with_labels)
             if reason is not None:
@@ -287,49 +276,12 @@ class Verification:
         return None
 
 
-def _classes(items: Sequence[Item], key: Callable[[Item], object]) -> list[list[tuple[int, Item]]]:
-    found: dict[object, list[tuple[int, Item]]] = {}
-    for number, item in enumerate(items):
-        found.setdefault(key(item), []).append((number, item))
-    return list(found.values())
-
-
-def _search(
-    classes: Sequence[Sequence[tuple[int, Item]]], trial: Callable[[Sequence[Item]], str | None]
-) -> dict[int, str]:
-    """{number of an item that fails: reason}, by bisection over classes, then within a class that fails.
-
-    If the first member of a class fails alone, the whole class is taken to fail. Parts that only fail together are added
-    one by one. Parts that pass may still fail together: the caller has to try that.
-    """
-    items = [entry for members in classes for entry in members]
-    reason = trial([item for _, item in items]) if items else None
-    if reason is None:
-        return {}
-    if len(classes) == 1:
-        if len(items) == 1 or trial([items[0][1]]) is not None:
-            return {number: reason for number, _ in items}
-        return _search([[entry] for entry in items], trial)
-    half = len(classes) // 2
-    failed = {**_search(classes[:half], trial), **_search(classes[half:], trial)}
-    if failed:
-        return failed
-    passed: list[Item] = []
-    for members in classes:
-        chosen = [item for _, item in members]
-        reason = trial([*passed, *chosen])
-        if reason is None:
-            passed += chosen
-        else:
-            failed.update({number: reason for number, _ in members})
-    return failed
-
-
-def _one_step(graph: WidthGraph, name: str, down: bool) -> IndexMap:
+def _step(graph: WidthGraph, name: str, number: int, down: bool) -> IndexMap:
+    """One unit less, or two to four more: no two widths of a fixed sum change such that the sum stays."""
     width = graph.widths[name]
     if not down or width.size - 1 < max(width.smallest, 2):
         # An axis of size 1 has no labels, so the ties of a width of that size could not be compared.
-        return IndexMap.grow(width.size, 1)
+        return IndexMap.grow(width.size, 2 + number // 2 % 3)
     return IndexMap.keep([unit for unit in range(width.size) if unit != width.size // 2], width.size)
 
 
@@ -347,24 +299,11 @@ def _trial_failure(
                 else verification.rerun.shapes(verification.model)
             )
     except Exception as error:  # noqa: BLE001  the model's own code may raise anything on a shape it does not expect
-        return f"a trial raised {type(error).__name__}: {_first_line(error)}{_source_line(error)}"
+        line = source_line(traceback.extract_tb(error.__traceback__))
+        return f"a trial raised {type(error).__name__}: {first_line(error)}{line}"
     outputs = rerun.output_shapes if isinstance(rerun, LabelGraph) else rerun
     if outputs != verification.label_graph.output_shapes:
         return f"a trial changed the output's shape from {verification.label_graph.output_shapes} to {outputs}"
     if not isinstance(rerun, LabelGraph):
         return None
     return difference(surgery.graph, rerun, joined)
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else "no message"
-
-
-def _source_line(error: Exception) -> str:
-    """The line of the model's code that raised: the innermost one outside torch and EvolveNet."""
-    for frame in reversed(traceback.extract_tb(error.__traceback__)):
-        file = Path(frame.filename)
-        if "torch" not in file.parts and PACKAGE not in file.parents:
-            return f" at {'/'.join(file.parts[-2:])}:{frame.lineno}: {frame.line}"
-    return ""

@@ -1,0 +1,256 @@
+"""Comparison of numbers: a copy of the model with permuted and zero-padded widths has to compute what the model computes.
+
+Trials compare shapes and ties. Neither tells `weight * sqrt(2 / weight.shape[1])`, or a factor that the code computes
+from a number of units in any other way. So the outputs are compared too, once: the units of all widths are permuted, and
+units of zeros are added, by unequal amounts in different widths. A width for which the outputs change is frozen, with the
+first op that computes other values as the reason.
+"""
+
+from __future__ import annotations
+
+import logging
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from random import Random
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from evolvenet._compat.torch import tensor_tables, tree_leaves, tree_map_only
+from evolvenet.execution.inputs import tensors_of
+from evolvenet.execution.isolation import isolated
+from evolvenet.graph.index_map import NEW_UNIT, IndexMap
+from evolvenet.graph.width_graph import Width, WidthGraph
+from evolvenet.surgery.resize_model import compile_surgery, install
+from evolvenet.tracing.bisection import bisect, classes_of
+from evolvenet.tracing.coupled_dims import structure
+from evolvenet.tracing.numbers_mode import FirstDifference, NumbersMode, Sampled
+from evolvenet.tracing.reasons import first_line, frozen_for, source_line
+from evolvenet.tracing.tracing_mode import run_under_mode
+
+log = logging.getLogger("evolvenet")
+
+TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4}
+"""Dtype that the copy computes in, in the order in which they are tried → difference, relative to the outputs' norm."""
+LARGE = 200_000_000
+"""A model of more parameters is compared in float32, since a copy in float64 takes twice the model's memory."""
+SMALL = 4_096
+"""Tensors of at most as many entries, and those that hold one number everywhere, are changed by random numbers: what is
+zero, or the same for all units, would hide a difference."""
+ROUNDS = 3
+TOGETHER = "the outputs change when it changes together with other widths"
+PERMUTED, WIDENED = "once its units are permuted", "once units of zeros are added"
+
+
+def compare_numbers(
+    model: nn.Module, example_inputs: Any, graph: WidthGraph, modes: Sequence[bool], gradients: bool
+) -> WidthGraph:
+    """The graph, in which every width is frozen whose permutation or growth by zeros changes the model's outputs.
+
+    The model itself stays as it is. Random numbers are replaced by constants, on both sides of the comparison.
+
+    Args:
+        model: the traced model.
+        example_inputs: as of `trace`.
+        graph: of the model, as verified by trials.
+        modes: training flags of the runs.
+        gradients: whether the model's own code computes gradients.
+    """
+    if not graph.resizable or any(tensor.is_meta for tensor in model.parameters()):
+        return graph
+    comparison = _comparison(model, example_inputs, modes, gradients)
+    if comparison is None:
+        return graph
+    for _ in range(ROUNDS):
+        names = [width.name for width in graph.resizable]
+        if comparison.failure(graph, names) is None:
+            return graph
+        if comparison.failure(graph, []) is not None:
+            log.warning(
+                "The model computes other outputs each time it is run, so the proof that its widths can change compares "
+                "shapes and ties alone. Where that is not intended, take what differs (random numbers of another library, "
+                "the time, counters) out of the forward pass."
+            )
+            return graph
+        graph = frozen_for(graph, _reasons(comparison, graph, names))
+    rest = [width.name for width in graph.resizable]
+    failure = comparison.failure(graph, rest) if rest else None
+    return graph if failure is None else frozen_for(graph, dict.fromkeys(rest, failure))
+
+
+def _reasons(comparison: Comparison, graph: WidthGraph, names: Sequence[str]) -> dict[str, str]:
+    """{width: reason} of the widths for which the outputs change; of all, if they only change with all of them together."""
+    classes = classes_of(names, lambda name: structure(graph.widths[name]))
+    failed = bisect(classes, lambda chosen: comparison.failure(graph, chosen))
+    reasons: dict[str, str] = {}
+    for members in classes:
+        found = [name for number, name in members if number in failed]
+        if found:
+            reasons |= dict.fromkeys(found, comparison.reason(graph, found[0]))
+    return reasons or dict.fromkeys(names, TOGETHER)
+
+
+def _comparison(model: nn.Module, example_inputs: Any, modes: Sequence[bool], gradients: bool) -> Comparison | None:
+    """The comparison in the first dtype, and with the first inputs, that the model runs with; None if it does not run."""
+    large = sum(parameter.numel() for parameter in model.parameters()) > LARGE
+    error: Exception | None = None
+    for dtype in TOLERANCES:
+        if large and dtype == torch.float64:
+            continue
+        for inputs in _inputs(example_inputs, dtype):
+            comparison = Comparison(model, inputs, tuple(modes), gradients, dtype)
+            try:
+                comparison.expected = comparison.run(None, {}, NumbersMode(dtype))
+            except Exception as raised:  # noqa: BLE001  the model's own code may raise anything
+                error = raised
+                continue
+            if all(bool(tensor.isfinite().all()) for tensor in comparison.expected):
+                return comparison
+    log.warning(
+        "The model gives no finite outputs on the example inputs (%s), so the proof that its widths can change compares "
+        "shapes and ties alone. Give example_inputs with values that the model can be run on.",
+        "NaN or infinite ones" if error is None else f"{type(error).__name__}: {first_line(error)}",
+    )
+    return None
+
+
+@dataclass
+class Comparison:
+    """The outputs of a model, and of copies with other widths.
+
+    Args:
+        model: the model, replaced by copies in every run.
+        inputs: what it is run on.
+        modes: training flags of the runs.
+        gradients: whether autograd is on.
+        dtype: that the copies compute in.
+        expected: the outputs of the model as it is.
+    """
+
+    model: nn.Module
+    inputs: Any
+    modes: tuple[bool, ...]
+    gradients: bool
+    dtype: torch.dtype
+    expected: list[Tensor] = field(default_factory=list[Tensor])
+
+    def run(self, graph: WidthGraph | None, maps: dict[str, IndexMap], mode: NumbersMode) -> list[Tensor]:
+        """The floating-point outputs of a copy of the model, in all modes, after a change of widths."""
+        with (
+            isolated(self.model, shadows=True, gradients=self.gradients),
+            _default_dtype(self.dtype),
+        ):
+            _vary(self.model, self.dtype)
+            if graph is not None and maps:
+                install(self.model, compile_surgery(self.model, graph, maps))
+            found: list[Tensor] = []
+            for training in self.modes:
+                found += tensors_of(run_under_mode(self.model, self.inputs, None, training, mode))
+            return [each.detach() for each in found if each.is_floating_point() or each.is_complex()]
+
+    def failure(self, graph: WidthGraph, names: Sequence[str], *, zeros: bool = True) -> str | None:
+        """How the outputs change with widths permuted and, with `zeros`, widened; None if they stay."""
+        maps = _maps(graph, names, zeros)
+        try:
+            found = self.run(graph, maps, NumbersMode(self.dtype))
+        except Exception as error:  # noqa: BLE001  the model's own code may raise anything on a shape it does not expect
+            line = source_line(traceback.extract_tb(error.__traceback__))
+            return f"a trial with data raised {type(error).__name__}: {first_line(error)}{line}"
+        if [tensor.shape for tensor in found] != [tensor.shape for tensor in self.expected]:
+            return "a trial with data changed the output's shape"
+        moved = max(map(_distance, found, self.expected), default=0.0)
+        return None if moved <= TOLERANCES[self.dtype] else f"the outputs change by {moved:.1e} of their norm"
+
+    def reason(self, graph: WidthGraph, name: str) -> str:
+        """Why the outputs change with a width: the first op that computes other values."""
+        permuted = self.failure(graph, [name], zeros=False)
+        failure = permuted or self.failure(graph, [name])
+        if failure is None or failure.startswith("a trial"):
+            return failure or TOGETHER
+        sampled = Sampled(self.dtype)
+        self.run(None, {}, sampled)
+        compared = FirstDifference(self.dtype, sampled.values, 100 * TOLERANCES[self.dtype])
+        self.run(graph, _maps(graph, [name], zeros=permuted is None), compared)
+        how = PERMUTED if permuted else WIDENED
+        if compared.found is None:
+            return f"{failure} {how}"
+        return f"{compared.found[0]} computes other values {how}{compared.found[1]}"
+
+
+def _maps(graph: WidthGraph, names: Sequence[str], zeros: bool) -> dict[str, IndexMap]:
+    """A permutation of each width, with one to three units of zeros among the others where no op mixes its units."""
+    return {
+        name: _map(graph.widths[name], number, zeros and graph.widths[name].mixed is None)
+        for number, name in enumerate(names)
+    }
+
+
+def _map(width: Width, number: int, zeros: bool) -> IndexMap:
+    order = [*range(width.size), *([NEW_UNIT] * (1 + number % 3) if zeros else ())]
+    Random(number).shuffle(order)
+    if order == sorted(order):
+        order.reverse()
+    return IndexMap.of(order, width.size)
+
+
+def _distance(one: Tensor, two: Tensor) -> float:
+    """Norm of the difference over that of the second tensor, which is taken to be at least 1e-6."""
+    scale = float(torch.linalg.vector_norm(two))
+    return float(torch.linalg.vector_norm(one - two)) / max(scale, 1e-6)
+
+
+def _inputs(example_inputs: Any, dtype: torch.dtype) -> Iterator[Any]:
+    """The inputs in a dtype: with random numbers where an input holds one number everywhere, then as they are."""
+
+    def cast(tensor: Tensor) -> Tensor:
+        return tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+    def varied(tensor: Tensor) -> Tensor:
+        if not tensor.is_floating_point() or tensor.layout != torch.strided or not _is_uniform(tensor):
+            return cast(tensor)
+        generator = torch.Generator().manual_seed(0)
+        return torch.rand(tensor.shape, generator=generator, dtype=torch.float32).to(tensor.device, dtype)
+
+    leaves = [leaf for leaf in tree_leaves(example_inputs) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+    if any(leaf.layout == torch.strided and _is_uniform(leaf) for leaf in leaves):
+        yield tree_map_only(Tensor, varied, example_inputs)
+    yield tree_map_only(Tensor, cast, example_inputs)
+
+
+def _is_uniform(tensor: Tensor) -> bool:
+    """Whether a tensor holds one number everywhere, of more than one place."""
+    return tensor.numel() > 1 and not tensor.is_meta and bool((tensor == tensor.reshape(-1)[0]).all())
+
+
+def _vary(model: nn.Module, dtype: torch.dtype) -> None:
+    """Cast the copies of a model's tensors, and change small or uniform parameters by random numbers."""
+    generator = torch.Generator().manual_seed(0)
+    done: set[int] = set()
+    for module in model.modules():
+        for table in tensor_tables(module):
+            for tensor in table.values():
+                if tensor is None or id(tensor) in done or not (tensor.is_floating_point() or tensor.is_complex()):
+                    continue
+                done.add(id(tensor))
+                complex_dtype = torch.complex128 if dtype == torch.float64 else torch.complex64
+                data = tensor.data.to(dtype if tensor.is_floating_point() else complex_dtype)
+                corner = data.reshape(-1)[:SMALL] if data.layout == torch.strided and data.numel() else data
+                if isinstance(tensor, nn.Parameter) and (data.numel() <= SMALL or _is_uniform(corner)):
+                    noise = torch.randn(data.shape, generator=generator, dtype=torch.float32).to(
+                        data.device, data.dtype
+                    )
+                    data = data + noise * (0.1 * float(data.abs().mean()) or 0.1)
+                tensor.data = data
+
+
+@contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
