@@ -144,6 +144,29 @@ def heads_of_one_module(built: GroupedWidths, label_graph: LabelGraph, failed: S
     return _by_module(built, label_graph, failed, HEAD)
 
 
+def places_with_values(built: GroupedWidths, label_graph: LabelGraph, failed: Sequence[str]) -> list[CandidateFix]:
+    """Tie the places of a head of values to those of queries and keys, or to pairs of these that an embedding turns.
+
+    For one head of keys and values, which cannot go, where the code has one number for the places of all. Any pairing is
+    valid: the places of values are in no order.
+    """
+    grids = {grid.width.name: grid for grid in _grids(built, label_graph, failed)}
+    widths = [built.graph.widths[name] for name in failed]
+    found = []
+    for turned in (width for width in widths if width.mixed is not None):
+        modules = {tie.module.rpartition(".")[0] for tie in turned.producers}
+        beside = [w for w in widths if w is not turned and w.mixed is None and _enclosing_module(w) in modules]
+        views = [grids[w.name].ids if w.name in grids else _ids(built, w.name)[None] for w in beside]
+        views = [view.reshape(-1, turned.size) for view in views if view.shape[1] % turned.size == 0]
+        if not views or len(views) < len(beside):
+            continue
+        firsts = [_ids(built, turned.name), *(view[0] for view in views)]
+        edges = _tie_all([_tie_columns(view) for view in views], firsts)
+        anchors = (built.anchors[turned.name], *(built.anchors[width.name] for width in beside))
+        found.append(CandidateFix(anchors, SLICE, edges, structure(turned)))
+    return found
+
+
 def slices_with_stream(built: GroupedWidths, label_graph: LabelGraph, failed: Sequence[str]) -> list[CandidateFix]:
     """Tie the units of one place in all heads to as many channels of a residual stream that is as wide as all heads."""
     grids = _grids(built, label_graph, failed)
@@ -171,8 +194,10 @@ FIX_STRATEGIES: tuple[FixStrategy, ...] = (
     slices_of_one_module,
     heads_of_one_module,
 )
+PLACES_LAST: tuple[FixStrategy, ...] = (*FIX_STRATEGIES, places_with_values)
 """In the order in which they are tried. A residual stream that fails and is as wide as all heads together most likely has
-to have their size, and trying that first saves many trials; of the others the finest come first."""
+to have their size, and trying that first saves many trials; of the others the finest come first. Places of all heads, and of
+all layers where these share a rotary embedding, are tried only where whole heads cannot go."""
 
 
 def _grids(built: GroupedWidths, label_graph: LabelGraph, failed: Sequence[str]) -> list[Grid]:

@@ -34,7 +34,7 @@ from evolvenet.graph.coverage import OUTPUT
 from evolvenet.graph.naming import named_tensors
 from evolvenet.graph.width_graph import WidthGraph
 from evolvenet.tracing.addends import record_addends, record_masks
-from evolvenet.tracing.coupled_dims import shared_by_heads
+from evolvenet.tracing.coupled_dims import FIX_STRATEGIES, PLACES_LAST, FixStrategy, shared_by_heads
 from evolvenet.tracing.factorized import with_ranks
 from evolvenet.tracing.labels import DATA, LABELLED, Label, LabelGraph, varying
 from evolvenet.tracing.merging import merge
@@ -117,23 +117,35 @@ def _verified(
     run: Callable[..., LabelGraph],
     shapes: Callable[..., list[tuple[int, ...]]],
 ) -> WidthGraph:
-    """The verified graph; with tensors that all heads share kept as they are, if more of the model can be resized then."""
+    """The verified graph; with tensors that all heads share kept as they are, if more of the model can be resized then.
 
-    def verified(labels: LabelGraph, given: frozenset[str]) -> WidthGraph:
+    Where whole heads cannot go either, places of all heads are tried.
+    """
+
+    def verified(
+        labels: LabelGraph, given: frozenset[str] = frozenset(), strategies: Sequence[FixStrategy] = FIX_STRATEGIES
+    ) -> WidthGraph:
         runs = [
             Rerun(partial(run, modes=each, given=given), partial(shapes, modes=each))
             for each in dict.fromkeys((_needed_modes(labels), modes))
         ]
-        return verify(model, labels, device, runs)
+        return verify(model, labels, device, runs, strategies)
 
-    graph = verified(label_graph, frozenset())
-    given = shared_by_heads(graph)
-    if not given:
-        return graph
-    with isolated(model, shadows=True, device=device, gradients=label_graph.differentiates):
-        other = run(model, modes=modes, given=given)
-        other.differentiates = label_graph.differentiates
-    return max(graph, verified(other, given), key=lambda each: sum(width.parameters for width in each.resizable))
+    graphs = [verified(label_graph)]
+    given = shared_by_heads(graphs[0])
+    if given:
+        with isolated(model, shadows=True, device=device, gradients=label_graph.differentiates):
+            other = run(model, modes=modes, given=given)
+            other.differentiates = label_graph.differentiates
+        graphs.append(verified(other, given))
+    best = max(graphs, key=_resizable_parameters)
+    if any(width.mixed and width.frozen.startswith("a trial") for width in best.widths.values() if width.frozen):
+        graphs.append(verified(label_graph, strategies=PLACES_LAST))
+    return max(best, graphs[-1], key=_resizable_parameters)
+
+
+def _resizable_parameters(graph: WidthGraph) -> int:
+    return sum(width.parameters for width in graph.resizable)
 
 
 def run_for_labels(

@@ -23,6 +23,7 @@ from evolvenet.tracing.bisection import Item, bisect, classes_of
 from evolvenet.tracing.coupled_dims import (
     FIX_STRATEGIES,
     CandidateFix,
+    FixStrategy,
     pieces_of_one_split,
     shuffled_grids,
     structure,
@@ -58,7 +59,13 @@ class Rerun:
     shapes: Callable[[nn.Module], list[tuple[int, ...]]]
 
 
-def verify(model: nn.Module, label_graph: LabelGraph, device: str | None, runs: Sequence[Rerun]) -> WidthGraph:
+def verify(
+    model: nn.Module,
+    label_graph: LabelGraph,
+    device: str | None,
+    runs: Sequence[Rerun],
+    strategies: Sequence[FixStrategy] = FIX_STRATEGIES,
+) -> WidthGraph:
     """The graph of a traced model in which every width that is not frozen has passed its trials.
 
     Args:
@@ -67,10 +74,11 @@ def verify(model: nn.Module, label_graph: LabelGraph, device: str | None, runs: 
         device: of the shadows, "meta" or None for copies.
         runs: how to run the model again, the fastest way first. The last one runs everything; if it fails where the
             others passed, the verification is repeated with it alone.
+        strategies: of fixes, in the order in which they are tried.
     """
     for search_with_labels in (False, True):
         verification = Verification(model, label_graph, device, runs[0], runs[-1], search_with_labels)
-        built, passed, failed = _with_fixes(verification)
+        built, passed, failed = _with_fixes(verification, strategies)
         names = [width.name for width in built.graph.resizable]
         # Whatever was tried before, all widths together, resized both ways and run with labels, must pass.
         if passed or verification.try_all(built, names) is None:
@@ -78,11 +86,11 @@ def verify(model: nn.Module, label_graph: LabelGraph, device: str | None, runs: 
         if not failed:
             break
     if len(runs) > 1:
-        return verify(model, label_graph, device, runs[-1:])
+        return verify(model, label_graph, device, runs[-1:], strategies)
     return frozen_for(built.graph, verification.failures(built, names))
 
 
-def _with_fixes(verification: Verification) -> tuple[GroupedWidths, bool, bool]:
+def _with_fixes(verification: Verification, strategies: Sequence[FixStrategy]) -> tuple[GroupedWidths, bool, bool]:
     """The graph after trials with and without candidate fixes; widths that fail all of them are frozen.
 
     Returns:
@@ -97,7 +105,7 @@ def _with_fixes(verification: Verification) -> tuple[GroupedWidths, bool, bool]:
         return built, True, False
     failed = verification.failures(built, names)
     reasons = {built.anchors[name]: reason for name, reason in (*failed.items(), *shuffled.items())}
-    for search, strategy in product((Verification.accept, Verification.with_any_numbers), FIX_STRATEGIES):
+    for search, strategy in product((Verification.accept, Verification.with_any_numbers), strategies):
         if not reasons:
             break
         names = [name for name, anchor in built.anchors.items() if anchor in reasons]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
@@ -57,6 +58,20 @@ def test_the_group_that_goes_is_that_of_the_chosen_head() -> None:
     assert distance(outputs(model, X), expected) < 1e-12
 
 
+@pytest.mark.parametrize("turn", TURN)
+def test_with_one_head_of_keys_and_values_places_go_in_pairs_that_the_embedding_turns(turn: str) -> None:
+    torch.manual_seed(0)
+    model = GroupedAttention(4, 1, turn=turn).double()
+    graph = trace(model, X)
+    assert graph.sizes == {"first": 12, "q": PLACES if turn == "none" else PLACES // 2}
+    assert graph.widths["q"].patches[0] == ("", "places")
+    graph = shuffle_and_widen(model, graph, X)
+    shape = outputs(model, X)[0].shape
+    evolvenet.prune(model, graph, {"q": 3})
+    assert (outputs(model, X)[0].shape, model.places) == (shape, 3 if turn == "none" else 6)
+    assert model.v.weight.shape == (model.places, 15)
+
+
 def test_what_all_heads_share_keeps_its_size() -> None:
     graph = trace(GroupedAttention(norm=True).double(), X)
     assert graph.shapes["norm_q.weight"] == (PLACES,)
@@ -83,3 +98,19 @@ def test_each_layer_of_a_language_model_loses_groups_of_its_own(kind: str) -> No
     evolvenet.resize(model, graph, {first: IndexMap.keep([0], 3), second: IndexMap.keep([1], 2)})
     assert outputs(model, inputs)[0].shape == expected[0].shape
     assert model.get_parameter("model.layers.0.self_attn.k_proj.weight").shape == (8, 32)
+
+
+def test_layers_that_share_a_rotary_embedding_lose_the_same_places() -> None:
+    torch.manual_seed(0)
+    model: Any = LlamaForCausalLM(LlamaConfig(**SIZES, num_key_value_heads=1, head_dim=8, use_cache=False)).double()
+    inputs = {"input_ids": torch.randint(0, 40, (2, 6), generator=torch.Generator().manual_seed(0))}
+    graph = trace(model, inputs)
+    name = "model.layers.0.self_attn.q_proj"
+    assert {width for width in graph.sizes if "attn" in width} == {name}
+    assert graph.sizes[name] == 4
+    expected = outputs(model, inputs)
+    graph = evolvenet.resize(model, graph, {name: IndexMap.keep([2, 0, 3, 1], 4)})
+    assert distance(outputs(model, inputs), expected) < 1e-9
+    evolvenet.resize(model, graph, {name: IndexMap.keep([0, 2, 3], 4)})
+    assert [layer.self_attn.head_dim for layer in model.model.layers] == [6, 6]
+    assert outputs(model, inputs)[0].shape == expected[0].shape
