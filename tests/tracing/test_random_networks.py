@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import pytest
 import torch
 from hypothesis import event, given, settings
 from hypothesis import strategies as st
@@ -81,6 +82,13 @@ BUILD: dict[str, Callable[[int, int, int], tuple[nn.Module, int]]] = {
     "first units": lambda here, there, wish: (nn.Identity(), here),
     "product": _pair,
     "pixels": lambda here, there, wish: (_conv(here, 4 * wish), wish),
+    "half of them": lambda here, there, wish: (nn.Identity(), here),
+    "one of them": lambda here, there, wish: (nn.Identity(), here),
+    "scaled by a number of units": lambda here, there, wish: (_conv(here, wish), wish),
+    "a constant in parts": lambda here, there, wish: (nn.Identity(), here),
+    "gathered": lambda here, there, wish: (nn.Identity(), here),
+    "scattered": lambda here, there, wish: (nn.Identity(), here),
+    "from a state of zeros": lambda here, there, wish: (_conv(here + wish, wish), wish),
 }
 
 
@@ -101,6 +109,66 @@ def _first_units(layer: nn.Module, one: Tensor, two: Tensor, wish: int) -> Tenso
     return torch.cat([one[:, :2] * 2, one[:, 2:]], 1)
 
 
+HALF: tuple[Callable[[Tensor], Tensor], ...] = (
+    lambda u: u.roll(1, 2),
+    lambda u: u.mT,
+    lambda u: u.mean((2, 3), keepdim=True).expand_as(u),
+    lambda u: u.flatten(2).softmax(-1).view_as(u),
+)
+"""Ops on the half of the channels: the boundary between the halves moves with the width."""
+SINGLE: tuple[Callable[[Tensor], Tensor], ...] = (
+    lambda h: h * h[:, -1:].sigmoid(),
+    lambda h: h - h[:, :1],
+    lambda h: h * h[:, 1].mean((1, 2)).sigmoid()[:, None, None, None],
+    lambda h: torch.cat([h[:, :1], h[:, 1:]], 1).sub(h.select(1, 2)[:, None]),
+)
+"""One channel that changes all others."""
+
+
+def _half(layer: nn.Module, one: Tensor, two: Tensor, wish: int) -> Tensor:
+    half = one.shape[1] // 2
+    return torch.cat([HALF[wish % 4](one[:, :half]), one[:, half:]], 1)
+
+
+def _scaled(layer: nn.Module, one: Tensor, two: Tensor, wish: int) -> Tensor:
+    """Equalised learning rates, or a layer in the neural tangent parametrisation."""
+    weight, bias = layer.get_parameter("weight"), layer.get_parameter("bias")
+    if wish % 2:
+        return nn.functional.conv2d(one, weight * (2 / weight.shape[1]) ** 0.5, bias, padding=1)
+    return nn.functional.conv2d(one, weight, padding=1) / one.shape[1] ** 0.5 + bias[:, None, None]
+
+
+def _constant_in_parts(layer: nn.Module, one: Tensor, two: Tensor, wish: int) -> Tensor:
+    channels = one.shape[1]
+    if wish % 2:
+        mask = torch.cat([torch.ones(channels // 2), torch.full((channels - channels // 2,), 2.0)]).to(one)
+    else:
+        mask = torch.zeros(channels, dtype=one.dtype, device=one.device)
+        mask[: channels // 2] = 1.0
+    return one * mask[:, None, None]
+
+
+def _gathered(layer: nn.Module, one: Tensor, two: Tensor, wish: int) -> Tensor:
+    """Places, in another order."""
+    order = torch.arange(16, device=one.device).flip(0).roll(wish)
+    return one.flatten(2).gather(2, order.expand(*one.shape[:2], -1)).view_as(one)
+
+
+def _scattered(layer: nn.Module, one: Tensor, two: Tensor, wish: int) -> Tensor:
+    """Sums of places, at a few of them."""
+    flat, places = one.flatten(2), torch.arange(16, device=one.device) % wish
+    if wish % 2:
+        return torch.zeros_like(flat).index_add(2, places, flat).view_as(one)
+    return torch.zeros_like(flat).scatter_add(2, places.expand_as(flat), flat).view_as(one)
+
+
+def _from_zeros(layer: nn.Module, one: Tensor, two: Tensor, wish: int) -> Tensor:
+    state = one.new_zeros(len(one), layer.get_parameter("weight").shape[0], 4, 4)
+    for _ in range(2):
+        state = torch.tanh(layer(torch.cat([one, state], 1)))
+    return state
+
+
 RUN: dict[str, Callable[[nn.Module, Tensor, Tensor, int], Tensor]] = {
     "conv": lambda layer, one, two, wish: nn.functional.silu(layer(one)),
     "depthwise": lambda layer, one, two, wish: torch.tanh(layer(one)),
@@ -116,7 +184,16 @@ RUN: dict[str, Callable[[nn.Module, Tensor, Tensor, int], Tensor]] = {
     "first units": _first_units,
     "product": lambda layer, one, two, wish: layer.get_submodule("0")(one) * layer.get_submodule("1")(two),
     "pixels": lambda layer, one, two, wish: nn.functional.avg_pool2d(nn.functional.pixel_shuffle(layer(one), 2), 2),
+    "half of them": _half,
+    "one of them": lambda layer, one, two, wish: SINGLE[wish % 4](one),
+    "scaled by a number of units": _scaled,
+    "a constant in parts": _constant_in_parts,
+    "gathered": _gathered,
+    "scattered": _scattered,
+    "from a state of zeros": _from_zeros,
 }
+FREEZING = {"first units", "half of them", "one of them", "scaled by a number of units", "a constant in parts"}
+"""Kinds that keep the number of channels that they are given."""
 
 instructions = st.tuples(st.sampled_from(sorted(BUILD)), st.integers(0, 5), st.integers(0, 5), st.integers(3, 6))
 programs = st.lists(instructions, min_size=1, max_size=6)
@@ -137,9 +214,21 @@ def shrunk(graph: WidthGraph) -> dict[str, IndexMap]:
     }
 
 
-@settings(max_examples=15)
+@settings(max_examples=20)
 @given(programs, st.booleans())
 def test_every_resizable_width_resizes(program: list[Instruction], flatten: bool) -> None:
+    check_resizing(program, flatten)
+
+
+@pytest.mark.long
+@settings(max_examples=2_000)
+@given(programs, st.booleans())
+def test_every_resizable_width_of_two_thousand_networks_resizes(program: list[Instruction], flatten: bool) -> None:
+    check_resizing(program, flatten)
+
+
+def check_resizing(program: Sequence[Instruction], flatten: bool) -> None:
+    """Every resizable width permuted, grown by zeros, grown and shrunk: the outputs, and the graph, are as they should be."""
     model = build(program, flatten)
     x = torch.randn(2, 3, 4, 4, dtype=FLOAT)
     expected = outputs(model, x)
@@ -179,10 +268,15 @@ def test_removing_units_equals_masking_them(program: list[Instruction]) -> None:
 
 def test_random_networks_have_resizable_widths() -> None:
     """Otherwise the properties above would hold for want of widths."""
-    for kind in sorted(BUILD.keys() - {"first units"}):
+    for kind in sorted(BUILD.keys() - FREEZING):
         program = [("conv", 0, 0, 5), (kind, 1, 0, 4), ("conv", 2, 0, 4)]
         sizes = trace(build(program, True), torch.randn(2, 3, 4, 4, dtype=FLOAT)).sizes
         assert len(sizes) >= 2, kind
         assert sizes["layers.3"] == 4, kind
-    fixed = trace(build([("first units", 0, 0, 3)], True), torch.randn(2, 3, 4, 4, dtype=FLOAT))
-    assert fixed.sizes == {}
+
+
+@pytest.mark.parametrize("kind", sorted(FREEZING))
+@pytest.mark.parametrize("wish", [3, 4, 5, 6])
+def test_channels_that_an_op_treats_unequally_keep_their_number(kind: str, wish: int) -> None:
+    graph = trace(build([(kind, 0, 0, wish)], True), torch.randn(2, 3, 4, 4, dtype=FLOAT))
+    assert graph.widths["layers.0"].frozen, str(graph)

@@ -1,0 +1,163 @@
+"""The proof compares numbers: what the ties and the shapes of a network do not show freezes a width, with op and line."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from evolvenet.engine.functional import resize
+from evolvenet.graph.index_map import IndexMap
+from evolvenet.tracing.trace import trace
+from tests.helpers.cases import CASES, FLOAT, Case, distance, graph_of, outputs, shuffled
+from tests.helpers.states import State
+
+
+class FromShape(nn.Module):
+    """Dense layers whose code computes a factor from a number of units."""
+
+    def __init__(self, factor: Callable[[Tensor], float]) -> None:
+        super().__init__()
+        self.a, self.b, self.factor = nn.Linear(4, 16), nn.Linear(16, 3), factor
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.a(x).tanh()
+        return nn.functional.linear(h, self.b.weight * self.factor(self.b.weight), self.b.bias)
+
+
+FACTORS: dict[str, Callable[[Tensor], float]] = {
+    "equalised learning rate": lambda weight: math.sqrt(2 / weight.shape[1]),
+    "one over the units": lambda weight: 1 / weight.shape[1],
+    "even or odd": lambda weight: 1.0 + weight.shape[1] % 2,
+    "one more beyond sixteen": lambda weight: 2.0 if weight.shape[1] > 16 else 1.0,
+}
+
+
+@pytest.mark.parametrize("name", FACTORS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_a_factor_computed_from_a_number_of_units_keeps_that_number(name: str, dtype: torch.dtype) -> None:
+    model = FromShape(FACTORS[name]).to(dtype)
+    graph = trace(model, torch.randn(2, 4, dtype=dtype))
+    reason = graph.widths["a"].frozen or ""
+    assert reason.startswith("aten::mul in FromShape computes other values once units of zeros are added")
+    assert f"{Path(__file__).name}:" in reason
+    assert "self.factor(self.b.weight)" in reason
+
+
+def test_other_widths_stay_resizable_beside_one_that_is_frozen() -> None:
+    model = nn.Sequential(nn.Linear(5, 7), nn.ReLU(), nn.Linear(7, 4), FromShape(FACTORS["one over the units"]))
+    graph = trace(model, torch.randn(2, 5))
+    assert graph.sizes == {"0": 7, "2": 4}
+
+
+class Mean(nn.Module):
+    """Divides by a number of units where the op itself mixes nothing."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x / x.shape[1]
+
+
+def test_a_dead_branch_does_not_hide_a_difference() -> None:
+    """Residual branches begin at zero: what they compute shows in the outputs only because the copy's weights vary."""
+    net = nn.Sequential(nn.Linear(4, 16), Mean(), nn.Linear(16, 3))
+    nn.init.zeros_(net[2].weight)  # type: ignore[arg-type]
+    assert "aten::div in 1 (Mean)" in (trace(net, torch.randn(2, 4)).widths["0"].frozen or "")
+
+
+def test_inputs_of_zeros_do_not_hide_a_difference() -> None:
+    net = nn.Sequential(nn.Linear(4, 16, bias=False), Mean(), nn.Linear(16, 3))
+    assert "aten::div in 1 (Mean)" in (trace(net, torch.zeros(2, 4)).widths["0"].frozen or "")
+
+
+class Noisy(nn.Module):
+    """An autoencoder that draws its latent numbers, in evaluation too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mean, self.spread, self.out = nn.Linear(4, 6), nn.Linear(4, 6), nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        noise = torch.randn(len(x), self.mean.out_features) + torch.rand_like(self.mean(x))
+        return self.out(nn.functional.dropout(self.mean(x) + self.spread(x).exp() * noise, 0.5))
+
+
+def test_random_numbers_do_not_freeze_what_they_are_added_to() -> None:
+    assert trace(Noisy(), torch.randn(2, 4)).sizes == {"mean": 6}
+
+
+class Counting(nn.Module):
+    """Computes something else each time."""
+
+    def __init__(self, count: Iterator[int]) -> None:
+        super().__init__()
+        self.count = [count]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * next(self.count[0])
+
+
+def test_a_model_without_reproducible_outputs_is_traced_by_shapes_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, logger="evolvenet"):
+        model = nn.Sequential(nn.Linear(4, 6), Counting(iter(range(1, 99))), nn.Linear(6, 2))
+        assert trace(model, torch.randn(2, 4)).sizes == {"0": 6}
+    assert "computes other outputs each time it is run" in caplog.text
+
+
+def test_inputs_that_cannot_be_run_with_data_are_told() -> None:
+    """Indices beyond the vocabulary pass on shadows without data."""
+    model = nn.Sequential(nn.Embedding(5, 8), nn.Linear(8, 2))
+    logger = logging.getLogger("evolvenet")
+    records: list[logging.LogRecord] = []
+    handler = logging.Handler()
+    handler.emit = records.append  # type: ignore[method-assign]
+    logger.addHandler(handler)
+    try:
+        trace(model, torch.tensor([[7]]))
+    finally:
+        logger.removeHandler(handler)
+    assert any("gives no finite outputs on the example inputs" in record.getMessage() for record in records)
+
+
+class Single(nn.Module):
+    """A float32 tensor of the code's own, and halves: what the model computes in double precision stays comparable."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 8), nn.Linear(8, 3)
+        self.table = torch.randn(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.a(x).float().softmax(0, dtype=torch.float32)
+        return self.b(h.to(self.b.weight.dtype)) @ self.table.to(self.b.weight.dtype)
+
+
+def test_code_that_asks_for_less_precision_is_compared_in_double_precision() -> None:
+    assert trace(Single(), torch.randn(4, 4)).sizes == {"a": 8}
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_proved_widths_take_zeros_in_any_order_by_unequal_amounts(case: Case) -> None:
+    """What the proof promises, by the slow way: one resize after the other on the model itself."""
+    model, inputs, graph = case.model(), case.inputs(), graph_of(case)
+    expected = outputs(model, inputs)
+    graph = resize(model, graph, {name: shuffled(size) for name, size in graph.sizes.items()})
+    for number, width in enumerate(graph.resizable):
+        if width.mixed is None:
+            graph = resize(model, graph, {width.name: IndexMap.grow(width.size, 1 + number % 4)})
+    assert distance(outputs(model, inputs), expected) < 1e-9
+
+
+def test_the_model_and_the_random_numbers_stay_as_they_are() -> None:
+    model = Noisy()
+    optimizer = torch.optim.Adam(model.parameters())
+    before, drawn = State.of(model, [optimizer]), torch.random.get_rng_state()
+    trace(model, torch.randn(2, 4, generator=torch.Generator().manual_seed(0)))
+    assert before.differences(model, [optimizer]) == []
+    assert torch.equal(torch.random.get_rng_state(), drawn)
+    assert torch.get_default_dtype() == torch.float32
+    assert torch.float64 == FLOAT
