@@ -122,8 +122,7 @@ class Evolver(EvolverState):
         self._restriction, self._path = Restriction(network, fixed, multiple), path
         self.graph = self._restricted(graph or trace_for_training(model, self.example_inputs))
         self.original = self._original_before_cut = OriginalWidths.of(self.graph)
-        check = check_resizable if graph is None else check_current
-        check(model, self.graph)
+        (check_resizable if graph is None else check_current)(model, self.graph)
         if not path:
             self._restriction.check((name for name, _ in model.named_modules()), self.graph)
         remember_widths(model, self.graph)
