@@ -166,8 +166,9 @@ class Evolver(EvolverState):
         """Set how many batches like this one an event measures on, if that was not given; an epoch has `epoch`."""
         if self.calibration_batches is None:
             places = places_per_sample(self.model, self.graph, self.example_inputs)
-            self.calibration_batches = process_group().broadcast(batches_needed(self.graph, places, batch, epoch))
-            self._buffer.keep(self.calibration_batches)
+            needed = process_group().broadcast(batches_needed(self.graph, places, batch, epoch))
+            self.calibration_batches = needed
+            self._buffer.keep(needed)
 
     def forget(self) -> None:
         """Let go of the batches observed so far."""
