@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 import evolvenet
@@ -78,7 +77,13 @@ def test_what_all_heads_share_keeps_its_size() -> None:
     assert "shared by all heads" in (graph.widths["norm_q.weight[0]"].frozen or "")
 
 
-SIZES = {"vocab_size": 40, "hidden_size": 32, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4}
+SIZES: dict[str, Any] = {
+    "vocab_size": 40,
+    "hidden_size": 32,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
 MODELS = {"llama": (LlamaForCausalLM, LlamaConfig), "qwen3": (Qwen3ForCausalLM, Qwen3Config)}
 
 
@@ -86,7 +91,7 @@ MODELS = {"llama": (LlamaForCausalLM, LlamaConfig), "qwen3": (Qwen3ForCausalLM, 
 def test_each_layer_of_a_language_model_loses_groups_of_its_own(kind: str) -> None:
     make, config = MODELS[kind]
     torch.manual_seed(0)
-    model: nn.Module = make(config(**SIZES, num_key_value_heads=2, head_dim=8, use_cache=False)).double()
+    model: Any = make(config(**SIZES, num_key_value_heads=2, head_dim=8, use_cache=False)).double()
     inputs = {"input_ids": torch.randint(0, 40, (2, 6), generator=torch.Generator().manual_seed(0))}
     graph = trace(model, inputs)
     heads = {name: size for name, size in graph.sizes.items() if name.endswith("q_proj")}
