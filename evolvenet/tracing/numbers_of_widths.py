@@ -49,7 +49,7 @@ def attributes_to_update(
         model: the model.
         width: the width.
         kind: "plain", "slice" or "head": whose attributes of `ATTRIBUTE_NAMES` are taken.
-        keys: take the numbers of these keys instead (see `number_key`), whatever they are called.
+        keys: take the numbers of these keys instead, whatever they are called, see `possible_keys`.
     """
     totals: dict[tuple[str, int], int] = defaultdict(int)
     for tie in width.ties:
@@ -60,11 +60,10 @@ def attributes_to_update(
         module = model.get_submodule(path)
         others = _other_lengths(model, path, totals) if keys is None else set()
         for name, value in numbers_in(module):
-            chosen = (
-                name_of_size(module, name) in ATTRIBUTE_NAMES[kind]
-                if keys is None
-                else number_key(module, name) in keys
-            )
+            if keys is None:
+                chosen = name_of_size(module, name) in ATTRIBUTE_NAMES[kind]
+            else:
+                chosen = _key(model, width, path, name) in keys
             if chosen and value > 1 and value in values - others:
                 found.append((path, name))
     return tuple(found)
@@ -73,20 +72,26 @@ def attributes_to_update(
 def possible_keys(model: nn.Module, width: Width) -> list[str]:
     """Keys of all numbers that may hold a width's size, whatever they are called; those with a name of a size come first.
 
-    The numbers of torch's layers with weights (`kernel_size`, `in_features`) are left out: which of them change is known.
+    A key names the same number in all modules of a type that produce the width's units, or that only consume them: the heads
+    of the next layer may be as many by chance. The numbers of torch's layers with weights (`kernel_size`, `in_features`) are
+    left out: which of them change is known.
     """
+    own = [path for path in _paths(model, width) if not is_known(model.get_submodule(path))]
     everything = frozenset(
-        number_key(module, name)
-        for path in _paths(model, width)
-        if not is_known(module := model.get_submodule(path))
-        for name, _ in numbers_in(module)
+        _key(model, width, path, name) for path in own for name, _ in numbers_in(model.get_submodule(path))
     )
     found: dict[str, bool] = {}
     for path, name in attributes_to_update(model, width, PLAIN, everything):
-        module = model.get_submodule(path)
-        if not is_known(module):
-            found[number_key(module, name)] = name_of_size(module, name) not in ANY_SIZE
+        if path in own:
+            found[_key(model, width, path, name)] = name_of_size(model.get_submodule(path), name) not in ANY_SIZE
     return sorted(found, key=lambda key: found[key])
+
+
+def _key(model: nn.Module, width: Width, path: str, name: str) -> str:
+    produces = any(path in _ancestors(tie.module) for tie in width.producers)
+    consumes = any(path in _ancestors(tie.module) for tie in width.consumers)
+    key = number_key(model.get_submodule(path), name)
+    return f"{key} of a consumer" if consumes and not produces else key
 
 
 def fewest_passing(keys: Sequence[str], passes: Callable[[frozenset[str]], bool]) -> frozenset[str] | None:

@@ -205,7 +205,7 @@ class Verification:
             if width is None or width.frozen is not None:
                 continue
             keys = possible_keys(self.model, width)[:MOST_NUMBERS]
-            if set(keys) <= {number_key(self.model.get_submodule(path), name) for path, name in width.patches}:
+            if set(attributes_to_update(self.model, width, first.kind, frozenset(keys))) <= set(width.patches):
                 continue
 
             def passes(chosen: frozenset[str], first: CandidateFix = first) -> bool:

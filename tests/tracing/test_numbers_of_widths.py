@@ -134,6 +134,29 @@ class Blocks(nn.Module):
         return self.last(x)
 
 
+class Heads(nn.Module):
+    """A dense layer whose outputs are normalized by heads, each by its own largest entry; heads go as a whole."""
+
+    def __init__(self, inputs: int) -> None:
+        super().__init__()
+        self.linear, self.count_of = nn.Linear(inputs, 12), 4
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[batch, inputs]` → `[batch, 12]`."""
+        heads = self.linear(x).view(len(x), self.count_of, 3)
+        return (heads / heads.square().sum(-1, keepdim=True)).flatten(1)
+
+
+def test_the_same_number_of_a_layer_that_only_consumes_the_width_stays() -> None:
+    model = nn.Sequential(Heads(5), Heads(12), nn.Linear(12, 3)).double()
+    graph = trace(model, X)
+    assert {width.name: width.patches for width in graph.resizable} == {
+        "0.linear": (("0", "count_of"),),
+        "1.linear": (("1", "count_of"),),
+    }
+    shuffle_and_widen(model, graph, X)
+
+
 def test_modules_that_share_a_config_get_sizes_of_their_own() -> None:
     config = Config()
     model = Blocks(config).double()
