@@ -85,6 +85,12 @@ def _(net: Any, x: Tensor) -> Tensor:
     return net.b(torch.segment_reduce(net.a(x), "sum", lengths=torch.tensor([2, 4]), axis=0))
 
 
+@CASES.add("segments of units", _two, NODES, sizes={}, frozen={"a": "works along its units"})
+def _(net: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+    h = net.a(x)
+    return net.b(h), torch.segment_reduce(h, "sum", lengths=torch.tensor([[3, 5]] * 6), axis=1)
+
+
 @CASES.add("a sparse adjacency that is a buffer", lambda: _two(adjacency=ADJACENCY.to_sparse()), NODES, sizes={"a": 8})
 def _(net: Any, x: Tensor) -> Tensor:
     return net.b(torch.sparse.mm(net.adjacency, net.a(x)).relu())

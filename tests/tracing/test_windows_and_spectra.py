@@ -68,6 +68,12 @@ def _(net: Any, x: Tensor) -> Tensor:
     return net.b(functional.fold(functional.unfold(net.a(x), (2, 2), stride=2).relu(), (8, 8), (2, 2), stride=2))
 
 
+@CASES.add("an image of patches", lambda: {"a": Linear(5, 24), "b": Conv2d(6, 2, 1)}, STEPS[:, :4], sizes={"a": 6})
+def _(net: Any, x: Tensor) -> Tensor:
+    """The units of all places of a patch in one channel go together."""
+    return net.b(functional.fold(net.a(x).transpose(1, 2), (4, 4), (2, 2), stride=2))
+
+
 @CASES.add(
     "patches", lambda: {"a": Conv2d(3, 6, 1), "p": Linear(24, 7), "b": Linear(7, 2)}, IMAGE, sizes={"a": 6, "p": 7}
 )
