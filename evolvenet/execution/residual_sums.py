@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -22,6 +23,9 @@ aten = torch.ops.aten
 
 SUMS = frozenset({aten.add.Tensor, aten.add_.Tensor})
 NORMS = frozenset({aten.native_batch_norm.default})
+
+OnBias = Callable[[WeightOp, str, Tensor, int], None]
+"""Takes a weight op, the name of the vector that is added to its output, its values `[out]`, and the sign."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,13 +89,13 @@ class ResidualSumMode(WeightOpMode):
         before: Callable[[WeightOp], None] | None = None,
         after: Callable[[WeightOp, Tensor], None] | None = None,
         on_sum: SumCallback | None = None,
-        on_bias: Callable[[WeightOp, str, Tensor, int], None] | None = None,
+        on_bias: OnBias | None = None,
     ) -> None:
         super().__init__(model, before, after)
         self.on_sum, self.on_bias = on_sum, on_bias
         self._tracked = WeakTensorKeyDictionary()
 
-    def on_output(self, op: WeightOp, out: Tensor, recompute: Callable[[], Tensor]) -> None:
+    def on_output(self, op: WeightOp, out: Tensor, recompute: partial[Tensor]) -> None:
         """Start to track the output of a weight op."""
         if op.weight_first:
             return

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -231,7 +232,7 @@ class WeightOpMode(TorchDispatchMode):
         out = func(*args)
         if self.after is not None:
             self.after(op, out)
-        self.on_output(op, out, lambda: func(*args))
+        self.on_output(op, out, partial(func, *args))
         return out
 
     def run_other_op(self, func: Any, args: Any, kwargs: Any) -> Any:
@@ -240,7 +241,7 @@ class WeightOpMode(TorchDispatchMode):
             self.other_uses |= {hit[0] for leaf in tree_leaves((args, kwargs)) if (hit := self.named_tensor(leaf))}
         return func(*args, **kwargs)
 
-    def on_output(self, op: WeightOp, out: Tensor, recompute: Callable[[], Tensor]) -> None:
+    def on_output(self, op: WeightOp, out: Tensor, recompute: partial[Tensor]) -> None:
         """Called after each weight op with its output and a function that runs it again; subclasses override it."""
 
     def named_tensor(self, tensor: Any) -> tuple[str, Tensor] | None:

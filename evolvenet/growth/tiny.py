@@ -7,23 +7,22 @@ fixing them optimally", TMLR 2024.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import singledispatch
-from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional
+from torch import Tensor
 
-from evolvenet._compat.torch import ConvNd, conv_forward, parameter_table
-from evolvenet.execution.isolation import isolated
-from evolvenet.execution.sampling import evenly
-from evolvenet.execution.weight_ops import Geometry, WeightOp, output_positions
+from evolvenet.execution.differentiable_ops import OnGradient, Product, ProductMode
+from evolvenet.execution.isolation import isolated, op_by_op
+from evolvenet.execution.sampling import evenly, samples_in
+from evolvenet.execution.weight_ops import WeightOp, output_positions
 from evolvenet.graph.index_map import NEW_UNIT
+from evolvenet.graph.naming import named_tensors
 from evolvenet.graph.width_graph import CONSUMES, PRODUCES, Tie
 from evolvenet.growth.expanded_model import Growth, finite
 from evolvenet.linalg.ridge import refit
+from evolvenet.measurement.weight_uses import UseRecorder
 
 ROWS = 4096
 """Most output positions (samples × positions) of one layer from which moments and updates are computed."""
@@ -83,12 +82,14 @@ class Update:
     """The weight and bias of a consumer that reproduce the gradient of its outputs best, by ridge least squares.
 
     Args:
-        weight: of the old shape.
-        bias: of the old shape, or None where there is none.
+        weight: `[out, in, k…]`, before the growth.
+        bias: `[out]`, or None where there is none.
+        axis: the consumer's axis of inputs: 0 for one that is stored as `[in, out]`.
     """
 
     weight: Tensor
     bias: Tensor | None
+    axis: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,7 +98,7 @@ class Bottleneck:
 
     Args:
         scales: {producer's tie: metric of its rows}; the norm for the others.
-        updates: {path of a consumer: the update of its present columns, to be subtracted from the gradient}.
+        updates: {a consumer's weight: the update of its present columns, to be subtracted from the gradient}.
     """
 
     scales: Mapping[Tie, Scale] = field(default_factory=dict)
@@ -110,7 +111,7 @@ def measure_bottleneck(growth: Growth, method: str) -> Bottleneck:
     The desired change of a consumer's outputs is minus the loss's gradient. Its ridge fit on the consumer's present inputs
     is what an update of the present weights achieves; the rest is the bottleneck. A consumer for
     which the fit is no better than nothing on the other half of the samples is left out, as are consumers and producers
-    other than dense and ungrouped convolution layers.
+    other than the whole real weights of dense products and ungrouped, plain convolutions that nothing else uses.
 
     Args:
         growth: the expansion, with batches and a loss.
@@ -122,108 +123,91 @@ def measure_bottleneck(growth: Growth, method: str) -> Bottleneck:
     Raises:
         ResizeError, SpectrumError, TraceError: for batches or a loss that cannot be used, or NaN in them.
     """
-    producers = [
-        tie for width in growth.widths for tie in growth.matrices(width, PRODUCES) if _has_weight_op(growth, tie, 0)
-    ]
-    consumers = [
-        tie for width in growth.widths for tie in growth.matrices(width, CONSUMES) if _has_weight_op(growth, tie, 1)
-    ]
-    pairs = growth.pairs(method)
-    seen = {tie.module: _LayerRecorder(tie.module, max(2, ROWS // len(pairs))) for tie in (*producers, *consumers)}
-    with isolated(growth.model, shadows=True, gradients=True), ExitStack() as hooks:
-        for path, module_seen in seen.items():
-            module = growth.model.get_submodule(path)
-            module.get_parameter("weight").requires_grad_()
-            hooks.callback(module.register_forward_hook(module_seen, with_kwargs=True).remove)
-        weights = [growth.model.get_submodule(path).get_parameter("weight") for path in seen]
+    producers, consumers = (
+        [tie for width in growth.widths for tie in growth.matrices(width, role)] for role in (PRODUCES, CONSUMES)
+    )
+    pairs, uses = growth.pairs(method), UseRecorder(growth.model)
+    seen = {tie.tensor: _OpRecorder(tie.tensor, max(2, ROWS // len(pairs))) for tie in (*producers, *consumers)}
+    with isolated(growth.model, shadows=True, gradients=True):
+        shadows, _, _ = named_tensors(growth.model)
+        weights = [shadows[name].requires_grad_() for name in seen]
         for inputs, targets in pairs if weights else ():
-            torch.autograd.grad(growth.value(inputs, targets), weights, allow_unused=True)
-    scales = {tie: Scale.of(seen[tie.module].second()) for tie in producers if seen[tie.module].records}
-    updates = {path: seen[path].update(growth.model.get_submodule(path)) for path in {tie.module for tie in consumers}}
-    return Bottleneck(scales, {path: update for path, update in updates.items() if update is not None})
+            samples = samples_in(inputs)
+
+            def record(op: WeightOp, out: Tensor, samples: int = samples) -> OnGradient:
+                uses.add_op(op)
+                return seen[op.tensor].record(op, out, samples)
+
+            mode = ProductMode(growth.model, seen, record, uses.add_bias)
+            with op_by_op(mode):
+                value = growth.value(inputs, targets)
+            uses.add_other_uses(mode.other_uses)
+            torch.autograd.grad(value, weights, allow_unused=True)
+    found = uses.found(growth.graph)
+    axes = {name: axis for name, axis in found.axes.items() if name in seen and seen[name].usable}
+    scales = {tie: Scale.of(seen[tie.tensor].second()) for tie in producers if axes.get(tie.tensor) == 1 - tie.dim}
+    updates = {
+        tie.tensor: seen[tie.tensor].update(tie.dim, biased=tie.tensor in found.biases)
+        for tie in consumers
+        if axes.get(tie.tensor) == tie.dim
+    }
+    return Bottleneck(scales, {name: update for name, update in updates.items() if update is not None})
 
 
-def _has_weight_op(growth: Growth, tie: Tie, dim: int) -> bool:
-    """Whether the tie is the natural axis of a module that `weight_op_of` knows, and no other module uses its tensors."""
-    module = growth.model.get_submodule(tie.module)
-    known = weight_op_of.dispatch(type(module)) is not weight_op_of.dispatch(object)
-    names = [f"{tie.module}.{name}" if tie.module else name for name in dict(module.named_parameters(recurse=False))]
-    if not known or tie.dim != dim or tie.tensor not in names or any(map(growth.graph.is_shared, names)):
-        return False
-    return not module.get_parameter("weight").is_complex()
+class _OpRecorder:
+    """Records inputs and output gradients of the products with one weight, at evenly sampled positions of the outputs.
 
+    Attributes:
+        usable: whether all of them are products with the whole weight that a new unit's row or column is one of.
+    """
 
-@singledispatch
-def weight_op_of(module: nn.Module, path: str, x: Tensor) -> WeightOp | None:
-    """The module's product of its weight and an input; None for other types, and for settings that are not handled."""
-    return None
-
-
-@weight_op_of.register
-def _(module: nn.Linear, path: str, x: Tensor) -> WeightOp | None:
-    return WeightOp(path, 1, 0, module.weight, module.bias, None, x.flatten(0, -2), None) if x.dim() > 1 else None
-
-
-@weight_op_of.register(nn.Conv1d)
-@weight_op_of.register(nn.Conv2d)
-@weight_op_of.register(nn.Conv3d)
-def _(module: nn.Conv1d | nn.Conv2d | nn.Conv3d, path: str, x: Tensor) -> WeightOp | None:
-    space = len(module.kernel_size)
-    unusual = module.groups != 1 or module.padding_mode != "zeros" or isinstance(module.padding, str)
-    if unusual or x.dim() != space + 2:
-        return None
-    padding, ones = tuple(map(int, module.padding)), (1,) * space
-    geometry = Geometry(module.kernel_size, module.stride, padding, padding, module.dilation, ones)
-    return WeightOp(path, 1, 0, module.weight, module.bias, None, x, geometry)
-
-
-class _LayerRecorder:
-    """The forward hook of one module: records inputs and gradients at evenly sampled positions of its outputs."""
-
-    def __init__(self, path: str, most: int) -> None:
-        self.path, self.most = path, most
+    def __init__(self, name: str, most: int) -> None:
+        self.name, self.most = name, most
         self.records: list[_Record] = []
+        self.usable = True
+        self._shape: torch.Size = torch.Size()
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        value: Any = args[0] if args else kwargs.get("input")
-        op = weight_op_of(module, self.path, value.detach()) if isinstance(value, Tensor) else None
-        if op is None:
-            return
-        # As the weight op has it: a dense layer's samples and positions on one axis.
-        shape = (-1, output.shape[-1]) if op.geometry is None else output.shape
-        total = output_positions(op, output.detach().reshape(shape))
-        rows = evenly(total, self.most).to(value.device)
-        record = _Record(op.columns(rows)[0], rows * len(value) // total)
+    def record(self, op: WeightOp, out: Tensor, samples: int) -> OnGradient:
+        """Record a weight op's inputs, and later the gradient of its output."""
+        whole = not op.start and (not self._shape or op.weight.shape == self._shape)
+        plain = op.groups == 1 and not op.weight.is_complex() and not (op.geometry is not None and op.axis == 0)
+        self.usable = self.usable and whole and plain
+        self._shape = op.weight.shape
+        total = output_positions(op, out)
+        rows = evenly(total, self.most).to(out.device)
+        record = _Record(op.columns(rows)[0].detach(), rows * samples // max(1, total))
         self.records.append(record)
-        if output.requires_grad:
-            # A hook, because an activation in place would leave the gradient of its own output here.
-            output.register_hook(lambda gradient: record.set_gradients(op.outputs_at(gradient.reshape(shape), rows)[0]))
+        return lambda gradient: record.set_gradients(op.outputs_at(gradient, rows)[0])
 
     def second(self) -> Tensor:
         """E[x·xᵀ], `[columns, columns]` float64."""
         inputs = _exact([record.inputs for record in self.records])
-        return finite(inputs.T @ inputs / len(inputs), self.path)
+        return finite(inputs.T @ inputs / len(inputs), self.name)
 
-    def update(self, module: nn.Module) -> Update | None:
-        """The ridge fit of the gradients on the inputs, or None if it explains nothing on held-out samples."""
+    def update(self, axis: int, *, biased: bool) -> Update | None:
+        """The ridge fit of the gradients on the inputs, or None if it explains nothing on held-out samples.
+
+        Args:
+            axis: of the weight's inputs.
+            biased: whether a bias is fitted, too.
+        """
         full = [record for record in self.records if record.gradients is not None]
         if not full:
             return None
-        weight, bias = module.get_parameter("weight"), parameter_table(module).get("bias")
-        zeros = torch.zeros(weight.shape, dtype=torch.float64).flatten(1)
+        zeros = torch.zeros(self._shape, dtype=torch.float64).flatten(1)
         made = refit(
             _exact([record.inputs for record in full]),
             _exact([record.gradients for record in full if record.gradients is not None]),
             zeros,
-            None if bias is None else zeros.new_zeros(len(zeros)),
+            zeros.new_zeros(len(zeros)) if biased else None,
             torch.cat([record.sample for record in full]).cpu() % 2 == 1,
         )
-        return made and Update(made[0].reshape(weight.shape), None if bias is None else made[1])
+        return made and Update(made[0].reshape(self._shape), made[1] if biased else None, axis)
 
 
 @dataclass(eq=False)
 class _Record:
-    """Inputs and output gradients of one call of a module.
+    """Inputs and output gradients of one weight op.
 
     Args:
         inputs: `[rows, columns]`.
@@ -244,71 +228,54 @@ def _exact(parts: list[Tensor]) -> Tensor:
     return torch.cat([part.to("cpu", torch.float64) for part in parts])
 
 
-@singledispatch
-def forward_with(module: nn.Module, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """The output of a module that `weight_op_of` handles, with another weight and bias."""
-    raise AssertionError(f"{type(module).__name__} has no weight op")
-
-
-@forward_with.register
-def _(module: nn.Linear, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return functional.linear(x, weight, bias)
-
-
-@forward_with.register
-def _(module: ConvNd, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return conv_forward(module, x, weight, bias)
-
-
 class Corrections:
-    """Terms of the loss, from forward hooks on the consumers of an expanded model, that subtract the updates.
+    """Terms of the loss that subtract the updates, from the products of an expanded model's consumers with their inputs.
 
     Adding `total` to the loss subtracts each consumer's update from the gradient that its new columns and their inputs
     get; the gradients of its other columns do not change.
+
+    Args:
+        growth: the expansion.
+        updates: {a consumer's weight: its update}.
     """
 
-    def __init__(self) -> None:
-        self.parts: list[Tensor] = []
+    def __init__(self, growth: Growth, updates: Mapping[str, Update]) -> None:
+        self.mode = ProductMode(growth.model, updates)
+        self._weights = {name: named_tensors(growth.model)[0][name] for name in updates}
+        self._each = {name: _Correction(growth, name, update) for name, update in updates.items()}
 
     def total(self) -> Tensor | float:
-        """The sum of the last pass's terms; they are cleared."""
-        parts, self.parts = self.parts, []
-        return sum(parts)
+        """The sum of the last pass's terms; the pass is forgotten."""
+        products, self.mode.products = self.mode.products, []
+        return sum(self._each[p.op.tensor].term(p, self._weights[p.op.tensor]) for p in products)
 
 
 @contextmanager
 def subtract_updates(growth: Growth, updates: Mapping[str, Update]) -> Iterator[Corrections]:
-    """Register the hooks on the consumers of the expanded model; on leaving they are removed."""
-    corrections = Corrections()
-    with ExitStack() as hooks:
-        for path, update in updates.items():
-            module = growth.model.get_submodule(path)
-            hooks.callback(
-                module.register_forward_hook(_Correction(growth, path, update, corrections), with_kwargs=True).remove
-            )
+    """Record the products of the consumers in every pass of the expanded model inside."""
+    corrections = Corrections(growth, updates)
+    with op_by_op(corrections.mode if updates else None):
         yield corrections
 
 
 class _Correction:
-    """The hook of one consumer: adds −⟨output of its update, output of its new columns⟩."""
+    """The term of one consumer: −⟨output of its update, output of its new columns⟩."""
 
-    def __init__(self, growth: Growth, path: str, update: Update, corrections: Corrections) -> None:
-        change = growth.changes[f"{path}.weight" if path else "weight"]
-        like = change.tensor
+    def __init__(self, growth: Growth, name: str, update: Update) -> None:
+        change = growth.changes[name]
+        like, self.turned = change.tensor, update.axis == 0
         weight = update.weight.to(like.device, like.dtype)
         for dim, index_map in change.axes.items():
-            weight = index_map.apply(weight, dim)
-        bias = None if update.bias is None else update.bias.to(like.device, like.dtype)
-        if bias is not None and 0 in change.axes:
-            bias = change.axes[0].apply(bias, 0)
-        self.weight, self.bias, self.corrections = weight, bias, corrections
-        new_unit = [index == NEW_UNIT for index in change.axes[1].indices]
-        self.new_unit = torch.tensor(new_unit, dtype=like.dtype, device=like.device).reshape(
-            -1, *[1] * (like.dim() - 2)
-        )
+            weight = index_map.apply(weight, 1 - dim if self.turned else dim)
+        bias, outputs = update.bias, change.axes.get(1 - update.axis)
+        bias = None if bias is None else bias.to(like.device, like.dtype)
+        self.weight, self.bias = weight, bias if bias is None or outputs is None else outputs.apply(bias, 0)
+        new_unit = [index == NEW_UNIT for index in change.axes[update.axis].indices]
+        self.new_unit = torch.tensor(new_unit, dtype=like.dtype, device=like.device)
+        self.new_unit = self.new_unit.reshape(-1, *[1] * (like.dim() - 2))
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        x = args[0] if args else kwargs["input"]
-        present = forward_with(module, x.detach(), self.weight, self.bias)
-        new = forward_with(module, x, module.get_parameter("weight") * self.new_unit, None)
-        self.corrections.parts.append(-(present * new).sum())
+    def term(self, product: Product, weight: Tensor) -> Tensor:
+        """The term of one product of the pass with the expanded weight."""
+        oriented = weight.T if self.turned else weight
+        present = product.outputs(self.weight, self.bias, detached=True)
+        return -(present * product.outputs(oriented * self.new_unit, None)).sum()

@@ -120,7 +120,7 @@ def in_place(choice: Choice, seen: Observations, shadows: Mapping[str, Tensor]) 
         shift = torch.cat([part @ mean for part, mean in zip(apart, seen.means[target.name], strict=True)])
         bias, start = place
         value = shadows[bias].detach().to("cpu", torch.float64, copy=True)
-        value[start : start + len(shift)] += shift * (outputs[0].bias_sign or 1)
+        value.view(-1)[start : start + len(shift)] += shift * (outputs[0].bias_sign or 1)
         changed[bias] = value
     kept = {each: shadows[each].detach().clone() for each in changed}
     try:

@@ -93,9 +93,10 @@ def test_new_units_equal_those_of_linear_layers(way: str, method: str) -> None:
     torch.testing.assert_close(ours, theirs, rtol=1e-7, atol=1e-9)
 
 
-@pytest.mark.parametrize("way", ["clip", "einsum", "bias of images", "one module"])
-def test_new_units_by_gradients_equal_those_of_linear_layers(way: str) -> None:
-    ours, theirs = grown(rewritten(way), "gradmax", True), grown(linear_network(), "gradmax", True)
+@pytest.mark.parametrize("way", ["clip", "einsum", "einsum, weight first", "bias of images", "one module"])
+@pytest.mark.parametrize("method", ["gradmax", "tiny"])
+def test_new_units_by_gradients_equal_those_of_linear_layers(way: str, method: str) -> None:
+    ours, theirs = grown(rewritten(way), method, True), grown(linear_network(), method, True)
     torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-8)
 
 

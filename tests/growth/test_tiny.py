@@ -13,7 +13,7 @@ from torch.nn import functional
 from evolvenet.graph.index_map import IndexMap
 from evolvenet.graph.width_graph import Tie
 from evolvenet.growth.expanded_model import Growth, expanded
-from evolvenet.growth.tiny import RIDGE, Scale, measure_bottleneck, subtract_updates, weight_op_of
+from evolvenet.growth.tiny import RIDGE, Scale, measure_bottleneck, subtract_updates
 from evolvenet.surgery.resize_model import compile_surgery
 from evolvenet.tracing.trace import trace
 from tests.helpers.small_models import images, mlp
@@ -63,7 +63,7 @@ def test_an_update_is_the_best_linear_fit_of_the_gradient(
     (gradient,) = torch.autograd.grad(functional.mse_loss(outputs, y) * batches, outputs)
     columns = torch.cat([inside, torch.ones(300, 1).double()], dim=1) if bias else inside
     best = torch.linalg.lstsq(columns, gradient).solution
-    update = bottleneck.updates["2"]
+    update = bottleneck.updates["2.weight"]
     torch.testing.assert_close(update.weight, best[:4].T, rtol=1e-6, atol=1e-9)
     assert (update.bias is not None) == bias
     if update.bias is not None:
@@ -92,7 +92,7 @@ def test_an_activation_in_place_does_not_hide_the_gradient() -> None:
     x = torch.randn(200, 6).double()
     y = 3 * made(False)(x).detach()
     one, two = (
-        measure_bottleneck(growth_of(made(inplace), x, y, {"0": 2}), "tiny").updates["2"].weight
+        measure_bottleneck(growth_of(made(inplace), x, y, {"0": 2}), "tiny").updates["2.weight"].weight
         for inplace in (True, False)
     )
     torch.testing.assert_close(one, two)
@@ -127,7 +127,7 @@ def test_a_correction_changes_the_gradients_of_new_units_alone() -> None:
     y = 3 * model(x).detach()
     growth = growth_of(model, x, y, {"make": 2, "read": 3})
     bottleneck = measure_bottleneck(growth, "tiny")
-    assert set(bottleneck.updates) == {"dense", "read", "last"}
+    assert set(bottleneck.updates) == {"dense.weight", "read.weight", "last.weight"}
     start: dict[Tie, Tensor] = {
         tie: torch.randn(growth.count(width), growth.unit_entries(tie, width).shape[1]).double()
         for width in growth.widths
@@ -136,7 +136,7 @@ def test_a_correction_changes_the_gradients_of_new_units_alone() -> None:
     with expanded(growth, start), subtract_updates(growth, bottleneck.updates) as corrections:
         inputs: dict[str, Tensor] = {}
         hook: Callable[[str], Any] = lambda name: lambda m, args: inputs.setdefault(name, args[0])  # noqa: E731
-        hooks = [model.get_submodule(name).register_forward_pre_hook(hook(name)) for name in bottleneck.updates]
+        hooks = [model.get_submodule(name).register_forward_pre_hook(hook(name)) for name in ("dense", "read", "last")]
         model(x)
         extra = corrections.total()
         assert isinstance(extra, Tensor)
@@ -146,7 +146,7 @@ def test_a_correction_changes_the_gradients_of_new_units_alone() -> None:
         assert not grads[1][:5, :4].any()
         assert not grads[2][:, : 4 * 36].any()
         assert not grads[3][:, :20].any()
-        update = bottleneck.updates["dense"]
+        update = bottleneck.updates["dense.weight"]
         assert update.bias is not None
         known = functional.linear(inputs["dense"][:, : 4 * 36], update.weight, update.bias)
         torch.testing.assert_close(grads[2][:, 4 * 36 :], -known.T @ inputs["dense"][:, 4 * 36 :].detach())
@@ -155,35 +155,18 @@ def test_a_correction_changes_the_gradients_of_new_units_alone() -> None:
 
 
 @pytest.mark.parametrize(
-    ("module", "x"),
+    ("layer", "used"),
     [
-        (nn.Linear(4, 3), torch.randn(5, 4)),
-        (nn.Linear(4, 3), torch.randn(5, 2, 4)),
-        (nn.Conv1d(4, 3, 3, stride=2, padding=1), torch.randn(5, 4, 9)),
-        (nn.Conv2d(4, 3, (3, 2), dilation=2, padding=(1, 0)), torch.randn(5, 4, 9, 8)),
-        (nn.Conv3d(4, 3, 2), torch.randn(2, 4, 3, 4, 5)),
+        (nn.Conv1d(4, 5, 3, stride=2, padding=1), True),
+        (nn.Conv1d(4, 5, 3, padding="same", dilation=2), True),
+        (nn.Conv1d(4, 5, 3, padding=1, padding_mode="circular"), True),
+        (nn.Conv1d(4, 6, 3, padding=1, groups=2), False),
+        (nn.ConvTranspose1d(4, 5, 3), False),
     ],
 )
-def test_what_a_module_multiplies_is_known(module: Any, x: Tensor) -> None:
-    op = weight_op_of(module, "here", x)
-    assert op is not None
-    y = module(x).detach()
-    out = y.reshape(-1, 3) if isinstance(module, nn.Linear) else y
-    rows = torch.arange(out[:, :1].numel())
-    answers = op.columns(rows)[0] @ op.matrix()[0].T + module.bias
-    torch.testing.assert_close(answers, op.outputs_at(out, rows)[0])
-
-
-@pytest.mark.parametrize(
-    ("module", "x"),
-    [
-        (nn.Linear(4, 3), torch.randn(4)),
-        (nn.Conv2d(4, 4, 3, groups=2), torch.randn(5, 4, 6, 6)),
-        (nn.Conv2d(4, 4, 3, padding="same"), torch.randn(5, 4, 6, 6)),
-        (nn.Conv2d(4, 4, 3, padding=1, padding_mode="circular"), torch.randn(5, 4, 6, 6)),
-        (nn.Conv2d(4, 4, 3), torch.randn(4, 6, 6)),
-        (nn.ReLU(), torch.randn(4, 6)),
-    ],
-)
-def test_what_is_not_known_is_left_out(module: nn.Module, x: Tensor) -> None:
-    assert weight_op_of(module, "here", x) is None
+def test_updates_are_those_of_whole_ungrouped_plain_products(layer: nn.Conv1d, used: bool) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv1d(3, 4, 1), nn.ReLU(), layer, nn.ReLU(), nn.Conv1d(layer.out_channels, 2, 1)).double()
+    x = torch.randn(400, 3, 8).double()
+    growth = growth_of(model, x, 3 * model(x).detach(), {"0": 4})
+    assert ("2.weight" in measure_bottleneck(growth, "tiny").updates) == used
