@@ -37,7 +37,6 @@ __all__ = [
     "adopt_hooks",
     "base_of",
     "child_table",
-    "conv_forward",
     "forward_hooks",
     "in_backward",
     "load_state_dict_pre_hooks",
@@ -193,12 +192,6 @@ def renew_flat_weights(module: nn.RNNBase) -> None:
     module._flat_weights = [getattr(module, name, None) for name in module._flat_weights_names]
     if all(weight is None or weight.device.type != "meta" for weight in module._flat_weights):
         module.flatten_parameters()
-
-
-def conv_forward(module: ConvNd, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """The output of a convolution with another weight and bias, with its own padding, stride and groups."""
-    forward: Any = module._conv_forward
-    return forward(x, weight, bias)
 
 
 def runs_forward_of(module: nn.Module, base: type[nn.Module]) -> bool:

@@ -256,7 +256,7 @@ class Work:
                 "Budget: expected batches with `latency`, got none. The first one is what is timed."
             )
         timed = self.first if inputs is None else inputs
-        budget = LatencyBudget(self.model, timed, limit, self._with_any_values, fastest, loss)
+        budget = LatencyBudget(self.model, timed, limit, self._with_any_values, fastest, loss, self.seen.gradients)
         choices, found = within_latency(budget, self.requests, self.seen)
         return choices, {"seconds": found}
 

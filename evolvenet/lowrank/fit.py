@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from evolvenet.errors import SpectrumError, TraceError
 from evolvenet.execution.isolation import isolated, op_by_op
+from evolvenet.execution.own_gradients import GradientsNeededError, own_gradients
 from evolvenet.execution.residual_sums import ResidualSumMode
 from evolvenet.execution.sampling import evenly, samples_in
 from evolvenet.execution.step import run_model
@@ -88,6 +89,7 @@ class Observations:
         targets: {name of a weight: its outputs}, of those that can be fitted.
         matrices: {name of a weight: `[groups, out / groups, columns]`}.
         extents: {name of a layer: sizes of its inputs and outputs in each call}, in the order of execution.
+        gradients: whether the model only runs with autograd on, because its own code computes gradients.
     """
 
     batch: Any
@@ -97,6 +99,7 @@ class Observations:
     targets: Mapping[str, list[Target]]
     matrices: Mapping[str, Tensor]
     extents: Mapping[str, Sequence[Extent]]
+    gradients: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -137,22 +140,30 @@ def observe(
         raise TraceError("Batches: expected at least one batch of model inputs, got none.")
     by_tensor = {id(tensor): name for name, tensor in named_tensors(model)[0].items()}
     names = {layer.name: by_tensor[id(layer.layer.get_parameter("weight"))] for layer in layers}
-    recorder = _InputRecorder(frozenset(names.values()), limits, samples_in(batch))
+
+    def record(batch: Any) -> tuple[_InputRecorder, dict[str, list[Target]], bool]:
+        recorder = _InputRecorder(frozenset(names.values()), limits, samples_in(batch))
+        try:
+            with own_gradients():
+                return recorder, recorded(model, batch, recorder, gradients=False), False
+        except GradientsNeededError:
+            recorder = _InputRecorder(frozenset(names.values()), limits, samples_in(batch))
+            return recorder, recorded(model, batch, recorder, gradients=True), True
+
     try:
-        targets = recorded(model, batch, recorder, gradients=False)
+        recorder, targets, gradients = record(batch)
     except Exception as problem:
         if len(listed) < 2:
             raise
         log.debug("The model does not run on several batches as one: it is fitted on the first", exc_info=problem)
         batch = listed[0]
-        recorder = _InputRecorder(frozenset(names.values()), limits, samples_in(batch))
-        targets = recorded(model, batch, recorder, gradients=False)
+        recorder, targets, gradients = record(batch)
     moments = {name: found for name, weight in names.items() if (found := recorder.second_moments(name, weight))}
     means = {name: [each.mean for each in recorder.moments[names[name]]] for name in moments}
     order = list(recorder.extents)
     ordered = sorted(names.items(), key=lambda item: order.index(item[1]) if item[1] in order else len(order))
     extents = {name: recorder.extents.get(weight, []) for name, weight in ordered}
-    return Observations(batch, names, moments, means, targets, recorder.matrices, extents)
+    return Observations(batch, names, moments, means, targets, recorder.matrices, extents, gradients)
 
 
 class _InputRecorder(OutputRecorder):
@@ -227,7 +238,7 @@ def fit(model: nn.Module, choices: Sequence[Choice], seen: Observations) -> Fitt
                 with torch.no_grad():
                     shadows[name].copy_(merged.to(shadows[name].device, shadows[name].dtype))
         fitter = ConsumerFitter(targets, {}, samples_in(seen.batch), shadows, solver.solve)
-        with isolated(model), op_by_op(ResidualSumMode(model, fitter.run, None, fitter.sum)):
+        with isolated(model, gradients=seen.gradients), op_by_op(ResidualSumMode(model, fitter.run, None, fitter.sum)):
             run_model(model, seen.batch)
         values = {name: shadows[name].detach().clone() for name in fitter.fitted - set(by_weight)}
     for choice in choices:

@@ -94,6 +94,7 @@ class LatencyBudget:
         installed: choices → a context in which the model has factors of these kinds and ranks, of any values.
         timer: measures.
         loss: of factors, see `budget.within_budget`.
+        gradients: whether the model runs with autograd on.
     """
 
     model: nn.Module
@@ -102,10 +103,11 @@ class LatencyBudget:
     installed: Callable[[Sequence[Choice]], AbstractContextManager[Any]]
     timer: Timer
     loss: Loss = energy_loss
+    gradients: bool = False
 
     def measured(self, choices: Sequence[Choice]) -> float:
         """Seconds of the model's forward pass with these factors."""
-        with self.installed(choices), isolated(self.model):
+        with self.installed(choices), isolated(self.model, gradients=self.gradients):
             (found,) = self.timer([Run(self.model, self.batch, partial(run_model, self.model, self.batch))])
         return found
 

@@ -202,3 +202,23 @@ def test_attention_is_differentiated_op_by_op() -> None:
     graph = evolvenet.trace(Attends().double(), POINTS[:2])
     assert graph.differentiates
     assert "embed" in graph.sizes
+
+
+def test_layers_of_a_model_that_needs_autograd_are_factorized() -> None:
+    made = []
+    for guarded in (True, False):
+        torch.manual_seed(0)
+        model = Derivatives(guarded).double()
+        evolvenet.factorize(model, {"net.2": 4}, batches=[POINTS])
+        made.append(model(POINTS)[1].detach())
+        report = evolvenet.factorize(Derivatives(guarded).double(), latency=60.0, batches=[POINTS])
+        assert "within the limit" in str(report)
+    torch.testing.assert_close(made[0], made[1])
+
+
+def test_a_run_changes_ranks_of_a_model_that_needs_autograd() -> None:
+    model = Derivatives().double()
+    evolver = evolvenet.Evolver(model, None, evolvenet.Budget(params=200, by=0.5, lowrank=True), POINTS[:2])
+    evolver.observe(POINTS)
+    assert evolver.step(progress=0.5).skipped is None
+    assert sum(parameter.numel() for parameter in model.parameters()) <= 200
