@@ -14,43 +14,7 @@ from evolvenet._compat.torch import TorchDispatchMode, torch_functions_on, tree_
 from evolvenet.execution.isolation import op_by_op
 from evolvenet.execution.own_gradients import own_gradients
 from evolvenet.execution.step import run_model
-
-
-def _batch_norm_shapes(source: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """Batch norm on a meta tensor, without the dozens of ops that PyTorch runs to find the shapes of its outputs."""
-    channels = source.shape[1]
-    for tensor in others[:4]:
-        if tensor is not None and tuple(tensor.shape) != (channels,):
-            raise RuntimeError(f"batch norm of {channels} channels with a parameter of shape {tuple(tensor.shape)}")
-    return torch.empty_like(source), source.new_empty(channels), source.new_empty(channels)
-
-
-META_SHORTCUTS = {torch.ops.aten.native_batch_norm.default: _batch_norm_shapes}
-"""Ops that are slow on meta tensors, with a faster implementation."""
-
-
-def _check_slices(target: Tensor, dim: int, index: Tensor, source: Tensor, *others: Any) -> None:
-    """The source of `index_add` has the target's shape, but for as many slices as the index has entries."""
-    expected = list(target.shape)
-    expected[dim] = index.numel()
-    if list(source.shape) != expected:
-        raise RuntimeError(f"slices of {list(source.shape)} written to {list(target.shape)}: expected {expected}")
-
-
-def _check_values(target: Tensor, indices: Sequence[Tensor | None], values: Tensor, *others: Any) -> None:
-    """The values of `index_put` broadcast to what the indices pick."""
-    values.expand(torch.ops.aten.index.Tensor(target, indices).shape)
-
-
-META_CHECKS = {
-    torch.ops.aten.index_add.default: _check_slices,
-    torch.ops.aten.index_add_.default: _check_slices,
-    torch.ops.aten.index_reduce.default: _check_slices,
-    torch.ops.aten.index_reduce_.default: _check_slices,
-    torch.ops.aten.index_put.default: _check_values,
-    torch.ops.aten.index_put_.default: _check_values,
-}
-"""Ops that take any shapes on meta tensors, with what they check on others."""
+from evolvenet.tracing.meta_ops import META_CHECKS, META_SHORTCUTS
 
 
 class TracingMode(TorchDispatchMode):
@@ -80,8 +44,10 @@ class TracingMode(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the op."""
         shortcut = META_SHORTCUTS.get(func)
-        if shortcut is not None and args[0].is_meta:
-            return shortcut(*args)
+        if shortcut is not None and not kwargs:
+            found = shortcut(*args)
+            if found is not None:
+                return found
         if func in META_CHECKS and args[0].is_meta:
             META_CHECKS[func](*args)
         return func(*args, **(kwargs or {}))

@@ -1,0 +1,118 @@
+"""Ops on meta tensors: shortcuts to the shapes of what they return, and checks that PyTorch does not make there.
+
+PyTorch finds these shapes by decomposing an op into others in Python, which takes up to a millisecond: most of the time of
+a deep model's trials.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+aten = torch.ops.aten
+FLOATS = frozenset({torch.float32, torch.float64, torch.float16, torch.bfloat16})
+
+
+def _batch_norm(source: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor] | None:
+    if not source.is_meta:
+        return None
+    channels = source.shape[1]
+    for tensor in others[:4]:
+        if tensor is not None and tuple(tensor.shape) != (channels,):
+            raise RuntimeError(f"batch norm of {channels} channels with a parameter of shape {tuple(tensor.shape)}")
+    return torch.empty_like(source), source.new_empty(channels), source.new_empty(channels)
+
+
+def _layer_norm(
+    source: Tensor, over: Sequence[int], weight: Tensor | None, bias: Tensor | None, *eps: float
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """As on the CPU, where the result is contiguous."""
+    size, same = tuple(over), {source.dtype}
+    affine = [tensor for tensor in (weight, bias) if tensor is not None]
+    if not _is_plain(source) or source.dtype not in (torch.float32, torch.float64):
+        return None
+    if not size or tuple(source.shape[-len(size) :]) != size or any(tuple(t.shape) != size for t in affine):
+        return None
+    if any(tensor.dtype not in same for tensor in affine):
+        return None
+    statistics = (*source.shape[: -len(size)], *([1] * len(size)))
+    return source.new_empty(source.shape), source.new_empty(statistics), source.new_empty(statistics)
+
+
+def _addmm(bias: Tensor, one: Tensor, two: Tensor) -> Tensor | None:
+    fits = one.dim() == two.dim() == 2 and one.shape[1] == two.shape[0] and tuple(bias.shape) == (two.shape[1],)
+    if not fits or not _is_plain(one) or not one.dtype == two.dtype == bias.dtype:
+        return None
+    return one.new_empty((one.shape[0], two.shape[1]))
+
+
+def _pointwise(source: Tensor, *others: Any) -> Tensor | None:
+    """Of one tensor; other arguments are settings."""
+    return torch.empty_like(source) if _is_plain(source) else None
+
+
+def _pointwise_in_place(source: Tensor, *others: Any) -> Tensor | None:
+    return source if _is_plain(source) else None
+
+
+def _pair(one: Any, two: Any) -> Tensor | None:
+    """Of two tensors, of which the second broadcasts to the first, or of a tensor and a number."""
+    if not isinstance(one, Tensor) or not _is_plain(one):
+        return None
+    if isinstance(two, Tensor):
+        if two.dtype != one.dtype or not two.is_meta or two.dim() > one.dim():
+            return None
+        behind = one.shape[one.dim() - two.dim() :]
+        if any(size not in (1, other) for size, other in zip(two.shape, behind, strict=True)):
+            return None
+    elif not isinstance(two, (int, float)):
+        return None
+    return torch.empty_like(one)
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether `empty_like` gives a result's strides: it does unless several entries lie in one place."""
+    return tensor.is_meta and tensor.dtype in FLOATS and (tensor.is_contiguous() or 0 not in tensor.stride())
+
+
+_OF_ONE = (
+    *(aten.sigmoid, aten.tanh, aten.relu, aten.silu, aten.hardswish, aten.hardsigmoid, aten.exp, aten.rsqrt, aten.sqrt),
+    *(aten.neg, aten.gelu),
+)
+_IN_PLACE = (aten.sigmoid_, aten.tanh_, aten.relu_, aten.silu_, aten.hardswish_)
+META_SHORTCUTS: dict[Any, Callable[..., Any]] = {
+    aten.native_batch_norm.default: _batch_norm,
+    aten.native_layer_norm.default: _layer_norm,
+    aten.addmm.default: _addmm,
+    **{op.default: _pointwise for op in _OF_ONE},
+    **{op.default: _pointwise_in_place for op in _IN_PLACE},
+    **{op.Tensor: _pair for op in (aten.add, aten.sub, aten.mul, aten.div)},
+}
+"""Op → a function of its positional arguments that returns what the op does; None for arguments that are left to the op."""
+
+
+def _check_slices(target: Tensor, dim: int, index: Tensor, source: Tensor, *others: Any) -> None:
+    """The source of `index_add` has the target's shape, but for as many slices as the index has entries."""
+    expected = list(target.shape)
+    expected[dim] = index.numel()
+    if list(source.shape) != expected:
+        raise RuntimeError(f"slices of {list(source.shape)} written to {list(target.shape)}: expected {expected}")
+
+
+def _check_values(target: Tensor, indices: Sequence[Tensor | None], values: Tensor, *others: Any) -> None:
+    """The values of `index_put` broadcast to what the indices pick."""
+    values.expand(torch.ops.aten.index.Tensor(target, indices).shape)
+
+
+META_CHECKS = {
+    torch.ops.aten.index_add.default: _check_slices,
+    torch.ops.aten.index_add_.default: _check_slices,
+    torch.ops.aten.index_reduce.default: _check_slices,
+    torch.ops.aten.index_reduce_.default: _check_slices,
+    torch.ops.aten.index_put.default: _check_values,
+    torch.ops.aten.index_put_.default: _check_values,
+}
+"""Ops that take any shapes on meta tensors, with what they check on others."""
