@@ -71,10 +71,11 @@ def test_growth_keeps_the_function_and_new_units_train(method: str, magnitudes: 
 
 
 def test_new_rows_are_orthogonal_to_the_others_in_complex_numbers() -> None:
-    model = nn.Sequential(nn.Linear(8, 3, dtype=torch.cdouble), nn.Tanh(), nn.Linear(3, 2, dtype=torch.cdouble))
+    layer = nn.Linear(8, 3, dtype=torch.cdouble)
+    model = nn.Sequential(layer, nn.Tanh(), nn.Linear(3, 2, dtype=torch.cdouble))
     x = torch.randn(2, 8, dtype=torch.cdouble)
     evolvenet.grow(model, evolvenet.trace(model, x), {"0": 7})
-    weight = model[0].weight.detach()
+    weight = layer.weight.detach()
     across = weight[3:] @ weight.mH
     across[:, 3:] -= torch.diag(across[:, 3:].diagonal())
     assert float(across.abs().max()) < 1e-12
