@@ -156,3 +156,23 @@ def test_no_policy_grows_a_width_that_only_buffers_consume(caplog: pytest.LogCap
     evolvenet.grow(model, evolvenet.trace(model, X[:2]), {"hidden": 20})
     torch.testing.assert_close(model(X), before)
     assert "nothing that consumes the units of hidden is trained (basis)" in caplog.text
+
+
+class Scaled(nn.Module):
+    """A width with a bias and a scale, each named like the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kernel, self.out = nn.Parameter(torch.randn(6, 8)), nn.Linear(8, 3)
+        self.scale, self.unbiased = nn.Parameter(torch.randn(8)), nn.Parameter(torch.rand(8) + 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out((x @ self.kernel + self.scale).tanh() * self.unbiased)
+
+
+def test_new_units_start_with_no_bias_and_a_usual_scale_whatever_these_are_called() -> None:
+    model = Scaled().double()
+    graph = evolvenet.trace(model, X[:2])
+    evolvenet.grow(model, graph, {next(iter(graph.sizes)): 11})
+    assert model.scale[8:].tolist() == [0, 0, 0]
+    torch.testing.assert_close(model.unbiased[8:], model.unbiased[:8].mean().expand(3))
