@@ -86,6 +86,34 @@ def stage(name: str) -> Iterator[None]:
         raise
 
 
+Place = str | tuple[str, int]
+"""A width or a tensor by name, or an axis of a tensor."""
+
+
+@contextmanager
+def concerning(*places: Place) -> Iterator[None]:
+    """Tag an exception that leaves the body with what was worked on; of nested ones the innermost tags it.
+
+    >>> try:
+    ...     with concerning("fc1"):
+    ...         1 / 0
+    ... except ZeroDivisionError as error:
+    ...     places_of(error)
+    ('fc1',)
+    """
+    try:
+        yield
+    except Exception as error:
+        if not places_of(error):
+            error._evolvenet_places = places  # type: ignore[attr-defined]
+        raise
+
+
+def places_of(error: BaseException) -> tuple[Place, ...]:
+    """What was worked on when an exception was raised, as far as that is known."""
+    return getattr(error, "_evolvenet_places", ())
+
+
 def stage_boundary(name: str, entering: bool) -> None:
     """Called where a stage begins and where it has ended. It does nothing; tests replace it, so that a stage fails there."""
 

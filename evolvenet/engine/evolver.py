@@ -27,7 +27,7 @@ from evolvenet.engine.distributed import (
 )
 from evolvenet.engine.event_data import EventData
 from evolvenet.engine.evolver_state import EvolverState
-from evolvenet.engine.failure_policy import FailurePolicy
+from evolvenet.engine.failure_policy import MOST_RESTS, FailurePolicy, Resting, with_widths_back
 from evolvenet.engine.functional import as_list
 from evolvenet.engine.history import Event, History, WidthChange, changed
 from evolvenet.engine.invariants import ModelReference, check_resizable, validate
@@ -129,10 +129,9 @@ class Evolver(EvolverState):
         self.lowrank = low_rank(policy, self._restriction, path)
         self._macs = macs(self.model, self.example_inputs, self.graph.differentiates)
         self.history = History.of(self._event(0, (), parameters(model), 0.0), self.graph)
-        self.calibration_batches, self._seed = calibration_batches, seed
+        self.calibration_batches, self._seed, self._observed = calibration_batches, seed, 0
         self._buffer = BatchBuffer(example_inputs, calibration_batches or LEAST)
-        self._observed, self._past, self._failures = 0, PastEvents(), FailurePolicy()
-        self._failures.off = fixed_by_optimizers(self.optimizers, model)
+        self._past, self._failures = PastEvents(), FailurePolicy(fixed_by_optimizers(self.optimizers, model))
         warn(unreachable(policy, model, self.graph, self.example_inputs, self.lowrank))
 
     @property
@@ -177,8 +176,9 @@ class Evolver(EvolverState):
     def step(self, at: int | None = None, progress: float | None = None) -> Event:
         """Measure, let the policy decide, and change the widths.
 
-        All or nothing: on any problem the model, its copies and the optimizers are as before, and training goes on. Where
-        the same stage fails a second time, evolution is switched off for the rest of the run (`evolver.off` says why).
+        All or nothing: on any problem the model, its copies and the optimizers are as before, and training goes on. A width
+        on which measuring, planning or validating fails is frozen with the reason, and the event is repeated without it. Where
+        no single width is at fault and the same stage fails a second time, evolution is switched off (`evolver.off` says why).
 
         Args:
             at: the optimizer step to write into the record; by default the number of batches observed.
@@ -206,17 +206,7 @@ class Evolver(EvolverState):
         previous = None if progress is None else self._past.progress if progress >= self._past.progress else 0.0
         self._past = self._past.next(1.0 if progress is None else progress)
         changes: list[WidthChange] = []
-        ranks, kept, skipped = {}, {}, None
-        try:
-            with ExitStack() as undo:
-                state = (self.graph, self.original, self._past, self._macs)
-                undo.callback(self._revert, state, changes)
-                ranks, kept = self._evolve(group, changes, undo, previous)
-                undo.pop_all()
-        except RankMismatchError:
-            raise
-        except Exception as problem:  # noqa: BLE001  whatever it was, everything is as before and the run can go on
-            skipped = self._failures.explain(group, moment, problem)
+        ranks, kept, skipped = self._attempt(group, moment, changes, previous)
         check_agreement(group, "weights", fingerprint(self.model) if group.size > 1 else "")
         seconds = time.perf_counter() - started
         return self._record(
@@ -291,6 +281,39 @@ class Evolver(EvolverState):
             # Wrappers of the model were made for the shapes that have just been reverted.
             with stage("after_change"):
                 self.after_change()
+
+    def _attempt(
+        self, group: ProcessGroup, moment: int, changes: list[WidthChange], previous: float | None
+    ) -> tuple[dict[str, float], dict[str, float], str | None]:
+        """One event, repeated without the widths on which it fails; what `_evolve` returns, and why it was skipped."""
+        whole, rests, tried = self.graph, list[Resting](), list[str]()
+        while True:
+            try:
+                with ExitStack() as undo:
+                    undo.callback(self._revert, (self.graph, self.original, self._past, self._macs), changes)
+                    # Before the changes are taken back.
+                    undo.callback(lambda: tried.extend(change.width for change in changes))
+                    ranks, kept = self._evolve(group, changes, undo, previous)
+                    undo.pop_all()
+                break
+            except RankMismatchError:
+                raise
+            except Exception as problem:  # noqa: BLE001  whatever it was, everything is as before and the run can go on
+                found = self._failures.resting(group, moment, problem, self.graph, tried)
+                if found is None or len(rests) == MOST_RESTS:
+                    # Not of single widths.
+                    self.graph = whole
+                    return {}, {}, self._failures.explain(group, moment, problem)
+                self.graph = found.graph
+                rests.append(found)
+                tried.clear()
+        if rests:
+            self.graph = with_widths_back(self.graph, {name for each in rests for name in each.passing}, whole)
+            self.history.frozen = self.graph.reasons
+            remember_widths(self.model, self.graph, self.original.sizes)
+        for each in rests:
+            warn(each.message)
+        return ranks, kept, None
 
     def _evolve(
         self, group: ProcessGroup, changes: list[WidthChange], undo: ExitStack, previous: float | None

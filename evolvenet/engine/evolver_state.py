@@ -31,7 +31,7 @@ class EvolverState:
     graph: WidthGraph
     original: OriginalWidths
     history: History
-    calibration_batches: int | None
+    calibration_batches: Any
     _original_before_cut: OriginalWidths
     _restriction: Restriction
     _path: str

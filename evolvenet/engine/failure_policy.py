@@ -4,24 +4,49 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 from evolvenet.engine.distributed import ProcessGroup
-from evolvenet.errors import SkippedEvent, SpectrumError, stage_of
+from evolvenet.errors import Place, SkippedEvent, SpectrumError, places_of, stage_of
+from evolvenet.graph.width_graph import WidthGraph, Widths
+from evolvenet.policies.base import RESTS
 
 FAILURES = 2
 """Failures of one stage after which evolution is switched off for the rest of the run."""
 
+MOST_RESTS = 8
+"""Repetitions of one event, each without the widths on which it failed: a failure on more is no matter of single widths."""
+
 log = logging.getLogger("evolvenet")
 
 
-class FailurePolicy:
-    """Counts failures by stage. `off` is the reason why evolution is switched off, None while it is on."""
+@dataclass(frozen=True)
+class Resting:
+    """A graph in which some widths rest.
 
-    def __init__(self) -> None:
+    Args:
+        graph: the widths.
+        passing: names of those that rest in one event alone.
+        message: which ones rest, how long and why.
+    """
+
+    graph: WidthGraph
+    passing: frozenset[str]
+    message: str
+
+
+class FailurePolicy:
+    """Counts failures by stage.
+
+    Args:
+        off: why evolution is switched off, None while it is on.
+    """
+
+    def __init__(self, off: str | None = None) -> None:
         self.counts: Counter[str] = Counter()
-        self.off: str | None = None
+        self.off = off
 
     def explain(self, group: ProcessGroup, moment: int, problem: Exception) -> str:
         """Warn, and switch off where a stage failed again; the same on every rank.
@@ -49,6 +74,41 @@ class FailurePolicy:
             log.warning("step %d: widths are left as they are: %s", moment, reason)
         return reason
 
+    def resting(
+        self, group: ProcessGroup, moment: int, problem: Exception, graph: WidthGraph, tried: Collection[str]
+    ) -> Resting | None:
+        """The widths on which an event failed, so that it can be repeated without them; the same on every rank.
+
+        They rest for the remaining run; for this event alone where a later one may succeed (NaN activations).
+
+        Args:
+            group: the processes; what rank 0 has worked on counts.
+            moment: the optimizer step, for the message.
+            problem: what was raised, tagged by `evolvenet.errors.concerning`.
+            graph: the widths before the event.
+            tried: names of the widths that the event had changed until then; of several in one place, these alone rest.
+
+        Returns:
+            The graph in which they are frozen, and what to warn of once the event has succeeded; None if no single width is
+            known, or no other one is left.
+        """
+        passing = isinstance(problem, (SkippedEvent, SpectrumError))
+        found = _widths_at(places_of(problem), graph)
+        names, passing = group.broadcast((sorted(found & set(tried) or found), passing))
+        if not names or len(names) == len(graph.resizable):
+            return None
+        reason = f"{stage_of(problem) or 'event'} failed: {problem or type(problem).__name__}"
+        reason = group.broadcast(str(problem) if passing else reason)
+        until = "in this event" if passing else "for the rest of the run"
+        log.debug("step %d: %s", moment, reason, exc_info=problem)
+        verb = "rests" if len(names) == 1 else "rest"
+        message = f"step {moment}: {', '.join(names)} {verb} {until} while other widths change: {reason}"
+        widths = {
+            name: replace(width, frozen=f"{RESTS}{until}: {reason}") if name in names else width
+            for name, width in graph.widths.items()
+        }
+        return Resting(replace(graph, widths=Widths(widths)), frozenset(names) if passing else frozenset(), message)
+
     def state_dict(self) -> dict[str, Any]:
         """The counts, as plain data for a checkpoint."""
         return {"failures": dict(self.counts), "off": self.off}
@@ -56,3 +116,34 @@ class FailurePolicy:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what `state_dict` returned."""
         self.counts, self.off = Counter(state["failures"]), self.off or state["off"]
+
+
+def with_widths_back(graph: WidthGraph, names: Collection[str], before: WidthGraph) -> WidthGraph:
+    """The graph in which widths may change again that rested in one event.
+
+    Args:
+        graph: after the event.
+        names: of these widths.
+        before: the graph in which they could change.
+    """
+    widths = {
+        name: replace(width, frozen=before.widths[name].frozen) if name in names else width
+        for name, width in graph.widths.items()
+    }
+    return replace(graph, widths=Widths(widths)) if names else graph
+
+
+def _widths_at(places: Iterable[Place], graph: WidthGraph) -> set[str]:
+    """The resizable widths at places: widths by name, tensors, or axes of tensors."""
+    found: set[str] = set()
+    for place in places:
+        tensor, axis = (place, None) if isinstance(place, str) else place
+        layout = graph.layouts.get(graph.aliases.get(tensor, tensor), {})
+        chosen = (
+            [layout.get(axis % max(1, len(graph.shapes[tensor])), ())]
+            if axis is not None and layout
+            else layout.values()
+        )
+        found |= {part.width for segments in chosen for part in segments if part.width is not None}
+        found |= {tensor} if isinstance(place, str) else set()
+    return found & set(graph.sizes)

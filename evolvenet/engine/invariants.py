@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from evolvenet.errors import SkippedEvent, TraceError, ValidationError
+from evolvenet.errors import SkippedEvent, TraceError, ValidationError, concerning
 from evolvenet.execution.isolation import model_outputs
 from evolvenet.execution.step import Step
 from evolvenet.graph.naming import named_tensors
@@ -81,11 +81,14 @@ def validate(
             raise _wrong(f"parameter {name} to be the object that it was", "another one")
     tensors, _, _ = named_tensors(model)
     for name, shape in graph.shapes.items():
-        if tuple(tensors[name].shape) != shape:
-            raise _wrong(f"{name} of shape {shape}", f"{tuple(tensors[name].shape)}")
+        with concerning(name):
+            if tuple(tensors[name].shape) != shape:
+                raise _wrong(f"{name} of shape {shape}", f"{tuple(tensors[name].shape)}")
     for change in stale_attributes(model, graph):
-        module = type(change.module).__name__
-        raise _wrong(f"{change.name} of {module} to be {change.value}", f"{getattr(change.module, change.name)}")
+        path = next(path for path, module in model.named_modules() if module is change.module)
+        with concerning(*(name for name in graph.shapes if name.startswith(f"{path}." if path else ""))):
+            module = type(change.module).__name__
+            raise _wrong(f"{change.name} of {module} to be {change.value}", f"{getattr(change.module, change.name)}")
     for optimizer in with_inner(optimizers):
         validate_state(optimizer)
     found = model_outputs(model, example_inputs, graph.differentiates)

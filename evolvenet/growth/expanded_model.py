@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from evolvenet.errors import ResizeError, SpectrumError
+from evolvenet.errors import ResizeError, SpectrumError, concerning
 from evolvenet.execution.isolation import isolated
 from evolvenet.execution.step import run_model
 from evolvenet.graph.index_map import NEW_UNIT, IndexMap
@@ -208,7 +208,8 @@ def fill_new_units(growth: Growth, directions: Entries) -> Surgery:
         for tie in width.ties:
             slot, value = growth.slot(tie, width), values[tie.tensor]
             if tie in directions:
-                slot.put(value, growth.norm(tie, width) * directions[tie])
+                with concerning(width.name):
+                    slot.put(value, growth.norm(tie, width) * directions[tie])
             elif growth.is_vector(tie) and tie.role == FOLLOWS and tie.tensor not in growth.graph.added:
                 units = growth.changes[tie.tensor].tensor.detach().narrow(tie.dim, tie.start, width.size * tie.repeat)
                 level = units.abs().mean()

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from evolvenet.errors import concerning
 from evolvenet.graph.width_graph import CONSUMES, FOLLOWS, MASKS, PRODUCES, Tie, Width
 from evolvenet.growth.expanded_model import Growth, expanded
 from evolvenet.growth.gradmax import maximize_fan_out_gradient
@@ -172,10 +173,11 @@ def _initial_directions(growth: Growth) -> dict[Tie, Tensor]:
                 continue
             if tie.role == FOLLOWS and growth.is_vector(tie):
                 continue
-            if tie.role == PRODUCES:
-                found[tie] = orthogonal(growth.unit_entries(tie, width), growth.count(width), growth.generator)
-            else:
-                found[tie] = _random(growth, width, tie)
+            with concerning(width.name):
+                if tie.role == PRODUCES:
+                    found[tie] = orthogonal(growth.unit_entries(tie, width), growth.count(width), growth.generator)
+                else:
+                    found[tie] = _random(growth, width, tie)
     return found
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from evolvenet.errors import concerning
 from evolvenet.execution.inputs import first_samples
 from evolvenet.execution.step import network_outputs
 from evolvenet.graph.index_map import IndexMap
@@ -142,7 +143,11 @@ class _LossTest:
         steps = self._steps()
         with torch.no_grad():
             before = [self._outputs(inputs) for inputs, _ in self.known]
-            return {name: self._of(before, *steps[name]) for name in steps}
+            found: dict[str, Evidence] = {}
+            for name, step in steps.items():
+                with concerning(name):
+                    found[name] = self._of(before, *step)
+            return found
 
     def _steps(self) -> dict[str, tuple[Step, Step]]:
         """{width: (step of the new columns, step of the present ones)}, from the even samples."""

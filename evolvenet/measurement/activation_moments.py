@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from evolvenet.errors import SpectrumError, TraceError
+from evolvenet.errors import SpectrumError, TraceError, concerning
 from evolvenet.execution.isolation import isolated, op_by_op
 from evolvenet.execution.residual_sums import ResidualSumMode
 from evolvenet.execution.sampling import evenly, samples_in
@@ -187,7 +187,8 @@ def collect(model: nn.Module, graph: WidthGraph, batches: Iterable[Any]) -> Acti
         raise TraceError(f"Batches: expected at least one batch of model inputs, got {got}.")
     run = {tie: halves for tie, halves in gathered.items() if halves.seen}
     for tie, halves in run.items():
-        halves.check(tie)
+        with concerning((tie.tensor, tie.dim)):
+            halves.check(tie)
     even, odd = ({tie: halves.moments[half] for tie, halves in run.items()} for half in (0, 1))
     return ActivationMoments(even, odd, uses.found(graph))
 
@@ -219,10 +220,10 @@ def _gather(by_tensor: Mapping[str, Mapping[Tie, _Halves]], samples: int, before
     for tie, halves in by_tensor.get(op.tensor, {}).items():
         if tie.dim != op.axis or not op.input_positions or op.weight.is_complex():
             continue
-        row = evenly(op.input_positions, max(1, CAP // (tie.repeat * op.groups))).to(op.inputs.device)
         size = len(halves.moments[0].mean)
-        features = op.input_rows(row).detach()
-        part = features[:, tie.start : tie.start + size * tie.repeat].reshape(len(features), size, tie.repeat)
-        odd = (row * samples // op.input_positions + before) % 2 == 1
-        with torch.autocast(op.inputs.device.type, enabled=False):
+        with concerning((tie.tensor, tie.dim)), torch.autocast(op.inputs.device.type, enabled=False):
+            row = evenly(op.input_positions, max(1, CAP // (tie.repeat * op.groups))).to(op.inputs.device)
+            features = op.input_rows(row).detach()
+            part = features[:, tie.start : tie.start + size * tie.repeat].reshape(len(features), size, tie.repeat)
+            odd = (row * samples // op.input_positions + before) % 2 == 1
             halves.add(part.movedim(1, -1).reshape(-1, size), odd.repeat_interleave(op.groups * tie.repeat))

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from evolvenet.errors import SkippedEvent
+from evolvenet.errors import SkippedEvent, concerning
 from evolvenet.graph.naming import tensor_named
 from evolvenet.graph.width_graph import Tie, Width, WidthGraph
 from evolvenet.linalg.pivoted_cholesky import pivoted_cholesky
@@ -91,24 +91,25 @@ def width_statistics(
     energies: dict[str, list[float]] = {}
     few: dict[str, int] = {}
     for width in graph.resizable:
-        seen = [moments.count(tie) for tie in width.consumers if tie in moments]
-        if seen and max(seen) < FEWEST:
-            few[width.name] = max(seen)
-            continue
-        if is_rotatable(graph, width):
-            spectrum = rank_spectrum(model, graph, width, moments, shrink=True)
-            spectra[width.name] = tuple(spectrum.tolist())
-            energies[width.name] = energy_shares(spectrum).tolist()
-            continue
-        parts = {
-            tie: shrunk_covariance(moments[tie].covariance, moments[tie].count)
-            for tie in width.consumers
-            if tie in moments
-        }
-        spectrum = input_spectrum(model, width, parts) if parts else weight_spectrum(model, graph, width)
-        if spectrum is not None:
-            spectra[width.name] = tuple(spectrum.tolist())
-            energies[width.name] = unit_energies(model, width, parts) if parts else energy_shares(spectrum).tolist()
+        with concerning(width.name):
+            seen = [moments.count(tie) for tie in width.consumers if tie in moments]
+            if seen and max(seen) < FEWEST:
+                few[width.name] = max(seen)
+                continue
+            if is_rotatable(graph, width):
+                spectrum = rank_spectrum(model, graph, width, moments, shrink=True)
+                spectra[width.name] = tuple(spectrum.tolist())
+                energies[width.name] = energy_shares(spectrum).tolist()
+                continue
+            parts = {
+                tie: shrunk_covariance(moments[tie].covariance, moments[tie].count)
+                for tie in width.consumers
+                if tie in moments
+            }
+            spectrum = input_spectrum(model, width, parts) if parts else weight_spectrum(model, graph, width)
+            if spectrum is not None:
+                spectra[width.name] = tuple(spectrum.tolist())
+                energies[width.name] = unit_energies(model, width, parts) if parts else energy_shares(spectrum).tolist()
     _report_few(graph, few, alone=not spectra, first=past.count == 1)
     known = past.energies.updated(energies, past.progress).known
     return {name: _statistics(model, graph, name, spectrum, known[name][1], past) for name, spectrum in spectra.items()}

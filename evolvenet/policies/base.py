@@ -226,6 +226,10 @@ def judged_metric(policy: object) -> str | None:
     return metric
 
 
+RESTS = "rests "
+"""How the reason of a width begins that is frozen since an event has failed on it: proposals for it are passed over."""
+
+
 def check_proposals(proposals: Mapping[str, Proposal], graph: WidthGraph) -> dict[str, Proposal]:
     """The proposals by the widths' own names, after refusing those for a width that is unknown or frozen.
 
@@ -247,6 +251,8 @@ def check_proposals(proposals: Mapping[str, Proposal], graph: WidthGraph) -> dic
         width = graph.widths[name] if name in graph.widths else None  # noqa: SIM401  what raises in get is no KeyError
         if width is None:
             problem = "which is no width"
+        elif width.frozen is not None and width.frozen.startswith(RESTS):
+            continue
         elif width.frozen is not None:
             problem = f"which is frozen ({width.frozen})"
         elif width.name in found:

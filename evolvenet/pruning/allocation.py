@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from evolvenet.errors import ResizeError
+from evolvenet.errors import ResizeError, concerning
 from evolvenet.graph.current import check_current
 from evolvenet.graph.width_graph import Width, WidthGraph
 from evolvenet.linalg.spectrum import Values, energy_shares
@@ -122,13 +122,14 @@ def trial_curves(
     for width in graph.resizable:
         points = [(width.size, 0.0)]
         for size in _trial_sizes(width, shares):
-            surgery = plan_prune(model, graph, {width.name: size}, statistics)
-            undo = install(model, reconstruct(model, graph, surgery, few, limits))
-            try:
-                moved = outputs_on(model, few, graph.differentiates)
-            finally:
-                undo()
-            points.append((size, max(output_error(whole, moved), points[-1][1])))
+            with concerning(width.name):
+                surgery = plan_prune(model, graph, {width.name: size}, statistics)
+                undo = install(model, reconstruct(model, graph, surgery, few, limits))
+                try:
+                    moved = outputs_on(model, few, graph.differentiates)
+                finally:
+                    undo()
+                points.append((size, max(output_error(whole, moved), points[-1][1])))
         # Below the smallest trial: more than all that was seen.
         found[width.name] = [(0, 10 * points[-1][1] + 1), *reversed(points)]
     return found

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from evolvenet._compat.torch import tree_flatten, tree_unflatten
+from evolvenet.errors import concerning
 from evolvenet.execution.inputs import first_samples
 from evolvenet.execution.isolation import isolated, op_by_op
 from evolvenet.execution.residual_sums import ResidualSumMode, TrackedOutput
@@ -216,6 +217,10 @@ class OutputRecorder:
             self.bias_uses[bias] += 1
         if op.tensor not in self.consumers or op.weight.is_complex():
             return
+        with concerning((op.tensor, op.axis)):
+            self._record(op, out, bias)
+
+    def _record(self, op: WeightOp, out: Tensor, bias: tuple[str, int] | None) -> None:
         total = output_positions(op, out)
         rows = evenly(total, self.limits.rows_for(op.matrix().shape[-1])).to(out.device)
         outputs = op.products_at(out, rows).movedim(0, 1).flatten(1)
@@ -306,13 +311,17 @@ class ConsumerFitter:
         if target.summed:
             self._at_sum[op] = target
         else:
-            self._fit(op, target, self._kept_outputs(op, target))
+            with concerning((op.tensor, op.axis)):
+                self._fit(op, target, self._kept_outputs(op, target))
 
     def sum(self, output: TrackedOutput, own: Tensor, other: Tensor) -> None:
         """See `ResidualSumMode`."""
         target = self._at_sum.pop(output.op, None)
-        if target is None:
-            return
+        if target is not None:
+            with concerning((output.op.tensor, output.op.axis)):
+                self._fit_at_sum(target, output, own, other)
+
+    def _fit_at_sum(self, target: Target, output: TrackedOutput, own: Tensor, other: Tensor) -> None:
         summed = self._kept_outputs(output.op, target)
         if summed.shape[1] != len(output.op.weight):
             return

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from evolvenet._compat.torch import NormBase
-from evolvenet.errors import ResizeError
+from evolvenet.errors import ResizeError, concerning
 from evolvenet.graph.index_map import IndexMap
 from evolvenet.graph.naming import tensor_named
 from evolvenet.graph.width_graph import Tie, Width, WidthGraph
@@ -72,7 +72,8 @@ def choose(
         if size < width.size and is_rotatable(graph, width):
             maps[width.name] = IndexMap.keep(range(size), width.size)
         elif size < width.size:
-            kept = _choose_units(model, graph, width, size, statistics)
+            with concerning(width.name):
+                kept = _choose_units(model, graph, width, size, statistics)
             maps[width.name] = IndexMap.keep(sorted(kept), width.size)
     return maps
 
@@ -138,8 +139,9 @@ def plan_cut(
         return surgery
     deltas: dict[str, Tensor] = {}
     for name, index_map in maps.items():
-        for tensor, delta in _refits(model, graph, name, index_map, statistics, surgery.bases.get(name)):
-            deltas[tensor] = deltas.get(tensor, 0) + delta
+        with concerning(name):
+            for tensor, delta in _refits(model, graph, name, index_map, statistics, surgery.bases.get(name)):
+                deltas[tensor] = deltas.get(tensor, 0) + delta
     return _with_deltas(model, surgery, deltas)
 
 

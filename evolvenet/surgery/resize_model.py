@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from evolvenet._compat.torch import own_tensors, sparse_parts
-from evolvenet.errors import ResizeError, SpectrumError, stage
+from evolvenet.errors import ResizeError, SpectrumError, concerning, stage
 from evolvenet.graph.current import check_current
 from evolvenet.graph.index_map import NEW_UNIT, IndexMap, laid_out_as
 from evolvenet.graph.naming import named_tensors
@@ -101,15 +101,16 @@ def compile_surgery(
     for name, axes in axis_maps.items():
         tensor = tensors[name]
         owner = model.get_submodule(name.rpartition(".")[0])
-        value, changed = tensor.detach(), axis_bases.get(name, {})
-        for dim, basis in changed.items():
-            value = along(value, basis.values, dim)
-        for dim, index_map in axes.items():
-            filled = new_unit_value(owner, name.rpartition(".")[2], dim)
-            # Torch's own masks (`torch.nn.utils.prune`) are filled with ones.
-            copied = name in masks and not filled
-            value = (copying[name][dim] if copied else index_map).apply(value, dim, filled)
-        changes.append(TensorChange(tensor, name, axes, value, changed))
+        with concerning(name):
+            value, changed = tensor.detach(), axis_bases.get(name, {})
+            for dim, basis in changed.items():
+                value = along(value, basis.values, dim)
+            for dim, index_map in axes.items():
+                filled = new_unit_value(owner, name.rpartition(".")[2], dim)
+                # Torch's own masks (`torch.nn.utils.prune`) are filled with ones.
+                copied = name in masks and not filled
+                value = (copying[name][dim] if copied else index_map).apply(value, dim, filled)
+            changes.append(TensorChange(tensor, name, axes, value, changed))
     after = graph.resized(maps)
     numbers = _attribute_changes(model, graph, after, set(axis_maps))
     return Surgery(tuple(changes), numbers, dict(maps), after, dict(bases or {}))
@@ -154,7 +155,8 @@ def _attribute_changes(
             with suppress(KeyError):
                 numbers = attributes(module, shapes) if shapes else {}
         elif any(full in touched for full in local.values()):
-            numbers = _numbers(path, module, shapes)
+            with concerning(*local.values()):
+                numbers = _numbers(path, module, shapes)
         for name, value in numbers.items():
             changes[id(module), name] = AttributeChange(module, name, value)
     return tuple(change for change in changes.values() if getattr(change.module, change.name) != change.value)

@@ -18,7 +18,11 @@ class Fixed:
     def propose(self, context: PolicyContext) -> dict[str, Proposal]:
         known = context.statistics
         self.seen.append(dict(known))
-        return {name: Proposal(size, "fixed") for name, size in self.sizes.items() if known[name].size != size}
+        return {
+            name: Proposal(size, "fixed")
+            for name, size in self.sizes.items()
+            if name in known and known[name].size != size
+        }
 
 
 class InTurn:
