@@ -6,7 +6,7 @@ same reasons to be frozen, are grouped into one width, and every axis of a tenso
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -72,7 +72,7 @@ def build_graph(model: nn.Module, label_graph: LabelGraph) -> GroupedWidths:
     places = np.full((component.max(initial=-1) + 1, 2), -1)
     places[list(where)] = list(where.values())
     layouts: dict[str, dict[int, AxisRuns]] = defaultdict(dict)
-    disordered = _partly_changed(label_graph, component, groups, where)
+    disordered = _partly_changed(label_graph, component, groups, places[:, 0])
     for axis in label_graph.axes:
         along = places[component[axis.start : axis.start + axis.size]]
         layouts[axis.tensor][axis.dim] = _segments(along, groups, axis, disordered)
@@ -94,15 +94,22 @@ def build_graph(model: nn.Module, label_graph: LabelGraph) -> GroupedWidths:
 
 
 def _partly_changed(
-    label_graph: LabelGraph, component: np.ndarray, groups: Sequence[Group], where: Mapping[int, tuple[int, int]]
+    label_graph: LabelGraph, component: np.ndarray, groups: Sequence[Group], group_of: np.ndarray
 ) -> dict[int, str]:
-    """{group: reason} for groups of which an op changes some units and not the others, such as `h[:, :4] *= 2`."""
+    """{group: reason} for groups of which an op changes some units and not the others, such as `h[:, :4] *= 2`.
+
+    Args:
+        label_graph: the units, and which of them each op changes.
+        component: of every unit.
+        groups: all of them.
+        group_of: the group of every component, -1 for none.
+    """
     found: dict[int, str] = {}
     for ids, reason in label_graph.changed.items():
         members = np.unique(component[np.frombuffer(ids, np.int64)])
-        inside = Counter(where[member][0] for member in members.tolist() if member in where)
-        for group, count in inside.items():
-            if count < len(groups[group].members):
+        inside = group_of[members]
+        for group, count in zip(*(part.tolist() for part in np.unique(inside, return_counts=True)), strict=True):
+            if group >= 0 and count < len(groups[group].members):
                 found.setdefault(group, reason)
     return found
 

@@ -46,6 +46,10 @@ MOST_NUMBERS = 8
 """So many numbers of other names than those of sizes are tried for a width, in up to 46 trials of which most fail early."""
 
 
+Edges = tuple[Tensor, Tensor]
+"""Two equally long tensors of ids that are tied element by element."""
+
+
 @dataclass(frozen=True)
 class Rerun:
     """Functions that run a resized model again.
@@ -138,6 +142,7 @@ class Verification:
         search_with_labels: whether the search for failing widths also uses runs with labels.
         trials: number of trials so far.
         unneeded: keys of numbers that have the value and name of a size and are none, see `number_key`.
+        last_grouped: the ties of fixes for which units were grouped last, with what came out.
     """
 
     model: nn.Module
@@ -148,11 +153,11 @@ class Verification:
     search_with_labels: bool = True
     trials: int = field(default=0)
     unneeded: frozenset[str] = frozenset()
+    last_grouped: list[tuple[list[Edges], GroupedWidths]] = field(default_factory=list)
 
     def build(self, accepted: Sequence[CandidateFix]) -> GroupedWidths:
         """The graph with the units tied and the attributes updated as the accepted fixes say."""
-        edges: list[tuple[Tensor, Tensor]] = [fix.edges for fix in accepted if len(fix.edges[0])]
-        built = build_graph(self.model, replace(self.label_graph, edges=[*self.label_graph.edges, *edges]))
+        built = self._grouped([fix.edges for fix in accepted if len(fix.edges[0])])
         fixes = {min(fix.anchors): fix for fix in accepted}
         widths = {
             name: replace(width, patches=self._patches(width, fixes[built.anchors[name]]))
@@ -162,6 +167,15 @@ class Verification:
         }
         joined = frozenset(name for name, a in built.anchors.items() if a in fixes and fixes[a].kind in (SLICE, HEAD))
         return replace(built, graph=replace(built.graph, widths=Widths(widths)), joined=joined)
+
+    def _grouped(self, edges: list[Edges]) -> GroupedWidths:
+        """The graph with these units tied. The last one is kept: most trials in a row differ in attributes alone."""
+        for known, built in self.last_grouped:
+            if len(known) == len(edges) and all(one is two for one, two in zip(known, edges, strict=True)):
+                return built
+        built = build_graph(self.model, replace(self.label_graph, edges=[*self.label_graph.edges, *edges]))
+        self.last_grouped[:] = [(edges, built)]
+        return built
 
     def _patches(self, width: Width, fix: CandidateFix) -> tuple[tuple[str, str], ...]:
         found = attributes_to_update(self.model, width, fix.kind, fix.numbers)
