@@ -28,6 +28,7 @@ IMPORTED = (
     "torch.nn.modules.conv:_ConvTransposeNd",
     "torch.nn.utils.parametrizations:_WeightNorm",
     "torch.utils._python_dispatch:TorchDispatchMode",
+    "torch.utils._python_dispatch:_disable_current_modes",
     "torch.utils._pytree:register_pytree_node",
     "torch.utils._pytree:tree_flatten",
     "torch.utils._pytree:tree_leaves",

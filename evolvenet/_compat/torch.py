@@ -20,6 +20,7 @@ from torch.nn.modules.conv import _ConvTransposeNd as ConvTransposeNd
 from torch.nn.utils.parametrizations import _WeightNorm as WeightNorm
 from torch.nn.utils.prune import BasePruningMethod
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import _disable_current_modes as unseen_by_modes
 from torch.utils._pytree import register_pytree_node, tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -60,6 +61,7 @@ __all__ = [
     "tree_leaves",
     "tree_map_only",
     "tree_unflatten",
+    "unseen_by_modes",
     "version_of",
     "without_module_tracker",
     "without_tensors",

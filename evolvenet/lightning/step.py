@@ -15,7 +15,7 @@ from lightning.pytorch.loggers.logger import DummyLogger
 from torch import Tensor, nn
 
 from evolvenet._compat.lightning import trainer_of
-from evolvenet._compat.torch import version_of
+from evolvenet._compat.torch import unseen_by_modes, version_of
 
 MUTED = ("log", "log_dict", "print", "manual_backward", "clip_gradients", "toggle_optimizer", "untoggle_optimizer")
 """Methods of a LightningModule that do nothing in a step beside training."""
@@ -65,7 +65,9 @@ class _Saved:
 
     @classmethod
     def of(cls, parameter: nn.Parameter) -> _Saved:
-        return cls(version_of(parameter), parameter.data, parameter.detach().clone())
+        # A dispatch mode that records what the step does with its weights must not take this copy for a use of them.
+        with unseen_by_modes():
+            return cls(version_of(parameter), parameter.data, parameter.detach().clone())
 
     def restore(self, parameter: nn.Parameter) -> bool:
         """Put the values back; whether they may have changed."""
@@ -73,7 +75,7 @@ class _Saved:
         if moved:
             parameter.data = self.data
         if moved or version_of(parameter) != self.version:
-            with torch.no_grad():
+            with torch.no_grad(), unseen_by_modes():
                 parameter.copy_(self.value)
             return True
         return False

@@ -120,7 +120,8 @@ def with_entry(value: Any, key: Key, entry: Any) -> Any:
 @with_entry.register
 def _(value: tuple, key: Key, entry: Any) -> Any:  # type: ignore[type-arg]
     changed = [entry if place == key else old for place, old in enumerate(value)]
-    return value._make(changed) if hasattr(value, "_make") else type(value)(changed)  # type: ignore[attr-defined]
+    # A named tuple takes its entries one by one.
+    return type(value)(*changed) if hasattr(value, "_fields") else type(value)(changed)
 
 
 @with_entry.register(list)
