@@ -42,13 +42,17 @@ class ModuleStep:
         parameters = dict(module.named_parameters())
         names = parameters if self.written is None else self.written
         before = {name: _Saved.of(parameters[name]) for name in names}
+        done = False
         try:
             with without_effects(module):
-                return _called(getattr(module, self.name), batch, self.index)
+                returned = _called(getattr(module, self.name), batch, self.index)
+            done = True
+            return returned
         finally:
             changed = tuple(name for name, saved in before.items() if saved.restore(parameters[name]))
-            # Tensors without data show no writes by `.data = …`, so a run on them says nothing of the next one.
-            if not any(parameters[name].is_meta for name in names):
+            # Tensors without data show no writes by `.data = …`, so a run on them says nothing of the next one; nor does
+            # a run that raised before it was through.
+            if done and not any(parameters[name].is_meta for name in names):
                 self.written = changed
 
 

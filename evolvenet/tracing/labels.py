@@ -42,12 +42,14 @@ class Label:
         origin: name of the parameter or buffer that the tensor is a rearrangement of, or that it was computed from
             together with other parameters only; None for what depends on data.
         value: the number that fills a constant from end to end; None where it is not known.
+        single: the id of the only unit of a width that the tensor holds, `h[:, :1]`; None for any other tensor.
     """
 
     layers: tuple[Tensor, ...] = ()
     kind: str = DATA
     origin: str | None = None
     value: float | None = None
+    single: Tensor | None = None
 
 
 @dataclass(frozen=True)

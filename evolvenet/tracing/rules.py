@@ -103,10 +103,12 @@ class Call:
         for layer in self.label_of(tensor).layers:
             self.label_graph.mark_changed(layer, f"{self.location} works on a part of its units")
 
-    def mark_single(self, before: Tensor, after: Tensor) -> None:
-        """Keep that the op picks a single unit out of a layer: `h[:, :1]`, which code may combine with all the others."""
-        if before.numel() > 1 and after.numel() == 1:
-            self.label_graph.mark_changed(after, f"{self.location} works on a part of its units")
+    def mark_singles(self) -> None:
+        """Keep that the op computes with a single unit of a width: the code may combine it with all the others."""
+        for tensor in self.tensors:
+            single = self.label_of(tensor).single
+            if single is not None:
+                self.label_graph.mark_changed(single, f"{self.location} works on a part of its units")
 
     def freeze_all(self, reason: str) -> None:
         """Freeze every unit that reaches this op."""
@@ -145,6 +147,8 @@ PARTING = frozenset(
     )
 )
 """Ops that take a part of a tensor out, or put parts together, and change nothing in them."""
+SHAPING = PARTING - {"aten::cat", "aten::concat", "aten::concatenate", "aten::stack", "aten::clone", "aten::_to_copy"}
+"""Ops whose result is a view of one tensor."""
 FILLED_WITH: Mapping[str, float] = {"zeros": 0.0, "new_zeros": 0.0, "zeros_like": 0.0, "zero_": 0.0} | dict.fromkeys(
     ("ones", "new_ones", "ones_like"), 1.0
 )
@@ -169,6 +173,8 @@ def apply_rule(call: Call) -> None:
     if call.op not in PARTING:
         for tensor in call.tensors:
             call.mark_changed(tensor)
+    if call.op not in SHAPING and not call.op.endswith("_like"):
+        call.mark_singles()
     found = RULES.get(call.op) or _by_schema(call)
     if found is not None:
         found(call)
@@ -251,6 +257,7 @@ def movement(call: Call) -> None:
     if not all(map(is_constant, label.layers)) and any(tensor.device.type == "meta" for tensor in call.tensors[1:]):
         raise NeedsDataError(f"{call.location} moves units to places that only data can tell")
     results: list[list[Tensor]] = [[] for _ in call.outputs]
+    singles: dict[int, Tensor] = {}
     for layer in label.layers:
         if call.op in CUTTING and layer.shape[call.argument("dim") % source.dim()] == 1:
             moved = [layer] * len(results)  # Also where the piece has no places: tokens of an expert that gets none.
@@ -261,7 +268,7 @@ def movement(call: Call) -> None:
             moved = call.func(whole.contiguous() if strided else whole, *call.args[1:], **call.kwargs)
         for result, part in zip(results, tree_flatten(moved)[0], strict=True):
             result.append(compress(part))
-            call.mark_single(layer, result[-1])
+            singles.update(_single(id(result), layer, result[-1]))
             call.label_graph.add_grid(result[-1])
         if call.op in SPLITTING and all(len(varying(each[-1])) == 1 for each in results):
             call.label_graph.add_pieces([each[-1] for each in results], SPLITTING[call.op])
@@ -271,6 +278,12 @@ def movement(call: Call) -> None:
     for out, layers in zip(call.outputs, results, strict=True):
         kind = CONSTANT if label.kind == CONSTANT else DATA
         call.label_output(out, layers, kind, label.origin, label.value if call.op in PARTING else None)
+        call.set_label(out, replace(call.label_of(out), single=singles.get(id(layers), label.single)))
+
+
+def _single(key: int, before: Tensor, after: Tensor) -> dict[int, Tensor]:
+    """{key: the id} if an op has taken a single unit out of a layer."""
+    return {key: after} if before.numel() > 1 and after.numel() == 1 and int(after) >= 0 else {}
 
 
 @rule("clone", "_to_copy", "copy_", "hardswish", "hardswish_", "_prelu_kernel")
