@@ -299,11 +299,11 @@ class Verification:
 
 
 def _step(graph: WidthGraph, name: str, number: int, down: bool) -> IndexMap:
-    """One unit less, or two to four more: no two widths of a fixed sum change such that the sum stays."""
+    """One unit less, or two more (one more for every second pair): two widths of a fixed sum change such that it changes."""
     width = graph.widths[name]
     if not down or width.size - 1 < max(width.smallest, 2):
         # An axis of size 1 has no labels, so the ties of a width of that size could not be compared.
-        return IndexMap.grow(width.size, 2 + number // 2 % 3)
+        return IndexMap.grow(width.size, 2 - number // 2 % 2)
     return IndexMap.keep([unit for unit in range(width.size) if unit != width.size // 2], width.size)
 
 

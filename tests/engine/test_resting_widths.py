@@ -1,5 +1,7 @@
 """A width on which an event fails rests, with the reason, while the others change; nothing else is lost."""
 
+# nn.Module types its children and attributes loosely, and optimizers are written here as people write them.
+# pyright: reportOperatorIssue=false
 from __future__ import annotations
 
 import logging

@@ -1,5 +1,7 @@
 """Optimizers as people write them: with copies of the weights, with other optimizers inside, with tensors in odd places."""
 
+# nn.Module types its children and attributes loosely, and optimizers are written here as people write them.
+# pyright: reportIncompatibleMethodOverride=false
 from __future__ import annotations
 
 from collections import defaultdict

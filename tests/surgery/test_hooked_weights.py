@@ -1,5 +1,7 @@
 """Weights that older functions of torch compute in hooks, against fresh modules of the new sizes."""
 
+# nn.Module types its children and attributes loosely, and optimizers are written here as people write them.
+# pyright: reportArgumentType=false, reportCallIssue=false, reportIncompatibleMethodOverride=false, reportIndexIssue=false
 from __future__ import annotations
 
 from collections.abc import Callable

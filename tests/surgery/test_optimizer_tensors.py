@@ -1,5 +1,7 @@
 """Optimizers with copies of the weights, other optimizers or tensors of their own, against fresh ones set by hand."""
 
+# nn.Module types its children and attributes loosely, and optimizers are written here as people write them.
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false, reportIndexIssue=false
 from __future__ import annotations
 
 import re
