@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 
 import pytest
@@ -151,7 +152,8 @@ def test_no_policy_grows_a_width_that_only_buffers_consume(caplog: pytest.LogCap
     for policy in (evolvenet.Price(price=1e-9), evolvenet.Threshold(prune=1e-6, grow=0.5)):
         sizes, _ = evolved(model, policy)
         assert sizes[-1][0] <= 16
-    assert not caplog.records
+    # What an event has done is logged too, where another test has made Lightning show it.
+    assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []
     before = model(X)
     evolvenet.grow(model, evolvenet.trace(model, X[:2]), {"hidden": 20})
     torch.testing.assert_close(model(X), before)
