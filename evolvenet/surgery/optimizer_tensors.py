@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from evolvenet.errors import OptimizerStateError
+
+Kind = TypeVar("Kind")
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,7 +59,7 @@ def with_inner(optimizers: Iterable[Optimizer]) -> list[Optimizer]:
         if id(optimizer) not in found:
             found[id(optimizer)] = optimizer
             own = [value for name, value in vars(optimizer).items() if name not in _STATE]
-            waiting += [each for value in own for each in _optimizers_in(value, 0)]
+            waiting += [each for value in own for each in _instances_in(value, Optimizer)]
     return list(found.values())
 
 
@@ -66,12 +68,13 @@ _DEEPEST = 4
 """Containers in containers that are searched."""
 
 
-def _optimizers_in(value: Any, depth: int) -> Iterator[Optimizer]:
-    if isinstance(value, Optimizer):
+def _instances_in(value: Any, kind: type[Kind], depth: int = 0) -> Iterator[Kind]:
+    """What is of a type in a value: itself, or in containers."""
+    if isinstance(value, kind):
         yield value
     elif depth < _DEEPEST:
         for part in _parts_of(value):
-            yield from _optimizers_in(part, depth + 1)
+            yield from _instances_in(part, kind, depth + 1)
 
 
 def _parts_of(value: Any) -> list[Any]:
@@ -153,7 +156,7 @@ class _Search:
         return type(name).__name__ if isinstance(name, (Tensor, nn.Module)) else repr(name)
 
     def _look_under(self, name: Any, part: Any, place: str, key: str, parameters: Sequence[Tensor], depth: int) -> None:
-        if isinstance(name, nn.Module) and any(tensor.numel() > 1 for tensor in _tensors_in(part, 0)):
+        if isinstance(name, nn.Module) and any(tensor.numel() > 1 for tensor in _instances_in(part, Tensor)):
             raise self._unknown(place, f"tensors by module, here {type(name).__name__}")
         if isinstance(name, Tensor):
             owner = name if any(name is each for each in self.all) else None
@@ -190,17 +193,9 @@ class _Search:
         )
 
 
-def _tensors_in(value: Any, depth: int) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif depth < _DEEPEST:
-        for part in _parts_of(value):
-            yield from _tensors_in(part, depth + 1)
-
-
 def _fits(part: Any, parameter: Tensor) -> bool:
     """Whether all tensors of a list's entry are numbers or have the shape of the parameter at its place."""
-    return all(tensor.numel() < 2 or tensor.shape == parameter.shape for tensor in _tensors_in(part, 0))
+    return all(tensor.numel() < 2 or tensor.shape == parameter.shape for tensor in _instances_in(part, Tensor))
 
 
 def tensors_on(parameter: Tensor) -> dict[str, Tensor]:

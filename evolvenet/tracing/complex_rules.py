@@ -6,21 +6,15 @@ Importing this module registers them in `rules.RULES`.
 from __future__ import annotations
 
 from evolvenet.tracing.labels import compress, varying
+from evolvenet.tracing.reduction_rules import freeze_along
 from evolvenet.tracing.rules import Call, elementwise, rule
 
 
 @rule("_fft_r2c", "_fft_c2r", "_fft_c2c")
 def fourier(call: Call) -> None:
     """Every output depends on all places along the transformed dimensions: units along them are frozen, others pass."""
-    source = call.args[0]
-    transformed = {dim % source.dim() for dim in call.argument("dim")}
-    kept = []
-    for layer in call.label_of(source).layers:
-        if transformed & set(varying(layer)):
-            call.label_graph.freeze(layer, f"{call.location} works along its units")
-        else:
-            kept.append(layer)
-    call.label_output(call.out, kept)
+    dims = call.args[0].dim()
+    freeze_along(call, {dim % dims for dim in call.argument("dim")})
 
 
 @rule("_conj", "_neg_view", "_conj_physical", "_neg_view_copy", "_conj_copy")

@@ -81,6 +81,9 @@ def weight_norm(call: Call) -> None:
     """A direction times a length along one axis: elementwise; zeros do not change the norm over the other axes."""
     weight = call.args[0]
     kept = call.argument("dim") % weight.dim()
+    origin = call.label_of(weight).origin
+    if origin is not None and weight.shape[kept] > 1:
+        call.label_graph.lengths.append((origin, kept, call.location))
     # The direction last: of equal layers the last one is kept, which should be the origin's.
     layers = merge(call.label_graph, [call.label_of(tensor).layers for tensor in reversed(call.tensors)])
     call.label_output(call.outputs[0], layers, origin=call.label_of(weight).origin)
@@ -91,31 +94,27 @@ def weight_norm(call: Call) -> None:
 @rule("embedding")
 def embedding(call: Call) -> None:
     """Rows are selected by data and frozen; units along the columns pass."""
-    weight, indices = call.args[0], call.args[1]
-    label = call.label_of(weight)
-    out = []
-    for layer in label.layers:
-        if 0 in varying(layer):
-            call.label_graph.freeze(layer, f"{call.location} looks its rows up by data")
-        else:
-            call.label_graph.set_role(label.origin, layer, consumed=False)
-            out.append(layer.view((1,) * indices.dim() + (-1,)))
-    call.label_output(call.out, out)
+    indices = call.args[1]
+    call.label_output(call.out, [layer.view((1,) * indices.dim() + (-1,)) for layer in _looked_up(call)])
 
 
 @rule("_embedding_bag", "_embedding_bag_forward_only")
 def embedding_bag(call: Call) -> None:
     """Sums, means or largest entries of rows that are selected by data: rows are frozen, units along the columns pass."""
-    weight = call.args[0]
-    label = call.label_of(weight)
-    out = []
+    call.label_output(call.outputs[0], _looked_up(call))
+
+
+def _looked_up(call: Call) -> list[Tensor]:
+    """The layers of a table along its columns; its rows are frozen."""
+    label = call.label_of(call.args[0])
+    columns = []
     for layer in label.layers:
         if 0 in varying(layer):
             call.label_graph.freeze(layer, f"{call.location} looks its rows up by data")
         else:
             call.label_graph.set_role(label.origin, layer, consumed=False)
-            out.append(layer)
-    call.label_output(call.outputs[0], out)
+            columns.append(layer)
+    return columns
 
 
 @rule("mm", "addmm", "bmm", "baddbmm", "mv", "dot", "vdot", "addmv", "addbmm", "_sparse_mm", "_sparse_addmm")

@@ -78,6 +78,7 @@ class LabelGraph:
         same_roles: pairs of axes of weights that are added to each other.
         inherited_roles: the axes whose role is that of another axis in `same_roles`.
         masks: names of buffers that weights are multiplied with, see `masks`.
+        lengths: (weight, axis, op) of weights of which the op scales each slice along the axis to a length, see `mark_lengths`.
         first_use: tensor → rank of its first use in the run.
         only_added: tensor → whether all ops that combine it with data add it, see `addends`.
         output_shapes: of the model's outputs.
@@ -101,6 +102,7 @@ class LabelGraph:
     same_roles: list[tuple[tuple[str, int], tuple[str, int]]] = field(default_factory=list)
     inherited_roles: set[tuple[str, int]] = field(default_factory=set)
     masks: set[str] = field(default_factory=set)
+    lengths: list[tuple[str, int, str]] = field(default_factory=list)
     first_use: dict[str, int] = field(default_factory=dict)
     only_added: dict[str, bool] = field(default_factory=dict)
     output_shapes: list[tuple[int, ...]] = field(default_factory=list)
@@ -208,6 +210,15 @@ class LabelGraph:
     def mark_mixed(self, labels: Tensor, reason: str) -> None:
         """Keep that units influence each other in an op, so that growth cannot preserve the function exactly."""
         self._append(self.mixed, labels, reason)
+
+    def mark_lengths(self) -> None:
+        """Mark the units that a weight consumes through slices of given lengths: columns of new units are not 0 there."""
+        for tensor, dim, where in self.lengths:
+            if self.roles.get((tensor, dim)) == CONSUMES:
+                ids = next(
+                    torch.arange(a.start, a.start + a.size) for a in self.axes if (a.tensor, a.dim) == (tensor, dim)
+                )
+                self.mark_mixed(ids, f"{where} scales the column of each unit to a length")
 
     @staticmethod
     def _append(entries: list[tuple[Tensor, str]], labels: Tensor, reason: str) -> None:

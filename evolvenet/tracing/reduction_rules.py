@@ -90,7 +90,7 @@ def spatial(call: Call) -> None:
     """Units along the last one to three dimensions are frozen, the others pass."""
     source = call.args[0]
     last = next((count for mark, count in SPATIAL.items() if mark in call.op), 2)
-    _along(call, set(range(source.dim() - last, source.dim())))
+    freeze_along(call, set(range(source.dim() - last, source.dim())))
 
 
 @rule("cumsum", "cumprod", "logcumsumexp", "cummax", "cummin", "sort", "topk", "tril", "triu")
@@ -99,10 +99,11 @@ def by_place(call: Call) -> None:
     source = call.args[0]
     matrix = call.op in ("aten::tril", "aten::triu")
     dims = (-2, -1) if matrix else (call.argument("dim"),)
-    _along(call, {dim % max(source.dim(), 1) for dim in dims})
+    freeze_along(call, {dim % max(source.dim(), 1) for dim in dims})
 
 
-def _along(call: Call, worked: set[int]) -> None:
+def freeze_along(call: Call, worked: set[int]) -> None:
+    """Freeze the units along the dimensions that an op works along; the others pass to its outputs."""
     source = call.args[0]
     kept = []
     for layer in call.label_of(source).layers:

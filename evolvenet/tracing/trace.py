@@ -177,6 +177,7 @@ def run_for_labels(
             for layer in mode.label_of(leaf).layers:
                 label_graph.freeze(layer, OUTPUT)
         label_graph.modes_with_new_tensors.append(len(label_graph.first_use) > used)
+    label_graph.mark_lengths()
     return label_graph
 
 

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from evolvenet.execution.isolation import model_outputs
 from evolvenet.execution.step import Step
+from evolvenet.execution.weight_ops import WeightOpMode
 from evolvenet.lightning.step import ModuleStep
 from evolvenet.measurement.cost import macs
 
@@ -137,3 +138,43 @@ def test_parameters_that_a_step_writes_to_are_known_after_its_first_run() -> Non
         assert step.written == ("slow.weight", "slow.bias")
         torch.testing.assert_close(dict(module.state_dict()), before, rtol=0, atol=0)
         assert [parameter.data_ptr() for parameter in module.parameters()] == places
+
+
+def test_a_step_that_raises_says_nothing_of_what_it_writes_to() -> None:
+    step = ModuleStep()
+
+    class Late(LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = nn.Linear(2, 2)
+
+        def training_step(self, batch: Tensor) -> Tensor:
+            loss = self.net(batch).sum()
+            with torch.no_grad():
+                self.net.weight.mul_(0.5)
+            return loss
+
+    module = Late()
+    before = module.net.weight.clone()
+    with pytest.raises(RuntimeError):
+        step(module, torch.randn(3, 5))
+    assert step.written is None
+    step(module, torch.randn(3, 2))
+    assert step.written == ("net.weight",)
+    torch.testing.assert_close(module.net.weight, before, rtol=0, atol=0)
+
+
+def test_the_copies_that_a_step_is_guarded_by_are_no_uses_of_weights() -> None:
+    class Plain(LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = nn.Sequential(nn.Linear(2, 4), nn.ReLU(), nn.Linear(4, 2))
+
+        def training_step(self, batch: Tensor) -> Tensor:
+            return self.net(batch).square().mean()
+
+    network = Plain()
+    mode = WeightOpMode(network)
+    with torch.no_grad(), mode:
+        ModuleStep()(network, torch.randn(8, 2))
+    assert mode.other_uses == set()

@@ -192,6 +192,7 @@ def test_units_used_in_an_unknown_way_are_frozen(name: str) -> None:
 
 
 RESIZABLE: dict[str, tuple[Code, int, dict[str, int]]] = {
+    "a number for each row": (lambda m, x, h: h + torch.full_like(h[:, :1], 0.5), 8, {"a": 8}),
     "mean of a distribution": (lambda m, x, h: torch.distributions.Normal(h, 1.0 + 0 * h).mean, 8, {"a": 8}),
     "rows gathered": (lambda m, x, h: h.gather(0, _rows(h)[:, None].expand_as(h)), 8, {"a": 8}),
     "rows added up": (lambda m, x, h: torch.zeros_like(h).index_add_(0, _rows(h), h), 8, {"a": 8}),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -109,6 +110,29 @@ def test_a_parametrized_layer_resizes_with_the_tensors_of_its_parametrization(na
     assert distance(outputs(model, x), expected) < 1e-9
     layer: Any = model.get_submodule("c")
     assert (layer.out_features, layer.in_features) == tuple(layer.weight.shape)
+
+
+LENGTHS: dict[str, Callable[[], nn.Module]] = {
+    "of columns": lambda: nn.utils.parametrizations.weight_norm(nn.Linear(8, 3), dim=1),
+    "of columns, by hooks": lambda: nn.utils.weight_norm(nn.Linear(8, 3), dim=1),
+    "of input channels": lambda: nn.Sequential(
+        nn.Unflatten(1, (8, 1)), nn.utils.parametrizations.weight_norm(nn.ConvTranspose1d(8, 3, 1)), nn.Flatten()
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated:FutureWarning")
+@pytest.mark.parametrize("name", LENGTHS)
+def test_units_whose_columns_have_lengths_of_their_own_do_not_grow(name: str) -> None:
+    """A new column of that length would be read at once, whatever its direction; the units can be permuted and cut."""
+    model, x = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), LENGTHS[name]()).double(), torch.randn(6, 5, dtype=FLOAT)
+    graph, expected = trace(model, x), outputs(model, x)
+    assert "scales the column of each unit to a length" in (graph.widths["0"].mixed or "")
+    with pytest.raises(evolvenet.ResizeError, match="without changing the function"):
+        evolvenet.grow(model, graph, {"0": 12})
+    graph = evolvenet.resize(model, graph, {"0": evolvenet.IndexMap.of(range(7, -1, -1), 8)})
+    assert distance(outputs(model, x), expected) < 1e-9
+    assert evolvenet.prune(model, graph, {"0": 5}).sizes == {"0": 5}
 
 
 class Biased(nn.Module):
