@@ -74,6 +74,40 @@ def test_inputs_of_zeros_do_not_hide_a_difference() -> None:
     assert "aten::div in 1 (Mean)" in (trace(net, torch.zeros(2, 4)).widths["0"].frozen or "")
 
 
+class InSingle(nn.Module):
+    """A float32 intermediate result in a model of another dtype, and a factor too close to 1 to be seen in float32."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.a(x)
+        wide = h.to(torch.float32) * (1 + 1e-6 * h.shape[1])
+        return self.b(wide.to(self.b.weight.dtype))
+
+
+def test_code_that_asks_for_float32_is_compared_in_float64() -> None:
+    assert "aten::mul in InSingle" in (trace(InSingle(), torch.randn(2, 4)).widths["a"].frozen or "")
+
+
+class Fusion(nn.Module):
+    """Two widths of which the code holds the sum: one more of the one and one less of the other would pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.image, self.text, self.head = nn.Linear(5, 8), nn.Linear(3, 8), nn.Linear(16, 2)
+
+    def forward(self, image: Tensor, text: Tensor) -> Tensor:
+        return self.head(torch.cat([self.image(image), self.text(text)], -1).relu().view(-1, 16))
+
+
+def test_two_widths_of_a_fixed_sum_fail_their_trials() -> None:
+    graph = trace(Fusion(), (torch.randn(2, 5), torch.randn(2, 3)))
+    assert graph.sizes == {}
+    assert all((graph.widths[name].frozen or "").startswith("a trial raised") for name in ("image", "text"))
+
+
 class Noisy(nn.Module):
     """An autoencoder that draws its latent numbers, in evaluation too."""
 

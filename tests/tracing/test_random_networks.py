@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import pytest
 import torch
-from hypothesis import event, given, settings
+from hypothesis import event, given, seed, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -221,10 +221,11 @@ def test_every_resizable_width_resizes(program: list[Instruction], flatten: bool
 
 
 @pytest.mark.long
-@settings(max_examples=2_000)
-@given(programs, st.booleans())
-def test_every_resizable_width_of_two_thousand_networks_resizes(program: list[Instruction], flatten: bool) -> None:
-    check_resizing(program, flatten)
+@pytest.mark.parametrize("part", range(20))
+def test_every_resizable_width_of_two_thousand_networks_resizes(part: int) -> None:
+    """A hundred networks at a time, others in every part."""
+    test = given(programs, st.booleans())(check_resizing)
+    seed(part)(settings(max_examples=100, derandomize=False, database=None)(test))()
 
 
 def check_resizing(program: Sequence[Instruction], flatten: bool) -> None:
