@@ -116,23 +116,32 @@ def _partly_changed(
 
 def _width(name: str, group: Group, disorder: str | None) -> Width:
     frozen = group.frozen or disorder
-    # A width of one group may stay as it is: others of the same axis have the second one.
-    size = len(group.members)
-    return Width(name, size, frozen=frozen, mixed=group.mixed, smallest=min(group.smallest, size))
+    return Width(name, len(group.members), frozen=frozen, mixed=group.mixed, smallest=group.smallest)
 
 
 def _groups(label_graph: LabelGraph, component: np.ndarray) -> list[Group]:
     """Groups of components with equal signatures and equal reasons, in order of their first id."""
     frozen, mixed = (_reasons(entries, component) for entries in (label_graph.frozen, label_graph.mixed))
     channels = [labels.reshape(-1) for labels in label_graph.whole_groups]
-    whole = {int(c) for labels in channels for c in component[labels[labels >= 0].numpy()]}
+    whole = [frozenset(component[labels[labels >= 0].numpy()].tolist()) for labels in channels]
+    in_groups = frozenset[int]().union(*whole)
     signatures = _signatures(label_graph, component, frozen)
     _, first = np.unique(component, return_index=True)
     together: dict[tuple[bytes, str | None, str | None, bool], list[int]] = defaultdict(list)
     for member in sorted(signatures, key=lambda m: first[m]):
-        together[signatures[member], frozen.get(member), mixed.get(member), member in whole].append(member)
+        together[signatures[member], frozen.get(member), mixed.get(member), member in in_groups].append(member)
+    # Where several widths have groups of one axis, each with one is enough for the two that the axis needs.
+    alone = {
+        members for members in map(frozenset, together.values()) if any(axis and axis <= members for axis in whole)
+    }
     return [
-        Group(tuple(members), int(first[members[0]]), frozen=key[1], mixed=key[2], smallest=2 if key[3] else 1)
+        Group(
+            tuple(members),
+            int(first[members[0]]),
+            frozen=key[1],
+            mixed=key[2],
+            smallest=2 if frozenset(members) in alone else 1,
+        )
         for key, members in together.items()
     ]
 

@@ -74,8 +74,8 @@ def test_inputs_of_zeros_do_not_hide_a_difference() -> None:
     assert "aten::div in 1 (Mean)" in (trace(net, torch.zeros(2, 4)).widths["0"].frozen or "")
 
 
-class InSingle(nn.Module):
-    """A float32 intermediate result in a model of another dtype, and a factor too close to 1 to be seen in float32."""
+class InHalf(nn.Module):
+    """A factor so close to 1 that the bfloat16 to which the code casts its product does not show it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -83,12 +83,12 @@ class InSingle(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.a(x)
-        wide = h.to(torch.float32) * (1 + 1e-6 * h.shape[1])
-        return self.b(wide.to(self.b.weight.dtype))
+        half = (h * (1 + 1e-6 * h.shape[1])).to(torch.bfloat16)
+        return self.b(half.to(self.b.weight.dtype))
 
 
-def test_code_that_asks_for_float32_is_compared_in_float64() -> None:
-    assert "aten::mul in InSingle" in (trace(InSingle(), torch.randn(2, 4)).widths["a"].frozen or "")
+def test_code_that_casts_to_bfloat16_is_compared_in_float64() -> None:
+    assert "aten::mul in InHalf" in (trace(InHalf(), torch.randn(2, 4)).widths["a"].frozen or "")
 
 
 class Fusion(nn.Module):

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import pytest
 import torch
-from hypothesis import event, given, seed, settings
+from hypothesis import event, example, given, seed, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -216,6 +216,7 @@ def shrunk(graph: WidthGraph) -> dict[str, IndexMap]:
 
 @settings(max_examples=20)
 @given(programs, st.booleans())
+@example([("group norm", 0, 0, 3), ("one of them", 0, 0, 3)], False)
 def test_every_resizable_width_resizes(program: list[Instruction], flatten: bool) -> None:
     check_resizing(program, flatten)
 
