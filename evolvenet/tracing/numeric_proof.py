@@ -35,6 +35,7 @@ log = logging.getLogger("evolvenet")
 
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4}
 """Dtype that the copy computes in, in the order in which they are tried → difference, relative to the outputs' norm."""
+COMPLEX = {torch.float64: torch.complex128, torch.float32: torch.complex64}
 LARGE = 200_000_000
 """A model of more parameters is compared in float32, since a copy in float64 takes twice the model's memory."""
 SMALL = 4_096
@@ -143,9 +144,12 @@ class Comparison:
             isolated(self.model, shadows=True, gradients=self.gradients),
             _default_dtype(self.dtype),
         ):
-            _vary(self.model, self.dtype)
+            _vary(self.model)
             if graph is not None and maps:
                 install(self.model, compile_surgery(self.model, graph, maps))
+            # Tensor by tensor, and last: both values of a change in double precision would take twice the memory.
+            for tensor in _own_tensors(self.model):
+                tensor.data = tensor.data.to(self.dtype if tensor.is_floating_point() else COMPLEX[self.dtype])
             found: list[Tensor] = []
             for training in self.modes:
                 found += tensors_of(run_under_mode(self.model, self.inputs, None, training, mode))
@@ -225,25 +229,22 @@ def _is_uniform(tensor: Tensor) -> bool:
     return tensor.numel() > 1 and not tensor.is_meta and bool((tensor == tensor.reshape(-1)[0]).all())
 
 
-def _vary(model: nn.Module, dtype: torch.dtype) -> None:
-    """Cast the copies of a model's tensors, and change small or uniform parameters by random numbers."""
+def _vary(model: nn.Module) -> None:
+    """Change small or uniform parameters of a copy by random numbers."""
     generator = torch.Generator().manual_seed(0)
-    done: set[int] = set()
-    for module in model.modules():
-        for table in tensor_tables(module):
-            for tensor in table.values():
-                if tensor is None or id(tensor) in done or not (tensor.is_floating_point() or tensor.is_complex()):
-                    continue
-                done.add(id(tensor))
-                complex_dtype = torch.complex128 if dtype == torch.float64 else torch.complex64
-                data = tensor.data.to(dtype if tensor.is_floating_point() else complex_dtype)
-                corner = data.reshape(-1)[:SMALL] if data.layout == torch.strided and data.numel() else data
-                if isinstance(tensor, nn.Parameter) and (data.numel() <= SMALL or _is_uniform(corner)):
-                    noise = torch.randn(data.shape, generator=generator, dtype=torch.float32).to(
-                        data.device, data.dtype
-                    )
-                    data = data + noise * (0.1 * float(data.abs().mean()) or 0.1)
-                tensor.data = data
+    for tensor in _own_tensors(model):
+        data = tensor.data
+        corner = data.reshape(-1)[:SMALL] if data.layout == torch.strided else data
+        if isinstance(tensor, nn.Parameter) and data.numel() and (data.numel() <= SMALL or _is_uniform(corner)):
+            noise = torch.randn(data.shape, generator=generator, dtype=torch.float32).to(data.device, data.dtype)
+            tensor.data = data + noise * (0.1 * float(data.abs().mean()) or 0.1)
+
+
+def _own_tensors(model: nn.Module) -> list[Tensor]:
+    """Each parameter and buffer with real or complex numbers, once."""
+    tables = (table for module in model.modules() for table in tensor_tables(module))
+    every = {id(tensor): tensor for table in tables for tensor in table.values() if tensor is not None}
+    return [tensor for tensor in every.values() if tensor.is_floating_point() or tensor.is_complex()]
 
 
 @contextmanager

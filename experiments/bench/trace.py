@@ -88,9 +88,9 @@ def _build(name: str, side: int) -> tuple[nn.Module, torch.Tensor]:
 
 
 def _speed(name: str, options: argparse.Namespace) -> dict[str, Any]:
-    """Median seconds of a forward pass, of a trace, of the proof, of Torch-Pruning (or what went wrong with it)."""
+    """Median seconds of a forward pass, of a trace, of the trials, of the comparison of numbers, of Torch-Pruning (or what went wrong with it)."""
     model, image = _build(name, options.side)
-    seconds: dict[str, list[float]] = {"forward": [], "trace": [], "proof": [], "peer": []}
+    seconds: dict[str, list[float]] = {"forward": [], "trace": [], "proof": [], "numbers": [], "peer": []}
     trouble: str | None = None if importlib.util.find_spec("torch_pruning") else "not installed"
     _forward(model, image)
     for _ in range(options.rounds):
@@ -115,8 +115,8 @@ def _forward(model: nn.Module, image: torch.Tensor) -> float:
 
 
 def _trace(model: nn.Module, image: torch.Tensor) -> dict[str, float]:
-    """Seconds up to the first graph, and of the proof that follows."""
-    spent = {"verify": 0.0, "build": 0.0}
+    """Seconds up to the first graph, of the trials that follow, and of the comparison of numbers."""
+    spent = {"verify": 0.0, "build": 0.0, "numbers": 0.0}
 
     def timed(key: str, action: Callable[..., Any]) -> Callable[..., Any]:
         def run(*args: Any, **kwargs: Any) -> Any:
@@ -130,11 +130,16 @@ def _trace(model: nn.Module, image: torch.Tensor) -> dict[str, float]:
 
     begin = time.perf_counter()
     verify, build = timed("verify", TRACE.verify), timed("build", VERIFICATION.build_graph)
-    with patch.object(TRACE, "verify", verify), patch.object(VERIFICATION, "build_graph", build):
+    numbers = timed("numbers", TRACE.compare_numbers)
+    with (
+        patch.object(TRACE, "verify", verify),
+        patch.object(VERIFICATION, "build_graph", build),
+        patch.object(TRACE, "compare_numbers", numbers),
+    ):
         evolvenet.trace(model, image)
     total = time.perf_counter() - begin
     proof = spent["verify"] - spent["build"]
-    return {"trace": total - proof, "proof": proof}
+    return {"trace": total - proof - spent["numbers"], "proof": proof, "numbers": spent["numbers"]}
 
 
 def _peer(model: nn.Module, image: torch.Tensor) -> float:
@@ -183,29 +188,32 @@ def _resident(field: str) -> float:
 
 
 HEAD = [
-    "model", "forward, ms", "trace, ms", "proof, ms", "trace / forward", "proof / forward", "Torch-Pruning, ms",
-    "both / Torch-Pruning", "model, MB", "forward, MB more", "trace, MB more", "memory / forward's",
+    "model", "forward, ms", "trace, ms", "proof, ms", "numbers, ms", "trace / forward", "proof / forward", "numbers / forward",
+    "numbers / proof", "Torch-Pruning, ms", "all / Torch-Pruning", "model, MB", "forward, MB more", "trace, MB more", "memory / forward's",
 ]  # fmt: skip
 EXPLANATION = """\
 - **forward**: one pass of one image in eval mode without gradients.
   **trace**: labels in both modes and the first graph. Goal: ≤ 10 forward passes.
   **proof**: all trials of all widths. Goal: ≤ 40 forward passes more.
-- **Torch-Pruning**: its dependency graph and one 30 % cut without hints, the last layer kept. Goal: both within 3 times it.
+  **numbers**: the outputs of a copy in double precision, as it is and with its widths permuted and widened by zeros. Goal: ≤ the proof.
+- **Torch-Pruning**: its dependency graph and one 30 % cut without hints, the last layer kept. Goal: all three within 3 times it.
 - **memory**: peak resident memory of a fresh process above that before the model was built, of tracing and proving as a
   ratio to a forward pass. Goal: ≤ 2."""
 
 
 def _row(row: dict[str, Any]) -> list[str]:
-    forward, trace, proof = (row[part] for part in ("forward", "trace", "proof"))
+    forward, trace, proof, numbers = (row[part] for part in ("forward", "trace", "proof", "numbers"))
     peak = {what: sum(row[f"memory_{what}"].values()) for what in ("forward", "trace")}
     peer = row.get("peer") if row["trouble"] is None else None
     return [
         row["model"],
-        *(f"{1000 * seconds:.0f}" for seconds in (forward, trace, proof)),
+        *(f"{1000 * seconds:.0f}" for seconds in (forward, trace, proof, numbers)),
         f"{trace / forward:.1f}",
         f"{proof / forward:.1f}",
+        f"{numbers / forward:.1f}",
+        f"{numbers / proof:.2f}",
         f"{1000 * peer:.0f}" if peer else str(row["trouble"])[:80].replace("|", "\\|"),
-        f"{(trace + proof) / peer:.2f}" if peer else "",
+        f"{(trace + proof + numbers) / peer:.2f}" if peer else "",
         f"{row['memory_forward']['model']:.0f}",
         *(f"{row[f'memory_{what}']['more']:.0f}" for what in ("forward", "trace")),
         f"{peak['trace'] / peak['forward']:.2f}",
