@@ -88,7 +88,7 @@ def _build(name: str, side: int) -> tuple[nn.Module, torch.Tensor]:
 
 
 def _speed(name: str, options: argparse.Namespace) -> dict[str, Any]:
-    """Median seconds of a forward pass, of a trace, of the trials, of the comparison of numbers, of Torch-Pruning (or what went wrong with it)."""
+    """Median seconds of a forward pass, trace, trials, comparison of numbers, and Torch-Pruning (or what went wrong)."""
     model, image = _build(name, options.side)
     seconds: dict[str, list[float]] = {"forward": [], "trace": [], "proof": [], "numbers": [], "peer": []}
     trouble: str | None = None if importlib.util.find_spec("torch_pruning") else "not installed"
@@ -195,8 +195,10 @@ EXPLANATION = """\
 - **forward**: one pass of one image in eval mode without gradients.
   **trace**: labels in both modes and the first graph. Goal: ≤ 10 forward passes.
   **proof**: all trials of all widths. Goal: ≤ 40 forward passes more.
-  **numbers**: the outputs of a copy in double precision, as it is and with its widths permuted and widened by zeros. Goal: ≤ the proof.
-- **Torch-Pruning**: its dependency graph and one 30 % cut without hints, the last layer kept. Goal: all three within 3 times it.
+  **numbers**: the outputs of a copy in double precision, as it is and with its widths permuted and widened by zeros.
+  Goal: ≤ the proof.
+- **Torch-Pruning**: its dependency graph and one 30 % cut without hints, the last layer kept. Goal: all three within 3
+  times it.
 - **memory**: peak resident memory of a fresh process above that before the model was built, of tracing and proving as a
   ratio to a forward pass. Goal: ≤ 2."""
 
