@@ -189,7 +189,8 @@ def _resident(field: str) -> float:
 
 HEAD = [
     "model", "forward, ms", "trace, ms", "proof, ms", "numbers, ms", "trace / forward", "proof / forward", "numbers / forward",
-    "numbers / proof", "Torch-Pruning, ms", "all / Torch-Pruning", "model, MB", "forward, MB more", "trace, MB more", "memory / forward's",
+    "numbers / proof", "Torch-Pruning, ms", "all / Torch-Pruning", "model, MB", "forward, MB more", "trace, MB more",
+    "memory / forward's",
 ]  # fmt: skip
 EXPLANATION = """\
 - **forward**: one pass of one image in eval mode without gradients.
