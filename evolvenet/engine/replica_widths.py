@@ -67,8 +67,9 @@ def united(graph: WidthGraph, copy: str, source: str) -> WidthGraph:
     roles = {(tie.tensor, tie.dim): tie.role for width in graph.widths.values() for tie in width.ties}
     roles |= {(one, dim): roles[two, dim] for one, two in pairs.items() for dim in layouts[one] if (two, dim) in roles}
     kept = {name: width for name, width in widths.items() if name in held}
-    added = graph.added | {one for one, two in pairs.items() if two in graph.added}
-    return assemble(kept, layouts, graph.shapes, graph.trainable, graph.aliases, roles, graph.differentiates, added)
+    added, gates = (known | {one for one, two in pairs.items() if two in known} for known in (graph.added, graph.gates))
+    made = assemble(kept, layouts, graph.shapes, graph.trainable, graph.aliases, roles, graph.differentiates, added)
+    return replace(made, gates=gates)
 
 
 def frozen_tensors(graph: WidthGraph, tensors: Iterable[str], reason: str) -> WidthGraph:

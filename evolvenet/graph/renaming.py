@@ -70,7 +70,7 @@ def renamed(graph: WidthGraph, rename: Rename) -> WidthGraph:
         for tie in width.ties
         if tie.tensor in names
     }
-    return assemble(
+    made = assemble(
         {called[name]: _bare(graph.widths[name], called[name], rename) for name in called},
         layouts,
         {new: graph.shapes[name] for name, new in names.items()},
@@ -80,6 +80,7 @@ def renamed(graph: WidthGraph, rename: Rename) -> WidthGraph:
         graph.differentiates,
         frozenset(names[name] for name in graph.added if name in names),
     )
+    return replace(made, gates=frozenset(names[name] for name in graph.gates if name in names))
 
 
 def _bare(width: Width, name: str, rename: Rename) -> Width:

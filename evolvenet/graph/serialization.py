@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Container, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from torch import nn
@@ -38,6 +38,7 @@ def to_state_dict(graph: WidthGraph) -> dict[str, Any]:
         "aliases": dict(graph.aliases),
         "differentiates": graph.differentiates,
         "added": sorted(graph.added),
+        "gates": sorted(graph.gates),
     }
 
 
@@ -52,7 +53,7 @@ def from_state_dict(state: Mapping[str, Any]) -> WidthGraph:
         name: {dim: tuple(Segment(*part) for part in segments) for dim, segments in axes}
         for name, axes in state["layouts"].items()
     }
-    return assemble(
+    made = assemble(
         widths,
         layouts,
         {name: tuple(shape) for name, shape in state["shapes"].items()},
@@ -62,6 +63,7 @@ def from_state_dict(state: Mapping[str, Any]) -> WidthGraph:
         state.get("differentiates", False),
         frozenset(state.get("added", ())),
     )
+    return replace(made, gates=frozenset(state.get("gates", ())))
 
 
 def check_fits(graph: WidthGraph, model: nn.Module, besides: Container[str] = ()) -> None:

@@ -149,6 +149,7 @@ class WidthGraph:
         aliases: other names of the same tensor object (tied weights) → the name used here.
         differentiates: whether the model's own code computes gradients, so that it only runs with autograd on.
         added: names of the tensors that ops only add to their units: biases, running means.
+        gates: names of the tensors that scale, gate or bound each unit by entries of its own: fixed kernels, grids of splines.
     """
 
     widths: Widths
@@ -158,6 +159,7 @@ class WidthGraph:
     aliases: Mapping[str, str] = field(default_factory=dict[str, str])
     differentiates: bool = False
     added: frozenset[str] = frozenset()
+    gates: frozenset[str] = frozenset()
 
     @property
     def resizable(self) -> tuple[Width, ...]:
@@ -288,7 +290,8 @@ class WidthGraph:
         }
         bare = {name: replace(width, size=sizes[name], ties=()) for name, width in self.widths.items()}
         roles = {(tie.tensor, tie.dim): tie.role for width in self.widths.values() for tie in width.ties}
-        return assemble(bare, layouts, shapes, self.trainable, self.aliases, roles, self.differentiates, self.added)
+        made = assemble(bare, layouts, shapes, self.trainable, self.aliases, roles, self.differentiates, self.added)
+        return replace(made, gates=self.gates)
 
     def proposed_parameters(self, sizes: Mapping[str, int]) -> int:
         """Number of parameters of the model if the named widths had these sizes.

@@ -17,7 +17,7 @@ from evolvenet.execution.isolation import isolated
 from evolvenet.execution.step import run_model
 from evolvenet.graph.index_map import NEW_UNIT, IndexMap
 from evolvenet.graph.naming import named_tensors
-from evolvenet.graph.width_graph import FOLLOWS, PRODUCES, Tie, Width, WidthGraph
+from evolvenet.graph.width_graph import FOLLOWS, MASKS, PRODUCES, Tie, Width, WidthGraph
 from evolvenet.linalg.spectrum import exact, matricize
 from evolvenet.surgery.resize_model import Surgery, TensorChange, compile_surgery, install
 
@@ -185,6 +185,11 @@ class Growth:
         """The ties of one role in weights and kernels, not in vectors."""
         return tuple(tie for tie in width.ties if tie.role == role and len(self.graph.shapes[tie.tensor]) > 1)
 
+    def is_copied(self, tie: Tie) -> bool:
+        """Whether the surgery has given new units the entries of present ones: in masks, and in gates that are not trained."""
+        gate = tie.tensor in self.graph.gates and not self.changes[tie.tensor].tensor.requires_grad
+        return gate or tie.role == MASKS
+
     def is_vector(self, tie: Tie) -> bool:
         """Whether a tensor has one axis of any length: `[units]`, or `[1, units, 1, 1]` for images."""
         shape = self.graph.shapes[tie.tensor]
@@ -198,19 +203,21 @@ def fill_new_units(growth: Growth, directions: Entries) -> Surgery:
         growth: the expansion.
         directions: {tie: rows of norm 1 (or 0)}, scaled to the mean norm of the present units; zeros for ties left out. The
             entries of vectors are not given: 0 where ops only add them (biases, running means), the mean magnitude of the
-            present units where they scale (norm weights, running variances), 1 if those are all 0.
+            present units where they scale (norm weights, running variances), 1 if those are all 0, and those of present
+            units in masks and gates that are not trained.
 
     Returns:
         The changes, for `apply_surgery`.
     """
     values = {name: change.value.clone() for name, change in growth.changes.items()}
+    added = growth.graph.added
     for width in growth.widths:
         for tie in width.ties:
             slot, value = growth.slot(tie, width), values[tie.tensor]
             if tie in directions:
                 with concerning(width.name):
                     slot.put(value, growth.norm(tie, width) * directions[tie])
-            elif growth.is_vector(tie) and tie.role == FOLLOWS and tie.tensor not in growth.graph.added:
+            elif growth.is_vector(tie) and tie.role == FOLLOWS and not (tie.tensor in added or growth.is_copied(tie)):
                 units = growth.changes[tie.tensor].tensor.detach().narrow(tie.dim, tie.start, width.size * tie.repeat)
                 level = units.abs().mean()
                 # With a scale of 0 and columns of 0 both gradients would stay 0.

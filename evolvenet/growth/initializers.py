@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from evolvenet.errors import concerning
-from evolvenet.graph.width_graph import CONSUMES, FOLLOWS, MASKS, PRODUCES, Tie, Width
+from evolvenet.graph.width_graph import CONSUMES, FOLLOWS, PRODUCES, Tie, Width
 from evolvenet.growth.expanded_model import Growth, expanded
 from evolvenet.growth.gradmax import maximize_fan_out_gradient
 from evolvenet.growth.tiny import Bottleneck, measure_bottleneck
@@ -146,7 +146,7 @@ def init_random(growth: Growth) -> dict[Tie, Tensor]:
     for width in growth.widths:
         for tie in width.ties:
             if (
-                tie.role != MASKS
+                not growth.is_copied(tie)
                 and len(growth.graph.shapes[tie.tensor]) > 1
                 and not (tie.role == FOLLOWS and growth.is_vector(tie))
             ):
@@ -169,7 +169,7 @@ def _initial_directions(growth: Growth) -> dict[Tie, Tensor]:
     found: dict[Tie, Tensor] = {}
     for width in growth.widths:
         for tie in width.ties:
-            if len(growth.graph.shapes[tie.tensor]) < 2 or tie.role in (CONSUMES, MASKS):
+            if len(growth.graph.shapes[tie.tensor]) < 2 or tie.role == CONSUMES or growth.is_copied(tie):
                 continue
             if tie.role == FOLLOWS and growth.is_vector(tie):
                 continue
@@ -260,11 +260,11 @@ def unpredicted_covariance(covariance: Tensor, known: int) -> Tensor:
 def _plain_consumers(growth: Growth, width: Width) -> list[Tie]:
     """The consumers whose weight is used in no other way, so that columns Z and −Z of two equal units cancel.
 
-    A width of which weights are masked has none: the masks of the two would differ.
+    A width with entries that are copied from present units (masks) has none: those of the two would differ.
     Excluded are weights that are producers too (tied embeddings), weights of which another axis consumes too (a transposed
     use), and weights of norm 0.
     """
-    if any(tie.role == MASKS for tie in width.ties):
+    if any(growth.is_copied(tie) for tie in width.ties):
         return []
     consuming = {(tie.tensor, tie.dim) for other in growth.graph.widths.values() for tie in other.consumers}
     return [

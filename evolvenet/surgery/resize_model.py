@@ -84,8 +84,9 @@ def compile_surgery(
     Args:
         model: the traced model.
         graph: its widths as they are now.
-        maps: {width: map}. Entries of new units are 0 (1 for norm weights and running variances; in buffers that mask weights
-            those of units that are there), so new units change no output and have no gradient; `grow` initialises them.
+        maps: {width: map}. Entries of new units are 0 (1 for norm weights and running variances; those of units that are
+            there in buffers that mask weights, and in what scales or gates units and is not trained, such as a grid of
+            splines), so new units change no output and have no gradient; `grow` initialises them.
         bases: {width: change of the basis of its units, before they are mapped}; for widths with a map that fill every axis
             in which they occur, see `evolvenet.measurement.rank_spectra.is_rotatable`.
 
@@ -95,8 +96,8 @@ def compile_surgery(
     tensors = check_current(model, graph)
     assert set(bases or {}) <= set(maps)
     axis_maps, axis_bases = graph.axis_maps(maps), _axis_bases(graph, bases or {})
-    masks = graph.masks
-    copying = graph.axis_maps({name: index_map.copying() for name, index_map in maps.items()}) if masks else {}
+    copied = graph.masks | {name for name in graph.gates if not tensors[name].requires_grad}
+    copying = graph.axis_maps({name: index_map.copying() for name, index_map in maps.items()}) if copied else {}
     changes: list[TensorChange] = []
     for name, axes in axis_maps.items():
         tensor = tensors[name]
@@ -108,8 +109,8 @@ def compile_surgery(
             for dim, index_map in axes.items():
                 filled = new_unit_value(owner, name.rpartition(".")[2], dim)
                 # Torch's own masks (`torch.nn.utils.prune`) are filled with ones.
-                copied = name in masks and not filled
-                value = (copying[name][dim] if copied else index_map).apply(value, dim, filled)
+                is_copied = name in copied and not filled
+                value = (copying[name][dim] if is_copied else index_map).apply(value, dim, filled)
             changes.append(TensorChange(tensor, name, axes, value, changed))
     after = graph.resized(maps)
     numbers = _attribute_changes(model, graph, after, set(axis_maps))

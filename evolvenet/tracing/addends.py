@@ -1,11 +1,12 @@
-"""Which tensors are only added to units (biases, running means), and which mask weights: known from the ops that use them.
+"""Which tensors are only added to units (biases, running means), which scale or gate units, and which mask weights.
 
-An entry of 0 in what is added leaves a new unit as it is; in what scales its units it would keep the unit at 0 for good, and
-in a mask it would keep the weights of a new unit at 0 for good.
+That is known from the ops that use them. An entry of 0 in what is added leaves a new unit as it is. In what scales its units
+it would keep the unit at 0 for good, in a mask the weights of a new unit, and in a grid of splines it would give 0/0.
 """
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from evolvenet._compat.torch import schema_of
@@ -26,6 +27,9 @@ ADDENDS = {
 """Ops that add some of their arguments to the units; besides these, arguments called "bias", and the means of norms."""
 
 NORMS = ("bias", "running_mean", "mean")
+GATING = frozenset({"aten::convolution", "aten::masked_fill", "aten::masked_fill_"})
+"""Ops besides those of corresponding elements that scale or gate units by a tensor's entries: convolutions with groups do, and
+the weight of one without has a role, see `build_graph`."""
 
 
 def record_addends(call: Call, label_graph: LabelGraph) -> None:
@@ -45,6 +49,8 @@ def record_addends(call: Call, label_graph: LabelGraph) -> None:
         origin = call.label_of(tensor).origin if isinstance(tensor, Tensor) else None
         if origin is not None:
             label_graph.only_added[origin] = label_graph.only_added.get(origin, True) and argument.name in added
+            if argument.name not in added and (torch.Tag.pointwise in call.func.tags or call.op in GATING):
+                label_graph.gates.add(origin)
 
 
 def record_masks(call: Call, label_graph: LabelGraph) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from torch import Tensor, nn
@@ -89,6 +89,7 @@ def build_graph(model: nn.Module, label_graph: LabelGraph) -> GroupedWidths:
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     added = frozenset(name for name, only in label_graph.only_added.items() if only)
     graph = assemble(widths, named, shapes, trainable, aliases, label_graph.roles, label_graph.differentiates, added)
+    graph = replace(graph, gates=frozenset(label_graph.gates - {tensor for tensor, _ in label_graph.roles}))
     anchors = {name: groups[g].anchor for g, name in names.items()}
     return GroupedWidths(graph, component, anchors, {name: groups[g].members for g, name in names.items()})
 

@@ -78,6 +78,7 @@ class LabelGraph:
         same_roles: pairs of axes of weights that are added to each other.
         inherited_roles: the axes whose role is that of another axis in `same_roles`.
         masks: names of buffers that weights are multiplied with, see `masks`.
+        gates: names of tensors that scale, gate or bound the units of what depends on data, see `addends`.
         lengths: (weight, axis, op) of weights of which the op scales each slice along the axis to a length, see `mark_lengths`.
         first_use: tensor → rank of its first use in the run.
         only_added: tensor → whether all ops that combine it with data add it, see `addends`.
@@ -102,6 +103,7 @@ class LabelGraph:
     same_roles: list[tuple[tuple[str, int], tuple[str, int]]] = field(default_factory=list)
     inherited_roles: set[tuple[str, int]] = field(default_factory=set)
     masks: set[str] = field(default_factory=set)
+    gates: set[str] = field(default_factory=set)
     lengths: list[tuple[str, int, str]] = field(default_factory=list)
     first_use: dict[str, int] = field(default_factory=dict)
     only_added: dict[str, bool] = field(default_factory=dict)

@@ -15,7 +15,17 @@ from experiments.coverage.checks import build, check_ours, outputs_of
 from experiments.coverage.subjects import Subject, subjects
 
 KINDS = {name: subject for name, subject in subjects().items() if subject.library == "kinds"}
-QUICK = ("gcn", "stylegan_adain", "conv_lstm", "pinn", "made", "moe_top2_index_add", "siamese", "unet_attention_gates")
+QUICK = (
+    "gcn",
+    "stylegan_adain",
+    "conv_lstm",
+    "pinn",
+    "kan",
+    "made",
+    "moe_top2_index_add",
+    "siamese",
+    "unet_attention_gates",
+)
 
 
 def figures(subject: Subject) -> dict[str, Mapping[str, Any]]:
