@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache
 from itertools import combinations
 
 from torch import nn
@@ -94,22 +95,42 @@ def _key(model: nn.Module, width: Width, path: str, name: str) -> str:
     return f"{key} of a consumer" if consumes and not produces else key
 
 
-def fewest_passing(keys: Sequence[str], passes: Callable[[frozenset[str]], bool]) -> frozenset[str] | None:
+def fewest_passing(
+    keys: Sequence[str], failure: Callable[[frozenset[str]], str | None]
+) -> frozenset[str] | None:
     """A smallest set of numbers with which a width passes its trials, None if none is found.
 
-    All are tried at once, then each alone, each pair, and all but one. None of those that are left can be left out.
+    All are tried at once, then none and each alone, pairs, and all but one. Pairs of which each number alone leaves the
+    failure as it is without any (the same error in the same line of code) are left out, and so is all but one if all
+    together leave it. None of the numbers that are found can be left out.
 
-    >>> fewest_passing(["c", "splits[0]", "num_steps"], lambda keys: "c" in keys and "num_steps" not in keys)
+    Args:
+        keys: of the numbers, the most likely ones first.
+        failure: what goes wrong if the numbers of these keys follow the width, None if nothing does.
+
+    >>> def failure(keys):
+    ...     return "too many steps" if "num_steps" in keys else None if "c" in keys else "wrong shape"
+    >>> fewest_passing(["c", "splits[0]", "num_steps"], failure)
     frozenset({'c'})
     """
-    everything = frozenset(keys)
-    small = [frozenset(chosen) for size in (1, 2) for chosen in combinations(keys, size)]
-    fewer = [everything - {key} for key in keys]
-    found = next((chosen for chosen in dict.fromkeys([everything, *small, *fewer]) if chosen and passes(chosen)), None)
-    for key in keys if found is not None and len(found) > 1 else ():
-        if found is not None and key in found and len(found) > 1 and passes(found - {key}):
+    failure = cache(failure)
+    found = next((chosen for chosen in _candidates(keys, failure) if failure(chosen) is None), None)
+    for key in keys:
+        if found is not None and key in found and failure(found - {key}) is None:
             found -= {key}
     return found
+
+
+def _candidates(keys: Sequence[str], failure: Callable[[frozenset[str]], str | None]) -> Iterator[frozenset[str]]:
+    """The sets that `fewest_passing` tries, in order."""
+    everything = frozenset(keys)
+    alone = [frozenset((key,)) for key in keys]
+    yield from (everything, frozenset(), *alone)
+    without = failure(frozenset())
+    matters = {key for key in keys if failure(frozenset((key,))) != without}
+    yield from (frozenset(pair) for pair in combinations(keys, 2) if matters & set(pair))
+    if failure(everything) != without:
+        yield from (everything - {key} for key in keys)
 
 
 def number_key(module: nn.Module, name: str) -> str:

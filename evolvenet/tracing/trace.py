@@ -7,6 +7,7 @@ are tied. `grouping` makes a `WidthGraph` of them, and `verification` freezes ev
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -122,12 +123,14 @@ def _verified(
     Where whole heads cannot go either, places of all heads are tried.
     """
 
+    failures = defaultdict[tuple[bool, ...], dict[Any, str | None]](dict)
+
     def verified(
         labels: LabelGraph, given: frozenset[str] = frozenset(), strategies: Sequence[FixStrategy] = FIX_STRATEGIES
     ) -> WidthGraph:
         runs = [
-            Rerun(partial(run, modes=each, given=given), partial(shapes, modes=each))
-            for each in dict.fromkeys((_needed_modes(labels), modes))
+            Rerun(partial(run, modes=each, given=given), partial(shapes, modes=each), failures[each])
+            for each in dict.fromkeys((_needed_modes(labels), tuple(modes)))
         ]
         return verify(model, labels, device, runs, strategies)
 

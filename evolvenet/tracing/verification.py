@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from evolvenet.execution.isolation import isolated
 from evolvenet.graph.index_map import IndexMap
-from evolvenet.graph.width_graph import Width, WidthGraph, Widths
+from evolvenet.graph.width_graph import Tie, Width, WidthGraph, Widths
 from evolvenet.surgery.resize_model import compile_surgery, install
 from evolvenet.tracing.bisection import Item, bisect, classes_of
 from evolvenet.tracing.coupled_dims import (
@@ -50,6 +50,10 @@ Edges = tuple[Tensor, Tensor]
 """Two equally long tensors of ids that are tied element by element."""
 
 
+Change = tuple[tuple[Tie, ...], tuple[tuple[str, str], ...], IndexMap]
+"""What a trial changes for one width: the ties of its units, the numbers that follow it, and the map of its units."""
+
+
 @dataclass(frozen=True)
 class Rerun:
     """Functions that run a resized model again.
@@ -57,10 +61,12 @@ class Rerun:
     Args:
         labels: with labels; returns the ties of its units.
         shapes: without labels; returns the shapes of its outputs, several times as fast.
+        failures: of the trials without labels so far, by what was changed in the model; None for one that passed.
     """
 
     labels: Callable[[nn.Module], LabelGraph]
     shapes: Callable[[nn.Module], list[tuple[int, ...]]]
+    failures: dict[frozenset[Change], str | None] = field(default_factory=dict)
 
 
 def verify(
@@ -222,11 +228,11 @@ class Verification:
             if set(attributes_to_update(self.model, width, first.kind, frozenset(keys))) <= set(width.patches):
                 continue
 
-            def passes(chosen: frozenset[str], first: CandidateFix = first) -> bool:
+            def failure(chosen: frozenset[str], first: CandidateFix = first) -> str | None:
                 fix = replace(first, numbers=chosen)
-                return all(self.attempt(accepted, [fix], with_labels) is None for with_labels in (False, True))
+                return self.attempt(accepted, [fix], False) or self.attempt(accepted, [fix], True)
 
-            numbers = fewest_passing(keys, passes)
+            numbers = fewest_passing(keys, failure)
             if numbers is not None:
                 found += [replace(fix, numbers=numbers) for _, fix in members]
         return self.accept(accepted, found)
@@ -291,11 +297,22 @@ class Verification:
         graph = built.graph
         for phase in phases:
             maps = {name: _step(graph, name, k, (k + phase) % 2 == 0) for k, name in enumerate(names)}
-            self.trials += 1
-            reason = _trial_failure(self, graph, maps, built.joined, with_labels)
+            reason = self._failure(built, maps, with_labels)
             if reason is not None:
                 return reason
         return None
+
+    def _failure(self, built: GroupedWidths, maps: dict[str, IndexMap], with_labels: bool) -> str | None:
+        """The failure of one trial, or None. One without labels that was run before is not run again."""
+        widths = {name: built.graph.widths[name] for name in maps}
+        key = frozenset((width.ties, width.patches, maps[name]) for name, width in widths.items())
+        if not with_labels and key in self.rerun.failures:
+            return self.rerun.failures[key]
+        self.trials += 1
+        reason = _trial_failure(self, built.graph, maps, built.joined, with_labels)
+        if not with_labels:
+            self.rerun.failures[key] = reason
+        return reason
 
 
 def _step(graph: WidthGraph, name: str, number: int, down: bool) -> IndexMap:
