@@ -95,9 +95,7 @@ def _key(model: nn.Module, width: Width, path: str, name: str) -> str:
     return f"{key} of a consumer" if consumes and not produces else key
 
 
-def fewest_passing(
-    keys: Sequence[str], failure: Callable[[frozenset[str]], str | None]
-) -> frozenset[str] | None:
+def fewest_passing(keys: Sequence[str], failure: Callable[[frozenset[str]], str | None]) -> frozenset[str] | None:
     """A smallest set of numbers with which a width passes its trials, None if none is found.
 
     All are tried at once, then none and each alone, pairs, and all but one. Pairs of which each number alone leaves the

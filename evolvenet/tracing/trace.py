@@ -122,7 +122,6 @@ def _verified(
 
     Where whole heads cannot go either, places of all heads are tried.
     """
-
     failures = defaultdict[tuple[bool, ...], dict[Any, str | None]](dict)
 
     def verified(
