@@ -36,6 +36,8 @@ FOLDER_FILES = (
     "pytorch_model.bin",
 )
 """What `save_pretrained` writes, in the order in which it is looked for: an index names the files of a model in parts."""
+FOLDER_RECORD = "evolvenet.json"
+"""The file in such a folder with the widths."""
 
 
 def read(path: Path, map_location: Any = "cpu") -> Any:
@@ -177,8 +179,7 @@ def _write_safetensors(path: Path, model: nn.Module, state: Mapping[str, Any]) -
             metadata[name] = kept
     record = state_dict_metadata(state).get("", {}).get(RECORD_KEY)
     if record is not None:
-        buffers = base64.b64encode(package.save({n: t.contiguous() for n, t in record["buffers"].items()})).decode()
-        metadata[RECORD_KEY] = json.dumps({**record, "buffers": buffers})
+        metadata[RECORD_KEY] = record_to_json(record)
     replaced = find_replacements(state)
     if replaced:
         metadata[REPLACEMENT_KEY] = json.dumps(replaced)
@@ -186,7 +187,7 @@ def _write_safetensors(path: Path, model: nn.Module, state: Mapping[str, Any]) -
 
 
 def _read_safetensors(path: Path, map_location: Any) -> Any:
-    package = _safetensors()
+    _safetensors()
     from safetensors import safe_open
 
     with safe_open(path, "pt") as file:
@@ -195,10 +196,50 @@ def _read_safetensors(path: Path, map_location: Any) -> Any:
     replaced = json.loads(metadata.get(REPLACEMENT_KEY, "{}"))
     entries: dict[str, dict[str, Any]] = {path: {REPLACEMENT_KEY: record} for path, record in replaced.items()}
     if RECORD_KEY in metadata:
-        record = json.loads(metadata[RECORD_KEY])
-        record["buffers"] = package.load(base64.b64decode(record["buffers"]))
-        entries.setdefault("", {})[RECORD_KEY] = record
+        entries.setdefault("", {})[RECORD_KEY] = record_from_json(metadata[RECORD_KEY])
     return with_metadata(tensors, entries)
+
+
+def record_to_json(record: Mapping[str, Any]) -> str:
+    """What `WidthRecord.state_dict` returned, as text; buffers in the format of safetensors, base64."""
+    buffers = _safetensors().save({name: tensor.contiguous() for name, tensor in record["buffers"].items()})
+    return json.dumps({**record, "buffers": base64.b64encode(buffers).decode()})
+
+
+def record_from_json(text: str) -> dict[str, Any]:
+    """What `record_to_json` was given."""
+    record = json.loads(text)
+    return {**record, "buffers": _safetensors().load(base64.b64decode(record["buffers"]))}
+
+
+def write_folder_record(folder: Path, state: Mapping[str, Any]) -> None:
+    """Write what a state dict's metadata says of widths and replaced modules beside a model that `save_pretrained` wrote."""
+    record = state_dict_metadata(state).get("", {}).get(RECORD_KEY)
+    found = {RECORD_KEY: record and record_to_json(record), REPLACEMENT_KEY: find_replacements(state)}
+    written = folder / f".{FOLDER_RECORD}.part"
+    written.write_text(json.dumps(found), "utf-8")
+    written.replace(folder / FOLDER_RECORD)
+
+
+def read_folder_record(folder: Path) -> dict[str, dict[str, Any]]:
+    """The metadata that `write_folder_record` was given; empty if the folder has none.
+
+    Raises:
+        RecordError: if it cannot be read.
+    """
+    if not (folder / FOLDER_RECORD).is_file():
+        return {}
+    try:
+        found = json.loads((folder / FOLDER_RECORD).read_text("utf-8"))
+        entries = {path: {REPLACEMENT_KEY: record} for path, record in found[REPLACEMENT_KEY].items()}
+        if found[RECORD_KEY]:
+            entries.setdefault("", {})[RECORD_KEY] = record_from_json(found[RECORD_KEY])
+    except (ValueError, KeyError, TypeError) as error:
+        raise RecordError(
+            f"{folder / FOLDER_RECORD} cannot be read: expected the widths as evolvenet.transformers.save_pretrained writes "
+            f"them, got {type(error).__name__}: {error}. Save the model anew."
+        ) from error
+    return entries
 
 
 def _placed(tensor: Tensor, map_location: Any) -> Tensor:
@@ -214,16 +255,16 @@ def _read_folder(path: Path, map_location: Any) -> Any:
         raise RecordError(
             f"{path} is a folder: expected one of {', '.join(FOLDER_FILES)} in it, as save_pretrained writes them, got none."
         )
-    if not name.endswith(".index.json"):
-        return read(path / name, map_location)
-    parts = sorted(set(json.loads((path / name).read_text("utf-8"))["weight_map"].values()))
+    parts = [name]
+    if name.endswith(".index.json"):
+        parts = sorted(set(json.loads((path / name).read_text("utf-8"))["weight_map"].values()))
     tensors: dict[str, Any] = {}
     metadata: dict[str, dict[str, Any]] = {}
     for part in parts:
         found = read(path / part, map_location)
         tensors.update(found)
         metadata.update(state_dict_metadata(found))
-    return with_metadata(tensors, metadata)
+    return with_metadata(tensors, {**metadata, **read_folder_record(path)})
 
 
 READERS: Mapping[str, Callable[[Path, Any], Any]] = {".safetensors": _read_safetensors}

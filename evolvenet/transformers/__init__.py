@@ -1,5 +1,6 @@
-"""The edge to the transformers library: `WidthEvolutionCallback`. May import everything but the other edges."""
+"""The edge to the transformers library: its `Trainer`, its folders of models. May import everything but the other edges."""
 
 from evolvenet.transformers.callback import WidthEvolutionCallback
+from evolvenet.transformers.pretrained import from_pretrained, save_pretrained
 
-__all__ = ["WidthEvolutionCallback"]
+__all__ = ["WidthEvolutionCallback", "from_pretrained", "save_pretrained"]
