@@ -33,7 +33,7 @@ from evolvenet.engine.history import Event, History, WidthChange, changed
 from evolvenet.engine.invariants import ModelReference, check_resizable, validate
 from evolvenet.engine.original_widths import OriginalWidths, at_first_sizes
 from evolvenet.engine.proposals import apply_proposals
-from evolvenet.engine.run_checks import fixed_by_optimizers, unreachable, warn
+from evolvenet.engine.run_checks import fixed_by_optimizers, have_state, rank_changes_possible, unreachable, warn
 from evolvenet.engine.snapshot import PendingCut, Snapshot, roll_back
 from evolvenet.engine.transaction import Transaction
 from evolvenet.errors import RankMismatchError, stage
@@ -94,6 +94,9 @@ class Evolver(EvolverState):
     True
     """
 
+    _optimizers_checked: bool | None = None
+    """Whether the optimizers had state when they were last checked."""
+
     def __init__(  # noqa: PLR0913  public: each is one setting of a run
         self,
         model: nn.Module,
@@ -131,7 +134,8 @@ class Evolver(EvolverState):
         self.history = History.of(self._event(0, (), parameters(model), 0.0), self.graph)
         self.calibration_batches, self._seed, self._observed = calibration_batches, seed, 0
         self._buffer = BatchBuffer(example_inputs, calibration_batches or LEAST)
-        self._past, self._failures = PastEvents(), FailurePolicy(fixed_by_optimizers(self.optimizers, model))
+        self._past, self._failures = PastEvents(), FailurePolicy()
+        self._check_optimizers()
         warn(unreachable(policy, model, self.graph, self.example_inputs, self.lowrank))
 
     @property
@@ -157,6 +161,7 @@ class Evolver(EvolverState):
             gradients: of the loss with respect to each tensor that the model answered with in training, or to its first
                 samples; with them, widths grow only where the loss test passes. None of them is changed.
         """
+        self._check_optimizers()
         self.calibrate(batch)
         self._buffer.add(batch, gradients)
         self._observed += 1
@@ -194,9 +199,12 @@ class Evolver(EvolverState):
         started = time.perf_counter()
         before = parameters(self.model)
         moment = self._observed if at is None else at
+        group = process_group()
+        self._check_optimizers()
+        # What an optimizer has in its state may differ between ranks.
+        self._failures.off = next((off for off in group.all_gather(self.off) if off is not None), None)
         if self.off is not None:
             return self._event(moment, (), before, 0.0, self.off)
-        group = process_group()
         check_agreement(
             group, "event, step and widths", f"event {self._past.count} at step {moment}, {self.graph.sizes}"
         )
@@ -269,6 +277,18 @@ class Evolver(EvolverState):
         self._failures.off = f"all widths have their first sizes again, and keep them: {why}"
         changes = changed(before, self.history.sizes(self.graph), dict.fromkeys(before, self._failures.off))
         self._record(self._event(self._observed, changes, count, time.perf_counter() - started))
+
+    def _check_optimizers(self) -> None:
+        """Switch evolution, or the changes of ranks alone, off where an optimizer could not follow; with a warning.
+
+        Checked twice: with what the optimizers hold before the run, and once they have made their state in its first step.
+        """
+        found = have_state(self.optimizers)
+        if self._optimizers_checked is None or found > self._optimizers_checked:
+            self._optimizers_checked = found
+            self._failures.off = self.off or fixed_by_optimizers(self.optimizers, self.model)
+            if self.off is None:
+                self.lowrank = rank_changes_possible(self.lowrank, self.optimizers, self.model)
 
     def _copies(self) -> Sequence[nn.Module]:
         return self.copies() if callable(self.copies) else self.copies

@@ -16,7 +16,9 @@ from evolvenet.graph.width_graph import WidthGraph
 from evolvenet.lowrank.layer_ranks import LowRank, costs_of
 from evolvenet.policies.base import Policy, PolicyContext
 from evolvenet.policies.schedule import Schedule
+from evolvenet.surgery.optimizer_parameters import check_replaceable
 from evolvenet.surgery.optimizer_state import check_optimizers
+from evolvenet.surgery.optimizer_tensors import with_inner
 
 if TYPE_CHECKING:
     from evolvenet.engine.evolver import Evolver
@@ -110,6 +112,22 @@ def fixed_by_optimizers(optimizers: Sequence[Optimizer], model: nn.Module) -> st
         warn(reason)
         return reason
     return None
+
+
+def rank_changes_possible(lowrank: LowRank | None, optimizers: Sequence[Optimizer], model: nn.Module) -> LowRank | None:
+    """How layers may be factorized; None, with a warning, where an optimizer has no place for the factors."""
+    if lowrank is not None:
+        try:
+            check_replaceable(optimizers, model)
+        except OptimizerStateError as problem:
+            warn(f"layers are not factorized in this run, since an optimizer could not follow: {problem}")
+            return None
+    return lowrank
+
+
+def have_state(optimizers: Sequence[Optimizer]) -> bool:
+    """Whether one of the optimizers, or one inside of them, has state, which most make in their first step."""
+    return any(bool(optimizer.state) for optimizer in with_inner(optimizers))
 
 
 def missed(evolver: Evolver) -> str | None:

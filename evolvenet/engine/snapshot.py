@@ -62,11 +62,12 @@ class Snapshot:
             RecordError, OptimizerStateError: if the model or an optimizer is another one than in the snapshot. Part of it may
                 have been restored then: restore a snapshot taken before the call.
         """
+        networks = [*self.networks, *[self.networks[0]] * (1 + len(copies) - len(self.networks))]
+        for network in (model, *copies):
+            restore_chains(network, self.chains, optimizers if network is model else ())
         every = with_inner(optimizers)
         held = [held_by_place(optimizer) for optimizer in every]
-        networks = [*self.networks, *[self.networks[0]] * (1 + len(copies) - len(self.networks))]
         for network, values in zip((model, *copies), networks, strict=False):
-            restore_chains(network, self.chains, optimizers if network is model else ())
             fit_shapes(network, values, record=self.width_record)
             tensors = _tensors(network)
             with torch.no_grad():

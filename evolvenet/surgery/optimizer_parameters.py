@@ -12,7 +12,11 @@ from torch import Tensor, nn
 from torch.optim import LBFGS, SGD, Adagrad, Optimizer
 
 from evolvenet._compat.torch import LBFGS_SIZE_CACHE
+from evolvenet.surgery.optimizer_entries import weights_rules
+from evolvenet.surgery.optimizer_places import copy_attributes, first_entries, replace_held
 from evolvenet.surgery.optimizer_state import validate_state
+from evolvenet.surgery.optimizer_state_rules import Rule
+from evolvenet.surgery.optimizer_tensors import with_inner
 
 NewStates = Callable[[Optimizer, Mapping[str, Any]], Sequence[dict[str, Any]] | None]
 """(optimizer, state of a parameter) → a state for each parameter in its place; None for fresh ones."""
@@ -22,8 +26,9 @@ NewStates = Callable[[Optimizer, Mapping[str, Any]], Sequence[dict[str, Any]] | 
 def fresh_state(optimizer: Optimizer, group: Mapping[str, Any], parameter: Tensor) -> dict[str, Any]:
     """The state of a parameter on which the optimizer has made no step.
 
-    Empty for most optimizers, which fill it in their first step. One that fills it when it is built gets its own function
-    by `fresh_state.register(TheClass)`.
+    Empty for torch's optimizers, which fill it in their first step, but for those below. One of another type gets the keys
+    that the state of the replaced parameter has, with the values of `optimizer_places.first_entries`, unless a function is
+    registered for it by `fresh_state.register(TheClass)`.
     """
     return {}
 
@@ -55,6 +60,8 @@ def replace_parameters(
 
     The new ones stand where the old one stood, with the group's options (learning rate, weight decay), and their state is
     fresh, its step count 0, unless `states` has another one. Parameters that an optimizer does not hold are not added to it.
+    The optimizers inside of these take part, and what they keep in lists and dicts of their own or on parameters; where an
+    inner one steps on copies of the weights, new copies take their places.
 
     Args:
         optimizers: all that may hold the parameters.
@@ -64,7 +71,7 @@ def replace_parameters(
         states: {parameter: the states of those in its place, from its own}; fresh for all others.
 
     Raises:
-        OptimizerStateError: if the remaining state does not fit.
+        OptimizerStateError: if the remaining state does not fit, or an entry cannot be replaced.
 
     >>> old, new = torch.nn.Parameter(torch.ones(2)), torch.nn.Parameter(torch.ones(1))
     >>> optimizer = torch.optim.SGD([old], lr=0.1)
@@ -75,18 +82,53 @@ def replace_parameters(
     >>> optimizer.param_groups[0]["params"][0] is old
     True
     """
-    for optimizer in optimizers:
-        if _holds_any(optimizer, replaced):
-            _remember(optimizer, undo)
-            for group in optimizer.param_groups:
-                _replace_in(optimizer, group, replaced, names, states or {})
-            if isinstance(optimizer, LBFGS):
-                _restart(optimizer)
-            validate_state(optimizer)
+    every, now = with_inner(optimizers), dict(replaced)
+    held = {optimizer: [list(group["params"]) for group in optimizer.param_groups] for optimizer in every}
+    if not any(parameter in now for lists in held.values() for group in lists for parameter in group):
+        return
+    copy_attributes(replaced)
+    for optimizer in every:
+        # Before its groups: an inner optimizer may have the very same ones.
+        _remember(optimizer, undo)
+        now |= replace_held(optimizer, now, names, undo)
+    for optimizer in every:
+        rules = weights_rules(
+            (key, entry, own)
+            for group in held[optimizer]
+            for own in group
+            for key, entry in optimizer.state.get(own, {}).items()
+        )
+        for group, own in zip(optimizer.param_groups, held[optimizer], strict=True):
+            _replace_states(optimizer, group, own, now, states or {}, rules)
+    lists: dict[int, dict[str, Any]] = {id(group["params"]): group for each in every for group in each.param_groups}
+    for group in lists.values():
+        _replace_in(group, now, names)
+    for optimizer in every:
+        if isinstance(optimizer, LBFGS):
+            _restart(optimizer)
+        validate_state(optimizer)
 
 
-def _holds_any(optimizer: Optimizer, replaced: Mapping[Tensor, Sequence[Tensor]]) -> bool:
-    return any(parameter in replaced for group in optimizer.param_groups for parameter in group["params"])
+def check_replaceable(optimizers: Sequence[Optimizer], model: nn.Module) -> None:
+    """Check that factors can take the places of weights in what the optimizers hold by now; nothing is changed.
+
+    Each weight of two axes and more is replaced by two small ones, which is taken back.
+
+    Args:
+        optimizers: of the model.
+        model: the model.
+
+    Raises:
+        OptimizerStateError: for an optimizer, or one inside of it, in which they cannot.
+    """
+    replaced: dict[Tensor, list[Tensor]] = {}
+    for parameter in model.parameters():
+        if parameter.dim() > 1 and parameter.numel():
+            shapes = (1, *parameter.shape[1:]), (len(parameter), *[1] * (parameter.dim() - 1))
+            replaced[parameter] = [nn.Parameter(parameter.detach().new_zeros(shape)) for shape in shapes]
+    names = {part: name for name, old in model.named_parameters() for part in replaced.get(old, ())}
+    with ExitStack() as undo:
+        replace_parameters(optimizers, replaced, names, undo)
 
 
 def _remember(optimizer: Optimizer, undo: ExitStack) -> None:
@@ -108,26 +150,49 @@ def _remember(optimizer: Optimizer, undo: ExitStack) -> None:
 _LISTS = ("params", "param_names")
 
 
-def _replace_in(
+def _replace_states(
     optimizer: Optimizer,
     group: dict[str, Any],
+    parameters: Sequence[Tensor],
     replaced: Mapping[Tensor, Sequence[Tensor]],
-    names: Mapping[Tensor, str],
     states: Mapping[Tensor, NewStates],
+    rules: Mapping[str, Rule],
 ) -> None:
-    old_names = list(group.get("param_names", [None] * len(group["params"])))
-    made: list[tuple[Tensor, str | None]] = []
-    for parameter, name in zip(group["params"], old_names, strict=True):
+    """Replace the states of a group's parameters, which are those of before; `rules` as for `first_entries`."""
+    for parameter in parameters:
         if parameter not in replaced:
-            made.append((parameter, name))
             continue
         old, carry = optimizer.state.pop(parameter, {}), states.get(parameter)
         found = carry(optimizer, old) if carry and old else None
         for place, new in enumerate(replaced[parameter]):
-            made.append((new, names[new]))
-            state = fresh_state(optimizer, group, new) if found is None else found[place]
+            state = _first_state(optimizer, group, parameter, new, old, rules) if found is None else found[place]
             if state:
                 optimizer.state[new] = state
+
+
+def _first_state(
+    optimizer: Optimizer,
+    group: Mapping[str, Any],
+    old: Tensor,
+    new: Tensor,
+    state: Mapping[str, Any],
+    rules: Mapping[str, Rule],
+) -> dict[str, Any]:
+    """The state of a new parameter: as registered for the optimizer, or with the keys of the old one's."""
+    known = type(optimizer).__module__.startswith("torch.optim")
+    known = known or fresh_state.dispatch(type(optimizer)).__module__ != __name__
+    made = fresh_state(optimizer, group, new)
+    return made if known else {**first_entries(optimizer, group, old, new, state, rules), **made}
+
+
+def _replace_in(
+    group: dict[str, Any], replaced: Mapping[Tensor, Sequence[Tensor]], names: Mapping[Tensor, str]
+) -> None:
+    old_names = list(group.get("param_names", [None] * len(group["params"])))
+    made: list[tuple[Tensor, str | None]] = []
+    for parameter, name in zip(group["params"], old_names, strict=True):
+        new = replaced.get(parameter)
+        made += [(parameter, name)] if new is None else [(each, names.get(each, name)) for each in new]
     # In place: LBFGS keeps the list itself.
     group["params"][:] = [parameter for parameter, _ in made]
     if "param_names" in group:

@@ -5,7 +5,7 @@ The rule of each key is in `optimizer_state_rules`; what optimizers keep outside
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import singledispatch
 from typing import Any
@@ -59,9 +59,7 @@ def compile_states(optimizers: Sequence[Optimizer], changes: Sequence[Change]) -
     every = with_inner(optimizers)
     plans = [compile_state(optimizer, changes) for optimizer in every]
     moved = {tensor: data for plan in plans for tensor, (data, _) in plan.tensors.items()}
-    owners = {
-        held.tensor: held for each in every for held in held_tensors(each, _names(changes)) if held.tensor in moved
-    }
+    owners = {held.tensor: held for each in every for held in held_tensors(each) if held.tensor in moved}
     stepped = {tensor for optimizer in every for group in optimizer.param_groups for tensor in group["params"]}
     by_tensor = {change.tensor: change for change in changes}
     copies: list[Change] = []
@@ -131,7 +129,7 @@ def _compiled(optimizer: Optimizer, changes: Sequence[Change]) -> StatePlan:
 
 def _held(optimizer: Optimizer, changed: Mapping[Tensor, Change]) -> dict[Tensor, tuple[Tensor, Tensor | None]]:
     """New data and gradients of the tensors in an optimizer's attributes and groups."""
-    found = held_tensors(optimizer, _names(changed.values()))
+    found = held_tensors(optimizer)
     rules = weights_rules(
         (held.key, part, own) for held in found for part, own in zip(held.parts(), held.parameters, strict=True)
     )
@@ -164,10 +162,6 @@ def _on_parameters(changes: Sequence[Change]) -> dict[Tensor, tuple[Tensor, Tens
         entry: (carried("Parameter", key, entry.detach(), change, {}, rules.get(key)), None)
         for key, entry, change in found
     }
-
-
-def _names(changes: Iterable[Change]) -> dict[str, Tensor]:
-    return {change.name: change.tensor for change in changes if not isinstance(change, CopyChange)}
 
 
 @compile_state.register(Adam)
@@ -259,7 +253,7 @@ def check_optimizers(optimizers: Sequence[Optimizer], parameters: Mapping[str, T
     every, known = with_inner(optimizers), set(parameters.values())
     for optimizer in every:
         if follows_rules(optimizer):
-            known |= {held.tensor for held in held_tensors(optimizer, parameters)}
+            known |= {held.tensor for held in held_tensors(optimizer)}
             validate_state(optimizer)
     for optimizer in every:
         own = [parameter for group in optimizer.param_groups for parameter in group["params"]]

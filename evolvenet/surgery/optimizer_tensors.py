@@ -58,23 +58,24 @@ def with_inner(optimizers: Iterable[Optimizer]) -> list[Optimizer]:
         optimizer = waiting.pop(0)
         if id(optimizer) not in found:
             found[id(optimizer)] = optimizer
-            own = [value for name, value in vars(optimizer).items() if name not in _STATE]
-            waiting += [each for value in own for each in _instances_in(value, Optimizer)]
+            own = [value for name, value in vars(optimizer).items() if name not in OWN_PLACES]
+            waiting += [each for value in own for each in instances_in(value, Optimizer)]
     return list(found.values())
 
 
-_STATE = ("state", "param_groups", "defaults")
-_DEEPEST = 4
+OWN_PLACES = ("state", "param_groups", "defaults")
+"""Attributes of torch's own, which are treated apart."""
+DEEPEST = 4
 """Containers in containers that are searched."""
 
 
-def _instances_in(value: Any, kind: type[Kind], depth: int = 0) -> Iterator[Kind]:
+def instances_in(value: Any, kind: type[Kind], depth: int = 0) -> Iterator[Kind]:
     """What is of a type in a value: itself, or in containers."""
     if isinstance(value, kind):
         yield value
-    elif depth < _DEEPEST:
+    elif depth < DEEPEST:
         for part in _parts_of(value):
-            yield from _instances_in(part, kind, depth + 1)
+            yield from instances_in(part, kind, depth + 1)
 
 
 def _parts_of(value: Any) -> list[Any]:
@@ -83,42 +84,51 @@ def _parts_of(value: Any) -> list[Any]:
     return list(cast("Sequence[Any]", value)) if isinstance(value, (list, tuple)) else []
 
 
-def held_tensors(optimizer: Optimizer, names: Mapping[str, Tensor]) -> list[HeldTensor]:
+def held_tensors(optimizer: Optimizer) -> list[HeldTensor]:
     """The tensors in an optimizer's attributes and parameter groups that have one entry for each entry of parameters.
 
-    A tensor belongs to a parameter if it is under it, its id or its name in a dict, or at its place in a list as long as the
-    parameters of all groups, or of the group at the list's own place (Lookahead's `slow_weights`), and has its shape. One of
-    a single axis may be that of all parameters, one after the other. What is in inner optimizers is not among these.
+    A tensor belongs to a parameter if it is under it, its id or its name (of `param_names` in its group) in a dict, or at its
+    place in a list as long as the parameters of all groups, or of the group at the list's own place (Lookahead's
+    `slow_weights`), and has its shape. One of a single axis may be that of all parameters, one after the other. What is in
+    inner optimizers is not among these.
 
     Args:
         optimizer: any.
-        names: {name: parameter} of the model.
 
     Raises:
         OptimizerStateError: for a tensor of which it is not known to which parameter it belongs, although its size is one of
             theirs.
     """
-    return _Search(optimizer, names).held()
+    return _Search(optimizer).held()
+
+
+def keys_of(optimizer: Optimizer) -> dict[Any, Tensor]:
+    """{name or id of a parameter: the parameter}; names are known where the groups have `param_names`."""
+    found: dict[Any, Tensor] = {}
+    for group in optimizer.param_groups:
+        found |= {id(parameter): parameter for parameter in group["params"]}
+        found |= dict(zip(group.get("param_names", ()), group["params"], strict=False))
+    return found
 
 
 class _Search:
     """Looks through one optimizer's attributes."""
 
-    def __init__(self, optimizer: Optimizer, names: Mapping[str, Tensor]) -> None:
+    def __init__(self, optimizer: Optimizer) -> None:
         self.optimizer = optimizer
         self.groups: list[list[Tensor]] = [list(group["params"]) for group in optimizer.param_groups]
         self.all = [parameter for group in self.groups for parameter in group]
         self.wholes = {(sum(parameter.numel() for parameter in group),) for group in self.groups}
-        self.keys: dict[Any, Tensor] = {**names, **{id(parameter): parameter for parameter in self.all}}
+        self.keys = keys_of(optimizer)
         inner = with_inner([optimizer])
         self.skipped = {id(part) for each in inner for part in (each.state, each.param_groups)}
         self.skipped |= {id(group) for each in inner for group in each.param_groups}
-        self.skipped |= {id(parameter) for parameter in (*self.all, *names.values())}
+        self.skipped |= {id(parameter) for parameter in self.all}
         self.found: dict[int, HeldTensor] = {}
 
     def held(self) -> list[HeldTensor]:
         for name, value in vars(self.optimizer).items():
-            if name not in _STATE:
+            if name not in OWN_PLACES:
                 self._look(value, name, name, self.all)
         for index, (group, own) in enumerate(zip(self.optimizer.param_groups, self.groups, strict=True)):
             for key, value in group.items():
@@ -136,7 +146,7 @@ class _Search:
             parameters: those that a list here may be as long as; a single one that the tensors here belong to.
             depth: containers around it.
         """
-        if id(value) in self.skipped or isinstance(value, Optimizer) or depth > _DEEPEST:
+        if id(value) in self.skipped or isinstance(value, Optimizer) or depth > DEEPEST:
             return
         if isinstance(value, Tensor):
             self._add(value, place, key, parameters)
@@ -156,7 +166,7 @@ class _Search:
         return type(name).__name__ if isinstance(name, (Tensor, nn.Module)) else repr(name)
 
     def _look_under(self, name: Any, part: Any, place: str, key: str, parameters: Sequence[Tensor], depth: int) -> None:
-        if isinstance(name, nn.Module) and any(tensor.numel() > 1 for tensor in _instances_in(part, Tensor)):
+        if isinstance(name, nn.Module) and any(tensor.numel() > 1 for tensor in instances_in(part, Tensor)):
             raise self._unknown(place, f"tensors by module, here {type(name).__name__}")
         if isinstance(name, Tensor):
             owner = name if any(name is each for each in self.all) else None
@@ -167,7 +177,7 @@ class _Search:
 
     def _owners(self, parts: Sequence[Any], parameters: Sequence[Tensor]) -> list[Sequence[Tensor]]:
         """The parameters that each of a list's entries may belong to."""
-        if len(parts) == len(parameters) > 1 and all(map(_fits, parts, parameters)):
+        if len(parts) == len(parameters) > 1 and all(map(fits, parts, parameters)):
             return [(parameter,) for parameter in parameters]
         if len(parts) == len(self.groups) and len(parameters) == len(self.all):
             return list(self.groups)
@@ -193,9 +203,9 @@ class _Search:
         )
 
 
-def _fits(part: Any, parameter: Tensor) -> bool:
+def fits(part: Any, parameter: Tensor) -> bool:
     """Whether all tensors of a list's entry are numbers or have the shape of the parameter at its place."""
-    return all(tensor.numel() < 2 or tensor.shape == parameter.shape for tensor in _instances_in(part, Tensor))
+    return all(tensor.numel() < 2 or tensor.shape == parameter.shape for tensor in instances_in(part, Tensor))
 
 
 def tensors_on(parameter: Tensor) -> dict[str, Tensor]:

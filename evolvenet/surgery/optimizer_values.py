@@ -70,7 +70,7 @@ def held_by_place(optimizer: Optimizer) -> dict[str, Tensor]:
     """The tensors that an optimizer keeps outside of its state, and those that are on its parameters, by place."""
     if not follows_rules(optimizer):
         return {}
-    found = {held.place: held.tensor for held in held_tensors(optimizer, {})}
+    found = {held.place: held.tensor for held in held_tensors(optimizer)}
     for parameter, place in _places(optimizer).items():
         found |= {f"{place}.{name}": tensor for name, tensor in tensors_on(parameter).items()}
     return found

@@ -229,3 +229,71 @@ class Unordered(SGD):
     def __init__(self, params: Parameters, lr: float = 0.05) -> None:
         super().__init__(params, lr=lr)
         self.buffers = [torch.zeros_like(p) for p in reversed(self.param_groups[0]["params"])]
+
+
+class Filled(Optimizer):
+    """Makes its state when it is built, and nowhere else."""
+
+    def __init__(self, params: Parameters, lr: float = 0.05) -> None:
+        super().__init__(params, {"lr": lr})
+        for group in self.param_groups:
+            for p in group["params"]:
+                self.state[p] = {"steps": 0, "m": torch.zeros_like(p), "anchor": p.detach().clone()}
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                state = self.state[p]
+                state["steps"] += 1
+                p.sub_(state["m"].mul_(0.9).add_(p.grad) / state["steps"] ** 0.5, alpha=group["lr"])
+                p.lerp_(state["anchor"], 0.01)
+
+
+class Listed(Optimizer):
+    """Has its parameters in a list, a set and a dict of its own, beside those of its groups."""
+
+    def __init__(self, params: Parameters, lr: float = 0.05) -> None:
+        super().__init__(params, {"lr": lr})
+        self.own = [p for group in self.param_groups for p in group["params"]]
+        self.matrices = {id(p) for p in self.own if p.dim() > 1}
+        self.pairs = [[p, {"m": torch.zeros_like(p)}] for p in self.own]
+        self.rates = dict.fromkeys(self.own, 1)
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        assert {id(p) for p in self.own if p.dim() > 1} == self.matrices
+        for p, (same, kept) in zip(self.own, self.pairs, strict=True):
+            assert p is same
+            p.sub_(kept["m"].mul_(0.9).add_(p.grad), alpha=self.defaults["lr"] * self.rates[p])
+
+
+class Tuples(SGD):
+    """Momenta in a tuple, which cannot get other entries."""
+
+    def __init__(self, params: Parameters, lr: float = 0.05) -> None:
+        super().__init__(params, lr=lr)
+        self.momenta = tuple(torch.zeros_like(p) for p in self.param_groups[0]["params"])
+
+
+class Lone(SGD):
+    """A tensor of one parameter's shape by itself, for the only parameter that it holds."""
+
+    def __init__(self, model: Any, lr: float = 0.05) -> None:
+        super().__init__([model[2].weight], lr=lr)
+        self.momentum = torch.zeros_like(model[2].weight)
+
+
+class ByName(SGD):
+    """Momenta in a dict by the parameters' names, which its groups have."""
+
+    def __init__(self, params: Any, lr: float = 0.05) -> None:
+        named = list(params)
+        super().__init__(named, lr=lr)
+        self.momenta = {name: torch.zeros_like(p) for name, p in named}
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for name, p in zip(group["param_names"], group["params"], strict=True):
+                p.sub_(self.momenta[name].mul_(0.9).add_(p.grad), alpha=group["lr"])
