@@ -27,7 +27,12 @@ from evolvenet.surgery.module_handlers import refresh
 
 @contextmanager
 def isolated(
-    model: nn.Module, *, shadows: bool = False, device: torch.device | str | None = None, gradients: bool = False
+    model: nn.Module,
+    *,
+    shadows: bool = False,
+    copied: bool = True,
+    device: torch.device | str | None = None,
+    gradients: bool = False,
 ) -> Iterator[None]:
     """The model in eval mode; on leaving, the model, what its hooks reach and the random generators are as before.
 
@@ -38,6 +43,8 @@ def isolated(
     Args:
         model: any module.
         shadows: whether every parameter and buffer is replaced by a copy inside.
+        copied: False makes the shadows of parameters without a copy of their values, for callers that see to it that
+            nothing is written to them in place.
         device: of the shadows; "meta" for shadows without data, None for the tensors' own devices. Integer tensors are
             indices and keep their data and device.
         gradients: whether autograd is on inside, even under `no_grad` or `inference_mode`; off by default.
@@ -68,7 +75,7 @@ def isolated(
         cuda = {tensor.device for tensor in (*model.parameters(), *model.buffers()) if tensor.is_cuda}
         stack.enter_context(torch.random.fork_rng(devices=sorted(cuda, key=str)))
         if shadows:
-            _install_shadows(modules, device)
+            _install_shadows(modules, device, copied)
         model.eval()
         stack.enter_context(torch.set_grad_enabled(gradients))
         yield
@@ -104,14 +111,14 @@ def model_outputs(model: nn.Module, inputs: Any, gradients: bool = False) -> lis
         return [tensor.detach() for tensor in network_outputs(model, inputs)]
 
 
-def _install_shadows(modules: list[nn.Module], device: torch.device | str | None) -> None:
+def _install_shadows(modules: list[nn.Module], device: torch.device | str | None, copied: bool) -> None:
     shadows: dict[int, Tensor] = {}
     for module in modules:
         for table in tensor_tables(module):
             for name, tensor in table.items():
                 if tensor is not None:
                     # One shadow for each tensor, so that tied parameters stay tied.
-                    table[name] = shadows.setdefault(id(tensor), _shadow(tensor, device))
+                    table[name] = shadows.setdefault(id(tensor), _shadow(tensor, device, copied))
         refresh(module)
 
 
@@ -124,7 +131,7 @@ def _refuse_scripted(modules: list[nn.Module]) -> None:
             )
 
 
-def _shadow(tensor: Tensor, device: torch.device | str | None) -> Tensor:
+def _shadow(tensor: Tensor, device: torch.device | str | None, copied: bool) -> Tensor:
     if is_lazy(tensor):
         raise TraceError(
             "Expected parameters with shapes, got a lazy one. Run the model once on a batch before tracing it."
@@ -132,5 +139,9 @@ def _shadow(tensor: Tensor, device: torch.device | str | None) -> Tensor:
     # Integer tensors are indices, whose values decide which units belong together.
     without_data = device is not None and (tensor.is_floating_point() or tensor.is_complex())
     with torch.no_grad():
-        value = tensor.detach().to(device) if without_data else tensor.detach().clone()
+        value = tensor.detach()
+        if without_data:
+            value = value.to(device)
+        elif copied or not isinstance(tensor, nn.Parameter):
+            value = value.clone()
     return nn.Parameter(value, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else value

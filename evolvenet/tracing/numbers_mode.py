@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from evolvenet._compat.torch import in_backward, schema_of, tree_leaves, tree_map_only
+from evolvenet._compat.torch import in_backward, schema_of, storage_id, tree_leaves, tree_map_only
 from evolvenet.tracing.reasons import source_line
 from evolvenet.tracing.tracing_mode import TracingMode
 
@@ -26,26 +26,63 @@ SAMPLES = 256
 """Values kept of each tensor to find the first op that computes others."""
 
 
+CONVOLUTION = torch.ops.aten.convolution.default
+
+
 class NumbersMode(TracingMode):
     """Runs every op, in double precision if so wanted, also where the code asks for less, and with constants for random numbers.
 
     Args:
-        dtype: that the model's tensors have; float64 casts all narrower ones, of the code's own, on their way into an op.
+        dtype: that the model computes in; with float64 a module's own parameters have it while the module runs, and
+            other narrower tensors are cast on their way into an op.
+
+    Attributes:
+        shared: storages that the model's code may not write to, see `storage_id`.
     """
 
     def __init__(self, dtype: torch.dtype) -> None:
         super().__init__()
         self.dtype = dtype
+        self.shared: frozenset[int] = frozenset()
+        self._narrow: list[list[tuple[Tensor, Tensor]]] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the op."""
         kwargs = kwargs or {}
+        self._refuse_writes(func, args, kwargs)
         if self.dtype == torch.float64:
             args, kwargs = self._widened(func, args, kwargs)
+        if func is CONVOLUTION and _is_channels_last(args[0]):
+            # The kernel in double precision takes ten times as long on such an input.
+            contiguous = super().__torch_dispatch__(func, types, (args[0].contiguous(), *args[1:]), kwargs)
+            return contiguous.contiguous(memory_format=torch.channels_last)
         out = super().__torch_dispatch__(func, types, args, kwargs)
         if torch.Tag.nondeterministic_seeded in func.tags:
             out = _without_chance(func, args, out)
         return out
+
+    def _enter_module(self, module: nn.Module, inputs: Any) -> None:
+        super()._enter_module(module, inputs)
+        narrow = [tensor for tensor in module.parameters(recurse=False) if tensor.dtype in NARROWER]
+        self._narrow.append([(tensor, tensor.data) for tensor in narrow if self.dtype == torch.float64])
+        for tensor, value in self._narrow[-1]:
+            tensor.data = value.to(NARROWER[value.dtype])
+
+    def _leave_module(self, module: nn.Module, inputs: Any, output: Any) -> None:
+        super()._leave_module(module, inputs, output)
+        for tensor, value in self._narrow.pop():
+            tensor.data = value
+
+    def _refuse_writes(self, func: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        schema = schema_of(func)
+        if not self.shared or not schema.is_mutable:
+            return
+        positional = dict(enumerate(args))
+        for place, argument in enumerate(schema.arguments):
+            given = positional.get(place, kwargs.get(argument.name))
+            for leaf in tree_leaves(given) if argument.is_write else ():
+                if isinstance(leaf, Tensor) and storage_id(leaf) in self.shared:
+                    raise RuntimeError(f"{schema.name} writes to a parameter, which the model's copy does not own.")
 
     def _widened(self, func: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         wanted = kwargs.get("dtype")
@@ -56,6 +93,10 @@ class NumbersMode(TracingMode):
         if schema.is_mutable or any(item.alias_info is not None for item in schema.returns):
             return args, kwargs
         return tree_map_only(Tensor, lambda t: t.to(NARROWER[t.dtype]) if t.dtype in NARROWER else t, (args, kwargs))
+
+
+def _is_channels_last(tensor: Tensor) -> bool:
+    return tensor.dim() == 4 and not tensor.is_contiguous() and tensor.is_contiguous(memory_format=torch.channels_last)
 
 
 def _without_chance(func: Any, args: Any, out: Any) -> Any:

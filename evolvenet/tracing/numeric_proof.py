@@ -13,13 +13,14 @@ import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import product
 from random import Random
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from evolvenet._compat.torch import tensor_tables, tree_leaves, tree_map_only
+from evolvenet._compat.torch import storage_id, tensor_tables, tree_leaves, tree_map_only
 from evolvenet.execution.inputs import tensors_of
 from evolvenet.execution.isolation import isolated
 from evolvenet.graph.index_map import NEW_UNIT, IndexMap
@@ -98,11 +99,11 @@ def _comparison(model: nn.Module, example_inputs: Any, modes: Sequence[bool], gr
     """The comparison in the first dtype, and with the first inputs, that the model runs with; None if it does not run."""
     large = sum(parameter.numel() for parameter in model.parameters()) > LARGE
     error: Exception | None = None
-    for dtype in TOLERANCES:
-        if large and dtype == torch.float64:
+    for dtype, cast in product(TOLERANCES, (False, True)):
+        if (large and dtype == torch.float64) or (not cast and (gradients or dtype == torch.float32)):
             continue
         for inputs in _inputs(example_inputs, dtype):
-            comparison = Comparison(model, inputs, tuple(modes), gradients, dtype)
+            comparison = Comparison(model, inputs, tuple(modes), gradients, dtype, cast)
             try:
                 comparison.expected = comparison.run(None, {}, NumbersMode(dtype))
             except Exception as raised:  # noqa: BLE001  the model's own code may raise anything
@@ -128,6 +129,9 @@ class Comparison:
         modes: training flags of the runs.
         gradients: whether autograd is on.
         dtype: that the copies compute in.
+        cast: whether all parameters of the copies have this dtype. Otherwise each has it while its module runs, which
+            takes half of the memory; code that compares dtypes of other modules' parameters, or writes to parameters,
+            raises then.
         expected: the outputs of the model as it is.
     """
 
@@ -136,19 +140,24 @@ class Comparison:
     modes: tuple[bool, ...]
     gradients: bool
     dtype: torch.dtype
+    cast: bool
     expected: list[Tensor] = field(default_factory=list[Tensor])
 
     def run(self, graph: WidthGraph | None, maps: dict[str, IndexMap], mode: NumbersMode) -> list[Tensor]:
         """The floating-point outputs of a copy of the model, in all modes, after a change of widths."""
         with (
-            isolated(self.model, shadows=True, gradients=self.gradients),
+            isolated(self.model, shadows=True, copied=self.cast, gradients=self.gradients),
             _default_dtype(self.dtype),
         ):
+            if not self.cast:
+                mode.shared = frozenset(storage_id(parameter) for parameter in self.model.parameters())
             _vary(self.model)
             if graph is not None and maps:
                 install(self.model, compile_surgery(self.model, graph, maps))
             # Tensor by tensor, and last: both values of a change in double precision would take twice the memory.
             for tensor in _own_tensors(self.model):
+                if isinstance(tensor, nn.Parameter) and not self.cast:
+                    continue
                 tensor.data = tensor.data.to(self.dtype if tensor.is_floating_point() else COMPLEX[self.dtype])
             found: list[Tensor] = []
             for training in self.modes:

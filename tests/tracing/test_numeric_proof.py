@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from evolvenet.engine.functional import resize
 from evolvenet.graph.index_map import IndexMap
+from evolvenet.tracing.numbers_mode import NumbersMode
 from evolvenet.tracing.trace import trace
 from tests.helpers.cases import CASES, FLOAT, Case, distance, graph_of, outputs, shuffled
 from tests.helpers.states import State
@@ -187,3 +188,67 @@ def test_the_model_and_the_random_numbers_stay_as_they_are() -> None:
     assert torch.equal(torch.random.get_rng_state(), drawn)
     assert torch.get_default_dtype() == torch.float32
     assert torch.float64 == FLOAT
+
+
+class Momentum(nn.Module):
+    """A copy of a layer that follows it, as in MoCo: the forward pass writes to parameters of another module."""
+
+    def __init__(self, write: Callable[[nn.Parameter, Tensor], object]) -> None:
+        super().__init__()
+        # More entries than those of tensors that the comparison copies anyway.
+        self.a, self.b, self.write = nn.Linear(900, 8), nn.Linear(900, 8), write
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            for mine, other in zip(self.b.parameters(), self.a.parameters(), strict=True):
+                self.write(mine, other)
+        return self.head(self.a(x) + self.b(x))
+
+
+WRITES: dict[str, Callable[[nn.Parameter, Tensor], object]] = {
+    "lerp_": lambda mine, other: mine.lerp_(other, 0.5),
+    "data.mul_": lambda mine, other: mine.data.mul_(0.5).add_(other.data, alpha=0.5),
+    "view": lambda mine, other: mine.view(-1)[:2].copy_(other.view(-1)[:2]),
+    "out=": lambda mine, other: torch.add(mine, other, out=mine.data),
+    "foreach": lambda mine, other: torch._foreach_add_([mine], [other]),  # pyright: ignore[reportPrivateUsage]
+}
+
+
+@pytest.mark.parametrize("name", WRITES)
+def test_parameters_that_the_forward_pass_writes_to_are_as_before(name: str) -> None:
+    model = Momentum(WRITES[name])
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    trace(model, torch.randn(2, 900))
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, before[key]), key
+
+
+def test_a_channels_last_convolution_in_double_precision_has_the_values_and_strides_of_the_op() -> None:
+    """The mode runs it on a contiguous copy, since the kernel in double precision takes ten times as long otherwise."""
+    conv = nn.Conv2d(4, 4, 3, padding=1, groups=4).double()
+    x = torch.randn(2, 4, 6, 6, dtype=FLOAT).contiguous(memory_format=torch.channels_last)
+    with torch.no_grad():
+        expected = conv(x)
+        with NumbersMode(torch.float64):
+            found = conv(x)
+    torch.testing.assert_close(found, expected)
+    assert found.stride() == expected.stride()
+
+
+class SeesDtypes(nn.Linear):
+    """Keeps the dtype of its weight, forward pass by forward pass."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        self.seen = self.weight.dtype
+        return super().forward(input)
+
+
+def test_parameters_are_in_double_precision_while_their_module_runs_alone() -> None:
+    layer = SeesDtypes(2, 3)
+    net = nn.Sequential(layer, nn.LSTM(3, 2, batch_first=True))
+    with torch.no_grad(), NumbersMode(torch.float64):
+        out, _ = net(torch.randn(1, 4, 2, dtype=FLOAT))
+    assert out.dtype == FLOAT
+    assert layer.seen == FLOAT
+    assert {parameter.dtype for parameter in net.parameters()} == {torch.float32}
