@@ -53,6 +53,10 @@ class ValidationError(EvolveNetError, RuntimeError):
     """A model failed a check after a change of its widths; the change was undone."""
 
 
+class OutputError(ValidationError):
+    """A model does not run after a change of its widths, or its outputs are wrong: which width is at fault is not known."""
+
+
 class SkippedEvent(EvolveNetError, RuntimeError):  # noqa: N818  no error: the event is put off
     """An event cannot be measured (NaN weights, too few samples): it is skipped, a later one may succeed."""
 

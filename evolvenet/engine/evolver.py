@@ -27,12 +27,13 @@ from evolvenet.engine.distributed import (
 )
 from evolvenet.engine.event_data import EventData
 from evolvenet.engine.evolver_state import EvolverState
-from evolvenet.engine.failure_policy import MOST_RESTS, FailurePolicy, Resting, with_widths_back
+from evolvenet.engine.failure_policy import FailurePolicy
 from evolvenet.engine.functional import as_list
 from evolvenet.engine.history import Event, History, WidthChange, changed
 from evolvenet.engine.invariants import ModelReference, check_resizable, validate
 from evolvenet.engine.original_widths import OriginalWidths, at_first_sizes
 from evolvenet.engine.proposals import apply_proposals
+from evolvenet.engine.repetitions import Repetitions
 from evolvenet.engine.run_checks import fixed_by_optimizers, have_state, rank_changes_possible, unreachable, warn
 from evolvenet.engine.snapshot import PendingCut, Snapshot, roll_back
 from evolvenet.engine.transaction import Transaction
@@ -306,32 +307,30 @@ class Evolver(EvolverState):
         self, group: ProcessGroup, moment: int, changes: list[WidthChange], previous: float | None
     ) -> tuple[dict[str, float], dict[str, float], str | None]:
         """One event, repeated without the widths on which it fails; what `_evolve` returns, and why it was skipped."""
-        whole, rests, tried = self.graph, list[Resting](), list[str]()
+        whole, tried, event = self.graph, list[str](), Repetitions(self._failures, group, moment, self.graph)
         while True:
+            tried.clear()
             try:
                 with ExitStack() as undo:
                     undo.callback(self._revert, (self.graph, self.original, self._past, self._macs), changes)
                     # Before the changes are taken back.
                     undo.callback(lambda: tried.extend(change.width for change in changes))
                     ranks, kept = self._evolve(group, changes, undo, previous)
-                    undo.pop_all()
-                break
+                    if event.ends_after_success():
+                        undo.pop_all()
+                        break
             except RankMismatchError:
                 raise
             except Exception as problem:  # noqa: BLE001  whatever it was, everything is as before and the run can go on
-                found = self._failures.resting(group, moment, problem, self.graph, tried)
-                if found is None or len(rests) == MOST_RESTS:
-                    # Not of single widths.
+                if event.ends_after_failure(problem, tried):
                     self.graph = whole
                     return {}, {}, self._failures.explain(group, moment, problem)
-                self.graph = found.graph
-                rests.append(found)
-                tried.clear()
-        if rests:
-            self.graph = with_widths_back(self.graph, {name for each in rests for name in each.passing}, whole)
+            self.graph = event.graph
+        if event.rests:
+            self.graph = event.with_widths_back(self.graph)
             self.history.frozen = self.graph.reasons
             remember_widths(self.model, self.graph, self.original.sizes)
-        for each in rests:
+        for each in event.rests:
             warn(each.message)
         return ranks, kept, None
 
@@ -377,6 +376,7 @@ class Evolver(EvolverState):
                 run_on_all_ranks(group, self.after_change)
             reset_compiled_code()
         if self._pending_cut:
+            undo.callback(vars(self._pending_cut).update, dict(vars(self._pending_cut)))
             self._pending_cut.record(past, [change.width for change in changes])
         return ranks_and_energies(measures, self.graph.sizes)
 

@@ -9,15 +9,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from evolvenet.engine.distributed import ProcessGroup
-from evolvenet.errors import Place, SkippedEvent, SpectrumError, places_of, stage_of
+from evolvenet.errors import OutputError, Place, SkippedEvent, SpectrumError, places_of, stage_of
 from evolvenet.graph.width_graph import WidthGraph, Widths
 from evolvenet.policies.base import RESTS
 
 FAILURES = 2
 """Failures of one stage after which evolution is switched off for the rest of the run."""
-
-MOST_RESTS = 8
-"""Repetitions of one event, each without the widths on which it failed: a failure on more is no matter of single widths."""
 
 log = logging.getLogger("evolvenet")
 
@@ -79,7 +76,8 @@ class FailurePolicy:
     ) -> Resting | None:
         """The widths on which an event failed, so that it can be repeated without them; the same on every rank.
 
-        They rest for the remaining run; for this event alone where a later one may succeed (NaN activations).
+        They rest for the remaining run; for this event alone where a later one may succeed (NaN activations). Wrong outputs
+        are the fault of a width if it alone has changed, see `Bisection` for several.
 
         Args:
             group: the processes; what rank 0 has worked on counts.
@@ -94,6 +92,8 @@ class FailurePolicy:
         """
         passing = isinstance(problem, (SkippedEvent, SpectrumError))
         found = _widths_at(places_of(problem), graph)
+        if isinstance(problem, OutputError) and len(tried) == 1:
+            found = set(tried) & set(graph.sizes)
         names, passing = group.broadcast((sorted(found & set(tried) or found), passing))
         if not names or len(names) == len(graph.resizable):
             return None

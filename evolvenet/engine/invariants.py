@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from evolvenet.errors import SkippedEvent, TraceError, ValidationError, concerning
+from evolvenet.errors import OutputError, SkippedEvent, TraceError, ValidationError, concerning
 from evolvenet.execution.isolation import model_outputs
 from evolvenet.execution.step import Step
 from evolvenet.graph.naming import named_tensors
@@ -63,7 +63,7 @@ def validate(
         before: recorded before the change.
 
     Raises:
-        ValidationError: naming the first thing that is wrong.
+        ValidationError: naming the first thing that is wrong; an `OutputError` if it is the outputs.
         OptimizerStateError: if a state does not fit.
 
     >>> from evolvenet.tracing.trace import trace
@@ -91,12 +91,15 @@ def validate(
             raise _wrong(f"{change.name} of {module} to be {change.value}", f"{getattr(change.module, change.name)}")
     for optimizer in with_inner(optimizers):
         validate_state(optimizer)
-    found = model_outputs(model, example_inputs, graph.differentiates)
+    try:
+        found = model_outputs(model, example_inputs, graph.differentiates)
+    except Exception as problem:
+        raise _wrong("a model that runs", f"{type(problem).__name__}: {problem}", OutputError) from problem
     shapes = _shapes(found, example_inputs)
     if shapes != before.shapes:
-        raise _wrong(f"outputs of the shapes {before.shapes}", f"{shapes}")
+        raise _wrong(f"outputs of the shapes {before.shapes}", f"{shapes}", OutputError)
     if before.finite and not _finite(found):
-        raise _wrong("finite outputs", "NaN or infinite ones")
+        raise _wrong("finite outputs", "NaN or infinite ones", OutputError)
 
 
 def check_resizable(model: nn.Module, graph: WidthGraph) -> None:
@@ -127,8 +130,8 @@ def check_finite_weights(model: nn.Module) -> None:
             )
 
 
-def _wrong(expected: str, got: str) -> ValidationError:
-    return ValidationError(
+def _wrong(expected: str, got: str, error: type[ValidationError] = ValidationError) -> ValidationError:
+    return error(
         f"After a change of widths: expected {expected}, got {got}. The change is taken back; please report it with the model."
     )
 
