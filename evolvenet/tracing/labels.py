@@ -302,9 +302,9 @@ def varying(layer: Tensor) -> tuple[int, ...]:
 
 def compress(labels: Tensor) -> Tensor:
     """Store a layer at size 1 along every dimension in which it is constant."""
+    if not labels.numel():
+        return labels.new_full((1,) * labels.dim(), -1)
     for dim, size in enumerate(labels.shape):
-        if size == 0:
-            return labels.new_full((1,) * labels.dim(), -1)
         if size > 1:
             first = labels.narrow(dim, 0, 1)
             # Comparing two corners first finds most layers that vary without comparing all elements.

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from evolvenet._compat.torch import OpOverload, base_of, schema_of, tree_flatten
+from evolvenet.tracing.empty_tensors import moved_without_elements
 from evolvenet.tracing.labels import (
     CONSTANT,
     DATA,
@@ -263,6 +265,8 @@ def movement(call: Call) -> None:
             moved = [layer] * len(results)  # Also where the piece has no places: tokens of an expert that gets none.
         elif call.op in RESHAPING:
             moved = reshaped(layer, source.shape, call.out.shape)
+        elif not source.numel():
+            moved = moved_without_elements(partial(call.func, **call.kwargs), layer, call.args, call.outputs)
         else:
             whole = layer.expand(source.shape)
             moved = call.func(whole.contiguous() if strided else whole, *call.args[1:], **call.kwargs)

@@ -211,7 +211,7 @@ WRITES: dict[str, Callable[[nn.Parameter, Tensor], object]] = {
     "data.mul_": lambda mine, other: mine.data.mul_(0.5).add_(other.data, alpha=0.5),
     "view": lambda mine, other: mine.view(-1)[:2].copy_(other.view(-1)[:2]),
     "out=": lambda mine, other: torch.add(mine, other, out=mine.data),
-    "foreach": lambda mine, other: torch._foreach_add_([mine], [other]),  # pyright: ignore[reportPrivateUsage]
+    "foreach": lambda mine, other: torch._foreach_add_([mine], [other]),  # pyright: ignore[reportPrivateImportUsage]
 }
 
 

@@ -356,3 +356,25 @@ def test_a_scripted_module_is_refused() -> None:
     with pytest.raises(TraceError, match="got a scripted Linear"):
         trace(model, torch.zeros(1, 5))
     assert model(torch.zeros(1, 5)).shape == (1, 3)
+
+
+class Tokens(nn.Module):
+    """Dense features after register tokens, of which there may be none, and in which no place may be left to pass through."""
+
+    def __init__(self, registers: int) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 8), nn.Linear(8, 2)
+        self.registers = nn.Parameter(torch.randn(1, registers, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.cat([self.registers.expand(len(x), -1, -1), self.a(x)], 1)
+        size = h.shape[-1]
+        return self.b(torch.cat([h[..., :size] * 2, h[..., size:]], -1))
+
+
+@pytest.mark.parametrize("registers", [0, 1, 2])
+def test_tensors_without_elements_have_the_units_of_their_axes(registers: int) -> None:
+    model, x = Tokens(registers).double(), torch.randn(2, 3, 4, dtype=FLOAT)
+    graph = shuffle_and_widen(model, trace(model, x), x)
+    assert list(graph.sizes.values()) == [11]
+    assert model.registers.shape == (1, registers, len(model.a.bias))

@@ -1,0 +1,39 @@
+"""Labels of tensors without elements, such as 0 register tokens, or what is left of a head whose places all rotate."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from evolvenet._compat.torch import tree_leaves
+
+
+def moved_without_elements(
+    op: Callable[..., Any], layer: Tensor, args: Sequence[Any], outputs: Sequence[Tensor]
+) -> list[Tensor]:
+    """The layers of the outputs of an op that rearranges a tensor of no elements; one element takes the place of none.
+
+    The axes that have a size still have their units, which `cat` ties to those of the other tensors.
+
+    Args:
+        op: the op.
+        layer: of the tensor, with size 1 where it is constant.
+        args: of the op; the first is the tensor.
+        outputs: of the op.
+
+    >>> tokens = torch.zeros(1, 0, 3)
+    >>> units = torch.tensor([[[5, 6, 7]]])
+    >>> moved_without_elements(torch.Tensor.expand, units, (tokens, 2, -1, -1), [tokens.expand(2, -1, -1)])[0].shape
+    torch.Size([2, 1, 3])
+    """
+    filled = layer.expand([max(size, 1) for size in args[0].shape])
+    unknown = [torch.full((1,) * out.dim(), -1) for out in outputs]
+    try:
+        moved = tree_leaves(op(filled, *args[1:]))
+    except RuntimeError:  # a view with a size of 0 in it
+        return unknown
+    shapes = [tuple(max(size, 1) for size in out.shape) for out in outputs]
+    return moved if [tuple(part.shape) for part in moved] == shapes else unknown
