@@ -261,15 +261,7 @@ def movement(call: Call) -> None:
     results: list[list[Tensor]] = [[] for _ in call.outputs]
     singles: dict[int, Tensor] = {}
     for layer in label.layers:
-        if call.op in CUTTING and layer.shape[call.argument("dim") % source.dim()] == 1:
-            moved = [layer] * len(results)  # Also where the piece has no places: tokens of an expert that gets none.
-        elif call.op in RESHAPING:
-            moved = reshaped(layer, source.shape, call.out.shape)
-        elif not source.numel():
-            moved = moved_without_elements(partial(call.func, **call.kwargs), layer, call.args, call.outputs)
-        else:
-            whole = layer.expand(source.shape)
-            moved = call.func(whole.contiguous() if strided else whole, *call.args[1:], **call.kwargs)
+        moved = _moved(call, layer, strided)
         for result, part in zip(results, tree_flatten(moved)[0], strict=True):
             result.append(compress(part))
             singles.update(_single(id(result), layer, result[-1]))
@@ -283,6 +275,19 @@ def movement(call: Call) -> None:
         kind = CONSTANT if label.kind == CONSTANT else DATA
         call.label_output(out, layers, kind, label.origin, label.value if call.op in PARTING else None)
         call.set_label(out, replace(call.label_of(out), single=singles.get(id(layers), label.single)))
+
+
+def _moved(call: Call, layer: Tensor, strided: bool) -> Any:
+    """The layers of an op's outputs: the op is run on a layer of its input."""
+    source = call.args[0]
+    if call.op in CUTTING and layer.shape[call.argument("dim") % source.dim()] == 1:
+        return [layer] * len(call.outputs)  # Also where the piece has no places: tokens of an expert that gets none.
+    if call.op in RESHAPING:
+        return reshaped(layer, source.shape, call.out.shape)
+    if not source.numel():
+        return moved_without_elements(partial(call.func, **call.kwargs), layer, call.args, call.outputs)
+    whole = layer.expand(source.shape)
+    return call.func(whole.contiguous() if strided else whole, *call.args[1:], **call.kwargs)
 
 
 def _single(key: int, before: Tensor, after: Tensor) -> dict[int, Tensor]:
