@@ -190,6 +190,9 @@ def contract(
             _tie(call, found, partners(found, *along), other)
             if not (label.origin or other.origin):
                 call.label_graph.mark_mixed(layer, f"{call.location} multiplies it with another activation")
+                if call.label_graph.keeps_heads and over - summed and bool((layer >= 0).all()):
+                    dims = {dim for dim, name in enumerate(names) if name in summed}
+                    passed[side].append(call.label_graph.add_placeholders(layer, dims))
     target = {name: position for position, name in enumerate(out_names)}
     return merge(
         call.label_graph,

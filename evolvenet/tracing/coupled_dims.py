@@ -19,7 +19,7 @@ from torch import Tensor
 from evolvenet.graph.coverage import OTHER_ORDER
 from evolvenet.graph.width_graph import FOLLOWS, Width, WidthGraph
 from evolvenet.tracing.grouping import GroupedWidths
-from evolvenet.tracing.labels import LabelGraph
+from evolvenet.tracing.labels import MET_DATA, LabelGraph
 from evolvenet.tracing.numbers_of_widths import HEAD, PLAIN, SLICE
 
 
@@ -123,6 +123,16 @@ def shared_by_heads(graph: WidthGraph) -> frozenset[str]:
     return frozenset(found)
 
 
+def has_entries_of_heads(graph: WidthGraph, label_graph: LabelGraph) -> bool:
+    """Whether tensors that are frozen may have an entry for each head of queries and keys that are frozen too (RetNet's decays).
+
+    A product over the places of each head has no labels of heads, so that they meet data there.
+    """
+    stuck = any(width.mixed and width.frozen.startswith("a trial") for width in graph.widths.values() if width.frozen)
+    rows = {len(ids) for ids in label_graph.grids.values()}
+    return stuck and any(reason.endswith(MET_DATA) and len(ids) in rows for ids, reason in label_graph.frozen)
+
+
 def slices(built: GroupedWidths, label_graph: LabelGraph, failed: Sequence[str]) -> list[CandidateFix]:
     """Tie the units of one place in all heads."""
     return [
@@ -186,6 +196,25 @@ def slices_with_stream(built: GroupedWidths, label_graph: LabelGraph, failed: Se
     return found
 
 
+def heads_with_stream(built: GroupedWidths, label_graph: LabelGraph, failed: Sequence[str]) -> list[CandidateFix]:
+    """Tie the units of one head, and as many channels of a residual stream that is as wide as all heads together.
+
+    For code that gives the values the shape of the stream where norms or decays of each head have tied its places (RetNet).
+    """
+    heads = _heads(built, label_graph, failed)
+    found = []
+    for rows, places in sorted({(len(ids), ids.shape[1]) for ids in heads.values()}):
+        chosen = [name for name, ids in heads.items() if ids.shape == (rows, places)]
+        streams = [name for name in failed if name not in heads and built.graph.widths[name].size == rows * places]
+        if not streams:
+            continue
+        # Any pairing of channels with heads is valid; neighbours stay contiguous in every weight.
+        views = [_ids(built, name).view(rows, -1).T for name in streams] + [heads[name].T for name in chosen]
+        edges = _tie_all([_tie_columns(view) for view in views], [view[0] for view in views])
+        found.append(CandidateFix(tuple(built.anchors[name] for name in (*streams, *chosen)), HEAD, edges, rows))
+    return found
+
+
 FIX_STRATEGIES: tuple[FixStrategy, ...] = (
     update_attributes,
     pieces_of_given_sizes,
@@ -193,6 +222,7 @@ FIX_STRATEGIES: tuple[FixStrategy, ...] = (
     slices,
     slices_of_one_module,
     heads_of_one_module,
+    heads_with_stream,
 )
 PLACES_LAST: tuple[FixStrategy, ...] = (*FIX_STRATEGIES, places_with_values)
 """In the order in which they are tried. A residual stream that fails and is as wide as all heads together most likely has
@@ -216,9 +246,23 @@ def _grids(built: GroupedWidths, label_graph: LabelGraph, failed: Sequence[str])
     return found
 
 
+def _heads(built: GroupedWidths, label_graph: LabelGraph, failed: Sequence[str]) -> dict[str, Tensor]:
+    """{width: its units as heads × places} of failing widths that the code lays out so, also where ties make a head one unit."""
+    found = {grid.width.name: grid.ids for grid in _grids(built, label_graph, failed)}
+    names = {built.members[name]: name for name in failed if name not in found}
+    for ids in label_graph.grids.values():
+        units = built.component[ids.numpy()]
+        name = names.get(tuple(units[:, 0].tolist()))
+        if name is not None and (units == units[:, :1]).all():
+            found.setdefault(name, ids)
+    return found
+
+
 def _by_module(built: GroupedWidths, label_graph: LabelGraph, failed: Sequence[str], kind: str) -> list[CandidateFix]:
     by_module: dict[tuple[str, int], list[Grid]] = defaultdict(list)
-    for grid in _grids(built, label_graph, failed):
+    heads = _heads(built, label_graph, failed) if kind == HEAD else {}
+    tied = [Grid(built.graph.widths[name], built.anchors[name], ids) for name, ids in heads.items()]
+    for grid in tied or _grids(built, label_graph, failed):
         by_module[_enclosing_module(grid.width), len(grid.ids)].append(grid)
     gridded = {grid.width.name for grids in by_module.values() for grid in grids}
     others = [built.graph.widths[name] for name in failed if name not in gridded]

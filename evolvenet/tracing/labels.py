@@ -29,6 +29,8 @@ CONSTANT = "constant"
 LABELLED = "labelled"
 KERNEL = "counts positions of a kernel, not units"
 """Why the spatial axes of a convolution's weight are frozen."""
+MET_DATA = "combines it with data that has a fixed size"
+"""Why units are frozen that an op combines with data along their axis, after the op and its module."""
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,7 @@ class LabelGraph:
         changed: sets of ids (their bytes) that an op changes, with the op; see `mark_changed`.
         modes_with_new_tensors: for each run, whether it used a tensor that no earlier run had used.
         differentiates: whether the runs had autograd on, for gradients that the model's own code computes.
+        keeps_heads: whether a product that sums over the places of each head results in a placeholder for the head.
     """
 
     axes: list[AxisIds] = field(default_factory=list)
@@ -115,6 +118,7 @@ class LabelGraph:
     changed: dict[bytes, str] = field(default_factory=dict)
     modes_with_new_tensors: list[bool] = field(default_factory=list)
     differentiates: bool = False
+    keeps_heads: bool = False
     _marked: dict[int, Tensor] = field(default_factory=dict, repr=False)
     """The layers given to `mark_changed`, by their `id`, which is theirs as long as they are kept here."""
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from evolvenet.tracing.labels import CONSTANT, Label, LabelGraph, align, compress, is_constant, varying
+from evolvenet.tracing.labels import CONSTANT, MET_DATA, Label, LabelGraph, align, compress, is_constant, varying
 from evolvenet.tracing.partitions import partners
 
 
@@ -82,7 +82,7 @@ def freeze_met_by_data(
                 if met < axes and bool((layer >= 0).all()):
                     label_graph.tie_rows(aligned, met)
                 else:
-                    label_graph.freeze(layer, f"{location} combines it with data that has a fixed size")
+                    label_graph.freeze(layer, f"{location} {MET_DATA}")
                     fixed |= axes
     return fixed
 

@@ -35,7 +35,13 @@ from evolvenet.graph.coverage import OUTPUT
 from evolvenet.graph.naming import named_tensors
 from evolvenet.graph.width_graph import WidthGraph
 from evolvenet.tracing.addends import record_addends, record_masks
-from evolvenet.tracing.coupled_dims import FIX_STRATEGIES, PLACES_LAST, FixStrategy, shared_by_heads
+from evolvenet.tracing.coupled_dims import (
+    FIX_STRATEGIES,
+    PLACES_LAST,
+    FixStrategy,
+    has_entries_of_heads,
+    shared_by_heads,
+)
 from evolvenet.tracing.factorized import with_ranks
 from evolvenet.tracing.labels import DATA, LABELLED, Label, LabelGraph, varying
 from evolvenet.tracing.merging import merge
@@ -120,24 +126,28 @@ def _verified(
 ) -> WidthGraph:
     """The verified graph; with tensors that all heads share kept as they are, if more of the model can be resized then.
 
-    Where whole heads cannot go either, places of all heads are tried.
+    The same with heads that can be told after the product of queries and keys, where tensors have an entry for each (decays,
+    slopes). Where whole heads cannot go either, places of all heads are tried.
     """
     failures = defaultdict[tuple[bool, ...], dict[Any, str | None]](dict)
 
     def verified(
         labels: LabelGraph, given: frozenset[str] = frozenset(), strategies: Sequence[FixStrategy] = FIX_STRATEGIES
     ) -> WidthGraph:
+        again = partial(run, given=given, keeps_heads=labels.keeps_heads)
         runs = [
-            Rerun(partial(run, modes=each, given=given), partial(shapes, modes=each), failures[each])
+            Rerun(partial(again, modes=each), partial(shapes, modes=each), failures[each])
             for each in dict.fromkeys((_needed_modes(labels), tuple(modes)))
         ]
         return verify(model, labels, device, runs, strategies)
 
     graphs = [verified(label_graph)]
     given = shared_by_heads(graphs[0])
-    if given:
+    others = [(given, False)] if given else []
+    others += [(frozenset[str](), True)] if has_entries_of_heads(graphs[0], label_graph) else []
+    for given, keeps_heads in others:
         with isolated(model, shadows=True, device=device, gradients=label_graph.differentiates):
-            other = run(model, modes=modes, given=given)
+            other = run(model, modes=modes, given=given, keeps_heads=keeps_heads)
             other.differentiates = label_graph.differentiates
         graphs.append(verified(other, given))
     best = max(graphs, key=_resizable_parameters)
@@ -156,13 +166,15 @@ def run_for_labels(
     device: str | None,
     modes: Sequence[bool] = (False, True),
     given: frozenset[str] = frozenset(),
+    keeps_heads: bool = False,
 ) -> LabelGraph:
     """The ties of all units in a run of a (shadowed) model in each mode: eval (False), train (True).
 
-    Train mode is included because auxiliary heads run in it only. Tensors in `given` count as data of a fixed size.
+    Train mode is included because auxiliary heads run in it only. Tensors in `given` count as data of a fixed size; for
+    `keeps_heads` see `LabelGraph`.
     """
     tensors, _, trainable = named_tensors(model)
-    label_graph = LabelGraph(trainable=trainable)
+    label_graph = LabelGraph(trainable=trainable, keeps_heads=keeps_heads)
     layers_of = {name: label_graph.add_tensor(name, tensor.shape) for name, tensor in tensors.items()}
     for layer in (layer for name in given for layer in layers_of[name]):
         label_graph.freeze(layer, "is shared by all heads, of which each can go as a whole")
