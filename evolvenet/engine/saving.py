@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
 from evolvenet._compat.torch import state_dict_metadata
-from evolvenet.errors import RecordError
+from evolvenet.errors import RecordError, TraceError
+from evolvenet.execution.dummy_inputs import dummy_inputs
 from evolvenet.graph.sizes import sizes_from_shapes
 from evolvenet.graph.width_graph import WidthGraph
 from evolvenet.surgery.checkpoint import find_record, load_state
@@ -64,7 +65,8 @@ def load(model: nn.Module, path: str | Path, map_location: Any = "cpu", example_
     Layers that are factorized in the file are factorized here first. Otherwise only widths may differ between model and file.
     A file of a run, or of `save`, has a record of what is a width. In a bare state dict, an axis may differ where an earlier
     layer produces and a later one consumes that number of units; the number of classes or inputs may not. What cannot be
-    told so is refused, unless `example_inputs` are given.
+    told so is refused, unless `example_inputs` are given; so is a file of other widths where code that the forward pass
+    runs uses numbers that may follow them, such as the size of attention heads.
 
     Args:
         model: the model as it is built, with any widths.
@@ -72,7 +74,8 @@ def load(model: nn.Module, path: str | Path, map_location: Any = "cpu", example_
             or a folder of `save_pretrained`. A network inside a LightningModule is found under any name that it has there.
         map_location: as in `torch.load`.
         example_inputs: as `trace` takes them. With them, the model is traced to know its widths if the file has no record.
-            The model's own numbers (`num_heads`) then follow, but not buffers that are not persistent.
+            The model's own numbers (`num_heads`) then follow, but not buffers that are not persistent. For models of the
+            transformers library they are made up.
 
     Returns:
         The same model.
@@ -97,9 +100,8 @@ def load(model: nn.Module, path: str | Path, map_location: Any = "cpu", example_
     try:
         state, prefix = own_part(model, whole, str(path))
         record, graph = find_record(found, prefix), None
-        if example_inputs is not None and "graph" not in (record or {}):
-            graph = trace(model, example_inputs)
-            _refuse_unsaved_buffers(model, graph, state, path)
+        if "graph" not in (record or {}):
+            graph = _traced(model, state, example_inputs, path)
         load_state(model, state, record, graph, str(path))
     except BaseException:
         undo()
@@ -109,6 +111,38 @@ def load(model: nn.Module, path: str | Path, map_location: Any = "cpu", example_
     elif graph is not None:
         remember(model, WidthRecord.of(model, graph))
     return model
+
+
+def _traced(model: nn.Module, state: Mapping[str, Any], example_inputs: Any, path: Path) -> WidthGraph | None:
+    """The widths of a model where no record tells them and there are inputs to trace it on: given ones, or made-up ones.
+
+    Raises:
+        RecordError: if a buffer's values are not known, or the model does not run on made-up inputs.
+        TraceError: if it does not run on the given ones.
+    """
+    inputs = example_inputs
+    if inputs is None and any(
+        isinstance(there := state.get(name), Tensor) and there.shape != own.shape for name, own in _tensors(model)
+    ):
+        inputs = dummy_inputs(model)
+    if inputs is None:
+        return None
+    try:
+        graph = trace(model, inputs)
+    except TraceError as error:
+        if example_inputs is not None:
+            raise
+        raise RecordError(
+            f"{path} has no record of its widths, and other ones than this model, which could not be traced: {error} Call "
+            "evolvenet.load(model, path, example_inputs=...), or save the file with evolvenet.save."
+        ) from error
+    _refuse_unsaved_buffers(model, graph, state, path)
+    return graph
+
+
+def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from model.named_parameters(remove_duplicate=False)
+    yield from model.named_buffers(remove_duplicate=False)
 
 
 def _refuse_unsaved_buffers(model: nn.Module, graph: WidthGraph, state: Mapping[str, Any], path: Path) -> None:

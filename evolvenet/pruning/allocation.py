@@ -12,8 +12,9 @@ from typing import Any
 
 from torch import nn
 
-from evolvenet.errors import ResizeError, concerning
+from evolvenet.errors import PolicyError, ResizeError, concerning
 from evolvenet.graph.current import check_current
+from evolvenet.graph.restriction import Restriction
 from evolvenet.graph.width_graph import Width, WidthGraph
 from evolvenet.linalg.spectrum import Values, energy_shares
 from evolvenet.measurement.activation_moments import collect
@@ -39,7 +40,12 @@ STRIDES = 64
 
 
 def allocate(
-    model: nn.Module, graph: WidthGraph, parameters: int, batches: Iterable[Any] | None = None
+    model: nn.Module,
+    graph: WidthGraph,
+    parameters: int,
+    batches: Iterable[Any] | None = None,
+    uniform: str | None = None,
+    multiple: int = 1,
 ) -> dict[str, int]:
     """Sizes with which the model has at most so many parameters, cut where the loss per parameter saved is least.
 
@@ -52,11 +58,17 @@ def allocate(
         graph: its widths.
         parameters: most parameters that the model may have afterwards.
         batches: inputs of the model; None to go by the weights.
+        uniform: "layers" for equal sizes in all layers, see `equal_layers`; None for sizes of each width by itself. Models
+            whose layers have to be built alike, such as those that a configuration of the transformers library describes,
+            need them.
+        multiple: of which the channels of every width that is cut are to be a multiple, see
+            `evolvenet.graph.restriction.with_multiple`.
 
     Returns:
         {width: new size} of every resizable width, for `prune`.
 
     Raises:
+        PolicyError: for another value of `uniform`, or a multiple below 1.
         ResizeError: if the model cannot be made so small, or the graph was made before the last change of widths.
         SpectrumError, TraceError: as `collect`.
 
@@ -66,10 +78,52 @@ def allocate(
     >>> model[2].weight.data[1:] = 0
     >>> allocate(model, trace(model, torch.zeros(1, 8)), parameters=120)
     {'0': 8, '2': 4}
+    >>> allocate(model, trace(model, torch.zeros(1, 8)), parameters=120, uniform="layers", multiple=2)
+    {'0': 6, '2': 6}
     """
     check_current(model, graph)
+    limited = Restriction(multiple=multiple).apply(graph)
+    together = equal_layers(limited, uniform)
     curves = energy_curves(model, graph) if batches is None else trial_curves(model, graph, list(batches))
-    return allocate_by(graph, curves, parameters)
+    return allocate_by(limited, curves, parameters, together)
+
+
+def equal_layers(graph: WidthGraph, uniform: str | None) -> list[tuple[str, ...]]:
+    """The widths that get one size.
+
+    Args:
+        graph: the widths.
+        uniform: "layers" for those of one size that modules of the same name produce, whatever the numbers and modules before
+            it: the inner units of all blocks, also of encoder and decoder. None for each width by itself.
+
+    Raises:
+        PolicyError: for another value.
+
+    >>> from torch import zeros
+    >>> from evolvenet.tracing.trace import trace
+    >>> blocks = nn.Sequential(*[nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4)) for _ in range(2)])
+    >>> equal_layers(trace(blocks, zeros(1, 4)), "layers")
+    [('0.0', '1.0'), ('0.2',)]
+    """
+    if uniform is None:
+        return [(width.name,) for width in graph.resizable]
+    if uniform != "layers":
+        raise PolicyError(f'Expected uniform to be None or "layers", got {uniform!r}.')
+    found: dict[object, tuple[str, ...]] = {}
+    for width in graph.resizable:
+        modules = frozenset(_without_numbers(tie.module) for tie in width.producers)
+        key = (modules, width.name.partition("#")[2], width.size, width.step)
+        found[key] = (*found.get(key, ()), width.name)
+    return list(found.values())
+
+
+def _without_numbers(path: str) -> str:
+    """The last name of a path; "" for a place in nothing but lists.
+
+    >>> _without_numbers("encoder.layer.3.mlp.0"), _without_numbers("2")
+    ('mlp', '')
+    """
+    return next((name for name in reversed(path.split(".")) if not name.isdigit()), "")
 
 
 def energy_curve(spectrum: Values) -> Curve:
@@ -135,13 +189,19 @@ def trial_curves(
     return found
 
 
-def allocate_by(graph: WidthGraph, curves: Mapping[str, Curve], parameters: int) -> dict[str, int]:
+def allocate_by(
+    graph: WidthGraph,
+    curves: Mapping[str, Curve],
+    parameters: int,
+    together: Sequence[tuple[str, ...]] | None = None,
+) -> dict[str, int]:
     """Sizes with at most so many parameters, from curves of some widths, see `fit_to_cost`.
 
     Args:
         graph: the widths; those without a curve keep their size.
         curves: of each width.
         parameters: most parameters afterwards.
+        together: widths that get one size, see `equal_layers`; each by itself by default.
 
     Returns:
         {width: size}, of every resizable width.
@@ -149,7 +209,7 @@ def allocate_by(graph: WidthGraph, curves: Mapping[str, Curve], parameters: int)
     Raises:
         ResizeError: if the model cannot be made so small.
     """
-    sizes = allocate_to(graph, curves, graph.proposed_parameters, parameters)
+    sizes = allocate_to(graph, curves, graph.proposed_parameters, parameters, together)
     if (fewest := graph.proposed_parameters(sizes)) > parameters:
         raise ResizeError(
             f"Allocate: expected {fewest:,} parameters or more, the fewest that the model can have, got {parameters:,}."
@@ -158,7 +218,11 @@ def allocate_by(graph: WidthGraph, curves: Mapping[str, Curve], parameters: int)
 
 
 def allocate_to(
-    graph: WidthGraph, curves: Mapping[str, Curve], cost: Callable[[Mapping[str, int]], float], limit: float
+    graph: WidthGraph,
+    curves: Mapping[str, Curve],
+    cost: Callable[[Mapping[str, int]], float],
+    limit: float,
+    together: Sequence[tuple[str, ...]] | None = None,
 ) -> dict[str, int]:
     """`allocate_by` for any cost: the smallest sizes where even their cost is above the limit.
 
@@ -167,10 +231,26 @@ def allocate_to(
         curves: of each width.
         cost: of some sizes, for example `Costs.at` of a kind.
         limit: of the cost.
+        together: widths of one size that get one size; those of which one has no curve keep theirs. Each by itself by default.
     """
-    hulls = {name: convex(curve) for name, curve in curves.items()}
-    options = {name: possible_sizes(graph.widths[name]) for name in hulls}
-    return {**graph.sizes, **fit_to_cost(hulls, options, graph.sizes, cost, limit)}
+    groups = {names[0]: names for names in together or [(name,) for name in curves] if all(n in curves for n in names)}
+    hulls = {first: _summed([convex(curves[name]) for name in names]) for first, names in groups.items()}
+    options = {
+        first: sorted(set.intersection(*(set(possible_sizes(graph.widths[name])) for name in names)))
+        for first, names in groups.items()
+    }
+
+    def each(sizes: Mapping[str, int]) -> dict[str, int]:
+        return {name: size for first, size in sizes.items() for name in groups[first]}
+
+    return {**graph.sizes, **each(fit_to_cost(hulls, options, graph.sizes, lambda sizes: cost(each(sizes)), limit))}
+
+
+def _summed(hulls: Sequence[Curve]) -> Curve:
+    """The sum of convex curves, which is convex."""
+    return [
+        (size, sum(loss_at(hull, size) for hull in hulls)) for size in sorted({s for hull in hulls for s, _ in hull})
+    ]
 
 
 def possible_sizes(width: Width) -> list[int]:

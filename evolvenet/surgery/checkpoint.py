@@ -25,7 +25,12 @@ from evolvenet.surgery.module_replacement import behind, find_replacements, fit_
 from evolvenet.surgery.numbers import number_at, with_number
 from evolvenet.surgery.resize_model import exchange, scaled_numbers
 from evolvenet.surgery.state_parts import own_names, refuse_others, tied_to
-from evolvenet.surgery.width_check import problem_by_graph, problem_by_record, problem_without_record, warn_of_numbers
+from evolvenet.surgery.width_check import (
+    problem_by_graph,
+    problem_by_record,
+    problem_without_record,
+    refuse_numbers_in_doubt,
+)
 from evolvenet.surgery.width_record import RECORD_KEY, WidthRecord, renamed_state
 
 __all__ = [
@@ -89,7 +94,7 @@ def load_state(
         shapes = {name: tuple(tensor.shape) for name, tensor in state.items() if isinstance(tensor, Tensor)}
         record = {"numbers": scaled_numbers(model, graph, shapes), "buffers": {}}
     elif graph is None and "graph" not in (record or {}):
-        warn_of_numbers(model, _shapes_there(model, "", state), what)
+        refuse_numbers_in_doubt(model, _shapes_there(model, "", state), what)
     restore = _snapshot(model, _shapes_there(model, "", state))
     try:
         fit_shapes(model, state, record=record)

@@ -4,7 +4,6 @@
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -15,9 +14,9 @@ from evolvenet.errors import RecordError
 from evolvenet.graph.sizes import Misfit, sizes_from_shapes
 from evolvenet.graph.width_graph import WidthGraph
 from evolvenet.surgery.bare_shapes import Side, unexplained
+from evolvenet.surgery.number_uses import numbers_in_doubt
 from evolvenet.surgery.width_record import WidthRecord, in_replicas, shapes_of
 
-log = logging.getLogger("evolvenet")
 Shapes = Mapping[str, tuple[int, ...]]
 
 
@@ -121,31 +120,24 @@ def problem_without_record(model: nn.Module, planned: Mapping[Tensor, tuple[int,
     )
 
 
-def warn_of_numbers(model: nn.Module, planned: Mapping[Tensor, tuple[int, ...]], what: str) -> None:
-    """Warn of numbers in a model's own attributes that may follow a width which a file without a record changes.
+def refuse_numbers_in_doubt(model: nn.Module, planned: Mapping[Tensor, tuple[int, ...]], what: str) -> None:
+    """Raise for numbers in a model's own attributes that may follow a width which a file without a record changes.
 
     Args:
         model: the model as it is.
         planned: shape in the file of each of its tensors.
         what: the name of the file.
+
+    Raises:
+        RecordError: naming them.
     """
-    changed = {
-        old for t, shape in planned.items() for old, new in zip(t.shape, shape, strict=True) if old != new and old > 1
-    }
-    found = [
-        f"{'.'.join(filter(None, (path, name)))} = {value}"
-        for path, module in model.named_modules()
-        if changed and not type(module).__module__.startswith("torch.nn.")
-        for name, value in vars(module).items()
-        if isinstance(value, int) and value in changed
-    ]
+    found = numbers_in_doubt(model, planned)
     if found:
-        log.warning(
-            "%s has no record of its widths, and other ones than this model. Numbers of the model's own code are as they "
-            "were, and some were the size of a width that differs: %s. If its forward pass uses them, save the file with "
-            "evolvenet.save, or give evolvenet.load(example_inputs=...).",
-            what,
-            ", ".join(found[:5]),
+        raise RecordError(
+            f"{what} has no record of its widths, and other ones than this model: expected to know the numbers of the model's "
+            f"own code that follow them, got tensors alone. Its forward pass uses {', '.join(found[:5])} ({len(found)} such "
+            "in all), which may have to be others. Save the file with evolvenet.save, which records them, or call "
+            "evolvenet.load(model, path, example_inputs=...), which traces them."
         )
 
 

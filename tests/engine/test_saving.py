@@ -179,15 +179,47 @@ class Heads(nn.Module):
         return self.last(self.first(x).view(-1, self.width).relu())
 
 
-def test_numbers_that_a_bare_state_dict_does_not_hold_are_named_and_a_trace_adapts_them(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_numbers_that_a_bare_state_dict_does_not_hold_are_refused_and_a_trace_adapts_them(tmp_path: Path) -> None:
     torch.save(Heads(5).state_dict(), tmp_path / "bare.pt")
-    assert evolvenet.load(Heads(8), tmp_path / "bare.pt").width == 8
-    assert "some were the size of a width that differs: width = 8." in caplog.text
-    caplog.clear()
+    before = State.of(model := Heads(8))
+    with pytest.raises(RecordError, match=r"Its forward pass uses width = 8 \(1 such in all\).*example_inputs="):
+        evolvenet.load(model, tmp_path / "bare.pt")
+    assert before.differences(model) == []
     assert evolvenet.load(Heads(8), tmp_path / "bare.pt", example_inputs=torch.zeros(2, 6)).width == 5
-    assert caplog.text == ""
+
+
+class Attention(nn.Module):
+    """Whole heads and places of all heads give the same shapes."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.width, self.heads, self.rows = width, heads, width
+        self.query, self.out = nn.Linear(6, width), nn.Linear(width, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self._divided(self.query(x)).softmax(-1).flatten(1))
+
+    def _divided(self, x: Tensor) -> Tensor:
+        return x.unflatten(1, (self.heads, -1))
+
+
+class Unused(Attention):
+    """Its numbers serve the constructor, its size another method that nothing calls."""
+
+    def _divided(self, x: Tensor) -> Tensor:
+        return x[:, None]
+
+    def described(self) -> int:
+        return self.width
+
+
+def test_numbers_of_which_shapes_do_not_tell_whether_they_follow_are_refused_if_the_computation_uses_them(
+    tmp_path: Path,
+) -> None:
+    torch.save(Attention(6, 3).state_dict(), tmp_path / "bare.pt")
+    with pytest.raises(RecordError, match=r"uses heads = 4 \(1 such in all\)"):
+        evolvenet.load(Attention(8, 4), tmp_path / "bare.pt")
+    assert evolvenet.load(Unused(8, 4), tmp_path / "bare.pt").heads == 4
 
 
 def inconsistent() -> dict[str, Tensor]:

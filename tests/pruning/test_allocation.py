@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise, product
 
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import evolvenet
-from evolvenet.errors import ResizeError, TraceError
+from evolvenet.errors import PolicyError, ResizeError, TraceError
 from evolvenet.graph.restriction import freeze
 from evolvenet.pruning.allocation import (
     Curve,
@@ -295,3 +296,42 @@ def test_with_batches_ranks_are_cut_where_the_outputs_need_them_least_whatever_t
     evolvenet.prune(model, only_ranks, found, batches=[x])
     assert distance(outputs(model, x), before) < 1e-9
     assert allocate(model, only_ranks.with_sizes(exact), graph.proposed_parameters(exact)) == exact
+
+
+def blocks(layers: int = 3) -> nn.Sequential:
+    """Blocks of 24 inner units, each after the first with less to it."""
+    made = nn.Sequential(
+        *[nn.Sequential(OrderedDict(up=nn.Linear(8, 24), act=nn.ReLU(), down=nn.Linear(24, 8))) for _ in range(layers)],
+        nn.Linear(8, 3),
+    ).double()
+    for number in range(layers):
+        made[number].up.weight.data[: 8 * number] = 0  # type: ignore[union-attr, index, operator]
+    return made
+
+
+@pytest.mark.parametrize(("with_batches", "multiple"), [(False, 1), (False, 4), (True, 4)])
+def test_uniform_layers_have_one_size_that_is_the_largest_multiple_that_fits(with_batches: bool, multiple: int) -> None:
+    model = blocks()
+    graph = trace(model, torch.zeros(1, 8, dtype=FLOAT))
+    wanted = int(0.6 * graph.parameters)
+    batches = [torch.randn(64, 8, dtype=FLOAT)] if with_batches else None
+    sizes = evolvenet.allocate(model, graph, wanted, batches, uniform="layers", multiple=multiple)
+    inner, between = {sizes[f"{n}.up"] for n in range(3)}, {sizes[f"{n}.down"] for n in range(3)}
+    assert len(inner) == len(between) == 1
+    assert all(size % multiple == 0 or size == graph.widths[name].size for name, size in sizes.items())
+    assert graph.proposed_parameters(sizes) <= wanted
+    for names in ("up", "down"):
+        wider = {**sizes, **{f"{n}.{names}": sizes[f"{n}.{names}"] + multiple for n in range(3)}}
+        assert wider["0.up"] > 24 or wider["0.down"] > 8 or graph.proposed_parameters(wider) > wanted
+    alone = evolvenet.allocate(model, graph, wanted, batches)
+    assert len({alone[f"{n}.up"] for n in range(3)}) == 3
+    evolvenet.prune(model, graph, sizes)
+
+
+def test_what_may_be_equal_and_of_which_multiples_is_checked() -> None:
+    model = blocks()
+    graph = trace(model, torch.zeros(1, 8, dtype=FLOAT))
+    with pytest.raises(PolicyError, match="uniform to be None or \"layers\", got 'heads'"):
+        evolvenet.allocate(model, graph, 300, uniform="heads")
+    with pytest.raises(PolicyError, match="multiple to be an integer of 1 or more"):
+        evolvenet.allocate(model, graph, 300, multiple=0)
