@@ -18,7 +18,7 @@ from evolvenet._compat.torch import own_tensors
 from evolvenet.surgery.numbers import attribute_of, numbers_in
 
 RESHAPING = frozenset(
-    {"view", "reshape", "unflatten", "view_as", "expand", "split", "split_with_sizes", "chunk", "narrow", "rearrange"}
+    {"view", "reshape", "unflatten", "view_as", "expand", "split", "split_with_sizes", "narrow", "rearrange"}
 )
 """Calls to which a number says how an axis is divided."""
 
