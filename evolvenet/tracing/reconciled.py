@@ -11,7 +11,9 @@ Place = tuple[str, int, int]
 
 
 def reconciled(alone: WidthGraph, whole: WidthGraph, path: str = "") -> WidthGraph | None:
-    """The network's graph, with the step's reasons to keep a size; None where the step ties its widths to anything more.
+    """The network's graph, with the step's reasons to keep a size and its least sizes.
+
+    None where the step ties the network's widths to anything more.
 
     Args:
         alone: the graph of a network called with its own inputs.
@@ -43,6 +45,8 @@ def reconciled(alone: WidthGraph, whole: WidthGraph, path: str = "") -> WidthGra
                 return None
             if other.frozen is not None:
                 widths[width.name] = replace(width, frozen=other.frozen, patches=())
+            else:
+                widths[width.name] = replace(width, smallest=max(width.smallest, other.smallest))
         elif width.frozen == NEVER_RAN:
             reason = next((other.frozen for other in others.values() if other.frozen is not None), NEVER_RAN)
             widths[width.name] = replace(width, frozen=reason)

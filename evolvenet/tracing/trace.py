@@ -44,11 +44,12 @@ from evolvenet.tracing.coupled_dims import (
 )
 from evolvenet.tracing.factorized import with_ranks
 from evolvenet.tracing.labels import DATA, LABELLED, Label, LabelGraph, varying
+from evolvenet.tracing.least_sizes import with_least_sizes
 from evolvenet.tracing.merging import merge
 from evolvenet.tracing.numeric_proof import compare_numbers
 from evolvenet.tracing.rules import Call, apply_rule
 from evolvenet.tracing.tracing_mode import TracingMode, run_under_mode
-from evolvenet.tracing.verification import Rerun, verify
+from evolvenet.tracing.verification import Rerun, Verification, verify
 
 ATTEMPTS = (("meta", (False, True)), (None, (False, True)), ("meta", (False,)), (None, (False,)))
 """(device of the shadows, training flags), tried in this order until the model runs; train mode is given up last."""
@@ -127,18 +128,18 @@ def _verified(
     """The verified graph; with tensors that all heads share kept as they are, if more of the model can be resized then.
 
     The same with heads that can be told after the product of queries and keys, where tensors have an entry for each (decays,
-    slopes). Where whole heads cannot go either, places of all heads are tried.
+    slopes). Where whole heads cannot go either, places of all heads are tried. No trial for shapes is run twice.
     """
     failures = defaultdict[tuple[bool, ...], dict[Any, str | None]](dict)
+
+    def rerun(modes: tuple[bool, ...], run: Callable[..., LabelGraph]) -> Rerun:
+        return Rerun(partial(run, modes=modes), partial(shapes, modes=modes), failures[modes])
 
     def verified(
         labels: LabelGraph, given: frozenset[str] = frozenset(), strategies: Sequence[FixStrategy] = FIX_STRATEGIES
     ) -> WidthGraph:
         again = partial(run, given=given, keeps_heads=labels.keeps_heads)
-        runs = [
-            Rerun(partial(again, modes=each), partial(shapes, modes=each), failures[each])
-            for each in dict.fromkeys((_needed_modes(labels), tuple(modes)))
-        ]
+        runs = [rerun(each, again) for each in dict.fromkeys((_needed_modes(labels), tuple(modes)))]
         return verify(model, labels, device, runs, strategies)
 
     graphs = [verified(label_graph)]
@@ -153,7 +154,9 @@ def _verified(
     best = max(graphs, key=_resizable_parameters)
     if any(width.mixed and width.frozen.startswith("a trial") for width in best.widths.values() if width.frozen):
         graphs.append(verified(label_graph, strategies=PLACES_LAST))
-    return max(best, graphs[-1], key=_resizable_parameters)
+    best = max(best, graphs[-1], key=_resizable_parameters)
+    everything = rerun(tuple(modes), run)
+    return with_least_sizes(Verification(model, label_graph, device, everything, everything), best)
 
 
 def _resizable_parameters(graph: WidthGraph) -> int:

@@ -9,7 +9,7 @@ of `coupled_dims` are tried in turn; widths that none of them fixes are frozen, 
 from __future__ import annotations
 
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import product
 
@@ -146,7 +146,6 @@ class Verification:
         rerun: how to run it again, the fastest way.
         full_rerun: how to run all of it again, including parts that run in train mode only.
         search_with_labels: whether the search for failing widths also uses runs with labels.
-        trials: number of trials so far.
         unneeded: keys of numbers that have the value and name of a size and are none, see `number_key`.
         last_grouped: the ties of fixes for which units were grouped last, with what came out.
     """
@@ -157,7 +156,6 @@ class Verification:
     rerun: Rerun
     full_rerun: Rerun
     search_with_labels: bool = True
-    trials: int = field(default=0)
     unneeded: frozenset[str] = frozenset()
     last_grouped: list[tuple[list[Edges], GroupedWidths]] = field(default_factory=list)
 
@@ -297,19 +295,31 @@ class Verification:
         graph = built.graph
         for phase in phases:
             maps = {name: _step(graph, name, k, (k + phase) % 2 == 0) for k, name in enumerate(names)}
-            reason = self._failure(built, maps, with_labels)
+            reason = self.failure(built.graph, maps, with_labels=with_labels, joined=built.joined)
             if reason is not None:
                 return reason
         return None
 
-    def _failure(self, built: GroupedWidths, maps: dict[str, IndexMap], with_labels: bool) -> str | None:
-        """The failure of one trial, or None. One without labels that was run before is not run again."""
-        widths = {name: built.graph.widths[name] for name in maps}
-        key = frozenset((width.ties, width.patches, maps[name]) for name, width in widths.items())
+    def failure(
+        self,
+        graph: WidthGraph,
+        maps: Mapping[str, IndexMap],
+        *,
+        with_labels: bool = False,
+        joined: frozenset[str] = frozenset(),
+    ) -> str | None:
+        """The failure of one trial, or None. One without labels that was run before is not run again.
+
+        Args:
+            graph: the graph.
+            maps: of the widths to resize.
+            with_labels: whether ties are compared too, not only the shapes of the outputs.
+            joined: names of the widths whose units are tied by a fix.
+        """
+        key = frozenset((graph.widths[name].ties, graph.widths[name].patches, map_) for name, map_ in maps.items())
         if not with_labels and key in self.rerun.failures:
             return self.rerun.failures[key]
-        self.trials += 1
-        reason = _trial_failure(self, built.graph, maps, built.joined, with_labels)
+        reason = _trial_failure(self, graph, maps, joined, with_labels)
         if not with_labels:
             self.rerun.failures[key] = reason
         return reason
@@ -325,7 +335,11 @@ def _step(graph: WidthGraph, name: str, number: int, down: bool) -> IndexMap:
 
 
 def _trial_failure(
-    verification: Verification, graph: WidthGraph, maps: dict[str, IndexMap], joined: frozenset[str], with_labels: bool
+    verification: Verification,
+    graph: WidthGraph,
+    maps: Mapping[str, IndexMap],
+    joined: frozenset[str],
+    with_labels: bool,
 ) -> str | None:
     try:
         own = verification.label_graph.differentiates
