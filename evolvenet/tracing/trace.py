@@ -43,6 +43,7 @@ from evolvenet.tracing.coupled_dims import (
     shared_by_heads,
 )
 from evolvenet.tracing.factorized import with_ranks
+from evolvenet.tracing.grouping import GroupedWidths
 from evolvenet.tracing.labels import DATA, LABELLED, Label, LabelGraph, varying
 from evolvenet.tracing.least_sizes import with_least_sizes
 from evolvenet.tracing.merging import merge
@@ -128,9 +129,11 @@ def _verified(
     """The verified graph; with tensors that all heads share kept as they are, if more of the model can be resized then.
 
     The same with heads that can be told after the product of queries and keys, where tensors have an entry for each (decays,
-    slopes). Where whole heads cannot go either, places of all heads are tried. No trial for shapes is run twice.
+    slopes). Where whole heads cannot go either, places of all heads are tried. No trial for shapes is run twice, and
+    no ties are grouped twice.
     """
     failures = defaultdict[tuple[bool, ...], dict[Any, str | None]](dict)
+    grouped = defaultdict[tuple[frozenset[str], bool], dict[Any, GroupedWidths]](dict)
 
     def rerun(modes: tuple[bool, ...], run: Callable[..., LabelGraph]) -> Rerun:
         return Rerun(partial(run, modes=modes), partial(shapes, modes=modes), failures[modes])
@@ -140,7 +143,7 @@ def _verified(
     ) -> WidthGraph:
         again = partial(run, given=given, keeps_heads=labels.keeps_heads)
         runs = [rerun(each, again) for each in dict.fromkeys((_needed_modes(labels), tuple(modes)))]
-        return verify(model, labels, device, runs, strategies)
+        return verify(model, labels, device, runs, strategies, grouped[given, labels.keeps_heads])
 
     graphs = [verified(label_graph)]
     given = shared_by_heads(graphs[0])

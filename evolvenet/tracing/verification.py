@@ -44,10 +44,14 @@ from evolvenet.tracing.reasons import first_line, frozen_for, source_line
 
 MOST_NUMBERS = 8
 """So many numbers of other names than those of sizes are tried for a width, in up to 46 trials of which most fail early."""
-
+MOST_TRIALS = 400
+"""After so many different trials of a model, which may take a minute, no more numbers of other names are tried."""
 
 Edges = tuple[Tensor, Tensor]
 """Two equally long tensors of ids that are tied element by element."""
+
+Grouping = tuple[tuple[bytes, bytes], ...]
+"""What is in the edges of fixes."""
 
 
 Change = tuple[tuple[Tie, ...], tuple[tuple[str, str], ...], IndexMap]
@@ -75,6 +79,7 @@ def verify(
     device: str | None,
     runs: Sequence[Rerun],
     strategies: Sequence[FixStrategy] = FIX_STRATEGIES,
+    grouped: dict[Grouping, GroupedWidths] | None = None,
 ) -> WidthGraph:
     """The graph of a traced model in which every width that is not frozen has passed its trials.
 
@@ -85,9 +90,11 @@ def verify(
         runs: how to run the model again, the fastest way first. The last one runs everything; if it fails where the
             others passed, the verification is repeated with it alone.
         strategies: of fixes, in the order in which they are tried.
+        grouped: what earlier verifications with these ties have grouped; extended here.
     """
+    grouped = {} if grouped is None else grouped
     for search_with_labels in (False, True):
-        verification = Verification(model, label_graph, device, runs[0], runs[-1], search_with_labels)
+        verification = Verification(model, label_graph, device, runs[0], runs[-1], search_with_labels, grouped=grouped)
         built, passed, failed = _with_fixes(verification, strategies)
         names = [width.name for width in built.graph.resizable]
         # Whatever was tried before, all widths together, resized both ways and run with labels, must pass.
@@ -96,7 +103,7 @@ def verify(
         if not failed:
             break
     if len(runs) > 1:
-        return verify(model, label_graph, device, runs[-1:], strategies)
+        return verify(model, label_graph, device, runs[-1:], strategies, grouped)
     return frozen_for(built.graph, verification.failures(built, names))
 
 
@@ -147,7 +154,7 @@ class Verification:
         full_rerun: how to run all of it again, including parts that run in train mode only.
         search_with_labels: whether the search for failing widths also uses runs with labels.
         unneeded: keys of numbers that have the value and name of a size and are none, see `number_key`.
-        last_grouped: the ties of fixes for which units were grouped last, with what came out.
+        grouped: the widths for the ties of fixes so far.
     """
 
     model: nn.Module
@@ -157,7 +164,7 @@ class Verification:
     full_rerun: Rerun
     search_with_labels: bool = True
     unneeded: frozenset[str] = frozenset()
-    last_grouped: list[tuple[list[Edges], GroupedWidths]] = field(default_factory=list)
+    grouped: dict[Grouping, GroupedWidths] = field(default_factory=dict)
 
     def build(self, accepted: Sequence[CandidateFix]) -> GroupedWidths:
         """The graph with the units tied and the attributes updated as the accepted fixes say."""
@@ -173,13 +180,12 @@ class Verification:
         return replace(built, graph=replace(built.graph, widths=Widths(widths)), joined=joined)
 
     def _grouped(self, edges: list[Edges]) -> GroupedWidths:
-        """The graph with these units tied. The last one is kept: most trials in a row differ in attributes alone."""
-        for known, built in self.last_grouped:
-            if len(known) == len(edges) and all(one is two for one, two in zip(known, edges, strict=True)):
-                return built
-        built = build_graph(self.model, replace(self.label_graph, edges=[*self.label_graph.edges, *edges]))
-        self.last_grouped[:] = [(edges, built)]
-        return built
+        """The graph with these units tied. It is kept: most trials differ in attributes alone."""
+        key = tuple((one.numpy().tobytes(), two.numpy().tobytes()) for one, two in edges)
+        if key not in self.grouped:
+            tied = replace(self.label_graph, edges=[*self.label_graph.edges, *edges])
+            self.grouped[key] = build_graph(self.model, tied)
+        return self.grouped[key]
 
     def _patches(self, width: Width, fix: CandidateFix) -> tuple[tuple[str, str], ...]:
         found = attributes_to_update(self.model, width, fix.kind, fix.numbers)
@@ -213,10 +219,16 @@ class Verification:
     ) -> list[CandidateFix]:
         """The candidates that pass with other numbers than those with the names of sizes, each with the fewest that do.
 
-        Of each structure one candidate is searched, and the others take the same numbers.
+        Of each structure one candidate is searched, and the others take the same numbers. Those with the most parameters
+        come first, until the model has had `MOST_TRIALS`.
         """
         found: list[CandidateFix] = []
-        for members in classes_of(candidates, lambda fix: (fix.key, fix.kind)):
+        before = self.build(accepted)
+        sizes = {before.anchors[name]: width.parameters for name, width in before.graph.widths.items()}
+        classes = classes_of(candidates, lambda fix: (fix.key, fix.kind))
+        for members in sorted(classes, key=lambda each: -sum(sizes[a] for _, fix in each for a in fix.anchors)):
+            if len(self.rerun.failures) >= MOST_TRIALS:
+                break
             first = members[0][1]
             built = self.build([*accepted, first])
             width = next((w for n, w in built.graph.widths.items() if built.anchors[n] == min(first.anchors)), None)
