@@ -6,6 +6,7 @@ the one that the source has at the same place: both are resized by the same inde
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
@@ -139,7 +140,9 @@ def _united(graph: WidthGraph, names: list[str]) -> Width:
     reason = first.frozen or reason
     patches = () if reason else tuple(dict.fromkeys(patch for width in widths for patch in width.patches))
     mixed = next((width.mixed for width in widths if width.mixed is not None), None)
-    return replace(first, frozen=reason, mixed=mixed, patches=patches, smallest=max(w.smallest for w in widths))
+    smallest, multiple = max(w.smallest for w in widths), math.lcm(*(w.multiple for w in widths))
+    step = math.lcm(*(w.step for w in widths))
+    return replace(first, frozen=reason, mixed=mixed, patches=patches, smallest=smallest, multiple=multiple, step=step)
 
 
 def _renamed(layout: Layout, name_of: Mapping[str, str]) -> dict[int, tuple[Segment, ...]]:

@@ -172,9 +172,9 @@ def _matches(name: str, pattern: str, path: str) -> bool:
 
 
 def _step(width: Width, multiple: int) -> int:
-    """The units of which a multiple has a multiple of so many channels on every axis that produces them."""
+    """The units of which a multiple has a multiple of so many channels on every axis that produces them, and fits the width."""
     channels: dict[tuple[str, int], int] = {}
     for tie in width.producers:
         place = (tie.tensor, tie.dim)
         channels[place] = channels.get(place, 0) + tie.repeat
-    return math.lcm(*(multiple // math.gcd(multiple, each) for each in channels.values() or (1,)))
+    return math.lcm(width.multiple, *(multiple // math.gcd(multiple, each) for each in channels.values() or (1,)))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from evolvenet.errors import ResizeError
 from evolvenet.graph.coverage import shares
 from evolvenet.graph.index_map import IndexMap
-from evolvenet.graph.width_graph_text import as_table, as_text, layer_of_rank
+from evolvenet.graph.width_graph_text import as_explanation, as_table, as_text
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -70,6 +70,7 @@ class Width:
         patches: (module path, name) of Python numbers of the model's own code that are proportional to its size ("num_heads",
             "config.hidden_size", see `evolvenet.surgery.numbers`); a resize rescales them.
         step: policies propose multiples of it alone, see `rounded`.
+        multiple: every size is a multiple of it, which an op of the model needs (`_grouped_mm` reads rows of 16 bytes).
         rank_of: path of the factorized layer of which it is a rank: nothing but linear maps touches its units, so that any
             invertible change of their basis keeps the function. None for other widths.
     """
@@ -83,6 +84,7 @@ class Width:
     smallest: int = 1
     patches: tuple[tuple[str, str], ...] = ()
     step: int = 1
+    multiple: int = 1
     rank_of: str | None = None
 
     def rounded(self, size: int) -> int:
@@ -215,7 +217,7 @@ class WidthGraph:
         """The maps under the widths' own names, once it is clear that each can be applied.
 
         Raises:
-            ResizeError: for an unknown or frozen width, a map made for another size, or too small a size.
+            ResizeError: for an unknown or frozen width, a map made for another size, or a size that it cannot take.
         """
         checked: dict[str, IndexMap] = {}
         for given, index_map in maps.items():
@@ -230,6 +232,11 @@ class WidthGraph:
             if index_map.new_size < width.smallest:
                 raise ResizeError(
                     f"Width {width.name!r} needs {width.smallest} units or more, got a new size of {index_map.new_size}."
+                )
+            if index_map.new_size % width.multiple:
+                raise ResizeError(
+                    f"Width {width.name!r} needs a multiple of {width.multiple} units, which an op that multiplies with it "
+                    f"requires, got a new size of {index_map.new_size}. Take {width.rounded(index_map.new_size)}."
                 )
             if width.name in checked:
                 raise ResizeError(
@@ -326,17 +333,7 @@ class WidthGraph:
         Raises:
             ResizeError: if no width has that name.
         """
-        width = self.widths[name]
-        lines = [f"{width.name}: {width.size} units, {width.parameters:,} parameters"]
-        if width.rank_of is not None:
-            lines.append(f"rank of {layer_of_rank(width)}")
-        if width.frozen is not None:
-            lines.append(f"frozen: {width.frozen}")
-        for tie in width.ties:
-            stop = tie.start + width.size * tie.repeat
-            each = f", {tie.repeat} places a unit" if tie.repeat > 1 else ""
-            lines.append(f"  {tie.role:<8} {tie.tensor} axis {tie.dim} [{tie.start}:{stop}]{each}")
-        return "\n".join(lines)
+        return as_explanation(self.widths[name])
 
     def __rich__(self) -> Table:
         """The table that rich prints: `rich.print(graph)`. Frozen widths are dim; `str(graph)` is the plain text."""

@@ -49,6 +49,22 @@ def as_text(graph: WidthGraph) -> str:
     return "\n".join(line.rstrip() for line in [*lines, _caption(graph)])
 
 
+def as_explanation(width: Width) -> str:
+    """A width, what its sizes are bound to, and every axis that is tied to it, one line each."""
+    lines = [f"{width.name}: {width.size} units, {width.parameters:,} parameters"]
+    if width.rank_of is not None:
+        lines.append(f"rank of {layer_of_rank(width)}")
+    if width.multiple > 1:
+        lines.append(f"in multiples of {width.multiple} units")
+    if width.frozen is not None:
+        lines.append(f"frozen: {width.frozen}")
+    for tie in width.ties:
+        stop = tie.start + width.size * tie.repeat
+        each = f", {tie.repeat} places a unit" if tie.repeat > 1 else ""
+        lines.append(f"  {tie.role:<8} {tie.tensor} axis {tie.dim} [{tie.start}:{stop}]{each}")
+    return "\n".join(lines)
+
+
 def layer_of_rank(width: Width) -> str:
     """The path of the factorized layer of which a width is a rank; "" for any other width."""
     return "the model" if width.rank_of == "" else width.rank_of or ""

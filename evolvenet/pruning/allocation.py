@@ -385,5 +385,5 @@ def smallest(width: Width) -> int:
 
 def _trial_sizes(width: Width, shares: Sequence[float]) -> list[int]:
     # Rounded, a large share of a few units is all of them: without a trial the last one would seem to hold all of the loss.
-    sizes = {max(smallest(width), min(width.size - 1, round(share * width.size))) for share in shares}
+    sizes = {width.rounded(max(smallest(width), min(width.size - 1, round(share * width.size)))) for share in shares}
     return sorted((size for size in sizes if size < width.size), reverse=True)

@@ -17,6 +17,7 @@ from evolvenet.graph.coverage import OTHER_ORDER
 from evolvenet.graph.naming import named_tensors
 from evolvenet.graph.width_graph import CONSUMES, FOLLOWS, PRODUCES, Segment, Width, WidthGraph, assemble
 from evolvenet.tracing.labels import KERNEL, AxisIds, LabelGraph
+from evolvenet.tracing.needed_sizes import common_multiple, needed_multiples, needed_units
 
 NEVER_RAN = "never ran on the example inputs"
 """The reason of a width of which no op of the run has used a tensor."""
@@ -35,6 +36,7 @@ class Group:
         frozen: why the width is frozen, or None.
         mixed: the op in which they influence each other, or None.
         smallest: smallest number of units that may remain.
+        multiple: number of which the size stays a multiple.
     """
 
     members: tuple[int, ...]
@@ -42,6 +44,7 @@ class Group:
     frozen: str | None
     mixed: str | None
     smallest: int
+    multiple: int = 1
 
 
 @dataclass(frozen=True)
@@ -117,7 +120,10 @@ def _partly_changed(
 
 def _width(name: str, group: Group, disorder: str | None) -> Width:
     frozen = group.frozen or disorder
-    return Width(name, len(group.members), frozen=frozen, mixed=group.mixed, smallest=group.smallest)
+    each, smallest = group.multiple, -(-group.smallest // group.multiple) * group.multiple
+    return Width(
+        name, len(group.members), frozen=frozen, mixed=group.mixed, smallest=smallest, step=each, multiple=each
+    )
 
 
 def _groups(label_graph: LabelGraph, component: np.ndarray) -> list[Group]:
@@ -135,16 +141,15 @@ def _groups(label_graph: LabelGraph, component: np.ndarray) -> list[Group]:
     alone = {
         members for members in map(frozenset, together.values()) if any(axis and axis <= members for axis in whole)
     }
-    return [
-        Group(
-            tuple(members),
-            int(first[members[0]]),
-            frozen=key[1],
-            mixed=key[2],
-            smallest=2 if frozenset(members) in alone else 1,
-        )
-        for key, members in together.items()
-    ]
+    multiples, fewest = needed_multiples(label_graph, component), needed_units(label_graph, component)
+    found: list[Group] = []
+    for key, members in together.items():
+        multiple, why = common_multiple([multiples[member] for member in members if member in multiples])
+        fits = len(members) % multiple == 0
+        least = max([2 if frozenset(members) in alone else 1, *(fewest.get(member, 1) for member in members)])
+        reason = key[1] if key[1] is not None or fits else f"{why} needs a multiple of {multiple} of its units"
+        found.append(Group(tuple(members), int(first[members[0]]), reason, key[2], least, multiple if fits else 1))
+    return found
 
 
 def _signatures(label_graph: LabelGraph, component: np.ndarray, frozen: dict[int, str]) -> dict[int, bytes]:

@@ -74,6 +74,8 @@ class LabelGraph:
         edges: pairs of equally long id tensors that are tied element by element.
         frozen: ids that must keep their number, with the reason.
         mixed: ids that influence each other in an op, with the op.
+        multiples: layers with the number of which an op needs a multiple of places along them, and the op.
+        fewest: ids of an axis with the number of its units that an op needs at least.
         whole_groups: ids of the channels of grouped ops, of which at least two groups must remain.
         roles: (tensor, axis) → whether the weight produces or consumes the axis's units.
         trainable: names of the parameters.
@@ -100,6 +102,8 @@ class LabelGraph:
     edges: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     frozen: list[tuple[Tensor, str]] = field(default_factory=list)
     mixed: list[tuple[Tensor, str]] = field(default_factory=list)
+    multiples: list[tuple[Tensor, int, str]] = field(default_factory=list)
+    fewest: list[tuple[Tensor, int]] = field(default_factory=list)
     whole_groups: list[Tensor] = field(default_factory=list)
     roles: dict[tuple[str, int], str] = field(default_factory=dict)
     trainable: frozenset[str] = frozenset()

@@ -1,4 +1,4 @@
-"""Ops on meta tensors: shortcuts to the shapes of what they return, and checks that PyTorch does not make there.
+"""Ops on meta tensors, and in a precision that they do not have: shortcuts to what they return, and checks of shapes.
 
 PyTorch finds these shapes by decomposing an op into others in Python, which takes up to a millisecond: most of the time of
 a deep model's trials.
@@ -7,6 +7,7 @@ a deep model's trials.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -78,6 +79,26 @@ def _is_plain(tensor: Tensor) -> bool:
     return tensor.is_meta and tensor.dtype in FLOATS and (tensor.is_contiguous() or 0 not in tensor.stride())
 
 
+def _grouped_mm(source: Tensor, weight: Tensor, ends: Tensor | None = None, *others: Any) -> Tensor | None:
+    """As on the CPU; PyTorch takes half precision alone on meta tensors, and no double precision, which goes group by group."""
+    known = source.is_meta or source.dtype == torch.float64
+    if others or ends is None or not known or (source.dim(), weight.dim()) != (2, 3):
+        return None
+    if source.shape[1] != weight.shape[1] or ends.shape[0] != weight.shape[0]:
+        raise RuntimeError(
+            f"rows of {source.shape[1]} in {ends.shape[0]} groups multiplied by {list(weight.shape)} in _grouped_mm"
+        )
+    if source.is_meta:
+        if any(max(each.stride()[-2:]) * each.element_size() % 16 for each in (source, weight)):
+            raise RuntimeError("strides should be multiple of 16 bytes")
+        return source.new_empty((source.shape[0], weight.shape[2]))
+    out = source.new_zeros((source.shape[0], weight.shape[2]))
+    starts = [0, *ends.tolist()]
+    for group, (start, stop) in enumerate(pairwise(starts)):
+        out[start:stop] = source[start:stop] @ weight[group]
+    return out
+
+
 _OF_ONE = (
     *(aten.sigmoid, aten.tanh, aten.relu, aten.silu, aten.hardswish, aten.hardsigmoid, aten.exp, aten.rsqrt, aten.sqrt),
     *(aten.neg, aten.gelu),
@@ -87,6 +108,7 @@ META_SHORTCUTS: dict[Any, Callable[..., Any]] = {
     aten.native_batch_norm.default: _batch_norm,
     aten.native_layer_norm.default: _layer_norm,
     aten.addmm.default: _addmm,
+    **({aten._grouped_mm.default: _grouped_mm} if hasattr(aten, "_grouped_mm") else {}),
     **{op.default: _pointwise for op in _OF_ONE},
     **{op.default: _pointwise_in_place for op in _IN_PLACE},
     **{op.Tensor: _pair for op in (aten.add, aten.sub, aten.mul, aten.div)},

@@ -202,7 +202,7 @@ def _maps(graph: WidthGraph, names: Sequence[str], zeros: bool) -> dict[str, Ind
 
 
 def _map(width: Width, number: int, zeros: bool) -> IndexMap:
-    order = [*range(width.size), *([NEW_UNIT] * (1 + number % 3) if zeros else ())]
+    order = [*range(width.size), *([NEW_UNIT] * (1 + number % 3) * width.multiple if zeros else ())]
     Random(number).shuffle(order)
     if order == sorted(order):
         order.reverse()

@@ -20,6 +20,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 import evolvenet.tracing.complex_rules  # registers its rules
 import evolvenet.tracing.contraction_rules  # registers its rules
+import evolvenet.tracing.grouped_rules  # registers its rules
 import evolvenet.tracing.indexing_rules  # registers its rules
 import evolvenet.tracing.joining_rules  # registers its rules
 import evolvenet.tracing.loss_rules  # registers its rules

@@ -338,12 +338,16 @@ class Verification:
 
 
 def _step(graph: WidthGraph, name: str, number: int, down: bool) -> IndexMap:
-    """One unit less, or two more (one more for every second pair): two widths of a fixed sum change such that it changes."""
+    """One unit less, or two more (one more for every second pair): two widths of a fixed sum change such that it changes.
+
+    Where sizes must be multiples of a number, as many times that number.
+    """
     width = graph.widths[name]
-    if not down or width.size - 1 < max(width.smallest, 2):
+    each, middle = width.multiple, width.size // 2
+    if not down or width.size - each < max(width.smallest, 2):
         # An axis of size 1 has no labels, so the ties of a width of that size could not be compared.
-        return IndexMap.grow(width.size, 2 - number // 2 % 2)
-    return IndexMap.keep([unit for unit in range(width.size) if unit != width.size // 2], width.size)
+        return IndexMap.grow(width.size, (2 - number // 2 % 2) * each)
+    return IndexMap.keep([unit for unit in range(width.size) if not middle <= unit < middle + each], width.size)
 
 
 def _trial_failure(

@@ -14,7 +14,7 @@ from evolvenet._compat.torch import tree_leaves, tree_map_only
 from evolvenet.tracing.meta_ops import META_SHORTCUTS
 
 aten = torch.ops.aten
-SINGLE = [op for op in META_SHORTCUTS if "Tensor" not in str(op) and "norm" not in str(op) and "addmm" not in str(op)]
+SINGLE = [op for op in META_SHORTCUTS if "Tensor" not in str(op) and "norm" not in str(op) and "mm" not in str(op)]
 PAIRS = [aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor]
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.int64]
 sizes = st.lists(st.integers(1, 3), max_size=3)
@@ -106,3 +106,16 @@ def test_what_does_not_fit_is_no_result(op: Any, shapes: list[tuple[int, ...]]) 
             META_SHORTCUTS[op](*arguments)
     else:
         assert META_SHORTCUTS[op](*arguments) is None
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_a_product_by_groups(turned: bool) -> None:
+    """On meta tensors and in double precision, in neither of which the op runs."""
+    rows, weight = torch.randn(5, 8), torch.randn(3, 4, 8).mT if turned else torch.randn(3, 8, 4)
+    ends = torch.tensor([2, 2, 5], dtype=torch.int32)
+    shortcut, expected = META_SHORTCUTS[aten._grouped_mm.default], aten._grouped_mm(rows, weight, ends)
+    assert described(shortcut(*map(without_data, (rows, weight, ends)))) == described(expected)
+    assert torch.allclose(shortcut(rows.double(), weight.double(), ends), expected.double(), atol=1e-6)
+    assert shortcut(rows, weight, ends) is None, "the op itself runs"
+    with pytest.raises(RuntimeError, match="16 bytes"):
+        shortcut(*map(without_data, (torch.randn(5, 7), torch.randn(3, 7, 4), ends)))

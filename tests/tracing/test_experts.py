@@ -1,0 +1,94 @@
+"""Mixtures of experts whose weights lie in one tensor: the stream, the inner width, whole experts."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import evolvenet
+from evolvenet.errors import ResizeError
+from evolvenet.graph.index_map import IndexMap
+from evolvenet.tracing.trace import trace
+from tests.helpers.cases import shuffled
+from tests.helpers.networks.experts import Mixture
+
+WORDS = torch.randint(11, (3, 8), generator=torch.Generator().manual_seed(0))
+WAYS = [{"stored": stored, "bias": bias} for stored in ("out in", "in out") for bias in (False, True)]
+
+
+def mixture(**options: object) -> Mixture:
+    torch.manual_seed(0)
+    return Mixture(**options)
+
+
+def outputs(model: nn.Module) -> Tensor:
+    with torch.no_grad():
+        return model(WORDS)
+
+
+def far(one: Tensor, two: Tensor) -> float:
+    return float((one - two).abs().max())
+
+
+@pytest.mark.parametrize("way", WAYS, ids=str)
+def test_stream_and_inner_widths_permute_prune_and_train_on(way: dict[str, object]) -> None:
+    model = mixture(**way)
+    graph = trace(model, WORDS)
+    assert {"words": 16, "blocks.0": 24, "blocks.1": 24}.items() <= graph.sizes.items()
+    expected = outputs(model)
+    assert far(outputs(copy.deepcopy(model).slowly()), expected) < 1e-5
+    graph = evolvenet.resize(model, graph, {name: shuffled(size) for name, size in graph.sizes.items()})
+    assert far(outputs(model), expected) < 1e-5
+    graph = evolvenet.prune(model, graph, {"words": 8, "blocks.0": 16, "blocks.1": 8})
+    assert graph.sizes == trace(model, WORDS).sizes
+    assert far(outputs(copy.deepcopy(model).slowly()), outputs(model)) < 1e-5
+    model(WORDS).square().mean().backward()
+    assert all(p.grad is not None and p.grad.shape == p.shape for p in model.parameters())
+
+
+def test_pruning_inner_units_is_setting_what_they_pass_on_to_zero() -> None:
+    model = mixture()
+    graph = trace(model, WORDS)
+    without = copy.deepcopy(model)
+    with torch.no_grad():
+        without.blocks[0].down[:, :, 8:16] = 0  # pyright: ignore
+    keep = IndexMap.keep([*range(8), *range(16, 24)], size=24)
+    evolvenet.resize(model, graph, {"blocks.0": keep})
+    assert far(outputs(model), outputs(without)) < 1e-5
+
+
+def test_inner_units_grow_without_a_change_and_learn() -> None:
+    model = mixture()
+    expected = outputs(model)
+    graph = evolvenet.grow(model, trace(model, WORDS), {"blocks.0": 32})
+    assert far(outputs(model), expected) < 1e-6
+    model(WORDS).square().mean().backward()
+    new = model.blocks[0].down.grad[:, :, 24:]  # pyright: ignore
+    assert graph.sizes["blocks.0"] == 32
+    assert float(new.abs().max()) > 0
+
+
+def test_sizes_that_the_op_cannot_multiply_are_refused() -> None:
+    model = mixture()
+    graph = trace(model, WORDS)
+    assert graph.widths["blocks.0"].multiple == graph.widths["words"].multiple == 8
+    with pytest.raises(ResizeError, match="needs a multiple of 8 units"):
+        evolvenet.prune(model, graph, {"blocks.0": 17})
+    assert "in multiples of 8 units" in graph.explain("blocks.0")
+
+
+def test_policies_and_allocation_propose_multiples() -> None:
+    model = mixture()
+    graph = trace(model, WORDS)
+    sizes = evolvenet.allocate(model, graph, parameters=graph.parameters // 2, batches=[WORDS])
+    assert {sizes[name] % 8 for name in ("words", "blocks.0", "blocks.1")} == {0}
+    assert evolvenet.prune(model, graph, sizes, batches=[WORDS]).parameters <= graph.parameters * 0.55
+
+
+def test_a_width_of_no_multiple_keeps_its_size() -> None:
+    """12 units of single precision are a multiple of 4, in half precision they would be none of 8."""
+    model = mixture(inner=12)
+    assert trace(model, WORDS).widths["blocks.0"].multiple == 4
