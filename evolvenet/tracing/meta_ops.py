@@ -125,7 +125,17 @@ def _check_slices(target: Tensor, dim: int, index: Tensor, source: Tensor, *othe
 
 
 def _check_values(target: Tensor, indices: Sequence[Tensor | None], values: Tensor, *others: Any) -> None:
-    """The values of `index_put` broadcast to what the indices pick."""
+    """The values of `index_put` broadcast to what the indices pick; of a mask alone, to any number of slices."""
+    mask = indices[0]
+    if len(indices) == 1 and mask is not None and mask.is_meta and mask.dtype == torch.bool:
+        slices = target.shape[mask.dim() :]
+        counted = max(0, values.dim() - len(slices))
+        if mask.shape != target.shape[: mask.dim()] or counted > 1:
+            raise RuntimeError(
+                f"a mask of {list(mask.shape)} and values of {list(values.shape)} on {list(target.shape)}"
+            )
+        values.expand((*values.shape[:counted], *slices))
+        return
     values.expand(torch.ops.aten.index.Tensor(target, indices).shape)
 
 

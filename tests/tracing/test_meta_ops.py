@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from evolvenet._compat.torch import tree_leaves, tree_map_only
-from evolvenet.tracing.meta_ops import META_SHORTCUTS
+from evolvenet.tracing.meta_ops import META_CHECKS, META_SHORTCUTS
 
 aten = torch.ops.aten
 SINGLE = [op for op in META_SHORTCUTS if "Tensor" not in str(op) and "norm" not in str(op) and "mm" not in str(op)]
@@ -119,3 +119,21 @@ def test_a_product_by_groups(turned: bool) -> None:
     assert shortcut(rows, weight, ends) is None, "the op itself runs"
     with pytest.raises(RuntimeError, match="16 bytes"):
         shortcut(*map(without_data, (torch.randn(5, 7), torch.randn(3, 7, 4), ends)))
+
+
+@pytest.mark.parametrize("values", [(), (3,), (1,), (4,), (2, 3), (1, 3), (2, 4), (1, 2, 3)], ids=str)
+@pytest.mark.parametrize("mask", [(5,), (4,)], ids=str)
+def test_a_mask_on_meta_takes_the_values_that_it_takes_on_data(values: tuple[int, ...], mask: tuple[int, ...]) -> None:
+    target, mask_of_two = torch.zeros(5, 3), torch.arange(mask[0]) < 2
+    try:
+        torch.zeros(5, 3).index_put_((mask_of_two,), torch.ones(values))
+        fits = True
+    except (RuntimeError, IndexError):
+        fits = False
+    check = META_CHECKS[aten.index_put_.default]
+    meta = (target.to("meta"), [mask_of_two.to("meta")], torch.ones(values, device="meta"))
+    if fits:
+        check(*meta)
+    else:
+        with pytest.raises(RuntimeError):
+            check(*meta)
