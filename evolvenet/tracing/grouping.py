@@ -81,7 +81,7 @@ def build_graph(model: nn.Module, label_graph: LabelGraph) -> GroupedWidths:
         layouts[axis.tensor][axis.dim] = _segments(along, groups, axis, disordered)
     tensors, aliases, trainable = named_tensors(model)
     names = _names(groups, layouts, label_graph, trainable)
-    widths = {name: _width(name, groups[g], disordered.get(g)) for g, name in names.items()}
+    widths = {name: _width(name, groups[g], disordered.get(g), label_graph.lines) for g, name in names.items()}
     named = {
         tensor: {
             dim: tuple(Segment(None if g is None else names.get(g), length, repeat) for g, length, repeat in parts)
@@ -118,8 +118,9 @@ def _partly_changed(
     return found
 
 
-def _width(name: str, group: Group, disorder: str | None) -> Width:
-    frozen = group.frozen or disorder
+def _width(name: str, group: Group, disorder: str | None, lines: Mapping[str, str]) -> Width:
+    reason = group.frozen or disorder
+    frozen = None if reason is None else reason + lines.get(reason, "")
     each, smallest = group.multiple, -(-group.smallest // group.multiple) * group.multiple
     return Width(
         name, len(group.members), frozen=frozen, mixed=group.mixed, smallest=smallest, step=each, multiple=each

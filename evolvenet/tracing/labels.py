@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from evolvenet.graph.width_graph import CONSUMES, MASKS, PRODUCES
+from evolvenet.tracing.reasons import running_line
 
 DATA = "data"
 CONSTANT = "constant"
@@ -73,6 +74,8 @@ class LabelGraph:
         units: number of ids given so far.
         edges: pairs of equally long id tensors that are tied element by element.
         frozen: ids that must keep their number, with the reason.
+        lines: reason that names an op → the line of the model's code that ran it first.
+        op: the op whose rule is applied, with its module.
         mixed: ids that influence each other in an op, with the op.
         multiples: layers with the number of which an op needs a multiple of places along them, and the op.
         fewest: ids of an axis with the number of its units that an op needs at least.
@@ -101,6 +104,8 @@ class LabelGraph:
     units: int = 0
     edges: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     frozen: list[tuple[Tensor, str]] = field(default_factory=list)
+    lines: dict[str, str] = field(default_factory=dict)
+    op: str = ""
     mixed: list[tuple[Tensor, str]] = field(default_factory=list)
     multiples: list[tuple[Tensor, int, str]] = field(default_factory=list)
     fewest: list[tuple[Tensor, int]] = field(default_factory=list)
@@ -145,7 +150,7 @@ class LabelGraph:
         real = (one >= 0) & (two >= 0)
         if not bool(real.all()):
             unpaired = torch.cat([one[(two == -1) & (one >= 0)], two[(one == -1) & (two >= 0)]])
-            self.freeze(unpaired, "tied to places that belong to no unit (padding or data)")
+            self.freeze(unpaired, f"{self.op} ties them to places that belong to no unit (padding or data)".strip())
             one, two = one[real], two[real]
         if len(one) > 4096:
             pairs = torch.unique(one * self.units + two)
@@ -204,8 +209,9 @@ class LabelGraph:
         return bool(self.placeholder_ids) and int(layer.reshape(-1)[0]) in self.placeholder_ids
 
     def freeze(self, labels: Tensor, reason: str) -> None:
-        """Freeze units; of several reasons for a unit the first one is reported."""
+        """Freeze units; of several reasons for a unit the first one is reported, with the line of code if it names an op."""
         self._append(self.frozen, labels, reason)
+        self._add_line(reason)
 
     def mark_changed(self, labels: Tensor, reason: str) -> None:
         """Keep which units an op changes: a width of which an op changes some units and not others is frozen."""
@@ -214,8 +220,12 @@ class LabelGraph:
         self._marked[id(labels)] = labels
         found = torch.unique(labels)
         found = found[found >= 0]
-        if len(found):
-            self.changed.setdefault(found.numpy().tobytes(), reason)
+        if len(found) and self.changed.setdefault(found.numpy().tobytes(), reason) is reason:
+            self._add_line(reason)
+
+    def _add_line(self, reason: str) -> None:
+        if "::" in reason and reason not in self.lines:
+            self.lines[reason] = running_line()
 
     def mark_mixed(self, labels: Tensor, reason: str) -> None:
         """Keep that units influence each other in an op, so that growth cannot preserve the function exactly."""

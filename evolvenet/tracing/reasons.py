@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import linecache
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -39,3 +41,23 @@ def source_line(frames: Iterable[FrameSummary]) -> str:
         if "torch" not in file.parts and PACKAGE not in file.parents:
             return f" at {'/'.join(file.parts[-2:])}:{frame.lineno}: {frame.line}"
     return ""
+
+
+def running_line() -> str:
+    """The line of the model's code that runs the present op: the innermost one outside torch; "" if no code but torch's does.
+
+    For rules, which run as part of the op. The frames of EvolveNet further out, which have called the model, end the search.
+    """
+    frame = sys._getframe(1)
+    while frame is not None and _is_own(frame.f_code.co_filename):
+        frame = frame.f_back
+    while frame is not None and not _is_own(file := frame.f_code.co_filename):
+        parts = Path(file).parts
+        if "torch" not in parts:
+            return f" at {'/'.join(parts[-2:])}:{frame.f_lineno}: {linecache.getline(file, frame.f_lineno).strip()}"
+        frame = frame.f_back
+    return ""
+
+
+def _is_own(file: str) -> bool:
+    return PACKAGE in Path(file).parents

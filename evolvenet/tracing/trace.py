@@ -250,6 +250,7 @@ class LabelMode(TracingMode):
                 self.label_graph.first_use.setdefault(origin, len(self.label_graph.first_use))
         record_addends(call, self.label_graph)
         record_masks(call, self.label_graph)
+        self.label_graph.op = call.location
         apply_rule(call)
         return out
 

@@ -24,12 +24,12 @@ def printed(graph: WidthGraph, columns: int = 200) -> list[str]:
 
 
 def test_every_width_has_a_line_that_a_person_reads() -> None:
-    lines = printed(graph_called("embedding"))
+    lines = printed(graph_called("embedding"), columns=300)
     cells = [line.split() for line in lines]
     assert cells[0] == ["name", "size", "parameters", "share", "ties", "frozen"]
     assert cells[2] == ["embed", "6", "162", "73.1%", "1", "produces,", "1", "consumes"]
-    assert " ".join(cells[3]) == (
-        "embed.weight[0] 20 120 0.0% 1 follows aten::embedding in embed (Embedding) looks its rows up by data"
+    assert " ".join(cells[3]).startswith(
+        "embed.weight[0] 20 120 0.0% 1 follows aten::embedding in embed (Embedding) looks its rows up by data at "
     )
     assert lines[-1].strip() == "coverage 98.4% of 193 parameters"
     assert len(lines) == 3 + len(graph_called("embedding").widths)
@@ -56,6 +56,6 @@ def test_a_narrow_terminal_wraps_and_loses_nothing() -> None:
     graph = graph_called("hard_coded")
     lines = printed(graph, columns=80)
     assert max(map(len, lines)) <= 80
-    assert len(lines) <= 6 * len(graph.widths)
+    assert len(lines) <= 8 * len(graph.widths)
     cells = [re.split(r"\s{2,}", line.strip())[-1] for line in lines]
     assert str(graph.widths["stem"].frozen).replace(" ", "") in "".join(cells).replace(" ", "")

@@ -1,0 +1,26 @@
+"""Reasons of frozen widths: the op, its module and the line of the model's code."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from evolvenet.tracing.trace import trace
+from tests.helpers.tracing import Between
+
+
+def test_a_reason_names_the_op_and_the_line_of_the_models_code() -> None:
+    def code(net: nn.Module, x: Tensor, h: Tensor) -> Tensor:
+        return h.softmax(-1)  # this line
+
+    frozen = trace(Between(code), torch.zeros(2, 5)).widths["a"].frozen
+    assert frozen is not None
+    reason, _, line = frozen.partition(" at ")
+    assert reason == "aten::_softmax in Between makes its units compete"
+    assert line.startswith("tracing/test_reasons.py:")
+    assert line.endswith(": return h.softmax(-1)  # this line")
+
+
+def test_a_model_of_torchs_own_code_alone_has_no_line() -> None:
+    graph = trace(nn.Sequential(nn.Linear(5, 8), nn.Softmax(-1), nn.Linear(8, 2)), torch.zeros(2, 5))
+    assert graph.widths["0"].frozen == "aten::_softmax in 1 (Softmax) makes its units compete"
