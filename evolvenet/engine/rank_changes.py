@@ -29,7 +29,7 @@ from evolvenet.lowrank.layers import FactoredLayer, canonical, factored
 from evolvenet.lowrank.merge import merge_by
 from evolvenet.lowrank.plan import Choice
 from evolvenet.policies.base import Proposal
-from evolvenet.pruning.reconstruction import TRAINING_LIMITS
+from evolvenet.pruning.reconstruction_batch import TRAINING_LIMITS
 from evolvenet.surgery.module_replacement import Record, Replacement, exchange_modules, replacements
 from evolvenet.surgery.optimizer_parameters import parameter_names, replace_parameters
 

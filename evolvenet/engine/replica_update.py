@@ -12,7 +12,8 @@ from torch import nn
 from evolvenet.graph.naming import named_tensors
 from evolvenet.graph.width_graph import WidthGraph
 from evolvenet.measurement.activation_moments import collect
-from evolvenet.pruning.reconstruction import TRAINING_LIMITS, reconstruct
+from evolvenet.pruning.reconstruction import reconstruct
+from evolvenet.pruning.reconstruction_batch import TRAINING_LIMITS
 from evolvenet.pruning.selection import plan_cut
 from evolvenet.surgery.resize_model import Surgery, TensorChange, compile_surgery, moved
 

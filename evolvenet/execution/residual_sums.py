@@ -22,10 +22,16 @@ from evolvenet.execution.weight_ops import WeightOp, WeightOpMode
 aten = torch.ops.aten
 
 SUMS = frozenset({aten.add.Tensor, aten.add_.Tensor})
+DIFFERENCES = frozenset({aten.sub.Tensor, aten.sub_.Tensor, aten.rsub.Tensor})
 NORMS = frozenset({aten.native_batch_norm.default})
 
-OnBias = Callable[[WeightOp, str, Tensor, int], None]
-"""Takes a weight op, the name of the vector that is added to its output, its values `[out]`, and the sign."""
+OnBias = Callable[[WeightOp, str, Tensor | None, int], None]
+"""Takes a weight op, the name of the vector with which its output is shifted, by how much `[out]`, and the sign.
+
+With the sign s, the vector plus s·d shifts the op's product by d more: 1 where it is added (y + b), −1 where it is subtracted
+or the product is subtracted from it (y − b, b − y), and for the running mean of a batch norm, by which nothing is shifted yet
+(None).
+"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,6 +44,7 @@ class TrackedOutput:
         scale: `[out]`.
         shift: `[out]`.
         normed: whether a batch norm has scaled it: a vector added after that is no bias of the weight op.
+        sign: −1 if the output has been subtracted from something.
     """
 
     op: WeightOp
@@ -45,6 +52,7 @@ class TrackedOutput:
     scale: Tensor
     shift: Tensor
     normed: bool = False
+    sign: int = 1
 
     def values_at(self, tensor: Tensor, rows: Tensor) -> Tensor:
         """Entries of a tensor with the layout of the output at some output positions of the op: `[len(rows), out]`."""
@@ -79,8 +87,7 @@ class ResidualSumMode(WeightOpMode):
         after: see `WeightOpMode`.
         on_sum: called before each such sum.
         on_bias: called for a weight op without a bias whose output has a vector added or subtracted by a later op. Gets
-            the weight op, the name of the vector, its values `[out]`, and the sign: 1 for an added one, −1 for the running mean
-            of a batch norm.
+            what `OnBias` says.
     """
 
     def __init__(
@@ -105,6 +112,9 @@ class ResidualSumMode(WeightOpMode):
     def run_other_op(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Run an op; its result is tracked if it adds a bias, or the op is in `TRACKED_OPS` and its argument is tracked."""
         biased = self._report_sum(*args) if func in SUMS and not kwargs else None
+        if func in DIFFERENCES and not kwargs:
+            # rsub(a, b) is b − a.
+            biased = self._report_difference(*(args if func != aten.rsub.Tensor else args[::-1]))
         transform = TRACKED_OPS.get(func)
         before = self._tracked.get(args[0]) if transform and isinstance(args[0], Tensor) else None
         out = func(*args) if biased else super().run_other_op(func, args, kwargs)
@@ -122,7 +132,7 @@ class ResidualSumMode(WeightOpMode):
         """Call `on_bias` for a batch norm directly after a weight op without a bias."""
         mean = self.named_tensor(args[3]) if func in NORMS and output.op.bias is None else None
         if mean is not None and mean[1].shape == output.scale.shape and self.on_bias is not None:
-            self.on_bias(output.op, mean[0], args[3], -1)
+            self.on_bias(output.op, mean[0], None, -1)
 
     def _report_sum(self, one: Any, two: Any) -> TrackedOutput | None:
         """Call `on_bias` or `on_sum` for a sum; returns the sum if it is a weight op's output with a bias, else None."""
@@ -133,12 +143,29 @@ class ResidualSumMode(WeightOpMode):
         for output, own, other in known:
             bias = self._bias_of(output, own, other)
             if bias is not None:
-                if self.on_bias is not None:
-                    self.on_bias(output.op, bias, other.reshape(-1), 1)
-                return replace(output, shift=output.shift + other.reshape(-1))
+                return self._with_bias(output, bias, other.reshape(-1), 1)
         if known and one.shape == two.shape and self.on_sum is not None:
             self.on_sum(*max(known, key=lambda entry: entry[0].op.matrix().shape[-1]))
         return None
+
+    def _report_difference(self, minuend: Any, subtrahend: Any) -> TrackedOutput | None:
+        """Call `on_bias` for a weight op's output from which a bias is subtracted, or that is subtracted from one."""
+        if not isinstance(minuend, Tensor) or not isinstance(subtrahend, Tensor):
+            return None
+        output = self._tracked.get(minuend)
+        if output is not None and (bias := self._bias_of(output, minuend, subtrahend)) is not None:
+            return self._with_bias(output, bias, subtrahend.reshape(-1), -1)
+        output = self._tracked.get(subtrahend)
+        if output is not None and (bias := self._bias_of(output, subtrahend, minuend)) is not None:
+            negative = replace(output, scale=-output.scale, shift=-output.shift, sign=-output.sign)
+            return self._with_bias(negative, bias, minuend.reshape(-1), 1)
+        return None
+
+    def _with_bias(self, output: TrackedOutput, name: str, values: Tensor, sign: int) -> TrackedOutput:
+        """The output after a bias has been added with a sign; calls `on_bias`."""
+        if self.on_bias is not None:
+            self.on_bias(output.op, name, values * (sign * output.sign), sign * output.sign)
+        return replace(output, shift=output.shift + values * sign)
 
     def _bias_of(self, output: TrackedOutput, own: Tensor, other: Tensor) -> str | None:
         """Name of the parameter that is added to a weight op's output, if it has one number for each unit, and no other."""

@@ -36,7 +36,7 @@ from evolvenet.lowrank.plan import (
 from evolvenet.lowrank.rank_choice import Within
 from evolvenet.lowrank.report import Factorization, LayerReport
 from evolvenet.lowrank.tolerance import Evaluate, ToleranceSearch
-from evolvenet.pruning.reconstruction import ONE_SHOT_LIMITS, ReconstructionLimits
+from evolvenet.pruning.reconstruction_batch import ONE_SHOT_LIMITS, ReconstructionLimits
 from evolvenet.surgery.module_replacement import exchange_modules
 from evolvenet.surgery.optimizer_parameters import NewStates, as_list, parameter_names, replace_parameters
 

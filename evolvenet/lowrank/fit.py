@@ -37,15 +37,8 @@ from evolvenet.lowrank.layers import written
 from evolvenet.lowrank.plan import Choice, SecondMoments, decomposed
 from evolvenet.lowrank.targets import Target as Layer
 from evolvenet.measurement.activation_moments import Moments
-from evolvenet.pruning.reconstruction import (
-    ONE_SHOT_LIMITS,
-    ConsumerFitter,
-    OutputRecorder,
-    ReconstructionLimits,
-    Target,
-    concatenated,
-    recorded,
-)
+from evolvenet.pruning.reconstruction import ConsumerFitter, OutputRecorder, Target, recorded
+from evolvenet.pruning.reconstruction_batch import ONE_SHOT_LIMITS, ReconstructionLimits, concatenated
 
 log = logging.getLogger(__name__)
 

@@ -20,7 +20,7 @@ from evolvenet.measurement.output_error import first_batches, output_error, outp
 from evolvenet.measurement.past_events import PastEvents
 from evolvenet.measurement.width_statistics import WidthStatistics, statistics_of
 from evolvenet.pruning.allocation import SAMPLES, SHARES, Curve
-from evolvenet.pruning.reconstruction import TRAINING_LIMITS
+from evolvenet.pruning.reconstruction_batch import TRAINING_LIMITS
 
 
 def observe_whole(model: nn.Module, ranks: LayerRanks, batches: Sequence[Any]) -> Observations | None:

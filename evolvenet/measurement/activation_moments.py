@@ -17,7 +17,7 @@ from evolvenet.execution.sampling import evenly, samples_in
 from evolvenet.execution.step import run_model
 from evolvenet.execution.weight_ops import WeightOp
 from evolvenet.graph.width_graph import Tie, WidthGraph
-from evolvenet.measurement.weight_uses import UseRecorder, WeightUses
+from evolvenet.measurement.weight_uses import Bias, UseRecorder, WeightUses
 
 CAP = 8192
 """Most samples taken for one consumer from one batch; more positions are sampled evenly."""
@@ -114,8 +114,8 @@ class ActivationMoments(Mapping[Tie, Moments]):
         """Number of samples of both halves."""
         return self.even[tie].count + self.odd[tie].count
 
-    def bias_of(self, tie: Tie) -> str | None:
-        """Name of the bias of a consumer, which takes a change of the mean; None if it has none, or shares it."""
+    def bias_of(self, tie: Tie) -> Bias | None:
+        """The bias of a consumer, which takes a change of the mean; None if it has none, or shares it."""
         return self.uses.biases.get(tie.tensor)
 
     def second_moment(self, tie: Tie, moments: Moments | None = None) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
@@ -13,17 +14,30 @@ from evolvenet.graph.naming import named_tensors
 from evolvenet.graph.width_graph import WidthGraph
 
 
+class Bias(NamedTuple):
+    """A parameter that shifts every product with a weight, and is used in no other way.
+
+    Args:
+        name: of the parameter, `[out]`.
+        sign: 1 if it is added, −1 if it is subtracted, or the product is subtracted from it: the parameter plus `sign`·d makes up
+            for products that are smaller by d.
+    """
+
+    name: str
+    sign: int
+
+
 @dataclass(frozen=True)
 class WeightUses:
     """What the ops of a run say about weights; names of parameters decide nothing.
 
     Args:
-        biases: {weight: the parameter `[out]` that is added to every product with it, and used in no other way}.
+        biases: {weight: its bias}.
         axes: {weight: the axis of its inputs}, of parameters that are multiplied with data along one axis and used in no
             other way: their columns may be refitted.
     """
 
-    biases: dict[str, str]
+    biases: dict[str, Bias]
     axes: dict[str, int]
 
 
@@ -38,7 +52,7 @@ class UseRecorder:
         self._tensors, _, self._parameters = named_tensors(model)
         self._calls: Counter[str] = Counter()
         self._axes: dict[str, set[int]] = defaultdict(set)
-        self._biases: dict[str, Counter[str]] = defaultdict(Counter)
+        self._biases: dict[str, Counter[Bias]] = defaultdict(Counter)
         self._other_uses: set[str] = set()
 
     def add_op(self, op: WeightOp) -> None:
@@ -49,16 +63,18 @@ class UseRecorder:
             bias = self._tensors[op.bias_name]
             whole = bias.numel() == self._tensors[op.tensor].shape[1 - op.axis]
             if whole and int(op.bias.storage_offset() - bias.storage_offset()) == op.start:
-                self._biases[op.tensor][op.bias_name] += 1
+                self._biases[op.tensor][Bias(op.bias_name, 1)] += 1
             else:
                 self._other_uses.add(op.bias_name)
 
-    def add_bias(self, op: WeightOp, name: str, values: Tensor, sign: int) -> None:
-        """Add a bias that an op of its own adds to the output of a weight op; see `ResidualSumMode`."""
-        if sign > 0 and (op.start or len(values) != self._tensors[op.tensor].shape[1 - op.axis]):
+    def add_bias(self, op: WeightOp, name: str, values: Tensor | None, sign: int) -> None:
+        """Add a bias that an op of its own adds to the output of a weight op, or subtracts; see `ResidualSumMode`."""
+        if values is None:
+            return
+        if op.start or len(values) != self._tensors[op.tensor].shape[1 - op.axis]:
             self._other_uses.add(name)
-        elif sign > 0:
-            self._biases[op.tensor][name] += 1
+        else:
+            self._biases[op.tensor][Bias(name, sign)] += 1
 
     def add_other_uses(self, names: Iterable[str]) -> None:
         """Add tensors that took part in ops that are no weight ops."""
@@ -69,12 +85,13 @@ class UseRecorder:
         shared = self._other_uses | set(graph.aliases.values())
         totals = Counter[str]()
         for counts in self._biases.values():
-            totals.update(counts)
+            for bias, count in counts.items():
+                totals[bias.name] += count
         biases = {}
         for weight, counts in self._biases.items():
-            own = [name for name, count in counts.items() if count == totals[name] == self._calls[weight]]
+            own = [bias for bias, count in counts.items() if count == totals[bias.name] == self._calls[weight]]
             # Of two that are added to the same product one takes the change of the mean.
-            own = [name for name in own if name not in shared and weight not in shared]
+            own = [bias for bias in own if bias.name not in shared and weight not in shared]
             if own:
                 biases[weight] = own[0]
         axes = {

@@ -20,7 +20,8 @@ from evolvenet.linalg.spectrum import Values, energy_shares
 from evolvenet.measurement.activation_moments import collect
 from evolvenet.measurement.output_error import first_batches, output_error, outputs_on
 from evolvenet.measurement.width_spectra import measure
-from evolvenet.pruning.reconstruction import TRAINING_LIMITS, reconstruct
+from evolvenet.pruning.reconstruction import reconstruct
+from evolvenet.pruning.reconstruction_batch import TRAINING_LIMITS
 from evolvenet.pruning.selection import plan_prune
 from evolvenet.surgery.resize_model import install
 

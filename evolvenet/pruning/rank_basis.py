@@ -94,4 +94,4 @@ def removed_means(
             weight = model.get_parameter(tie.tensor).detach().to("cpu", torch.float64)
             columns = weight.movedim(tie.dim, 0).reshape(width.size, weight.shape[1 - tie.dim], -1).sum(-1)
             means = basis.values @ statistics[tie].mean
-            yield bias, means[removed] @ (basis.gradients @ columns)[removed]
+            yield bias.name, bias.sign * means[removed] @ (basis.gradients @ columns)[removed]

@@ -20,9 +20,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from evolvenet._compat.torch import tree_flatten, tree_unflatten
 from evolvenet.errors import concerning
-from evolvenet.execution.inputs import first_samples
 from evolvenet.execution.isolation import isolated, op_by_op
 from evolvenet.execution.residual_sums import ResidualSumMode, TrackedOutput
 from evolvenet.execution.sampling import evenly, samples_in
@@ -31,46 +29,11 @@ from evolvenet.execution.weight_ops import WeightOp, output_positions
 from evolvenet.graph.naming import named_tensors
 from evolvenet.graph.width_graph import FOLLOWS, WidthGraph
 from evolvenet.linalg.ridge import refit
+from evolvenet.pruning.reconstruction_batch import ONE_SHOT_LIMITS, ReconstructionLimits, concatenated
 from evolvenet.surgery.basis_change import along
 from evolvenet.surgery.resize_model import Surgery, TensorChange, compile_surgery, install
 
 log = logging.getLogger("evolvenet")
-
-
-@dataclass(frozen=True)
-class ReconstructionLimits:
-    """Bounds on the memory and the computation of a reconstruction.
-
-    Args:
-        samples: most samples of the batches that are used.
-        entries: most numbers in the inputs that are used: all run in one pass, and a thousand photographs would not fit
-            in memory.
-        rows: most output positions (samples × positions) that one consumer is fitted on.
-        multiplications: most multiplications for the Gram matrix of one consumer's inputs.
-    """
-
-    samples: int
-    entries: int
-    rows: int
-    multiplications: float
-
-    def rows_for(self, columns: int) -> int:
-        """Output positions to fit a matrix of so many columns on.
-
-        >>> TRAINING_LIMITS.rows_for(100), TRAINING_LIMITS.rows_for(2304)
-        (2048, 465)
-        """
-        # [rows, rows] in the dual form takes rows² · columns, [columns, columns] in the primal one rows · columns².
-        dual = int((self.multiplications / columns) ** 0.5)
-        fitting = dual if dual < 2 * columns else int(self.multiplications / columns**2)
-        return max(16, min(self.rows, fitting))
-
-
-ONE_SHOT_LIMITS = ReconstructionLimits(samples=1024, entries=8_000_000, rows=8192, multiplications=4e10)
-"""For a single cut: a thousand images were enough on MNIST."""
-
-TRAINING_LIMITS = ReconstructionLimits(samples=256, entries=8_000_000, rows=2048, multiplications=5e8)
-"""For the cuts of a training run: they are many, and training goes on after each."""
 
 
 def reconstruct(
@@ -179,8 +142,8 @@ class Target:
         inputs: number of all input positions.
         outputs: `[rows, out]`, of the sum that the op ends in if `summed`.
         summed: whether `outputs` are those of that sum.
-        bias_sign: 1 for a bias that an op of its own adds, 0 for one that is added in the same op; `outputs` are with it. −1 for
-            a running mean, which is not subtracted from them.
+        bias_sign: of a bias that an op of its own adds (1) or subtracts (−1), 0 for one of the same op; `outputs` are with it.
+        is_mean: whether it is a running mean, sign −1, which is not subtracted from them.
     """
 
     start: int
@@ -193,6 +156,12 @@ class Target:
     outputs: Tensor
     summed: bool = False
     bias_sign: int = 0
+    is_mean: bool = False
+
+    @property
+    def share(self) -> int:
+        """How many times the bias is in `outputs`."""
+        return 0 if self.is_mean or self.bias is None else self.bias_sign or 1
 
 
 class OutputRecorder:
@@ -236,24 +205,25 @@ class OutputRecorder:
             summed = output.values_at(own, target.rows) + output.values_at(other, target.rows)
             self.targets[name][index] = replace(target, outputs=summed, summed=True)
 
-    def bias(self, op: WeightOp, name: str, values: Tensor, sign: int) -> None:
+    def bias(self, op: WeightOp, name: str, values: Tensor | None, sign: int) -> None:
         """See `ResidualSumMode`."""
         self.bias_uses[name, 0] += 1
         if op in self._index:
             tensor, index = self._index[op]
             target = self.targets[tensor][index]
             if target.bias is None:
-                outputs = target.outputs + values if sign > 0 else target.outputs
-                self.targets[tensor][index] = replace(target, outputs=outputs, bias=(name, 0), bias_sign=sign)
+                target = replace(target, bias=(name, 0), bias_sign=sign, is_mean=values is None)
+                outputs = target.outputs if values is None else target.outputs + values
+                self.targets[tensor][index] = replace(target, outputs=outputs)
 
     def usable(self, other_uses: set[str]) -> dict[str, list[Target]]:
         """The targets of weights that nothing else uses, and no entry of which is used twice."""
 
         def own_bias(target: Target) -> bool:
-            shared = target.bias is not None and target.bias_sign >= 0 and target.bias[0] in other_uses
+            shared = target.bias is not None and not target.is_mean and target.bias[0] in other_uses
             return target.bias is None or (self.bias_uses[target.bias] == 1 and not shared)
 
-        found = {}
+        found: dict[str, list[Target]] = {}
         for name, targets in self.targets.items():
             spans = sorted((target.start, target.start + target.length) for target in targets)
             disjoint = all(one[1] <= two[0] for one, two in pairwise(spans))
@@ -330,8 +300,8 @@ class ConsumerFitter:
         residual = summed - output.values_at(own, target.rows) - output.values_at(other, target.rows)
         step = residual.masked_fill(off, 0) / output.scale.masked_fill(off, 1)
         present = output.op.products_at(output.recompute(), target.rows).movedim(0, 1).flatten(1)
-        if target.bias is not None and target.bias_sign > 0:
-            present = present + self.shadows[target.bias[0]].reshape(-1)
+        if target.bias is not None and target.bias_sign:
+            present = present + target.share * self.shadows[target.bias[0]].reshape(-1)
         if (offset := self._fit(output.op, target, present + step)) is not None:
             own.copy_(output.recomputed(own, offset if target.bias_sign else 0.0))
 
@@ -357,8 +327,7 @@ class ConsumerFitter:
         if outputs.shape[1] != len(op.weight) or (bias is None) != (target.bias is None):
             return None
         targets = outputs.reshape(len(outputs), op.groups, -1).movedim(1, 0)
-        # Without the running mean, as `outputs` are.
-        start = None if bias is None else (bias * (target.bias_sign >= 0)).reshape(op.groups, -1)
+        start = None if bias is None else (bias * target.share).reshape(op.groups, -1)
         odd = target.rows * self.samples // target.positions % 2 == 1
         found = self.solve(op, op.columns(target.rows), targets, start, odd)
         if found is None:
@@ -371,29 +340,3 @@ class ConsumerFitter:
             bias.add_((change * (target.bias_sign or 1)).reshape(bias.shape))
             self.fitted.add(target.bias[0])
         return change.to(op.weight.dtype)
-
-
-def concatenated(batches: Iterable[Any], limits: ReconstructionLimits) -> Any:
-    """The batches as one, or the first alone where their leaves cannot be concatenated; cut to the limits."""
-    listed = list(batches)
-    if not listed:
-        return None
-    flat = [tree_flatten(batch) for batch in listed]
-    leaves = [each[0] for each in flat]
-    sizes = [{len(leaf) for leaf in each if isinstance(leaf, Tensor) and leaf.dim()} for each in leaves]
-    alike = all(
-        len(size) == 1 and len(each) == len(leaves[0]) and all(isinstance(leaf, Tensor) and leaf.dim() for leaf in each)
-        for size, each in zip(sizes, leaves, strict=True)
-    )
-    shapes = [[leaf.shape[1:] for leaf in each] for each in leaves] if alike else []
-    if not alike or any(shape != shapes[0] for shape in shapes):
-        return _limited(listed[0], limits)
-    return _limited(tree_unflatten([torch.cat(parts) for parts in zip(*leaves, strict=True)], flat[0][1]), limits)
-
-
-def _limited(batch: Any, limits: ReconstructionLimits) -> Any:
-    """As many samples of the batch as the limits allow, two at least."""
-    sizes = [
-        leaf[0].numel() for leaf in tree_flatten(batch)[0] if isinstance(leaf, Tensor) and leaf.dim() and len(leaf)
-    ]
-    return first_samples(batch, max(2, min(limits.samples, limits.entries // max([1, *sizes]))))

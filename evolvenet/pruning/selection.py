@@ -269,7 +269,7 @@ def _refit(
     delta.narrow(tie.dim, tie.start, length).copy_(moved.reshape(consumed.shape).movedim(0, tie.dim))
     yield tie.tensor, delta
     if bias is not None:
-        yield bias, torch.einsum("u,upok->o", offset, places[removed])
+        yield bias.name, bias.sign * torch.einsum("u,upok->o", offset, places[removed])
 
 
 def _with_deltas(model: nn.Module, surgery: Surgery, deltas: Mapping[str, Tensor]) -> Surgery:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from evolvenet._compat.torch import schema_of
 from evolvenet.tracing.labels import LabelGraph
-from evolvenet.tracing.rules import Call
+from evolvenet.tracing.rules import Call, elementwise, rule
 
 ADDENDS = {
     "add": ("self", "other"),
@@ -30,6 +30,12 @@ NORMS = ("bias", "running_mean", "mean")
 GATING = frozenset({"aten::convolution", "aten::masked_fill", "aten::masked_fill_"})
 """Ops besides those of corresponding elements that scale or gate units by a tensor's entries: convolutions with groups do, and
 the weight of one without has a role, see `build_graph`."""
+
+
+@rule("rsub")
+def reverse_difference(call: Call) -> None:
+    """The difference b − a: elementwise, which torch does not say of this op."""
+    elementwise(call)
 
 
 def record_addends(call: Call, label_graph: LabelGraph) -> None:

@@ -33,7 +33,8 @@ from evolvenet.engine.functional import commit
 from evolvenet.engine.invariants import ModelReference, validate
 from evolvenet.measurement.activation_moments import collect
 from evolvenet.measurement.width_spectra import measure
-from evolvenet.pruning.reconstruction import TRAINING_LIMITS, reconstruct
+from evolvenet.pruning.reconstruction import reconstruct
+from evolvenet.pruning.reconstruction_batch import TRAINING_LIMITS
 from evolvenet.pruning.selection import plan_prune
 from experiments.models.resnet import ResNet
 from experiments.pages import machine_line, markdown, write_whole

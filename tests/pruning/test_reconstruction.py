@@ -12,7 +12,8 @@ import evolvenet
 from evolvenet.execution import residual_sums as sums_module
 from evolvenet.graph.index_map import IndexMap
 from evolvenet.measurement.activation_moments import collect
-from evolvenet.pruning.reconstruction import ReconstructionLimits, reconstruct
+from evolvenet.pruning.reconstruction import reconstruct
+from evolvenet.pruning.reconstruction_batch import ReconstructionLimits
 from evolvenet.pruning.selection import choose
 from evolvenet.surgery.resize_model import compile_surgery, install
 from evolvenet.tracing.trace import trace

@@ -42,6 +42,18 @@ WAYS: dict[str, tuple[str, str, Callable[[Tensor], Tensor], Callable[[Tensor], T
         lambda b: b,
         lambda x, w, b: (F.conv2d(x[:, :, None, None], w) + b.view(1, -1, 1, 1)).flatten(1),
     ),
+    "a bias subtracted": ("w", "b", lambda w: w, lambda b: -b, lambda x, w, b: F.linear(x, w) - b),
+    "subtracted in place": ("kernel", "b", lambda w: w.T, lambda b: -b[None], lambda x, w, b: (x @ w).sub_(b)),
+    "subtracted in reverse": ("w", "b", lambda w: w, lambda b: -b, lambda x, w, b: torch.rsub(b, F.linear(x, w))),
+    "subtracted from images": (
+        "kernel",
+        "b",
+        lambda w: w[:, :, None, None],
+        lambda b: -b[None, :, None, None],
+        lambda x, w, b: (F.conv2d(x[:, :, None, None], w) - b).flatten(1),
+    ),
+    "subtracted from a bias": ("w", "b", lambda w: -w, lambda b: b, lambda x, w, b: b - F.linear(x, w)),
+    "subtracted by rsub": ("w", "b", lambda w: -w, lambda b: b, lambda x, w, b: torch.rsub(F.linear(x, w), b)),
 }
 """{name: (name of the weight, name of the bias, their layouts from `nn.Linear`'s, the op)}."""
 

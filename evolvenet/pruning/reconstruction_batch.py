@@ -1,0 +1,75 @@
+"""How much data a reconstruction uses, and the batches as one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from evolvenet._compat.torch import tree_flatten, tree_unflatten
+from evolvenet.execution.inputs import first_samples
+
+
+@dataclass(frozen=True)
+class ReconstructionLimits:
+    """Bounds on the memory and the computation of a reconstruction.
+
+    Args:
+        samples: most samples of the batches that are used.
+        entries: most numbers in the inputs that are used: all run in one pass, and a thousand photographs would not fit
+            in memory.
+        rows: most output positions (samples × positions) that one consumer is fitted on.
+        multiplications: most multiplications for the Gram matrix of one consumer's inputs.
+    """
+
+    samples: int
+    entries: int
+    rows: int
+    multiplications: float
+
+    def rows_for(self, columns: int) -> int:
+        """Output positions to fit a matrix of so many columns on.
+
+        >>> TRAINING_LIMITS.rows_for(100), TRAINING_LIMITS.rows_for(2304)
+        (2048, 465)
+        """
+        # [rows, rows] in the dual form takes rows² · columns, [columns, columns] in the primal one rows · columns².
+        dual = int((self.multiplications / columns) ** 0.5)
+        fitting = dual if dual < 2 * columns else int(self.multiplications / columns**2)
+        return max(16, min(self.rows, fitting))
+
+
+ONE_SHOT_LIMITS = ReconstructionLimits(samples=1024, entries=8_000_000, rows=8192, multiplications=4e10)
+"""For a single cut: a thousand images were enough on MNIST."""
+
+TRAINING_LIMITS = ReconstructionLimits(samples=256, entries=8_000_000, rows=2048, multiplications=5e8)
+"""For the cuts of a training run: they are many, and training goes on after each."""
+
+
+def concatenated(batches: Iterable[Any], limits: ReconstructionLimits) -> Any:
+    """The batches as one, or the first alone where their leaves cannot be concatenated; cut to the limits."""
+    listed = list(batches)
+    if not listed:
+        return None
+    flat = [tree_flatten(batch) for batch in listed]
+    leaves = [each[0] for each in flat]
+    sizes = [{len(leaf) for leaf in each if isinstance(leaf, Tensor) and leaf.dim()} for each in leaves]
+    alike = all(
+        len(size) == 1 and len(each) == len(leaves[0]) and all(isinstance(leaf, Tensor) and leaf.dim() for leaf in each)
+        for size, each in zip(sizes, leaves, strict=True)
+    )
+    shapes = [[leaf.shape[1:] for leaf in each] for each in leaves] if alike else []
+    if not alike or any(shape != shapes[0] for shape in shapes):
+        return _limited(listed[0], limits)
+    return _limited(tree_unflatten([torch.cat(parts) for parts in zip(*leaves, strict=True)], flat[0][1]), limits)
+
+
+def _limited(batch: Any, limits: ReconstructionLimits) -> Any:
+    """As many samples of the batch as the limits allow, two at least."""
+    sizes = [
+        leaf[0].numel() for leaf in tree_flatten(batch)[0] if isinstance(leaf, Tensor) and leaf.dim() and len(leaf)
+    ]
+    return first_samples(batch, max(2, min(limits.samples, limits.entries // max([1, *sizes]))))
