@@ -15,9 +15,9 @@ from evolvenet.tracing.verification import Verification
 def with_least_sizes(verification: Verification, graph: WidthGraph) -> WidthGraph:
     """The graph, in which `smallest` of every resizable width is a size that the model runs with.
 
-    All widths are tried together at the size that is known from the ops (one unit, or two groups), in one run for shapes.
-    Only if that fails, those that fail are found, each with the fewest units with which it passes: more units than
-    needed to pass are taken to pass too. The other trials never have axes of one unit, since these have no labels.
+    All widths are tried together at the size that is known from the ops (one unit, two groups, one multiple), in one run
+    for shapes. Only if that fails, those that fail are found, each with the fewest units with which it passes: more units
+    than needed to pass are taken to pass too. The other trials never have axes of one unit, since these have no labels.
 
     Args:
         verification: trials of the model, in all modes.
@@ -25,20 +25,20 @@ def with_least_sizes(verification: Verification, graph: WidthGraph) -> WidthGrap
     """
 
     def failure(names: Sequence[str], more: int = 0) -> str | None:
-        sizes = {name: graph.widths[name].smallest + more for name in names}
-        maps = {name: IndexMap.keep(range(size), graph.widths[name].size) for name, size in sizes.items()}
-        return verification.failure(graph, maps)
+        widths = [graph.widths[name] for name in names]
+        sizes = {width.name: (width.smallest + more * width.multiple, width.size) for width in widths}
+        return verification.failure(graph, {name: IndexMap.keep(range(new), old) for name, (new, old) in sizes.items()})
 
     names = [width.name for width in graph.resizable if width.smallest < width.size]
     failed = bisect(classes_of(names, lambda name: structure(graph.widths[name])), failure)
     widths = dict(graph.widths)
     for members in classes_of([names[number] for number in failed], lambda name: structure(widths[name])):
         first = widths[members[0][1]]
-        low, high = 1, first.size - first.smallest
+        low, high = 1, (first.size - first.smallest) // first.multiple
         more = low
         while low < high:
             low, high = (low, more) if failure([first.name], more) is None else (more + 1, high)
             more = (low + high) // 2
         for _, name in members:
-            widths[name] = replace(widths[name], smallest=widths[name].smallest + low)
+            widths[name] = replace(widths[name], smallest=widths[name].smallest + low * widths[name].multiple)
     return replace(graph, widths=Widths(widths))
