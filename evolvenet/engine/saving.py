@@ -16,7 +16,7 @@ from evolvenet.graph.width_graph import WidthGraph
 from evolvenet.surgery.checkpoint import find_record, load_state
 from evolvenet.surgery.checkpoint_file import read, state_in, write
 from evolvenet.surgery.state_parts import fit_file_replacements, own_part
-from evolvenet.surgery.width_record import RECORD_KEY, WidthRecord, record_of, remember
+from evolvenet.surgery.width_record import RECORD_KEY, WidthRecord, record_of, remember, shapes_of
 from evolvenet.tracing.trace import trace
 
 
@@ -47,16 +47,28 @@ def save(model: nn.Module, path: str | Path, example_inputs: Any = None) -> None
     ...     load(build(), f"{folder}/narrow.pt")[0]
     Linear(in_features=4, out_features=3, bias=True)
     """
-    path = Path(path)
+    write(Path(path), model, state_with_record(model, example_inputs))
+
+
+def state_with_record(model: nn.Module, example_inputs: Any = None) -> Mapping[str, Any]:
+    """A model's state dict, with the record of its widths in its metadata if they are known.
+
+    Args:
+        model: any module.
+        example_inputs: to trace it on if they are not; None to leave them unknown.
+    """
     state: Any = model.state_dict()
     record = record_of(model)
+    # Modules may have been exchanged since (adapters merged into their layers): the record is of other names then.
+    if record is not None and record.graph is not None and not set(record.graph.shapes) <= set(shapes_of(model)):
+        record = None
     if record is None and example_inputs is not None:
         record = WidthRecord.of(model, trace(model, example_inputs))
         remember(model, record)
     own = state_dict_metadata(state).get("")
     if record is not None and own is not None:
         own.setdefault(RECORD_KEY, record.state_dict(model))
-    write(path, model, state)
+    return state
 
 
 def load(model: nn.Module, path: str | Path, map_location: Any = "cpu", example_inputs: Any = None) -> nn.Module:

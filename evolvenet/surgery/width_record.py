@@ -186,6 +186,11 @@ def remember(model: nn.Module, record: WidthRecord) -> None:
     _records[model] = record
 
 
+def forget(model: nn.Module) -> None:
+    """Drop the record of a model, whose modules get other names."""
+    _records.pop(model, None)
+
+
 def remember_widths(model: nn.Module, graph: WidthGraph, original: Mapping[str, int] | None = None) -> None:
     """Keep the widths of a model for as long as the model is there.
 

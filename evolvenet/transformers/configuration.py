@@ -40,21 +40,24 @@ Way = tuple[str | int, ...]
 Shapes = Mapping[str, tuple[int, ...]]
 
 
-def builds(model: PreTrainedModel, config: Any) -> bool:
-    """Whether a configuration builds a model of the same shapes as this one.
+def builds(model: PreTrainedModel, config: Any, shapes: Shapes) -> bool:
+    """Whether a configuration builds a model of certain shapes.
 
     Args:
-        model: with any widths.
-        config: of its class.
+        model: its class counts.
+        config: of that class.
+        shapes: {name: shape} of all parameters and buffers.
     """
-    return _distance(shapes_of(model), _shapes_of_built(type(model), config)) == 0
+    return _distance(shapes, _shapes_of_built(type(model), config)) == 0
 
 
-def equal_configuration(model: PreTrainedModel, inputs: Any) -> Any:
+def equal_configuration(model: PreTrainedModel, state: Mapping[str, Any], shapes: Shapes, inputs: Any) -> Any:
     """A configuration with which the model's class builds a model of the same widths and outputs.
 
     Args:
         model: whose widths have changed; its own configuration is the one that is changed in a copy.
+        state: its state dict, by the names that the model will have that is built.
+        shapes: {name: shape} of its parameters and buffers, by these names.
         inputs: of the model, to compare outputs; None if there are none, and no configuration is found then.
 
     Returns:
@@ -62,7 +65,7 @@ def equal_configuration(model: PreTrainedModel, inputs: Any) -> Any:
     """
     if inputs is None or replacements(model):
         return None
-    return _Search(model, shapes_of(model), inputs).run()
+    return _Search(model, state, shapes, inputs).run()
 
 
 @dataclass
@@ -70,6 +73,7 @@ class _Search:
     """Depth first, the change first that brings the shapes nearest."""
 
     model: PreTrainedModel
+    state: Mapping[str, Any]
     wanted: Shapes
     inputs: Any
     left: int = BUILDS
@@ -86,7 +90,7 @@ class _Search:
 
     def _from(self, config: Any, distance: float) -> Any:
         if distance == 0:
-            return config if _same_outputs(self.model, config, self.inputs) else None
+            return config if _same_outputs(self.model, self.state, config, self.inputs) else None
         nearer: list[tuple[float, int, Any]] = []
         built = _shapes_of_built(type(self.model), config)
         for number, values in enumerate(_candidates(config, _changes(built, self.wanted))):
@@ -197,14 +201,14 @@ def _pin(model: nn.Module, config: Any, name: str) -> None:
             setattr(each, name, *found)
 
 
-def _same_outputs(model: PreTrainedModel, config: Any, inputs: Any) -> bool:
+def _same_outputs(model: PreTrainedModel, state: Mapping[str, Any], config: Any, inputs: Any) -> bool:
     """Whether a model of that configuration computes the same with the model's weights."""
     try:
         if hasattr(config, "validate"):
             config.validate()
         kind: Any = type(model)
         other = kind.from_pretrained(
-            None, config=copy.deepcopy(config), state_dict=dict(model.state_dict()), dtype=model.dtype
+            None, config=copy.deepcopy(config), state_dict=dict(state), dtype=model.dtype
         ).to(model.device)  # fmt: skip
         ours, theirs = (outputs_on(each, [inputs]) for each in (model, other))
     except Exception as error:  # noqa: BLE001  a configuration that does not work is an answer

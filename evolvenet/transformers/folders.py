@@ -1,0 +1,189 @@
+"""One model of the transformers library in a folder: written with its widths, and built from them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoConfig, PreTrainedModel
+
+from evolvenet._compat.torch import state_dict_metadata, with_metadata
+from evolvenet.engine.saving import state_with_record
+from evolvenet.errors import RecordError
+from evolvenet.execution.dummy_inputs import dummy_inputs
+from evolvenet.graph.renaming import Rename
+from evolvenet.surgery.checkpoint import fit_shapes
+from evolvenet.surgery.checkpoint_file import FOLDER_RECORD, read_folder_record, write_folder_record
+from evolvenet.surgery.module_replacement import Record, find_replacements, fit_replacements
+from evolvenet.surgery.width_record import RECORD_KEY, WidthRecord, remember, renamed_state, shapes_of
+from evolvenet.transformers.configuration import builds, equal_configuration
+
+
+def save_model(
+    model: PreTrainedModel, folder: Path, example_inputs: Any, options: Mapping[str, Any], rename: Rename | None = None
+) -> bool:
+    """Write a model, its widths, and the configuration that says them if there is one.
+
+    Args:
+        model: with any widths.
+        folder: is made if it is not there.
+        example_inputs: to trace it on if its widths are not known, and to compare outputs on; None for made-up ones.
+        options: of `model.save_pretrained`.
+        rename: from the names of its tensors and modules to those in the file; None for what is left out. Its outputs have to
+            be those of the model in the file.
+
+    Returns:
+        Whether the transformers library alone loads the folder.
+
+    Raises:
+        RecordError: if its widths are not known.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    state = _renamed(state_with_record(model, example_inputs), rename)
+    shapes = shapes_of(model) if rename is None else _by_new_name(shapes_of(model), rename)
+    inputs = dummy_inputs(model) if example_inputs is None else example_inputs
+    record = known_widths(state)
+    fits = builds(model, model.config, shapes)
+    config = model.config if fits and not _changed(record) else equal_configuration(model, state, shapes, inputs)
+    if config is None and record is None and not fits:
+        raise RecordError(
+            f"The {type(model).__name__} has other widths than its configuration, expected a record of them, got none: it was "
+            "copied or unpickled, or its weights were exchanged by other code. Give save_pretrained(example_inputs=...)."
+        )
+    (folder / FOLDER_RECORD).unlink(missing_ok=True)
+    own = model.config
+    try:
+        model.config = own if config is None else config
+        model.save_pretrained(folder, **(options if rename is None else {**options, "state_dict": dict(state)}))
+    finally:
+        model.config = own
+    if record is not None or find_replacements(state):
+        write_folder_record(folder, state)
+    return config is not None
+
+
+def _renamed(state: Mapping[str, Any], rename: Rename | None) -> Mapping[str, Any]:
+    if rename is None:
+        return state
+    metadata = {path: dict(entries) for path, entries in _by_new_name(state_dict_metadata(state), rename).items()}
+    metadata.setdefault("", {}).pop(RECORD_KEY, None)
+    if (record := known_widths(state)) is not None:
+        metadata[""][RECORD_KEY] = renamed_state(record, rename)
+    return with_metadata(_by_new_name(state, rename), metadata)
+
+
+def _by_new_name(entries: Mapping[str, Any], rename: Rename) -> dict[str, Any]:
+    return {new: entry for name, entry in entries.items() if (new := rename(name)) is not None}
+
+
+def known_widths(state: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """The record in a state dict's metadata, if it has the widths of the tensors."""
+    record = state_dict_metadata(state).get("", {}).get(RECORD_KEY)
+    return record if record is not None and "graph" in record else None
+
+
+def _changed(record: Mapping[str, Any] | None) -> bool:
+    """Whether widths have other sizes than at first."""
+    graph = None if record is None else WidthRecord.from_state_dict(record).graph
+    if graph is None or record is None:
+        return False
+    return any(width.size != record["original"].get(name, width.size) for name, width in graph.widths.items())
+
+
+def load_model(folder: Path, model_class: type[PreTrainedModel] | None, options: Mapping[str, Any]) -> Any:
+    """Build, reshape and load what `save_model` wrote.
+
+    Args:
+        folder: with a config.json.
+        model_class: by default the class that the configuration names.
+        options: of `model_class.from_pretrained`.
+
+    Raises:
+        RecordError: if the folder does not hold the whole model.
+    """
+    metadata = read_folder_record(folder)
+    record = metadata.get("", {}).get(RECORD_KEY)
+    kind = _class_of(folder) if model_class is None else model_class
+    built = _reshaping(kind, record, find_replacements(with_metadata({}, metadata))) if metadata else kind
+    model = _loaded(built, folder, options)
+    model.__class__ = kind
+    if record is not None:
+        # The transformers library has computed buffers that are not saved by the configuration.
+        fit_shapes(model, {}, record=record)
+        remember(model, WidthRecord.from_state_dict(record))
+    return model
+
+
+def _class_of(folder: Path) -> type[PreTrainedModel]:
+    """The class that a folder's configuration names."""
+    config = AutoConfig.from_pretrained(folder)
+    names = getattr(config, "architectures", None) or []
+    found = getattr(transformers, names[0], None) if names else None
+    if found is None:
+        raise RecordError(
+            f"{folder}: expected config.json to name a class of the transformers library under 'architectures', got {names}. "
+            "Give from_pretrained(directory, model_class=...)."
+        )
+    return found
+
+
+def _reshaping(
+    kind: type[PreTrainedModel], record: Mapping[str, Any] | None, replaced: Mapping[str, Record]
+) -> type[PreTrainedModel]:
+    """A subclass that is built with the recorded widths, so that the transformers library loads into the right shapes."""
+    graph = None if record is None else WidthRecord.from_state_dict(record).graph
+    shapes = {} if graph is None else dict(graph.shapes)
+    shapes |= (
+        {} if graph is None else {other: shapes[first] for other, first in graph.aliases.items() if first in shapes}
+    )
+    # Buffers that are not saved are initialized in the shapes of the configuration, and exchanged after loading.
+    hidden = set(() if record is None else record["buffers"])
+    wanted = {name: torch.empty(shape, device="meta") for name, shape in shapes.items() if name not in hidden}
+    numbers = {"numbers": () if record is None else record["numbers"], "buffers": {}}
+
+    def build(self: PreTrainedModel, *args: Any, **options: Any) -> None:
+        kind.__init__(self, *args, **options)
+        fit_replacements(self, replaced, wanted)
+        fit_shapes(self, wanted, record=numbers)
+
+    names = {
+        "__module__": kind.__module__,
+        "__qualname__": kind.__qualname__,
+        "__init__": build,
+        "__doc__": kind.__doc__,
+    }
+    return type(kind.__name__, (kind,), names)
+
+
+def _loaded(kind: type[PreTrainedModel], folder: Path, options: Mapping[str, Any]) -> Any:
+    """Load, and refuse what the transformers library would initialize at random or leave out.
+
+    Raises:
+        RecordError: naming the tensors.
+    """
+    try:
+        # Sizes that differ are refused below, with a message that says what to do.
+        loaded: Any = kind.from_pretrained(
+            folder, **{**options, "output_loading_info": True, "ignore_mismatched_sizes": True}
+        )
+    except (OSError, ValueError) as error:
+        raise RecordError(
+            f"{folder} cannot be read: expected a folder that save_pretrained wrote, got {error}"
+        ) from error
+    model, found = loaded
+    problems = [
+        f"{what} {sorted(map(str, found[key]))[:5]}"
+        for key, what in (
+            ("missing_keys", "without"), ("unexpected_keys", "with the unknown"), ("mismatched_keys", "of other shapes"),
+        )
+        if found.get(key)
+    ]  # fmt: skip
+    if problems:
+        raise RecordError(
+            f"{folder} does not hold a {kind.__name__} of the widths in {FOLDER_RECORD} and config.json: expected all of its "
+            f"tensors, got a state dict {', '.join(problems)}. Save the model anew with evolvenet.transformers.save_pretrained."
+        )
+    return model
