@@ -16,6 +16,7 @@ import evolvenet
 from evolvenet.engine.snapshot import Snapshot
 from evolvenet.graph.index_map import IndexMap
 from evolvenet.surgery.resize_model import compile_surgery, install
+from evolvenet.tracing.numbers_of_widths import fewest_passing
 from evolvenet.tracing.trace import trace
 from tests.helpers.cases import distance, outputs
 from tests.helpers.tracing import Between, shuffle_and_widen
@@ -224,3 +225,23 @@ def test_modules_without_tensors_follow_the_width_beside_them(name: str) -> None
     graph = trace(model, x)
     assert [width.name for width in graph.resizable] == ["0"]
     shuffle_and_widen(model, graph, x)
+
+
+@pytest.mark.parametrize(
+    ("needed", "most"),
+    [(set(), 9), ({"3"}, 6), ({"1", "4"}, 30), ({"never"}, 10)],
+    ids=["all pass", "one", "two", "none that matters"],
+)
+def test_numbers_that_leave_the_failure_as_it_is_cost_few_trials(needed: set[str], most: int) -> None:
+    tried: list[frozenset[str]] = []
+
+    def failure(keys: frozenset[str]) -> str | None:
+        tried.append(keys)
+        left = needed - keys
+        harm = "5" in keys and needed
+        return f"fails for want of {sorted(left)}" if left else "too many steps" if harm else None
+
+    found = fewest_passing([str(number) for number in range(8)], failure)
+    assert found == (None if "never" in needed else needed)
+    assert len(tried) <= most + len(found or ())
+    assert len(set(tried)) == len(tried)
