@@ -317,6 +317,23 @@ def convolution(call: Call) -> None:
     return None
 
 
+@rule("conv_tbc")
+def convolution_over_steps(call: Call) -> None:
+    """A contraction over the channels of `[steps, batch, channels]` with a weight `[kernel, channels, outputs]`."""
+    source, weight, bias = call.args[0], call.args[1], call.args[2]
+    label = call.label_of(weight)
+    for layer in label.layers:
+        if 0 in varying(layer):
+            call.label_graph.freeze(layer, KERNEL)
+    call.set_label(weight, replace(label, layers=tuple(layer for layer in label.layers if 0 not in varying(layer))))
+    for layer in call.label_of(source).layers:
+        if 0 in varying(layer):
+            call.label_graph.freeze(layer, f"{call.location} works along its units")
+    layers = contract(call, source, "tbc", weight, "xco", "Tbo")
+    layers = merge(call.label_graph, [layers, [align(layer, 3) for layer in call.label_of(bias).layers]])
+    call.label_output(call.out, layers)
+
+
 def _freeze_kernel_axes(call: Call, weight: Tensor) -> None:
     """Freeze the spatial axes of the kernel and, with groups, its second axis, which counts within one group."""
     label = call.label_of(weight)

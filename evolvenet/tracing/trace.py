@@ -23,6 +23,7 @@ import evolvenet.tracing.contraction_rules  # registers its rules
 import evolvenet.tracing.grouped_rules  # registers its rules
 import evolvenet.tracing.indexing_rules  # registers its rules
 import evolvenet.tracing.joining_rules  # registers its rules
+import evolvenet.tracing.linalg_rules  # registers its rules
 import evolvenet.tracing.loss_rules  # registers its rules
 import evolvenet.tracing.reduction_rules  # registers its rules
 import evolvenet.tracing.window_rules  # noqa: F401  registers its rules
