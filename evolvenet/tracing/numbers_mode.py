@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import traceback
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from evolvenet._compat.torch import in_backward, schema_of, storage_id, tree_leaves, tree_map_only
-from evolvenet.tracing.reasons import source_line
+from evolvenet.tracing.reasons import running_line
 from evolvenet.tracing.tracing_mode import TracingMode
 
 NARROWER = {
@@ -157,7 +156,7 @@ class FirstDifference(NumbersMode):
             name = schema_of(func).name
             if self.place < len(self.values) and not self._agrees(name, _numbers(out)):
                 where = self.path[-1] if self.path else "the model"
-                self.found = f"{name} in {where}", source_line(traceback.extract_stack())
+                self.found = f"{name} in {where}", running_line()
             self.place += 1
         return out
 

@@ -24,3 +24,18 @@ def test_a_reason_names_the_op_and_the_line_of_the_models_code() -> None:
 def test_a_model_of_torchs_own_code_alone_has_no_line() -> None:
     graph = trace(nn.Sequential(nn.Linear(5, 8), nn.Softmax(-1), nn.Linear(8, 2)), torch.zeros(2, 5))
     assert graph.widths["0"].frozen == "aten::_softmax in 1 (Softmax) makes its units compete"
+
+
+class Averaged(nn.Linear):
+    """A layer whose own code divides by a number of units."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input) / len(self.weight)
+
+
+def test_an_op_that_computes_other_numbers_is_named_with_its_line() -> None:
+    torch.manual_seed(0)
+    graph = trace(nn.Sequential(Averaged(5, 8), nn.Tanh(), nn.Linear(8, 2)), torch.ones(2, 5))
+    frozen = str(graph.widths["0"].frozen)
+    assert frozen.startswith("aten::div in 0 (Averaged) computes other values once units of zeros are added")
+    assert frozen.endswith(": return super().forward(input) / len(self.weight)")
