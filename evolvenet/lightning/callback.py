@@ -32,6 +32,10 @@ from evolvenet.lightning.trainer_parts import (
     shown_in_progress_bar,
 )
 from evolvenet.surgery.checkpoint import RECORD_KEY, fit_shapes, register_reshape_before_load
+from evolvenet.surgery.optimizer_values import norms_of, not_restored
+
+OPTIMIZERS_KEY = "evolvenet.optimizers"
+"""The key of a checkpoint under which the norms of what its optimizers keep are, see `norms_of`."""
 
 install()
 
@@ -98,6 +102,9 @@ class WidthEvolution(LightningEvolution, Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Record what the training step calls the model with, and warn if no event falls into the run."""
         self._has_trained = True
+        if self._optimizer_norms:
+            warn(not_restored(trainer.optimizers, self._optimizer_norms))
+            self._optimizer_norms = []
         self._events_before = len(self.history.events) if self.history else 0
         if self._resumed is None:
             warn(length_problem(trainer, pl_module, self.schedule))
@@ -204,6 +211,12 @@ class WidthEvolution(LightningEvolution, Callback):
         record = self._checkpoint_record(pl_module)
         if record is not None:
             metadata.setdefault("", {})[RECORD_KEY] = record.state_dict(pl_module)
+        if norms := norms_of(trainer.optimizers):
+            checkpoint[OPTIMIZERS_KEY] = norms
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Remember norms of what the optimizers kept, to warn where they do not get it back."""
+        self._optimizer_norms = checkpoint.get(OPTIMIZERS_KEY, [])
 
     def state_dict(self) -> dict[str, Any]:
         """The run's events and what the next ones depend on, for the checkpoint."""

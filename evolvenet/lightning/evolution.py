@@ -87,6 +87,7 @@ class LightningEvolution(EvolutionCallback):
         self._averages: list[nn.Module] = []
         self._metric: float | None = None
         self._has_trained = False
+        self._optimizer_norms: list[dict[str, float]] = []
         self._events_before = 0
         self._record_handle: RemovableHandle | None = None
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 from torch.optim import LBFGS, Optimizer
 
 from evolvenet._compat.torch import LBFGS_SIZE_CACHE
+from evolvenet.errors import OptimizerStateError
 from evolvenet.surgery.optimizer_state import follows_rules
-from evolvenet.surgery.optimizer_tensors import held_tensors, tensors_on
+from evolvenet.surgery.optimizer_tensors import held_tensors, tensors_on, with_inner
 from evolvenet.surgery.resize_model import exchange
 
 
@@ -74,6 +76,55 @@ def held_by_place(optimizer: Optimizer) -> dict[str, Tensor]:
     for parameter, place in _places(optimizer).items():
         found |= {f"{place}.{name}": tensor for name, tensor in tensors_on(parameter).items()}
     return found
+
+
+def norms_of(optimizers: Sequence[Optimizer]) -> list[dict[str, float]]:
+    """Of each optimizer and of those inside of them, norms of what it keeps: of all its state, and of each tensor elsewhere.
+
+    Empty where torch's own `state_dict` has all of it: no optimizer has others inside, or tensors outside of its state.
+    """
+    plain = all(len(with_inner([optimizer])) == 1 and not _held(optimizer) for optimizer in optimizers)
+    return [] if plain else [_norms(optimizer) for optimizer in with_inner(optimizers)]
+
+
+def _held(optimizer: Optimizer) -> dict[str, Tensor]:
+    try:
+        return held_by_place(optimizer)
+    except OptimizerStateError:
+        return {}
+
+
+def _norms(optimizer: Optimizer) -> dict[str, float]:
+    states = [dict(entries) for entries in optimizer.state.values() if isinstance(entries, Mapping)]
+    state = sum(_norm(entry) for entries in states for entry in entries.values() if isinstance(entry, Tensor))
+    return {"state": state, **{place: _norm(tensor) for place, tensor in _held(optimizer).items()}}
+
+
+def _norm(tensor: Tensor) -> float:
+    return float(tensor.detach().abs().double().square().sum().sqrt())
+
+
+def not_restored(optimizers: Sequence[Optimizer], saved: Sequence[Mapping[str, float]]) -> str | None:
+    """What the optimizers of a resumed run have not got back, since their `state_dict` does not hold it; None for nothing.
+
+    Args:
+        optimizers: after their states were loaded.
+        saved: `norms_of` them when the checkpoint was written.
+    """
+    now = [(type(optimizer).__name__, _norms(optimizer)) for optimizer in with_inner(optimizers)]
+    missing = [
+        f"{name}.{place}"
+        for (name, after), before in zip(now, saved, strict=False)
+        for place, norm in before.items()
+        if not math.isclose(norm, after.get(place, math.inf), rel_tol=1e-3)
+    ]
+    if not missing:
+        return None
+    return (
+        f"The resumed run is not the uninterrupted one: expected {', '.join(missing)} as the checkpoint's run had it, got other "
+        "values, since the optimizer's state_dict does not hold it. Let its state_dict and load_state_dict hold all that it and "
+        "the optimizers inside of it keep."
+    )
 
 
 def _places(optimizer: Optimizer) -> dict[Tensor, int]:
