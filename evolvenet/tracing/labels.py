@@ -46,6 +46,7 @@ class Label:
             together with other parameters only; None for what depends on data.
         value: the number that fills a constant from end to end; None where it is not known.
         single: the id of the only unit of a width that the tensor holds, `h[:, :1]`; None for any other tensor.
+        places: ids `[n]` of the units of which the tensor's numbers are places, 0 … n − 1; see `routing_rules`.
     """
 
     layers: tuple[Tensor, ...] = ()
@@ -53,6 +54,7 @@ class Label:
     origin: str | None = None
     value: float | None = None
     single: Tensor | None = None
+    places: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,8 @@ class LabelGraph:
         mixed: ids that influence each other in an op, with the op.
         multiples: layers with the number of which an op needs a multiple of places along them, and the op.
         fewest: ids of an axis with the number of its units that an op needs at least.
+        competing: ids that compete in an op, with the reason why they are frozen unless they are `routed`.
+        routed: ids of units by whose places something is picked or counted.
         whole_groups: ids of the channels of grouped ops, of which at least two groups must remain.
         roles: (tensor, axis) → whether the weight produces or consumes the axis's units.
         trainable: names of the parameters.
@@ -109,6 +113,8 @@ class LabelGraph:
     mixed: list[tuple[Tensor, str]] = field(default_factory=list)
     multiples: list[tuple[Tensor, int, str]] = field(default_factory=list)
     fewest: list[tuple[Tensor, int]] = field(default_factory=list)
+    competing: list[tuple[Tensor, str]] = field(default_factory=list)
+    routed: list[Tensor] = field(default_factory=list)
     whole_groups: list[Tensor] = field(default_factory=list)
     roles: dict[tuple[str, int], str] = field(default_factory=dict)
     trainable: frozenset[str] = frozenset()

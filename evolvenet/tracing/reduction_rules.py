@@ -53,7 +53,7 @@ def _squeeze(layer: Tensor, dims: set[int]) -> Tensor:
 
 @rule("_softmax", "_log_softmax", "_safe_softmax", "softmax", "log_softmax")
 def softmax(call: Call) -> None:
-    """Units along the normalised dimension are frozen, as a new one would change the others; the others pass.
+    """Units along the normalised dimension compete, see `routing_rules.settle_competition`; the others pass.
 
     Of units on a grid (branches × channels), those that are normalised together are tied.
     """
@@ -66,7 +66,7 @@ def softmax(call: Call) -> None:
         if len(varying(layer)) > 1:
             call.label_graph.union(layer, layer.narrow(axis, 0, 1))
         else:
-            call.label_graph.freeze(layer, f"{call.location} makes its units compete")
+            call.label_graph.competing.append((layer.reshape(-1), f"{call.location} makes its units compete"))
     call.label_output(call.out, layers)
 
 

@@ -50,6 +50,7 @@ from evolvenet.tracing.labels import DATA, LABELLED, Label, LabelGraph, varying
 from evolvenet.tracing.least_sizes import with_least_sizes
 from evolvenet.tracing.merging import merge
 from evolvenet.tracing.numeric_proof import compare_numbers
+from evolvenet.tracing.routing_rules import route, settle_competition
 from evolvenet.tracing.rules import Call, apply_rule
 from evolvenet.tracing.tracing_mode import TracingMode, run_under_mode
 from evolvenet.tracing.verification import Rerun, Verification, verify
@@ -196,10 +197,12 @@ def run_for_labels(
         for leaf in tensors_of(result):
             if training == modes[0]:
                 label_graph.output_shapes.append(tuple(leaf.shape))
-            for layer in mode.label_of(leaf).layers:
+            label = mode.label_of(leaf)
+            for layer in (*label.layers, *(() if label.places is None else (label.places,))):
                 label_graph.freeze(layer, OUTPUT)
         label_graph.modes_with_new_tensors.append(len(label_graph.first_use) > used)
     label_graph.mark_lengths()
+    settle_competition(label_graph)
     return label_graph
 
 
@@ -252,7 +255,8 @@ class LabelMode(TracingMode):
         record_addends(call, self.label_graph)
         record_masks(call, self.label_graph)
         self.label_graph.op = call.location
-        apply_rule(call)
+        if not route(call):
+            apply_rule(call)
         return out
 
     def on_gradients(

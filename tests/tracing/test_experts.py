@@ -13,10 +13,10 @@ from evolvenet.errors import ResizeError
 from evolvenet.graph.index_map import IndexMap
 from evolvenet.tracing.trace import trace
 from tests.helpers.cases import shuffled
-from tests.helpers.networks.experts import Mixture
+from tests.helpers.networks.experts import Mixture, PickedExperts
 
 WORDS = torch.randint(11, (3, 8), generator=torch.Generator().manual_seed(0))
-WAYS = [{"stored": stored, "bias": bias} for stored in ("out in", "in out") for bias in (False, True)]
+WAYS = [{"stored": "out in"}, {"stored": "in out", "bias": True}]
 
 
 def mixture(**options: object) -> Mixture:
@@ -29,6 +29,10 @@ def outputs(model: nn.Module) -> Tensor:
         return model(WORDS)
 
 
+def router_of(model: nn.Module) -> nn.Linear:
+    return next(module for name, module in model.named_modules() if name.endswith("router"))  # pyright: ignore
+
+
 def far(one: Tensor, two: Tensor) -> float:
     return float((one - two).abs().max())
 
@@ -37,12 +41,13 @@ def far(one: Tensor, two: Tensor) -> float:
 def test_stream_and_inner_widths_permute_prune_and_train_on(way: dict[str, object]) -> None:
     model = mixture(**way)
     graph = trace(model, WORDS)
-    assert {"words": 16, "blocks.0": 24, "blocks.1": 24}.items() <= graph.sizes.items()
+    experts = {"blocks.0.router": 4, "blocks.1.router": 4}
+    assert graph.sizes == {"words": 16, "blocks.0": 24, "blocks.1": 24, **experts}
     expected = outputs(model)
     assert far(outputs(copy.deepcopy(model).slowly()), expected) < 1e-5
     graph = evolvenet.resize(model, graph, {name: shuffled(size) for name, size in graph.sizes.items()})
     assert far(outputs(model), expected) < 1e-5
-    graph = evolvenet.prune(model, graph, {"words": 8, "blocks.0": 16, "blocks.1": 8})
+    graph = evolvenet.prune(model, graph, {"words": 8, "blocks.0": 16, "blocks.1": 8, "blocks.0.router": 3})
     assert graph.sizes == trace(model, WORDS).sizes
     assert far(outputs(copy.deepcopy(model).slowly()), outputs(model)) < 1e-5
     model(WORDS).square().mean().backward()
@@ -92,3 +97,62 @@ def test_a_width_of_no_multiple_keeps_its_size() -> None:
     """12 units of single precision are a multiple of 4, in half precision they would be none of 8."""
     model = mixture(inner=12)
     assert trace(model, WORDS).widths["blocks.0"].multiple == 4
+
+
+def test_an_expert_goes_with_its_row_of_the_router() -> None:
+    """The same as a router that never selects it."""
+    model = mixture(bias=True)
+    graph = trace(model, WORDS)
+    tensors = {tie.tensor.removeprefix("blocks.0.") for tie in graph.widths["blocks.0.router"].ties}
+    assert tensors == {"router.weight", "router.bias", "up", "down", "up_bias", "down_bias"}
+    without = copy.deepcopy(model)
+    with torch.no_grad():
+        router_of(without).bias[1] = -1e9
+    evolvenet.resize(model, graph, {"blocks.0.router": IndexMap.keep([0, 2, 3], size=4)})
+    assert far(outputs(model), outputs(without)) < 1e-5
+    assert far(outputs(copy.deepcopy(model).slowly()), outputs(model)) < 1e-5
+
+
+def test_as_many_experts_stay_as_are_selected_and_none_is_added() -> None:
+    model = mixture()
+    graph = trace(model, WORDS)
+    assert graph.widths["blocks.0.router"].smallest == 2
+    with pytest.raises(ResizeError, match="needs 2 units or more"):
+        evolvenet.prune(model, graph, {"blocks.0.router": 1})
+    with pytest.raises(ResizeError, match="cannot grow"):
+        evolvenet.grow(model, graph, {"blocks.0.router": 5})
+
+
+ROWS = torch.randn(7, 4, generator=torch.Generator().manual_seed(0)).double()
+
+
+@pytest.mark.parametrize("way", ["index", "one", "embedding", "scatter"])
+def test_experts_that_are_picked_in_other_ways(way: str) -> None:
+    torch.manual_seed(0)
+    model = PickedExperts(way).double()
+    graph = trace(model, ROWS)
+    assert graph.sizes == {"first": 5, "router": 6, "weight": 5}
+    with torch.no_grad():
+        expected = model(ROWS)
+        graph = evolvenet.resize(model, graph, {name: shuffled(size) for name, size in graph.sizes.items()})
+        assert far(model(ROWS), expected) < 1e-12
+        without = copy.deepcopy(model)
+        router_of(without).bias[2] = -1e9
+        evolvenet.resize(model, graph, {"router": IndexMap.keep([0, 1, 3, 4, 5], size=6)})
+        assert far(model(ROWS), without(ROWS)) < 1e-12
+
+
+@pytest.mark.parametrize(
+    ("way", "reason"), [("code", "computes with the places"), ("one_hot", "computes with"), ("output", "output")]
+)
+def test_experts_stay_where_their_places_are_more_than_places(way: str, reason: str) -> None:
+    torch.manual_seed(0)
+    graph = trace(PickedExperts(way).double(), ROWS)
+    frozen = graph.widths["router"].frozen
+    assert frozen is not None
+    assert reason in frozen
+
+
+def test_units_that_compete_and_are_not_routed_stay() -> None:
+    model = nn.Sequential(nn.Linear(4, 6), nn.Softmax(-1), nn.Linear(6, 2))
+    assert "makes its units compete" in str(trace(model, ROWS.float()).widths["0"].frozen)

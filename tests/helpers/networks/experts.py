@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -82,3 +84,46 @@ class Mixture(nn.Module):
         for block in self.blocks:
             setattr(block, "slow", True)  # noqa: B010
         return self
+
+
+class PickedExperts(nn.Module):
+    """Experts of one matrix each, multiplied in another way than group by group.
+
+    Args:
+        way: "index": `weight[places]`; "one": the best alone, by `argmax`; "embedding": the matrices looked up as rows of a
+            table; "scatter" and "one_hot": all experts run, and shares of 0 for those that are not selected; "code": as "index",
+            and the places are computed with; "output": as "index", and the places are an output.
+    """
+
+    def __init__(self, way: str, size: int = 5, experts: int = 6, most: int = 2) -> None:
+        super().__init__()
+        self.way, self.most, self.number = way, most, experts
+        self.first = nn.Linear(4, size)
+        self.router = nn.Linear(size, experts)
+        self.weight = nn.Parameter(torch.randn(experts, size, size))
+        self.last = nn.Linear(size, 2)
+
+    def forward(self, x: Tensor) -> Any:
+        h = self.first(x).tanh()
+        shares = self.router(h).softmax(-1)
+        if self.way == "one":
+            places = shares.argmax(-1, keepdim=True)
+            values = shares.gather(-1, places).ceil()
+        else:
+            values, places = shares.topk(self.most, -1)
+            values = values / values.sum(-1, keepdim=True)
+        if self.way in ("scatter", "one_hot"):
+            dense = torch.zeros_like(shares).scatter_(-1, places, values)
+            if self.way == "one_hot":
+                chosen = nn.functional.one_hot(places, self.number).to(values.dtype)
+                dense = (chosen * values.unsqueeze(-1)).sum(1)
+            mixed = torch.einsum("te,teo->to", dense, torch.einsum("ti,eio->teo", h, self.weight))
+        else:
+            table = self.weight.flatten(1)
+            picked = nn.functional.embedding(places, table) if self.way == "embedding" else table[places]
+            picked = picked.unflatten(-1, (h.shape[-1], -1))
+            mixed = (torch.einsum("ti,tkio->tko", h, picked) * values.unsqueeze(-1)).sum(1)
+        out = self.last(mixed.relu())
+        if self.way == "code":
+            out = out + places.to(out.dtype).mean(-1, keepdim=True)
+        return (out, places) if self.way == "output" else out
