@@ -115,8 +115,13 @@ def load(model: nn.Module, path: str | Path, map_location: Any = "cpu", example_
         if "graph" not in (record or {}):
             graph = _traced(model, state, example_inputs, path)
         load_state(model, state, record, graph, str(path))
-    except BaseException:
+    except BaseException as error:
         undo()
+        if isinstance(error, RecordError) and path.is_dir() and hasattr(model, "main_input_name"):
+            raise RecordError(
+                f"{error} The transformers library may name tensors in its folders otherwise than the model does: "
+                "evolvenet.transformers.from_pretrained(folder) loads those too."
+            ) from error
         raise
     if record is not None and "graph" in record:
         remember(model, WidthRecord.from_state_dict(record))
@@ -148,7 +153,7 @@ def _traced(model: nn.Module, state: Mapping[str, Any], example_inputs: Any, pat
             f"{path} has no record of its widths, and other ones than this model, which could not be traced: {error} Call "
             "evolvenet.load(model, path, example_inputs=...), or save the file with evolvenet.save."
         ) from error
-    _refuse_unsaved_buffers(model, graph, state, path)
+    refuse_unsaved_buffers(model, graph, state, path)
     return graph
 
 
@@ -157,8 +162,18 @@ def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from model.named_buffers(remove_duplicate=False)
 
 
-def _refuse_unsaved_buffers(model: nn.Module, graph: WidthGraph, state: Mapping[str, Any], path: Path) -> None:
-    """Raise for a buffer that follows a width of another size and is in no state dict: its values there are not known."""
+def refuse_unsaved_buffers(model: nn.Module, graph: WidthGraph, state: Mapping[str, Any], path: Path) -> None:
+    """Raise for a buffer that follows a width of another size and is in no state dict: its values there are not known.
+
+    Args:
+        model: as it is built.
+        graph: its widths.
+        state: entries of the file, under the model's names.
+        path: of the file, for the message.
+
+    Raises:
+        RecordError: naming the buffer.
+    """
     shapes = {name: tuple(tensor.shape) for name, tensor in state.items() if isinstance(tensor, Tensor)}
     sizes, _ = sizes_from_shapes(graph, shapes)
     saved = {name for name, _ in model.named_parameters(remove_duplicate=False)} | set(model.state_dict())

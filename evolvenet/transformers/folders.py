@@ -11,14 +11,18 @@ import transformers
 from transformers import AutoConfig, PreTrainedModel
 
 from evolvenet._compat.torch import state_dict_metadata, with_metadata
-from evolvenet.engine.saving import state_with_record
-from evolvenet.errors import RecordError
+from evolvenet.engine.saving import refuse_unsaved_buffers, state_with_record
+from evolvenet.errors import RecordError, TraceError
 from evolvenet.execution.dummy_inputs import dummy_inputs
 from evolvenet.graph.renaming import Rename
+from evolvenet.graph.serialization import to_state_dict
+from evolvenet.graph.sizes import sizes_from_shapes
 from evolvenet.surgery.checkpoint import fit_shapes
 from evolvenet.surgery.checkpoint_file import FOLDER_RECORD, read_folder_record, write_folder_record
 from evolvenet.surgery.module_replacement import Record, find_replacements, fit_replacements
+from evolvenet.surgery.resize_model import scaled_numbers
 from evolvenet.surgery.width_record import RECORD_KEY, WidthRecord, remember, renamed_state, shapes_of
+from evolvenet.tracing.trace import trace
 from evolvenet.transformers.configuration import builds, equal_configuration
 
 
@@ -93,13 +97,16 @@ def _changed(record: Mapping[str, Any] | None) -> bool:
     return any(width.size != record["original"].get(name, width.size) for name, width in graph.widths.items())
 
 
-def load_model(folder: Path, model_class: type[PreTrainedModel] | None, options: Mapping[str, Any]) -> Any:
-    """Build, reshape and load what `save_model` wrote.
+def load_model(
+    folder: Path, model_class: type[PreTrainedModel] | None, options: Mapping[str, Any], example_inputs: Any = None
+) -> Any:
+    """Build, reshape and load what `save_model` wrote, or the transformers library itself did.
 
     Args:
         folder: with a config.json.
         model_class: by default the class that the configuration names.
         options: of `model_class.from_pretrained`.
+        example_inputs: to trace the model on where the folder does not say its widths; None for made-up ones.
 
     Raises:
         RecordError: if the folder does not hold the whole model.
@@ -107,14 +114,61 @@ def load_model(folder: Path, model_class: type[PreTrainedModel] | None, options:
     metadata = read_folder_record(folder)
     record = metadata.get("", {}).get(RECORD_KEY)
     kind = _class_of(folder) if model_class is None else model_class
-    built = _reshaping(kind, record, find_replacements(with_metadata({}, metadata))) if metadata else kind
-    model = _loaded(built, folder, options)
+    if not metadata:
+        model, found = _read(kind, folder, options)
+        if not found["mismatched_keys"]:
+            return _whole(model, found, folder)
+        record = _traced(
+            model, {name: tuple(shape) for name, shape, _ in found["mismatched_keys"]}, example_inputs, folder
+        )
+        del model
+    model = _whole(
+        *_read(_reshaping(kind, record, find_replacements(with_metadata({}, metadata))), folder, options), folder
+    )
     model.__class__ = kind
     if record is not None:
         # The transformers library has computed buffers that are not saved by the configuration.
         fit_shapes(model, {}, record=record)
         remember(model, WidthRecord.from_state_dict(record))
     return model
+
+
+def _traced(model: PreTrainedModel, others: Mapping[str, tuple[int, ...]], example_inputs: Any, folder: Path) -> Any:
+    """The record of a folder without one, whose tensors have other shapes than those that its configuration builds.
+
+    Args:
+        model: as the configuration builds it.
+        others: {name: shape in the folder} of tensors with other shapes.
+        example_inputs: as for `load_model`.
+        folder: for messages.
+
+    Raises:
+        RecordError: if the model cannot be traced, or more than widths differ.
+    """
+    inputs = dummy_inputs(model) if example_inputs is None else example_inputs
+    try:
+        graph = trace(model, inputs)
+    except TraceError as error:
+        raise RecordError(
+            f"{folder} has no record of its widths, and other ones than config.json, and the model could not be traced to "
+            f"know them: {error} Give from_pretrained(example_inputs=...)."
+        ) from error
+    shapes = {**shapes_of(model), **others}
+    shapes |= {other: shapes[first] for other, first in graph.aliases.items() if first in others}
+    shapes |= {first: shapes[other] for other, first in graph.aliases.items() if other in others}
+    sizes, misfits = sizes_from_shapes(graph, shapes)
+    if misfits:
+        raise RecordError(
+            f"{folder} does not hold the {type(model).__name__} of its config.json: expected {misfits[0].tensor} of shape "
+            f"{graph.shapes[misfits[0].tensor]}, got {shapes[misfits[0].tensor]}. {misfits[0].reason}. Save the model anew with "
+            "evolvenet.transformers.save_pretrained."
+        )
+    refuse_unsaved_buffers(
+        model, graph, {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}, folder
+    )
+    numbers = scaled_numbers(model, graph, shapes)
+    widths = {"graph": to_state_dict(graph.with_sizes(sizes)), "original": graph.sizes, "replicas": {}}
+    return {"numbers": numbers, "buffers": {}, **widths}
 
 
 def _class_of(folder: Path) -> type[PreTrainedModel]:
@@ -158,14 +212,16 @@ def _reshaping(
     return type(kind.__name__, (kind,), names)
 
 
-def _loaded(kind: type[PreTrainedModel], folder: Path, options: Mapping[str, Any]) -> Any:
-    """Load, and refuse what the transformers library would initialize at random or leave out.
+def _read(kind: type[PreTrainedModel], folder: Path, options: Mapping[str, Any]) -> tuple[Any, Mapping[str, Any]]:
+    """What the transformers library loads, and what it says of that.
 
     Raises:
-        RecordError: naming the tensors.
+        RecordError: if it cannot.
     """
+    level = transformers.logging.get_verbosity()
+    # What it says of tensors that do not fit is told afterwards, or mended.
+    transformers.logging.set_verbosity_error()
     try:
-        # Sizes that differ are refused below, with a message that says what to do.
         loaded: Any = kind.from_pretrained(
             folder, **{**options, "output_loading_info": True, "ignore_mismatched_sizes": True}
         )
@@ -173,7 +229,17 @@ def _loaded(kind: type[PreTrainedModel], folder: Path, options: Mapping[str, Any
         raise RecordError(
             f"{folder} cannot be read: expected a folder that save_pretrained wrote, got {error}"
         ) from error
-    model, found = loaded
+    finally:
+        transformers.logging.set_verbosity(level)
+    return loaded
+
+
+def _whole(model: Any, found: Mapping[str, Any], folder: Path) -> Any:
+    """The model, unless the transformers library has initialized a part of it at random or left something out.
+
+    Raises:
+        RecordError: naming the tensors.
+    """
     problems = [
         f"{what} {sorted(map(str, found[key]))[:5]}"
         for key, what in (
@@ -183,7 +249,8 @@ def _loaded(kind: type[PreTrainedModel], folder: Path, options: Mapping[str, Any
     ]  # fmt: skip
     if problems:
         raise RecordError(
-            f"{folder} does not hold a {kind.__name__} of the widths in {FOLDER_RECORD} and config.json: expected all of its "
-            f"tensors, got a state dict {', '.join(problems)}. Save the model anew with evolvenet.transformers.save_pretrained."
+            f"{folder} does not hold a {type(model).__name__} of the widths in {FOLDER_RECORD} and config.json: expected all "
+            f"of its tensors, got a state dict {', '.join(problems)}. Save the model anew with "
+            "evolvenet.transformers.save_pretrained."
         )
     return model

@@ -56,12 +56,20 @@ def save_pretrained(model: Any, directory: str | Path, example_inputs: Any = Non
     return save_model(model, folder, example_inputs, options)
 
 
-def from_pretrained(directory: str | Path, model_class: type[PreTrainedModel] | None = None, **options: Any) -> Any:
+def from_pretrained(
+    directory: str | Path,
+    model_class: type[PreTrainedModel] | None = None,
+    example_inputs: Any = None,
+    **options: Any,
+) -> Any:
     """The model that `save_pretrained` wrote: built from its configuration, reshaped to its widths, loaded.
 
     Args:
         directory: a folder of `save_pretrained`, of this module or of the transformers library; in one file or in parts.
         model_class: by default the class that was saved, as the configuration names it.
+        example_inputs: as `trace` takes them. A folder that `model.save_pretrained` of the transformers library wrote has no
+            record of widths that differ from its configuration: the model is traced to know them, by default on made-up
+            words, images or sounds.
         **options: of `model_class.from_pretrained`: `dtype`, `device_map` and so on.
 
     Returns:
@@ -95,4 +103,4 @@ def from_pretrained(directory: str | Path, model_class: type[PreTrainedModel] | 
             f"{', '.join(sorted(path.name for path in folder.iterdir())[:5]) or 'an empty folder'}. Load other files with "
             "evolvenet.load(model, path)."
         )
-    return load_model(folder, model_class, options)
+    return load_model(folder, model_class, options, example_inputs)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import evolvenet
 from evolvenet import WidthGraph
@@ -144,7 +144,7 @@ def test_other_folders_are_refused_with_what_is_missing(tmp_path: Path) -> None:
     with pytest.raises(RecordError, match=r"with a config\.json, got an empty folder"):
         from_pretrained(tmp_path)
     save_pretrained(cut("bert"), tmp_path)
-    family("bert").save_pretrained(tmp_path)
+    family("bert").save_pretrained(tmp_path)  # over the record of other widths
     with pytest.raises(RecordError, match="of other shapes"):
         from_pretrained(tmp_path)
     (tmp_path / "evolvenet.json").write_text("{}")
@@ -159,9 +159,33 @@ def test_other_folders_are_refused_with_what_is_missing(tmp_path: Path) -> None:
         from_pretrained(tmp_path)
 
 
-def test_a_tensor_that_is_missing_is_not_made_up(tmp_path: Path) -> None:
-    from safetensors.torch import save_file
+@pytest.mark.parametrize("name", families("bert", "vit", "mixtral"))
+def test_what_the_transformers_library_saved_after_a_cut_is_traced_to_know_its_widths(
+    name: str, tmp_path: Path
+) -> None:
+    """Of ViT and Mixtral it names the tensors otherwise than the model does."""
+    model = cut(name)
+    model.save_pretrained(tmp_path)
+    if name in ("vit", "mixtral"):
+        with pytest.raises(RecordError, match=r"evolvenet\.transformers\.from_pretrained\(folder\) loads those too"):
+            evolvenet.load(family(name), tmp_path)
+    again = from_pretrained(tmp_path)
+    assert torch.equal(logits(again, name), logits(model, name))
+    own = record_of(again)
+    assert own is not None
+    assert own.graph_of(again) is not None
 
+
+def test_more_than_widths_is_refused_without_a_record_too(tmp_path: Path) -> None:
+    model = cut("bert")
+    model.cls.predictions.decoder = torch.nn.Linear(model.cls.predictions.decoder.in_features, 30)
+    model.config.tie_word_embeddings = False
+    model.save_pretrained(tmp_path)
+    with pytest.raises(RecordError, match=r"expected cls\.predictions\.\S+ of shape \(48,.*got \(30"):
+        from_pretrained(tmp_path)
+
+
+def test_a_tensor_that_is_missing_is_not_made_up(tmp_path: Path) -> None:
     save_pretrained(cut("bert"), tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
     tensors.pop("bert.encoder.layer.1.output.dense.bias")
