@@ -21,14 +21,16 @@ def quantised_layers(model: nn.Module) -> dict[str, str]:
     They are known by torch's own quantised modules, tensors of torchao's types, and weights of one byte an entry, as
     bitsandbytes has them, or packed ones, as those of GPTQ and AWQ.
 
-    >>> layer = torch.ao.quantization.quantize_dynamic(nn.Sequential(nn.Linear(4, 2)), {nn.Linear})
-    >>> quantised_layers(layer), quantised_layers(nn.Linear(4, 2))
+    >>> layer = nn.Linear(4, 2)
+    >>> layer.weight = nn.Parameter(torch.zeros(2, 4, dtype=torch.int8), requires_grad=False)
+    >>> quantised_layers(nn.Sequential(layer)), quantised_layers(nn.Linear(4, 2))
     ({'0': 'Linear'}, {})
     """
     found: dict[str, str] = {}
     for path, module in model.named_modules():
         own = {**dict(module.named_parameters(recurse=False)), **dict(module.named_buffers(recurse=False))}
-        known = type(module).__module__.startswith("torch.ao.nn.quantized") and hasattr(module, "_packed_params")
+        packed = isinstance(getattr(module, "_packed_params", None), nn.Module)
+        known = packed and type(module).__module__.startswith("torch.ao.nn.quantized")
         if known or any(_is_quantised(name, tensor) for name, tensor in own.items()):
             found[path] = type(module).__name__
     return found

