@@ -114,6 +114,6 @@ def _check(width: Width, size: int) -> None:
         )
     if width.frozen is None and width.mixed is not None and size > width.size:
         raise ResizeError(
-            f"Grow: width {width.name!r} cannot grow from {width.size} to {size} units without changing the function, "
-            f"because {width.mixed} mixes its units. resize with IndexMap.grow adds them all the same, as zeros."
+            f"Grow: width {width.name!r} cannot grow from {width.size} to {size} units without changing the function: "
+            f"{width.mixed}. resize with IndexMap.grow adds them all the same, as zeros."
         )

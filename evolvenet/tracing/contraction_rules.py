@@ -72,7 +72,7 @@ def layer_norm(call: Call) -> None:
     layers = _normed(call, source, shaped)
     for layer in layers:
         if normalised & set(varying(layer)):
-            call.label_graph.mark_mixed(layer, f"{call.location} normalises across its units")
+            call.label_graph.mark_mixed(layer, f"{call.location} normalises across its units", normalised)
     call.label_output(call.outputs[0], layers)
 
 
@@ -189,9 +189,9 @@ def contract(
             found = arrange(layer, names, every)
             _tie(call, found, partners(found, *along), other)
             if not (label.origin or other.origin):
-                call.label_graph.mark_mixed(layer, f"{call.location} multiplies it with another activation")
+                dims = {dim for dim, name in enumerate(names) if name in summed}
+                call.label_graph.mark_mixed(layer, f"{call.location} multiplies it with another activation", dims)
                 if call.label_graph.keeps_heads and over - summed and bool((layer >= 0).all()):
-                    dims = {dim for dim, name in enumerate(names) if name in summed}
                     passed[side].append(call.label_graph.add_placeholders(layer, dims))
     target = {name: position for position, name in enumerate(out_names)}
     return merge(
@@ -222,7 +222,7 @@ def distances(call: Call) -> None:
     ]
     for t, layers, others in ((one, *across), (two, *across[::-1])):
         for layer in layers:
-            call.label_graph.mark_mixed(layer, f"{call.location} takes distances over its units")
+            call.label_graph.mark_mixed(layer, f"{call.location} takes distances over its units", {dims - 1})
             if not others and call.label_of(two if t is one else one).kind != CONSTANT:
                 call.label_graph.freeze(layer, f"{call.location} reads data of a fixed size with it")
     merge(call.label_graph, across)
@@ -270,7 +270,7 @@ def _tie_summed(
                 call.label_graph.freeze(layer, f"{call.location} reads data of a fixed size with it")
     if all(label.origin is None for label, layers in zip(labels, found, strict=True) if layers):
         for layer in (each for layers in found for each in layers):
-            call.label_graph.mark_mixed(layer, f"{call.location} multiplies it with another activation")
+            call.label_graph.mark_mixed(layer, f"{call.location} multiplies it with another activation", {axis})
 
 
 def _is_finer(one: Tensor, two: Tensor) -> bool:

@@ -215,6 +215,32 @@ def heads_with_stream(built: GroupedWidths, label_graph: LabelGraph, failed: Seq
     return found
 
 
+def heads_of_grids(built: GroupedWidths, label_graph: LabelGraph, failed: Sequence[str]) -> list[CandidateFix]:
+    """Tie the units of one head, of which places may belong to different widths.
+
+    A rotary embedding turns some places of a head and lets others pass (Phi, GPT-NeoX); queries, keys and values of a head
+    may lie beside each other in one weight (BLOOM). Of the grids of a module, those with as many rows as the largest count.
+    """
+    by_module: dict[str, list[Tensor]] = defaultdict(list)
+    for ids in label_graph.grids.values():
+        tensor = label_graph.tensor_of(ids)
+        if tensor is not None and min(ids.shape) > 1 and bool((ids >= 0).all()):
+            by_module[tensor.rpartition(".")[0].rpartition(".")[0]].append(ids)
+    _, first = np.unique(built.component, return_index=True)
+    found = []
+    for module, grids in by_module.items():
+        rows = len(max(grids, key=lambda ids: ids.numel()))
+        views = [ids.T for ids in grids if len(ids) == rows]
+        units = {int(unit) for view in views for unit in np.unique(built.component[view.numpy()])}
+        stuck = [name for name in failed if units & set(built.members[name])]
+        if stuck:
+            edges = _tie_all([_tie_columns(view) for view in views], [view[0] for view in views])
+            anchors = (min(int(first[unit]) for unit in units), *(built.anchors[name] for name in stuck))
+            key = (rows, tuple(view.shape for view in views), module.rpartition(".")[2])
+            found.append(CandidateFix(anchors, HEAD, edges, key))
+    return found
+
+
 FIX_STRATEGIES: tuple[FixStrategy, ...] = (
     update_attributes,
     pieces_of_given_sizes,
@@ -223,6 +249,7 @@ FIX_STRATEGIES: tuple[FixStrategy, ...] = (
     slices_of_one_module,
     heads_of_one_module,
     heads_with_stream,
+    heads_of_grids,
 )
 PLACES_LAST: tuple[FixStrategy, ...] = (*FIX_STRATEGIES, places_with_values)
 """In the order in which they are tried. A residual stream that fails and is as wide as all heads together most likely has

@@ -129,7 +129,8 @@ def _width(name: str, group: Group, disorder: str | None, lines: Mapping[str, st
 
 def _groups(label_graph: LabelGraph, component: np.ndarray) -> list[Group]:
     """Groups of components with equal signatures and equal reasons, in order of their first id."""
-    frozen, mixed = (_reasons(entries, component) for entries in (label_graph.frozen, label_graph.mixed))
+    frozen = _reasons(label_graph.frozen, component)
+    mixed = _reasons([entry for entry in label_graph.mixed if _mixes_units(*entry, component)], component)
     channels = [labels.reshape(-1) for labels in label_graph.whole_groups]
     whole = [frozenset(component[labels[labels >= 0].numpy()].tolist()) for labels in channels]
     in_groups = frozenset[int]().union(*whole)
@@ -179,9 +180,16 @@ def _signatures(label_graph: LabelGraph, component: np.ndarray, frozen: dict[int
 def _reasons(entries: Sequence[tuple[Tensor, str]], component: np.ndarray) -> dict[int, str]:
     found: dict[int, str] = {}
     for labels, reason in entries:
-        for member in np.unique(component[labels.numpy()]).tolist():
+        for member in np.unique(component[labels[labels >= 0].numpy()]).tolist():
             found.setdefault(member, reason)
     return found
+
+
+def _mixes_units(rows: Tensor, reason: str, component: np.ndarray) -> bool:
+    """Whether an op that mixes what stands in each row mixes units, and not only the places inside each of several units."""
+    units = component[rows.numpy()]
+    each_one = bool((rows >= 0).all()) and bool((units == units[:, :1]).all())
+    return not each_one or len(np.unique(units[:, 0])) < 2
 
 
 def _segments(along: np.ndarray, groups: list[Group], axis: AxisIds, disordered: dict[int, str]) -> AxisRuns:

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from evolvenet.graph.width_graph import CONSUMES, MASKS, PRODUCES
+from evolvenet.tracing.connected import connected
 from evolvenet.tracing.reasons import running_line
 
 DATA = "data"
@@ -78,7 +79,7 @@ class LabelGraph:
         frozen: ids that must keep their number, with the reason.
         lines: reason that names an op → the line of the model's code that ran it first.
         op: the op whose rule is applied, with its module.
-        mixed: ids that influence each other in an op, with the op.
+        mixed: ids that influence each other in an op as the rows of a matrix, with the op; see `mark_mixed`.
         multiples: layers with the number of which an op needs a multiple of places along them, and the op.
         fewest: ids of an axis with the number of its units that an op needs at least.
         competing: ids that compete in an op, with the reason why they are frozen unless they are `routed`.
@@ -233,9 +234,20 @@ class LabelGraph:
         if "::" in reason and reason not in self.lines:
             self.lines[reason] = running_line()
 
-    def mark_mixed(self, labels: Tensor, reason: str) -> None:
-        """Keep that units influence each other in an op, so that growth cannot preserve the function exactly."""
-        self._append(self.mixed, labels, reason)
+    def mark_mixed(self, labels: Tensor, reason: str, along: Iterable[int] | None = None) -> None:
+        """Keep that units influence each other in an op, so that growth cannot preserve the function exactly.
+
+        Args:
+            labels: a layer.
+            reason: the op.
+            along: the dimensions along which the op mixes, all by default. Where each row of a grid of heads × places turns
+                out to be one unit, the op mixes what is inside a unit alone.
+        """
+        inside = sorted(set(along if along is not None else range(labels.dim())) & set(varying(labels)))
+        rows = labels.permute(*(dim for dim in range(labels.dim()) if dim not in inside), *inside)
+        rows = rows.reshape(-1, math.prod(labels.shape[dim] for dim in inside))
+        if bool((rows >= 0).any()):
+            self.mixed.append((torch.unique(rows, dim=0) if len(rows) > 1 else rows, reason))
 
     def mark_lengths(self) -> None:
         """Mark the units that a weight consumes through slices of given lengths: columns of new units are not 0 there."""
@@ -276,6 +288,11 @@ class LabelGraph:
             self.inherited_roles.update(found)
         self.roles.update({(axis.tensor, axis.dim): MASKS for axis in self.axes if axis.tensor in self.masks})
 
+    def tensor_of(self, layer: Tensor) -> str | None:
+        """Name of the parameter or buffer that a layer's first unit is of; None for a placeholder."""
+        axis = self._axis(int(layer.reshape(-1)[0]))
+        return None if axis is None else axis[0]
+
     def _axis(self, label: int) -> tuple[str, int] | None:
         """(tensor, axis) of a unit's id; None for a placeholder."""
         found = bisect_right(self.axes, label, key=lambda axis: axis.start) - 1
@@ -288,11 +305,12 @@ class LabelGraph:
 
         The units of a grid's row are tied if the row's placeholder is connected to a unit of a tensor, frozen or mixed.
         """
-        component = _connected(self.units, self.edges)
+        component = connected(self.units, self.edges)
         fixed = np.concatenate([np.arange(axis.start, axis.start + axis.size) for axis in self.axes] or [[]]).astype(
             int
         )
-        fixed = np.concatenate([fixed, *(labels.numpy() for labels, _ in (*self.frozen, *self.mixed))])
+        fixed = np.concatenate([fixed, *(labels.reshape(-1).numpy() for labels, _ in (*self.frozen, *self.mixed))])
+        fixed = fixed[fixed >= 0]
         whole = [pair for pair in self.placeholder_ties if bool((pair[0] >= 0).all())]
         joined: list[tuple[Tensor, Tensor]] = []
         # Each pass joins at least one more pair, or is the last.
@@ -302,21 +320,8 @@ class LabelGraph:
             if len(due) == len(joined):
                 break
             joined = due
-            component = _connected(self.units, [*self.edges, *joined])
+            component = connected(self.units, [*self.edges, *joined])
         return component
-
-
-def _connected(units: int, edges: Sequence[tuple[Tensor, Tensor]]) -> np.ndarray:
-    # Imported here because it is most of what importing this package would cost.
-    from scipy.sparse import coo_array
-    from scipy.sparse.csgraph import connected_components
-
-    if not edges:
-        return np.arange(units)
-    rows = torch.cat([first for first, _ in edges]).numpy()
-    columns = torch.cat([second for _, second in edges]).numpy()
-    matrix = coo_array((np.ones(len(rows), np.int8), (rows, columns)), shape=(units, units))
-    return connected_components(matrix, directed=False)[1]
 
 
 def varying(layer: Tensor) -> tuple[int, ...]:
@@ -341,30 +346,6 @@ def compress(labels: Tensor) -> Tensor:
 
 def _corner(labels: Tensor) -> int:
     return int(labels[(0,) * labels.dim()])
-
-
-def reshaped(layer: Tensor, old: Sequence[int], new: Sequence[int]) -> Tensor:
-    """The layer of a tensor of shape `old` after a view as `new`, still of size 1 where it is constant.
-
-    Old and new dimensions are divided into runs of equal products; a layer that is constant over a run stays so.
-    """
-    before: list[int] = []
-    after: list[int] = []
-    i = j = 0
-    while i < len(old) or j < len(new):
-        first, one, two = (i, j), 1, 1
-        while True:
-            if one <= two and i < len(old) and (one < two or i == first[0]):
-                one, i = one * old[i], i + 1
-            elif j < len(new) and (two < one or j == first[1]):
-                two, j = two * new[j], j + 1
-            else:
-                break
-        run = layer.shape[first[0] : i]
-        varies = any(size > 1 for size in run)
-        before += old[first[0] : i] if varies else [1] * (i - first[0])
-        after += new[first[1] : j] if varies else [1] * (j - first[1])
-    return layer.expand(before).reshape(after)
 
 
 def useful(layers: Iterable[Tensor]) -> tuple[Tensor, ...]:

@@ -12,7 +12,7 @@ import logging
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import product
 from random import Random
 from typing import Any
@@ -24,7 +24,7 @@ from evolvenet._compat.torch import storage_id, tensor_tables, tree_leaves, tree
 from evolvenet.execution.inputs import tensors_of
 from evolvenet.execution.isolation import isolated
 from evolvenet.graph.index_map import NEW_UNIT, IndexMap
-from evolvenet.graph.width_graph import Width, WidthGraph
+from evolvenet.graph.width_graph import Width, WidthGraph, Widths
 from evolvenet.surgery.resize_model import compile_surgery, install
 from evolvenet.tracing.bisection import bisect, classes_of
 from evolvenet.tracing.coupled_dims import structure
@@ -44,6 +44,8 @@ SMALL = 4_096
 zero, or the same for all units, would hide a difference."""
 ROUNDS = 3
 TOGETHER = "the outputs change when it changes together with other widths"
+NOT_FINITE = "a new unit, which is 0, makes its outputs NaN or infinite"
+"""Why a width whose code divides by what each unit computes gets no new units."""
 PERMUTED, WIDENED = "once its units are permuted", "once units of zeros are added"
 
 
@@ -77,10 +79,20 @@ def compare_numbers(
                 "the time, counters) out of the forward pass."
             )
             return graph
-        graph = frozen_for(graph, _reasons(comparison, graph, names))
+        reasons = _reasons(comparison, graph, names)
+        graph = frozen_for(graph, {name: reason for name, reason in reasons.items() if reason != NOT_FINITE})
+        graph = _without_growth(graph, [name for name, reason in reasons.items() if reason == NOT_FINITE])
     rest = [width.name for width in graph.resizable]
     failure = comparison.failure(graph, rest) if rest else None
     return graph if failure is None else frozen_for(graph, dict.fromkeys(rest, failure))
+
+
+def _without_growth(graph: WidthGraph, names: Sequence[str]) -> WidthGraph:
+    """The graph, in which these widths get no new units."""
+    widths = {
+        name: replace(width, mixed=NOT_FINITE) if name in names else width for name, width in graph.widths.items()
+    }
+    return replace(graph, widths=Widths(widths))
 
 
 def _reasons(comparison: Comparison, graph: WidthGraph, names: Sequence[str]) -> dict[str, str]:
@@ -174,6 +186,8 @@ class Comparison:
             return f"a trial with data raised {type(error).__name__}: {first_line(error)}{line}"
         if [tensor.shape for tensor in found] != [tensor.shape for tensor in self.expected]:
             return "a trial with data changed the output's shape"
+        if zeros and not all(bool(tensor.isfinite().all()) for tensor in found):
+            return NOT_FINITE
         moved = max(map(_distance, found, self.expected), default=0.0)
         return None if moved <= TOLERANCES[self.dtype] else f"the outputs change by {moved:.1e} of their norm"
 
@@ -181,7 +195,7 @@ class Comparison:
         """Why the outputs change with a width: the first op that computes other values."""
         permuted = self.failure(graph, [name], zeros=False)
         failure = permuted or self.failure(graph, [name])
-        if failure is None or failure.startswith("a trial"):
+        if failure is None or failure == NOT_FINITE or failure.startswith("a trial"):
             return failure or TOGETHER
         sampled = Sampled(self.dtype)
         self.run(None, {}, sampled)

@@ -28,7 +28,7 @@ def reconciled(alone: WidthGraph, whole: WidthGraph, path: str = "") -> WidthGra
     >>> def step(model, x):
     ...     return model(x).softmax(1).sum() + model[0](x).argmax(1).sum()
     >>> reconciled(trace(net, x), trace(net, Step(step, x))).widths["0"].frozen
-    'aten::argmax in the model runs over its units'
+    'aten::argmax in the model works along its units'
     """
     prefix = f"{path}." if path else ""
     by_place = {_place(tie): width for width in whole.widths.values() for tie in width.ties}

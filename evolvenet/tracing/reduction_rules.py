@@ -33,8 +33,11 @@ def reduction(call: Call) -> None:
     for layer in call.label_of(source).layers:
         over = reduced & set(varying(layer))
         if over:
-            note = call.label_graph.freeze if positions else call.label_graph.mark_mixed
-            note(layer, f"{call.location} runs over its units")
+            reason = f"{call.location} runs over its units"
+            if positions:
+                call.label_graph.freeze(layer, reason)
+            else:
+                call.label_graph.mark_mixed(layer, reason, over)
         if not over:
             kept.append(layer)
         elif over != set(varying(layer)) and not positions and bool((layer >= 0).all()):

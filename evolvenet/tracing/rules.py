@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from evolvenet._compat.torch import OpOverload, base_of, schema_of, tree_flatten
-from evolvenet.tracing.empty_tensors import moved_without_elements
 from evolvenet.tracing.labels import (
     CONSTANT,
     DATA,
@@ -27,12 +26,12 @@ from evolvenet.tracing.labels import (
     compress,
     is_constant,
     places_of_constant,
-    reshaped,
     useful,
     varying,
 )
 from evolvenet.tracing.merging import freeze_met_by_data, merge, unexpanded_sizes
 from evolvenet.tracing.part_writes import data_in_base, in_base, places_of_view
+from evolvenet.tracing.rearranged import moved_without_elements, reshaped
 
 
 @dataclass(frozen=True)

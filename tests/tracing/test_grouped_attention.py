@@ -7,7 +7,16 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PhiConfig,
+    PhiForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 import evolvenet
 from evolvenet.graph.index_map import IndexMap
@@ -85,6 +94,49 @@ SIZES: dict[str, Any] = {
     "num_attention_heads": 4,
 }
 MODELS = {"llama": (LlamaForCausalLM, LlamaConfig), "qwen3": (Qwen3ForCausalLM, Qwen3Config)}
+PARTIAL = {
+    "phi": (PhiForCausalLM, PhiConfig, "model.layers.{}.self_attn", "dense"),
+    "gpt_neox": (GPTNeoXForCausalLM, GPTNeoXConfig, "gpt_neox.layers.{}.attention", "dense"),
+}
+
+
+@pytest.mark.parametrize("kind", PARTIAL)
+def test_heads_of_which_some_places_turn_and_others_pass_go_whole(kind: str) -> None:
+    """In GPT-NeoX they lie in one weight, queries, keys and values of a head beside each other."""
+    make, config, path, out = PARTIAL[kind]
+    torch.manual_seed(0)
+    model: Any = make(config(**SIZES, rotary_pct=0.5, partial_rotary_factor=0.5, use_cache=False)).double()
+    inputs = {"input_ids": torch.randint(0, 40, (2, 6), generator=torch.Generator().manual_seed(0))}
+    graph = trace(model, inputs)
+    heads = [name for name in graph.sizes if name.startswith(path.format(0)) or name.startswith(path.format(1))]
+    assert [graph.sizes[name] for name in heads] == [4, 4]
+    expected = outputs(model, inputs)
+    graph = evolvenet.resize(model, graph, {name: IndexMap.of([1, -1, 3, 0, 2, -1, -1], 4) for name in heads})
+    assert distance(outputs(model, inputs), expected) < 1e-9
+    assert trace(model, inputs).sizes == graph.sizes
+    with torch.no_grad():
+        model.get_parameter(f"{path.format(1)}.{out}.weight")[:, 8:24] = 0
+    expected = outputs(model, inputs)
+    evolvenet.resize(model, graph, {heads[1]: IndexMap.keep([0, 3, 4, 5, 6], 7)})
+    assert distance(outputs(model, inputs), expected) < 1e-12
+
+
+def test_new_heads_are_zero_to_the_others_and_learn() -> None:
+    torch.manual_seed(0)
+    model: Any = LlamaForCausalLM(LlamaConfig(**SIZES, num_key_value_heads=2, head_dim=8, use_cache=False)).double()
+    inputs = {"input_ids": torch.randint(0, 40, (2, 6), generator=torch.Generator().manual_seed(0))}
+    graph, expected = trace(model, inputs), outputs(model, inputs)
+    evolvenet.grow(model, graph, {"model.layers.0.self_attn.q_proj": 3})
+    assert distance(outputs(model, inputs), expected) < 1e-12
+    attention = model.model.layers[0].self_attn
+    optimizer = torch.optim.Adam(model.parameters())
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(**inputs, labels=inputs["input_ids"]).loss.backward()
+        optimizer.step()
+    for layer, places in ((attention.q_proj, 32), (attention.k_proj, 16), (attention.v_proj, 16)):
+        assert float(layer.weight.grad[places:].norm()) > 0
+    assert float(attention.o_proj.weight[:, 32:].abs().min()) > 0
 
 
 @pytest.mark.parametrize("kind", MODELS)

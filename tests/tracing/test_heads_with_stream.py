@@ -98,6 +98,6 @@ def test_heads_go_alone_where_their_values_have_a_shape_of_their_own() -> None:
     with torch.no_grad():
         model.get_parameter("blocks.0.out.weight")[:, 6:12] = 0
     expected = outputs(model, X)
-    evolvenet.resize(model, graph, {"blocks.0.q": IndexMap.keep([0, 2, 3], 4)})
+    evolvenet.resize(model, graph, {"blocks.0.q": IndexMap.keep([0, 2, 3, 4, 5, 6], 7)})
     assert distance(outputs(model, X), expected) < 1e-12
-    assert model.get_buffer("blocks.0.decay").shape == (3,)
+    assert model.get_buffer("blocks.0.decay").shape == (6,)

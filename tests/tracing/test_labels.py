@@ -12,8 +12,9 @@ from torch import nn
 
 from evolvenet.execution.isolation import isolated
 from evolvenet.graph.width_graph import CONSUMES
-from evolvenet.tracing.labels import LabelGraph, reshaped
+from evolvenet.tracing.labels import LabelGraph
 from evolvenet.tracing.merging import merge
+from evolvenet.tracing.rearranged import reshaped
 from evolvenet.tracing.trace import run_for_labels, run_for_shapes
 
 

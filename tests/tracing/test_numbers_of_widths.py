@@ -17,6 +17,7 @@ from evolvenet.engine.snapshot import Snapshot
 from evolvenet.graph.index_map import IndexMap
 from evolvenet.surgery.resize_model import compile_surgery, install
 from evolvenet.tracing.numbers_of_widths import fewest_passing
+from evolvenet.tracing.numeric_proof import NOT_FINITE
 from evolvenet.tracing.trace import trace
 from tests.helpers.cases import distance, outputs
 from tests.helpers.tracing import Between, shuffle_and_widen
@@ -155,6 +156,8 @@ def test_the_same_number_of_a_layer_that_only_consumes_the_width_stays() -> None
         "0.linear": (("0", "count_of"),),
         "1.linear": (("1", "count_of"),),
     }
+    # The entries of a new head are divided by their largest one, which is 0.
+    assert {width.mixed for width in graph.resizable} == {NOT_FINITE}
     shuffle_and_widen(model, graph, X)
 
 

@@ -1,4 +1,4 @@
-"""Labels of tensors without elements, such as 0 register tokens, or what is left of a head whose places all rotate."""
+"""Label layers of a tensor after a view, and of a tensor without elements, such as 0 register tokens."""
 
 from __future__ import annotations
 
@@ -37,3 +37,27 @@ def moved_without_elements(
         return unknown
     shapes = [tuple(max(size, 1) for size in out.shape) for out in outputs]
     return moved if [tuple(part.shape) for part in moved] == shapes else unknown
+
+
+def reshaped(layer: Tensor, old: Sequence[int], new: Sequence[int]) -> Tensor:
+    """The layer of a tensor of shape `old` after a view as `new`, still of size 1 where it is constant.
+
+    Old and new dimensions are divided into runs of equal products; a layer that is constant over a run stays so.
+    """
+    before: list[int] = []
+    after: list[int] = []
+    i = j = 0
+    while i < len(old) or j < len(new):
+        first, one, two = (i, j), 1, 1
+        while True:
+            if one <= two and i < len(old) and (one < two or i == first[0]):
+                one, i = one * old[i], i + 1
+            elif j < len(new) and (two < one or j == first[1]):
+                two, j = two * new[j], j + 1
+            else:
+                break
+        run = layer.shape[first[0] : i]
+        varies = any(size > 1 for size in run)
+        before += old[first[0] : i] if varies else [1] * (i - first[0])
+        after += new[first[1] : j] if varies else [1] * (j - first[1])
+    return layer.expand(before).reshape(after)
