@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -178,6 +178,20 @@ def _patches(x: Tensor, geometry: Geometry) -> Tensor:
     )
 
 
+class NormedWeight(NamedTuple):
+    """A weight that weight norm has computed: W = length · direction / ‖direction‖, norms over all axes but one.
+
+    Args:
+        weight: W; it lives as long as the mode, so that nothing else is at its place in memory.
+        length: name of the tensor of lengths.
+        dim: the axis that has a length for each entry.
+    """
+
+    weight: Tensor
+    length: str
+    dim: int
+
+
 class WeightOpMode(TorchDispatchMode):
     """Runs a model unchanged and passes every product of one of its weights with data to callbacks.
 
@@ -191,7 +205,12 @@ class WeightOpMode(TorchDispatchMode):
     Attributes:
         other_uses: names of the tensors that took part in any op that is no weight op.
         parameters: names of the model's parameters; its other tensors are buffers.
+        normed: {name of the direction: the weight} of weights that weight norm has computed in this run. Products with
+            them are weight ops of the direction if `follows_norms` is set.
+        follows_norms: False by default: the weight is not what the direction is.
     """
+
+    follows_norms = False
 
     def __init__(
         self,
@@ -202,6 +221,7 @@ class WeightOpMode(TorchDispatchMode):
         super().__init__()
         self.before, self.after = before, after
         self.other_uses: set[str] = set()
+        self.normed: dict[str, NormedWeight] = {}
         self._autocast_off = ExitStack()
         self._by_storage: dict[int, list[tuple[str, Tensor]]] = {}
         tensors, _, self.parameters = named_tensors(model)
@@ -237,9 +257,26 @@ class WeightOpMode(TorchDispatchMode):
 
     def run_other_op(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Run an op that is no weight op and add the model's tensors among its arguments to `other_uses`."""
+        if self.follows_norms and func is aten._weight_norm_interface.default and self._is_normed(*args):
+            return self._normed(func, *args)
         if not func.is_view:
             self.other_uses |= {hit[0] for leaf in tree_leaves((args, kwargs)) if (hit := self.named_tensor(leaf))}
         return func(*args, **kwargs)
+
+    def _is_normed(self, direction: Tensor, length: Tensor, dim: int = 0) -> bool:
+        """Whether both are whole tensors of the model."""
+        found = [(self.named_tensor(each), each) for each in (direction, length)]
+        return all(hit is not None and hit[1].shape == each.shape for hit, each in found)
+
+    def _normed(self, func: Any, direction: Tensor, length: Tensor, dim: int = 0) -> Any:
+        """Run weight norm; products with its result are weight ops of the direction from here on."""
+        found = self.named_tensor(direction), self.named_tensor(length)
+        assert found[0] is not None
+        assert found[1] is not None
+        out = func(direction, length, dim)
+        self.normed[found[0][0]] = NormedWeight(out[0], found[1][0], dim)
+        self._by_storage[out[0].untyped_storage().data_ptr()] = [(found[0][0], out[0])]
+        return out
 
     def on_output(self, op: WeightOp, out: Tensor, recompute: partial[Tensor]) -> None:
         """Called after each weight op with its output and a function that runs it again; subclasses override it."""

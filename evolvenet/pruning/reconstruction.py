@@ -25,7 +25,7 @@ from evolvenet.execution.isolation import isolated, op_by_op
 from evolvenet.execution.residual_sums import ResidualSumMode, TrackedOutput
 from evolvenet.execution.sampling import evenly, samples_in
 from evolvenet.execution.step import run_model
-from evolvenet.execution.weight_ops import WeightOp, output_positions
+from evolvenet.execution.weight_ops import NormedWeight, WeightOp, output_positions
 from evolvenet.graph.naming import named_tensors
 from evolvenet.graph.width_graph import FOLLOWS, WidthGraph
 from evolvenet.linalg.ridge import refit
@@ -98,7 +98,9 @@ def reconstruct(
             for name, change in changes.items():
                 shadows[name].copy_(change.value)
         fitter = ConsumerFitter(targets, changes, samples_in(batch), shadows)
-        with isolated(model, gradients=own), op_by_op(ResidualSumMode(model, fitter.run, None, fitter.sum)):
+        mode = ResidualSumMode(model, fitter.run, None, fitter.sum)
+        mode.follows_norms, fitter.normed = True, mode.normed
+        with isolated(model, gradients=own), op_by_op(mode):
             run_model(model, batch)
         fitted = {name: shadows[name].detach().clone() for name in fitter.fitted}
     tensors, _, _ = named_tensors(model)
@@ -112,6 +114,7 @@ def reconstruct(
 def recorded(model: nn.Module, batch: Any, recorder: OutputRecorder, gradients: bool) -> dict[str, list[Target]]:
     """What the model's consumers put out on a batch, as far as they can be fitted to it."""
     mode = ResidualSumMode(model, None, recorder.record, recorder.sum, recorder.bias)
+    mode.follows_norms = True
     with isolated(model, gradients=gradients), op_by_op(mode):
         run_model(model, batch)
     return recorder.usable(mode.other_uses)
@@ -254,6 +257,8 @@ class ConsumerFitter:
 
     Attributes:
         fitted: names of the tensors that were written to.
+        normed: weights of the cut model that weight norm computes, from the mode that it runs in; a fitted one is written
+            into direction and length.
     """
 
     def __init__(
@@ -268,6 +273,7 @@ class ConsumerFitter:
         self.targets = {name: list(each) for name, each in targets.items()}
         self.changes, self.samples, self.shadows = changes, samples, shadows
         self.fitted: set[str] = set()
+        self.normed: Mapping[str, NormedWeight] = {}
         self._at_sum: dict[WeightOp, Target] = {}
 
     def run(self, op: WeightOp) -> None:
@@ -335,8 +341,18 @@ class ConsumerFitter:
         weight, offset = found
         op.write_matrix(weight.to(op.weight.dtype))
         self.fitted.add(op.tensor)
+        if op.tensor in self.normed:
+            self._write_normed(op.tensor, self.normed[op.tensor])
         change = (offset if start is None else offset - start).flatten()
         if bias is not None and target.bias is not None:
             bias.add_((change * (target.bias_sign or 1)).reshape(bias.shape))
             self.fitted.add(target.bias[0])
         return change.to(op.weight.dtype)
+
+    def _write_normed(self, direction: str, normed: NormedWeight) -> None:
+        """Write a fitted weight into its direction, and its norms into the length; a direction of length 0 would be 0/0."""
+        length = torch.norm_except_dim(normed.weight, 2, normed.dim)
+        before = self.shadows[direction]
+        before.copy_(torch.where(length > 0, normed.weight, before))
+        self.shadows[normed.length].copy_(length)
+        self.fitted.add(normed.length)

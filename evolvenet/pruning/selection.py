@@ -227,7 +227,8 @@ def _choose_units(
 def _magnitude(model: nn.Module, graph: WidthGraph, width: Width) -> Tensor:
     """Norm of the producers' rows times norm of the consumers' columns for each unit, `[size]`.
 
-    Where batch norms follow, their weights take the place of the rows, whose norm they divide out.
+    Where batch norms follow, their weights take the place of the rows, whose norm they divide out. Learned latents and
+    queries, which no weight consumes along this axis, count by the norm of their rows alone, with data too.
     """
 
     def norm(ties: Sequence[Tie]) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor
 from torch.optim import LBFGS, Optimizer
@@ -95,7 +95,8 @@ def _held(optimizer: Optimizer) -> dict[str, Tensor]:
 
 
 def _norms(optimizer: Optimizer) -> dict[str, float]:
-    states = [dict(entries) for entries in optimizer.state.values() if isinstance(entries, Mapping)]
+    every = cast("Mapping[Any, Any]", optimizer.state).values()
+    states = [cast("Mapping[str, Any]", entries) for entries in every if isinstance(entries, Mapping)]
     state = sum(_norm(entry) for entries in states for entry in entries.values() if isinstance(entry, Tensor))
     return {"state": state, **{place: _norm(tensor) for place, tensor in _held(optimizer).items()}}
 

@@ -104,7 +104,8 @@ def masked_scatter(call: Call) -> None:
     """Rows of a source take the place of those rows of a tensor that a mask names, which is repeated over the columns."""
     target, mask, source = call.args
     last = target.dim() - 1
-    whole_rows = mask.dim() == target.dim() and mask.stride(-1) == 0 and source.shape[-1:] == target.shape[-1:]
+    repeated = mask.dim() == target.dim() and (mask.shape[-1] == 1 or mask.stride(-1) == 0)
+    whole_rows = repeated and source.shape[-1:] == target.shape[-1:]
     labels = []
     for tensor in (target, source):
         label = call.label_of(tensor)

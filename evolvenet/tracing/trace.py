@@ -7,6 +7,7 @@ are tied. `grouping` makes a `WidthGraph` of them, and `verification` freezes ev
 
 from __future__ import annotations
 
+import traceback
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -50,6 +51,8 @@ from evolvenet.tracing.labels import DATA, LABELLED, Label, LabelGraph, varying
 from evolvenet.tracing.least_sizes import with_least_sizes
 from evolvenet.tracing.merging import merge
 from evolvenet.tracing.numeric_proof import compare_numbers
+from evolvenet.tracing.quantised import refuse_quantised
+from evolvenet.tracing.reasons import source_line
 from evolvenet.tracing.routing_rules import route, settle_competition
 from evolvenet.tracing.rules import Call, apply_rule
 from evolvenet.tracing.tracing_mode import TracingMode, run_under_mode
@@ -74,7 +77,8 @@ def trace(model: nn.Module, example_inputs: Any) -> WidthGraph:
         The graph, with a reason for each frozen width.
 
     Raises:
-        TraceError: if the model does not run on the example inputs or has no parameters.
+        TraceError: if the model does not run on the example inputs or has no parameters, or is quantised so that no width can
+            change.
 
     >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
     >>> graph = trace(model, torch.zeros(1, 4))
@@ -82,12 +86,18 @@ def trace(model: nn.Module, example_inputs: Any) -> WidthGraph:
     (8, "is the model's output")
     """
     if next(model.parameters(), None) is None:
+        refuse_quantised(model)
         raise TraceError(f"Expected a model with parameters, got a {type(model).__name__} without any.")
+    graph = None
     if autocast_devices():
         with suppress(TraceError), plain_surroundings():
-            return _trace(model, example_inputs)
-    with plain_surroundings(autocast=True):
-        return _trace(model, example_inputs)
+            graph = _trace(model, example_inputs)
+    if graph is None:
+        with plain_surroundings(autocast=True):
+            graph = _trace(model, example_inputs)
+    if not graph.resizable:
+        refuse_quantised(model)
+    return graph
 
 
 def _trace(model: nn.Module, example_inputs: Any) -> WidthGraph:
@@ -115,8 +125,9 @@ def _trace(model: nn.Module, example_inputs: Any) -> WidthGraph:
         graph = _verified(model, label_graph, device, modes, run, shapes)
         graph = compare_numbers(model, example_inputs, graph, _needed_modes(label_graph), gradients)
         return with_ranks(model, graph)
+    line = "" if last_error is None else source_line(traceback.extract_tb(last_error.__traceback__))
     raise TraceError(
-        f"The model does not run on the example inputs: {type(last_error).__name__}: {last_error}. Give example_inputs "
+        f"The model does not run on the example inputs: {type(last_error).__name__}: {last_error}{line}. Give example_inputs "
         "exactly as the model is called: a tensor, a tuple of arguments, or a dict of keyword arguments."
     ) from last_error
 

@@ -65,6 +65,8 @@ def equal_configuration(model: PreTrainedModel, state: Mapping[str, Any], shapes
     """
     if inputs is None or replacements(model):
         return None
+    if not _alike_as_before(_shapes_of_built(type(model), model.config), shapes):
+        return None
     return _Search(model, state, shapes, inputs).run()
 
 
@@ -119,6 +121,14 @@ def _shapes_of_built(kind: type[PreTrainedModel], config: Any) -> Shapes:
     except Exception as error:  # noqa: BLE001  a configuration that does not work is an answer
         log.debug("No model has this configuration: %s", error)
         return {}
+
+
+def _alike_as_before(built: Shapes, wanted: Shapes) -> bool:
+    """Whether tensors that differ in nothing but the numbers in their names are of one shape still, if they were."""
+    groups: dict[tuple[str, tuple[int, ...]], set[tuple[int, ...]]] = {}
+    for name, shape in built.items():
+        groups.setdefault((re.sub(r"\d+", "#", name), shape), set()).add(wanted.get(name, shape))
+    return all(len(shapes) == 1 for shapes in groups.values())
 
 
 def _distance(wanted: Shapes, built: Shapes) -> float:

@@ -375,3 +375,22 @@ def test_the_public_prune_compensates() -> None:
     with torch.no_grad():
         torch.testing.assert_close(model(x), before, rtol=1e-6, atol=1e-6)
     assert graph.sizes == {"0": 5, "3": 4}
+
+
+@pytest.mark.parametrize("measured", [False, True])
+def test_of_learned_latents_those_with_the_smallest_rows_go(measured: bool) -> None:
+    class Latents(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.latents, self.k, self.out = nn.Parameter(torch.randn(8, 6)), nn.Linear(6, 6), nn.Linear(6, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.out((self.latents @ self.k(x).mT).softmax(-1) @ x).mean(1)
+
+    model, x = Latents(), torch.randn(16, 7, 6)
+    with torch.no_grad():
+        model.latents[torch.tensor([1, 4])] *= 0.01
+    graph = trace(model, x[:2])
+    surgery = plan_prune(model, graph, {"latents": 6}, collect(model, graph, [x]) if measured else None)
+    assert surgery.maps["latents"].indices == (0, 2, 3, 5, 6, 7)

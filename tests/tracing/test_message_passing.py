@@ -218,6 +218,12 @@ def _(net: Any, x: Tensor) -> Tensor:
     return net.b(net.a(x).masked_scatter(mask.expand(-1, net.a.out_features), net.c(x)[mask[:, 0]]))
 
 
+@CASES.add("rows scattered by a mask of one column", lambda: _two(c=Linear(5, 8)), NODES, sizes={"a": 8})
+def _(net: Any, x: Tensor) -> Tensor:
+    mask = x[:, :1] > 0
+    return net.b(net.a(x).masked_scatter(mask, net.c(x)[mask[:, 0]]))
+
+
 @CASES.add(
     "some units scattered by a mask",
     lambda: _two(c=Linear(5, 8)),

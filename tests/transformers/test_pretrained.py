@@ -106,6 +106,17 @@ def test_a_head_that_is_gone_is_one_less_in_the_configuration_and_not_smaller_on
     assert torch.equal(logits(plain(tmp_path), "llama"), logits(model, "llama"))
 
 
+def test_sizes_that_are_allocated_with_equal_layers_stand_in_the_configuration(tmp_path: Path) -> None:
+    model, graph = family("llama"), graph_of("llama")
+    sizes = evolvenet.allocate(model, graph, int(0.6 * graph.parameters), uniform="layers", multiple=4)
+    evolvenet.prune(model, graph, sizes)
+    assert save_pretrained(model, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["intermediate_size"] < 40
+    assert config["intermediate_size"] % 4 == 0
+    assert torch.allclose(logits(plain(tmp_path), "llama"), logits(model, "llama"), rtol=1e-5, atol=1e-5)
+
+
 def test_half_precision_and_a_dtype_of_the_load(tmp_path: Path) -> None:
     model = cut("llama").bfloat16()
     save_pretrained(model, tmp_path)
