@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+from evolvenet.errors import ResizeError
 from evolvenet.graph.index_map import IndexMap
 from evolvenet.graph.width_graph import WidthGraph, Widths
 from evolvenet.tracing.bisection import bisect, classes_of
@@ -31,6 +32,8 @@ def with_least_sizes(verification: Verification, graph: WidthGraph) -> WidthGrap
 
     names = [width.name for width in graph.resizable if width.smallest < width.size]
     failed = bisect(classes_of(names, lambda name: structure(graph.widths[name])), failure)
+    # What the surgery itself refuses depends on the sizes of other widths: an LSTM's cells are more than what they project to.
+    failed = {number: reason for number, reason in failed.items() if ResizeError.__name__ not in reason}
     widths = dict(graph.widths)
     for members in classes_of([names[number] for number in failed], lambda name: structure(widths[name])):
         first = widths[members[0][1]]
