@@ -97,8 +97,8 @@ class _Search:
         built = _shapes_of_built(type(self.model), config)
         for number, values in enumerate(_candidates(config, _changes(built, self.wanted))):
             other = _with(config, values)
-            key = str(other.to_dict())
-            if key in self.seen or self.left <= 0:
+            key = str(other and other.to_dict())
+            if other is None or key in self.seen or self.left <= 0:
                 continue
             self.seen.add(key)
             if (new := self._distance(other)) < distance:
@@ -158,11 +158,10 @@ def _candidates(config: Any, changes: list[tuple[int, int]]) -> Iterator[dict[Wa
             if value is None:
                 if _MAY_BE_SIZE.search(name):
                     yield {way: new}
-            elif isinstance(value, float):
-                if "ratio" in name:
-                    yield {way: value * new / old}
-            elif value * new % old == 0:
+            elif isinstance(value, int) and value * new % old == 0:
                 yield {way: value * new // old}
+            elif "ratio" in name:
+                yield {way: value * new / old}
     for old, new in changes:
         if len(alike := [way for way, value in _numbers(config) if value == old]) > 1:
             yield dict.fromkeys(alike, new)
@@ -182,10 +181,14 @@ def _numbers(value: Any, way: Way = ()) -> Iterator[tuple[Way, int | float | Non
 
 
 def _with(config: Any, values: Mapping[Way, float]) -> Any:
-    """A copy of a configuration with other numbers in it."""
+    """A copy of a configuration with other numbers in it; None if it does not take them."""
     changed = copy.deepcopy(config)
-    for way, number in values.items():
-        _set(changed, way, number)
+    try:
+        for way, number in values.items():
+            _set(changed, way, number)
+    except Exception as error:  # noqa: BLE001  each configuration checks its fields in its own way
+        log.debug("The configuration does not take %s: %s", values, error)
+        return None
     return changed
 
 

@@ -117,6 +117,23 @@ def test_sizes_that_are_allocated_with_equal_layers_stand_in_the_configuration(t
     assert torch.allclose(logits(plain(tmp_path), "llama"), logits(model, "llama"), rtol=1e-5, atol=1e-5)
 
 
+def test_a_number_that_the_configuration_does_not_take_is_no_way_to_say_a_width(tmp_path: Path) -> None:
+    """The inner units of DINOv2 are a whole multiple of its features."""
+    config = transformers.Dinov2Config(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, mlp_ratio=2, image_size=16, patch_size=8
+    )
+    model: Any = transformers.Dinov2Model(config).eval()
+    images = {"pixel_values": torch.randn(1, 3, 16, 16)}
+    graph = evolvenet.trace(model, images)
+    inner = [width.name for width in graph.resizable if width.size == 64]
+    graph = evolvenet.prune(model, graph, dict.fromkeys(inner, 40))
+    assert not save_pretrained(model, tmp_path / "between")
+    assert torch.equal(from_pretrained(tmp_path / "between")(**images)[0], model(**images)[0])
+    evolvenet.prune(model, graph, dict.fromkeys(inner, 32))
+    assert save_pretrained(model, tmp_path / "whole")
+    assert torch.allclose(plain(tmp_path / "whole")(**images)[0], model(**images)[0], atol=1e-5)
+
+
 def test_half_precision_and_a_dtype_of_the_load(tmp_path: Path) -> None:
     model = cut("llama").bfloat16()
     save_pretrained(model, tmp_path)
