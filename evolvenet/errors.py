@@ -21,6 +21,10 @@ class TraceError(EvolveNetError, RuntimeError):
     """The model could not be run on the example inputs, or nothing in it can be resized."""
 
 
+class OutputNameError(TraceError):
+    """There is no output of a name that was given, or it holds no tensor; the message lists the names."""
+
+
 class ResizeError(EvolveNetError, ValueError):
     """A requested width does not exist, is frozen, or cannot take the requested size."""
 

@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from evolvenet.engine.compression import UNITS, Attempt, Compression, amount
 from evolvenet.engine.functional import apply
 from evolvenet.errors import EvolveNetError, ResizeError, TraceError
+from evolvenet.execution.chosen_outputs import Outputs
 from evolvenet.graph.restriction import Patterns, Restriction
 from evolvenet.graph.width_graph import WidthGraph
 from evolvenet.lowrank.attention import split_attentions
@@ -68,6 +69,7 @@ def compress(  # noqa: PLR0913  one name for each cost
     optimizers: Optimizer | Sequence[Optimizer] = (),
     fixed: Patterns = (),
     multiple: int = 1,
+    outputs: Outputs | None = None,
 ) -> Compression:
     """Make a network as small as is required, in place, all or nothing, with the least change of its outputs.
 
@@ -91,6 +93,7 @@ def compress(  # noqa: PLR0913  one name for each cost
         optimizers: the one or those that hold the model's parameters. State of cut tensors is cut, factors start fresh.
         fixed: names or patterns of widths that keep their size, or of modules that produce them.
         multiple: of which the channels of every width that is cut are a multiple.
+        outputs: as for `trace`: what the error is measured on, too.
 
     Returns:
         What was tried and done; `print` it.
@@ -109,7 +112,7 @@ def compress(  # noqa: PLR0913  one name for each cost
     given = {"params": parameters, "macs": macs, "bytes": bytes, "latency": latency}
     goal = Goal.of({kind: limit for kind, limit in given.items() if limit is not None}, example_inputs)
     listed = _listed(batches)
-    graph = Restriction(fixed=fixed, multiple=multiple).apply(trace(model, example_inputs))
+    graph = Restriction(fixed=fixed, multiple=multiple).apply(trace(model, example_inputs, outputs))
     before = goal.cost(model)
     if before <= goal.limit:
         raise ResizeError(
@@ -118,7 +121,7 @@ def compress(  # noqa: PLR0913  one name for each cost
         )
     fitting, judging = held_out(listed)
     search = Search.of(model, graph, goal, fitting, lowrank)
-    whole = outputs_on(model, judging, graph.differentiates)
+    whole = outputs_on(model, judging, graph)
     found: dict[str, tuple[Attempt, Mapping[str, int]]] = {}
     for name, sizes in search.candidates():
         with ExitStack() as undo:
@@ -126,7 +129,7 @@ def compress(  # noqa: PLR0913  one name for each cost
     chosen, sizes = _best(goal, list(found.values()))
     with ExitStack() as undo:
         cut, layers = search.execute(chosen.name, sizes, listed, as_list(optimizers), undo)
-        after = trace(model, example_inputs) if layers is not None and layers.before > layers.after else cut
+        after = trace(model, example_inputs, outputs) if layers is not None and layers.before > layers.after else cut
         undo.pop_all()
     remember_widths(model, after, graph.sizes)
     changed = {name: (size, sizes[name]) for name, size in graph.sizes.items() if sizes[name] != size}
@@ -219,7 +222,7 @@ class Search:
             if not asked:
                 return cls(model, graph, goal, costs, curves, None, {}, {})
             seen = observe(model, [request.target for request in asked.values()], batches)
-            loss = output_losses(model, requests, seen, batches, graph.differentiates)
+            loss = output_losses(model, requests, seen, batches, graph)
             # A sum of measured times of layers would be too rough to share a limit between widths and ranks.
             shared = {} if goal.kind == "latency" else asked
             options = {
@@ -266,7 +269,7 @@ class Search:
         name: str,
         sizes: Mapping[str, int],
         batches: Sequence[Any],
-        error: Callable[[nn.Module, bool], float],
+        error: Callable[[nn.Module, WidthGraph], float],
         undo: ExitStack,
     ) -> Attempt:
         """The outcome of an attempt.
@@ -275,7 +278,7 @@ class Search:
             name: of the attempt.
             sizes: {width: size}.
             batches: to fit on.
-            error: (model, whether it runs with autograd on) → error of its outputs.
+            error: (model, its graph) → error of its outputs.
             undo: closing it puts everything back.
         """
         try:
@@ -283,7 +286,7 @@ class Search:
             cost = self.goal.cost(self.model)
             if cost > self.goal.limit:
                 return Attempt(name, cost, None, "above the limit")
-            return Attempt(name, cost, error(self.model, self.graph.differentiates))
+            return Attempt(name, cost, error(self.model, self.graph))
         except EvolveNetError as problem:
             log.debug("compress: %s failed", name, exc_info=problem)
             return Attempt(name, None, None, str(problem))
@@ -338,8 +341,8 @@ def _listed(batches: Iterable[Any]) -> list[Any]:
     return listed
 
 
-def _error(whole: Sequence[Tensor], batches: Sequence[Any], model: nn.Module, gradients: bool) -> float:
-    return output_error(whole, outputs_on(model, batches, gradients))
+def _error(whole: Sequence[Tensor], batches: Sequence[Any], model: nn.Module, graph: WidthGraph) -> float:
+    return output_error(whole, outputs_on(model, batches, graph))
 
 
 def _best(goal: Goal, found: Sequence[tuple[Attempt, Mapping[str, int]]]) -> tuple[Attempt, Mapping[str, int]]:

@@ -9,6 +9,7 @@ from evolvenet.engine.event_timer import EventTimer
 from evolvenet.engine.evolver import Evolver
 from evolvenet.engine.history import History
 from evolvenet.errors import PolicyError
+from evolvenet.execution.chosen_outputs import Outputs
 from evolvenet.graph.restriction import Patterns, Restriction
 from evolvenet.measurement.calibration import LEAST
 from evolvenet.policies.base import Policy, judged_metric
@@ -33,6 +34,9 @@ class EvolutionCallback:
             its size. None for no such limit.
         fixed: names or patterns of widths, or of modules that produce them: they keep their size.
         multiple: sizes change to multiples of so many channels alone, whatever the policy.
+        outputs: which outputs of the network count, as for `evolvenet.trace`: those that predictions use. In training the loss
+            decides which widths may change; this is for a network that is traced by itself, on `example_inputs` or because its
+            training step cannot be.
 
     Raises:
         PolicyError: for values out of range, a policy without a method `propose`, or, before training starts or on its first
@@ -50,6 +54,7 @@ class EvolutionCallback:
     network: Patterns | None = None
     fixed: Patterns = ()
     multiple: int = 1
+    outputs: Outputs | None = None
 
     def __post_init__(self) -> None:
         if self.calibration_batches is not None and self.calibration_batches < 1:

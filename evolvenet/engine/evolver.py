@@ -38,11 +38,11 @@ from evolvenet.engine.run_checks import fixed_by_optimizers, have_state, rank_ch
 from evolvenet.engine.snapshot import PendingCut, Snapshot, roll_back
 from evolvenet.engine.transaction import Transaction
 from evolvenet.errors import RankMismatchError, stage
+from evolvenet.execution.chosen_outputs import Outputs, normalized
 from evolvenet.execution.inputs import first_samples
 from evolvenet.execution.step import Step
 from evolvenet.graph.current import check_current
 from evolvenet.graph.restriction import Patterns, Restriction
-from evolvenet.graph.serialization import check_fits
 from evolvenet.graph.width_graph import WidthGraph
 from evolvenet.lowrank.layer_ranks import low_rank
 from evolvenet.measurement.calibration import LEAST, batches_needed, places_per_sample
@@ -80,6 +80,7 @@ class Evolver(EvolverState):
             gradients, so it must not step an optimizer.
         network, fixed, multiple: which widths change, and to which sizes, see `evolvenet.graph.restriction.Restriction`.
         path: of the model in a larger module, by whose names `network` and `fixed` may go.
+        outputs: which of the model's outputs count, as for `trace`; with `step`, of what that returns.
 
     Raises:
         TraceError: if the model does not run on the example inputs, or nothing in it can be resized.
@@ -114,6 +115,7 @@ class Evolver(EvolverState):
         fixed: Patterns = (),
         multiple: int = 1,
         path: str = "",
+        outputs: Outputs | None = None,
     ) -> None:
         self._pending_cut = PendingCut(cast(JudgingPolicy, policy)) if judged_metric(policy) is not None else None
         if step is not None:
@@ -124,7 +126,8 @@ class Evolver(EvolverState):
         self.example_inputs = tree_map_only(Tensor, torch.clone, first_samples(example_inputs, 2))
         self.copies, self.after_change = copies, after_change
         self._restriction, self._path = Restriction(network, fixed, multiple), path
-        self.graph = self._restricted(graph or trace_for_training(model, self.example_inputs))
+        self._outputs = normalized(outputs)
+        self.graph = self._restricted(graph or trace_for_training(model, self.example_inputs, outputs))
         self.original = self._original_before_cut = OriginalWidths.of(self.graph)
         (check_resizable if graph is None else check_current)(model, self.graph)
         if not path:
@@ -253,16 +256,6 @@ class Evolver(EvolverState):
         changes = changed(sizes, self.history.sizes(self.graph), dict.fromkeys(sizes, reason))
         return self._record(self._event(moment, changes, count, time.perf_counter() - started, skipped))
 
-    def adopt(self, graph: WidthGraph) -> None:
-        """Go on with another graph of the same model as it is, from a trace that has reached more of it."""
-        check_fits(graph, self.model)
-        graph = self._restricted(graph)
-        self.graph, self.original = graph, self.original.renamed(self.graph, graph)
-        remember_widths(self.model, graph, self.original.sizes)
-        self.history.initial.sizes.update({**graph.sizes, **self.history.initial.sizes})
-        self.history.frozen = graph.reasons
-        self.history.ranks.update(graph.rank_layers)
-
     @contextmanager
     def restored(self, why: str) -> Iterator[None]:
         """All widths get their first sizes, since the model's code has met layers that do not fit each other any more.
@@ -357,7 +350,7 @@ class Evolver(EvolverState):
             due = any(proposal.size != self.graph.sizes.get(name) for name, proposal in proposals.items())
         if due:
             with stage("validation"):
-                before = run_on_all_ranks(group, lambda: ModelReference.of(self.model, self.example_inputs, own))
+                before = run_on_all_ranks(group, lambda: ModelReference.of(self.model, inputs, self.graph))
             with stage("replica update"):
                 copies = run_on_all_ranks(group, self._copies)
             with stage("snapshot"):

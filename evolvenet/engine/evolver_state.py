@@ -16,7 +16,7 @@ from evolvenet.execution.inputs import is_plain
 from evolvenet.execution.step import batch_of
 from evolvenet.graph.restriction import Restriction
 from evolvenet.graph.serialization import check_fits, from_state_dict, to_state_dict
-from evolvenet.graph.width_graph import WidthGraph
+from evolvenet.graph.width_graph import ChosenOutputs, WidthGraph
 from evolvenet.measurement.calibration import LEAST
 from evolvenet.measurement.past_events import PastEvents
 from evolvenet.surgery.checkpoint import WidthRecord, fit_shapes
@@ -34,6 +34,7 @@ class EvolverState:
     calibration_batches: Any
     _original_before_cut: OriginalWidths
     _restriction: Restriction
+    _outputs: ChosenOutputs
     _path: str
     _buffer: BatchBuffer
     _observed: int
@@ -83,5 +84,16 @@ class EvolverState:
         if self._pending_cut and state.get("pending_cut"):
             self._pending_cut.load_state_dict(state["pending_cut"])
 
+    def adopt(self, graph: WidthGraph) -> None:
+        """Go on with another graph of the same model as it is, from a trace that has reached more of it."""
+        check_fits(graph, self.model)
+        graph = self._restricted(graph)
+        self.graph, self.original = graph, self.original.renamed(self.graph, graph)
+        remember_widths(self.model, graph, self.original.sizes)
+        self.history.initial.sizes.update({**graph.sizes, **self.history.initial.sizes})
+        self.history.frozen = graph.reasons
+        self.history.ranks.update(graph.rank_layers)
+
     def _restricted(self, graph: WidthGraph) -> WidthGraph:
-        return self._restriction.apply(graph, self._path)
+        # A graph that was read from a checkpoint has no functions.
+        return replace(self._restriction.apply(graph, self._path), outputs=self._outputs or graph.outputs)

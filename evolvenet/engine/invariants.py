@@ -26,7 +26,7 @@ class ModelReference:
 
     Args:
         parameters: the parameter objects by name.
-        shapes: of every output tensor.
+        shapes: of every output tensor that counts.
         finite: whether all outputs were finite.
     """
 
@@ -35,9 +35,10 @@ class ModelReference:
     finite: bool
 
     @classmethod
-    def of(cls, model: nn.Module, example_inputs: Any, gradients: bool = False) -> ModelReference:
-        """Run the model once, in eval mode, with autograd on if `gradients`, and record what a change must keep."""
-        found = model_outputs(model, example_inputs, gradients)
+    def of(cls, model: nn.Module, example_inputs: Any, graph: WidthGraph | None = None) -> ModelReference:
+        """Run the model once, in eval mode, and record what a change must keep of the outputs that count in its graph."""
+        gradients, outputs = (False, None) if graph is None else (graph.differentiates, graph.outputs)
+        found = model_outputs(model, example_inputs, gradients, outputs)
         return cls(dict(model.named_parameters()), _shapes(found, example_inputs), _finite(found))
 
     def with_layers_of(self, model: nn.Module) -> ModelReference:
@@ -92,7 +93,7 @@ def validate(
     for optimizer in with_inner(optimizers):
         validate_state(optimizer)
     try:
-        found = model_outputs(model, example_inputs, graph.differentiates)
+        found = model_outputs(model, example_inputs, graph.differentiates, graph.outputs)
     except Exception as problem:
         raise _wrong("a model that runs", f"{type(problem).__name__}: {problem}", OutputError) from problem
     shapes = _shapes(found, example_inputs)

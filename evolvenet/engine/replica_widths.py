@@ -70,7 +70,7 @@ def united(graph: WidthGraph, copy: str, source: str) -> WidthGraph:
     kept = {name: width for name, width in widths.items() if name in held}
     added, gates = (known | {one for one, two in pairs.items() if two in known} for known in (graph.added, graph.gates))
     made = assemble(kept, layouts, graph.shapes, graph.trainable, graph.aliases, roles, graph.differentiates, added)
-    return replace(made, gates=gates)
+    return replace(made, gates=gates, outputs=graph.outputs)
 
 
 def frozen_tensors(graph: WidthGraph, tensors: Iterable[str], reason: str) -> WidthGraph:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from evolvenet._compat.torch import state_dict_metadata
 from evolvenet.errors import RecordError, TraceError
+from evolvenet.execution.chosen_outputs import Outputs
 from evolvenet.execution.dummy_inputs import dummy_inputs
 from evolvenet.graph.sizes import sizes_from_shapes
 from evolvenet.graph.width_graph import WidthGraph
@@ -20,7 +21,7 @@ from evolvenet.surgery.width_record import RECORD_KEY, WidthRecord, record_of, r
 from evolvenet.tracing.trace import trace
 
 
-def save(model: nn.Module, path: str | Path, example_inputs: Any = None) -> None:
+def save(model: nn.Module, path: str | Path, example_inputs: Any = None, outputs: Outputs | None = None) -> None:
     """Write a model's weights and its widths to a file.
 
     `load` builds the widths from it, and so does `load_from_checkpoint` from a `.ckpt`. Where all widths are already there,
@@ -33,6 +34,7 @@ def save(model: nn.Module, path: str | Path, example_inputs: Any = None) -> None
             a LightningModule's hyperparameters; `.safetensors` tensors without pickle, a tied one once.
         example_inputs: as `trace` takes them, for a model whose widths are not known in this process: one that was copied or
             unpickled. The file has no record of its widths otherwise.
+        outputs: as for `trace`, with example inputs.
 
     Raises:
         RecordError: for another ending, or for what such a file cannot hold.
@@ -47,15 +49,18 @@ def save(model: nn.Module, path: str | Path, example_inputs: Any = None) -> None
     ...     load(build(), f"{folder}/narrow.pt")[0]
     Linear(in_features=4, out_features=3, bias=True)
     """
-    write(Path(path), model, state_with_record(model, example_inputs))
+    write(Path(path), model, state_with_record(model, example_inputs, outputs))
 
 
-def state_with_record(model: nn.Module, example_inputs: Any = None) -> Mapping[str, Any]:
+def state_with_record(
+    model: nn.Module, example_inputs: Any = None, outputs: Outputs | None = None
+) -> Mapping[str, Any]:
     """A model's state dict, with the record of its widths in its metadata if they are known.
 
     Args:
         model: any module.
         example_inputs: to trace it on if they are not; None to leave them unknown.
+        outputs: as for `trace`.
     """
     state: Any = model.state_dict()
     record = record_of(model)
@@ -63,7 +68,7 @@ def state_with_record(model: nn.Module, example_inputs: Any = None) -> Mapping[s
     if record is not None and record.graph is not None and not set(record.graph.shapes) <= set(shapes_of(model)):
         record = None
     if record is None and example_inputs is not None:
-        record = WidthRecord.of(model, trace(model, example_inputs))
+        record = WidthRecord.of(model, trace(model, example_inputs, outputs))
         remember(model, record)
     own = state_dict_metadata(state).get("")
     if record is not None and own is not None:
@@ -71,7 +76,13 @@ def state_with_record(model: nn.Module, example_inputs: Any = None) -> Mapping[s
     return state
 
 
-def load(model: nn.Module, path: str | Path, map_location: Any = "cpu", example_inputs: Any = None) -> nn.Module:
+def load(
+    model: nn.Module,
+    path: str | Path,
+    map_location: Any = "cpu",
+    example_inputs: Any = None,
+    outputs: Outputs | None = None,
+) -> nn.Module:
     """Reshape a freshly built model to a checkpoint's widths and load its weights, all or nothing.
 
     Layers that are factorized in the file are factorized here first. Otherwise only widths may differ between model and file.
@@ -88,6 +99,7 @@ def load(model: nn.Module, path: str | Path, map_location: Any = "cpu", example_
         example_inputs: as `trace` takes them. With them, the model is traced to know its widths if the file has no record.
             The model's own numbers (`num_heads`) then follow, but not buffers that are not persistent. For models of the
             transformers library they are made up.
+        outputs: as for `trace`, where the model is traced: those with which the widths of the file were changed.
 
     Returns:
         The same model.
@@ -113,7 +125,7 @@ def load(model: nn.Module, path: str | Path, map_location: Any = "cpu", example_
         state, prefix = own_part(model, whole, str(path))
         record, graph = find_record(found, prefix), None
         if "graph" not in (record or {}):
-            graph = _traced(model, state, example_inputs, path)
+            graph = _traced(model, state, example_inputs, outputs, path)
         load_state(model, state, record, graph, str(path))
     except BaseException as error:
         undo()
@@ -130,7 +142,9 @@ def load(model: nn.Module, path: str | Path, map_location: Any = "cpu", example_
     return model
 
 
-def _traced(model: nn.Module, state: Mapping[str, Any], example_inputs: Any, path: Path) -> WidthGraph | None:
+def _traced(
+    model: nn.Module, state: Mapping[str, Any], example_inputs: Any, outputs: Outputs | None, path: Path
+) -> WidthGraph | None:
     """The widths of a model where no record tells them and there are inputs to trace it on: given ones, or made-up ones.
 
     Raises:
@@ -145,7 +159,7 @@ def _traced(model: nn.Module, state: Mapping[str, Any], example_inputs: Any, pat
     if inputs is None:
         return None
     try:
-        graph = trace(model, inputs)
+        graph = trace(model, inputs, outputs)
     except TraceError as error:
         if example_inputs is not None:
             raise

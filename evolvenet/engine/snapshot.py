@@ -117,9 +117,7 @@ def roll_back(
     Raises:
         EvolveNetError: if restoring or validating fails, here or on another rank.
     """
-    before = run_on_all_ranks(
-        group, lambda: ModelReference.of(run.model, run.example_inputs, past.graph.differentiates)
-    )
+    before = run_on_all_ranks(group, lambda: ModelReference.of(run.model, run.example_inputs, past.graph))
     try:
         run_on_all_ranks(group, lambda: past.restore(run.model, run.optimizers, copies))
         run_on_all_ranks(group, lambda: _validate(past, run, before))

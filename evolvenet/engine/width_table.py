@@ -10,6 +10,7 @@ from torch import nn
 
 from evolvenet.engine.constructor_arguments import Arguments, of_own_classes, of_torch_layers
 from evolvenet.errors import MissingPackageError, RecordError
+from evolvenet.execution.chosen_outputs import Outputs
 from evolvenet.graph.width_graph import Tie
 from evolvenet.surgery.width_record import WidthRecord, record_of
 from evolvenet.tracing.trace import trace
@@ -140,12 +141,13 @@ def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
     return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
 
-def widths(model: nn.Module, example_inputs: Any = None) -> WidthTable:
+def widths(model: nn.Module, example_inputs: Any = None, outputs: Outputs | None = None) -> WidthTable:
     """The sizes of a model's widths, and the arguments that build it with them.
 
     Args:
         model: a network or a LightningModule whose widths EvolveNet has changed or loaded in this process.
         example_inputs: as `trace` takes them, for any other model; its sizes are the original ones then.
+        outputs: as for `trace`, with example inputs.
 
     Returns:
         The table: `print` it, index it by the name of a width, or take `to_dict()` or `to_yaml()`. `layers` holds the arguments
@@ -167,7 +169,7 @@ def widths(model: nn.Module, example_inputs: Any = None) -> WidthTable:
     record = record_of(model)
     graph = None if record is None else record.graph_of(model)
     if graph is None and example_inputs is not None:
-        record = WidthRecord.of(model, trace(model, example_inputs))
+        record = WidthRecord.of(model, trace(model, example_inputs, outputs))
         graph = record.graph
     if record is None or graph is None:
         raise RecordError(

@@ -20,8 +20,11 @@ from torch.nn.parameter import is_lazy
 
 from evolvenet._compat.torch import tensor_tables
 from evolvenet.errors import TraceError
+from evolvenet.execution.chosen_outputs import with_chosen_outputs
+from evolvenet.execution.inputs import tensors_of
 from evolvenet.execution.state_guard import SavedState
-from evolvenet.execution.step import network_outputs
+from evolvenet.execution.step import network_outputs, run_model
+from evolvenet.graph.width_graph import ChosenOutputs
 from evolvenet.surgery.module_handlers import refresh
 
 
@@ -101,13 +104,17 @@ def op_by_op(mode: AbstractContextManager[Any] | None = None, *, fused: bool = T
         yield
 
 
-def model_outputs(model: nn.Module, inputs: Any, gradients: bool = False) -> list[Tensor]:
-    """Every tensor among a model's outputs, from an `isolated`, uncompiled run, with autograd on if `gradients`.
+def model_outputs(
+    model: nn.Module, inputs: Any, gradients: bool = False, outputs: ChosenOutputs = None
+) -> list[Tensor]:
+    """Every tensor among a model's outputs that count, from an `isolated`, uncompiled run, with autograd on if `gradients`.
 
     >>> model_outputs(nn.Linear(2, 3), torch.zeros(4, 2))[0].shape
     torch.Size([4, 3])
     """
     with isolated(model, gradients=gradients), op_by_op():
+        if outputs is not None:
+            return [tensor.detach() for tensor in tensors_of(run_model(model, with_chosen_outputs(inputs, outputs)))]
         return [tensor.detach() for tensor in network_outputs(model, inputs)]
 
 

@@ -131,4 +131,5 @@ def _rebuilt(
     known = {place: role for place, role in {**kept, **roles}.items() if place[0] in shapes}
     added = frozenset(bias[1] if name == bias[0] else name for name in graph.added)
     made = assemble(bare, layouts, shapes, frozenset(trainable), graph.aliases, known, graph.differentiates, added)
-    return replace(made, gates=frozenset(name for name in graph.gates if name in shapes))
+    gates = frozenset(name for name in graph.gates if name in shapes)
+    return replace(made, gates=gates, outputs=graph.outputs)

@@ -38,7 +38,8 @@ def renamed_width(name: str, rename: Rename) -> str:
 def renamed(graph: WidthGraph, rename: Rename) -> WidthGraph:
     """A graph by other names, without the tensors for which there is none.
 
-    A width that has axes in such tensors, too, keeps the others.
+    A width that has axes in such tensors, too, keeps the others. The chosen outputs are those of the whole model: a graph of a
+    part or a holder has none.
 
     >>> from torch import nn, zeros
     >>> from evolvenet.tracing.trace import trace
@@ -80,7 +81,9 @@ def renamed(graph: WidthGraph, rename: Rename) -> WidthGraph:
         graph.differentiates,
         frozenset(names[name] for name in graph.added if name in names),
     )
-    return replace(made, gates=frozenset(names[name] for name in graph.gates if name in names))
+    same = all(name == new for name, new in names.items())
+    outputs = graph.outputs if same and not callable(graph.outputs) else None
+    return replace(made, gates=frozenset(names[name] for name in graph.gates if name in names), outputs=outputs)
 
 
 def _bare(width: Width, name: str, rename: Rename) -> Width:

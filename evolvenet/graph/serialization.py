@@ -16,6 +16,8 @@ from evolvenet.graph.width_graph import Segment, Width, WidthGraph, assemble
 def to_state_dict(graph: WidthGraph) -> dict[str, Any]:
     """A graph as dicts, lists, strings and numbers, fit for JSON and for `weights_only` checkpoints.
 
+    Chosen outputs are written if they are names; a function has no such form, and the graph read back has none.
+
     >>> import torch
     >>> from evolvenet.tracing.trace import trace
     >>> graph = trace(nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2)), torch.zeros(1, 4))
@@ -39,6 +41,7 @@ def to_state_dict(graph: WidthGraph) -> dict[str, Any]:
         "differentiates": graph.differentiates,
         "added": sorted(graph.added),
         "gates": sorted(graph.gates),
+        "outputs": None if graph.outputs is None or callable(graph.outputs) else list(graph.outputs),
     }
 
 
@@ -63,7 +66,8 @@ def from_state_dict(state: Mapping[str, Any]) -> WidthGraph:
         state.get("differentiates", False),
         frozenset(state.get("added", ())),
     )
-    return replace(made, gates=frozenset(state.get("gates", ())))
+    outputs = state.get("outputs")
+    return replace(made, gates=frozenset(state.get("gates", ())), outputs=None if outputs is None else tuple(outputs))
 
 
 def check_fits(graph: WidthGraph, model: nn.Module, besides: Container[str] = ()) -> None:

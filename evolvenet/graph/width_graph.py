@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from evolvenet.errors import ResizeError
 from evolvenet.graph.coverage import shares
@@ -19,6 +19,9 @@ PRODUCES = "produces"
 CONSUMES = "consumes"
 FOLLOWS = "follows"
 MASKS = "masks"
+
+OutputFunction = Callable[[Any], Any]
+ChosenOutputs = tuple[str, ...] | OutputFunction | None
 
 
 @dataclass(frozen=True)
@@ -152,6 +155,7 @@ class WidthGraph:
         differentiates: whether the model's own code computes gradients, so that it only runs with autograd on.
         added: names of the tensors that ops only add to their units: biases, running means.
         gates: names of the tensors that scale, gate or bound each unit by entries of its own: fixed kernels, grids of splines.
+        outputs: paths, or a function, of those outputs of the model that count, as given to `trace`; None for all.
     """
 
     widths: Widths
@@ -162,6 +166,7 @@ class WidthGraph:
     differentiates: bool = False
     added: frozenset[str] = frozenset()
     gates: frozenset[str] = frozenset()
+    outputs: ChosenOutputs = None
 
     @property
     def resizable(self) -> tuple[Width, ...]:
@@ -298,7 +303,7 @@ class WidthGraph:
         bare = {name: replace(width, size=sizes[name], ties=()) for name, width in self.widths.items()}
         roles = {(tie.tensor, tie.dim): tie.role for width in self.widths.values() for tie in width.ties}
         made = assemble(bare, layouts, shapes, self.trainable, self.aliases, roles, self.differentiates, self.added)
-        return replace(made, gates=self.gates)
+        return replace(made, gates=self.gates, outputs=self.outputs)
 
     def proposed_parameters(self, sizes: Mapping[str, int]) -> int:
         """Number of parameters of the model if the named widths had these sizes.

@@ -129,7 +129,7 @@ class LightningEvolution(EvolutionCallback):
         if self.example_inputs is None or self._ignores_example:
             return None
         with default_dtype(trainer), logging_muted(pl_module):
-            return subject_of_example(pl_module, self.example_inputs, self._settle)
+            return subject_of_example(pl_module, self.example_inputs, self._settle, self.outputs)
 
     def _recorded_subject(self, trainer: Trainer, pl_module: LightningModule) -> Subject | None:
         """What is to be changed, from what the first batch ran; None if that called no module so far."""
@@ -151,7 +151,7 @@ class LightningEvolution(EvolutionCallback):
             return resumed_subject(self._resumed, found[self._resumed["kind"]])
         path = find_network(pl_module, self._recorder.names, optimizers_of(trainer, pl_module))
         with default_dtype(trainer), logging_muted(pl_module):
-            return choose_subject(pl_module, path, first, self._batches, self._settle)
+            return choose_subject(pl_module, path, first, self._batches, self._settle, self.outputs)
 
     def _start(self, trainer: Trainer, pl_module: LightningModule, subject: Subject) -> None:
         """Make the evolver of what was chosen."""
@@ -167,6 +167,7 @@ class LightningEvolution(EvolutionCallback):
                 root, optimizers_of(trainer, pl_module), self.policy, subject.inputs, self.calibration_batches, self.seed,
                 self._models_to_update, after_change=partial(rebuild_ddp, trainer.strategy, pl_module),
                 graph=subject.graph, network=self.network, fixed=self.fixed, multiple=self.multiple, path=subject.path,
+                outputs=self.outputs if subject.kind == NETWORK else None,
             )  # fmt: skip
         warn_of_unreached(subject.graph)
         if not self.evolver.graph.resizable:

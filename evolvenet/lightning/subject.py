@@ -10,7 +10,8 @@ from typing import Any
 from lightning.pytorch import LightningModule
 from torch import nn
 
-from evolvenet.errors import TraceError
+from evolvenet.errors import OutputNameError, TraceError
+from evolvenet.execution.chosen_outputs import Outputs, normalized, with_chosen_outputs
 from evolvenet.execution.inputs import first_samples
 from evolvenet.execution.routes import modules_called, runs_until_every_route
 from evolvenet.execution.step import InTurn, Step, run_model
@@ -73,7 +74,9 @@ def call_networks(module: nn.Module, batch: Mapping[str, Any]) -> list[Any]:
     return [run_model(module.get_submodule(path), inputs) for path, inputs in batch.items()]
 
 
-def subject_of_example(module: LightningModule, example_inputs: Any, settle: Settle) -> Subject | None:
+def subject_of_example(
+    module: LightningModule, example_inputs: Any, settle: Settle, outputs: Outputs | None = None
+) -> Subject | None:
     """The module itself, called with inputs that the user gave; None where that leaves some of its parameters unused.
 
     What the module itself does not use, its training step may.
@@ -81,9 +84,15 @@ def subject_of_example(module: LightningModule, example_inputs: Any, settle: Set
     Raises:
         TraceError: if the module does not run on them.
     """
-    few = first_samples(example_inputs, SAMPLES)
-    graph = settle(module, trace(module, few))
-    return None if unreached_parameters(graph) else Subject("", example_inputs, graph, few)
+    found = _alone(module, "", example_inputs, settle, outputs)
+    return None if unreached_parameters(found.graph) else found
+
+
+def _alone(module: nn.Module, path: str, inputs: Any, settle: Settle, outputs: Outputs | None) -> Subject:
+    """A network called with its own inputs."""
+    root, few = module.get_submodule(path), first_samples(inputs, SAMPLES)
+    graph = settle(root, trace(root, few, outputs))
+    return Subject(path, inputs, graph, with_chosen_outputs(few, normalized(outputs)))
 
 
 def resumed_subject(state: Mapping[str, Any], inputs: Any) -> Subject:
@@ -104,6 +113,7 @@ def choose_subject(
     calls: Mapping[str, Any],
     batches: Mapping[str, tuple[Any, int]],
     settle: Settle,
+    outputs: Outputs | None = None,
 ) -> Subject:
     """The one network of a module if its own graph says all about it, else the training step, else its networks.
 
@@ -117,6 +127,7 @@ def choose_subject(
         calls: {path: inputs} of all networks that it calls.
         batches: {"training_step": its first batch and that batch's index, "validation_step": as far as it is known}.
         settle: see `Settle`.
+        outputs: those of the network that count, as for `trace`.
 
     Raises:
         TraceError: if neither the steps nor any network can be traced.
@@ -124,8 +135,9 @@ def choose_subject(
     alone, problem = None, None
     if path is not None:
         try:
-            root, few = module.get_submodule(path), first_samples(calls[path], SAMPLES)
-            alone = Subject(path, calls[path], settle(root, trace(root, few)), few)
+            alone = _alone(module, path, calls[path], settle, outputs)
+        except OutputNameError:
+            raise
         except TraceError as error:
             problem = error
     whole = _trace_steps(module, batches, settle)

@@ -105,9 +105,8 @@ def rank_trials(
     Returns:
         {name of the rank: [(size, loss)]}, by size.
     """
-    gradients = ranks.graph.differentiates
     few = first_batches(batches, SAMPLES)
-    whole = outputs_on(model, few, gradients)
+    whole = outputs_on(model, few, ranks.graph)
     found: dict[str, Curve] = {}
     with isolated(model, shadows=True):
         shadows: Mapping[str, Tensor] = named_tensors(model)[0]
@@ -117,7 +116,7 @@ def rank_trials(
             points = [(size, 0.0)]
             for tried in sorted({max(1, min(size - 1, round(share * size))) for share in shares}, reverse=True):
                 with in_place(Choice(target, rank.kind, (tried,)), seen, shadows):
-                    error = output_error(whole, outputs_on(model, few, gradients))
+                    error = output_error(whole, outputs_on(model, few, ranks.graph))
                 points.append((tried, max(error, points[-1][1]) if math.isfinite(error) else math.inf))
             found[name] = [(0, 10 * points[-1][1] + 1), *reversed(points)]
     return found

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from evolvenet.execution.isolation import isolated
 from evolvenet.graph.naming import named_tensors
+from evolvenet.graph.width_graph import WidthGraph
 from evolvenet.lowrank.base import Kind
 from evolvenet.lowrank.budget import energy_lost
 from evolvenet.lowrank.fit import Observations
@@ -62,7 +63,11 @@ class OutputLoss:
 
 
 def output_losses(
-    model: nn.Module, requests: Sequence[Request], seen: Observations, batches: Sequence[Any], gradients: bool = False
+    model: nn.Module,
+    requests: Sequence[Request],
+    seen: Observations,
+    batches: Sequence[Any],
+    graph: WidthGraph | None = None,
 ) -> OutputLoss:
     """Factorize one layer at a time, at ranks that lose about `LEVELS` of its energy, and measure the network's outputs.
 
@@ -74,10 +79,10 @@ def output_losses(
         requests: for its layers.
         seen: from `observe`.
         batches: inputs of the model, of which the first samples are used.
-        gradients: whether the model runs with autograd on.
+        graph: of the model, see `outputs_on`.
     """
     few = first_batches(batches, SAMPLES)
-    whole = outputs_on(model, few, gradients)
+    whole = outputs_on(model, few, graph)
     found: dict[tuple[str, str], list[Point]] = {}
     with isolated(model, shadows=True):
         shadows, _, _ = named_tensors(model)
@@ -87,7 +92,7 @@ def output_losses(
                 points = found.setdefault((request.target.name, kind.name), [])
                 for choice, lost in _trials(request, kind, seen):
                     with in_place(choice, seen, shadows):
-                        error = output_error(whole, outputs_on(model, few, gradients))
+                        error = output_error(whole, outputs_on(model, few, graph))
                     if math.isfinite(error) and error > (points[-1][1] if points else 0.0):
                         points.append((lost, error))
     return OutputLoss(found)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from evolvenet.execution.inputs import first_samples
 from evolvenet.execution.isolation import model_outputs
 from evolvenet.execution.sampling import samples_in
+from evolvenet.graph.width_graph import WidthGraph
 
 
 def first_batches(batches: Sequence[Any], samples: int) -> list[Any]:
@@ -28,21 +29,22 @@ def first_batches(batches: Sequence[Any], samples: int) -> list[Any]:
     return found
 
 
-def outputs_on(model: nn.Module, batches: Sequence[Any], gradients: bool = False) -> list[Tensor]:
-    """Every output tensor of the model in float64, concatenated over the batches where their shapes allow that.
+def outputs_on(model: nn.Module, batches: Sequence[Any], graph: WidthGraph | None = None) -> list[Tensor]:
+    """Every output tensor of the model that counts in float64, concatenated over the batches where their shapes allow that.
 
     Args:
         model: is left as it was.
         batches: inputs of the model.
-        gradients: whether it runs with autograd on, see `WidthGraph.differentiates`.
+        graph: of the model: whether it runs with autograd on (`differentiates`), and which outputs count (`outputs`).
 
     >>> outputs_on(nn.Linear(2, 3), [torch.zeros(4, 2), torch.zeros(1, 2)])[0].shape
     torch.Size([5, 3])
     """
+    gradients, outputs = (False, None) if graph is None else (graph.differentiates, graph.outputs)
     each = [
         [
             real(tensor)
-            for tensor in model_outputs(model, batch, gradients)
+            for tensor in model_outputs(model, batch, gradients, outputs)
             if tensor.is_floating_point() or tensor.is_complex()
         ]
         for batch in batches

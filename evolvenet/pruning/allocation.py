@@ -171,7 +171,7 @@ def trial_curves(
     """
     statistics = collect(model, graph, batches)
     few = first_batches(batches, SAMPLES)
-    whole = outputs_on(model, few, graph.differentiates)
+    whole = outputs_on(model, few, graph)
     limits = replace(TRAINING_LIMITS, samples=SAMPLES)
     found: dict[str, Curve] = {}
     for width in graph.resizable:
@@ -181,7 +181,7 @@ def trial_curves(
                 surgery = plan_prune(model, graph, {width.name: size}, statistics)
                 undo = install(model, reconstruct(model, graph, surgery, few, limits))
                 try:
-                    moved = outputs_on(model, few, graph.differentiates)
+                    moved = outputs_on(model, few, graph)
                 finally:
                     undo()
                 points.append((size, max(output_error(whole, moved), points[-1][1])))

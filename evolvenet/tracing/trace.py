@@ -30,6 +30,7 @@ import evolvenet.tracing.reduction_rules  # registers its rules
 import evolvenet.tracing.window_rules  # noqa: F401  registers its rules
 from evolvenet._compat.torch import in_backward, schema_of, torch_functions_off
 from evolvenet.errors import TraceError
+from evolvenet.execution.chosen_outputs import Outputs, normalized, with_chosen_outputs
 from evolvenet.execution.inputs import tensors_of
 from evolvenet.execution.isolation import isolated
 from evolvenet.execution.own_gradients import GradientsNeededError
@@ -62,7 +63,7 @@ ATTEMPTS = (("meta", (False, True)), (None, (False, True)), ("meta", (False,)), 
 """(device of the shadows, training flags), tried in this order until the model runs; train mode is given up last."""
 
 
-def trace(model: nn.Module, example_inputs: Any) -> WidthGraph:
+def trace(model: nn.Module, example_inputs: Any, outputs: Outputs | None = None) -> WidthGraph:
     """Find every width of a model and verify by trials which of them can be resized.
 
     The graph does not depend on what surrounds the call: autocast (on only if the model does not run without it), inference
@@ -72,6 +73,9 @@ def trace(model: nn.Module, example_inputs: Any) -> WidthGraph:
         model: any module; it is not changed.
         example_inputs: what it is called with: a tensor, a tuple of arguments, a dict of keyword arguments, a `Step`, or
             several of these `InTurn`.
+        outputs: which of the model's outputs count: a name ("logits"), a path ("encoder.last_hidden_state", "0"), several
+            of these, or a function of what the model returns. Their shapes and numbers must stay, so widths that reach them
+            are frozen; other outputs may change. None for all. Of a `Step` it is what the step returns.
 
     Returns:
         The graph, with a reason for each frozen width.
@@ -84,20 +88,24 @@ def trace(model: nn.Module, example_inputs: Any) -> WidthGraph:
     >>> graph = trace(model, torch.zeros(1, 4))
     >>> graph.widths["0"].size, graph.widths["2"].frozen
     (8, "is the model's output")
+    >>> trace(nn.LSTM(4, 8), torch.zeros(3, 1, 4), outputs=["1.0", "1.1"]).widths["weight_ih_l0"].frozen
+    "is the model's output"
     """
+    selected = normalized(outputs)
+    inputs = with_chosen_outputs(example_inputs, selected)
     if next(model.parameters(), None) is None:
         refuse_quantised(model)
         raise TraceError(f"Expected a model with parameters, got a {type(model).__name__} without any.")
     graph = None
     if autocast_devices():
         with suppress(TraceError), plain_surroundings():
-            graph = _trace(model, example_inputs)
+            graph = _trace(model, inputs)
     if graph is None:
         with plain_surroundings(autocast=True):
-            graph = _trace(model, example_inputs)
+            graph = _trace(model, inputs)
     if not graph.resizable:
         refuse_quantised(model)
-    return graph
+    return replace(graph, outputs=selected)
 
 
 def _trace(model: nn.Module, example_inputs: Any) -> WidthGraph:
@@ -128,7 +136,8 @@ def _trace(model: nn.Module, example_inputs: Any) -> WidthGraph:
     line = "" if last_error is None else source_line(traceback.extract_tb(last_error.__traceback__))
     raise TraceError(
         f"The model does not run on the example inputs: {type(last_error).__name__}: {last_error}{line}. Give example_inputs "
-        "exactly as the model is called: a tensor, a tuple of arguments, or a dict of keyword arguments."
+        "exactly as the model is called: a tensor, a tuple of arguments, or a dict of keyword arguments; a function given as "
+        "outputs gets all that the model returns."
     ) from last_error
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import nn
 
+from evolvenet.execution.chosen_outputs import Outputs
 from evolvenet.graph.width_graph import Width, WidthGraph, Widths
 from evolvenet.tracing.grouping import NEVER_RAN
 from evolvenet.tracing.trace import trace
@@ -82,7 +83,7 @@ def freeze_possible_inputs(graph: WidthGraph, besides: Iterable[str] = ()) -> Wi
     return replace(graph, widths=Widths(widths))
 
 
-def trace_for_training(model: nn.Module, example_inputs: Any) -> WidthGraph:
+def trace_for_training(model: nn.Module, example_inputs: Any, outputs: Outputs | None = None) -> WidthGraph:
     """The graph of `trace` for a run in which other modules may come to run than on the example inputs.
 
     Widths that might feed an unreached parameter keep their size, with a warning, and so do layers that are not trained.
@@ -90,7 +91,7 @@ def trace_for_training(model: nn.Module, example_inputs: Any) -> WidthGraph:
     Raises:
         TraceError: as `trace`.
     """
-    graph = freeze_untrained(trace(model, example_inputs), untrained_parameters(model))
+    graph = freeze_untrained(trace(model, example_inputs, outputs), untrained_parameters(model))
     graph = freeze_possible_inputs(graph)
     warn_of_unreached(graph)
     return graph

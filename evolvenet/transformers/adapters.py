@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from evolvenet.engine.saving import state_with_record
 from evolvenet.errors import MissingPackageError, RecordError
+from evolvenet.execution.chosen_outputs import Outputs
 from evolvenet.surgery.checkpoint_file import FOLDER_RECORD, read_folder_record, write_folder_record
 from evolvenet.surgery.width_record import RECORD_KEY, WidthRecord, forget, record_of, remember, shapes_of
 from evolvenet.transformers.folders import known_widths, load_model, save_model
@@ -38,13 +39,15 @@ def is_adapted_folder(folder: Path) -> bool:
     return (folder / ADAPTER).is_file() and (folder / BASE).is_dir()
 
 
-def save_adapted(model: Any, folder: Path, example_inputs: Any, options: Mapping[str, Any]) -> bool:
+def save_adapted(
+    model: Any, folder: Path, example_inputs: Any, outputs: Outputs | None, options: Mapping[str, Any]
+) -> bool:
     """Write what PEFT writes, the base in a folder of its own within, and the widths.
 
     Args:
         model: a `PeftModel` with LoRA adapters.
         folder: is made if it is not there.
-        example_inputs: as for `save_model`.
+        example_inputs, outputs: as for `save_model`.
         options: of the base's `save_pretrained`.
 
     Returns:
@@ -67,9 +70,9 @@ def save_adapted(model: Any, folder: Path, example_inputs: Any, options: Mapping
     (folder / FOLDER_RECORD).unlink(missing_ok=True)
     behind = dict(_behind(base, model.active_adapter))
     _rename_earlier_record(base, behind)
-    state = state_with_record(model, example_inputs)
+    state = state_with_record(model, example_inputs, outputs)
     with model.disable_adapter():
-        alone = save_model(base, folder / BASE, None, options, lambda name: _base_name(name, behind))
+        alone = save_model(base, folder / BASE, None, None, options, lambda name: _base_name(name, behind))
     configs = dict(model.peft_config)
     try:
         for name, config in configs.items():

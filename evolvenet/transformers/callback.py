@@ -32,7 +32,7 @@ except ModuleNotFoundError as error:
         "'evolvenet[transformers]'."
     ) from error
 
-from evolvenet.transformers.loss import LossStep, running_trainer, trace_with_loss
+from evolvenet.transformers.loss import LossStep, loss_and_logits, running_trainer, trace_with_loss
 
 # Callbacks that are restored by transformers itself are built anew from JSON, which cannot hold a policy. Under a name
 # that is no callback's it leaves the entry alone, in the checkpoint and on the way back.
@@ -49,13 +49,14 @@ class WidthEvolutionCallback(EvolutionCallback, TrainerCallback):
     unless it or the root logger has been set up otherwise. "evolve/parameters" and "evolve/macs" are added to what the
     trainer logs.
 
-    The model is traced on the first training batch. Where the trainer has a `compute_loss` of its own (distillation,
+    The model is traced on the first training batch; its loss and its logits count, other outputs may change, unless `outputs`
+    names them. Where the trainer has a `compute_loss` of its own (distillation,
     contrastive losses, losses of hidden states), that is traced, and statistics and trials run on it. A width that modules
     of the trainer itself read, a projection beside the model for example, keeps its size.
 
     Args:
         policy, every_n_epochs, every_n_steps, start_step, stop, example_inputs, calibration_batches, seed, network, fixed,
-            multiple: see `evolvenet.engine.evolution_callback.EvolutionCallback`. An event measures on the last training
+            multiple, outputs: see `evolvenet.engine.evolution_callback.EvolutionCallback`. An event measures on the last training
             batches.
 
     Raises:
@@ -192,19 +193,21 @@ class WidthEvolutionCallback(EvolutionCallback, TrainerCallback):
 
     def _start(self, model: nn.Module, optimizer: Optimizer, state: TrainerState) -> None:
         inputs, graph = self._inputs, None
+        outputs = self.outputs or (loss_and_logits if self._loss is None else None)
         if self._loss is not None and self._steps is not None:
             step = Step(self._loss, self._steps.calls()[0][0])
             if self._resumed is None:
-                inputs, graph = trace_with_loss(model, inputs, step)
+                inputs, graph = trace_with_loss(model, inputs, step, self.outputs)
                 check_resizable(model, graph)
                 warn_of_unreached(graph)
             else:
                 inputs = step if self._resumed.get("follows_loss") else inputs
                 graph = from_state_dict(self._resumed["graph"])
+        outputs = None if isinstance(inputs, Step) else outputs
         inner = _unwrapped(optimizer)
         self.evolver = Evolver(
             model, inner, self.policy, inputs, self.calibration_batches, self.seed, graph=graph, network=self.network,
-            fixed=self.fixed, multiple=self.multiple,
+            fixed=self.fixed, multiple=self.multiple, outputs=outputs,
         )  # fmt: skip
         if self._resumed is not None:
             self.evolver.load_state_dict(self._resumed)

@@ -13,6 +13,7 @@ from transformers import AutoConfig, PreTrainedModel
 from evolvenet._compat.torch import state_dict_metadata, with_metadata
 from evolvenet.engine.saving import refuse_unsaved_buffers, state_with_record
 from evolvenet.errors import RecordError, TraceError
+from evolvenet.execution.chosen_outputs import Outputs
 from evolvenet.execution.dummy_inputs import dummy_inputs
 from evolvenet.graph.renaming import Rename
 from evolvenet.graph.serialization import to_state_dict
@@ -27,7 +28,12 @@ from evolvenet.transformers.configuration import builds, equal_configuration
 
 
 def save_model(
-    model: PreTrainedModel, folder: Path, example_inputs: Any, options: Mapping[str, Any], rename: Rename | None = None
+    model: PreTrainedModel,
+    folder: Path,
+    example_inputs: Any,
+    outputs: Outputs | None,
+    options: Mapping[str, Any],
+    rename: Rename | None = None,
 ) -> bool:
     """Write a model, its widths, and the configuration that says them if there is one.
 
@@ -35,6 +41,7 @@ def save_model(
         model: with any widths.
         folder: is made if it is not there.
         example_inputs: to trace it on if its widths are not known, and to compare outputs on; None for made-up ones.
+        outputs: as for `evolvenet.trace`.
         options: of `model.save_pretrained`.
         rename: from the names of its tensors and modules to those in the file; None for what is left out. Its outputs have to
             be those of the model in the file.
@@ -46,7 +53,7 @@ def save_model(
         RecordError: if its widths are not known.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    state = _renamed(state_with_record(model, example_inputs), rename)
+    state = _renamed(state_with_record(model, example_inputs, outputs), rename)
     shapes = shapes_of(model) if rename is None else _by_new_name(shapes_of(model), rename)
     inputs = dummy_inputs(model) if example_inputs is None else example_inputs
     record = known_widths(state)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 from unittest.mock import patch
@@ -13,7 +13,8 @@ import torch
 from torch import nn
 from transformers import Trainer
 
-from evolvenet.errors import TraceError
+from evolvenet.errors import OutputNameError, TraceError
+from evolvenet.execution.chosen_outputs import Outputs
 from evolvenet.execution.inputs import first_samples
 from evolvenet.execution.routes import runs_until_every_route
 from evolvenet.execution.state_guard import SavedState
@@ -105,13 +106,16 @@ class LossStep:
                 vars(self._trainer)["compute_loss"] = before
 
 
-def trace_with_loss(model: nn.Module, inputs: Any, step: Step) -> tuple[Any, WidthGraph]:
+def trace_with_loss(
+    model: nn.Module, inputs: Any, step: Step, outputs: Outputs | None = None
+) -> tuple[Any, WidthGraph]:
     """What is traced and measured of a model: itself if its own graph says all about it, else the loss.
 
     Args:
         model: the trainer's.
         inputs: that it is called with; None if the loss does not call it.
         step: a `LossStep` and a batch.
+        outputs: those of the model that count, as for `trace`.
 
     Returns:
         Inputs for `run_model`, and the graph of the model so run.
@@ -121,7 +125,9 @@ def trace_with_loss(model: nn.Module, inputs: Any, step: Step) -> tuple[Any, Wid
     """
     alone = whole = problem = None
     try:
-        alone = None if inputs is None else _trained(model, trace(model, first_samples(inputs, SAMPLES)))
+        alone = None if inputs is None else _trained(model, trace(model, first_samples(inputs, SAMPLES), outputs))
+    except OutputNameError:
+        raise
     except TraceError as error:
         problem = error
     few = first_samples(step, SAMPLES)
@@ -140,6 +146,16 @@ def trace_with_loss(model: nn.Module, inputs: Any, step: Step) -> tuple[Any, Wid
 
 def _trained(model: nn.Module, graph: WidthGraph) -> WidthGraph:
     return freeze_possible_inputs(freeze_untrained(graph, untrained_parameters(model)))
+
+
+def loss_and_logits(returned: Any) -> Any:
+    """What a trainer's own loss and its predictions use of what a model returns: all of it where that is not named.
+
+    >>> loss_and_logits({"loss": 1, "logits": 2, "encoder_last_hidden_state": 3})
+    [1, 2]
+    """
+    names = [name for name in ("loss", "logits") if isinstance(returned, Mapping) and name in returned]
+    return [returned[name] for name in names] if "loss" in names else returned
 
 
 def _nothing(*args: Any, **kwargs: Any) -> None:

@@ -8,11 +8,14 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from evolvenet.errors import RecordError
+from evolvenet.execution.chosen_outputs import Outputs
 from evolvenet.transformers.adapters import is_adapted, is_adapted_folder, load_adapted, save_adapted
 from evolvenet.transformers.folders import load_model, save_model
 
 
-def save_pretrained(model: Any, directory: str | Path, example_inputs: Any = None, **options: Any) -> bool:
+def save_pretrained(
+    model: Any, directory: str | Path, example_inputs: Any = None, outputs: Outputs | None = None, **options: Any
+) -> bool:
     """Write what `model.save_pretrained` writes, and the widths.
 
     Where a configuration can say the widths (as many inner units, heads and so on in every layer: `evolvenet.allocate(...,
@@ -26,6 +29,7 @@ def save_pretrained(model: Any, directory: str | Path, example_inputs: Any = Non
         directory: is made if it is not there.
         example_inputs: as `trace` takes them. Needed for a model whose widths are not known in this process, one that was
             copied or unpickled. Outputs are compared on them, by default on made-up words, images or sounds.
+        outputs: as for `evolvenet.trace`, with example inputs: those with which its widths were changed.
         **options: of `model.save_pretrained`: `max_shard_size` for example.
 
     Returns:
@@ -47,13 +51,13 @@ def save_pretrained(model: Any, directory: str | Path, example_inputs: Any = Non
     """
     folder = Path(directory)
     if is_adapted(model):
-        return save_adapted(model, folder, example_inputs, options)
+        return save_adapted(model, folder, example_inputs, outputs, options)
     if not isinstance(model, PreTrainedModel):
         raise RecordError(
             f"save_pretrained: expected a model of the transformers library, or one with adapters of PEFT, got a "
             f"{type(model).__name__}. Use evolvenet.save(model, path) for other models."
         )
-    return save_model(model, folder, example_inputs, options)
+    return save_model(model, folder, example_inputs, outputs, options)
 
 
 def from_pretrained(

@@ -82,7 +82,7 @@ def test_growing_keeps_the_function(case: Case, name: str) -> None:
 
 def evolver_of(case: Case, model: nn.Module, policy: Policy, monkeypatch: pytest.MonkeyPatch) -> evolvenet.Evolver:
     """An evolver that need not trace: the graph is the same whatever the values are."""
-    monkeypatch.setattr("evolvenet.engine.evolver.trace_for_training", lambda model, inputs: graph_of(case))
+    monkeypatch.setattr("evolvenet.engine.evolver.trace_for_training", lambda model, inputs, outputs: graph_of(case))
     inputs = case.inputs().to(next(model.parameters()).dtype)
     return evolvenet.Evolver(model, torch.optim.AdamW(model.parameters()), policy, inputs)
 

@@ -341,7 +341,7 @@ def test_all_widths_at_their_first_sizes_are_whole_layers() -> None:
     validate_state(loop.optimizer)
     loop.train()
     assert not loop.evolver.has_changed
-    assert ModelReference.of(loop.model, loop.x[:2], False)
+    assert ModelReference.of(loop.model, loop.x[:2])
 
 
 def test_only_a_chain_is_also_a_change_of_the_run() -> None:

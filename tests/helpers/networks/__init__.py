@@ -17,6 +17,7 @@ from tests.helpers.networks.convolutional import (
     factorized,
 )
 from tests.helpers.networks.dense import Gated, LayerNormMlp, Mlp, Reused
+from tests.helpers.networks.encoder_decoder import EncoderDecoder
 from tests.helpers.networks.sequences import Attention, BagOfWords, Recurrent, transformer
 from tests.helpers.networks.unusual import Auxiliary, HardCoded, InPlace, Locked, OwnParameters, Peeking, TwoInputs
 
@@ -27,6 +28,7 @@ __all__ = [
     "Block",
     "ConvNet",
     "DenseNet",
+    "EncoderDecoder",
     "Gated",
     "GroupNormNet",
     "HardCoded",
