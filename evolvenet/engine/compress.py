@@ -109,6 +109,7 @@ def compress(  # noqa: PLR0913  one name for each cost
     >>> done.before, done.after <= 4_000, [attempt.name for attempt in done.attempts][:3]
     (6922, True, ['widths', 'ranks', 'ranks by energy'])
     """
+    # Over 40 lines: the signature, whose arguments are listed one a line.
     given = {"params": parameters, "macs": macs, "bytes": bytes, "latency": latency}
     goal = Goal.of({kind: limit for kind, limit in given.items() if limit is not None}, example_inputs)
     listed = _listed(batches)

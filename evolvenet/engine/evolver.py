@@ -117,6 +117,7 @@ class Evolver(EvolverState):
         path: str = "",
         outputs: Outputs | None = None,
     ) -> None:
+        # Over 40 lines: the signature, whose arguments are listed one a line.
         self._pending_cut = PendingCut(cast(JudgingPolicy, policy)) if judged_metric(policy) is not None else None
         if step is not None:
             example_inputs = Step(lambda _, batch: step(batch), example_inputs)

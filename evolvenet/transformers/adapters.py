@@ -47,7 +47,8 @@ def save_adapted(
     Args:
         model: a `PeftModel` with LoRA adapters.
         folder: is made if it is not there.
-        example_inputs, outputs: as for `save_model`.
+        example_inputs: as for `save_model`.
+        outputs: as for `save_model`.
         options: of the base's `save_pretrained`.
 
     Returns:
