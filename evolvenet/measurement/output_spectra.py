@@ -77,7 +77,7 @@ def output_spectra(model: nn.Module, graph: WidthGraph, batches: Iterable[Any]) 
 
 def _gather(gathered: dict[Tie, Moments], op: WeightOp, out: Tensor) -> None:
     """Add the outputs of a weight op to the moments of its ties, each place of a unit as a sample of its own."""
-    ties = [tie for tie in gathered if tie.tensor == op.tensor and tie.dim == 1 - op.axis]
+    ties = [tie for tie in gathered if tie.tensor == op.tensor and tie.dim == op.output_axis]
     if not ties or op.weight.is_complex():
         return
     rows = evenly(output_positions(op, out), CAP).to(out.device)

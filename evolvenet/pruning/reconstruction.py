@@ -187,7 +187,8 @@ class OutputRecorder:
         bias = None if op.bias is None or op.bias_name is None else (op.bias_name, int(op.bias.storage_offset()))
         if bias is not None:
             self.bias_uses[bias] += 1
-        if op.tensor not in self.consumers or op.weight.is_complex():
+        # Which rows one of several stacked weights gets depends on the units that a router compares.
+        if op.tensor not in self.consumers or op.weight.is_complex() or op.stacked:
             return
         with concerning((op.tensor, op.axis)):
             self._record(op, out, bias)

@@ -12,7 +12,7 @@ from evolvenet._compat.torch import NormBase
 from evolvenet.errors import ResizeError, concerning
 from evolvenet.graph.index_map import IndexMap
 from evolvenet.graph.naming import tensor_named
-from evolvenet.graph.width_graph import Tie, Width, WidthGraph
+from evolvenet.graph.width_graph import FOLLOWS, Tie, Width, WidthGraph
 from evolvenet.linalg.pivoted_cholesky import pivots
 from evolvenet.linalg.ridge import PrimalProblem, solve_held_out
 from evolvenet.measurement.activation_moments import ActivationMoments, Moments
@@ -228,7 +228,8 @@ def _magnitude(model: nn.Module, graph: WidthGraph, width: Width) -> Tensor:
     """Norm of the producers' rows times norm of the consumers' columns for each unit, `[size]`.
 
     Where batch norms follow, their weights take the place of the rows, whose norm they divide out. Learned latents and
-    queries, which no weight consumes along this axis, count by the norm of their rows alone, with data too.
+    queries, which no weight consumes along this axis, count by the norm of their rows alone, with data too; of experts the
+    norms of their weights in each stack take the place of the columns.
     """
 
     def norm(ties: Sequence[Tie]) -> Tensor:
@@ -244,7 +245,11 @@ def _magnitude(model: nn.Module, graph: WidthGraph, width: Width) -> Tensor:
         and tensor_named(model, tie.tensor) is owner.weight
     ]
     made = torch.cat([each.reshape(width.size, -1) for each in scales], dim=1).norm(dim=1) if scales else None
-    return (norm(width.producers) if made is None else made) * norm(width.consumers)
+    stacks = [t for t in width.ties if t.role == FOLLOWS and t.dim == 0 and len(graph.shapes[t.tensor]) > 2]
+    others = (
+        norm(width.consumers) if width.consumers else torch.stack([norm([tie]) for tie in stacks] or [norm([])]).prod(0)
+    )
+    return (norm(width.producers) if made is None else made) * others
 
 
 def _refit(

@@ -13,7 +13,7 @@ from evolvenet.errors import ResizeError
 from evolvenet.graph.index_map import IndexMap
 from evolvenet.tracing.trace import trace
 from tests.helpers.cases import shuffled
-from tests.helpers.networks.experts import Mixture, PickedExperts
+from tests.helpers.networks.experts import Experts, Mixture, PickedExperts
 
 WORDS = torch.randint(11, (3, 8), generator=torch.Generator().manual_seed(0))
 WAYS = [{"stored": "out in"}, {"stored": "in out", "bias": True}]
@@ -111,6 +111,18 @@ def test_an_expert_goes_with_its_row_of_the_router() -> None:
     evolvenet.resize(model, graph, {"blocks.0.router": IndexMap.keep([0, 2, 3], size=4)})
     assert far(outputs(model), outputs(without)) < 1e-5
     assert far(outputs(copy.deepcopy(model).slowly()), outputs(model)) < 1e-5
+
+
+def test_the_expert_with_the_least_weights_goes_first() -> None:
+    model = mixture()
+    block = model.get_submodule("blocks.0")
+    assert isinstance(block, Experts)
+    with torch.no_grad():
+        block.up[2] *= 0.1
+        block.down[2] *= 0.1
+    kept = block.up[[0, 1, 3]].clone()
+    evolvenet.prune(model, trace(model, WORDS), {"blocks.0.router": 3})
+    assert torch.equal(block.up, kept)
 
 
 def test_as_many_experts_stay_as_are_selected_and_none_is_added() -> None:
