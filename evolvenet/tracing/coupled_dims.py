@@ -52,6 +52,8 @@ class Grid:
 
 
 FixStrategy = Callable[[GroupedWidths, LabelGraph, Sequence[str]], list[CandidateFix]]
+FixRounds = Sequence[Sequence[FixStrategy]]
+"""Strategies in the order in which they are tried: all of a round with names of sizes, then with any numbers."""
 
 
 def update_attributes(built: GroupedWidths, label_graph: LabelGraph, failed: Sequence[str]) -> list[CandidateFix]:
@@ -241,20 +243,26 @@ def heads_of_grids(built: GroupedWidths, label_graph: LabelGraph, failed: Sequen
     return found
 
 
-FIX_STRATEGIES: tuple[FixStrategy, ...] = (
-    update_attributes,
-    pieces_of_given_sizes,
-    slices_with_stream,
-    slices,
-    slices_of_one_module,
-    heads_of_one_module,
-    heads_with_stream,
-    heads_of_grids,
+PLACES_FIRST: FixRounds = (
+    (
+        update_attributes,
+        pieces_of_given_sizes,
+        slices_with_stream,
+        slices,
+        slices_of_one_module,
+        heads_of_one_module,
+        heads_with_stream,
+        heads_of_grids,
+    ),
 )
-PLACES_LAST: tuple[FixStrategy, ...] = (*FIX_STRATEGIES, places_with_values)
 """In the order in which they are tried. A residual stream that fails and is as wide as all heads together most likely has
-to have their size, and trying that first saves many trials; of the others the finest come first. Places of all heads, and of
-all layers where these share a rotary embedding, are tried only where whole heads cannot go."""
+to have their size, and trying that first saves many trials; of the others the finest come first."""
+HEADS_FIRST: FixRounds = (
+    (update_attributes, pieces_of_given_sizes, heads_of_one_module, heads_of_grids),
+    (slices_with_stream, slices, slices_of_one_module, heads_with_stream),
+)
+PLACES_LAST: FixRounds = ((places_with_values,),)
+"""Places of all heads, and of all layers where these share a rotary embedding, are tried only where whole heads cannot go."""
 
 
 def _grids(built: GroupedWidths, label_graph: LabelGraph, failed: Sequence[str]) -> list[Grid]:

@@ -40,9 +40,10 @@ from evolvenet.graph.naming import named_tensors
 from evolvenet.graph.width_graph import WidthGraph
 from evolvenet.tracing.addends import record_addends, record_masks
 from evolvenet.tracing.coupled_dims import (
-    FIX_STRATEGIES,
+    HEADS_FIRST,
+    PLACES_FIRST,
     PLACES_LAST,
-    FixStrategy,
+    FixRounds,
     has_entries_of_heads,
     shared_by_heads,
 )
@@ -162,11 +163,11 @@ def _verified(
         return Rerun(partial(run, modes=modes), partial(shapes, modes=modes), failures[modes])
 
     def verified(
-        labels: LabelGraph, given: frozenset[str] = frozenset(), strategies: Sequence[FixStrategy] = FIX_STRATEGIES
+        labels: LabelGraph, given: frozenset[str] = frozenset(), rounds: FixRounds = first
     ) -> WidthGraph:
         again = partial(run, given=given, keeps_heads=labels.keeps_heads)
         runs = [rerun(each, again) for each in dict.fromkeys((_needed_modes(labels), tuple(modes)))]
-        return verify(model, labels, device, runs, strategies, grouped[given, labels.keeps_heads])
+        return verify(model, labels, device, runs, rounds, grouped[given, labels.keeps_heads])
 
     graphs = [verified(label_graph)]
     given = shared_by_heads(graphs[0])
@@ -179,7 +180,7 @@ def _verified(
         graphs.append(verified(other, given))
     best = max(graphs, key=_resizable_parameters)
     if any(width.mixed and width.frozen.startswith("a trial") for width in best.widths.values() if width.frozen):
-        graphs.append(verified(label_graph, strategies=PLACES_LAST))
+        graphs.append(verified(label_graph, rounds=(*first, *PLACES_LAST)))
     best = max(best, graphs[-1], key=_resizable_parameters)
     everything = rerun(tuple(modes), run)
     return with_least_sizes(Verification(model, label_graph, device, everything, everything), best)

@@ -21,9 +21,9 @@ from evolvenet.graph.width_graph import Tie, Width, WidthGraph, Widths
 from evolvenet.surgery.resize_model import compile_surgery, install
 from evolvenet.tracing.bisection import Item, bisect, classes_of
 from evolvenet.tracing.coupled_dims import (
-    FIX_STRATEGIES,
+    PLACES_FIRST,
     CandidateFix,
-    FixStrategy,
+    FixRounds,
     pieces_of_one_split,
     shuffled_grids,
     structure,
@@ -78,7 +78,7 @@ def verify(
     label_graph: LabelGraph,
     device: str | None,
     runs: Sequence[Rerun],
-    strategies: Sequence[FixStrategy] = FIX_STRATEGIES,
+    rounds: FixRounds = PLACES_FIRST,
     grouped: dict[Grouping, GroupedWidths] | None = None,
 ) -> WidthGraph:
     """The graph of a traced model in which every width that is not frozen has passed its trials.
@@ -89,13 +89,13 @@ def verify(
         device: of the shadows, "meta" or None for copies.
         runs: how to run the model again, the fastest way first. The last one runs everything; if it fails where the
             others passed, the verification is repeated with it alone.
-        strategies: of fixes, in the order in which they are tried.
+        rounds: of strategies for fixes, in the order in which they are tried.
         grouped: what earlier verifications with these ties have grouped; extended here.
     """
     grouped = {} if grouped is None else grouped
     for search_with_labels in (False, True):
         verification = Verification(model, label_graph, device, runs[0], runs[-1], search_with_labels, grouped=grouped)
-        built, passed, failed = _with_fixes(verification, strategies)
+        built, passed, failed = _with_fixes(verification, rounds)
         names = [width.name for width in built.graph.resizable]
         # Whatever was tried before, all widths together, resized both ways and run with labels, must pass.
         if passed or verification.try_all(built, names) is None:
@@ -103,11 +103,11 @@ def verify(
         if not failed:
             break
     if len(runs) > 1:
-        return verify(model, label_graph, device, runs[-1:], strategies, grouped)
+        return verify(model, label_graph, device, runs[-1:], rounds, grouped)
     return frozen_for(built.graph, verification.failures(built, names))
 
 
-def _with_fixes(verification: Verification, strategies: Sequence[FixStrategy]) -> tuple[GroupedWidths, bool, bool]:
+def _with_fixes(verification: Verification, rounds: FixRounds) -> tuple[GroupedWidths, bool, bool]:
     """The graph after trials with and without candidate fixes; widths that fail all of them are frozen.
 
     Returns:
@@ -122,7 +122,8 @@ def _with_fixes(verification: Verification, strategies: Sequence[FixStrategy]) -
         return built, True, False
     failed = verification.failures(built, names)
     reasons = {built.anchors[name]: reason for name, reason in (*failed.items(), *shuffled.items())}
-    for search, strategy in product((Verification.accept, Verification.with_any_numbers), strategies):
+    searches = (Verification.accept, Verification.with_any_numbers)
+    for search, strategy in (pair for strategies in rounds for pair in product(searches, strategies)):
         if not reasons:
             break
         names = [name for name, anchor in built.anchors.items() if anchor in reasons]
