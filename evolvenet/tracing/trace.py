@@ -64,7 +64,7 @@ ATTEMPTS = (("meta", (False, True)), (None, (False, True)), ("meta", (False,)), 
 """(device of the shadows, training flags), tried in this order until the model runs; train mode is given up last."""
 
 
-def trace(model: nn.Module, example_inputs: Any, outputs: Outputs | None = None) -> WidthGraph:
+def trace(model: nn.Module, example_inputs: Any, outputs: Outputs | None = None, *, heads: bool = False) -> WidthGraph:
     """Find every width of a model and verify by trials which of them can be resized.
 
     The graph does not depend on what surrounds the call: autocast (on only if the model does not run without it), inference
@@ -77,6 +77,8 @@ def trace(model: nn.Module, example_inputs: Any, outputs: Outputs | None = None)
         outputs: which of the model's outputs count: a name ("logits"), a path ("encoder.last_hidden_state", "0"), several
             of these, or a function of what the model returns. Their shapes and numbers must stay, so widths that reach them
             are frozen; other outputs may change. None for all. Of a `Step` it is what the step returns.
+        heads: whether whole heads of an attention are units, where its code permits. By default these are places of all heads,
+            of which there are more; where rotary positions or norms tie these, whole heads are.
 
     Returns:
         The graph, with a reason for each frozen width.
@@ -100,16 +102,16 @@ def trace(model: nn.Module, example_inputs: Any, outputs: Outputs | None = None)
     graph = None
     if autocast_devices():
         with suppress(TraceError), plain_surroundings():
-            graph = _trace(model, inputs)
+            graph = _trace(model, inputs, heads)
     if graph is None:
         with plain_surroundings(autocast=True):
-            graph = _trace(model, inputs)
+            graph = _trace(model, inputs, heads)
     if not graph.resizable:
         refuse_quantised(model)
     return replace(graph, outputs=selected)
 
 
-def _trace(model: nn.Module, example_inputs: Any) -> WidthGraph:
+def _trace(model: nn.Module, example_inputs: Any, heads: bool) -> WidthGraph:
     last_error: Exception | None = None
     gradients = False
     attempts = list(ATTEMPTS)
@@ -131,7 +133,8 @@ def _trace(model: nn.Module, example_inputs: Any) -> WidthGraph:
             continue
         run = partial(run_for_labels, example_inputs=example_inputs, device=device)
         shapes = partial(run_for_shapes, example_inputs=example_inputs, device=device)
-        graph = _verified(model, label_graph, device, modes, run, shapes)
+        first = HEADS_FIRST if heads else PLACES_FIRST
+        graph = _verified(model, label_graph, device, modes, run, shapes, first)
         graph = compare_numbers(model, example_inputs, graph, _needed_modes(label_graph), gradients)
         return with_ranks(model, graph)
     line = "" if last_error is None else source_line(traceback.extract_tb(last_error.__traceback__))
@@ -149,6 +152,7 @@ def _verified(
     modes: Sequence[bool],
     run: Callable[..., LabelGraph],
     shapes: Callable[..., list[tuple[int, ...]]],
+    first: FixRounds,
 ) -> WidthGraph:
     """The verified graph; with tensors that all heads share kept as they are, if more of the model can be resized then.
 
@@ -162,9 +166,7 @@ def _verified(
     def rerun(modes: tuple[bool, ...], run: Callable[..., LabelGraph]) -> Rerun:
         return Rerun(partial(run, modes=modes), partial(shapes, modes=modes), failures[modes])
 
-    def verified(
-        labels: LabelGraph, given: frozenset[str] = frozenset(), rounds: FixRounds = first
-    ) -> WidthGraph:
+    def verified(labels: LabelGraph, given: frozenset[str] = frozenset(), rounds: FixRounds = first) -> WidthGraph:
         again = partial(run, given=given, keeps_heads=labels.keeps_heads)
         runs = [rerun(each, again) for each in dict.fromkeys((_needed_modes(labels), tuple(modes)))]
         return verify(model, labels, device, runs, rounds, grouped[given, labels.keeps_heads])

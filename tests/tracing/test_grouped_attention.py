@@ -8,6 +8,10 @@ from typing import Any
 import pytest
 import torch
 from transformers import (
+    BertConfig,
+    BertModel,
+    GPT2Config,
+    GPT2LMHeadModel,
     GPTNeoXConfig,
     GPTNeoXForCausalLM,
     LlamaConfig,
@@ -118,6 +122,34 @@ def test_heads_of_which_some_places_turn_and_others_pass_go_whole(kind: str) -> 
         model.get_parameter(f"{path.format(1)}.{out}.weight")[:, 8:24] = 0
     expected = outputs(model, inputs)
     evolvenet.resize(model, graph, {heads[1]: IndexMap.keep([0, 3, 4, 5, 6], 7)})
+    assert distance(outputs(model, inputs), expected) < 1e-12
+
+
+ENCODERS = {
+    "bert": (BertModel, BertConfig, "encoder.layer.0.attention.self.query", "encoder.layer.0.attention.output.dense"),
+    "gpt2": (GPT2LMHeadModel, GPT2Config, "transformer.h.0.attn.c_attn", "transformer.h.0.attn.c_proj"),
+}
+
+
+@pytest.mark.parametrize("kind", ENCODERS)
+def test_whole_heads_are_units_if_asked_for(kind: str) -> None:
+    make, config, name, out = ENCODERS[kind]
+    torch.manual_seed(0)
+    model: Any = make(config(**{"n_embd": 32, "n_layer": 2, "n_head": 4} if kind == "gpt2" else SIZES)).double()
+    model.config.use_cache = False
+    inputs = {"input_ids": torch.randint(0, 40, (2, 6), generator=torch.Generator().manual_seed(0))}
+    graph = trace(model, inputs, outputs="0", heads=True)
+    assert graph.sizes[name] == 4
+    assert 32 in graph.sizes.values()
+    assert 8 in trace(model, inputs, outputs="0").sizes.values()
+    expected = outputs(model, inputs)
+    graph = evolvenet.resize(model, graph, {name: IndexMap.of([1, -1, 3, 0, 2], 4)})
+    assert distance(outputs(model, inputs), expected) < 1e-9
+    with torch.no_grad():
+        weight = model.get_parameter(f"{out}.weight")
+        (weight.T if kind == "bert" else weight)[:8] = 0
+    expected = outputs(model, inputs)
+    evolvenet.resize(model, graph, {name: IndexMap.keep([1, 2, 3, 4], 5)})
     assert distance(outputs(model, inputs), expected) < 1e-12
 
 
