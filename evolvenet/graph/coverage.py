@@ -15,6 +15,9 @@ OUTPUT = "is the model's output"
 OTHER_ORDER = "its units stand in another order"
 """How the reason of a width begins of which an axis has the units in another order; that axis is not among its ties."""
 
+TRIAL, NO_RULE = "a trial ", " has no rule"
+"""What the reason of a width contains whose code is not understood: such a width is not given by the task."""
+
 
 def shares(graph: WidthGraph) -> dict[str, float]:
     """{width: share of the model's parameters that fall to it}, 0 … 1.
@@ -31,19 +34,27 @@ def shares(graph: WidthGraph) -> dict[str, float]:
     {'0': 0.982, '0:in': 0.0, '2': 0.0}
     """
     found = dict.fromkeys(graph.widths, 0.0)
-    counted = {name for name, width in graph.widths.items() if not is_given(width)}
     for tensor in graph.trainable:
-        axes = [
-            _runs(graph.layouts[tensor].get(dim, ()), length, counted)
-            for dim, length in enumerate(graph.shapes[tensor])
-        ]
-        for runs in product(*axes):
-            parts = [width for width, _ in runs if width is not None]
-            for width in parts:
-                if width:
-                    found[width] += math.prod(length for _, length in runs) / len(parts)
+        for name, count in entries_of(graph, tensor).items():
+            found[name] += count
     total = graph.parameters
     return {name: share / total if total else 0.0 for name, share in found.items()}
+
+
+def entries_of(graph: WidthGraph, tensor: str) -> dict[str, float]:
+    """{width: number of a tensor's entries that fall to it}, as in `shares`."""
+    found: dict[str, float] = {}
+    names = {part.width for axis in graph.layouts[tensor].values() for part in axis if part.width is not None}
+    counted = {name for name in names if not is_given(graph.widths[name])}
+    axes = [
+        _runs(graph.layouts[tensor].get(dim, ()), length, counted) for dim, length in enumerate(graph.shapes[tensor])
+    ]
+    for runs in product(*axes):
+        parts = [width for width, _ in runs if width is not None]
+        for width in parts:
+            if width:
+                found[width] = found.get(width, 0.0) + math.prod(length for _, length in runs) / len(parts)
+    return found
 
 
 def is_given(width: Width) -> bool:
@@ -52,7 +63,7 @@ def is_given(width: Width) -> bool:
     One weight at most produces or consumes it, or it is the model's output and nothing consumes it. A residual stream that
     is the model's output is not given: layers inside of the model consume it.
     """
-    if width.frozen is None or width.frozen.startswith(OTHER_ORDER):
+    if width.frozen is None or width.frozen.startswith((OTHER_ORDER, TRIAL)) or NO_RULE in width.frozen:
         return False
     weights = len({(tie.tensor, tie.dim) for tie in (*width.producers, *width.consumers)})
     return weights < 2 or (width.frozen == OUTPUT and not width.consumers)

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from evolvenet.errors import ResizeError
+from evolvenet.graph.axes import CONSUMES, FOLLOWS, MASKS, PRODUCES, Segment, Tie
+from evolvenet.graph.block_kinds import OTHER, coverage_by_kind
 from evolvenet.graph.coverage import shares
 from evolvenet.graph.index_map import IndexMap
 from evolvenet.graph.width_graph_text import as_explanation, as_table, as_text
@@ -15,46 +17,8 @@ from evolvenet.graph.width_graph_text import as_explanation, as_table, as_text
 if TYPE_CHECKING:
     from rich.table import Table
 
-PRODUCES = "produces"
-CONSUMES = "consumes"
-FOLLOWS = "follows"
-MASKS = "masks"
-
 OutputFunction = Callable[[Any], Any]
 ChosenOutputs = tuple[str, ...] | OutputFunction | None
-
-
-@dataclass(frozen=True)
-class Segment:
-    """A run of one axis that holds every unit of one width, in order, `repeat` consecutive places each.
-
-    `width` is None for a run of places that belong to no width (an axis that never carried units).
-    """
-
-    width: str | None
-    length: int
-    repeat: int = 1
-
-
-@dataclass(frozen=True)
-class Tie:
-    """One occurrence of a width: places `start … start + size · repeat − 1` of axis `dim` of a tensor.
-
-    `role` is "produces" (an output axis of a weight: rows of a dense or conv weight), "consumes" (an input axis: columns) or
-    "follows" (biases, norm parameters and buffers, depthwise kernels, embeddings added on), or "masks" (buffers that a weight
-    is multiplied with).
-    """
-
-    tensor: str
-    dim: int
-    start: int
-    repeat: int
-    role: str
-
-    @property
-    def module(self) -> str:
-        """Path of the module that owns the tensor, "" for the root."""
-        return self.tensor.rpartition(".")[0]
 
 
 @dataclass(frozen=True)
@@ -76,6 +40,7 @@ class Width:
         multiple: every size is a multiple of it, which an op of the model needs (`_grouped_mm` reads rows of 16 bytes).
         rank_of: path of the factorized layer of which it is a rank: nothing but linear maps touches its units, so that any
             invertible change of their basis keeps the function. None for other widths.
+        kind: of block, as the trace has seen it: attention, FFN, stream, embeddings or other, see `evolvenet.graph.block_kinds`.
     """
 
     name: str
@@ -89,6 +54,7 @@ class Width:
     step: int = 1
     multiple: int = 1
     rank_of: str | None = None
+    kind: str = field(default=OTHER, compare=False)
 
     def rounded(self, size: int) -> int:
         """The size that a policy may propose instead of this one: the next multiple of `step` from there up.
@@ -208,6 +174,11 @@ class WidthGraph:
         """
         found = self.shares
         return math.fsum(found[name] for name in self.sizes)
+
+    @property
+    def coverage_by_kind(self) -> dict[str, tuple[float, float]]:
+        """{kind of block: (share of the parameters that can be removed, share that belongs to it)}, see `graph.block_kinds`."""
+        return coverage_by_kind(self)
 
     @property
     def masks(self) -> frozenset[str]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING
 
+from evolvenet.graph.block_kinds import OTHER
+
 if TYPE_CHECKING:
     from rich.table import Table
 
@@ -71,7 +73,10 @@ def layer_of_rank(width: Width) -> str:
 
 
 def _caption(graph: WidthGraph) -> str:
-    return f"coverage {graph.coverage:.1%} of {graph.parameters:,} parameters"
+    kinds = graph.coverage_by_kind
+    parts = [f"{kind} {100 * removable:.1f} of {share:.1%}" for kind, (removable, share) in kinds.items()]
+    by_kind = f" ({', '.join(parts)})" if set(kinds) - {OTHER} else ""
+    return f"coverage {graph.coverage:.1%} of {graph.parameters:,} parameters{by_kind}"
 
 
 def _titles(graph: WidthGraph) -> list[str]:

@@ -101,6 +101,7 @@ class LabelGraph:
         placeholder_ids: the ids of all placeholders.
         changed: sets of ids (their bytes) that an op changes, with the op; see `mark_changed`.
         modes_with_new_tensors: for each run, whether it used a tensor that no earlier run had used.
+        kinds: ids that are those of a residual stream, of attention or of a table, see `block_kinds`.
         differentiates: whether the runs had autograd on, for gradients that the model's own code computes.
         keeps_heads: whether a product that sums over the places of each head results in a placeholder for the head.
     """
@@ -135,6 +136,7 @@ class LabelGraph:
     modes_with_new_tensors: list[bool] = field(default_factory=list)
     differentiates: bool = False
     keeps_heads: bool = False
+    kinds: list[tuple[Tensor, str]] = field(default_factory=list)
     _marked: dict[int, Tensor] = field(default_factory=dict, repr=False)
     """The layers given to `mark_changed`, by their `id`, which is theirs as long as they are kept here."""
 
@@ -248,6 +250,10 @@ class LabelGraph:
         rows = rows.reshape(-1, math.prod(labels.shape[dim] for dim in inside))
         if bool((rows >= 0).any()):
             self.mixed.append((torch.unique(rows, dim=0) if len(rows) > 1 else rows, reason))
+
+    def mark_kind(self, labels: Tensor, kind: str) -> None:
+        """Keep what kind of block units belong to."""
+        self._append(self.kinds, labels, kind)
 
     def mark_lengths(self) -> None:
         """Mark the units that a weight consumes through slices of given lengths: columns of new units are not 0 there."""

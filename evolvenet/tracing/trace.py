@@ -35,10 +35,12 @@ from evolvenet.execution.inputs import tensors_of
 from evolvenet.execution.isolation import isolated
 from evolvenet.execution.own_gradients import GradientsNeededError
 from evolvenet.execution.surroundings import autocast_devices, plain_surroundings
+from evolvenet.graph.block_kinds import with_block_kinds
 from evolvenet.graph.coverage import OUTPUT
 from evolvenet.graph.naming import named_tensors
 from evolvenet.graph.width_graph import WidthGraph
 from evolvenet.tracing.addends import record_addends, record_masks
+from evolvenet.tracing.block_kinds import BlockKinds
 from evolvenet.tracing.coupled_dims import (
     HEADS_FIRST,
     PLACES_FIRST,
@@ -136,7 +138,7 @@ def _trace(model: nn.Module, example_inputs: Any, heads: bool) -> WidthGraph:
         first = HEADS_FIRST if heads else PLACES_FIRST
         graph = _verified(model, label_graph, device, modes, run, shapes, first)
         graph = compare_numbers(model, example_inputs, graph, _needed_modes(label_graph), gradients)
-        return with_ranks(model, graph)
+        return with_block_kinds(with_ranks(model, graph))
     line = "" if last_error is None else source_line(traceback.extract_tb(last_error.__traceback__))
     raise TraceError(
         f"The model does not run on the example inputs: {type(last_error).__name__}: {last_error}{line}. Give example_inputs "
@@ -249,6 +251,7 @@ class LabelMode(TracingMode):
         super().__init__()
         self.label_graph = label_graph
         self.labels = WeakTensorKeyDictionary()
+        self.kinds = BlockKinds()
 
     def label_of(self, tensor: Tensor) -> Label:
         """The label of a tensor; one without is data."""
@@ -280,6 +283,7 @@ class LabelMode(TracingMode):
         self.label_graph.op = call.location
         if not route(call):
             apply_rule(call)
+        self.kinds.record(call)
         return out
 
     def on_gradients(
