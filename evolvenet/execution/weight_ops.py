@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from evolvenet._compat.torch import TorchDispatchMode, in_backward, tree_leaves
+from evolvenet._compat.torch import TorchDispatchMode, in_backward, schema_of, tree_leaves
 from evolvenet.execution.product import Geometry as Geometry
 from evolvenet.execution.product import NormedWeight as NormedWeight
 from evolvenet.execution.product import WeightOp as WeightOp
@@ -25,6 +25,7 @@ from evolvenet.execution.product import output_positions as output_positions
 from evolvenet.graph.naming import named_tensors
 
 aten = torch.ops.aten
+WEIGHT_NORM = "aten::_weight_norm_interface"
 
 
 class WeightOpMode(TorchDispatchMode):
@@ -105,7 +106,7 @@ class WeightOpMode(TorchDispatchMode):
 
     def run_other_op(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Run an op that is no weight op and add the model's tensors among its arguments to `other_uses`."""
-        if self.follows_norms and func is aten._weight_norm_interface.default and self._is_normed(*args):
+        if self.follows_norms and schema_of(func).name == WEIGHT_NORM and self._is_normed(*args):
             return self._normed(func, *args)
         if not func.is_view:
             self.other_uses |= {hit[0] for leaf in tree_leaves((args, kwargs)) if (hit := self.named_tensor(leaf))}

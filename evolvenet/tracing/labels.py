@@ -232,6 +232,11 @@ class LabelGraph:
         if len(found) and self.changed.setdefault(found.numpy().tobytes(), reason) is reason:
             self._add_line(reason)
 
+    def mark_competing(self, labels: Tensor, reason: str) -> None:
+        """Keep that units compete in an op, see `routing_rules.settle_competition`."""
+        self.competing.append((labels.reshape(-1), reason))
+        self._add_line(reason)
+
     def _add_line(self, reason: str) -> None:
         if "::" in reason and reason not in self.lines:
             self.lines[reason] = running_line()

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
 import linecache
-import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -48,7 +48,7 @@ def running_line() -> str:
 
     For rules, which run as part of the op. The frames of EvolveNet further out, which have called the model, end the search.
     """
-    frame = sys._getframe(1)
+    frame = inspect.currentframe()
     while frame is not None and _is_own(frame.f_code.co_filename):
         frame = frame.f_back
     while frame is not None and not _is_own(file := frame.f_code.co_filename):

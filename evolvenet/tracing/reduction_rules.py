@@ -69,7 +69,7 @@ def softmax(call: Call) -> None:
         if len(varying(layer)) > 1:
             call.label_graph.union(layer, layer.narrow(axis, 0, 1))
         else:
-            call.label_graph.competing.append((layer.reshape(-1), f"{call.location} makes its units compete"))
+            call.label_graph.mark_competing(layer, f"{call.location} makes its units compete")
     call.label_output(call.out, layers)
 
 

@@ -114,7 +114,7 @@ def _selected(call: Call) -> bool:
     if units is None:
         return False
     count = call.argument("k", 1)
-    call.label_graph.competing.append((units, f"{call.location} works along its units"))
+    call.label_graph.mark_competing(units, f"{call.location} works along its units")
     call.label_graph.fewest.append((units, count))
     call.mark_changed(source)
     kept = [layer for layer in call.label_of(source).layers if axis not in varying(layer)]

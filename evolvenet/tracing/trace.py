@@ -93,7 +93,7 @@ def trace(model: nn.Module, example_inputs: Any, outputs: Outputs | None = None,
     >>> graph = trace(model, torch.zeros(1, 4))
     >>> graph.widths["0"].size, graph.widths["2"].frozen
     (8, "is the model's output")
-    >>> trace(nn.LSTM(4, 8), torch.zeros(3, 1, 4), outputs=["1.0", "1.1"]).widths["weight_ih_l0"].frozen
+    >>> trace(nn.LSTM(4, 8), torch.zeros(3, 1, 4), outputs=["1.0", "1.1"]).widths["weight_hh_l0"].frozen
     "is the model's output"
     """
     selected = normalized(outputs)
