@@ -295,9 +295,9 @@ def _heads(built: GroupedWidths, label_graph: LabelGraph, failed: Sequence[str])
 
 def _by_module(built: GroupedWidths, label_graph: LabelGraph, failed: Sequence[str], kind: str) -> list[CandidateFix]:
     by_module: dict[tuple[str, int], list[Grid]] = defaultdict(list)
-    heads = _heads(built, label_graph, failed) if kind == HEAD else {}
+    heads = _heads(built, label_graph, failed)
     tied = [Grid(built.graph.widths[name], built.anchors[name], ids) for name, ids in heads.items()]
-    for grid in tied or _grids(built, label_graph, failed):
+    for grid in tied if kind == HEAD else _grids(built, label_graph, failed):
         by_module[_enclosing_module(grid.width), len(grid.ids)].append(grid)
     gridded = {grid.width.name for grids in by_module.values() for grid in grids}
     others = [built.graph.widths[name] for name in failed if name not in gridded]

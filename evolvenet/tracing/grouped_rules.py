@@ -5,13 +5,12 @@ Importing this module registers them in `rules.RULES`.
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from torch import Tensor
 
 from evolvenet.tracing.contraction_rules import contract
-from evolvenet.tracing.labels import Label, varying
+from evolvenet.tracing.labels import varying
 from evolvenet.tracing.needed_sizes import mark_multiple
+from evolvenet.tracing.routing_rules import without_units
 from evolvenet.tracing.rules import RULES, Call, rule
 
 LINE = 8
@@ -52,14 +51,7 @@ def by_group(call: Call, source: Tensor, weight: Tensor, ends: Tensor | None) ->
             call.label_graph.union(layer.reshape(-1), counted[0])
         else:
             call.label_graph.freeze(layer, f"{call.location} has as many groups of rows as it has")
-
-    def without_groups(tensor: Tensor) -> Label:
-        label = call.label_of(tensor)
-        if tensor is not weight:
-            return label
-        return replace(label, layers=tuple(layer for layer in label.layers if 0 not in varying(layer)))
-
-    call.label_output(call.out, contract(replace(call, label_of=without_groups), source, "rk", weight, "gkn", "rn"))
+    call.label_output(call.out, contract(without_units(call, weight, 0), source, "rk", weight, "gkn", "rn"))
 
 
 def _mark_lines(call: Call, operand: Tensor) -> None:

@@ -20,24 +20,9 @@ from evolvenet.tracing.rules import Call, apply_rule
 
 COUNTS = "counts"
 """Kind of the label of a tensor `[units]` that counts how often each place occurs."""
-KEEPING = frozenset(
-    f"aten::{name}"
-    for name in (
-        *("view", "_unsafe_view", "_reshape_copy", "expand", "alias", "detach", "clone", "_to_copy", "lift_fresh"),
-        *(
-            "slice",
-            "select",
-            "split",
-            "split_with_sizes",
-            "unbind",
-            "t",
-            "transpose",
-            "permute",
-            "unsqueeze",
-            "squeeze",
-        ),
-    )
-)
+_MOVING = """view _unsafe_view _reshape_copy expand alias detach clone _to_copy lift_fresh slice select split split_with_sizes
+unbind t transpose permute unsqueeze squeeze"""
+KEEPING = frozenset(f"aten::{name}" for name in _MOVING.split())
 """Ops that move places, or change their type, and leave them what they are."""
 HARMLESS = frozenset({"aten::aminmax"})
 """Ops on places by which the code checks a range: `one_hot` does."""
@@ -92,7 +77,7 @@ def _along(call: Call, tensor: Tensor, dim: int) -> Tensor | None:
     return found[0].reshape(-1) if whole else None
 
 
-def _without(call: Call, chosen: Tensor, dim: int) -> Call:
+def without_units(call: Call, chosen: Tensor, dim: int) -> Call:
     """The same call, for a rule that need not know of the units along an axis of one tensor."""
 
     def label_of(tensor: Tensor) -> Label:
@@ -152,7 +137,7 @@ def _picked(call: Call) -> bool:
         return False
     call.label_graph.union(units, places)
     call.label_graph.routed.append(places)
-    apply_rule(_without(call, source, axis))
+    apply_rule(without_units(call, source, axis))
     return True
 
 

@@ -142,3 +142,16 @@ def test_lazy_parameters_are_refused_and_the_model_restored() -> None:
     model(torch.zeros(1, 3))
     with isolated(model, shadows=True):
         assert model(torch.zeros(1, 3)).shape == (1, 2)
+
+
+def test_shadows_without_copies_share_the_values_of_parameters_and_copy_buffers() -> None:
+    model = nn.BatchNorm1d(3)
+    mean = model.get_buffer("running_mean")
+    weight, shared = model.weight, model.weight.data_ptr()
+    with isolated(model, shadows=True, copied=False):
+        assert model.weight is not weight
+        assert model.weight.data_ptr() == shared
+        assert model.get_buffer("running_mean").data_ptr() != mean.data_ptr()
+    with isolated(model, shadows=True):
+        assert model.weight.data_ptr() != shared
+    assert model.weight is weight

@@ -6,11 +6,13 @@ import logging
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from evolvenet._compat.torch import TorchDispatchMode
 from evolvenet.engine.functional import resize
 from evolvenet.graph.index_map import IndexMap
 from evolvenet.tracing.numbers_mode import NumbersMode
@@ -224,14 +226,28 @@ def test_parameters_that_the_forward_pass_writes_to_are_as_before(name: str) -> 
         assert torch.equal(value, before[key]), key
 
 
-def test_a_channels_last_convolution_in_double_precision_has_the_values_and_strides_of_the_op() -> None:
-    """The mode runs it on a contiguous copy, since the kernel in double precision takes ten times as long otherwise."""
+class SeesStrides(TorchDispatchMode):
+    """Keeps whether the inputs of convolutions are contiguous."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.contiguous: list[bool] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.convolution.default:
+            self.contiguous.append(args[0].is_contiguous())
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_channels_last_convolution_in_double_precision_runs_on_a_contiguous_copy() -> None:
+    """The kernel takes ten times as long otherwise; values and strides are those of the op."""
     conv = nn.Conv2d(4, 4, 3, padding=1, groups=4).double()
     x = torch.randn(2, 4, 6, 6, dtype=FLOAT).contiguous(memory_format=torch.channels_last)
     with torch.no_grad():
         expected = conv(x)
-        with NumbersMode(torch.float64):
+        with SeesStrides() as seen, NumbersMode(torch.float64):
             found = conv(x)
+    assert seen.contiguous == [True]
     torch.testing.assert_close(found, expected)
     assert found.stride() == expected.stride()
 
