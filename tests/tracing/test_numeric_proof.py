@@ -6,7 +6,7 @@ import logging
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -268,3 +268,30 @@ def test_parameters_are_in_double_precision_while_their_module_runs_alone() -> N
     assert out.dtype == FLOAT
     assert layer.seen == FLOAT
     assert {parameter.dtype for parameter in net.parameters()} == {torch.float32}
+
+
+class Neighbours(nn.Module):
+    """Reads the weight of a layer that it does not call; a factor so close to 1 that single precision would pass it."""
+
+    seen: ClassVar[set[torch.dtype]] = set()
+    """The dtypes of that weight beside data in double precision; a trace restores what an instance holds."""
+
+    def __init__(self, convolves: bool) -> None:
+        super().__init__()
+        self.a, self.b, self.convolves = nn.Conv1d(4, 8, 1), nn.Conv1d(8, 3, 1), convolves
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dtype == FLOAT:
+            self.seen.add(self.b.weight.dtype)
+        h = self.a(x)
+        h = h * (1 + 1e-6 * h.shape[1])
+        # Only the functional call compares the dtypes of data and weight while the layer does not run.
+        return nn.functional.conv1d(h, self.b.weight, self.b.bias) if self.convolves else self.b(h)
+
+
+@pytest.mark.parametrize("convolves", [False, True])
+def test_the_comparison_is_in_double_precision_whether_or_not_all_parameters_have_to_be(convolves: bool) -> None:
+    Neighbours.seen.clear()
+    graph = trace(Neighbours(convolves), torch.randn(2, 4, 5))
+    assert "aten::mul in Neighbours" in (graph.widths["a"].frozen or "")
+    assert Neighbours.seen == ({torch.float32, FLOAT} if convolves else {torch.float32})
