@@ -6,6 +6,7 @@ import inspect
 import linecache
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from traceback import FrameSummary
 
@@ -52,12 +53,18 @@ def running_line() -> str:
     while frame is not None and _is_own(frame.f_code.co_filename):
         frame = frame.f_back
     while frame is not None and not _is_own(file := frame.f_code.co_filename):
-        parts = Path(file).parts
-        if "torch" not in parts:
-            return f" at {'/'.join(parts[-2:])}:{frame.f_lineno}: {linecache.getline(file, frame.f_lineno).strip()}"
+        if not _is_of_torch(file):
+            place = "/".join(Path(file).parts[-2:])
+            return f" at {place}:{frame.f_lineno}: {linecache.getline(file, frame.f_lineno).strip()}"
         frame = frame.f_back
     return ""
 
 
+@cache
 def _is_own(file: str) -> bool:
     return PACKAGE in Path(file).parents
+
+
+@cache
+def _is_of_torch(file: str) -> bool:
+    return "torch" in Path(file).parts

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -58,17 +58,17 @@ class Call:
     label_of: Callable[[Tensor], Label]
     set_label: Callable[[Tensor, Label], None]
 
-    @property
+    @cached_property
     def op(self) -> str:
         """The op's name without overload, "aten::add"."""
         return schema_of(self.func).name
 
-    @property
+    @cached_property
     def outputs(self) -> list[Tensor]:
         """Every tensor that the op returned."""
         return [leaf for leaf in tree_flatten(self.out)[0] if isinstance(leaf, Tensor)]
 
-    @property
+    @cached_property
     def tensors(self) -> list[Tensor]:
         """Every tensor that the op was given, in order."""
         return [leaf for leaf in tree_flatten((self.args, self.kwargs))[0] if isinstance(leaf, Tensor)]
