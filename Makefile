@@ -6,7 +6,7 @@ OLDEST ?= .venv-oldest
 WORKERS ?= 2
 BIN := $(VENV)/bin
 
-.PHONY: train test test-all test-oldest install lint clean coverage bench-event bench-trace compare compare-install compare-lowrank
+.PHONY: train test test-all test-oldest install lint clean coverage bench-event bench-trace bench-gpu compare compare-install compare-lowrank
 
 install: $(VENV)/.installed
 
@@ -62,6 +62,13 @@ bench-trace: compare-install
 # Some 20 minutes on 2 CPU cores.
 bench-event: install
 	$(BIN)/python -m experiments.bench.event --out experiments/bench/event.md
+
+# On a CUDA card, with the Python that is there: `make bench-gpu PYTHON=python3 OUT=some/folder`. Installs nothing.
+OUT ?= outputs/bench-gpu
+LIMIT ?= 180
+COMMIT ?=
+bench-gpu:
+	$(PYTHON) -m experiments.bench.gpu --out '$(OUT)' --limit $(LIMIT) --commit '$(COMMIT)' $(BENCH)
 
 # MNIST and CIFAR-10 from $EVOLVENET_DATA, else ./data. Resumes where it was stopped; hours on 2 CPU cores.
 compare: compare-install

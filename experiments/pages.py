@@ -33,9 +33,12 @@ def machine_line() -> str:
 
 
 def commit() -> str:
-    """The commit of the checkout, with "-dirty" where files differ from it."""
+    """The commit of the checkout, with "-dirty" where files differ from it; "unknown" without git or a checkout."""
     command = ["git", "describe", "--always", "--dirty"]
-    found = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parent)
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parent)
+    except FileNotFoundError:
+        return "unknown"
     return found.stdout.strip() or "unknown"
 
 

@@ -10,12 +10,10 @@ import copy
 import importlib
 import importlib.util
 import json
-import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -26,6 +24,7 @@ from torch import nn
 from torchvision import models
 
 import evolvenet
+from experiments.bench.time_limit import limited
 from experiments.pages import machine_line, markdown, write_whole
 
 MODELS = ("resnet50", "densenet121", "vit_b_16", "swin_t", "convnext_tiny", "googlenet")
@@ -99,7 +98,7 @@ def _speed(name: str, options: argparse.Namespace) -> dict[str, Any]:
             seconds[part].append(spent)
         if trouble is None:
             try:
-                with _limited(options.peer_limit):
+                with limited(options.peer_limit):
                     seconds["peer"].append(_peer(copy.deepcopy(model), image))
             except Exception as error:  # noqa: BLE001  whatever it raises is a result
                 trouble = f"{type(error).__name__}: {error}"
@@ -151,22 +150,6 @@ def _peer(model: nn.Module, image: torch.Tensor) -> float:
     pruner = pruning.pruner.MagnitudePruner(model, image, importance, pruning_ratio=0.3, ignored_layers=[last])
     pruner.step()
     return time.perf_counter() - begin
-
-
-@contextmanager
-def _limited(seconds: float) -> Iterator[None]:
-    """Raise a TimeoutError in Python code that takes longer."""
-
-    def stop(*unused: object) -> None:
-        raise TimeoutError(f"not done after {seconds:.0f} s")
-
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
 
 
 def _memory(name: str, what: str, side: int) -> dict[str, float]:
