@@ -115,7 +115,7 @@ SUBJECTS = {
     "llama_150m": Subject(lambda: llama(14, 768, 2048, 12, 32_000), texts(32_000, 512), 8),
 }
 SMALL_SUBJECTS = {
-    "resnet50": Subject(lambda: ResNet(3, 10, (4, 8)), images(32, 10), 8),
+    "resnet50": Subject(lambda: ResNet(3, 10, (4, 6, 8)), images(32, 10), 8),
     "vit_b_16": Subject(lambda: VisionTransformer(32, 16, 1, 2, 16, 32, num_classes=10), images(32, 10), 8),
     "llama_150m": Subject(lambda: llama(1, 16, 32, 2, 50), texts(50, 8), 8),
 }
