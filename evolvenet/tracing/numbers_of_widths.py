@@ -57,6 +57,7 @@ def attributes_to_update(
         totals[tie.tensor, tie.dim] += tie.repeat * width.size
     values = {width.size} | {total * k for total in totals.values() for k in (1, 2, 3, 4)}
     found: list[tuple[str, str]] = []
+    consuming = frozenset[str]() if keys is None else _only_consuming(width)
     for path in _paths(model, width):
         module = model.get_submodule(path)
         others = _other_lengths(model, path, totals) if keys is None else set()
@@ -64,7 +65,7 @@ def attributes_to_update(
             if keys is None:
                 chosen = name_of_size(module, name) in ATTRIBUTE_NAMES[kind]
             else:
-                chosen = _key(model, width, path, name) in keys
+                chosen = _key(model, consuming, path, name) in keys
             if chosen and value > 1 and value in values - others:
                 found.append((path, name))
     return tuple(found)
@@ -78,21 +79,28 @@ def possible_keys(model: nn.Module, width: Width) -> list[str]:
     left out: which of them change is known.
     """
     own = [path for path in _paths(model, width) if not is_known(model.get_submodule(path))]
+    consuming = _only_consuming(width)
     everything = frozenset(
-        _key(model, width, path, name) for path in own for name, _ in numbers_in(model.get_submodule(path))
+        _key(model, consuming, path, name) for path in own for name, _ in numbers_in(model.get_submodule(path))
     )
     found: dict[str, bool] = {}
     for path, name in attributes_to_update(model, width, PLAIN, everything):
         if path in own:
-            found[_key(model, width, path, name)] = name_of_size(model.get_submodule(path), name) not in ANY_SIZE
+            found[_key(model, consuming, path, name)] = name_of_size(model.get_submodule(path), name) not in ANY_SIZE
     return sorted(found, key=lambda key: found[key])
 
 
-def _key(model: nn.Module, width: Width, path: str, name: str) -> str:
-    produces = any(path in _ancestors(tie.module) for tie in width.producers)
-    consumes = any(path in _ancestors(tie.module) for tie in width.consumers)
+def _only_consuming(width: Width) -> frozenset[str]:
+    """Paths of modules that hold consumers of a width and no producer."""
+    made, used = (
+        {path for tie in ties for path in _ancestors(tie.module)} for ties in (width.producers, width.consumers)
+    )
+    return frozenset(used - made)
+
+
+def _key(model: nn.Module, only_consuming: frozenset[str], path: str, name: str) -> str:
     key = number_key(model.get_submodule(path), name)
-    return f"{key} of a consumer" if consumes and not produces else key
+    return f"{key} of a consumer" if path in only_consuming else key
 
 
 def fewest_passing(keys: Sequence[str], failure: Callable[[frozenset[str]], str | None]) -> frozenset[str] | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from evolvenet.execution.isolation import op_by_op
 from evolvenet.execution.own_gradients import own_gradients
 from evolvenet.execution.step import run_model
 from evolvenet.tracing.meta_ops import META_CHECKS, META_SHORTCUTS
+from evolvenet.tracing.meta_values import MetaValues
 
 
 class TracingMode(TorchDispatchMode):
@@ -23,12 +25,14 @@ class TracingMode(TorchDispatchMode):
     Attributes:
         names: path of every module by its `id`.
         path: path and type of the modules that are running while the mode is active, the innermost one last.
+        meta_values: of small tensors, in a run on meta tensors.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.names: dict[int, str] = {}
         self.path: list[str] = []
+        self.meta_values: MetaValues | None = None
         self._hooks: list[RemovableHandle] = []
 
     def __enter__(self) -> TracingMode:
@@ -43,14 +47,9 @@ class TracingMode(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the op."""
-        shortcut = META_SHORTCUTS.get(func)
-        if shortcut is not None and not kwargs:
-            found = shortcut(*args)
-            if found is not None:
-                return found
-        if func in META_CHECKS and args[0].is_meta:
-            META_CHECKS[func](*args)
-        return func(*args, **(kwargs or {}))
+        if self.meta_values is not None:
+            return self.meta_values.run(func, args, kwargs or {}, partial(_run_op, func))
+        return _run_op(func, *args, **(kwargs or {}))
 
     def on_gradients(
         self,
@@ -69,6 +68,17 @@ class TracingMode(TorchDispatchMode):
         self.path.pop()
 
 
+def _run_op(func: Any, /, *args: Any, **kwargs: Any) -> Any:
+    shortcut = META_SHORTCUTS.get(func)
+    if shortcut is not None and not kwargs:
+        found = shortcut(*args)
+        if found is not None:
+            return found
+    if func in META_CHECKS and args[0].is_meta:
+        META_CHECKS[func](*args)
+    return func(*args, **kwargs)
+
+
 def run_under_mode(model: nn.Module, example_inputs: Any, device: str | None, training: bool, mode: TracingMode) -> Any:
     """What a model returns in one forward pass under a mode that sees every op.
 
@@ -84,18 +94,25 @@ def run_under_mode(model: nn.Module, example_inputs: Any, device: str | None, tr
     >>> run_under_mode(nn.Linear(2, 3), torch.zeros(1, 2), None, False, TracingMode()).shape
     torch.Size([1, 3])
     """
-    # A model may write into its inputs; those on another device are copies anyway.
-    inputs = tree_map_only(Tensor, lambda t: t.detach().clone(), example_inputs) if device is None else example_inputs
     model.train(training)
     mode.names = {id(module): name for name, module in model.named_modules()}
     try:
-        with op_by_op(mode, fused=False), own_gradients(mode.on_gradients), torch_functions_on():
-            return run_model(model, inputs, device)
+        return _run(model, example_inputs, device, mode)
     except ValueError:
         if not training:
             raise
+    return _run(model, _doubled(example_inputs), device, mode)
+
+
+def _run(model: nn.Module, inputs: Any, device: str | None, mode: TracingMode) -> Any:
+    # A model may write into its inputs; those on another device are copies anyway.
+    if device is None:
+        inputs = tree_map_only(Tensor, lambda t: t.detach().clone(), inputs)
+    elif device == "meta":
+        mode.meta_values = MetaValues()
+        inputs = tree_map_only(Tensor, mode.meta_values.without_data, inputs)
     with op_by_op(mode, fused=False), own_gradients(mode.on_gradients), torch_functions_on():
-        return run_model(model, _doubled(inputs), device)
+        return run_model(model, inputs, device)
 
 
 def _doubled(inputs: Any) -> Any:

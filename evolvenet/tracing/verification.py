@@ -12,6 +12,7 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import product
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -156,6 +157,7 @@ class Verification:
         search_with_labels: whether the search for failing widths also uses runs with labels.
         unneeded: keys of numbers that have the value and name of a size and are none, see `number_key`.
         grouped: the widths for the ties of fixes so far.
+        numbers: what `attributes_to_update` has found for the widths of fixes so far.
     """
 
     model: nn.Module
@@ -166,6 +168,7 @@ class Verification:
     search_with_labels: bool = True
     unneeded: frozenset[str] = frozenset()
     grouped: dict[Grouping, GroupedWidths] = field(default_factory=dict)
+    numbers: dict[Any, tuple[tuple[str, str], ...]] = field(default_factory=dict)
 
     def build(self, accepted: Sequence[CandidateFix]) -> GroupedWidths:
         """The graph with the units tied and the attributes updated as the accepted fixes say."""
@@ -189,10 +192,13 @@ class Verification:
         return self.grouped[key]
 
     def _patches(self, width: Width, fix: CandidateFix) -> tuple[tuple[str, str], ...]:
-        found = attributes_to_update(self.model, width, fix.kind, fix.numbers)
+        # The same for a width of the same tensors, whatever else is tied.
+        key = (width.ties, width.size, fix.kind, fix.numbers)
+        if key not in self.numbers:
+            self.numbers[key] = attributes_to_update(self.model, width, fix.kind, fix.numbers)
         return tuple(
             (path, name)
-            for path, name in found
+            for path, name in self.numbers[key]
             if number_key(self.model.get_submodule(path), name) not in self.unneeded
         )
 
