@@ -12,6 +12,7 @@ from evolvenet._compat.wrapping import SAVING
 mend_torchvision()  # before anything imports torchvision
 
 from evolvenet.engine.compression import Compression  # noqa: E402
+from evolvenet.engine.ddp_wrapper import renew_ddp  # noqa: E402
 from evolvenet.engine.evolver import Evolver  # noqa: E402
 from evolvenet.engine.functional import grow, prune, resize  # noqa: E402
 from evolvenet.engine.history import Event, History, WidthChange  # noqa: E402
@@ -99,6 +100,7 @@ __all__ = [
     "merge",
     "output_spectra",
     "prune",
+    "renew_ddp",
     "resize",
     "save",
     "spectra",

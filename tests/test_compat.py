@@ -64,6 +64,14 @@ def _ddp() -> Any:
     return pkgutil.resolve_name("lightning.pytorch.strategies:DDPStrategy")()
 
 
+def _ddp_wrapper() -> nn.Module:
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        return nn.parallel.DistributedDataParallel(nn.Linear(1, 1))
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 def _with_hyperparameters() -> Any:
     lightning = pkgutil.resolve_name("lightning.pytorch")
 
@@ -94,6 +102,7 @@ OF_INSTANCES: dict[str, tuple[Callable[[], Any], type | tuple[type, ...]]] = {
     "torch.nn.Conv1d._conv_forward": (lambda: nn.Conv1d(1, 1, 1), Callable),  # type: ignore[dict-item]
     "torch.nn.Conv2d._conv_forward": (lambda: nn.Conv2d(1, 1, 1), Callable),  # type: ignore[dict-item]
     "torch.nn.Conv3d._conv_forward": (lambda: nn.Conv3d(1, 1, 1), Callable),  # type: ignore[dict-item]
+    "torch.nn.parallel.DistributedDataParallel._comm_hooks": (_ddp_wrapper, list),
     "torch.optim.LBFGS._numel_cache": (_lbfgs, (int, type(None))),
     "torch.Tensor._version": (lambda: torch.zeros(1), int),
     "torch.Tensor._base": (lambda: torch.zeros(2)[:1], torch.Tensor),

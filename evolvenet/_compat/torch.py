@@ -17,6 +17,7 @@ from torch._ops import OpOverload
 from torch.nn.modules.batchnorm import _NormBase as NormBase
 from torch.nn.modules.conv import _ConvNd as ConvNd
 from torch.nn.modules.conv import _ConvTransposeNd as ConvTransposeNd
+from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils.parametrizations import _WeightNorm as WeightNorm
 from torch.nn.utils.prune import BasePruningMethod
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -152,6 +153,16 @@ def adopt_hooks(module: nn.Module, other: nn.Module) -> None:
     """Give a module the forward and backward hooks of another one, in the same tables: their handles remove them there too."""
     for name in _HOOKS:
         setattr(module, name, getattr(other, name))
+
+
+def hook_tables(module: nn.Module) -> dict[str, Any]:
+    """{attribute: table} of a module's forward and backward hooks."""
+    return {name: getattr(module, name) for name in _HOOKS}
+
+
+def communication_hooks(wrapper: DistributedDataParallel) -> list[tuple[Any, Any]]:
+    """(hook, state) of each communication hook that was registered with a DDP wrapper."""
+    return wrapper._comm_hooks
 
 
 def forward_hooks(module: nn.Module) -> list[Callable[..., Any]]:

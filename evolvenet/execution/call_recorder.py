@@ -40,9 +40,10 @@ class OutputGradients:
             if output.requires_grad and output.dim():
                 output.register_hook(partial(self._add_gradient, index, MAX_GRADIENT_ENTRIES // max(largest, 1)))
 
-    def _add_gradient(self, index: int, samples: int, gradient: Tensor) -> None:
-        if torch.is_grad_enabled():
+    def _add_gradient(self, index: int, samples: int, gradient: Tensor | None) -> None:
+        if torch.is_grad_enabled() or gradient is None:
             # A backward pass that is differentiated itself (a gradient penalty) is a part of the loss, not its gradient.
+            # DDP hands on None for outputs that the loss does not use, where it looks for unused parameters.
             return
         # A training step may run several backward passes.
         part, before = gradient.detach()[:samples], self.gradients[index]

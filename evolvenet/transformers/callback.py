@@ -7,10 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from evolvenet._compat.torch import tree_map_only
 from evolvenet.engine.announcements import announce_end, show_messages
+from evolvenet.engine.ddp_wrapper import renew_ddp
+from evolvenet.engine.distributed import check_agreement, process_group, run_on_all_ranks
 from evolvenet.engine.event_timer import EventState, EventTimer
 from evolvenet.engine.evolution_callback import EvolutionCallback
 from evolvenet.engine.evolver import Evolver
@@ -25,18 +29,20 @@ from evolvenet.surgery.checkpoint import fit_shapes, register_reshape_before_loa
 from evolvenet.tracing.unreached import warn_of_unreached
 
 try:
-    from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+    from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 except ModuleNotFoundError as error:
     raise MissingPackageError(
         f"evolvenet.transformers: expected the transformers library, got {error}. Install it with pip install "
         "'evolvenet[transformers]'."
     ) from error
 
-from evolvenet.transformers.loss import LossStep, loss_and_logits, running_trainer, trace_with_loss
+from evolvenet.transformers.loss import LossStep, loss_and_logits, trace_with_loss
+from evolvenet.transformers.running import load_tensors, resumed_folder, running_trainer, save_tensors
 
 # Callbacks that are restored by transformers itself are built anew from JSON, which cannot hold a policy. Under a name
 # that is no callback's it leaves the entry alone, in the checkpoint and on the way back.
 _KEY = "evolvenet"
+_OF_EACH_RANK = ("example", "batches", "gradients")
 
 
 @dataclass(eq=False, repr=False)
@@ -54,15 +60,23 @@ class WidthEvolutionCallback(EvolutionCallback, TrainerCallback):
     contrastive losses, losses of hidden states), that is traced, and statistics and trials run on it. A width that modules
     of the trainer itself read, a projection beside the model for example, keeps its size.
 
+    In several processes (`torchrun`, `accelerate launch`) rank 0 measures on a sample of all ranks' batches and decides, all
+    ranks apply the change or none does, and DDP's wrapper is made anew. `Tolerance` judges a cut by what the trainer evaluates
+    (`eval_strategy`), under the trainer's name of the metric: "eval_loss", or "loss" for short. While a cut is pending,
+    checkpoints hold the network before it in the file evolvenet.pt.
+
     Args:
         policy, every_n_epochs, every_n_steps, start_step, stop, example_inputs, calibration_batches, seed, network, fixed,
             multiple, outputs: see `evolvenet.engine.evolution_callback.EvolutionCallback`. An event measures on the last training
             batches.
 
     Raises:
-        PolicyError: for values out of range, a policy without a method `propose`, or one that takes cuts back.
+        PolicyError: for values out of range, a policy without a method `propose`, or, after an evaluation, one that judges by a
+            metric that is not evaluated.
         TraceError: after the first batch, if nothing in the model can be resized.
-        UnsupportedStrategyError: before training starts, with several processes or devices.
+        UnsupportedStrategyError: before training starts, where a process has several devices (`nn.DataParallel`) or
+            parameters are sharded (DeepSpeed, FSDP).
+        RankMismatchError: during training, if the processes do not agree on the model.
 
     >>> from evolvenet import Threshold
     >>> callback = WidthEvolutionCallback(policy=Threshold(prune=0.01, grow=0.9), every_n_steps=100)
@@ -70,17 +84,14 @@ class WidthEvolutionCallback(EvolutionCallback, TrainerCallback):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self._judged_metric is not None:
-            raise PolicyError(
-                f"Expected a policy that does not take cuts back, got {type(self.policy).__name__}: what it would go back to "
-                "cannot be kept in the JSON of a transformers checkpoint. Take Threshold or Budget here, or Evolver "
-                "in your own loop."
-            )
         self._inputs: Any = None
         self._loss: LossStep | None = None
         self._steps: StepRecorder | None = None
         self._recording = ExitStack()
         self._events_before = 0
+        self._trainer: Trainer | None = None
+        self._evaluated: dict[str, float] = {}
+        self._was_observed = False
 
     def on_init_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **unused: Any
@@ -98,15 +109,18 @@ class WidthEvolutionCallback(EvolutionCallback, TrainerCallback):
         register_reshape_before_load(model)
         self._stop_recording()
         self.evolver, self._inputs, self._timer = None, self.example_inputs, EventTimer(self.schedule)
-        running = running_trainer()
-        loss = None if running is None else LossStep(running)
+        self._trainer = running_trainer()
+        loss = None if self._trainer is None else LossStep(self._trainer)
         self._loss = loss if loss is not None and loss.is_own else None
         self._resumed = _evolver_state(state)
         self._events_before = len(self._resumed["history"]["events"]) if self._resumed else 0
+        self._was_observed = False
+        self._evaluated = {**(self._resumed or {}).get("evaluated", {})}
         if self._resumed is None:
             warn(no_event_possible(self.schedule, state.max_steps, epochs=state.num_train_epochs))
         else:
             fit_shapes(model, {}, record=self._resumed["note"])
+            self._take_up_pending_cut(self._resumed, args)
 
     def on_step_begin(
         self,
@@ -119,7 +133,8 @@ class WidthEvolutionCallback(EvolutionCallback, TrainerCallback):
     ) -> None:
         """Trace once the first inputs are known, change widths when an event is due, record the step's batches."""
         if self.evolver is None and (self._steps.calls() if self._loss and self._steps else self._inputs is not None):
-            self._start(model, optimizer, state)
+            self._start_on_all_ranks(model, optimizer, state)
+        self._judge(state)
         epoch = state.epoch or 0.0
         progress = state.global_step / max(state.max_steps, 1)
         # A resumed run may be due for an event before its first batch: the timer keeps it until the model is traced.
@@ -164,15 +179,41 @@ class WidthEvolutionCallback(EvolutionCallback, TrainerCallback):
             if entry is not None:
                 entry.update({"evolve/parameters": latest.parameters, "evolve/macs": latest.macs})
 
+    def on_evaluate(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        metrics: dict[str, Any] | None = None,
+        **unused: Any,
+    ) -> None:
+        """Keep what the policy judges by, until widths may change again. Several evaluation sets are evaluated in turn."""
+        if self._judged_metric is not None and metrics:
+            self._evaluated |= {name: float(each) for name, each in metrics.items() if isinstance(each, (int, float))}
+            if self.evolver is not None:
+                self._save_state(self.evolver, state)
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **unused: Any) -> None:
+        """Write the network before a pending cut beside the checkpoint's other files."""
+        saved = self.evolver.state_dict() if self.evolver is not None and self._judged_metric is not None else {}
+        if (saved.get("pending_cut") or {}).get("past") is not None:
+            own = tree_map_only(Tensor, torch.Tensor.cpu, {name: saved[name] for name in _OF_EACH_RANK})
+            save_tensors(args, state, {"past": saved["pending_cut"]["past"], "ranks": process_group().gather(own)})
+
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **unused: Any
     ) -> None:
-        """Leave no hook behind; the best checkpoint, if it was loaded, brings its numbers along."""
+        """Judge the last cut, and leave no hook behind; the best checkpoint, if it was loaded, brings its numbers along."""
         self._stop_recording()
+        loaded = args.load_best_model_at_end and state.best_model_checkpoint is not None
+        if not loaded:
+            self._judge(state)
         announce_end(self.evolver, self._events_before)
-        if args.load_best_model_at_end and state.best_model_checkpoint is not None:
-            best = TrainerState.load_from_json(str(Path(state.best_model_checkpoint, "trainer_state.json")))
+        if loaded:
+            best = TrainerState.load_from_json(str(Path(state.best_model_checkpoint or "", "trainer_state.json")))
             fit_shapes(model, {}, record=(_evolver_state(best) or {}).get("note"))
+            self._renew_ddp()
+        self._trainer = None
 
     @property
     def _follows_loss(self) -> bool:
@@ -191,7 +232,21 @@ class WidthEvolutionCallback(EvolutionCallback, TrainerCallback):
         super()._stop_recording()
         self._recording.close()
 
-    def _start(self, model: nn.Module, optimizer: Optimizer, state: TrainerState) -> None:
+    def _start_on_all_ranks(self, model: nn.Module, optimizer: Optimizer, state: TrainerState) -> None:
+        """Make the evolver. Where that fails on one rank, all raise."""
+        group = process_group()
+        run_on_all_ranks(group, lambda: self._start(model, optimizer))
+        assert self.evolver is not None
+        check_agreement(
+            group, "widths and times of events", f"{self.evolver.graph.sizes}, {self.schedule}, {self.seed}"
+        )
+        if not self._was_observed:
+            self.evolver.observe(self._inputs)
+        self._inputs = None
+        self._timer.start()
+        self._save_state(self.evolver, state)
+
+    def _start(self, model: nn.Module, optimizer: Optimizer) -> None:
         inputs, graph = self._inputs, None
         outputs = self.outputs or (loss_and_logits if self._loss is None else None)
         if self._loss is not None and self._steps is not None:
@@ -204,27 +259,67 @@ class WidthEvolutionCallback(EvolutionCallback, TrainerCallback):
                 inputs = step if self._resumed.get("follows_loss") else inputs
                 graph = from_state_dict(self._resumed["graph"])
         outputs = None if isinstance(inputs, Step) else outputs
-        inner = _unwrapped(optimizer)
         self.evolver = Evolver(
-            model, inner, self.policy, inputs, self.calibration_batches, self.seed, graph=graph, network=self.network,
-            fixed=self.fixed, multiple=self.multiple, outputs=outputs,
+            model, _unwrapped(optimizer), self.policy, inputs, self.calibration_batches, self.seed, graph=graph,
+            network=self.network, fixed=self.fixed, multiple=self.multiple, outputs=outputs, after_change=self._renew_ddp,
         )  # fmt: skip
         if self._resumed is not None:
             self.evolver.load_state_dict(self._resumed)
-        self.evolver.observe(inputs)
-        self._inputs = None
-        self._timer.start()
+        self._inputs = inputs
+
+    def _judge(self, state: TrainerState) -> None:
+        """What the last evaluation means for the last cut.
+
+        Raises:
+            PolicyError: if it had no metric of the name that the policy judges by.
+        """
+        name = self._judged_metric
+        if not self._evaluated or self.evolver is None or name is None:
+            return
+        value = next((self._evaluated[each] for each in (name, f"eval_{name}") if each in self._evaluated), None)
+        if value is None:
+            raise PolicyError(
+                f"Expected the trainer to evaluate {name!r}, by which cuts are judged, got {', '.join(sorted(self._evaluated))}. "
+                "Return it from compute_metrics, or name another metric."
+            )
+        self._evaluated = {}
+        self.evolver.judge(value, at=state.global_step)
         self._save_state(self.evolver, state)
 
-    @staticmethod
-    def _save_state(evolver: Evolver, state: TrainerState) -> None:
+    def _take_up_pending_cut(self, resumed: dict[str, Any], args: TrainingArguments) -> None:
+        """Read the network before the cut that was pending when the checkpoint was saved, and inputs to run it on."""
+        pending = resumed.get("pending_cut")
+        if not pending or not pending["has_snapshot"]:
+            return
+        tensors = load_tensors(resumed_folder(), args.device)
+        if not all(process_group().all_gather(bool(tensors))):
+            warn(
+                "The checkpoint holds a cut that is not judged yet, and no evolvenet.pt for all processes: the cut stays."
+            )
+            return
+        own = tensors["ranks"][process_group().rank % len(tensors["ranks"])]
+        resumed["pending_cut"] = {**pending, "past": tensors["past"]}
+        # An event may follow right after the judgement.
+        resumed |= {name: own[name] for name in ("batches", "gradients")}
+        if own["example"] and self._inputs is None and not resumed["follows_loss"]:
+            (self._inputs,), self._was_observed = own["example"], True
+
+    def _renew_ddp(self) -> None:
+        if self._trainer is not None and self._trainer.model_wrapped is not None:
+            renew_ddp(self._trainer.model_wrapped)
+
+    def _save_state(self, evolver: Evolver, state: TrainerState) -> None:
         """Write the evolver's state into the trainer's, which goes into every checkpoint."""
         # The trainer's state is JSON: no tensors.
         saved = evolver.state_dict()
+        pending = saved["pending_cut"]
         _callback_states(state)[_KEY] = {
             **saved,
             "batches": [],
             "gradients": [],
+            "example": [],
+            "evaluated": dict(self._evaluated),
+            "pending_cut": pending and {**pending, "past": None, "has_snapshot": pending["past"] is not None},
             "follows_loss": isinstance(evolver.example_inputs, Step),
             "note": {**saved["note"], "buffers": {}},
         }
@@ -242,12 +337,11 @@ def _evolver_state(state: TrainerState) -> dict[str, Any] | None:
 
 def _refuse_several_devices(args: TrainingArguments) -> None:
     sharded = [name for name in ("deepspeed", "fsdp") if getattr(args, name, None)]
-    if args.world_size > 1 or args.n_gpu > 1 or sharded:
+    if args.n_gpu > 1 or sharded:
         raise UnsupportedStrategyError(
-            "WidthEvolutionCallback changes parameters of one process on one device, got "
-            f"{args.world_size} processes with {max(args.n_gpu, 1)} devices each{''.join(f', {name}' for name in sharded)}: "
-            "the other copies would keep the old shapes. Show the run one device (CUDA_VISIBLE_DEVICES=0) and start it "
-            "without a launcher."
+            "WidthEvolutionCallback changes parameters that lie whole on one device of each process, got "
+            f"{max(args.n_gpu, 1)} devices in one process{''.join(f', {name}' for name in sharded)}. Start one process for "
+            "each device (torchrun --nproc_per_node=2 train.py), or show the run one device (CUDA_VISIBLE_DEVICES=0)."
         )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -29,17 +28,6 @@ from evolvenet.tracing.untrained import freeze_untrained, untrained_parameters
 log = logging.getLogger("evolvenet")
 SAMPLES = 2
 """Samples of a batch that a trace runs on."""
-
-
-def running_trainer() -> Trainer | None:
-    """The trainer whose method calls, directly or not, the caller of this function; transformers hands callbacks none."""
-    frame = inspect.currentframe()
-    while frame is not None:
-        found = frame.f_locals.get("self")
-        if isinstance(found, Trainer):
-            return found
-        frame = frame.f_back
-    return None
 
 
 class LossStep:

@@ -230,7 +230,7 @@ def test_a_failing_event_leaves_the_run_alone(tmp_path: Path, caplog: pytest.Log
     assert "NaN" in str(events(callback).events[0].skipped)
 
 
-@pytest.mark.parametrize(("name", "value"), [("world_size", 2), ("n_gpu", 2), ("fsdp", True)])
+@pytest.mark.parametrize(("name", "value"), [("n_gpu", 2), ("fsdp", True)])
 def test_several_devices_are_refused_before_training(
     name: str, value: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -260,11 +260,6 @@ def test_the_error_of_a_missing_package_is_an_import_error() -> None:
     assert issubclass(MissingPackageError, ImportError)
 
 
-def test_a_policy_that_takes_cuts_back_is_refused() -> None:
-    with pytest.raises(PolicyError, match="got Tolerance: what it would go back to"):
-        WidthEvolutionCallback(Tolerance(metric="eval_loss", drop=0.1, mode="min"), every_n_steps=2)
-
-
 def test_growth_is_asked_of_the_gradients_of_the_run_itself(tmp_path: Path) -> None:
     """The answer holds the loss beside the logits; where labels are noise next to nothing grows, else the spectrum decides."""
 
@@ -280,3 +275,10 @@ def test_growth_is_asked_of_the_gradients_of_the_run_itself(tmp_path: Path) -> N
         return sum(change.after - change.before for event in events(callback).events for change in event.changes)
 
     assert grown(4.0) < grown(0.0) / 3
+
+
+def test_a_metric_that_is_not_evaluated_is_named(tmp_path: Path) -> None:
+    callback = WidthEvolutionCallback(Tolerance(metric="accuracy", drop=0.1), every_n_steps=2)
+    run = trainer(tmp_path, bert(), callback, eval_strategy="steps", eval_steps=1)
+    with pytest.raises(PolicyError, match=r"evaluate 'accuracy', by which cuts are judged, got .*eval_loss"):
+        run.train()

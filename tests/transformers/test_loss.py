@@ -13,7 +13,7 @@ from torch.nn import functional
 from transformers import Trainer
 
 from evolvenet.transformers.callback import WidthEvolutionCallback
-from evolvenet.transformers.loss import running_trainer
+from evolvenet.transformers.running import running_trainer
 from tests.helpers.transformers_runs import HEADS, INNER, STREAM, bert, evolution, trainer
 
 SIZES = {HEADS: 5, INNER: 20}
