@@ -6,7 +6,7 @@ OLDEST ?= .venv-oldest
 WORKERS ?= 2
 BIN := $(VENV)/bin
 
-.PHONY: train test test-all test-oldest install lint clean coverage bench-event bench-trace bench-gpu compare compare-install compare-lowrank
+.PHONY: train test test-all test-oldest install lint clean coverage bench-event bench-trace bench-gpu compare compare-install compare-lowrank compare-language
 
 install: $(VENV)/.installed
 
@@ -82,6 +82,11 @@ compare: compare-install
 # Widths, ranks and both, on four networks of three seeds each. Resumes where it was stopped; hours on 2 CPU cores.
 compare-lowrank: compare-install
 	$(COMPARE)/bin/python -m experiments.compare.lowrank
+
+# Character models of the transformers library, six networks; resumes where it was stopped. Hours on 2 CPU cores, minutes with
+# LANGUAGE="--device cuda".
+compare-language: compare-install
+	$(COMPARE)/bin/python -m experiments.compare.language $(LANGUAGE)
 
 clean:
 	rm -rf $(VENV) $(COMPARE) $(OLDEST) .pytest_cache .ruff_cache .hypothesis outputs multirun lightning_logs

@@ -7,6 +7,8 @@ it first (`.venv-compare/bin/python -m pytest tests/experiments/compare_torch_pr
 from __future__ import annotations
 
 import copy
+import importlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,8 @@ from torch import nn
 
 import evolvenet
 from experiments.compare import peers
+from experiments.compare.language_networks import TINY, build
+from experiments.compare.language_peers import torch_pruning_scores
 from experiments.models.resnet import ResNet, UnpaddedResNet
 from experiments.training import torch_pruning
 from experiments.training.classifier import Cycles
@@ -191,3 +195,17 @@ def test_units_go_one_by_one_in_its_own_order() -> None:
 def test_what_it_cannot_reach_is_an_error() -> None:
     with pytest.raises(ControlError, match=r"expected at most 20 parameters, got 156"):
         torch_pruning.prune(UnpaddedResNet(width=4, inside=(4, 4)), torch.zeros(1, 1, 28, 28), 20, units=12)
+
+
+def test_scores_of_language_models_are_those_of_torch_pruning() -> None:
+    torch.manual_seed(0)
+    model = build("llama", replace(TINY, layers=1)).eval()
+    ids = {"input_ids": torch.randint(0, 97, (1, 8))}
+    graph = evolvenet.trace(model, ids, "logits")
+    pruning: Any = importlib.import_module("torch_pruning")
+    found = pruning.DependencyGraph().build_dependency(model, ids, output_transform=lambda output: output.logits)
+    layer: Any = model.get_submodule("model.layers.0.mlp.gate_proj")
+    group = found.get_pruning_group(layer, pruning.prune_linear_out_channels, list(range(layer.out_features)))
+    theirs = pruning.importance.GroupMagnitudeImportance(p=2, group_reduction="mean")(group)
+    ours = torch_pruning_scores(model, graph)["model.layers.0.mlp.gate_proj"]
+    torch.testing.assert_close(ours / ours.mean(), theirs / theirs.mean())
