@@ -56,26 +56,28 @@ class ModelUnderTest:
         return self.graphs[-1]
 
 
-def check_ours(subject: Subject, note: Note) -> None:
-    """All stages for EvolveNet; of a stage that raises, the error is its result."""
+def check_ours(subject: Subject, note: Note) -> torch.dtype:
+    """All stages for EvolveNet, and the type in which they computed; of a stage that raises, the error is its result."""
     model = build(subject, torch.float32)
     count = sum(parameter.numel() for parameter in model.parameters())
-    dtype = torch.float64 if count <= LARGEST_DOUBLE else torch.float32
+    dtype = torch.float64 if count <= LARGEST_DOUBLE and _computes_in_double(subject) else torch.float32
     tested = ModelUnderTest(subject, dtype, cast(model, dtype))
     note("model", {"parameters": count, "dtype": str(dtype).removeprefix("torch.")})
     for stage in (trace, permute, grow, prune):
-        _attempt(stage.__name__, partial(stage, tested), note)
+        attempt(stage.__name__, partial(stage, tested), note)
         if not tested.graphs:
-            return
+            break
+    return dtype
 
 
 def check_torch_pruning(subject: Subject, note: Note) -> None:
     """One 30 % cut by Torch-Pruning without hints, the last layer kept; then forward and backward in train mode."""
     model = build(subject, torch.float32)
-    _attempt("cut", partial(_cut, subject, model), note)
+    attempt("cut", partial(_cut, subject, model), note)
 
 
-def _attempt(name: str, stage: Callable[[], Mapping[str, Any]], note: Note) -> None:
+def attempt(name: str, stage: Callable[[], Mapping[str, Any]], note: Note) -> None:
+    """Run a stage, and note its figures and seconds, or what it raised."""
     note(name, {"began": True})
     begin = time.perf_counter()
     try:
@@ -86,9 +88,14 @@ def _attempt(name: str, stage: Callable[[], Mapping[str, Any]], note: Note) -> N
 
 
 def build(subject: Subject, dtype: torch.dtype) -> nn.Module:
-    """The model with random weights that no error can hide behind: norms as after some training, no scale or head at zero."""
+    """The subject's model, `randomised`."""
+    return randomised(subject.make, dtype)
+
+
+def randomised(make: Callable[[], nn.Module], dtype: torch.dtype) -> nn.Module:
+    """A model with random weights that no error can hide behind: norms as after some training, no scale or head at zero."""
     torch.manual_seed(0)
-    model = cast(subject.make(), dtype).eval()
+    model = cast(make(), dtype).eval()
     with torch.no_grad():
         for name, tensor in (*model.named_parameters(), *model.named_buffers()):
             if not tensor.is_floating_point():
@@ -100,6 +107,17 @@ def build(subject: Subject, dtype: torch.dtype) -> nn.Module:
             elif isinstance(tensor, nn.Parameter) and not tensor.any():
                 tensor.normal_(std=tensor[0].numel() ** -0.5)
     return model
+
+
+def _computes_in_double(subject: Subject) -> bool:
+    """Whether a model of the transformers library runs in float64; grouped products of experts do not."""
+    if subject.family is None:
+        return True
+    try:
+        outputs_of(build(subject, torch.float64), subject.inputs(1, torch.float64))
+    except RuntimeError:
+        return False
+    return True
 
 
 def cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
@@ -156,7 +174,7 @@ def grow(tested: ModelUnderTest) -> dict[str, Any]:
     graph = tested.graph
     widths = [width for width in graph.resizable if width.mixed is None]
     # By unequal amounts: what is right by the difference or the ratio of two widths alone is found.
-    sizes = {width.name: grown_size(width) + number % 3 for number, width in enumerate(widths)}
+    sizes = {width.name: grown_size(width) + number % 3 * width.multiple for number, width in enumerate(widths)}
     left_out = len(graph.resizable) - len(sizes)
     if not sizes:
         return {"grown": 0, "left_out": left_out, "equal": True}
@@ -177,13 +195,13 @@ def grow(tested: ModelUnderTest) -> dict[str, Any]:
 
 
 def grown_size(width: evolvenet.Width) -> int:
-    """25 % more, rounded up."""
-    return math.ceil(GROWTH * width.size)
+    """25 % more, rounded up to a size that it can have."""
+    return -(-math.ceil(GROWTH * width.size) // width.multiple) * width.multiple
 
 
 def pruned_size(width: evolvenet.Width) -> int:
-    """30 % less, rounded, never below the fewest units that it can have."""
-    return min(width.size, max(width.smallest, round(SHARE_LEFT * width.size)))
+    """30 % less, rounded to a size that it can have, never below the fewest units."""
+    return min(width.size, width.rounded(round(SHARE_LEFT * width.size)))
 
 
 def _compared(tested: ModelUnderTest, change: Callable[[], None]) -> dict[str, Any]:
@@ -223,13 +241,13 @@ def prune(tested: ModelUnderTest) -> dict[str, Any]:
     return {
         "parameters": after.parameters,
         "sizes_changed": len(sizes),
-        **runs(tested.model, tested.subject, tested.dtype),
+        **runs(tested.model, lambda: tested.subject.inputs(BATCH, tested.dtype)),
     }
 
 
-def runs(model: nn.Module, subject: Subject, dtype: torch.dtype) -> dict[str, str]:
+def runs(model: nn.Module, make_inputs: Callable[[], Any]) -> dict[str, str]:
     """Forward in eval mode, in train mode, and backward: for each "yes" or what it raised."""
-    inputs = subject.inputs(BATCH, dtype)
+    inputs = make_inputs()
     loss: list[Tensor] = []
 
     def train() -> None:
@@ -265,7 +283,7 @@ def _cut(subject: Subject, model: nn.Module) -> dict[str, Any]:
     )
     pruner.step()
     count = sum(parameter.numel() for parameter in model.parameters())
-    return {"parameters": count, **runs(model, subject, torch.float32)}
+    return {"parameters": count, **runs(model, lambda: subject.inputs(BATCH, torch.float32))}
 
 
 def outputs_of(model: nn.Module, inputs: Any) -> list[Tensor]:

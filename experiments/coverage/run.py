@@ -26,6 +26,7 @@ import torch
 
 import evolvenet
 from experiments.coverage.checks import check_ours, check_torch_pruning
+from experiments.coverage.family_checks import check_family
 from experiments.coverage.subjects import subjects
 from experiments.coverage.table import OURS, PEER, write_table
 from experiments.pages import versions, write_whole
@@ -149,7 +150,9 @@ def _child(name: str, part: str, record: Path, threads: int, memory: float) -> N
         found["stages"][stage] = dict(figures)
         _save(record, found)
 
-    CHECKS[part](subjects()[name], note)
+    subject = subjects()[name]
+    check = check_family if part == OURS and subject.family is not None else CHECKS[part]
+    check(subject, note)
 
 
 def _save(record: Path, found: Mapping[str, Any]) -> None:

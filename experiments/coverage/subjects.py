@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 from torchvision import models
 
-from experiments.coverage import kinds, small_networks, transformer_networks
+from experiments.coverage import kinds, small_networks
+from experiments.coverage.families import FAMILIES, Family
 
 IMAGE = (3, 224, 224)
 
@@ -30,7 +31,7 @@ class Subject:
         make: builds it with random weights.
         shapes: of its inputs without the batch, in order.
         tokens: 0, or the size of the vocabulary that whole-number inputs are drawn from; one per input.
-        keywords: names of the inputs if the model takes them by keyword.
+        family: of the transformers library, which makes the inputs by name.
     """
 
     name: str
@@ -38,16 +39,16 @@ class Subject:
     make: Callable[[], nn.Module]
     shapes: tuple[tuple[int, ...], ...] = (IMAGE,)
     tokens: tuple[int, ...] = (0,)
-    keywords: tuple[str, ...] = field(default=())
+    family: Family | None = None
 
     def inputs(self, batch: int, dtype: torch.dtype) -> Any:
         """Random inputs for `batch` samples: a tensor, a tuple of tensors, or a dict of them."""
+        if self.family is not None:
+            return self.family.inputs(batch, dtype)
         made = [
             torch.randint(count, (batch, *shape)) if count else torch.randn(batch, *shape, dtype=dtype)
             for shape, count in zip(self.shapes, self.tokens, strict=True)
         ]
-        if self.keywords:
-            return dict(zip(self.keywords, made, strict=True))
         return made[0] if len(made) == 1 else tuple(made)
 
 
@@ -96,15 +97,14 @@ def _other_vision() -> list[Subject]:
 
 
 def _transformers() -> list[Subject]:
-    """Tiny configurations; each returns its logits alone."""
-    made = []
-    for name, (make, shapes, tokens, keywords) in transformer_networks.MODELS.items():
-        made.append(Subject(name, "transformers", partial(_only_logits, make), shapes, tokens, keywords))
-    return made
+    """Small configurations of the library's families; each returns one of its outputs alone."""
+    return [
+        Subject(name, "transformers", partial(_one_output, family), family=family) for name, family in FAMILIES.items()
+    ]
 
 
-def _only_logits(make: Callable[[], nn.Module]) -> nn.Module:
-    return OneOutput(make(), "logits")
+def _one_output(family: Family) -> nn.Module:
+    return OneOutput(family.make(), family.output)
 
 
 TIMM = {

@@ -6,18 +6,16 @@ from collections.abc import Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 from statistics import fmean, median
-from typing import Any
 
+from experiments.coverage.cells import RUNS, Record, equal, figures_of, passed, short, trouble
+from experiments.coverage.family_table import family_lines
 from experiments.pages import machine_line, markdown, write_whole
 
 OURS, PEER = "evolvenet", "torch-pruning"
 CHECKED = ("pruned", "grown", "permuted")
-Record = Mapping[str, Any]
 Records = Mapping[tuple[str, str], Record]
 """(model, part) → what its process has written."""
 
-RUNS = ("eval", "train", "backward")
-LONGEST = 150
 
 EXPLANATION = """Each model has random weights and runs in a process of its own. Figures come from that run only.
 
@@ -35,7 +33,7 @@ EXPLANATION = """Each model has random weights and runs in a process of its own.
 - **seconds**: of processor time for tracing and proving all widths, in one thread.
 - **Torch-Pruning**: the same 30 % everywhere without hints, the last layer kept; then the same three passes. A cross is what
   it or the model raised.
-- Models of transformers return their logits alone; segmenters have their auxiliary head, which train mode runs.
+- Models of transformers return one output alone; segmenters have their auxiliary head, which train mode runs.
 """
 
 
@@ -63,6 +61,8 @@ def write_table(
     if old:
         lines += [f"{len(old)} of the models were run with an older state of EvolveNet than the present one.", ""]
     lines += [EXPLANATION, *_totals(names, records), ""]
+    families = {name.partition("/")[2]: found for (name, part), found in records.items() if part == OURS}
+    lines += ["## Families of the transformers library", "", *family_lines(families), ""]
     for library, group in groupby(names, key=lambda name: name.partition("/")[0]):
         lines += [f"## {library}", "", *_library(list(group), records), ""]
     write_whole(path, "\n".join(lines).rstrip() + "\n")
@@ -89,7 +89,7 @@ def _totals(names: Sequence[str], records: Records) -> list[str]:
 def _total(label: str, names: Sequence[str], records: Records) -> list[str]:
     ours = [records[name, OURS] for name in names if (name, OURS) in records]
     peers = [records[name, PEER] for name in names if (name, PEER) in records]
-    traced = [record for record in ours if _figures(record, "trace").get("ok")]
+    traced = [record for record in ours if figures_of(record, "trace").get("ok")]
     coverage = {record["name"].partition("/")[2]: record["stages"]["trace"]["coverage"] for record in traced}
     seconds = {record["name"].partition("/")[2]: record["stages"]["trace"]["trace_seconds"] for record in traced}
     slowest = max(seconds, key=lambda name: seconds[name], default=None)
@@ -99,23 +99,15 @@ def _total(label: str, names: Sequence[str], records: Records) -> list[str]:
         str(len(names)),
         str(len(ours)),
         str(len(traced)),
-        str(sum(_passed(_figures(record, "prune")) for record in ours)),
-        str(sum(bool(_figures(record, "grow").get("equal")) for record in ours)),
-        str(sum(bool(_figures(record, "permute").get("equal")) for record in ours)),
+        str(sum(passed(figures_of(record, "prune")) for record in ours)),
+        str(sum(bool(figures_of(record, "grow").get("equal")) for record in ours)),
+        str(sum(bool(figures_of(record, "permute").get("equal")) for record in ours)),
         f"{fmean(coverage.values()):.1%}" if coverage else "",
         f"{coverage[least]:.1%} ({least})" if least else "",
         f"{median(seconds.values()):.1f}" if traced else "",
         f"{seconds[slowest]:.1f} ({slowest})" if slowest else "",
-        f"{sum(_passed(_figures(record, 'cut')) for record in peers)} of {len(peers)}",
+        f"{sum(passed(figures_of(record, 'cut')) for record in peers)} of {len(peers)}",
     ]
-
-
-def _figures(record: Record, stage: str) -> Mapping[str, Any]:
-    return record["stages"].get(stage, {})
-
-
-def _passed(figures: Mapping[str, Any]) -> bool:
-    return all(figures.get(run) == "yes" for run in RUNS)
 
 
 def _library(names: Sequence[str], records: Records) -> list[str]:
@@ -129,14 +121,14 @@ def _library(names: Sequence[str], records: Records) -> list[str]:
 
 
 def _ours(record: Record) -> list[str]:
-    parameters = _figures(record, "model").get("parameters")
+    parameters = figures_of(record, "model").get("parameters")
     if parameters is None:
-        return [f"could not be built: {_short(record['stopped'] or 'no message')}", *[""] * 7]
-    trace, coarse = _figures(record, "trace"), ""
+        return [f"could not be built: {short(record['stopped'] or 'no message')}", *[""] * 7]
+    trace, coarse = figures_of(record, "trace"), ""
     cells = [f"{parameters:,}"]
     if not trace.get("ok"):
-        return [*cells, _trouble(record, "trace"), *[""] * 6]
-    if _figures(record, "permute").get("computes_in") == "float32":
+        return [*cells, trouble(record, "trace"), *[""] * 6]
+    if figures_of(record, "permute").get("computes_in") == "float32":
         coarse = " (float32)"
     cells += [
         f"{trace['trace_seconds']:.1f}",
@@ -146,36 +138,23 @@ def _ours(record: Record) -> list[str]:
         _runs(record, "prune", parameters),
     ]
     for stage in ("grow", "permute"):
-        figures = _figures(record, stage)
-        cells.append(_equal(figures) + coarse if figures.get("ok") else _trouble(record, stage))
+        figures = figures_of(record, stage)
+        cells.append(equal(figures) + coarse if figures.get("ok") else trouble(record, stage))
     return cells
 
 
-def _trouble(record: Record, stage: str) -> str:
-    figures = _figures(record, stage)
-    reason = figures.get("error") or (record["stopped"] if "began" in figures else None) or "not reached"
-    return f"✗ {_short(reason)}"
-
-
 def _runs(record: Record, stage: str, parameters: int) -> str:
-    figures = _figures(record, stage)
+    figures = figures_of(record, stage)
     if not figures.get("ok"):
-        return _trouble(record, stage)
-    if _passed(figures):
+        return trouble(record, stage)
+    if passed(figures):
         return f"yes, {figures['parameters'] / parameters:.0%} left"
     wrong = next(run for run in RUNS if figures[run] != "yes")
-    return f"✗ {wrong}: {_short(figures[wrong])}"
-
-
-def _equal(figures: Mapping[str, Any]) -> str:
-    left_out = f", {figures['left_out']} left out" if figures.get("left_out") else ""
-    if figures.get("grown") == 0:
-        return f"nothing to grow{left_out}"
-    return f"{'equal' if figures['equal'] else '✗ differs'}, {figures['difference']:.0e}{left_out}"
+    return f"✗ {wrong}: {short(figures[wrong])}"
 
 
 def _frozen(rows: Sequence[tuple[str, int, int]], parameters: int) -> str:
-    cells = [f"{count} ({size / parameters:.1%}): {_short(reason)}" for reason, count, size in rows[:2]]
+    cells = [f"{count} ({size / parameters:.1%}): {short(reason)}" for reason, count, size in rows[:2]]
     if len(rows) > 2:
         cells.append(f"{sum(count for _, count, _ in rows[2:])} for other reasons")
     return "; ".join(cells)
@@ -184,10 +163,5 @@ def _frozen(rows: Sequence[tuple[str, int, int]], parameters: int) -> str:
 def _peer(record: Record | None) -> str:
     if record is None:
         return ""
-    figures = _figures(record, "cut")
-    return "yes" if _passed(figures) else _runs(record, "cut", 1)
-
-
-def _short(text: str) -> str:
-    text = " ".join(text.split()).replace("|", "\\|").replace("<", "\\<")
-    return text if len(text) <= LONGEST else text[: LONGEST - 1] + "…"
+    figures = figures_of(record, "cut")
+    return "yes" if passed(figures) else _runs(record, "cut", 1)
