@@ -9,16 +9,25 @@ from typing import Any
 from torch import Tensor, nn
 
 from evolvenet._compat.torch import state_dict_metadata
-from evolvenet.errors import RecordError, TraceError
+from evolvenet._compat.transformers import by_names_of_model
+from evolvenet.errors import OutputNameError, RecordError, TraceError
 from evolvenet.execution.chosen_outputs import Outputs
 from evolvenet.execution.dummy_inputs import dummy_inputs
 from evolvenet.graph.sizes import sizes_from_shapes
 from evolvenet.graph.width_graph import WidthGraph
 from evolvenet.surgery.checkpoint import find_record, load_state
 from evolvenet.surgery.checkpoint_file import read, state_in, write
-from evolvenet.surgery.state_parts import fit_file_replacements, own_part
+from evolvenet.surgery.state_parts import fit_file_replacements, own_names, own_part, tied_to
 from evolvenet.surgery.width_record import RECORD_KEY, WidthRecord, record_of, remember, shapes_of
 from evolvenet.tracing.trace import trace
+
+MAIN_OUTPUTS = (
+    ("logits",),
+    ("start_logits", "end_logits"),
+    ("logits_per_image", "logits_per_text"),
+    ("last_hidden_state",),
+)
+"""Outputs of a model of the transformers library for which it is used; the first that it has count."""
 
 
 def save(model: nn.Module, path: str | Path, example_inputs: Any = None, outputs: Outputs | None = None) -> None:
@@ -99,7 +108,8 @@ def load(
         example_inputs: as `trace` takes them. With them, the model is traced to know its widths if the file has no record.
             The model's own numbers (`num_heads`) then follow, but not buffers that are not persistent. For models of the
             transformers library they are made up.
-        outputs: as for `trace`, where the model is traced: those with which the widths of the file were changed.
+        outputs: as for `trace`, where the model is traced: those with which the widths of the file were changed. By default
+            all, and for models of the transformers library those of the main head, see `MAIN_OUTPUTS`.
 
     Returns:
         The same model.
@@ -119,7 +129,7 @@ def load(
     """
     path = Path(path)
     found = read(path, map_location)
-    whole = state_in(found, str(path))
+    whole = _by_own_names(model, state_in(found, str(path)), path)
     undo = fit_file_replacements(model, whole, found, str(path))
     try:
         state, prefix = own_part(model, whole, str(path))
@@ -142,6 +152,24 @@ def load(
     return model
 
 
+def _by_own_names(model: nn.Module, state: Mapping[str, Any], path: Path) -> Mapping[str, Any]:
+    """The entries of a file; those that the transformers library names or divides otherwise than the model as the model has them.
+
+    Raises:
+        RecordError: if they cannot be put together.
+    """
+    if own_names(model) <= set(state) | tied_to(model, set(state)):
+        return state
+    try:
+        renamed = by_names_of_model(model, state)
+    except Exception as error:
+        raise RecordError(
+            f"{path}: expected tensors that the transformers library can rename or put together to those of a "
+            f"{type(model).__name__}, got {type(error).__name__}: {error}"
+        ) from error
+    return state if renamed is None or not own_names(model) & set(renamed) else renamed
+
+
 def _traced(
     model: nn.Module, state: Mapping[str, Any], example_inputs: Any, outputs: Outputs | None, path: Path
 ) -> WidthGraph | None:
@@ -159,7 +187,7 @@ def _traced(
     if inputs is None:
         return None
     try:
-        graph = trace(model, inputs, outputs)
+        graph = trace(model, inputs, outputs) if outputs is not None else trace_main_outputs(model, inputs)
     except TraceError as error:
         if example_inputs is not None:
             raise
@@ -169,6 +197,27 @@ def _traced(
         ) from error
     refuse_unsaved_buffers(model, graph, state, path)
     return graph
+
+
+def trace_main_outputs(model: nn.Module, inputs: Any) -> WidthGraph:
+    """The widths of a model as far as its main outputs fix them, see `MAIN_OUTPUTS`; all outputs count if it has none of these.
+
+    For files without a record: fewer outputs fix fewer widths, so that whatever outputs counted when the widths were changed,
+    they can have the sizes of the file.
+
+    Args:
+        model: any module; of one that is not of the transformers library all outputs count.
+        inputs: as for `trace`.
+
+    Raises:
+        TraceError: as `trace`.
+    """
+    for names in MAIN_OUTPUTS if hasattr(model, "main_input_name") else ():
+        try:
+            return trace(model, inputs, names)
+        except OutputNameError:
+            continue
+    return trace(model, inputs)
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

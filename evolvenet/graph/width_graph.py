@@ -40,7 +40,7 @@ class Width:
         multiple: every size is a multiple of it, which an op of the model needs (`_grouped_mm` reads rows of 16 bytes).
         rank_of: path of the factorized layer of which it is a rank: nothing but linear maps touches its units, so that any
             invertible change of their basis keeps the function. None for other widths.
-        kind: of block, as the trace has seen it: attention, FFN, stream, embeddings or other, see `evolvenet.graph.block_kinds`.
+        kind: of block, as the trace has seen it: one of `evolvenet.graph.block_kinds.KINDS`.
     """
 
     name: str

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from torch import Tensor, nn
 
-from evolvenet.graph.block_kinds import ATTENTION, EMBEDDINGS, OTHER, STREAM
+from evolvenet.graph.block_kinds import ATTENTION, EMBEDDINGS, EXPERTS, OTHER, STREAM
 from evolvenet.graph.coverage import OTHER_ORDER
 from evolvenet.graph.naming import named_tensors
 from evolvenet.graph.width_graph import CONSUMES, FOLLOWS, PRODUCES, Segment, Width, WidthGraph, assemble
@@ -83,7 +83,7 @@ def build_graph(model: nn.Module, label_graph: LabelGraph) -> GroupedWidths:
     tensors, aliases, trainable = named_tensors(model)
     names = _names(groups, layouts, label_graph, trainable)
     widths = {name: _width(name, groups[g], disordered.get(g), label_graph.lines) for g, name in names.items()}
-    order = sorted(label_graph.kinds, key=lambda entry: (STREAM, ATTENTION, EMBEDDINGS).index(entry[1]))
+    order = sorted(label_graph.kinds, key=lambda entry: (EXPERTS, STREAM, ATTENTION, EMBEDDINGS).index(entry[1]))
     kinds = _reasons(order, component)
     for g, name in names.items():
         kind = next((kinds[member] for member in groups[g].members if member in kinds), OTHER)

@@ -101,7 +101,7 @@ class LabelGraph:
         placeholder_ids: the ids of all placeholders.
         changed: sets of ids (their bytes) that an op changes, with the op; see `mark_changed`.
         modes_with_new_tensors: for each run, whether it used a tensor that no earlier run had used.
-        kinds: ids that are those of a residual stream, of attention or of a table, see `block_kinds`.
+        kinds: ids that are those of a residual stream, of attention, of a table or of experts, see `block_kinds`.
         differentiates: whether the runs had autograd on, for gradients that the model's own code computes.
         keeps_heads: whether a product that sums over the places of each head results in a placeholder for the head.
     """

@@ -15,6 +15,7 @@ from dataclasses import replace
 
 from torch import Tensor
 
+from evolvenet.graph.block_kinds import EXPERTS
 from evolvenet.tracing.labels import CONSTANT, LABELLED, Label, LabelGraph, varying
 from evolvenet.tracing.rules import Call, apply_rule
 
@@ -101,6 +102,7 @@ def _selected(call: Call) -> bool:
     count = call.argument("k", 1)
     call.label_graph.mark_competing(units, f"{call.location} works along its units")
     call.label_graph.fewest.append((units, count))
+    call.label_graph.mark_kind(units, EXPERTS)
     call.mark_changed(source)
     kept = [layer for layer in call.label_of(source).layers if axis not in varying(layer)]
     shrunk = call.outputs[0].dim() < source.dim()

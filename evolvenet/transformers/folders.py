@@ -11,7 +11,7 @@ import transformers
 from transformers import AutoConfig, PreTrainedModel
 
 from evolvenet._compat.torch import state_dict_metadata, with_metadata
-from evolvenet.engine.saving import refuse_unsaved_buffers, state_with_record
+from evolvenet.engine.saving import refuse_unsaved_buffers, state_with_record, trace_main_outputs
 from evolvenet.errors import RecordError, TraceError
 from evolvenet.execution.chosen_outputs import Outputs
 from evolvenet.execution.dummy_inputs import dummy_inputs
@@ -105,7 +105,11 @@ def _changed(record: Mapping[str, Any] | None) -> bool:
 
 
 def load_model(
-    folder: Path, model_class: type[PreTrainedModel] | None, options: Mapping[str, Any], example_inputs: Any = None
+    folder: Path,
+    model_class: type[PreTrainedModel] | None,
+    options: Mapping[str, Any],
+    example_inputs: Any = None,
+    outputs: Outputs | None = None,
 ) -> Any:
     """Build, reshape and load what `save_model` wrote, or the transformers library itself did.
 
@@ -114,6 +118,7 @@ def load_model(
         model_class: by default the class that the configuration names.
         options: of `model_class.from_pretrained`.
         example_inputs: to trace the model on where the folder does not say its widths; None for made-up ones.
+        outputs: as for `trace`, with that; None for those of the main head.
 
     Raises:
         RecordError: if the folder does not hold the whole model.
@@ -125,9 +130,8 @@ def load_model(
         model, found = _read(kind, folder, options)
         if not found["mismatched_keys"]:
             return _whole(model, found, folder)
-        record = _traced(
-            model, {name: tuple(shape) for name, shape, _ in found["mismatched_keys"]}, example_inputs, folder
-        )
+        shapes = {name: tuple(shape) for name, shape, _ in found["mismatched_keys"]}
+        record = _traced(model, shapes, example_inputs, outputs, folder)
         del model
     model = _whole(
         *_read(_reshaping(kind, record, find_replacements(with_metadata({}, metadata))), folder, options), folder
@@ -140,13 +144,20 @@ def load_model(
     return model
 
 
-def _traced(model: PreTrainedModel, others: Mapping[str, tuple[int, ...]], example_inputs: Any, folder: Path) -> Any:
+def _traced(
+    model: PreTrainedModel,
+    others: Mapping[str, tuple[int, ...]],
+    example_inputs: Any,
+    outputs: Outputs | None,
+    folder: Path,
+) -> Any:
     """The record of a folder without one, whose tensors have other shapes than those that its configuration builds.
 
     Args:
         model: as the configuration builds it.
         others: {name: shape in the folder} of tensors with other shapes.
         example_inputs: as for `load_model`.
+        outputs: as for `load_model`.
         folder: for messages.
 
     Raises:
@@ -154,7 +165,7 @@ def _traced(model: PreTrainedModel, others: Mapping[str, tuple[int, ...]], examp
     """
     inputs = dummy_inputs(model) if example_inputs is None else example_inputs
     try:
-        graph = trace(model, inputs)
+        graph = trace_main_outputs(model, inputs) if outputs is None else trace(model, inputs, outputs)
     except TraceError as error:
         raise RecordError(
             f"{folder} has no record of its widths, and other ones than config.json, and the model could not be traced to "
@@ -163,15 +174,20 @@ def _traced(model: PreTrainedModel, others: Mapping[str, tuple[int, ...]], examp
     shapes = {**shapes_of(model), **others}
     shapes |= {other: shapes[first] for other, first in graph.aliases.items() if first in others}
     shapes |= {first: shapes[other] for other, first in graph.aliases.items() if other in others}
-    sizes, misfits = sizes_from_shapes(graph, shapes)
+    saved = set(model.state_dict()) | {name for name, _ in model.named_parameters()}
+    sizes, misfits = sizes_from_shapes(graph, {name: shape for name, shape in shapes.items() if name in saved})
     if misfits:
+        tensor = misfits[0].tensor
         raise RecordError(
-            f"{folder} does not hold the {type(model).__name__} of its config.json: expected {misfits[0].tensor} of shape "
-            f"{graph.shapes[misfits[0].tensor]}, got {shapes[misfits[0].tensor]}. {misfits[0].reason}. Save the model anew with "
-            "evolvenet.transformers.save_pretrained."
+            f"{folder} does not hold the {type(model).__name__} of its config.json: expected {tensor} of shape "
+            f"{graph.shapes[graph.aliases.get(tensor, tensor)]}, got {shapes[tensor]}. {misfits[0].reason}. Save the model anew "
+            "with evolvenet.transformers.save_pretrained."
         )
     refuse_unsaved_buffers(
-        model, graph, {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}, folder
+        model,
+        graph,
+        {name: torch.empty(shape, device="meta") for name, shape in shapes.items() if name in saved},
+        folder,
     )
     numbers = scaled_numbers(model, graph, shapes)
     widths = {"graph": to_state_dict(graph.with_sizes(sizes)), "original": graph.sizes, "replicas": {}}

@@ -64,6 +64,7 @@ def from_pretrained(
     directory: str | Path,
     model_class: type[PreTrainedModel] | None = None,
     example_inputs: Any = None,
+    outputs: Outputs | None = None,
     **options: Any,
 ) -> Any:
     """The model that `save_pretrained` wrote: built from its configuration, reshaped to its widths, loaded.
@@ -74,6 +75,9 @@ def from_pretrained(
         example_inputs: as `trace` takes them. A folder that `model.save_pretrained` of the transformers library wrote has no
             record of widths that differ from its configuration: the model is traced to know them, by default on made-up
             words, images or sounds.
+        outputs: as for `evolvenet.trace`, where the model is traced: those with which the widths were changed. By default
+            those of the main head: `logits`, or `last_hidden_state` where there are none, see
+            `evolvenet.engine.saving.MAIN_OUTPUTS`.
         **options: of `model_class.from_pretrained`: `dtype`, `device_map` and so on.
 
     Returns:
@@ -107,4 +111,4 @@ def from_pretrained(
             f"{', '.join(sorted(path.name for path in folder.iterdir())[:5]) or 'an empty folder'}. Load other files with "
             "evolvenet.load(model, path)."
         )
-    return load_model(folder, model_class, options, example_inputs)
+    return load_model(folder, model_class, options, example_inputs, outputs)

@@ -8,10 +8,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import evolvenet
-from evolvenet.graph.block_kinds import ATTENTION, EMBEDDINGS, FEED_FORWARD, OTHER, STREAM
+from evolvenet.graph.block_kinds import ATTENTION, EMBEDDINGS, EXPERTS, FEED_FORWARD, OTHER, ROUTER, STREAM
 from evolvenet.graph.serialization import from_state_dict, to_state_dict
 from tests.helpers.networks import EncoderDecoder
 from tests.helpers.networks.encoder_decoder import Layer
+from tests.helpers.networks.experts import Mixture, PickedExperts
 
 TOKENS = torch.randint(0, 20, (2, 6), generator=torch.Generator().manual_seed(0))
 
@@ -87,3 +88,38 @@ def test_a_width_behind_an_op_without_a_rule_counts_as_kept() -> None:
     graph = evolvenet.trace(Net(), torch.randn(3, 4))
     assert graph.widths["b"].frozen is not None
     assert graph.coverage == pytest.approx((4 * 8 + 8 + 8 * 6 / 2) / graph.parameters)
+
+
+def test_experts_and_routers_are_told_and_their_weights_counted_as_a_whole() -> None:
+    model = Mixture(bias=True)
+    graph = evolvenet.trace(model, torch.randint(11, (2, 6)))
+    kinds = {name: width.kind for name, width in graph.widths.items() if width.kind in (EXPERTS, ROUTER)}
+    assert kinds == dict.fromkeys(("blocks.0.router", "blocks.0", "blocks.1.router", "blocks.1"), EXPERTS)
+    sizes = {EXPERTS: 0, ROUTER: 0}
+    for name, parameter in model.blocks.named_parameters():
+        sizes[ROUTER if "router" in name else EXPERTS] += parameter.numel()
+    for kind, size in sizes.items():
+        assert graph.coverage_by_kind[kind] == pytest.approx((size / graph.parameters,) * 2)
+
+
+def test_a_router_whose_experts_cannot_go_is_a_router_all_the_same() -> None:
+    graph = evolvenet.trace(PickedExperts("code"), torch.randn(5, 4))
+    assert graph.widths["router"].frozen is not None
+    removable, share = graph.coverage_by_kind[ROUTER]
+    assert 0 < removable < share, "the units that it is computed from can go"
+
+
+class BestFeatures(nn.Module):
+    """A sparse autoencoder: the largest few features of each sample pass on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encode, self.decode = nn.Linear(4, 16), nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        values, places = (h := self.encode(x)).topk(3, -1)
+        return self.decode(torch.zeros_like(h).scatter(-1, places, values))
+
+
+def test_features_that_compete_are_no_experts() -> None:
+    assert kinds_of(BestFeatures(), torch.randn(5, 4))["encode"] == OTHER

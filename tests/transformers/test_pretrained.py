@@ -194,14 +194,24 @@ def test_what_the_transformers_library_saved_after_a_cut_is_traced_to_know_its_w
     """Of ViT and Mixtral it names the tensors otherwise than the model does."""
     model = cut(name)
     model.save_pretrained(tmp_path)
-    if name in ("vit", "mixtral"):
-        with pytest.raises(RecordError, match=r"evolvenet\.transformers\.from_pretrained\(folder\) loads those too"):
-            evolvenet.load(family(name), tmp_path)
+    for path in (tmp_path, tmp_path / "model.safetensors"):
+        assert torch.equal(logits(evolvenet.load(family(name), path), name), logits(model, name))
     again = from_pretrained(tmp_path)
     assert torch.equal(logits(again, name), logits(model, name))
     own = record_of(again)
     assert own is not None
     assert own.graph_of(again) is not None
+
+
+def test_a_folder_without_a_record_may_have_widths_that_only_outputs_beside_the_logits_fix(tmp_path: Path) -> None:
+    """T5 returns the states of its encoder as well."""
+    model = family("t5")
+    graph = evolvenet.trace(model, inputs_of("t5", 1), outputs="logits")
+    streams = {width.name: 24 for width in graph.resizable if width.size == 32}
+    assert streams
+    evolvenet.prune(model, graph, streams)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(from_pretrained(tmp_path), "t5"), logits(model, "t5"))
 
 
 def test_more_than_widths_is_refused_without_a_record_too(tmp_path: Path) -> None:
