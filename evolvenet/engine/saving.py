@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from evolvenet._compat.names_in_files import by_names_of_model
 from evolvenet._compat.torch import state_dict_metadata
-from evolvenet._compat.transformers import by_names_of_model
 from evolvenet.errors import OutputNameError, RecordError, TraceError
 from evolvenet.execution.chosen_outputs import Outputs
 from evolvenet.execution.dummy_inputs import dummy_inputs
