@@ -30,9 +30,10 @@ from evolvenet.lowrank.sensitivity import OutputLoss, output_losses
 from evolvenet.measurement.activation_moments import collect
 from evolvenet.measurement.cost import Costs, latency, macs, parameters, size_in_bytes
 from evolvenet.measurement.output_error import output_error, outputs_on
-from evolvenet.pruning.allocation import Curve, allocate_to, trial_curves
+from evolvenet.pruning.allocation import allocate_to
 from evolvenet.pruning.reconstruction import reconstruct
 from evolvenet.pruning.selection import plan_prune
+from evolvenet.pruning.trials import Curve, trial_curves
 from evolvenet.surgery.optimizer_parameters import as_list
 from evolvenet.surgery.width_record import remember_widths
 from evolvenet.tracing.trace import trace

@@ -21,10 +21,10 @@ from evolvenet.measurement.activation_moments import ActivationMoments, collect
 from evolvenet.measurement.past_events import PastEvents
 from evolvenet.measurement.width_statistics import WidthStatistics, width_statistics
 from evolvenet.policies.base import PolicyContext
-from evolvenet.pruning.allocation import SHARES, Curve, trial_curves
 from evolvenet.pruning.reconstruction import reconstruct
 from evolvenet.pruning.reconstruction_batch import TRAINING_LIMITS
 from evolvenet.pruning.selection import plan_prune
+from evolvenet.pruning.trials import SHARES, Curve, trial_curves
 from evolvenet.surgery.resize_model import Surgery
 
 

@@ -19,8 +19,8 @@ from evolvenet.lowrank.targets import Target, find_targets
 from evolvenet.measurement.output_error import first_batches, output_error, outputs_on
 from evolvenet.measurement.past_events import PastEvents
 from evolvenet.measurement.width_statistics import WidthStatistics, statistics_of
-from evolvenet.pruning.allocation import SAMPLES, SHARES, Curve
 from evolvenet.pruning.reconstruction_batch import TRAINING_LIMITS
+from evolvenet.pruning.trials import SAMPLES, SHARES, Curve
 
 
 def observe_whole(model: nn.Module, ranks: LayerRanks, batches: Sequence[Any]) -> Observations | None:

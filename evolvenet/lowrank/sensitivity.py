@@ -23,7 +23,7 @@ from evolvenet.lowrank.layers import written
 from evolvenet.lowrank.plan import Choice, Request, decomposed, possible, spectra, weights_of
 from evolvenet.lowrank.rank_choice import Energy
 from evolvenet.measurement.output_error import first_batches, output_error, outputs_on
-from evolvenet.pruning.allocation import SAMPLES
+from evolvenet.pruning.trials import SAMPLES
 
 LEVELS = (0.003, 0.03, 0.3)
 """Shares of a layer's output energy that trials lose, about."""

@@ -10,7 +10,8 @@ from evolvenet.measurement.cost import Costs
 from evolvenet.measurement.width_statistics import WidthStatistics
 from evolvenet.policies.base import PolicyContext, Proposal, check_fields, enlarged, lowest
 from evolvenet.policies.budget import KINDS
-from evolvenet.pruning.allocation import Curve, convex, loss_at, smallest
+from evolvenet.pruning.allocation import convex, loss_at
+from evolvenet.pruning.trials import Curve, smallest
 
 THOUSAND = 1000
 """Units of cost that a price is for: the price of a single parameter would be hard to read."""

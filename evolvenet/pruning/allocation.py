@@ -6,38 +6,64 @@ import heapq
 import math
 from bisect import bisect_right
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
-from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
 from torch import nn
 
-from evolvenet.errors import PolicyError, ResizeError, concerning
+from evolvenet.errors import PolicyError, ResizeError
 from evolvenet.graph.current import check_current
 from evolvenet.graph.restriction import Restriction
 from evolvenet.graph.width_graph import Width, WidthGraph
 from evolvenet.linalg.spectrum import Values, energy_shares
-from evolvenet.measurement.activation_moments import collect
-from evolvenet.measurement.output_error import first_batches, output_error, outputs_on
-from evolvenet.measurement.width_spectra import measure
-from evolvenet.pruning.reconstruction import reconstruct
-from evolvenet.pruning.reconstruction_batch import TRAINING_LIMITS
-from evolvenet.pruning.selection import plan_prune
-from evolvenet.surgery.resize_model import install
+from evolvenet.pruning.equal_shares import equal_shares, live_units
+from evolvenet.pruning.trials import SAMPLES, SHARES, Curve, smallest, trial_curves
 
 _LEAST = 1e-12
 
-Curve = Sequence[tuple[int, float]]
-"""The loss of a width at some sizes, as (size, loss) by size, from 0 or its smallest up to its present size, loss 0."""
-
-SHARES = (0.85, 0.7, 0.5, 0.35, 0.2, 0.1)
-"""Of a width's units, at which a trial cuts it."""
-
-SAMPLES = 256
-"""Most samples of the batches that a trial runs on."""
-
 STRIDES = 64
 """Cuts in which a width may go at most from its largest to its smallest option."""
+
+
+class Allocation(dict[str, int]):
+    """Sizes for a number of parameters, {width: size}, with the losses that they were found by.
+
+    Attributes:
+        curves: {width: its loss at some sizes}, as measured; empty where there were no batches.
+
+    >>> import torch
+    >>> from evolvenet.tracing.trace import trace
+    >>> model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+    >>> sizes = allocate(model, trace(model, torch.zeros(1, 8)), 60, [torch.randn(64, 8)])
+    >>> sizes, sizes.at(40)
+    ({'0': 5}, {'0': 3})
+    """
+
+    def __init__(
+        self, sizes: Mapping[str, int], graph: WidthGraph, curves: Mapping[str, Curve], units: Mapping[str, int]
+    ) -> None:
+        super().__init__(sizes)
+        self.curves = curves
+        self._graph, self._units = graph, units
+
+    def at(self, parameters: int, uniform: str | None = None, multiple: int = 1) -> Allocation:
+        """Sizes of the same network for another number of parameters, from the same trials.
+
+        Args:
+            parameters: see `allocate`, like the others.
+            uniform: "layers" or None.
+            multiple: of the channels.
+
+        Raises:
+            PolicyError, ResizeError: as `allocate`.
+        """
+        graph = Restriction(multiple=multiple).apply(self._graph)
+        together = equal_layers(graph, uniform)
+        if self.curves:
+            sizes = allocate_by(graph, self.curves, parameters, together)
+        else:
+            sizes = _by_equal_shares(graph, self._units, parameters, together)
+        return Allocation(sizes, self._graph, self.curves, self._units)
 
 
 def allocate(
@@ -47,26 +73,31 @@ def allocate(
     batches: Iterable[Any] | None = None,
     uniform: str | None = None,
     multiple: int = 1,
-) -> dict[str, int]:
+    samples: int = SAMPLES,
+    shares: Sequence[float] = SHARES,
+) -> Allocation:
     """Sizes with which the model has at most so many parameters, cut where the loss per parameter saved is least.
 
     With batches each width alone is cut to some of its sizes, its consumers are reconstructed as in `prune`, and the loss is
-    the relative error of the model's outputs: Σ‖y' − y‖² / Σ‖y − mean‖² over the samples. Without batches it is −log of the
-    share of energy in the producers' singular values that are kept. Losses of several widths are assumed to add up.
+    the relative error of the model's outputs: Σ‖y' − y‖² / Σ‖y − mean‖² over the samples. Losses of several widths are
+    assumed to add up. Without batches all widths keep the same share of their units; those whose weights are 0 do not
+    count. For other targets, ask the result: it repeats no trial.
 
     Args:
         model: the model of the graph.
         graph: its widths.
         parameters: most parameters that the model may have afterwards.
-        batches: inputs of the model; None to go by the weights.
+        batches: inputs of the model; None for equal shares.
         uniform: "layers" for equal sizes in all layers, see `equal_layers`; None for sizes of each width by itself. Models
             whose layers have to be built alike, such as those that a configuration of the transformers library describes,
             need them.
         multiple: of which the channels of every width that is cut are to be a multiple, see
             `evolvenet.graph.restriction.with_multiple`.
+        samples: most samples of the batches that a trial runs on.
+        shares: of a width's units that trials cut it to, 0 … 1, descending.
 
     Returns:
-        {width: new size} of every resizable width, for `prune`.
+        {width: new size} of every resizable width, for `prune`; its method `at` gives the sizes for another target.
 
     Raises:
         PolicyError: for another value of `uniform`, or a multiple below 1.
@@ -76,17 +107,54 @@ def allocate(
     >>> import torch
     >>> from evolvenet.tracing.trace import trace
     >>> model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
-    >>> model[2].weight.data[1:] = 0
-    >>> allocate(model, trace(model, torch.zeros(1, 8)), parameters=120)
-    {'0': 8, '2': 4}
-    >>> allocate(model, trace(model, torch.zeros(1, 8)), parameters=120, uniform="layers", multiple=2)
+    >>> sizes = allocate(model, trace(model, torch.zeros(1, 8)), parameters=120)
+    >>> sizes, sizes.at(80)
+    ({'0': 6, '2': 7}, {'0': 5, '2': 4})
+    >>> sizes.at(120, uniform="layers", multiple=2)
     {'0': 6, '2': 6}
     """
     check_current(model, graph)
-    limited = Restriction(multiple=multiple).apply(graph)
-    together = equal_layers(limited, uniform)
-    curves = energy_curves(model, graph) if batches is None else trial_curves(model, graph, list(batches))
-    return allocate_by(limited, curves, parameters, together)
+    curves = {} if batches is None else trial_curves(model, graph, list(batches), shares, samples)
+    units = live_units(model, graph) if batches is None else {}
+    return Allocation({}, graph, curves, units).at(parameters, uniform, multiple)
+
+
+def _by_equal_shares(
+    graph: WidthGraph, units: Mapping[str, int], parameters: int, together: Sequence[tuple[str, ...]]
+) -> dict[str, int]:
+    groups = {names[0]: names for names in together}
+
+    def each(sizes: Mapping[str, int]) -> dict[str, int]:
+        return {name: size for first, size in sizes.items() for name in groups[first]}
+
+    sizes = equal_shares(
+        {first: max(units[name] for name in names) for first, names in groups.items()},
+        common_sizes(graph, groups),
+        lambda chosen: graph.proposed_parameters(each(chosen)),
+        parameters,
+    )
+    return _within(graph, {**graph.sizes, **each(sizes)}, parameters)
+
+
+def _within(graph: WidthGraph, sizes: dict[str, int], parameters: int) -> dict[str, int]:
+    """The sizes, if they are within the limit.
+
+    Raises:
+        ResizeError: if not: these are the smallest ones.
+    """
+    if (fewest := graph.proposed_parameters(sizes)) > parameters:
+        raise ResizeError(
+            f"Allocate: expected {fewest:,} parameters or more, the fewest that the model can have, got {parameters:,}."
+        )
+    return sizes
+
+
+def common_sizes(graph: WidthGraph, groups: Mapping[str, Sequence[str]]) -> dict[str, list[int]]:
+    """The sizes that all widths of a group may take, ascending, by the group's name."""
+    return {
+        first: sorted(set.intersection(*(set(possible_sizes(graph.widths[name])) for name in names)))
+        for first, names in groups.items()
+    }
 
 
 def equal_layers(graph: WidthGraph, uniform: str | None) -> list[tuple[str, ...]]:
@@ -146,50 +214,6 @@ def energy_curve(spectrum: Values) -> Curve:
     return [(0, -math.log(_LEAST)), *((size, -math.log(share)) for size, share in enumerate(kept, 1))]
 
 
-def energy_curves(model: nn.Module, graph: WidthGraph) -> dict[str, Curve]:
-    """The energy curve of each width's producers; a width without a spectrum is left out.
-
-    Raises:
-        SpectrumError: for NaN or infinite weights.
-    """
-    return {name: energy_curve(values) for name, values in measure(model, graph).items()}
-
-
-def trial_curves(
-    model: nn.Module, graph: WidthGraph, batches: Sequence[Any], shares: Sequence[float] = SHARES
-) -> dict[str, Curve]:
-    """The relative error of the model's outputs when one width alone is cut and its consumers reconstructed. The model is kept.
-
-    Args:
-        model: the model of the graph.
-        graph: its widths.
-        batches: inputs of the model.
-        shares: of a width's units that are tried, 0 … 1, descending.
-
-    Raises:
-        SpectrumError, TraceError: as `collect`.
-    """
-    statistics = collect(model, graph, batches)
-    few = first_batches(batches, SAMPLES)
-    whole = outputs_on(model, few, graph)
-    limits = replace(TRAINING_LIMITS, samples=SAMPLES)
-    found: dict[str, Curve] = {}
-    for width in graph.resizable:
-        points = [(width.size, 0.0)]
-        for size in _trial_sizes(width, shares):
-            with concerning(width.name):
-                surgery = plan_prune(model, graph, {width.name: size}, statistics)
-                undo = install(model, reconstruct(model, graph, surgery, few, limits))
-                try:
-                    moved = outputs_on(model, few, graph)
-                finally:
-                    undo()
-                points.append((size, max(output_error(whole, moved), points[-1][1])))
-        # Below the smallest trial: more than all that was seen.
-        found[width.name] = [(0, 10 * points[-1][1] + 1), *reversed(points)]
-    return found
-
-
 def allocate_by(
     graph: WidthGraph,
     curves: Mapping[str, Curve],
@@ -211,11 +235,7 @@ def allocate_by(
         ResizeError: if the model cannot be made so small.
     """
     sizes = allocate_to(graph, curves, graph.proposed_parameters, parameters, together)
-    if (fewest := graph.proposed_parameters(sizes)) > parameters:
-        raise ResizeError(
-            f"Allocate: expected {fewest:,} parameters or more, the fewest that the model can have, got {parameters:,}."
-        )
-    return sizes
+    return _within(graph, sizes, parameters)
 
 
 def allocate_to(
@@ -236,10 +256,7 @@ def allocate_to(
     """
     groups = {names[0]: names for names in together or [(name,) for name in curves] if all(n in curves for n in names)}
     hulls = {first: _summed([convex(curves[name]) for name in names]) for first, names in groups.items()}
-    options = {
-        first: sorted(set.intersection(*(set(possible_sizes(graph.widths[name])) for name in names)))
-        for first, names in groups.items()
-    }
+    options = common_sizes(graph, groups)
 
     def each(sizes: Mapping[str, int]) -> dict[str, int]:
         return {name: size for first, size in sizes.items() for name in groups[first]}
@@ -377,14 +394,3 @@ def loss_at(curve: Curve, size: int) -> float:
         if size <= high:
             return above + (below - above) * (max(size, low) - low) / (high - low)
     return curve[-1][1]
-
-
-def smallest(width: Width) -> int:
-    """The fewest units that the width can have: one, or as many as must stay."""
-    return max(1, width.smallest)
-
-
-def _trial_sizes(width: Width, shares: Sequence[float]) -> list[int]:
-    # Rounded, a large share of a few units is all of them: without a trial the last one would seem to hold all of the loss.
-    sizes = {width.rounded(max(smallest(width), min(width.size - 1, round(share * width.size)))) for share in shares}
-    return sorted((size for size in sizes if size < width.size), reverse=True)

@@ -218,13 +218,13 @@ def _choose_units(
     }
     taken = pivots(consumer_weighted(model, width, parts), size) if parts else []
     if len(taken) < size:
-        strength = _magnitude(model, graph, width)
+        strength = magnitude(model, graph, width)
         ranked = strength.argsort(descending=True, stable=True).tolist()
         taken += [unit for unit in ranked if unit not in taken][: size - len(taken)]
     return taken
 
 
-def _magnitude(model: nn.Module, graph: WidthGraph, width: Width) -> Tensor:
+def magnitude(model: nn.Module, graph: WidthGraph, width: Width) -> Tensor:
     """Norm of the producers' rows times norm of the consumers' columns for each unit, `[size]`.
 
     Where batch norms follow, their weights take the place of the rows, whose norm they divide out. Learned latents and

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import evolvenet
-from evolvenet.pruning.allocation import trial_curves
+from evolvenet.pruning.trials import trial_curves
 
 pytestmark = pytest.mark.filterwarnings("error")  # torch warns where an imaginary part is dropped
 Z = torch.randn(200, 4, dtype=torch.cdouble, generator=torch.Generator().manual_seed(0))

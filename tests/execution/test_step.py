@@ -12,7 +12,7 @@ from evolvenet.execution.inputs import first_samples
 from evolvenet.execution.isolation import model_outputs
 from evolvenet.execution.step import Step, network_outputs, run_model
 from evolvenet.measurement.activation_moments import collect
-from evolvenet.pruning.allocation import trial_curves
+from evolvenet.pruning.trials import trial_curves
 
 
 def autoencoder() -> nn.ModuleDict:

@@ -20,7 +20,8 @@ from evolvenet.lowrank.plan import requested
 from evolvenet.lowrank.sensitivity import output_losses
 from evolvenet.measurement.cost import Costs, macs, parameters
 from evolvenet.measurement.output_error import output_error, outputs_on
-from evolvenet.pruning.allocation import energy_curves, loss_at
+from evolvenet.measurement.width_spectra import measure
+from evolvenet.pruning.allocation import energy_curve, loss_at
 
 
 def dense() -> nn.Module:
@@ -132,7 +133,8 @@ def test_no_combination_does_much_better() -> None:
     seen = observe(model, [request.target for request in requests], [x])
     options = {each.target.name: options_of(each, seen, layer_cost("params", each, seen)) for each in requests}
     layers = {each.target.name: LayerInGraph(seen.names[each.target.name], each.target.shape, ()) for each in requests}
-    curves, costs = energy_curves(model, graph), Costs.of(model, graph, x[:2])
+    curves = {name: energy_curve(values) for name, values in measure(model, graph).items()}
+    costs = Costs.of(model, graph, x[:2])
     for limit in (80, 60, 40):
         found = joint(graph, costs, "params", limit, curves, options, layers)
 

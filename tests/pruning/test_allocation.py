@@ -17,16 +17,14 @@ import evolvenet
 from evolvenet.errors import PolicyError, ResizeError, TraceError
 from evolvenet.graph.restriction import freeze
 from evolvenet.pruning.allocation import (
-    Curve,
     allocate,
     allocate_by,
     convex,
-    energy_curves,
+    energy_curve,
     fit_to_cost,
     loss_at,
-    smallest,
-    trial_curves,
 )
+from evolvenet.pruning.trials import Curve, smallest, trial_curves
 from evolvenet.tracing.trace import trace
 from tests.helpers.cases import CASES, FLOAT, Case, distance, graph_of, outputs
 from tests.helpers.factorized import mixed_chain, seeded
@@ -226,13 +224,12 @@ def test_a_hull_lies_below_and_bends_one_way(losses: list[float]) -> None:
 def test_energy_curves_fall_to_nothing() -> None:
     """Their exponentials are the shares of energy kept, which multiply along the network."""
     model = net(6, 8, 4)
-    (curve,) = energy_curves(model, trace(model, torch.zeros(1, 6, dtype=FLOAT))).values()
-    losses = [loss for _, loss in curve]
+    losses = [loss for _, loss in energy_curve(torch.linalg.svdvals(model.get_parameter("0.weight").detach()))]
     assert losses[-1] == pytest.approx(0)
     assert losses == sorted(losses, reverse=True)
     values = torch.linalg.svdvals(model.get_parameter("0.weight").detach()).square()
     kept = [math.exp(-loss) for loss in losses]
-    assert kept[1:7] == pytest.approx((values.cumsum(0) / values.sum()).tolist())
+    assert kept[1:] == pytest.approx((values.cumsum(0) / values.sum()).tolist())
 
 
 def test_without_data_no_width_is_emptied_for_the_others() -> None:
@@ -324,7 +321,7 @@ def test_uniform_layers_have_one_size_that_is_the_largest_multiple_that_fits(wit
         wider = {**sizes, **{f"{n}.{names}": sizes[f"{n}.{names}"] + multiple for n in range(3)}}
         assert wider["0.up"] > 24 or wider["0.down"] > 8 or graph.proposed_parameters(wider) > wanted
     alone = evolvenet.allocate(model, graph, wanted, batches)
-    assert len({alone[f"{n}.up"] for n in range(3)}) == 3
+    assert len({alone[f"{n}.up"] for n in range(3)}) == 3 or not with_batches
     evolvenet.prune(model, graph, sizes)
 
 

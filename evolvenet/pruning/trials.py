@@ -1,0 +1,78 @@
+"""Trials: each width alone is cut to some sizes, and the error of the network's outputs is measured."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from evolvenet.errors import concerning
+from evolvenet.graph.width_graph import Width, WidthGraph
+from evolvenet.measurement.activation_moments import collect
+from evolvenet.measurement.output_error import first_batches, output_error, outputs_on
+from evolvenet.pruning.reconstruction import reconstruct
+from evolvenet.pruning.reconstruction_batch import TRAINING_LIMITS
+from evolvenet.pruning.selection import plan_prune
+from evolvenet.surgery.resize_model import install
+
+Curve = Sequence[tuple[int, float]]
+"""The loss of a width at some sizes, as (size, loss) by size, from 0 or its smallest up to its present size, loss 0."""
+
+SHARES = (0.85, 0.7, 0.5, 0.35, 0.2, 0.1)
+"""Of a width's units, at which a trial cuts it."""
+
+SAMPLES = 256
+"""Most samples of the batches that a trial runs on."""
+
+
+def trial_curves(
+    model: nn.Module,
+    graph: WidthGraph,
+    batches: Sequence[Any],
+    shares: Sequence[float] = SHARES,
+    samples: int = SAMPLES,
+) -> dict[str, Curve]:
+    """The relative error of the model's outputs when one width alone is cut and its consumers reconstructed. The model is kept.
+
+    Args:
+        model: the model of the graph.
+        graph: its widths.
+        batches: inputs of the model.
+        shares: of a width's units that are tried, 0 … 1, descending.
+        samples: most samples of the batches that a trial runs on.
+
+    Raises:
+        SpectrumError, TraceError: as `collect`.
+    """
+    statistics = collect(model, graph, batches)
+    few = first_batches(batches, samples)
+    whole = outputs_on(model, few, graph)
+    limits = replace(TRAINING_LIMITS, samples=samples)
+    found: dict[str, Curve] = {}
+    for width in graph.resizable:
+        points = [(width.size, 0.0)]
+        for size in _trial_sizes(width, shares):
+            with concerning(width.name):
+                surgery = plan_prune(model, graph, {width.name: size}, statistics)
+                undo = install(model, reconstruct(model, graph, surgery, few, limits))
+                try:
+                    moved = outputs_on(model, few, graph)
+                finally:
+                    undo()
+                points.append((size, max(output_error(whole, moved), points[-1][1])))
+        # Below the smallest trial: more than all that was seen.
+        found[width.name] = [(0, 10 * points[-1][1] + 1), *reversed(points)]
+    return found
+
+
+def smallest(width: Width) -> int:
+    """The fewest units that the width can have: one, or as many as must stay."""
+    return max(1, width.smallest)
+
+
+def _trial_sizes(width: Width, shares: Sequence[float]) -> list[int]:
+    # Rounded, a large share of a few units is all of them: without a trial the last one would seem to hold all of the loss.
+    sizes = {width.rounded(max(smallest(width), min(width.size - 1, round(share * width.size)))) for share in shares}
+    return sorted((size for size in sizes if size < width.size), reverse=True)
