@@ -6,7 +6,7 @@ OLDEST ?= .venv-oldest
 WORKERS ?= 2
 BIN := $(VENV)/bin
 
-.PHONY: train test test-all test-oldest install lint clean coverage bench-event bench-trace bench-gpu compare compare-install compare-lowrank compare-language
+.PHONY: train test test-all test-gpu test-oldest install lint clean coverage bench-event bench-trace bench-gpu compare compare-install compare-lowrank compare-language
 
 install: $(VENV)/.installed
 
@@ -27,6 +27,11 @@ test: install lint
 # With the long ones: soaks, thirty kills, four processes.
 test-all: install lint
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m ""
+
+# On a CUDA GPU, in the environment of $(PYTHON), which needs torch for CUDA, Lightning, pytest and hypothesis: nothing is installed.
+test-gpu:
+	@$(PYTHON) -c 'import torch; raise SystemExit(None if torch.cuda.is_available() else "make test-gpu: expected a CUDA GPU, got none.")'
+	CUBLAS_WORKSPACE_CONFIG=:4096:8 $(PYTHON) -m pytest tests/devices -m cuda -p no:cacheprovider
 
 # With the oldest torch and Lightning that pyproject.toml allows, in an environment of its own. Some GB to download.
 test-oldest: $(OLDEST)/.installed

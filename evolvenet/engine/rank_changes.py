@@ -21,6 +21,7 @@ from evolvenet.engine.transaction import Transaction
 from evolvenet.errors import stage
 from evolvenet.graph.factors import TwoFactors, with_factors, without_factors
 from evolvenet.graph.width_graph import WidthGraph
+from evolvenet.linalg.precision import in_float64
 from evolvenet.lowrank.factorize import Work
 from evolvenet.lowrank.fit import Fitted
 from evolvenet.lowrank.kinds import kind_named
@@ -239,7 +240,7 @@ def _replica_factors(
         if weight is model.get_submodule(path).get_parameter("weight"):
             found[path] = layer, None
         else:
-            own = canonical(layer, weight.detach(), 1)[0].to("cpu", torch.float64)
+            own = in_float64(canonical(layer, weight.detach(), 1)[0], "cpu")
             found[path] = layer, [new.weights[0], last_factor(own, new.weights[0], new.weights[1])]
     return found
 
@@ -261,7 +262,7 @@ def last_factor(weight: Tensor, first: Tensor, like: Tensor) -> Tensor:
     others = [axis for axis in range(spatial) if axis not in own]
     order = [0, *(2 + axis for axis in others), 1, *(2 + axis for axis in own)]
     rows = weight.permute(order).reshape(-1, first[0].numel())
-    solved = torch.linalg.lstsq(first.double().flatten(1).T, rows.T, driver="gelsd").solution.T
+    solved = torch.linalg.lstsq(in_float64(first).flatten(1).T, rows.T, driver="gelsd").solution.T
     places = [weight.shape[2 + axis] for axis in others]
     return solved.reshape(len(weight), *places, len(first)).movedim(-1, 1).reshape(like.shape)
 

@@ -17,6 +17,7 @@ from evolvenet.errors import SkippedEvent, TraceError
 from evolvenet.graph.naming import named_tensors
 from evolvenet.graph.serialization import from_state_dict, to_state_dict
 from evolvenet.graph.width_graph import WidthGraph
+from evolvenet.linalg.precision import in_float64
 from evolvenet.tracing.untrained import freeze_unchanged, freeze_untrained, untrained_parameters
 
 
@@ -292,7 +293,7 @@ def _digest(module: nn.Module) -> str:
     digest = sha256()
     for parameter in module.parameters():
         flat = parameter.detach().flatten()
-        chosen = flat[:: max(1, len(flat) // 64)].to("cpu", torch.float64)
+        chosen = in_float64(flat[:: max(1, len(flat) // 64)], "cpu")
         digest.update(chosen.contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 

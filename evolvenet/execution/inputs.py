@@ -27,8 +27,9 @@ def arguments(
     Args:
         inputs: a tensor, a tuple of arguments or a dict of keyword arguments.
         device: where tensors are moved, if given.
-        model: if all of its parameters have one dtype wider than 16 bits, half-precision inputs are cast to it: under
-            autocast a float32 layer accepts bfloat16, without it (as a model is run here) it does not.
+        model: that is called with them. Without a `device` they are moved to the model's, see `beside`. If all of its
+            parameters have one dtype wider than 16 bits, half-precision inputs are cast to it: under autocast a float32
+            layer accepts bfloat16, without it (as a model is run here) it does not.
 
     >>> arguments({"x": 1})
     ((), {'x': 1})
@@ -39,11 +40,32 @@ def arguments(
         inputs = _cast_to_parameters(inputs, model)
     if device is not None:
         inputs = tree_map_only(Tensor, lambda tensor: tensor.to(device), inputs)
+    elif model is not None:
+        inputs = beside(model, inputs)
     if isinstance(inputs, dict):
         return (), dict(inputs)
     if isinstance(inputs, (tuple, list)):
         return tuple(inputs), {}
     return (inputs,), {}
+
+
+def beside(model: nn.Module, inputs: Any) -> Any:
+    """The inputs on the device of a model: example inputs and batches are often on the CPU, averages of weights too.
+
+    They stay where they are if the model is on several devices, or if one of them is on the model's, a GPU, already: a tensor
+    on the CPU beside it may be meant to be there, as the lengths of packed sequences.
+
+    >>> beside(nn.Linear(1, 1, device="meta"), (torch.zeros(1), torch.zeros(1)))[1].device
+    device(type='meta')
+    """
+    devices = {leaf.device for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)}
+    first = next(model.parameters(), None)
+    if first is None or not devices or devices == {first.device}:
+        return inputs
+    on_host = first.device.type == "cpu"
+    if (first.device in devices and not on_host) or {each.device for each in model.parameters()} != {first.device}:
+        return inputs
+    return tree_map_only(Tensor, lambda tensor: tensor.to(first.device), inputs)
 
 
 def _cast_to_parameters(inputs: Any, model: nn.Module) -> Any:

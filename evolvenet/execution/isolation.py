@@ -75,8 +75,7 @@ def isolated(
         stack.callback(SavedState(model, with_buffers=not shadows).restore)
         stack.callback(random.setstate, random.getstate())
         stack.callback(np.random.set_state, np.random.get_state())
-        cuda = {tensor.device for tensor in (*model.parameters(), *model.buffers()) if tensor.is_cuda}
-        stack.enter_context(torch.random.fork_rng(devices=sorted(cuda, key=str)))
+        stack.enter_context(_random_streams_kept(model))
         if shadows:
             _install_shadows(modules, device, copied)
         model.eval()
@@ -116,6 +115,20 @@ def model_outputs(
         if outputs is not None:
             return [tensor.detach() for tensor in tensors_of(run_model(model, with_chosen_outputs(inputs, outputs)))]
         return [tensor.detach() for tensor in network_outputs(model, inputs)]
+
+
+@contextmanager
+def _random_streams_kept(model: nn.Module) -> Iterator[None]:
+    """On leaving, the generators of the CPU and of every device that the model's tensors are on are in the same states."""
+    places = {tensor.device for tensor in (*model.parameters(), *model.buffers())}
+    with torch.random.fork_rng(devices=[]), ExitStack() as stack:
+        for place in sorted(places, key=str):
+            backend: Any = getattr(torch, place.type, None)
+            if place.type != "cpu" and hasattr(backend, "get_rng_state"):
+                # MPS has one device, and takes none.
+                where = () if place.type == "mps" else (place,)
+                stack.callback(backend.set_rng_state, backend.get_rng_state(*where), *where)
+        yield
 
 
 def _install_shadows(modules: list[nn.Module], device: torch.device | str | None, copied: bool) -> None:

@@ -18,7 +18,8 @@ from evolvenet.execution.step import run_model
 from evolvenet.graph.index_map import NEW_UNIT, IndexMap
 from evolvenet.graph.naming import named_tensors
 from evolvenet.graph.width_graph import FOLLOWS, MASKS, PRODUCES, Tie, Width, WidthGraph
-from evolvenet.linalg.spectrum import exact, matricize
+from evolvenet.linalg.precision import in_float64
+from evolvenet.linalg.spectrum import matricize
 from evolvenet.surgery.resize_model import Surgery, TensorChange, compile_surgery, install
 
 INITIAL_NORM = 3**-0.5
@@ -68,7 +69,7 @@ class NewUnitSlice:
         for dim, index_map in self.others.items():
             old = [place for place, index in enumerate(index_map.indices) if index != NEW_UNIT]
             part = part.index_select(dim, torch.tensor(old, device=tensor.device))
-        return exact(part.movedim(self.dim, 0).reshape(self.count, -1))
+        return in_float64(part.movedim(self.dim, 0).reshape(self.count, -1), "cpu")
 
 
 @dataclass(frozen=True, eq=False)
@@ -166,7 +167,7 @@ class Growth:
             SpectrumError: for NaN or infinite entries.
         """
         tensor = self.changes[tie.tensor].tensor.detach().narrow(tie.dim, tie.start, width.size * tie.repeat)
-        return exact(matricize(tensor, tie.dim, tie.tensor)).reshape(width.size, -1)
+        return in_float64(matricize(tensor, tie.dim, tie.tensor), "cpu").reshape(width.size, -1)
 
     def norm(self, tie: Tie, width: Width) -> float:
         """Mean norm of a present unit's entries in one tensor; `INITIAL_NORM` where a producer's are all 0."""

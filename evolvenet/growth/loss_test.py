@@ -19,6 +19,7 @@ from evolvenet.graph.index_map import IndexMap
 from evolvenet.graph.width_graph import CONSUMES, Width, WidthGraph
 from evolvenet.growth.expanded_model import Growth, expanded, finite
 from evolvenet.growth.initializers import METHODS
+from evolvenet.linalg.precision import in_float64
 from evolvenet.surgery.resize_model import compile_surgery
 
 
@@ -226,7 +227,7 @@ def _products(before: Tensor, by_new: Tensor, by_old: Tensor, descent: Tensor) -
 
     g is minus the loss's gradient, n the change of the outputs by the new columns' step, o by that of the present ones.
     """
-    g, n, o = ((each[1::2]).double() for each in (descent, by_new - before, by_old - before))
+    g, n, o = (in_float64(each[1::2]) for each in (descent, by_new - before, by_old - before))
     pairs = ((g, n), (g, o), (n, o), (n, n), (o, o), (g, g))
     return torch.stack([(one * two).sum(1) for one, two in pairs], dim=1)
 

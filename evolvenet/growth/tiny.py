@@ -21,6 +21,7 @@ from evolvenet.graph.index_map import NEW_UNIT
 from evolvenet.graph.naming import named_tensors
 from evolvenet.graph.width_graph import CONSUMES, PRODUCES, Tie
 from evolvenet.growth.expanded_model import Growth, finite
+from evolvenet.linalg.precision import in_float64
 from evolvenet.linalg.ridge import refit
 from evolvenet.measurement.weight_uses import UseRecorder
 
@@ -225,7 +226,7 @@ class _Record:
 
 
 def _exact(parts: list[Tensor]) -> Tensor:
-    return torch.cat([part.to("cpu", torch.float64) for part in parts])
+    return torch.cat([in_float64(part, "cpu") for part in parts])
 
 
 class Corrections:

@@ -18,6 +18,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from evolvenet.linalg.precision import in_float64
+
 RIDGES = (math.inf, 1.0, 1e-1, 1e-2, 1e-4, 1e-6, 1e-10)
 """λ, relative to the mean squared input. Of equal errors the first, largest one is selected; with ∞ only the offset is fitted."""
 
@@ -42,7 +44,8 @@ def refit(
         odd: `[rows]` booleans, the held-out half.
 
     Returns:
-        (weight `[out, columns]`, bias `[out]`) float64, or None if no ridge lowers the error of the held-out half.
+        (weight `[out, columns]`, bias `[out]`) float64, on the inputs' device or, where that has no float64, on the CPU; or None
+        if no ridge lowers the error of the held-out half.
 
     >>> x = torch.randn(40, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     >>> y = x @ torch.tensor([[1.0], [2.0], [3.0]], dtype=torch.float64) + 4
@@ -53,8 +56,8 @@ def refit(
     """
     kind = torch.promote_types(inputs.dtype, torch.float32)
     x = inputs.to(kind)
-    residual = targets.to(kind) - x @ weight.to(kind).mT
-    residual = residual if bias is None else residual - bias.to(kind).unsqueeze(-2)
+    residual = targets.to(kind) - x @ weight.to(x.device, kind).mT
+    residual = residual if bias is None else residual - bias.to(x.device, kind).unsqueeze(-2)
     if not bool(residual.isfinite().all()):
         return None
     # A shift that both halves share changes no fit and keeps the digits of the sums.
@@ -65,8 +68,8 @@ def refit(
         return None
     step, offset = found
     if bias is not None:
-        offset = _exact(bias) + (offset - (step @ _exact(centre).mT).squeeze(-1))
-    return _exact(weight) + step, offset
+        offset = in_float64(bias, step.device) + (offset - (step @ in_float64(centre).mT).squeeze(-1))
+    return in_float64(weight, step.device) + step, offset
 
 
 @dataclass(frozen=True, eq=False)
@@ -169,10 +172,10 @@ class PrimalProblem:
         return cls(
             count=(int((~odd).sum()), int(odd.sum())),
             centred=centred,
-            inputs=torch.stack([_exact(x.sum(-2)) for x, _ in halves]),
-            residuals=torch.stack([_exact(r.sum(-2)) for _, r in halves]),
-            gram=torch.stack([_exact(x.mT @ x) for x, _ in halves]),
-            cross=torch.stack([_exact(x.mT @ r) for x, r in halves]),
+            inputs=torch.stack([in_float64(x.sum(-2)) for x, _ in halves]),
+            residuals=torch.stack([in_float64(r.sum(-2)) for _, r in halves]),
+            gram=torch.stack([in_float64(x.mT @ x) for x, _ in halves]),
+            cross=torch.stack([in_float64(x.mT @ r) for x, r in halves]),
             energies=(float(halves[0][1].square().sum()), float(halves[1][1].square().sum())),
         )
 
@@ -236,7 +239,7 @@ class DualProblem:
     @classmethod
     def from_rows(cls, x: Tensor, r: Tensor, odd: Tensor, *, centred: bool) -> DualProblem:
         """As `PrimalProblem.from_rows`."""
-        return cls(odd, centred, x, _exact(r), _exact(x @ x.mT))
+        return cls(odd, centred, x, in_float64(r), in_float64(x @ x.mT))
 
     @property
     def count(self) -> tuple[int, ...]:
@@ -275,7 +278,7 @@ class DualProblem:
 
     def primal(self, solution: Solution) -> Tensor:
         """See `Problem`."""
-        return _exact(solution.coefficients.mT.to(self.inputs.dtype) @ self.inputs)
+        return in_float64(solution.coefficients.mT.to(self.inputs.dtype) @ self.inputs)
 
 
 def _solve(gram: Tensor, right: Tensor, ridge: float, columns: int) -> Tensor | None:
@@ -292,8 +295,3 @@ def _solve(gram: Tensor, right: Tensor, ridge: float, columns: int) -> Tensor | 
     shifted.diagonal(dim1=-2, dim2=-1).add_(ridge * energy.unsqueeze(-1))
     factor, failed = torch.linalg.cholesky_ex(shifted)
     return None if bool(failed.any()) else torch.cholesky_solve(right, factor)
-
-
-def _exact(tensor: Tensor) -> Tensor:
-    """In float64; on the CPU where the device has none (MPS)."""
-    return tensor.to("cpu", torch.float64) if tensor.device.type == "mps" else tensor.double()

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from evolvenet.errors import SpectrumError
+from evolvenet.linalg.precision import in_float64
 
 Values = Tensor | Sequence[float]
 
@@ -45,15 +46,6 @@ def matricize(weight: Tensor, dim: int = 0, name: str = "weight") -> Tensor:
     return _computable(weight, name).movedim(dim, 0).flatten(1)
 
 
-def exact(tensor: Tensor) -> Tensor:
-    """A tensor on the CPU in float64, or complex128.
-
-    >>> exact(torch.ones(1, dtype=torch.cfloat)).dtype
-    torch.complex128
-    """
-    return tensor.to("cpu", torch.promote_types(tensor.dtype, torch.float64))
-
-
 def singular_values(matrix: Tensor, name: str = "matrix") -> Tensor:
     """Singular values of a matrix, largest first.
 
@@ -78,11 +70,10 @@ def singular_values(matrix: Tensor, name: str = "matrix") -> Tensor:
     if matrix.dim() != 2:
         raise SpectrumError(f"{name}: expected a matrix, got shape {tuple(matrix.shape)}. Make one with matricize.")
     matrix = _computable(matrix, name)
-    # MPS has no float64; its svdvals runs on the CPU by itself.
-    if matrix.dtype == torch.float64 or matrix.is_complex() or matrix.device.type == "mps":
+    if matrix.dtype == torch.float64 or matrix.is_complex():
         return torch.linalg.svdvals(matrix)
-    short = (matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T).double()
-    return torch.linalg.eigvalsh(short @ short.T).flip(0).clamp_min(0).sqrt().to(matrix.dtype)
+    short = in_float64(matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T)
+    return torch.linalg.eigvalsh(short @ short.T).flip(0).clamp_min(0).sqrt().to(matrix.device, matrix.dtype)
 
 
 def joint_spectrum(matrices: Sequence[Tensor], name: str = "matrices") -> Tensor:
@@ -136,11 +127,10 @@ def output_values(matrix: Tensor, moment: Tensor, name: str = "weight") -> Tenso
             f"{name}: expected a matrix [units, columns] and a moment [columns, columns], got {tuple(matrix.shape)} and "
             f"{tuple(moment.shape)}. Take the moment of the layer's input, of its patches for a convolution."
         )
-    precision = torch.promote_types(torch.promote_types(matrix.dtype, moment.dtype), torch.float64)
-    rows, inner = (
-        _computable(matrix, name).to(precision),
-        _computable(moment, f"{name}'s moment").to(matrix.device, precision),
-    )
+    rows = in_float64(_computable(matrix, name))
+    inner = in_float64(_computable(moment, f"{name}'s moment"), rows.device)
+    precision = torch.promote_types(rows.dtype, inner.dtype)
+    rows, inner = rows.to(precision), inner.to(precision)
     # Scaled first, products neither overflow nor vanish.
     tall, deep = (part.abs().max().clamp_min(torch.finfo(torch.float64).tiny) for part in (rows, inner))
     gram = (rows / tall) @ (inner / deep) @ (rows / tall).mH
@@ -296,7 +286,7 @@ def checked_values(values: Values) -> Tensor:
         SpectrumError: if they are not one axis of one or more finite numbers of 0 or more.
     """
     made = values.detach() if isinstance(values, Tensor) else torch.tensor(list(values), dtype=torch.float64)
-    made = made.to("cpu", torch.float64)
+    made = in_float64(made, "cpu")
     if made.dim() != 1 or not made.numel() or not (made.isfinite() & (made >= 0)).all():
         raise SpectrumError(
             "Singular values: expected one axis of one or more finite numbers of 0 or more, "

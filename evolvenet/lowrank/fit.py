@@ -30,6 +30,7 @@ from evolvenet.execution.sampling import evenly, samples_in
 from evolvenet.execution.step import run_model
 from evolvenet.execution.weight_ops import WeightOp, output_positions
 from evolvenet.graph.naming import named_tensors
+from evolvenet.linalg.precision import in_float64
 from evolvenet.linalg.ridge import refit
 from evolvenet.linalg.shrinkage import shrunk_covariance
 from evolvenet.lowrank.base import Kind
@@ -273,9 +274,7 @@ class _Solver:
         # Half types would round the inputs of the last factor.
         columns, targets = (each.to(torch.promote_types(each.dtype, torch.float32)) for each in (columns, targets))
         fitted = refit(columns, targets, whole, bias, odd)
-        weights = [
-            _in_order(op, weight.to("cpu", torch.float64)) for weight in (whole if fitted is None else fitted[0])
-        ]
+        weights = [_in_order(op, in_float64(weight, "cpu")) for weight in (whole if fitted is None else fitted[0])]
         inputs = [_in_order(op, group) for group in columns]
         moments = [None if wide else _moment(group, centred=bias is not None) for group in inputs]
         factors = [
@@ -284,7 +283,6 @@ class _Solver:
         offset = _fit_last(choice, factors, inputs, targets, bias, odd)
         self.factors[name] = factors
         matrix = torch.stack([_in_order(op, group).flatten(1) for group in _merged_groups(choice, factors)])
-        matrix = matrix.to(columns.device)
         self.errors[name] = _error(columns, targets, matrix, offset)
         return matrix, targets.new_zeros(targets.shape[0], targets.shape[2]) if offset is None else offset
 
@@ -324,8 +322,9 @@ def _fit_last(
         )
         return None if bias is None else (targets - outputs).mean(1)
     z = torch.stack([last_inputs(choice.kind, x, group) for x, group in zip(inputs, factors, strict=True)])
-    last = torch.stack([group[-1].flatten(1) for group in factors]).to(z.device)
-    start = None if bias is None else (targets.double() - z.double() @ last.mT).mean(1)
+    last = torch.stack([group[-1].flatten(1) for group in factors])
+    wide = in_float64(z)
+    start = None if bias is None else (in_float64(targets) - wide @ last.to(wide.device).mT).mean(1)
     found = refit(z, targets, last, start, odd)
     if found is None:
         return start
@@ -353,11 +352,11 @@ def last_inputs(kind: Kind, inputs: Tensor, factors: Sequence[Tensor]) -> Tensor
 
 def _error(columns: Tensor, targets: Tensor, matrix: Tensor, offset: Tensor | None) -> float:
     """Σ‖ŷ − y‖² / Σ‖y − mean‖², without the mean where there is no offset."""
-    outputs = columns @ matrix.mT.to(columns.dtype)
+    outputs = columns @ matrix.mT.to(columns)
     if offset is not None:
-        outputs = outputs + offset.unsqueeze(1).to(columns.dtype)
+        outputs = outputs + offset.unsqueeze(1).to(columns)
         level = targets - targets.mean(1, keepdim=True)
     else:
         level = targets
-    total = float(level.double().square().sum())
-    return float((outputs - targets).double().square().sum()) / total if total > 0 else 0.0
+    total = float(in_float64(level).square().sum())
+    return float(in_float64(outputs - targets).square().sum()) / total if total > 0 else 0.0

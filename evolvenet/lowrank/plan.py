@@ -6,10 +6,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-import torch
 from torch import Tensor, nn
 
 from evolvenet.errors import FactorizationError, SpectrumError
+from evolvenet.linalg.precision import in_float64
 from evolvenet.lowrank.base import Kind, Ranks
 from evolvenet.lowrank.kinds import KINDS, candidates, kind_named
 from evolvenet.lowrank.layers import canonical
@@ -203,7 +203,7 @@ def weights_of(target: Target) -> Tensor:
             f"{target.name}: expected finite weights, got NaN or infinite ones. Training has diverged: lower the learning "
             "rate, clip gradients, or load an earlier checkpoint."
         )
-    return canonical(target.layer, weight, target.shape.groups).to("cpu", torch.float64)
+    return in_float64(canonical(target.layer, weight, target.shape.groups), "cpu")
 
 
 def relative_error(weights: Tensor, merged: Tensor, moments: Sequence[Tensor] | None) -> float:

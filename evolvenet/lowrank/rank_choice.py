@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from evolvenet.errors import FactorizationError
 from evolvenet.linalg.noise_rank import evbmf_rank, gavish_donoho_threshold
+from evolvenet.linalg.precision import in_float64
 from evolvenet.linalg.spectrum import singular_values, units_for_energy
 
 
@@ -38,7 +39,7 @@ class Spectrum:
         >>> Spectrum.of([torch.diag(torch.tensor([3.0, 0.0])), torch.diag(torch.tensor([4.0, 0.0]))]).values
         tensor([5., 0.], dtype=torch.float64)
         """
-        squares = [singular_values(matrix.float()).double().square() for matrix in matrices]
+        squares = [in_float64(singular_values(matrix.float())).square() for matrix in matrices]
         rows, columns = matrices[0].shape
         return cls(torch.stack(squares).sum(0).sqrt(), rows, columns, unfoldings)
 

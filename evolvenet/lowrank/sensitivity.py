@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from evolvenet.execution.isolation import isolated
 from evolvenet.graph.naming import named_tensors
 from evolvenet.graph.width_graph import WidthGraph
+from evolvenet.linalg.precision import in_float64
 from evolvenet.lowrank.base import Kind
 from evolvenet.lowrank.budget import energy_lost
 from evolvenet.lowrank.fit import Observations
@@ -124,7 +125,7 @@ def in_place(choice: Choice, seen: Observations, shadows: Mapping[str, Tensor]) 
         apart = (weights_of(target) - merged).flatten(2)
         shift = torch.cat([part @ mean for part, mean in zip(apart, seen.means[target.name], strict=True)])
         bias, start = place
-        value = shadows[bias].detach().to("cpu", torch.float64, copy=True)
+        value = in_float64(shadows[bias].detach(), "cpu").clone()
         value.view(-1)[start : start + len(shift)] += shift * (outputs[0].bias_sign or 1)
         changed[bias] = value
     kept = {each: shadows[each].detach().clone() for each in changed}

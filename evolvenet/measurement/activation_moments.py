@@ -17,6 +17,7 @@ from evolvenet.execution.sampling import evenly, samples_in
 from evolvenet.execution.step import run_model
 from evolvenet.execution.weight_ops import WeightOp
 from evolvenet.graph.width_graph import Tie, WidthGraph
+from evolvenet.linalg.precision import in_float64
 from evolvenet.measurement.weight_uses import Bias, UseRecorder, WeightUses
 
 CAP = 8192
@@ -69,10 +70,10 @@ class Moments:
         wide = samples if samples.dtype == torch.float64 else samples.float()
         centre = wide.mean(0)
         about = wide - centre
-        covariance = (about.T @ about).to("cpu", torch.float64) / len(about)
+        covariance = in_float64(about.T @ about, "cpu") / len(about)
         # What the rounding of the mean left over; exact for float64, worth seven digits for float32.
-        rest = about.mean(0).to("cpu", torch.float64)
-        return cls(len(about), centre.to("cpu", torch.float64) + rest, covariance - torch.outer(rest, rest))
+        rest = in_float64(about.mean(0), "cpu")
+        return cls(len(about), in_float64(centre, "cpu") + rest, covariance - torch.outer(rest, rest))
 
     def merge(self, other: Moments) -> Moments:
         """The moments of both sets of samples together.

@@ -12,6 +12,7 @@ from evolvenet.execution.inputs import first_samples
 from evolvenet.execution.isolation import model_outputs
 from evolvenet.execution.sampling import samples_in
 from evolvenet.graph.width_graph import WidthGraph
+from evolvenet.linalg.precision import in_float64
 
 
 def first_batches(batches: Sequence[Any], samples: int) -> list[Any]:
@@ -58,7 +59,7 @@ def outputs_on(model: nn.Module, batches: Sequence[Any], graph: WidthGraph | Non
 
 def real(tensor: Tensor) -> Tensor:
     """A tensor in float64, a complex one as its real and imaginary parts, on one more axis."""
-    return torch.view_as_real(tensor.resolve_conj()).double() if tensor.is_complex() else tensor.double()
+    return in_float64(torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor)
 
 
 def output_error(whole: Sequence[Tensor], moved: Sequence[Tensor]) -> float:

@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from evolvenet.errors import SpectrumError
@@ -19,6 +18,7 @@ from evolvenet.execution.isolation import isolated, op_by_op
 from evolvenet.execution.step import run_model
 from evolvenet.graph.current import check_current
 from evolvenet.graph.width_graph import Width, WidthGraph
+from evolvenet.linalg.precision import in_float64
 from evolvenet.linalg.spectrum import matricize, residual_operator, singular_values
 from evolvenet.tracing.op_trace import Op, OpTrace, Value
 
@@ -106,7 +106,7 @@ def _spectra(block: Block) -> BlockSpectra:
     operator = residual_operator(block.first, block.second)
     parts = {"A": block.first, "B": block.second, "Id + B·A": operator}
     values = [singular_values(matricize(part), f"{block.inner}, {name}") for name, part in parts.items()]
-    return BlockSpectra(*(each.to("cpu", torch.float64) for each in values))
+    return BlockSpectra(*(in_float64(each, "cpu") for each in values))
 
 
 def residual_blocks(
@@ -273,9 +273,9 @@ def _scale(op_trace: OpTrace, tensors: Mapping[str, Tensor], ops: list[Op], *, d
             raise SpectrumError("a batch norm over another axis than the units lies between")
         if not op_trace.own_values >= {weight, variance} - {None}:
             raise SpectrumError("a batch norm scales by what is not as it is a parameter or buffer")
-        scale = (tensors[op_trace.tensor_names[variance]].double() + op.args[7]).rsqrt()
+        scale = (in_float64(tensors[op_trace.tensor_names[variance]]) + op.args[7]).rsqrt()
         if weight is not None:
-            scale = scale * tensors[op_trace.tensor_names[weight]].detach().double()
+            scale = scale * in_float64(tensors[op_trace.tensor_names[weight]].detach())
         found = scale if found is None else found * scale
     return found
 

@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 from evolvenet.graph.naming import tensor_named
 from evolvenet.graph.width_graph import Tie, Width
-from evolvenet.linalg.spectrum import exact, matricize
+from evolvenet.linalg.precision import in_float64
+from evolvenet.linalg.spectrum import matricize
 
 
 def unit_rows(model: nn.Module, width: Width, tie: Tie) -> Tensor:
@@ -26,7 +27,7 @@ def unit_rows(model: nn.Module, width: Width, tie: Tie) -> Tensor:
     torch.Size([3, 200])
     """
     rows = native_rows(model, width, tie)
-    return exact(torch.view_as_real(rows).flatten(1) if rows.is_complex() else rows)
+    return in_float64(torch.view_as_real(rows).flatten(1) if rows.is_complex() else rows, "cpu")
 
 
 def native_rows(model: nn.Module, width: Width, tie: Tie) -> Tensor:

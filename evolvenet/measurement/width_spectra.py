@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from evolvenet.graph.current import check_current
 from evolvenet.graph.width_graph import FOLLOWS, Tie, Width, WidthGraph
+from evolvenet.linalg.precision import in_float64
 from evolvenet.linalg.spectrum import joint_spectrum
 from evolvenet.measurement.activation_moments import ActivationMoments, Moments, collect
 from evolvenet.measurement.rank_spectra import is_rotatable, rank_spectrum
@@ -136,6 +137,6 @@ def weight_spectrum(model: nn.Module, graph: WidthGraph, width: Width) -> Tensor
     if not made:
         return None
     # In the weights' own type: float32 has a faster way to its singular values.
-    values = joint_spectrum([native_rows(model, width, tie) for tie in made], width.name).to("cpu", torch.float64)
+    values = in_float64(joint_spectrum([native_rows(model, width, tie) for tie in made], width.name), "cpu")
     # Fewer columns than units: the missing directions carry nothing.
     return torch.cat([values, values.new_zeros(width.size - len(values))])

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-import torch
 from torch import Tensor, nn
 
 from evolvenet.graph.index_map import IndexMap
 from evolvenet.graph.width_graph import Width, WidthGraph
+from evolvenet.linalg.precision import in_float64
 from evolvenet.linalg.singular_basis import balanced, singular_basis
 from evolvenet.measurement.activation_moments import ActivationMoments
 from evolvenet.measurement.rank_spectra import is_rotatable, rank_factors
@@ -91,7 +91,7 @@ def removed_means(
     for tie in width.consumers:
         bias = statistics.bias_of(tie)
         if bias is not None and tie in statistics:
-            weight = model.get_parameter(tie.tensor).detach().to("cpu", torch.float64)
+            weight = in_float64(model.get_parameter(tie.tensor).detach(), "cpu")
             columns = weight.movedim(tie.dim, 0).reshape(width.size, weight.shape[1 - tie.dim], -1).sum(-1)
             means = basis.values @ statistics[tie].mean
             yield bias.name, bias.sign * means[removed] @ (basis.gradients @ columns)[removed]

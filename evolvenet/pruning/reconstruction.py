@@ -28,6 +28,7 @@ from evolvenet.execution.step import run_model
 from evolvenet.execution.weight_ops import NormedWeight, WeightOp, output_positions
 from evolvenet.graph.naming import named_tensors
 from evolvenet.graph.width_graph import FOLLOWS, WidthGraph
+from evolvenet.linalg.precision import in_float64
 from evolvenet.linalg.ridge import refit
 from evolvenet.pruning.reconstruction_batch import ONE_SHOT_LIMITS, ReconstructionLimits, concatenated
 from evolvenet.surgery.basis_change import along
@@ -344,11 +345,11 @@ class ConsumerFitter:
         self.fitted.add(op.tensor)
         if op.tensor in self.normed:
             self._write_normed(op.tensor, self.normed[op.tensor])
-        change = (offset if start is None else offset - start).flatten()
+        change = (offset if start is None else offset - in_float64(start, offset.device)).flatten()
         if bias is not None and target.bias is not None:
-            bias.add_((change * (target.bias_sign or 1)).reshape(bias.shape))
+            bias.copy_(in_float64(bias, change.device) + (change * (target.bias_sign or 1)).reshape(bias.shape))
             self.fitted.add(target.bias[0])
-        return change.to(op.weight.dtype)
+        return change.to(op.weight)
 
     def _write_normed(self, direction: str, normed: NormedWeight) -> None:
         """Write a fitted weight into its direction, and its norms into the length; a direction of length 0 would be 0/0."""

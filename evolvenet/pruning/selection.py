@@ -14,6 +14,7 @@ from evolvenet.graph.index_map import IndexMap
 from evolvenet.graph.naming import tensor_named
 from evolvenet.graph.width_graph import FOLLOWS, Tie, Width, WidthGraph
 from evolvenet.linalg.pivoted_cholesky import pivots
+from evolvenet.linalg.precision import in_float64
 from evolvenet.linalg.ridge import PrimalProblem, solve_held_out
 from evolvenet.measurement.activation_moments import ActivationMoments, Moments
 from evolvenet.measurement.rank_spectra import is_rotatable
@@ -239,7 +240,7 @@ def magnitude(model: nn.Module, graph: WidthGraph, width: Width) -> Tensor:
         return torch.cat([unit_rows(model, width, tie) for tie in weights], dim=1).norm(dim=1)
 
     scales = [
-        tensor_named(model, tie.tensor).detach().to("cpu", torch.float64).narrow(0, tie.start, width.size * tie.repeat)
+        in_float64(tensor_named(model, tie.tensor).detach(), "cpu").narrow(0, tie.start, width.size * tie.repeat)
         for tie in width.ties
         if isinstance(owner := model.get_submodule(tie.module), NormBase)
         and tensor_named(model, tie.tensor) is owner.weight
@@ -257,7 +258,7 @@ def _refit(
 ) -> Iterator[tuple[str, Tensor]]:
     """The changes of the consumer's weight and bias, (tensor's name, delta of the old shape) each."""
     kept, removed = index_map.tensor(), torch.tensor(index_map.removed)
-    weight = model.get_parameter(tie.tensor).detach().to("cpu", torch.float64)
+    weight = in_float64(model.get_parameter(tie.tensor).detach(), "cpu")
     length = index_map.size * tie.repeat
     # [size, repeat, rows, kernel places]: a removed unit's entries go to the same repeat and kernel place of the kept ones.
     consumed = weight.narrow(tie.dim, tie.start, length).movedim(tie.dim, 0)
@@ -284,7 +285,7 @@ def _with_deltas(model: nn.Module, surgery: Surgery, deltas: Mapping[str, Tensor
     for name, delta in deltas.items():
         tensor = model.get_parameter(name)
         change = changes.get(name) or TensorChange(tensor, name, {}, tensor.detach())
-        value = tensor.detach().to("cpu", torch.float64) + delta.reshape(tensor.shape)
+        value = in_float64(tensor.detach(), "cpu") + delta.reshape(tensor.shape)
         for dim, basis in change.bases.items():
             value = along(value, basis.values, dim)
         for dim, index_map in change.axes.items():

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from evolvenet.graph.index_map import laid_out_as
+from evolvenet.linalg.precision import in_float64
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,5 +46,5 @@ def along(tensor: Tensor, matrix: Tensor, dim: int) -> Tensor:
             [3., 1.],
             [3., 1.]])
     """
-    made = torch.einsum("mn,n...->m...", matrix, tensor.detach().to("cpu", torch.float64).movedim(dim, 0))
+    made = torch.einsum("mn,n...->m...", matrix, in_float64(tensor.detach(), "cpu").movedim(dim, 0))
     return laid_out_as(tensor, made.movedim(0, dim).contiguous().to(tensor.device, tensor.dtype))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from evolvenet.graph.index_map import NEW_UNIT, IndexMap
+from evolvenet.linalg.precision import in_float64
 from evolvenet.surgery.basis_change import BasisChange, along
 
 
@@ -229,8 +230,8 @@ def is_weights(key: str, pairs: Iterable[tuple[Any, Tensor]]) -> bool:
     ]
     if key in NAMED_WEIGHTS:
         return bool(alike)
-    distance = sum(float((e - w).abs().double().square().sum()) for e, w in alike)
-    length = sum(float(w.abs().double().square().sum()) for _, w in alike)
+    distance = sum(float(in_float64((e - w).abs()).square().sum()) for e, w in alike)
+    length = sum(float(in_float64(w.abs()).square().sum()) for _, w in alike)
     return length > 0 and distance < NEAR.get(key, NEAREST) ** 2 * length
 
 

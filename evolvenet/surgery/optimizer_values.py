@@ -12,6 +12,7 @@ from torch.optim import LBFGS, Optimizer
 
 from evolvenet._compat.torch import LBFGS_SIZE_CACHE
 from evolvenet.errors import OptimizerStateError
+from evolvenet.linalg.precision import in_float64
 from evolvenet.surgery.optimizer_state import follows_rules
 from evolvenet.surgery.optimizer_tensors import held_tensors, tensors_on, with_inner
 from evolvenet.surgery.resize_model import exchange
@@ -102,7 +103,7 @@ def _norms(optimizer: Optimizer) -> dict[str, float]:
 
 
 def _norm(tensor: Tensor) -> float:
-    return float(tensor.detach().abs().double().square().sum().sqrt())
+    return float(in_float64(tensor.detach().abs()).square().sum().sqrt())
 
 
 def not_restored(optimizers: Sequence[Optimizer], saved: Sequence[Mapping[str, float]]) -> str | None:

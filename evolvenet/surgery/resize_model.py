@@ -322,7 +322,7 @@ def exchange(tensor: Tensor, value: Tensor, grad: Tensor | None) -> None:
     """
     with torch.inference_mode(False), torch.no_grad():
         tensor.grad = None
-        other = torch.float64 if tensor.dtype != torch.float64 else torch.float32
+        other = torch.float32 if tensor.dtype != torch.float32 else torch.float16
         tensor.data = torch.empty(0, dtype=other, device=tensor.device)
         tensor.data = _ordinary(value)
         tensor.grad = None if grad is None else _ordinary(grad)

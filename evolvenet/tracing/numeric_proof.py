@@ -25,6 +25,7 @@ from evolvenet.execution.inputs import tensors_of
 from evolvenet.execution.isolation import isolated
 from evolvenet.graph.index_map import NEW_UNIT, IndexMap
 from evolvenet.graph.width_graph import Width, WidthGraph, Widths
+from evolvenet.linalg.precision import has_float64
 from evolvenet.surgery.resize_model import compile_surgery, install
 from evolvenet.tracing.bisection import bisect, classes_of
 from evolvenet.tracing.coupled_dims import structure
@@ -110,9 +111,11 @@ def _reasons(comparison: Comparison, graph: WidthGraph, names: Sequence[str]) ->
 def _comparison(model: nn.Module, example_inputs: Any, modes: Sequence[bool], gradients: bool) -> Comparison | None:
     """The comparison in the first dtype, and with the first inputs, that the model runs with; None if it does not run."""
     large = sum(parameter.numel() for parameter in model.parameters()) > LARGE
+    tensors = (*model.parameters(), *model.buffers(), *tensors_of(example_inputs))
+    double = not large and all(has_float64(device) for device in {tensor.device for tensor in tensors})
     error: Exception | None = None
     for dtype, cast in product(TOLERANCES, (False, True)):
-        if (large and dtype == torch.float64) or (not cast and (gradients or dtype == torch.float32)):
+        if (dtype == torch.float64 and not double) or (not cast and (gradients or dtype == torch.float32)):
             continue
         for inputs in _inputs(example_inputs, dtype):
             comparison = Comparison(model, inputs, tuple(modes), gradients, dtype, cast)
