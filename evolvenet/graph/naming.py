@@ -17,6 +17,20 @@ def tensor_named(model: nn.Module, name: str) -> Tensor:
     return own_tensors(model.get_submodule(path))[local]
 
 
+WRAPPED = ("base_layer", "original_module")
+"""Names under which a layer lies in an adapter that has taken its place (PEFT)."""
+
+
+def holder_of(path: str) -> str:
+    """Path of the module that holds a layer, also where an adapter has taken the layer's place.
+
+    >>> holder_of("attention.query"), holder_of("attention.query.base_layer")
+    ('attention', 'attention')
+    """
+    parts = path.split(".")[:-1] if path.rpartition(".")[2] in WRAPPED else path.split(".")
+    return ".".join(parts[:-1])
+
+
 def named_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str], frozenset[str]]:
     """Every parameter and every real or complex buffer once by its first name, the other names, and which are parameters."""
     first: dict[int, str] = {}

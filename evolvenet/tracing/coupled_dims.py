@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from evolvenet.graph.coverage import OTHER_ORDER
+from evolvenet.graph.naming import holder_of
 from evolvenet.graph.width_graph import FOLLOWS, Width, WidthGraph
 from evolvenet.tracing.grouping import GroupedWidths
 from evolvenet.tracing.labels import MET_DATA, LabelGraph
@@ -227,7 +228,7 @@ def heads_of_grids(built: GroupedWidths, label_graph: LabelGraph, failed: Sequen
     for ids in label_graph.grids.values():
         tensor = label_graph.tensor_of(ids)
         if tensor is not None and min(ids.shape) > 1 and bool((ids >= 0).all()):
-            by_module[tensor.rpartition(".")[0].rpartition(".")[0]].append(ids)
+            by_module[holder_of(tensor.rpartition(".")[0])].append(ids)
     _, first = np.unique(built.component, return_index=True)
     found = []
     for module, grids in by_module.items():
@@ -322,7 +323,7 @@ def _enclosing_module(width: Width) -> str:
     # In another order, units may stand after others in a weight that is no fused one.
     in_order = width.frozen is None or not width.frozen.startswith(OTHER_ORDER)
     fused = in_order and any(tie.module == first and tie.start for tie in width.ties)
-    return first if fused else first.rpartition(".")[0]
+    return first if fused else holder_of(first)
 
 
 def _tie_columns(ids: Tensor) -> tuple[Tensor, Tensor]:

@@ -51,6 +51,7 @@ from evolvenet.tracing.coupled_dims import (
 )
 from evolvenet.tracing.factorized import with_ranks
 from evolvenet.tracing.grouping import GroupedWidths
+from evolvenet.tracing.idle_copies import tie_idle_copies
 from evolvenet.tracing.labels import DATA, LABELLED, Label, LabelGraph, varying
 from evolvenet.tracing.least_sizes import with_least_sizes
 from evolvenet.tracing.merging import merge
@@ -226,6 +227,7 @@ def run_for_labels(
             for layer in (*label.layers, *(() if label.places is None else (label.places,))):
                 label_graph.freeze(layer, OUTPUT)
         label_graph.modes_with_new_tensors.append(len(label_graph.first_use) > used)
+    tie_idle_copies(label_graph, {name: tensor.shape for name, tensor in tensors.items()})
     label_graph.mark_lengths()
     settle_competition(label_graph)
     return label_graph

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -100,6 +101,47 @@ def test_a_head_that_is_trained_whole_beside_an_untrained_one_of_the_old_width(t
     model = cut(model, {32: 28, 40: 24})
     save_pretrained(model, tmp_path)
     assert torch.equal(out(from_pretrained(tmp_path)), out(model))
+
+
+def test_what_an_adapter_has_replaced_follows_the_widths(tmp_path: Path) -> None:
+    """The untrained head runs where adapters are disabled; another adapter runs once it is set."""
+    model = adapted(BertForSequenceClassification(BertConfig(**SIZES)), task_type="SEQ_CLS")
+    model.add_adapter("other", LoraConfig(r=2, target_modules=LAYERS, task_type="SEQ_CLS", init_lora_weights=False))
+    cut(model, {32: 28, 40: 24})
+    with model.disable_adapter():
+        assert out(model).shape == (2, 2)
+    expected = out(model)
+    model.set_adapter("other")
+    assert not torch.equal(out(model), expected)
+    model.set_adapter("default")
+    save_pretrained(model, tmp_path)
+    again = from_pretrained(tmp_path)
+    assert torch.equal(out(again), expected)
+    again.set_adapter("other")
+    model.set_adapter("other")
+    assert torch.equal(out(again), out(model))
+    assert record_of(again) is not None
+
+
+def test_heads_go_with_the_adapters_at_queries_and_values() -> None:
+    torch.manual_seed(0)
+    adapters = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    model: Any = get_peft_model(family("llama"), adapters).eval()
+    words = inputs_of("llama")
+    graph = evolvenet.trace(model, words)
+    heads = [width for width in graph.resizable if width.size == 2]
+    assert len(heads) == 2
+    for width in heads:
+        tensors = {tie.tensor for tie in width.ties}
+        assert any("q_proj.lora_B" in tensor for tensor in tensors)
+        assert any("v_proj.lora_B" in tensor for tensor in tensors)
+    without = copy.deepcopy(model)
+    layer = without.get_submodule("base_model.model.model.layers.0.self_attn")
+    with torch.no_grad():
+        layer.o_proj.weight[:, :16] = 0
+        expected = without(**words).logits
+        evolvenet.resize(model, graph, {heads[0].name: evolvenet.IndexMap.keep([1], size=2)})
+        assert torch.allclose(model(**words).logits, expected, atol=1e-5)
 
 
 def test_other_kinds_of_adapters_are_refused(tmp_path: Path) -> None:
