@@ -36,6 +36,8 @@ except ModuleNotFoundError as error:
         "'evolvenet[transformers]'."
     ) from error
 
+from evolvenet.transformers.adapter_ranks import note_ranks, register_ranks_before_load
+from evolvenet.transformers.adapters import is_adapted
 from evolvenet.transformers.loss import LossStep, loss_and_logits, trace_with_loss
 from evolvenet.transformers.running import load_tensors, resumed_folder, running_trainer, save_tensors
 
@@ -97,7 +99,7 @@ class WidthEvolutionCallback(EvolutionCallback, TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **unused: Any
     ) -> None:
         """Let the model take a checkpoint's widths: the trainer loads one before training begins."""
-        register_reshape_before_load(model)
+        _register_before_load(model)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **unused: Any
@@ -106,7 +108,7 @@ class WidthEvolutionCallback(EvolutionCallback, TrainerCallback):
         show_messages()
         _refuse_several_devices(args)
         self.restriction.check(name for name, _ in model.named_modules())
-        register_reshape_before_load(model)
+        _register_before_load(model)
         self._stop_recording()
         self.evolver, self._inputs, self._timer = None, self.example_inputs, EventTimer(self.schedule)
         self._trainer = running_trainer()
@@ -261,7 +263,7 @@ class WidthEvolutionCallback(EvolutionCallback, TrainerCallback):
         outputs = None if isinstance(inputs, Step) else outputs
         self.evolver = Evolver(
             model, _unwrapped(optimizer), self.policy, inputs, self.calibration_batches, self.seed, graph=graph,
-            network=self.network, fixed=self.fixed, multiple=self.multiple, outputs=outputs, after_change=self._renew_ddp,
+            network=self.network, fixed=self.fixed, multiple=self.multiple, outputs=outputs, after_change=self._after_change,
         )  # fmt: skip
         if self._resumed is not None:
             self.evolver.load_state_dict(self._resumed)
@@ -304,6 +306,11 @@ class WidthEvolutionCallback(EvolutionCallback, TrainerCallback):
         if own["example"] and self._inputs is None and not resumed["follows_loss"]:
             (self._inputs,), self._was_observed = own["example"], True
 
+    def _after_change(self) -> None:
+        if self.evolver is not None:
+            note_ranks(self.evolver.model)
+        self._renew_ddp()
+
     def _renew_ddp(self) -> None:
         if self._trainer is not None and self._trainer.model_wrapped is not None:
             renew_ddp(self._trainer.model_wrapped)
@@ -333,6 +340,10 @@ def _callback_states(state: TrainerState) -> dict[str, Any]:
 def _evolver_state(state: TrainerState) -> dict[str, Any] | None:
     """What `_save_state` wrote."""
     return _callback_states(state).get(_KEY)
+
+
+def _register_before_load(model: nn.Module) -> None:
+    (register_ranks_before_load if is_adapted(model) else register_reshape_before_load)(model)
 
 
 def _refuse_several_devices(args: TrainingArguments) -> None:
