@@ -11,6 +11,7 @@ import importlib.metadata
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import torch
 from torch import nn
 
 import evolvenet
+from evolvenet.pruning.allocation import Allocation
 from experiments.compare.language_peers import equal_shares, parameters, torch_pruning_scores
 from experiments.compare.networks import copied
 from experiments.compare.peers import best
@@ -110,51 +112,56 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def run(name: str, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Yield each missing result of one network as soon as it is saved; a network that cannot be run is one such result."""
-    paths = {
-        (kind, level): options.cache / name / f"{level}-{kind}.json"
-        for kind in options.methods
-        for level in options.levels
-    }
-    missing = {key: path for key, path in paths.items() if not _is_current(path, options)}
+    folder = options.cache / name
+    keys = [(kind, level) for kind in options.methods for level in options.levels]
+    missing = [(kind, level) for kind, level in keys if not _is_current(folder / f"{level}-{kind}.json", options)]
     if not missing:
         return
     try:
-        torch.manual_seed(0)
-        subject = SUBJECTS[name](options.data)
-        begin = time.perf_counter()
-        graph = evolvenet.trace(subject.model, example(subject))
-        seconds = round(time.perf_counter() - begin, 1)
+        known, cut = opened(name, options.data)
     except Exception as error:  # noqa: BLE001  whatever a stranger's package raises ends no other row
-        yield _saved(options.cache / name / "failed.json", {"name": name, "failed": _named(error), **options.made_of})
+        yield _saved(folder / "failed.json", {"name": name, "failed": _named(error), **options.made_of})
         return
+    for kind, level in missing:
+        found = {**known, **options.made_of, "method": kind, "level": level}
+        try:
+            found |= cut(kind, level)
+        except Exception as error:  # noqa: BLE001  as above
+            found |= {"failed": _named(error)}
+        yield _saved(folder / f"{level}-{kind}.json", found)
+
+
+def opened(name: str, data: Path) -> tuple[dict[str, Any], Callable[[str, int], dict[str, Any]]]:
+    """A network: what is known of it, and a function that makes a copy smaller (method, percent) and measures it."""
+    torch.manual_seed(0)
+    subject = SUBJECTS[name](data)
+    begin = time.perf_counter()
+    graph = evolvenet.trace(subject.model, example(subject))
     known = {
         "name": name,
         "task": subject.task,
         "version": importlib.metadata.version(name.split()[0]),
         "parameters": graph.parameters,
         "coverage": graph.coverage,
-        "trace": seconds,
+        "trace": round(time.perf_counter() - begin, 1),
         "uncut": subject.score(subject.model),
-        **options.made_of,
     }
-    allocations: list[Any] = []
 
-    def sizes(target: int) -> Mapping[str, int]:
-        if not allocations:
-            allocations.append(evolvenet.allocate(subject.model, graph, target, subject.calibration))
-        return allocations[0].at(target)
+    @cache
+    def allocation() -> Allocation:
+        return evolvenet.allocate(subject.model, graph, round(0.9 * graph.parameters), subject.calibration)
 
-    for (kind, level), path in missing.items():
+    def cut(kind: str, level: int) -> dict[str, Any]:
+        torch.manual_seed(0)
         target, begin = round((1 - level / 100) * graph.parameters), time.perf_counter()
-        found: dict[str, Any] = {**known, "method": kind, "level": level}
-        try:
-            torch.manual_seed(0)
-            model, report = METHODS[kind][1](subject, copied(subject.model), graph, sizes, target)
-            found |= {"seconds": round(time.perf_counter() - begin, 1), "report": report}
-            found |= {"left": parameters(model) / graph.parameters, "score": subject.score(model.eval())}
-        except Exception as error:  # noqa: BLE001  as above
-            found |= {"failed": _named(error)}
-        yield _saved(path, found)
+        model, report = METHODS[kind][1](
+            subject, copied(subject.model), graph, lambda most: allocation().at(most), target
+        )
+        seconds = round(time.perf_counter() - begin, 1)
+        left = parameters(model) / graph.parameters
+        return {"seconds": seconds, "report": report, "left": left, "score": subject.score(model.eval())}
+
+    return known, cut
 
 
 def example(subject: Subject) -> Any:
