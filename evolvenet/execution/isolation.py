@@ -21,6 +21,7 @@ from torch.nn.parameter import is_lazy
 from evolvenet._compat.torch import tensor_tables
 from evolvenet.errors import TraceError
 from evolvenet.execution.chosen_outputs import with_chosen_outputs
+from evolvenet.execution.full_precision import full_precision
 from evolvenet.execution.inputs import tensors_of
 from evolvenet.execution.state_guard import SavedState
 from evolvenet.execution.step import network_outputs, run_model
@@ -67,10 +68,12 @@ def isolated(
     if shadows:
         _refuse_scripted(modules)
     with ExitStack() as stack:
+        stack.enter_context(full_precision())
+        if any(isinstance(module, nn.RNNBase) for module in modules):
+            # cuDNN's recurrent layers hide their products, and have no backward pass in eval mode; PyTorch's own do not.
+            stack.callback(setattr, torch.backends.cudnn, "enabled", torch.backends.cudnn.enabled)
+            torch.backends.cudnn.enabled = False
         if gradients:
-            if any(isinstance(module, nn.RNNBase) for module in modules):
-                # cuDNN's recurrent layers have no backward pass in eval mode; PyTorch's own have.
-                stack.enter_context(torch.backends.cudnn.flags(enabled=False))
             stack.enter_context(torch.inference_mode(False))
         stack.callback(SavedState(model, with_buffers=not shadows).restore)
         stack.callback(random.setstate, random.getstate())

@@ -23,7 +23,8 @@ aten = torch.ops.aten
 
 SUMS = frozenset({aten.add.Tensor, aten.add_.Tensor})
 DIFFERENCES = frozenset({aten.sub.Tensor, aten.sub_.Tensor, aten.rsub.Tensor})
-NORMS = frozenset({aten.native_batch_norm.default})
+NORMS = frozenset({aten.native_batch_norm.default, aten.cudnn_batch_norm.default, aten.miopen_batch_norm.default})
+"""What a batch norm is on the CPU and others, on NVIDIA's GPUs, on AMD's; their first eight arguments are the same."""
 
 OnBias = Callable[[WeightOp, str, Tensor | None, int], None]
 """Takes a weight op, the name of the vector with which its output is shifted, by how much `[out]`, and the sign.
@@ -210,7 +211,7 @@ def _through_permutation(output: TrackedOutput, out: Tensor, x: Tensor, order: S
 
 
 TRACKED_OPS: dict[Any, Callable[..., TrackedOutput | None]] = {
-    aten.native_batch_norm.default: _through_batch_norm,
+    **dict.fromkeys(NORMS, _through_batch_norm),
     aten.view.default: _through_view,
     aten.unsqueeze.default: _through_view,
     aten.squeeze.dim: _through_view,

@@ -118,8 +118,8 @@ def test_pruning_on_batches_gives_the_outputs_that_it_gives_on_the_cpu(case: Cas
             model = place.model(case)
             evolvenet.prune(model, graph, sizes, batches=place.batches(case))
             found.append([out.cpu() for out in outputs(model, place.inputs(case))])
-    if "lstm" in case.name or "gru" in case.name or "rnn" in case.name:
-        # Their products are in ops of the device's own, which cannot be looked into: nothing is fitted.
+    if case.name.startswith(("lstm", "gru")) and device.place.type != "cpu":
+        # There the weights of the inputs are multiplied at every step, and what is used several times is not fitted.
         return
     assert distance(*found) < 1000 * device.tolerance
     assert all(bool(out.isfinite().all()) for out in found[0])

@@ -1,0 +1,55 @@
+"""A batch norm is another op on a GPU, and with several processes; what is measured and fitted is the same."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import evolvenet
+from tests.helpers.cases import outputs, without_reasons
+from tests.helpers.small_models import Residual, convnet, images, used
+
+aten: Any = torch.ops.aten
+
+
+def on_gpu(
+    x: Tensor, mean: Any, variance: Any, weight: Any = None, bias: Any = None, training: bool = False,
+    momentum: float = 0.1, eps: float = 1e-5,
+) -> Tensor:  # fmt: skip
+    """What `functional.batch_norm` runs on CUDA with cuDNN."""
+    return aten.cudnn_batch_norm(x, weight, bias, mean, variance, training, momentum, eps)[0]
+
+
+@pytest.fixture
+def cudnn(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """cuDNN's op, computed by the CPU's kernel; gives what puts it into use."""
+    library = torch.library.Library("aten", "IMPL")
+
+    def computed(*args: Any) -> Any:
+        return *aten.native_batch_norm(*args), torch.empty(0, dtype=torch.uint8)
+
+    library.impl("cudnn_batch_norm", computed, "CPU")
+    yield lambda: monkeypatch.setattr(nn.functional, "batch_norm", on_gpu)
+    library._destroy()
+
+
+@pytest.mark.parametrize("make", [Residual, convnet], ids=["sums", "running means"])
+def test_a_cut_is_made_up_for_at_sums_and_in_running_means_as_on_the_cpu(make: Any, cudnn: Any) -> None:
+    found = []
+    for use in (lambda: None, cudnn):
+        use()
+        torch.manual_seed(1)
+        model = used(make())
+        batch = images()
+        graph = evolvenet.trace(model, batch[:2])
+        evolvenet.prune(
+            model, graph, {name: width.size - 2 for name, width in graph.widths.items() if not width.frozen}, [batch]
+        )
+        found.append((graph, outputs(model, batch), dict(model.state_dict())))
+    assert without_reasons(found[0][0]) == without_reasons(found[1][0])
+    assert all(map(torch.equal, found[0][1], found[1][1]))
+    assert all(torch.equal(tensor, found[1][2][name]) for name, tensor in found[0][2].items())
