@@ -50,6 +50,7 @@ class WeightOp:
         weight_first: whether a dense product is weight · data, so that its outputs are columns.
         stacked: whether the parameter holds several weights along its first axis, of which this is one: `[groups, out, in]` or
             `[groups, in, out]`, with `axis` 2 or 1.
+        group: which of these weights it is.
     """
 
     tensor: str
@@ -63,6 +64,7 @@ class WeightOp:
     addend: Tensor | None = None
     weight_first: bool = False
     stacked: bool = False
+    group: int = 0
 
     @property
     def output_axis(self) -> int:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from evolvenet._compat.torch import TorchDispatchMode, in_backward, schema_of, tree_leaves
+from evolvenet.execution.choices import SELECTING, Choices
 from evolvenet.execution.product import Geometry as Geometry
 from evolvenet.execution.product import NormedWeight as NormedWeight
 from evolvenet.execution.product import WeightOp as WeightOp
@@ -43,10 +44,12 @@ class WeightOpMode(TorchDispatchMode):
         parameters: names of the model's parameters; its other tensors are buffers.
         normed: {name of the direction: the weight} of weights that weight norm has computed in this run. Products with
             them are weight ops of the direction if `follows_norms` is set.
+        choices: which entries `topk` selects, to be recorded or selected again; None where nobody needs them.
         follows_norms: False by default: the weight is not what the direction is.
     """
 
     follows_norms = False
+    choices: Choices | None = None
 
     def __init__(
         self,
@@ -108,6 +111,8 @@ class WeightOpMode(TorchDispatchMode):
         """Run an op that is no weight op and add the model's tensors among its arguments to `other_uses`."""
         if self.follows_norms and schema_of(func).name == WEIGHT_NORM and self._is_normed(*args):
             return self._normed(func, *args)
+        if self.choices is not None and func in SELECTING:
+            return self.choices.run(func, args, kwargs)
         if not func.is_view:
             self.other_uses |= {hit[0] for leaf in tree_leaves((args, kwargs)) if (hit := self.named_tensor(leaf))}
         return func(*args, **kwargs)
@@ -165,8 +170,8 @@ def grouped_ops(
         return []
     bounds = [slice(start, stop) for start, stop in pairwise([0, *ends.tolist()])]
     return [
-        (rows, WeightOp(name, axes[0], 0, matrix.T, None, None, x[rows], None, stacked=True))
-        for rows, matrix in zip(bounds, right, strict=True)
+        (rows, WeightOp(name, axes[0], 0, matrix.T, None, None, x[rows], None, stacked=True, group=group))
+        for group, (rows, matrix) in enumerate(zip(bounds, right, strict=True))
         if rows.stop > rows.start
     ]
 

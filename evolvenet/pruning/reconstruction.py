@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from evolvenet.errors import concerning
+from evolvenet.execution.choices import Choices
 from evolvenet.execution.isolation import isolated, op_by_op
 from evolvenet.execution.residual_sums import ResidualSumMode, TrackedOutput
 from evolvenet.execution.sampling import evenly, samples_in
@@ -47,7 +48,9 @@ def reconstruct(
     """Refit every consumer of a cut width to its original outputs. Nothing is changed yet.
 
     A consumer is a weight that is multiplied with data, in a dense product or a convolution of any kind, whatever module it
-    belongs to; grouped and depthwise kernels are fitted group by group. It keeps the surgery's values if its entries are
+    belongs to; grouped and depthwise kernels are fitted group by group, and stacked experts each on the samples that the uncut
+    model's router sends there, which the cut one is made to send there too. Where its router sends other samples there, or whole
+    experts are removed, they are not. It keeps the surgery's values if its entries are
     used twice in a forward pass or by any other op. Where its output is added to something of the same shape, as at the
     end of a residual block, it is fitted to the original sum, which also corrects errors of the shortcut. The fit is
     ridge least squares, shrunk towards the surgery's values, see `linalg.ridge.refit`; the mean goes into the bias, or
@@ -83,12 +86,12 @@ def reconstruct(
     if batch is None or not consumers:
         return surgery
     try:
-        targets = recorded(model, batch, OutputRecorder(consumers, limits), own)
+        targets = recorded(model, batch, OutputRecorder(consumers, limits), own, choices := Choices())
     except Exception as problem:
         # A training step may count on the size of its batches, as one with a queue of former outputs does.
         log.debug("The model does not run on several batches as one: it is fitted on the first", exc_info=problem)
         batch = listed[0]
-        targets = recorded(model, batch, OutputRecorder(consumers, limits), own)
+        targets = recorded(model, batch, OutputRecorder(consumers, limits), own, choices := Choices())
     if not targets:
         return surgery
     changes = {change.name: change for change in surgery.changes}
@@ -100,7 +103,8 @@ def reconstruct(
                 shadows[name].copy_(change.value)
         fitter = ConsumerFitter(targets, changes, samples_in(batch), shadows)
         mode = ResidualSumMode(model, fitter.run, None, fitter.sum)
-        mode.follows_norms, fitter.normed = True, mode.normed
+        mode.follows_norms, fitter.normed, mode.choices, fitter.choices = True, mode.normed, choices, choices
+        choices.replay()
         with isolated(model, gradients=own), op_by_op(mode):
             run_model(model, batch)
         fitted = {name: shadows[name].detach().clone() for name in fitter.fitted}
@@ -112,10 +116,12 @@ def reconstruct(
     return replace(surgery, changes=tuple(changes.values()))
 
 
-def recorded(model: nn.Module, batch: Any, recorder: OutputRecorder, gradients: bool) -> dict[str, list[Target]]:
-    """What the model's consumers put out on a batch, as far as they can be fitted to it."""
+def recorded(
+    model: nn.Module, batch: Any, recorder: OutputRecorder, gradients: bool, choices: Choices | None = None
+) -> dict[str, list[Target]]:
+    """What consumers put out on a batch, as far as they can be fitted to it; the choices of routers are recorded."""
     mode = ResidualSumMode(model, None, recorder.record, recorder.sum, recorder.bias)
-    mode.follows_norms = True
+    mode.follows_norms, mode.choices = True, choices
     with isolated(model, gradients=gradients), op_by_op(mode):
         run_model(model, batch)
     return recorder.usable(mode.other_uses)
@@ -148,6 +154,7 @@ class Target:
         summed: whether `outputs` are those of that sum.
         bias_sign: of a bias that an op of its own adds (1) or subtracts (−1), 0 for one of the same op; `outputs` are with it.
         is_mean: whether it is a running mean, sign −1, which is not subtracted from them.
+        group: of a stack of weights, which of them it is; None for a weight of its own.
     """
 
     start: int
@@ -161,6 +168,12 @@ class Target:
     summed: bool = False
     bias_sign: int = 0
     is_mean: bool = False
+    group: int | None = None
+
+    @property
+    def output_axis(self) -> int:
+        """The weight's axis of output units."""
+        return (1 if self.group is None else 3) - self.axis
 
     @property
     def share(self) -> int:
@@ -188,8 +201,7 @@ class OutputRecorder:
         bias = None if op.bias is None or op.bias_name is None else (op.bias_name, int(op.bias.storage_offset()))
         if bias is not None:
             self.bias_uses[bias] += 1
-        # Which rows one of several stacked weights gets depends on the units that a router compares.
-        if op.tensor not in self.consumers or op.weight.is_complex() or op.stacked:
+        if op.tensor not in self.consumers or op.weight.is_complex():
             return
         with concerning((op.tensor, op.axis)):
             self._record(op, out, bias)
@@ -200,7 +212,9 @@ class OutputRecorder:
         outputs = op.products_at(out, rows).movedim(0, 1).flatten(1)
         targets = self.targets.setdefault(op.tensor, [])
         self._index[op] = (op.tensor, len(targets))
-        targets.append(Target(op.start, len(op.weight), op.axis, bias, rows, total, op.input_positions, outputs))
+        group = op.group if op.stacked else None
+        found = Target(op.start, len(op.weight), op.axis, bias, rows, total, op.input_positions, outputs, group=group)
+        targets.append(found)
 
     def sum(self, output: TrackedOutput, own: Tensor, other: Tensor) -> None:
         """See `ResidualSumMode`."""
@@ -230,8 +244,8 @@ class OutputRecorder:
 
         found: dict[str, list[Target]] = {}
         for name, targets in self.targets.items():
-            spans = sorted((target.start, target.start + target.length) for target in targets)
-            disjoint = all(one[1] <= two[0] for one, two in pairwise(spans))
+            spans = sorted((target.group or 0, target.start, target.start + target.length) for target in targets)
+            disjoint = all(one[0] < two[0] or one[2] <= two[1] for one, two in pairwise(spans))
             if disjoint and name not in other_uses and all(own_bias(target) for target in targets):
                 found[name] = targets
         return found
@@ -261,6 +275,7 @@ class ConsumerFitter:
         fitted: names of the tensors that were written to.
         normed: weights of the cut model that weight norm computes, from the mode that it runs in; a fitted one is written
             into direction and length.
+        choices: of the routers, replayed in the run of the cut model; without them no stacked weight is fitted.
     """
 
     def __init__(
@@ -276,14 +291,13 @@ class ConsumerFitter:
         self.changes, self.samples, self.shadows = changes, samples, shadows
         self.fitted: set[str] = set()
         self.normed: Mapping[str, NormedWeight] = {}
+        self.choices: Choices | None = None
         self._at_sum: dict[WeightOp, Target] = {}
 
     def run(self, op: WeightOp) -> None:
         """Fit the op's weight, unless it is fitted at a sum."""
-        if not self.targets.get(op.tensor):
-            return
-        target = self.targets[op.tensor].pop(0)
-        if target.inputs != op.input_positions:
+        target = self._target_of(op)
+        if target is None or target.inputs != op.input_positions:
             # Which samples reach it depends on the units (a router's choice): its outputs are those of others.
             return
         if target.summed:
@@ -291,6 +305,16 @@ class ConsumerFitter:
         else:
             with concerning((op.tensor, op.axis)):
                 self._fit(op, target, self._kept_outputs(op, target))
+
+    def _target_of(self, op: WeightOp) -> Target | None:
+        waiting = self.targets.get(op.tensor)
+        if not waiting or not op.stacked:
+            return waiting.pop(0) if waiting else None
+        # Without some of the experts, the others have other numbers and get samples that those had.
+        removed = op.tensor in self.changes and 0 in self.changes[op.tensor].axes
+        if removed or self.choices is None or not self.choices.same:
+            return None
+        return next((target for target in waiting if target.group == op.group), None)
 
     def sum(self, output: TrackedOutput, own: Tensor, other: Tensor) -> None:
         """See `ResidualSumMode`."""
@@ -316,10 +340,10 @@ class ConsumerFitter:
     def _kept_outputs(self, op: WeightOp, target: Target) -> Tensor:
         """The target outputs of the units that the cut model still has, in their new basis."""
         change = self.changes.get(op.tensor)
-        kept = change.axes.get(1 - target.axis) if change else None
+        kept = change.axes.get(target.output_axis) if change else None
         if change is None or kept is None:
             return target.outputs
-        outputs, basis = target.outputs, change.bases.get(1 - target.axis)
+        outputs, basis = target.outputs, change.bases.get(target.output_axis)
         if basis is not None:
             # An op that multiplies with a part of the weight has outputs of a part of the units: they cannot be mixed.
             whole = (target.start, target.length) == (0, kept.size)

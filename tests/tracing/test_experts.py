@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -168,3 +169,44 @@ def test_experts_stay_where_their_places_are_more_than_places(way: str, reason: 
 def test_units_that_compete_and_are_not_routed_stay() -> None:
     model = nn.Sequential(nn.Linear(4, 6), nn.Softmax(-1), nn.Linear(6, 2))
     assert "makes its units compete" in str(trace(model, ROWS.float()).widths["0"].frozen)
+
+
+def products(block: Experts, model: nn.Module, words: Tensor) -> tuple[Tensor, Tensor, list[int]]:
+    """Inputs and outputs of a block's last product, and where the rows of each expert end."""
+    seen: list[tuple[Tensor, Tensor, list[int]]] = []
+    run = block.product
+
+    def watched(x: Tensor, weight: Tensor, ends: Tensor, bias: Tensor | None, ids: Tensor) -> Tensor:
+        seen.append((x, out := run(x, weight, ends, bias, ids), ends.tolist()))
+        return out
+
+    block.product = watched
+    with torch.no_grad():
+        model(words)
+    block.product = run
+    return seen[-1]
+
+
+@pytest.mark.parametrize("stored", ["out in", "in out"])
+def test_an_expert_gets_the_least_squares_of_the_samples_that_are_routed_to_it(stored: str) -> None:
+    model = mixture(stored=stored)
+    model.words = nn.Embedding(2000, 16)
+    words = torch.randint(2000, (96, 16))
+    cut = copy.deepcopy(model)
+    evolvenet.prune(cut, trace(model, words[:2]), {"blocks.1": 16}, batches=[words])
+    _, expected, ends = products(model.blocks[1], model, words)  # pyright: ignore[reportArgumentType]
+    inputs, outputs, same_ends = products(cut.blocks[1], cut, words)  # pyright: ignore[reportArgumentType]
+    assert ends == same_ends
+    for start, end in itertools.pairwise([0, *ends]):
+        x, y = inputs[start:end].double(), expected[start:end].double()
+        least = (x @ torch.linalg.lstsq(x, y).solution - y).square().sum()
+        assert (outputs[start:end].double() - y).square().sum() < 1.01 * least
+
+
+def test_experts_are_cut_where_the_router_sends_other_samples_to_those_that_stay() -> None:
+    model = mixture()
+    graph = evolvenet.prune(
+        model, trace(model, WORDS), {"words": 8, "blocks.0.router": 3}, batches=[torch.randint(11, (64, 8))]
+    )
+    assert graph.sizes["blocks.0.router"] == 3
+    assert bool(outputs(model).isfinite().all())
