@@ -18,9 +18,9 @@ from torch import Tensor
 
 from evolvenet.graph.coverage import OTHER_ORDER
 from evolvenet.graph.naming import holder_of
-from evolvenet.graph.width_graph import FOLLOWS, Width, WidthGraph
+from evolvenet.graph.width_graph import Width
 from evolvenet.tracing.grouping import GroupedWidths
-from evolvenet.tracing.labels import MET_DATA, LabelGraph
+from evolvenet.tracing.labels import LabelGraph
 from evolvenet.tracing.numbers_of_widths import HEAD, PLAIN, SLICE
 
 
@@ -101,39 +101,6 @@ def shuffled_grids(built: GroupedWidths, label_graph: LabelGraph) -> dict[str, s
     frozen = {name: width.frozen for name, width in built.graph.widths.items() if width.frozen is not None}
     stuck = [name for name, reason in frozen.items() if reason.startswith(OTHER_ORDER)]
     return {grid.width.name: frozen[grid.width.name] for grid in _grids(built, label_graph, stuck)}
-
-
-def shared_by_heads(graph: WidthGraph) -> frozenset[str]:
-    """Tensors that tie all heads of frozen widths to each other: frequencies of rotary embeddings, norms of queries.
-
-    They follow a width whose producers have more places than they have, on a module of their own. If they stay as they are,
-    whole heads may go. Heads of queries go with the key and value head that they share.
-    """
-    found: set[str] = set()
-    for width in graph.widths.values():
-        if width.frozen is None or not width.frozen.startswith("a trial"):
-            continue
-        totals: dict[tuple[str, int], int] = defaultdict(int)
-        for tie in width.ties:
-            totals[tie.tensor, tie.dim] += tie.repeat * width.size
-        most = max((totals[tie.tensor, tie.dim] for tie in width.producers), default=0)
-        own = {tie.module for tie in (*width.producers, *width.consumers)}
-        found |= {
-            tie.tensor
-            for tie in width.ties
-            if tie.role == FOLLOWS and tie.module not in own and totals[tie.tensor, tie.dim] < most
-        }
-    return frozenset(found)
-
-
-def has_entries_of_heads(graph: WidthGraph, label_graph: LabelGraph) -> bool:
-    """Whether tensors that are frozen may have an entry for each head of queries and keys that are frozen too (RetNet's decays).
-
-    A product over the places of each head has no labels of heads, so that they meet data there.
-    """
-    stuck = any(width.mixed and width.frozen.startswith("a trial") for width in graph.widths.values() if width.frozen)
-    rows = {len(ids) for ids in label_graph.grids.values()}
-    return stuck and any(reason.endswith(MET_DATA) and len(ids) in rows for ids, reason in label_graph.frozen)
 
 
 def slices(built: GroupedWidths, label_graph: LabelGraph, failed: Sequence[str]) -> list[CandidateFix]:

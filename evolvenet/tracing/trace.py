@@ -46,8 +46,6 @@ from evolvenet.tracing.coupled_dims import (
     PLACES_FIRST,
     PLACES_LAST,
     FixRounds,
-    has_entries_of_heads,
-    shared_by_heads,
 )
 from evolvenet.tracing.factorized import with_ranks
 from evolvenet.tracing.grouping import GroupedWidths
@@ -58,6 +56,7 @@ from evolvenet.tracing.merging import merge
 from evolvenet.tracing.numeric_proof import compare_numbers
 from evolvenet.tracing.quantised import refuse_quantised
 from evolvenet.tracing.reasons import source_line
+from evolvenet.tracing.retraces import has_entries_of_heads, shared_by_heads
 from evolvenet.tracing.routing_rules import route, settle_competition
 from evolvenet.tracing.rules import Call, apply_rule
 from evolvenet.tracing.tracing_mode import TracingMode, run_under_mode
@@ -177,7 +176,7 @@ def _verified(
     graphs = [verified(label_graph)]
     given = shared_by_heads(graphs[0])
     others = [(given, False)] if given else []
-    others += [(frozenset[str](), True)] if has_entries_of_heads(graphs[0], label_graph) else []
+    others += [(frozenset[str](), True)] if has_entries_of_heads(graphs[0], label_graph, first is HEADS_FIRST) else []
     for given, keeps_heads in others:
         with isolated(model, shadows=True, device=device, gradients=label_graph.differentiates):
             other = run(model, modes=modes, given=given, keeps_heads=keeps_heads)

@@ -1,0 +1,59 @@
+"""Which other label run may show that heads of attention can go, from the graph of the first one.
+
+Rotary embeddings and norms that all heads share tie the heads of all layers; tensors with an entry for each head (relative
+position biases, attention sinks, decays) meet products over the places of each head, whose results have no labels of heads.
+Both only matter where heads are units, so that a first run goes without.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+from evolvenet.graph.width_graph import FOLLOWS, Width, WidthGraph
+from evolvenet.tracing.labels import MET_DATA, LabelGraph
+
+
+def shared_by_heads(graph: WidthGraph) -> frozenset[str]:
+    """Tensors that tie all heads of frozen widths to each other: frequencies of rotary embeddings, norms of queries.
+
+    They follow a width whose producers have more places than they have, on a module of their own. If they stay as they are,
+    whole heads may go. Heads of queries go with the key and value head that they share.
+    """
+    found: set[str] = set()
+    for width in graph.widths.values():
+        if width.frozen is None or not width.frozen.startswith("a trial"):
+            continue
+        totals: dict[tuple[str, int], int] = defaultdict(int)
+        for tie in width.ties:
+            totals[tie.tensor, tie.dim] += tie.repeat * width.size
+        most = max((totals[tie.tensor, tie.dim] for tie in width.producers), default=0)
+        own = {tie.module for tie in (*width.producers, *width.consumers)}
+        found |= {
+            tie.tensor
+            for tie in width.ties
+            if tie.role == FOLLOWS and tie.module not in own and totals[tie.tensor, tie.dim] < most
+        }
+    return frozenset(found)
+
+
+def has_entries_of_heads(graph: WidthGraph, label_graph: LabelGraph, heads: bool) -> bool:
+    """Whether tensors that are frozen may have an entry for each head: relative biases, attention sinks, decays, slopes.
+
+    A product over the places of each head has no labels of heads, so that they meet data there, or fail a trial with the heads.
+
+    Args:
+        graph: of a run without such labels.
+        label_graph: the ties of its units.
+        heads: whether whole heads are units wherever they can be; else they are only where places of them cannot go.
+    """
+    rows = {len(ids) for ids in label_graph.grids.values()}
+    stuck = any(width.mixed and width.frozen.startswith("a trial") for width in graph.widths.values() if width.frozen)
+    met = any(reason.endswith(MET_DATA) and len(ids) in rows for ids, reason in label_graph.frozen)
+    failed = any(width.size in rows and _only_follows(width) for width in graph.widths.values())
+    return ((stuck or heads) and met) or failed
+
+
+def _only_follows(width: Width) -> bool:
+    """Whether a width has failed its trials, and no weight produces or consumes its units."""
+    failed = width.frozen is not None and width.frozen.startswith("a trial")
+    return failed and all(tie.role == FOLLOWS for tie in width.ties)
