@@ -5,7 +5,9 @@ Importing this module registers them in `rules.RULES`.
 
 from __future__ import annotations
 
+from evolvenet._compat.torch import base_of
 from evolvenet.tracing.labels import compress, varying
+from evolvenet.tracing.needed_sizes import mark_multiple
 from evolvenet.tracing.reduction_rules import freeze_along
 from evolvenet.tracing.rules import Call, elementwise, rule
 
@@ -33,14 +35,22 @@ def as_real(call: Call) -> None:
 
 @rule("view_as_complex", "view_as_complex_copy")
 def as_complex(call: Call) -> None:
-    """Complex numbers of the real and imaginary parts along the last dimension, whose size is always two."""
+    """Complex numbers of the real and imaginary parts along the last dimension, whose size is always two.
+
+    Units that the code has laid out in such pairs (rotary embeddings do) are tied in pairs. Of a slice of a tensor, the op
+    needs pairs in the whole tensor too: its strides must be even.
+    """
     label = call.label_of(call.args[0])
     last = call.args[0].dim() - 1
+    base = base_of(call.args[0])
+    for layer in () if base is None or base.numel() == call.args[0].numel() else call.label_of(base).layers:
+        mark_multiple(call.label_graph, layer, 2, call.location)
     kept = []
     for layer in label.layers:
-        if last in varying(layer):
+        if varying(layer) == (last,):
             call.label_graph.freeze(layer, f"{call.location} takes them for a real and an imaginary part")
         else:
+            call.label_graph.tie_rows(layer, {last})
             kept.append(compress(layer.select(-1, 0)))
     call.label_output(call.out, kept, label.kind, label.origin)
 

@@ -187,7 +187,7 @@ def contract(
                 for layers, each in ((label.layers, names), (other.layers, other_names))
             ]
             found = arrange(layer, names, every)
-            _tie(call, found, partners(found, *along), other)
+            _tie(call, found, partners(found, *along), other, {every[name] for name in summed})
             if not (label.origin or other.origin):
                 dims = {dim for dim, name in enumerate(names) if name in summed}
                 call.label_graph.mark_mixed(layer, f"{call.location} multiplies it with another activation", dims)
@@ -277,11 +277,28 @@ def _is_finer(one: Tensor, two: Tensor) -> bool:
     return set(varying(two)) < set(varying(one)) and not is_constant(one)
 
 
-def _tie(call: Call, layer: Tensor, found: Sequence[Tensor], other: Label) -> None:
+def _tie(call: Call, layer: Tensor, found: Sequence[Tensor], other: Label, summed: set[int]) -> None:
     for partner in found:
-        call.label_graph.union(layer, partner)
+        call.label_graph.union(*_beside_data(call, layer, partner, summed))
     if not found and other.kind != CONSTANT:
         call.label_graph.freeze(layer, f"{call.location} reads data of a fixed size with it")
+
+
+def _beside_data(call: Call, one: Tensor, two: Tensor, summed: set[int]) -> tuple[Tensor, Tensor]:
+    """Two layers without those summed places at which one has data where the other has heads × places.
+
+    These keep their number, and whole heads can still go, so these places of each head are tied. The keys of multi-head
+    latent attention share the places that a rotary embedding turns.
+    """
+    for dim in summed & set(varying(one)) & set(varying(two)):
+        for layer, other in ((one, two), (two, one)):
+            data = (other == -1).transpose(0, dim).flatten(1).all(1)
+            met = layer.index_select(dim, data.nonzero().flatten())
+            if 0 < met.shape[dim] < layer.shape[dim] and len(varying(layer)) == 2 and bool((met >= 0).all()):
+                call.label_graph.tie_rows(met, {dim})
+                rest = (~data).nonzero().flatten()
+                return one.index_select(dim, rest), two.index_select(dim, rest)
+    return one, two
 
 
 def _onto(layers: Sequence[Tensor], names: str, target: dict[str, int]) -> Iterator[Tensor]:

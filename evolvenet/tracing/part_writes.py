@@ -77,32 +77,44 @@ def _coordinates(base: Tensor, offset: int) -> list[int]:
 def in_base(base: Tensor, places: Mapping[int, Places], layer: Tensor) -> Tensor | None:
     """A layer of a view as one of the tensor; None if that is not known, or it is written in part along two dimensions.
 
-    What is not written are places of a constant.
+    What is not written are places of a constant, of heads × places the same ones in each head.
     """
     if not places.keys() >= set(varying(layer)):
         return None
     moved = {dim: places[dim] for dim in varying(layer)}
-    partial = [dim for dim, each in moved.items() if not each.all]
-    if partial and len(moved) > 1:
+    partial = [each for each in moved.values() if not each.all]
+    if len(partial) > 1:
         return None
     shape = [1] * base.dim()
     for each in moved.values():
-        shape[each.dim] = each.size
-    if partial:
-        (each,) = moved.values()
-        whole = places_of_constant(each.size, 0, 1)
-        whole[torch.tensor(each.at)] = layer.reshape(-1)
-        return whole.view(shape)
+        shape[each.dim] = len(each.at)
     order = sorted(moved, key=lambda dim: moved[dim].dim)
     kept = layer.reshape([layer.shape[dim] for dim in sorted(moved)])
-    return kept.permute([sorted(moved).index(dim) for dim in order]).reshape(shape)
+    kept = kept.permute([sorted(moved).index(dim) for dim in order]).reshape(shape)
+    for each in partial:
+        shape[each.dim] = each.size
+        whole = places_of_constant(each.size, each.dim, base.dim()).expand(shape).clone()
+        kept = whole.index_copy_(each.dim, torch.tensor(each.at), kept)
+    return kept
 
 
-def data_in_base(base: Tensor, places: Mapping[int, Places]) -> Sequence[Tensor]:
-    """The layer of a tensor of constants after data have been written into places of one dimension: they are no constants."""
+def data_in_base(base: Tensor, places: Mapping[int, Places], layers: Sequence[Tensor] = ()) -> Sequence[Tensor]:
+    """The layers of a tensor of constants after data have been written into places of one dimension: they are no constants.
+
+    Args:
+        base: the tensor.
+        places: of the view that is written.
+        layers: of the tensor before; none for constants alone.
+    """
     partial = [each for each in places.values() if not each.all]
     if len(partial) != 1:
         return ()
-    layer = places_of_constant(partial[0].size, partial[0].dim, base.dim())
-    layer.view(-1)[torch.tensor(partial[0].at)] = -1
-    return (layer,)
+    (each,) = partial
+    found = []
+    for layer in layers or (places_of_constant(each.size, each.dim, base.dim()),):
+        if each.dim in varying(layer):
+            at = torch.tensor(each.at)
+            written = layer.index_select(each.dim, at)
+            layer = layer.index_copy(each.dim, at, torch.where(written < -1, -1, written))
+        found.append(layer)
+    return found

@@ -350,9 +350,9 @@ def _write_through(call: Call, label: Label, layers: Sequence[Tensor], labels: S
         if found is None:
             call.label_graph.freeze(layer, f"{call.location} writes it into a part of another tensor")
     simple = len(places) == sum(size > 1 for size in target.shape)
-    if not layers and simple and before.kind == CONSTANT and labels[-1].kind == DATA:
-        written = list(data_in_base(base, places))
-    if written:
+    if not layers and simple and labels[-1].kind == DATA and (before.kind == CONSTANT or before.layers):
+        call.label_output(base, data_in_base(base, places, before.layers))
+    elif written:
         call.label_output(base, merge(call.label_graph, [before.layers, written]))
     elif before.kind == CONSTANT and target.numel() < base.numel():
         call.set_label(base, Label())

@@ -176,7 +176,7 @@ def _verified(
     graphs = [verified(label_graph)]
     given = shared_by_heads(graphs[0])
     others = [(given, False)] if given else []
-    others += [(frozenset[str](), True)] if has_entries_of_heads(graphs[0], label_graph, first is HEADS_FIRST) else []
+    others += [(given, True)] if has_entries_of_heads(graphs[0], label_graph, first is HEADS_FIRST) else []
     for given, keeps_heads in others:
         with isolated(model, shadows=True, device=device, gradients=label_graph.differentiates):
             other = run(model, modes=modes, given=given, keeps_heads=keeps_heads)

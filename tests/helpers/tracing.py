@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 import evolvenet
@@ -42,4 +43,25 @@ def shuffle_and_widen(model: nn.Module, graph: WidthGraph, inputs: Any) -> Width
     graph = evolvenet.resize(model, graph, wider)
     assert distance(outputs(model, inputs), expected) < 1e-9
     assert without_reasons(graph) == without_reasons(trace(model, inputs))
+    return graph
+
+
+def check_units(model: nn.Module, graph: WidthGraph, inputs: Any, names: list[str]) -> WidthGraph:
+    """Units in another order, with new ones between, change nothing; the first of the last width goes alone.
+
+    What is left computes the same as with zeros where the unit was consumed.
+    """
+    expected = outputs(model, inputs)
+    for name in names:
+        size = graph.sizes[name]
+        graph = evolvenet.resize(model, graph, {name: IndexMap.of([1, -1, *range(2, size), 0, -1], size)})
+    assert distance(outputs(model, inputs), expected) < 1e-9
+    with torch.no_grad():
+        for tie in graph.widths[names[-1]].consumers:
+            model.get_parameter(tie.tensor).narrow(tie.dim, tie.start, tie.repeat).zero_()
+    without = outputs(model, inputs)
+    assert distance(without, expected) > 1e-6
+    size = graph.sizes[names[-1]]
+    graph = evolvenet.resize(model, graph, {names[-1]: IndexMap.keep(range(1, size), size)})
+    assert distance(outputs(model, inputs), without) < 1e-12
     return graph

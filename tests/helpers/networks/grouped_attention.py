@@ -57,10 +57,17 @@ class GroupedAttention(nn.Module):
         repeat: how keys and values are repeated; "enable_gqa" leaves that to the fused attention of torch.
         turn: the kind of rotary embedding; its frequencies are a buffer.
         norm: whether queries and keys are normalized, each head by itself with weights that all share.
+        sinks: whether each head of queries has a sink: a score that takes a share of its softmax and has no value (GPT-OSS).
     """
 
     def __init__(
-        self, heads: int = 4, groups: int = 2, repeat: str = "expand", turn: str = "half", norm: bool = False
+        self,
+        heads: int = 4,
+        groups: int = 2,
+        repeat: str = "expand",
+        turn: str = "half",
+        norm: bool = False,
+        sinks: bool = False,
     ) -> None:
         super().__init__()
         self.places, self.repeats, self.repeat, self.turn = PLACES, heads // groups, repeat, turn
@@ -68,6 +75,7 @@ class GroupedAttention(nn.Module):
         self.q, self.k, self.v = (nn.Linear(12, n * PLACES) for n in (heads, groups, groups))
         self.o = nn.Linear(heads * PLACES, 12)
         self.norm_q, self.norm_k = (nn.RMSNorm(PLACES) if norm else nn.Identity() for _ in range(2))
+        self.sinks = nn.Parameter(torch.randn(heads)) if sinks else None
         self.register_buffer("frequencies", 0.3 ** torch.arange(PLACES // 2))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -83,5 +91,8 @@ class GroupedAttention(nn.Module):
             found = F.scaled_dot_product_attention(queries, keys, values, enable_gqa=True)
         else:
             keys, values = (REPEAT[self.repeat](each, self.repeats) for each in (keys, values))
-            found = ((queries @ keys.mT) * self.places**-0.5).softmax(-1) @ values
+            scores = (queries @ keys.mT) * self.places**-0.5
+            if self.sinks is not None:
+                scores = torch.cat([scores, self.sinks.view(1, -1, 1, 1).expand(len(x), -1, x.shape[1], -1)], -1)
+            found = scores.softmax(-1)[..., : x.shape[1]] @ values
         return self.last(x + self.o(found.transpose(1, 2).flatten(2)))
