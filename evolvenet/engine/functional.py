@@ -112,8 +112,9 @@ def grow(
         The graph of the changed model.
 
     Raises:
-        ResizeError, OptimizerStateError: as `resize`; also for a width whose units are mixed (layer norm), where no
-            new unit could leave the function as it is, and for batches or a loss that the method needs and lacks.
+        ResizeError, OptimizerStateError: as `resize`; also for a width whose units an op mixes so that no
+            new unit could leave the function as it is (`Width.can_grow`), and for batches or a loss that the method needs
+            and lacks.
     """
     check_current(model, graph)
     return commit(model, plan_growth(model, graph, sizes, method, generator, batches, loss), optimizers)

@@ -15,6 +15,7 @@ from evolvenet.measurement.activation_moments import collect
 from evolvenet.pruning.reconstruction import reconstruct
 from evolvenet.pruning.reconstruction_batch import TRAINING_LIMITS
 from evolvenet.pruning.selection import plan_cut
+from evolvenet.surgery.norm_expansion import expand_norms
 from evolvenet.surgery.resize_model import Surgery, TensorChange, compile_surgery, moved
 
 
@@ -23,7 +24,7 @@ def plan_replica_update(copy: nn.Module, graph: WidthGraph, surgery: Surgery, ba
 
     The same units are removed and added; ranks get the same change of basis before. The consumers of a removed unit are fitted
     to the copy's own outputs before the cut, since the model's fit is for other weights. New units have the model's values:
-    their fan-out is zero in both.
+    their fan-out is zero in both. Under a norm they are those of the copy's own weights, see `surgery.norm_expansion`.
 
     Args:
         copy: a model with the same tensor names and shapes as the graph's.
@@ -51,7 +52,9 @@ def plan_replica_update(copy: nn.Module, graph: WidthGraph, surgery: Surgery, ba
         return reconstruct(copy, graph, cut, batches, TRAINING_LIMITS)
     own = compile_surgery(copy, graph, surgery.maps)
     values = {change.name: change.value for change in surgery.changes}
-    return replace(own, changes=tuple(_with_model_values(change, values[change.name]) for change in own.changes))
+    with_new = replace(own, changes=tuple(_with_model_values(change, values[change.name]) for change in own.changes))
+    # What keeps the function of the copy under its norms follows from its own weights.
+    return expand_norms(copy, graph, with_new, columns=False)
 
 
 def without_shared_tensors(surgery: Surgery, model: nn.Module) -> Surgery:

@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
+from evolvenet.graph.exact_growth import united_growth
 from evolvenet.graph.width_graph import Segment, Width, WidthGraph, Widths, assemble
 from evolvenet.tracing.grouping import NEVER_RAN
 
@@ -142,7 +143,8 @@ def _united(graph: WidthGraph, names: list[str]) -> Width:
     mixed = next((width.mixed for width in widths if width.mixed is not None), None)
     smallest, multiple = max(w.smallest for w in widths), math.lcm(*(w.multiple for w in widths))
     step = math.lcm(*(w.step for w in widths))
-    return replace(first, frozen=reason, mixed=mixed, patches=patches, smallest=smallest, multiple=multiple, step=step)
+    made = replace(first, frozen=reason, mixed=mixed, patches=patches, smallest=smallest, multiple=multiple, step=step)
+    return replace(made, exact_growth=united_growth([width for width in widths if width.mixed is not None]))
 
 
 def _renamed(layout: Layout, name_of: Mapping[str, str]) -> dict[int, tuple[Segment, ...]]:

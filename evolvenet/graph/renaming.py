@@ -89,4 +89,9 @@ def renamed(graph: WidthGraph, rename: Rename) -> WidthGraph:
 def _bare(width: Width, name: str, rename: Rename) -> Width:
     patches = tuple((new, attribute) for path, attribute in width.patches if (new := rename(path)) is not None)
     rank_of = None if width.rank_of is None else rename(width.rank_of)
-    return replace(width, name=name, ties=(), patches=patches, rank_of=rank_of)
+    grown = width.exact_growth
+    if grown is not None:
+        norms = [rename(path) for path in grown.norms]
+        # With a norm outside nothing that lies here keeps the function.
+        grown = None if None in norms else replace(grown, norms=tuple(path for path in norms if path is not None))
+    return replace(width, name=name, ties=(), patches=patches, rank_of=rank_of, exact_growth=grown)

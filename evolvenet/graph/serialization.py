@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from evolvenet.errors import RecordError
+from evolvenet.graph.exact_growth import ExactGrowth
 from evolvenet.graph.naming import named_tensors
 from evolvenet.graph.width_graph import Segment, Width, WidthGraph, assemble
 
@@ -50,7 +51,9 @@ def from_state_dict(state: Mapping[str, Any]) -> WidthGraph:
     widths: dict[str, Width] = {}
     for entry in state["widths"]:
         patches = tuple((path, attribute) for path, attribute in entry["patches"])
-        given: dict[str, Any] = {**entry, "ties": (), "patches": patches}
+        grown = entry.get("exact_growth")
+        grown = None if grown is None else ExactGrowth(grown["new_units"], tuple(grown["norms"]))
+        given: dict[str, Any] = {**entry, "ties": (), "patches": patches, "exact_growth": grown}
         widths[entry["name"]] = Width(**given)
     layouts = {
         name: {dim: tuple(Segment(*part) for part in segments) for dim, segments in axes}

@@ -11,6 +11,7 @@ from evolvenet.errors import ResizeError
 from evolvenet.graph.axes import CONSUMES, FOLLOWS, MASKS, PRODUCES, Segment, Tie
 from evolvenet.graph.block_kinds import OTHER, coverage_by_kind
 from evolvenet.graph.coverage import shares
+from evolvenet.graph.exact_growth import COPY, ExactGrowth
 from evolvenet.graph.index_map import IndexMap
 from evolvenet.graph.width_graph_text import as_explanation, as_table, as_text
 
@@ -32,7 +33,7 @@ class Width:
         parameters: number of parameters that lie in it (each weight entry counted once).
         ties: every tensor axis in which it occurs.
         mixed: None, or the op that mixes units with each other (layer norm, a mean over the units); growing then
-            cannot keep the function exactly.
+            keeps the function only as `exact_growth` says.
         smallest: the fewest units it can have (two where the units are the groups of a grouped layer).
         patches: (module path, name) of Python numbers of the model's own code that are proportional to its size ("num_heads",
             "config.hidden_size", see `evolvenet.surgery.numbers`); a resize rescales them.
@@ -40,6 +41,7 @@ class Width:
         multiple: every size is a multiple of it, which an op of the model needs (`_grouped_mm` reads rows of 16 bytes).
         rank_of: path of the factorized layer of which it is a rank: nothing but linear maps touches its units, so that any
             invertible change of their basis keeps the function. None for other widths.
+        exact_growth: how new units of a width that norms mix keep the function; None if they do not, or nothing mixes it.
         kind: of block, as the trace has seen it: one of `evolvenet.graph.block_kinds.KINDS`.
     """
 
@@ -54,19 +56,27 @@ class Width:
     step: int = 1
     multiple: int = 1
     rank_of: str | None = None
+    exact_growth: ExactGrowth | None = None
     kind: str = field(default=OTHER, compare=False)
+
+    @property
+    def can_grow(self) -> bool:
+        """Whether new units can keep the function."""
+        return self.mixed is None or self.exact_growth is not None
 
     def rounded(self, size: int) -> int:
         """The size that a policy may propose instead of this one: the next multiple of `step` from there up.
 
         Between the present size, which need be no multiple, and the multiple above it: the present size. So pruning removes
-        no more than was meant, and growth reaches the next multiple at least.
+        no more than was meant, and growth reaches the next multiple at least. Where new units can only be copies of all others:
+        of the present size.
 
         >>> width = Width("fc1", 50, step=8)
         >>> [width.rounded(size) for size in (41, 48, 49, 50, 51, 60)]
         [48, 48, 50, 50, 56, 64]
         """
-        above = -(-max(size, self.smallest) // self.step) * self.step
+        step = self.size if size > self.size and self.exact_growth == ExactGrowth(COPY) else self.step
+        above = -(-max(size, self.smallest) // step) * step
         return self.size if size <= self.size <= above else above
 
     @property

@@ -20,6 +20,7 @@ from evolvenet.graph.naming import named_tensors
 from evolvenet.graph.width_graph import FOLLOWS, MASKS, PRODUCES, Tie, Width, WidthGraph
 from evolvenet.linalg.precision import in_float64
 from evolvenet.linalg.spectrum import matricize
+from evolvenet.surgery.norm_expansion import expand_norms
 from evolvenet.surgery.resize_model import Surgery, TensorChange, compile_surgery, install
 
 INITIAL_NORM = 3**-0.5
@@ -94,8 +95,15 @@ class Growth:
 
     @property
     def widths(self) -> tuple[Width, ...]:
-        """The widths that grow."""
-        return tuple(self.graph.widths[name] for name in self.surgery.maps)
+        """The widths that grow, without those that a norm mixes: see `evolvenet.surgery.norm_expansion`."""
+        growing = (self.graph.widths[name] for name in self.surgery.maps)
+        return tuple(width for width in growing if width.exact_growth is None)
+
+    @property
+    def mixed_widths(self) -> tuple[Width, ...]:
+        """The widths that grow and that a norm mixes; their new units start with random columns and zero or equal rows."""
+        growing = (self.graph.widths[name] for name in self.surgery.maps)
+        return tuple(width for width in growing if width.exact_growth is not None)
 
     def count(self, width: Width) -> int:
         """Number of new units of the width."""
@@ -224,7 +232,8 @@ def fill_new_units(growth: Growth, directions: Entries) -> Surgery:
                 # With a scale of 0 and columns of 0 both gradients would stay 0.
                 if level > 0:
                     value.narrow(tie.dim, slot.first, slot.count * slot.repeat).fill_(level)
-    return replace(growth.surgery, changes=tuple(replace(c, value=values[c.name]) for c in growth.surgery.changes))
+    filled = replace(growth.surgery, changes=tuple(replace(c, value=values[c.name]) for c in growth.surgery.changes))
+    return expand_norms(growth.model, growth.graph, filled, growth.generator)
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from evolvenet.errors import concerning
 from evolvenet.execution.inputs import first_samples
 from evolvenet.execution.step import network_outputs
 from evolvenet.graph.index_map import IndexMap
-from evolvenet.graph.width_graph import CONSUMES, Width, WidthGraph
+from evolvenet.graph.width_graph import CONSUMES, PRODUCES, Width, WidthGraph
 from evolvenet.growth.expanded_model import Growth, expanded, finite
 from evolvenet.growth.initializers import METHODS
 from evolvenet.linalg.precision import in_float64
@@ -63,7 +63,8 @@ def evidence(
 ) -> dict[str, Evidence]:
     """Test for each width whether growing it, alone, to a size would lower the loss.
 
-    The new units' rows are those of `grow`'s "orthogonal". The step of their fan-out, which is 0, is minus its gradient on
+    The new units' rows are those of `grow`'s "orthogonal"; for a width that a norm mixes, whose new units start with columns
+    of their own, read row for column. The step of their fan-out, which is 0, is minus its gradient on
     the even samples; the change of the outputs on the odd samples is compared with minus the loss's gradient there. The
     part that a gradient step of the present columns explains is projected out of both. That is the expressivity bottleneck
     of Verbockhaven, Rudkiewicz, Charpiat and Chevallier, "Growing tiny networks: spotting expressivity bottlenecks and
@@ -131,8 +132,11 @@ class _LossTest:
 
     def __init__(self, growth: Growth, shadows: dict[str, Tensor], known: Sequence[tuple[Any, Gradients]]) -> None:
         self.growth, self.shadows, self.known = growth, shadows, known
-        self.consumers = {width.name: growth.matrices(width, CONSUMES) for width in growth.widths}
-        self.slots = {tie: growth.slot(tie, width) for width in growth.widths for tie in self.consumers[width.name]}
+        self.widths = (*growth.widths, *growth.mixed_widths)
+        # Under a norm new units have columns at once, and it is their rows that move them first.
+        self.first_moved = {width.name: growth.matrices(width, CONSUMES) for width in growth.widths}
+        self.first_moved |= {width.name: growth.matrices(width, PRODUCES) for width in growth.mixed_widths}
+        self.slots = {tie: growth.slot(tie, width) for width in self.widths for tie in self.first_moved[width.name]}
 
     def fits(self) -> bool:
         """Whether the gradients have the shapes of the model's outputs."""
@@ -165,13 +169,13 @@ class _LossTest:
         for tensor in tensors:
             tensor.requires_grad_(False)
         by_name = dict(zip(names, totals, strict=True))
-        return {width.name: self._split(width, by_name) for width in self.growth.widths}
+        return {width.name: self._split(width, by_name) for width in self.widths}
 
     def _split(self, width: Width, gradients: Mapping[str, Tensor]) -> tuple[Step, Step]:
-        """Minus the gradient, for the new columns and for the present ones."""
-        names = {tie.tensor for tie in self.consumers[width.name]}
+        """Minus the gradient, for the columns (under a norm: the rows) of the new units and of the present ones."""
+        names = {tie.tensor for tie in self.first_moved[width.name]}
         new = {name: torch.zeros_like(gradients[name]) for name in names}
-        for tie in self.consumers[width.name]:
+        for tie in self.first_moved[width.name]:
             self.slots[tie].put(new[tie.tensor], -self.slots[tie].take(gradients[tie.tensor]))
         return self._sized(new), self._sized({name: -gradients[name] - new[name] for name in names})
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from evolvenet.errors import ResizeError, TraceError
+from evolvenet.graph.exact_growth import COPY, ExactGrowth
 from evolvenet.graph.index_map import IndexMap
 from evolvenet.graph.naming import tensor_named
 from evolvenet.graph.width_graph import Width, WidthGraph
@@ -36,6 +37,9 @@ def plan_growth(
     of the present units, depthwise kernels are random of the mean norm; the columns that consume them are 0 and have a
     gradient at once, but for the pairs of "paired". In a weight that both produces and consumes the units both are 0.
 
+    Widths that a norm mixes, such as residual streams, start in their own way whatever the method: with zeros, the mean of
+    the present units, or copies of them, see `evolvenet.surgery.norm_expansion`.
+
     - "orthogonal": rows orthogonal to all others as long as there are any; then random, or with batches those whose
       activations are predicted worst from the present units (NORTH*).
     - "paired": the same, in pairs with fan-outs of opposite signs (Net2Net, gromo), the last of an odd number alone.
@@ -60,7 +64,8 @@ def plan_growth(
 
     Raises:
         ResizeError: for an unknown method, an unknown or frozen width, a size that it cannot take, a width of which an
-            op mixes the units, or batches or a loss that the method needs and that are missing or malformed.
+            op mixes the units so that none can be added, or batches or a loss that the method needs and that are missing or
+            malformed.
         SpectrumError: for NaN or infinite weights, activations or gradients.
         TraceError: if there is no batch in `batches`.
 
@@ -112,8 +117,17 @@ def _check(width: Width, size: int) -> None:
             f"Grow: width {width.name!r} has {width.size} units, expected a new size of {width.size} or more, "
             f"got {size}. To remove units, use prune."
         )
-    if width.frozen is None and width.mixed is not None and size > width.size:
+    if width.frozen is not None or size == width.size:
+        return
+    if not width.can_grow:
         raise ResizeError(
             f"Grow: width {width.name!r} cannot grow from {width.size} to {size} units without changing the function: "
-            f"{width.mixed}. resize with IndexMap.grow adds them all the same, as zeros."
+            f"{width.mixed}. Residual streams under layer norms and RMS norms grow, if each norm is of a type for which "
+            "evolvenet.surgery.norms.norm_of is registered, or computes as torch's do. "
+            "resize with IndexMap.grow adds units all the same, as zeros."
+        )
+    if width.exact_growth == ExactGrowth(COPY) and size % width.size:
+        raise ResizeError(
+            f"Grow: width {width.name!r} can only grow by whole copies of its {width.size} units without changing the "
+            f"function, expected a multiple of {width.size}, got {size}: {width.mixed}. Take {width.rounded(size)}."
         )

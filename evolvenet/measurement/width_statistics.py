@@ -174,11 +174,11 @@ def _statistics(
     past: PastEvents,
 ) -> WidthStatistics:
     width = graph.widths[name]
-    # Without a producer's row a new unit has no input, and where an op mixes units it changes the function. Its columns
+    # Without a producer's row a new unit has no input, and where an op mixes units it may change the function. Its columns
     # are 0 at first: without a consumer that is trained they stay 0.
     consumers = [tensor_named(model, tie.tensor) for tie in width.consumers]
     trained = not consumers or any(tensor.requires_grad for tensor in consumers)
-    growable = width.mixed is None and bool(width.producers) and trained
+    growable = width.can_grow and bool(width.producers) and trained
     return statistics_of(name, spectrum, past, growable, energies)
 
 

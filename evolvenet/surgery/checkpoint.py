@@ -247,7 +247,8 @@ def _apply_numbers(model: nn.Module, record: Mapping[str, Any] | None) -> None:
             module = model.get_submodule(path)
         except AttributeError:
             continue
-        if number_at(module, name) is not None:
+        # An eps of None is torch's own, and no missing number.
+        if number_at(module, name) is not None or name in vars(module):
             attribute, changed = with_number(module, name, value)
             setattr(module, attribute, changed)
 

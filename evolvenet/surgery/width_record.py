@@ -17,6 +17,7 @@ from evolvenet.graph.renaming import Rename, in_child, in_parent, renamed, renam
 from evolvenet.graph.serialization import from_state_dict, to_state_dict
 from evolvenet.graph.sizes import sizes_from_shapes
 from evolvenet.graph.width_graph import WidthGraph
+from evolvenet.surgery.norms import eps_numbers
 from evolvenet.surgery.numbers import number_at
 
 RECORD_KEY = "evolvenet"
@@ -31,7 +32,7 @@ class WidthRecord:
 
     Args:
         numbers: (module path, name) of the model's own numbers that follow widths (`num_heads`, `config.hidden_size`), see
-            `evolvenet.surgery.numbers`.
+            `evolvenet.surgery.numbers`, and the eps of norms, which do where streams grow.
         buffers: names of buffers that follow widths and are not persistent.
         graph: the widths, with any sizes: those that the model has are found by its shapes.
         original: {width: size before anything was changed}.
@@ -62,7 +63,7 @@ class WidthRecord:
         """
         start = f"{root}." if root else ""
         kept = {name for name, _ in model.named_parameters(remove_duplicate=False)} | set(model.state_dict())
-        numbers = {entry for width in graph.resizable for entry in width.patches}
+        numbers = {entry for width in graph.resizable for entry in (*width.patches, *eps_numbers(model, width))}
         sizes = {name: (original or {}).get(name, width.size) for name, width in graph.widths.items()}
         return cls(
             tuple(sorted((".".join(filter(None, (root, path))), name) for path, name in numbers)),

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from evolvenet.tracing.labels import CONSTANT, KERNEL, Label, align, arrange, is_constant, varying
 from evolvenet.tracing.merging import merge
+from evolvenet.tracing.normalised import mark_normalised
 from evolvenet.tracing.partitions import partners
 from evolvenet.tracing.rules import Call, rule
 
@@ -49,7 +50,7 @@ def group_norm(call: Call) -> None:
         if 1 not in varying(layer):
             continue
         if groups == 1:
-            call.label_graph.mark_mixed(layer, f"{call.location} normalises across its units")
+            mark_normalised(call, layer, f"{call.location} normalises across its units")
         else:
             whole_groups(call, channels[0], groups)
     call.label_output(call.outputs[0], layers)
@@ -72,7 +73,7 @@ def layer_norm(call: Call) -> None:
     layers = _normed(call, source, shaped)
     for layer in layers:
         if normalised & set(varying(layer)):
-            call.label_graph.mark_mixed(layer, f"{call.location} normalises across its units", normalised)
+            mark_normalised(call, layer, f"{call.location} normalises across its units", normalised)
     call.label_output(call.outputs[0], layers)
 
 

@@ -19,6 +19,7 @@ from evolvenet.graph.naming import named_tensors
 from evolvenet.graph.width_graph import CONSUMES, FOLLOWS, PRODUCES, Segment, Width, WidthGraph, assemble
 from evolvenet.tracing.labels import KERNEL, AxisIds, LabelGraph
 from evolvenet.tracing.needed_sizes import common_multiple, needed_multiples, needed_units
+from evolvenet.tracing.normalised import norms_over, possible_growth
 
 NEVER_RAN = "never ran on the example inputs"
 """The reason of a width of which no op of the run has used a tensor."""
@@ -84,10 +85,13 @@ def build_graph(model: nn.Module, label_graph: LabelGraph) -> GroupedWidths:
     names = _names(groups, layouts, label_graph, trainable)
     widths = {name: _width(name, groups[g], disordered.get(g), label_graph.lines) for g, name in names.items()}
     order = sorted(label_graph.kinds, key=lambda entry: (EXPERTS, STREAM, ATTENTION, EMBEDDINGS).index(entry[1]))
-    kinds = _reasons(order, component)
+    kinds, norms = _reasons(order, component), norms_over(label_graph, component)
     for g, name in names.items():
         kind = next((kinds[member] for member in groups[g].members if member in kinds), OTHER)
-        widths[name] = replace(widths[name], kind=kind)
+        growth = None
+        if widths[name].mixed is not None and widths[name].frozen is None:
+            growth = possible_growth(model, kind, norms.get(groups[g].members[0], ()))
+        widths[name] = replace(widths[name], kind=kind, exact_growth=growth)
     named = {
         tensor: {
             dim: tuple(Segment(None if g is None else names.get(g), length, repeat) for g, length, repeat in parts)

@@ -80,6 +80,7 @@ class LabelGraph:
         lines: reason that names an op → the line of the model's code that ran it first.
         op: the op whose rule is applied, with its module.
         mixed: ids that influence each other in an op as the rows of a matrix, with the op; see `mark_mixed`.
+        normalised: ids over which an op computes a statistic, with the path of its module; see `exact_growth`.
         multiples: layers with the number of which an op needs a multiple of places along them, and the op.
         fewest: ids of an axis with the number of its units that an op needs at least.
         competing: ids that compete in an op, with the reason why they are frozen unless they are `routed`.
@@ -113,6 +114,7 @@ class LabelGraph:
     lines: dict[str, str] = field(default_factory=dict)
     op: str = ""
     mixed: list[tuple[Tensor, str]] = field(default_factory=list)
+    normalised: list[tuple[Tensor, str]] = field(default_factory=list)
     multiples: list[tuple[Tensor, int, str]] = field(default_factory=list)
     fewest: list[tuple[Tensor, int]] = field(default_factory=list)
     competing: list[tuple[Tensor, str]] = field(default_factory=list)

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import logging
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import product
 from random import Random
 from typing import Any
@@ -23,12 +24,15 @@ from torch import Tensor, nn
 from evolvenet._compat.torch import storage_id, tensor_tables, tree_leaves, tree_map_only
 from evolvenet.execution.inputs import tensors_of
 from evolvenet.execution.isolation import isolated
+from evolvenet.graph.exact_growth import COPY, ExactGrowth
 from evolvenet.graph.index_map import NEW_UNIT, IndexMap
 from evolvenet.graph.width_graph import Width, WidthGraph, Widths
 from evolvenet.linalg.precision import has_float64
+from evolvenet.surgery.norm_expansion import expand_norms
 from evolvenet.surgery.resize_model import compile_surgery, install
 from evolvenet.tracing.bisection import bisect, classes_of
 from evolvenet.tracing.coupled_dims import structure
+from evolvenet.tracing.exact_growth import with_proved_growth, without_exact_growth
 from evolvenet.tracing.numbers_mode import FirstDifference, NumbersMode, Sampled
 from evolvenet.tracing.reasons import first_line, frozen_for, source_line
 from evolvenet.tracing.tracing_mode import run_under_mode
@@ -43,6 +47,10 @@ LARGE = 200_000_000
 SMALL = 4_096
 """Tensors of at most as many entries, and those that hold one number everywhere, are changed by random numbers: what is
 zero, or the same for all units, would hide a difference."""
+CASTABLE = 20_000_000
+"""Parameters of a model of which all are in the dtype of the comparison before their widths grow, where a norm mixes them."""
+ROUNDED = 1e-6
+"""Difference, as in `TOLERANCES`, where new units under a norm are computed in a larger model's single precision."""
 ROUNDS = 3
 TOGETHER = "the outputs change when it changes together with other widths"
 NOT_FINITE = "a new unit, which is 0, makes its outputs NaN or infinite"
@@ -65,10 +73,20 @@ def compare_numbers(
         gradients: whether the model's own code computes gradients.
     """
     if not graph.resizable or any(tensor.is_meta for tensor in model.parameters()):
-        return graph
+        return without_exact_growth(graph)
     comparison = _comparison(model, example_inputs, modes, gradients)
     if comparison is None:
+        return without_exact_growth(graph)
+    growing = any(width.exact_growth is not None for width in graph.resizable)
+    together = growing and comparison.casts_first
+    if together and comparison.failure(graph, [width.name for width in graph.resizable]) is None:
         return graph
+    verified = _verified(comparison, without_exact_growth(graph))
+    return with_proved_growth(verified, graph, comparison.failure)
+
+
+def _verified(comparison: Comparison, graph: WidthGraph) -> WidthGraph:
+    """The graph, without growth of mixed widths, in which every width is frozen for which the outputs change."""
     for _ in range(ROUNDS):
         names = [width.name for width in graph.resizable]
         if comparison.failure(graph, names) is None:
@@ -158,6 +176,11 @@ class Comparison:
     cast: bool
     expected: list[Tensor] = field(default_factory=list[Tensor])
 
+    @cached_property
+    def casts_first(self) -> bool:
+        """Whether what new units under a norm start with is computed in the dtype of the comparison."""
+        return sum(parameter.numel() for parameter in self.model.parameters()) <= CASTABLE
+
     def run(self, graph: WidthGraph | None, maps: dict[str, IndexMap], mode: NumbersMode) -> list[Tensor]:
         """The floating-point outputs of a copy of the model, in all modes, after a change of widths."""
         with (
@@ -167,17 +190,25 @@ class Comparison:
             if not self.cast:
                 mode.shared = frozenset(storage_id(parameter) for parameter in self.model.parameters())
             _vary(self.model)
+            growing = graph is not None and _grows_under_norms(graph, maps)
+            if growing and self.casts_first:
+                self._cast(everything=True)
             if graph is not None and maps:
-                install(self.model, compile_surgery(self.model, graph, maps))
+                surgery = compile_surgery(self.model, graph, maps)
+                generator = torch.Generator().manual_seed(0)
+                install(self.model, expand_norms(self.model, graph, surgery, generator))
             # Tensor by tensor, and last: both values of a change in double precision would take twice the memory.
-            for tensor in _own_tensors(self.model):
-                if isinstance(tensor, nn.Parameter) and not self.cast:
-                    continue
-                tensor.data = tensor.data.to(self.dtype if tensor.is_floating_point() else COMPLEX[self.dtype])
+            self._cast(everything=self.cast)
             found: list[Tensor] = []
             for training in self.modes:
                 found += tensors_of(run_under_mode(self.model, self.inputs, None, training, mode))
             return [each.detach() for each in found if each.is_floating_point() or each.is_complex()]
+
+    def _cast(self, *, everything: bool) -> None:
+        """Give the tensors of the copy the dtype: the buffers, and parameters too if everything is to have it."""
+        for tensor in _own_tensors(self.model):
+            if everything or not isinstance(tensor, nn.Parameter):
+                tensor.data = tensor.data.to(self.dtype if tensor.is_floating_point() else COMPLEX[self.dtype])
 
     def failure(self, graph: WidthGraph, names: Sequence[str], *, zeros: bool = True) -> str | None:
         """How the outputs change with widths permuted and, with `zeros`, widened; None if they stay."""
@@ -192,7 +223,9 @@ class Comparison:
         if zeros and not all(bool(tensor.isfinite().all()) for tensor in found):
             return NOT_FINITE
         moved = max(map(_distance, found, self.expected), default=0.0)
-        return None if moved <= TOLERANCES[self.dtype] else f"the outputs change by {moved:.1e} of their norm"
+        rounded = _grows_under_norms(graph, maps) and not self.casts_first
+        tolerance = max(TOLERANCES[self.dtype], ROUNDED) if rounded else TOLERANCES[self.dtype]
+        return None if moved <= tolerance else f"the outputs change by {moved:.1e} of their norm"
 
     def reason(self, graph: WidthGraph, name: str) -> str:
         """Why the outputs change with a width: the first op that computes other values."""
@@ -211,15 +244,24 @@ class Comparison:
 
 
 def _maps(graph: WidthGraph, names: Sequence[str], zeros: bool) -> dict[str, IndexMap]:
-    """A permutation of each width, with one to three units of zeros among the others where no op mixes its units."""
+    """A permutation of each width, with new units among the others where these can keep the function.
+
+    Of zeros, one to three; of a width that a norm mixes, as its `exact_growth` says.
+    """
     return {
-        name: _map(graph.widths[name], number, zeros and graph.widths[name].mixed is None)
+        name: _map(graph.widths[name], number, zeros and graph.widths[name].can_grow)
         for number, name in enumerate(names)
     }
 
 
+def _grows_under_norms(graph: WidthGraph, maps: Mapping[str, IndexMap]) -> bool:
+    """Whether a width gets new units that a norm mixes."""
+    return any(index_map.new_units and graph.widths[name].exact_growth for name, index_map in maps.items())
+
+
 def _map(width: Width, number: int, zeros: bool) -> IndexMap:
-    order = [*range(width.size), *([NEW_UNIT] * (1 + number % 3) * width.multiple if zeros else ())]
+    count = width.size if width.exact_growth == ExactGrowth(COPY) else (1 + number % 3) * width.multiple
+    order = [*range(width.size), *([NEW_UNIT] * count if zeros else ())]
     Random(number).shuffle(order)
     if order == sorted(order):
         order.reverse()

@@ -8,6 +8,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from evolvenet.tracing.labels import varying
+from evolvenet.tracing.normalised import mark_normalised
 from evolvenet.tracing.rules import Call, elementwise, rule
 
 WITH_POSITIONS = frozenset(f"aten::{name}" for name in ("max", "min", "median", "nanmedian", "kthvalue", "mode"))
@@ -37,7 +38,7 @@ def reduction(call: Call) -> None:
             if positions:
                 call.label_graph.freeze(layer, reason)
             else:
-                call.label_graph.mark_mixed(layer, reason, over)
+                mark_normalised(call, layer, reason, over)
         if not over:
             kept.append(layer)
         elif over != set(varying(layer)) and not positions and bool((layer >= 0).all()):
