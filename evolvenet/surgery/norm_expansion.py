@@ -262,7 +262,12 @@ class _NewUnits:
             norm = float(value[places].reshape(units.numel(), -1).norm(dim=1).mean())
             noise *= DIFFERENCE * norm / math.sqrt(value[places].numel() / units.numel())
             # Rows of new units of other widths may be equal on purpose.
-            part += (noise.reshape(value[places].shape) * self._is_old(tie)).reshape(count, -1).to(part.dtype).to(part.device)
+            part += (
+                (noise.reshape(value[places].shape) * self._is_old(tie))
+                .reshape(count, -1)
+                .to(part.dtype)
+                .to(part.device)
+            )
         value[places] = part.reshape(value[places].shape)
 
     def _is_old(self, tie: Tie) -> Tensor:

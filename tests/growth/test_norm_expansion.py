@@ -175,7 +175,9 @@ def test_new_units_learn_each_in_its_own_way(name: str) -> None:
 
 
 def test_weights_and_eps_are_rescaled_and_travel_with_a_state_dict(tmp_path: Any) -> None:
-    model, inputs = _randomized(ResidualMlp(nn.RMSNorm, 8)), torch.randn(ROWS, dtype=torch.float64)
+    model: Any = ResidualMlp(nn.RMSNorm, 8)
+    inputs = torch.randn(ROWS, dtype=torch.float64)
+    _randomized(model)
     model.norms[0].eps = 0.5
     fresh = copy.deepcopy(model)
     graph, before = trace(model, inputs), outputs(model, inputs)
