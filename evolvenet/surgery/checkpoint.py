@@ -25,6 +25,7 @@ from evolvenet.surgery.module_replacement import behind, find_replacements, fit_
 from evolvenet.surgery.numbers import number_at, with_number
 from evolvenet.surgery.resize_model import exchange, scaled_numbers
 from evolvenet.surgery.state_parts import own_names, refuse_others, tied_to
+from evolvenet.surgery.untrusted_files import refuse_unsafe
 from evolvenet.surgery.width_check import (
     problem_by_graph,
     problem_by_record,
@@ -209,9 +210,10 @@ def fit_shapes(
         record: what depends on widths and is not in the state dict, from `WidthRecord.state_dict`.
 
     Raises:
-        RecordError: if a tensor has another number of axes there, or shapes that no change of widths leads to; nothing
-            has changed then.
+        RecordError: if a tensor has another number of axes there, shapes that no change of widths leads to, or numbers that
+            none writes, see `evolvenet.surgery.untrusted_files`; nothing has changed then.
     """
+    refuse_unsafe(model, state, record, prefix)
     hidden = (record or {}).get("buffers", {})
     planned = _shapes_there(model, prefix, {**state, **{prefix + name: tensor for name, tensor in hidden.items()}})
     updates = _changed_numbers(model, prefix, planned)
