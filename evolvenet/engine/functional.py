@@ -16,8 +16,7 @@ from evolvenet.graph.index_map import IndexMap
 from evolvenet.graph.width_graph import WidthGraph
 from evolvenet.growth.expanded_model import Loss
 from evolvenet.growth.plan import plan_growth
-from evolvenet.measurement.activation_moments import collect
-from evolvenet.pruning.reconstruction import reconstruct
+from evolvenet.pruning.fitted_prune import plan_fitted_prune
 from evolvenet.pruning.selection import plan_prune
 from evolvenet.surgery.optimizer_state import apply_state, compile_states, validate_state
 from evolvenet.surgery.optimizer_tensors import with_inner
@@ -67,11 +66,14 @@ def prune(
         graph: its widths as they are now.
         sizes: {width: new number of units}.
         batches: inputs of the model (tensors, tuples, dicts) to measure activations on; without them the choice is by
-            weights alone and the consumers are not fitted.
+            weights alone and the consumers are not fitted. Samples of one source (crops of a photo, windows of a
+            recording) belong in one batch: whether a fit helps is tested on other batches than those that it was made on,
+            and with three batches or more so is the fit of all layers together, see `plan_fitted_prune`.
         optimizers: the one or those that hold the model's parameters.
 
     Returns:
-        The graph of the changed model.
+        The graph of the changed model. Its `notes` say if the fit was refused, or taken by half, as it did not help on
+        samples that were held out.
 
     Raises:
         ResizeError, OptimizerStateError: as `resize`.
@@ -80,8 +82,7 @@ def prune(
     if batches is None:
         return commit(model, plan_prune(model, graph, sizes), optimizers)
     batches = batches if isinstance(batches, Tensor) else list(batches)
-    surgery = plan_prune(model, graph, sizes, collect(model, graph, batches))
-    return commit(model, reconstruct(model, graph, surgery, batches), optimizers)
+    return commit(model, plan_fitted_prune(model, graph, sizes, batches), optimizers)
 
 
 def grow(

@@ -132,6 +132,7 @@ class WidthGraph:
         added: names of the tensors that ops only add to their units: biases, running means.
         gates: names of the tensors that scale, gate or bound each unit by entries of its own: fixed kernels, grids of splines.
         outputs: paths, or a function, of those outputs of the model that count, as given to `trace`; None for all.
+        notes: what the last change did differently from what was asked for, a line each: `prune` names fits that it refused.
     """
 
     widths: Widths
@@ -143,6 +144,7 @@ class WidthGraph:
     added: frozenset[str] = frozenset()
     gates: frozenset[str] = frozenset()
     outputs: ChosenOutputs = None
+    notes: tuple[str, ...] = ()
 
     @property
     def resizable(self) -> tuple[Width, ...]:

@@ -76,7 +76,8 @@ def _caption(graph: WidthGraph) -> str:
     kinds = graph.coverage_by_kind
     parts = [f"{kind} {100 * removable:.1f} of {share:.1%}" for kind, (removable, share) in kinds.items()]
     by_kind = f" ({', '.join(parts)})" if set(kinds) - {OTHER} else ""
-    return f"coverage {graph.coverage:.1%} of {graph.parameters:,} parameters{by_kind}"
+    coverage = f"coverage {graph.coverage:.1%} of {graph.parameters:,} parameters{by_kind}"
+    return "\n".join([coverage, *graph.notes])
 
 
 def _titles(graph: WidthGraph) -> list[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from evolvenet.errors import SpectrumError, TraceError, concerning
 from evolvenet.execution.isolation import isolated, op_by_op
 from evolvenet.execution.residual_sums import ResidualSumMode
-from evolvenet.execution.sampling import evenly, samples_in
+from evolvenet.execution.sampling import evenly, in_halves
 from evolvenet.execution.step import run_model
 from evolvenet.execution.weight_ops import WeightOp
 from evolvenet.graph.width_graph import Tie, WidthGraph
@@ -96,10 +96,10 @@ class Moments:
 class ActivationMoments(Mapping[Tie, Moments]):
     """{consumer's tie: moments of its inputs, `n` the size of the width}.
 
-    Even and odd samples are kept apart, so that a fit on one half can be tested on the other.
+    Two halves of the samples are kept apart, so that a fit on one half can be tested on the other.
 
     Args:
-        even: moments of the samples 0, 2, 4 … of all batches one after the other.
+        even: moments of the samples of the batches 0, 2, 4 …; of the first half of a single batch.
         odd: those of the others, over the same ties.
         uses: the biases and the other uses of the consumers.
     """
@@ -140,18 +140,22 @@ class ActivationMoments(Mapping[Tie, Moments]):
         return len(self.even)
 
 
-def collect(model: nn.Module, graph: WidthGraph, batches: Iterable[Any]) -> ActivationMoments:
+def collect(
+    model: nn.Module, graph: WidthGraph, batches: Iterable[Any], names: Collection[str] | None = None
+) -> ActivationMoments:
     """Run the model on a few batches and gather the moments of the inputs of every consumer of a resizable width.
 
     Samples are those of the batch and all positions; a channel that a flatten spread over `repeat` places counts as
     `repeat` samples, and so does each group of a grouped convolution. More than `CAP` of them in a batch are sampled
     evenly, always the same ones. The model runs in eval mode without gradients; training flags, buffers and random
-    states are afterwards as before. Even and odd samples are told apart by the first axis of the model's inputs.
+    states are afterwards as before. Every second batch, or the second half of a single one, is kept apart from the others, see
+    `evolvenet.execution.sampling.held_out`; samples are told apart by the first axis of the model's inputs.
 
     Args:
         model: the model of the graph.
         graph: its widths.
         batches: what the model is called with: a tensor, a tuple or list of arguments, a dict of keyword arguments.
+        names: of the widths; all that can be resized by default.
 
     Returns:
         The moments of each consumer whose weight was multiplied with data in a dense product or a convolution, whatever
@@ -169,19 +173,20 @@ def collect(model: nn.Module, graph: WidthGraph, batches: Iterable[Any]) -> Acti
     """
     if isinstance(batches, Tensor):
         raise TraceError("Batches: expected an iterable of model inputs, got one tensor. Wrap it in a list: [inputs].")
-    gathered = {tie: _Halves(width.size) for width in graph.resizable for tie in width.consumers}
+    wanted = [width for width in graph.resizable if names is None or width.name in names]
+    gathered = {tie: _Halves(width.size) for width in wanted for tie in width.consumers}
     by_tensor: dict[str, dict[Tie, _Halves]] = {}
     for tie, halves in gathered.items():
         by_tensor.setdefault(tie.tensor, {})[tie] = halves
     seen, ran, uses = 0, False, UseRecorder(model)
     with isolated(model, gradients=graph.differentiates):
-        for batch in batches:
-            gather = partial(_gather, by_tensor, max(1, samples_in(batch)), seen)
+        for batch, odd in in_halves(batches):
+            gather = partial(_gather, by_tensor, odd)
             mode = ResidualSumMode(model, gather, lambda op, _: uses.add_op(op), on_bias=uses.add_bias)
             with op_by_op(mode):
                 run_model(model, batch)
             uses.add_other_uses(mode.other_uses)
-            seen += samples_in(batch)
+            seen += len(odd)
             ran = True
     if not ran or not seen:
         got = "batches without a sample" if ran else "none"
@@ -195,14 +200,14 @@ def collect(model: nn.Module, graph: WidthGraph, batches: Iterable[Any]) -> Acti
 
 
 class _Halves:
-    """Moments of one tie so far: of even samples and of odd samples."""
+    """Moments of one tie so far: of the samples that are fitted, and of those held out."""
 
     def __init__(self, size: int) -> None:
         self.moments = [Moments.empty(size), Moments.empty(size)]
         self.seen = False
 
     def add(self, rows: Tensor, odd: Tensor) -> None:
-        """Add rows `[N, n]`; `odd` `[N]` says which of them belong to odd samples."""
+        """Add rows `[N, n]`; `odd` `[N]` says which of them are held out."""
         for half, chosen in enumerate((~odd, odd)):
             self.moments[half] = self.moments[half].merge(Moments.of(rows[chosen]))
         self.seen = True
@@ -216,8 +221,8 @@ class _Halves:
             )
 
 
-def _gather(by_tensor: Mapping[str, Mapping[Tie, _Halves]], samples: int, before: int, op: WeightOp) -> None:
-    """Add the inputs of a weight op to the moments of all its ties; `before` samples came in earlier batches."""
+def _gather(by_tensor: Mapping[str, Mapping[Tie, _Halves]], held_out: Tensor, op: WeightOp) -> None:
+    """Add the inputs of a weight op to the moments of all its ties; `held_out` `[samples]` says to which half."""
     for tie, halves in by_tensor.get(op.tensor, {}).items():
         if tie.dim != op.axis or not op.input_positions or op.weight.is_complex():
             continue
@@ -226,5 +231,5 @@ def _gather(by_tensor: Mapping[str, Mapping[Tie, _Halves]], samples: int, before
             row = evenly(op.input_positions, max(1, CAP // (tie.repeat * op.groups))).to(op.inputs.device)
             features = op.input_rows(row).detach()
             part = features[:, tie.start : tie.start + size * tie.repeat].reshape(len(features), size, tie.repeat)
-            odd = (row * samples // op.input_positions + before) % 2 == 1
+            odd = held_out.to(row.device)[row * len(held_out) // op.input_positions]
             halves.add(part.movedim(1, -1).reshape(-1, size), odd.repeat_interleave(op.groups * tie.repeat))

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
@@ -24,7 +24,7 @@ from evolvenet.errors import concerning
 from evolvenet.execution.choices import Choices
 from evolvenet.execution.isolation import isolated, op_by_op
 from evolvenet.execution.residual_sums import ResidualSumMode, TrackedOutput
-from evolvenet.execution.sampling import evenly, samples_in
+from evolvenet.execution.sampling import evenly, held_out, samples_in
 from evolvenet.execution.step import run_model
 from evolvenet.execution.weight_ops import NormedWeight, WeightOp, output_positions
 from evolvenet.graph.naming import named_tensors
@@ -54,8 +54,8 @@ def reconstruct(
     used twice in a forward pass or by any other op. Where its output is added to something of the same shape, as at the
     end of a residual block, it is fitted to the original sum, which also corrects errors of the shortcut. The fit is
     ridge least squares, shrunk towards the surgery's values, see `linalg.ridge.refit`; the mean goes into the bias, or
-    into the running mean of a batch norm right after it. The ridge is selected on the odd samples after fits on the even
-    ones; a consumer whose error no ridge lowers keeps the surgery's values.
+    into the running mean of a batch norm right after it. The ridge is selected on every second batch, or on the second
+    half of a single one, after fits on the others; a consumer whose error no ridge lowers keeps the surgery's values.
 
     Args:
         model: the model, uncut.
@@ -101,7 +101,7 @@ def reconstruct(
         with torch.no_grad():
             for name, change in changes.items():
                 shadows[name].copy_(change.value)
-        fitter = ConsumerFitter(targets, changes, samples_in(batch), shadows)
+        fitter = ConsumerFitter(targets, changes, held_out(_counts(listed, batch)), shadows)
         mode = ResidualSumMode(model, fitter.run, None, fitter.sum)
         mode.follows_norms, fitter.normed, mode.choices, fitter.choices = True, mode.normed, choices, choices
         choices.replay()
@@ -114,6 +114,15 @@ def reconstruct(
         change = changes.get(name) or TensorChange(tensor, name, {}, tensor.detach())
         changes[name] = replace(change, value=value.to(tensor.device, tensor.dtype))
     return replace(surgery, changes=tuple(changes.values()))
+
+
+def _counts(batches: Sequence[Any], joined: Any) -> list[int]:
+    """How many samples of each batch are in the joined one, of which the last may have been left out."""
+    found, rest = [], samples_in(joined)
+    for batch in batches:
+        found.append(min(rest, samples_in(batch)))
+        rest -= found[-1]
+    return [*found, rest]
 
 
 def recorded(
@@ -267,7 +276,7 @@ class ConsumerFitter:
     Args:
         targets: outputs of the uncut model, from `OutputRecorder.usable`.
         changes: {weight: its change}, which says which of its output units are left.
-        samples: number of samples of the batch.
+        held_out: `[samples]` booleans, the samples on which the ridge is selected.
         shadows: {name: tensor} of the cut model.
         solve: the fit; None for ridge least squares, shrunk towards the weight as it is.
 
@@ -282,13 +291,13 @@ class ConsumerFitter:
         self,
         targets: dict[str, list[Target]],
         changes: dict[str, TensorChange],
-        samples: int,
+        held_out: Tensor,
         shadows: Mapping[str, Tensor],
         solve: Solve | None = None,
     ) -> None:
         self.solve = solve or _refit_to_present
         self.targets = {name: list(each) for name, each in targets.items()}
-        self.changes, self.samples, self.shadows = changes, samples, shadows
+        self.changes, self.held_out, self.shadows = changes, held_out, shadows
         self.fitted: set[str] = set()
         self.normed: Mapping[str, NormedWeight] = {}
         self.choices: Choices | None = None
@@ -360,7 +369,7 @@ class ConsumerFitter:
             return None
         targets = outputs.reshape(len(outputs), op.groups, -1).movedim(1, 0)
         start = None if bias is None else (bias * target.share).reshape(op.groups, -1)
-        odd = target.rows * self.samples // target.positions % 2 == 1
+        odd = self.held_out.to(target.rows.device)[target.rows * len(self.held_out) // target.positions]
         found = self.solve(op, op.columns(target.rows), targets, start, odd)
         if found is None:
             return None

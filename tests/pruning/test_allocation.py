@@ -242,7 +242,7 @@ def test_without_data_no_width_is_emptied_for_the_others() -> None:
 
 
 def test_trials_run_on_as_many_samples_from_small_batches_as_from_a_large_one() -> None:
-    """And no more; in which batches they come does not matter."""
+    """And no more; in which batches they come matters little: every second one is held out."""
     model = mlp(6, 8, 8, 3)
     graph = trace(model, torch.zeros(1, 6).double())
     x = torch.randn(400, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -251,8 +251,8 @@ def test_trials_run_on_as_many_samples_from_small_batches_as_from_a_large_one() 
     few = trial_curves(model, graph, [x[:50], x[:50]])
     for name, curve in one.items():
         assert [size for size, _ in many[name]] == [size for size, _ in curve]
-        assert [loss for _, loss in many[name]] == pytest.approx([loss for _, loss in curve], rel=1e-6)
-        assert [loss for _, loss in few[name]] != pytest.approx([loss for _, loss in curve], rel=1e-3)
+        assert [loss for _, loss in many[name]] == pytest.approx([loss for _, loss in curve], rel=0.05)
+        assert [loss for _, loss in few[name]] != pytest.approx([loss for _, loss in curve], rel=0.05)
 
 
 def test_trials_of_the_shares_that_are_asked_for() -> None:

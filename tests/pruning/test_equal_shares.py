@@ -87,6 +87,5 @@ def test_trials_take_the_shares_and_samples_that_are_given() -> None:
     batches = [torch.randn(64, 6).double()]
     few = evolvenet.allocate(model, graph, graph.parameters // 2, batches, shares=(0.5,), samples=16)
     assert [size for size, _ in few.curves["0"]] == [0, 10, 20]
-    again = evolvenet.allocate(model, graph, graph.parameters // 2, [batches[0][:16]], shares=(0.5,))
-    # What the units are chosen by is measured on all batches; what the trial compares, on the samples given.
-    assert few.curves["0"][1][1] == pytest.approx(again.curves["0"][1][1], rel=1.0)
+    many = evolvenet.allocate(model, graph, graph.parameters // 2, batches, shares=(0.5,))
+    assert few.curves["0"][1][1] != pytest.approx(many.curves["0"][1][1], rel=1e-3)

@@ -1,0 +1,130 @@
+"""The fit after a cut is taken as far as it helps on batches that are held out from it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import evolvenet
+from evolvenet.errors import TraceError
+from evolvenet.execution.sampling import held_out, in_halves
+from evolvenet.graph.width_graph import WidthGraph
+from evolvenet.measurement.output_error import output_error, outputs_on
+from evolvenet.pruning import fitted_prune
+from evolvenet.pruning.fitted_prune import plan_fitted_prune
+from evolvenet.pruning.reconstruction import reconstruct
+from evolvenet.surgery.resize_model import Surgery, compile_surgery, install
+from evolvenet.tracing.trace import trace
+from tests.helpers.small_models import mlp
+
+SIZES = {"0": 12, "2": 12}
+
+
+def case(seed: int = 0) -> tuple[nn.Module, WidthGraph, list[Tensor]]:
+    torch.manual_seed(seed)
+    model = mlp(6, 24, 24, 3)
+    batches = [torch.randn(40, 6, dtype=torch.float64) for _ in range(4)]
+    return model, trace(model, batches[0][:2]), batches
+
+
+def values(surgery: Surgery) -> Mapping[str, Tensor]:
+    return {change.name: change.value for change in surgery.changes}
+
+
+def error(model: nn.Module, surgery: Surgery, batches: list[Tensor]) -> float:
+    whole = outputs_on(model, batches)
+    undo = install(model, surgery)
+    try:
+        return output_error(whole, outputs_on(model, batches))
+    finally:
+        undo()
+
+
+def fits(change: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., Surgery]:
+    """A fit that is changed, given the bare cut's values."""
+
+    def fit(model: nn.Module, graph: WidthGraph, surgery: Surgery, *others: Any) -> Surgery:
+        bare = values(compile_surgery(model, graph, surgery.maps, surgery.bases))
+        fitted = reconstruct(model, graph, surgery, *others)
+        changes = tuple(
+            replace(each, value=change(each.value, bare[each.name]) if each.name in bare else each.value)
+            for each in fitted.changes
+        )
+        return replace(fitted, changes=changes)
+
+    return fit
+
+
+def test_a_fit_that_helps_is_that_to_all_batches() -> None:
+    model, graph, batches = case()
+    found = plan_fitted_prune(model, graph, SIZES, batches)
+    assert found.graph.notes == ()
+    bare = compile_surgery(model, graph, found.maps)
+    assert error(model, found, batches) < 0.5 * error(model, bare, batches)
+    expected = fitted_prune._fitted(model, graph, SIZES, batches, fitted_prune.ONE_SHOT_LIMITS)
+    assert all(torch.equal(value, values(expected)[name]) for name, value in values(found).items())
+
+
+def test_a_fit_that_hurts_on_held_out_batches_is_refused_with_a_line(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, graph, batches = case()
+    monkeypatch.setattr(fitted_prune, "reconstruct", fits(lambda fit, bare: fit - 9 * (fit - bare) + 1))
+    with caplog.at_level(logging.WARNING, "evolvenet"):
+        after = evolvenet.prune(model, graph, SIZES, batches)
+    (note,) = after.notes
+    assert note.startswith("the fit of the consumers is refused: the outputs' error on held-out batches is ")
+    assert note in caplog.text
+    assert str(after).endswith(note)
+    fresh, graph, batches = case()
+    maps = plan_fitted_prune(fresh, graph, SIZES, batches).maps
+    evolvenet.resize(fresh, graph, maps)
+    assert all(torch.equal(one, two) for one, two in zip(model.parameters(), fresh.parameters(), strict=True))
+
+
+def test_a_fit_that_goes_too_far_is_taken_by_half(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, graph, batches = case()
+    expected = values(fitted_prune._fitted(model, graph, SIZES, batches, fitted_prune.ONE_SHOT_LIMITS))
+    monkeypatch.setattr(fitted_prune, "reconstruct", fits(lambda fit, bare: bare + 2 * (fit - bare)))
+    found = plan_fitted_prune(model, graph, SIZES, batches)
+    assert "taken by 50%" in found.graph.notes[0]
+    for name in values(compile_surgery(model, graph, found.maps)):
+        torch.testing.assert_close(values(found)[name], expected[name])
+
+
+def test_a_note_is_of_the_last_change_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, graph, batches = case()
+    monkeypatch.setattr(fitted_prune, "reconstruct", fits(lambda fit, bare: fit + 5))
+    after = evolvenet.prune(model, graph, SIZES, batches)
+    assert after.notes
+    assert evolvenet.prune(model, after, {"0": 6}).notes == ()
+
+
+def test_two_batches_are_both_fitted_to_and_one_tensor_is_refused() -> None:
+    model, graph, batches = case()
+    found = plan_fitted_prune(model, graph, SIZES, batches[:2])
+    bare = compile_surgery(model, graph, found.maps)
+    assert error(model, found, batches[:2]) < error(model, bare, batches[:2])
+    with pytest.raises(TraceError, match="got one tensor"):
+        evolvenet.prune(model, graph, SIZES, batches[0])
+
+
+@pytest.mark.parametrize("counts", [[5], [4, 0], [2, 3, 1], [0, 2, 0, 2, 2], [0], []])
+def test_the_halves_of_batches_are_those_of_their_samples(counts: list[int]) -> None:
+    batches = [torch.zeros(count, 2) for count in counts]
+    found = list(in_halves(iter(batches)))
+    assert [len(batch) for batch, _ in found] == counts
+    joined = torch.cat([half for _, half in found]) if found else torch.zeros(0, dtype=torch.bool)
+    assert torch.equal(joined, held_out(counts))
+
+
+def test_crops_of_one_source_in_one_batch_are_not_held_out_from_each_other() -> None:
+    """Each batch has a source: what fits all samples of one batch does not count as held out."""
+    assert held_out([3, 3, 3]).view(3, 3).tolist() == [[False] * 3, [True] * 3, [False] * 3]
+    assert held_out([5]).tolist() == [False, False, False, True, True]
