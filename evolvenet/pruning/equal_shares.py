@@ -58,7 +58,7 @@ def equal_shares(
         {width: one of its options}; the smallest ones where even their cost is above the limit.
 
     >>> equal_shares({"a": 10, "b": 4}, {"a": range(1, 11), "b": range(1, 5)}, lambda sizes: sum(sizes.values()), limit=9)
-    {'a': 6, 'b': 3}
+    {'a': 7, 'b': 2}
     """
     # A width of units that are 0 keeps them where there is room: shares may exceed 1.
     low, high = 0.0, max((sizes[-1] / units[name] for name, sizes in options.items()), default=0.0)
