@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import importlib.metadata
 import os
 import platform
@@ -11,6 +12,8 @@ from collections.abc import Collection, Sequence
 from datetime import date
 from pathlib import Path
 from statistics import fmean, stdev
+
+import evolvenet
 
 LIBRARIES = ("torch", "torchvision", "timm", "transformers", "torch-pruning", "torchao")
 
@@ -40,6 +43,14 @@ def commit() -> str:
     except FileNotFoundError:
         return "unknown"
     return found.stdout.strip() or "unknown"
+
+
+def state() -> str:
+    """A short fingerprint of the package's sources."""
+    digest = hashlib.sha256()
+    for file in sorted(Path(evolvenet.__file__).parent.rglob("*.py")):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()[:12]
 
 
 def write_whole(path: Path, text: str) -> None:

@@ -31,8 +31,7 @@ from experiments.compare.language_networks import (
 )
 from experiments.compare.language_peers import parameters
 from experiments.compare.language_table import write_page
-from experiments.coverage.run import state
-from experiments.pages import commit, write_whole
+from experiments.pages import commit, state, write_whole
 
 LEVELS = (50, 30, 20, 10)
 """Percent of the parameters that are removed."""

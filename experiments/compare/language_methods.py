@@ -15,8 +15,8 @@ from evolvenet.measurement.activation_moments import ActivationMoments, collect
 from evolvenet.pruning.allocation import Allocation, allocate_by
 from evolvenet.pruning.selection import choose
 from experiments.compare import language_peers as peers
+from experiments.compare.copies import copied
 from experiments.compare.language_networks import Uncut
-from experiments.compare.networks import copied
 from experiments.compare.peers import best
 
 

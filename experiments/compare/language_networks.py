@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from experiments.compare.networks import copied, fingerprint
+from experiments.compare.copies import copied, fingerprint
 from experiments.pages import write_whole
 
 ALPHABET = "\n" + "".join(map(chr, range(32, 127)))
@@ -61,7 +61,7 @@ class Setting:
     rate: float = 2e-3
     steps_after: int = 100
     rate_after: float = 5e-4
-    calibration: int = 128
+    calibration: int = 256
     judged: int = 512
     seeds: tuple[int, ...] = (0, 1, 2)
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from evolvenet import Width, WidthGraph
 from evolvenet.graph.naming import tensor_named
-from experiments.compare.networks import copied
+from experiments.compare.copies import copied
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ def _magnitude(model: nn.Module, width: Width) -> Tensor:
         if weight or (isinstance(module, NORMS) and tensor is module.weight):
             rows = tensor.narrow(tie.dim, tie.start, width.size * tie.repeat).movedim(tie.dim, 0)
             found.append(rows.reshape(width.size, -1).square().sum(1))
-    return torch.stack(found).mean(0) if found else torch.ones(width.size)
+    return torch.stack(found).mean(0).cpu() if found else torch.ones(width.size)
 
 
 def equal_shares(graph: WidthGraph, target: int) -> dict[str, int]:
@@ -142,18 +142,19 @@ class Slice(nn.Module):
         block: a block, its layers cut.
         names: of its parts.
         shortcuts: `[size before, size after]` of attention and feed-forward.
+        in_tuple: whether the block returned its output in a tuple, as in some versions of the transformers library.
     """
 
-    def __init__(self, block: nn.Module, names: Names, shortcuts: Sequence[Tensor]) -> None:
+    def __init__(self, block: nn.Module, names: Names, shortcuts: Sequence[Tensor], in_tuple: bool) -> None:
         super().__init__()
-        self.block, self.names = block, names
+        self.block, self.names, self.in_tuple = block, names, in_tuple
         self.shortcuts = nn.ParameterList([nn.Parameter(each) for each in shortcuts])
 
-    def forward(self, hidden: Tensor, *arguments: Any, **options: Any) -> Tensor:
+    def forward(self, hidden: Tensor, *arguments: Any, **options: Any) -> Tensor | tuple[Tensor]:
         """As the block's own."""
         for half, shortcut in enumerate(self.shortcuts):
             hidden = hidden @ shortcut + branch(self.block, self.names, half, hidden, arguments, options)
-        return hidden
+        return (hidden,) if self.in_tuple else hidden
 
 
 def branch(
@@ -241,6 +242,7 @@ def _sliced(model: nn.Module, names: Names, batches: Sequence[Mapping[str, Tenso
     blocks: Any = model.get_submodule(names.blocks)
     calls = [_call_of(blocks[0], model, batch) for batch in batches]
     streams = [hidden for hidden, _, _ in calls]
+    in_tuple = isinstance(blocks[0](streams[0], *calls[0][1], **calls[0][2]), tuple)
     basis = principal(torch.cat(streams), size)
     for name in names.embeddings:
         _multiply(model.get_submodule(name), right=basis)
@@ -260,7 +262,7 @@ def _sliced(model: nn.Module, names: Names, batches: Sequence[Mapping[str, Tenso
             _multiply(block.get_submodule(names.producers[half]), left=fresh.T)
             shortcuts.append(basis.T @ fresh)
             basis, hidden = fresh, [stream @ fresh for stream in streams]
-        blocks[place] = Slice(block, names, shortcuts)
+        blocks[place] = Slice(block, names, shortcuts, in_tuple)
     _multiply(model.get_submodule("lm_head"), right=basis)
     return model
 

@@ -20,13 +20,13 @@ from torch import Tensor, nn
 
 import evolvenet
 from evolvenet.measurement.cost import macs, parameters, seconds
+from experiments.compare.copies import copied
 from experiments.compare.lowrank_methods import LATENCY, METHODS, TIMED, Case, Method
 from experiments.compare.lowrank_networks import tasks
 from experiments.compare.lowrank_table import write_page
-from experiments.compare.networks import TaskData, copied, uncut
+from experiments.compare.networks import TaskData, uncut
 from experiments.compare.pruning import RATE_AFTER, WARM_AFTER
-from experiments.coverage.run import state
-from experiments.pages import add_data, commit, write_whole
+from experiments.pages import add_data, commit, state, write_whole
 
 LEVELS = (*(f"parameters-{percent}" for percent in (30, 50, 70, 90)), "macs-50", "macs-70", "macs-90", "latency-30")
 """What is limited, and how many percent of it are removed."""

@@ -14,7 +14,8 @@ import evolvenet
 from evolvenet.lowrank.kinds import kind_named
 from evolvenet.lowrank.targets import Target, find_targets
 from evolvenet.measurement.cost import macs, parameters
-from experiments.compare.networks import TaskData, copied
+from experiments.compare.copies import copied
+from experiments.compare.networks import TaskData
 
 CALIBRATION = 512
 """Training images that methods with data measure on."""

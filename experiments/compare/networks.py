@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import hashlib
 import json
 import time
 from collections.abc import Callable, Iterable
@@ -17,6 +15,7 @@ from torch.nn import functional
 from torch.nn.utils import convert_conv2d_weight_memory_format
 from torchvision.transforms.v2 import functional as images_of
 
+from experiments.compare.copies import fingerprint
 from experiments.data.images import Augment, BatchLoader, Cifar10Data, DigitsData, ImageData, MnistData, Split
 from experiments.models.resnet import ResNet
 from experiments.pages import write_whole
@@ -197,15 +196,6 @@ def uncut(data: TaskData, seed: int, folder: Path) -> tuple[nn.Module, dict[str,
     return model, found
 
 
-def fingerprint(model: nn.Module) -> str:
-    """Twelve hex digits that change with any weight."""
-    digest = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
-        digest.update(name.encode())
-        digest.update(tensor.contiguous().numpy().tobytes())
-    return digest.hexdigest()[:12]
-
-
 def reestimate(model: nn.Module, batches: Iterable[Tensor]) -> None:
     """Re-estimate BatchNorm's running statistics as the plain mean over batches; leaves the model in eval mode."""
     norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
@@ -220,8 +210,3 @@ def reestimate(model: nn.Module, batches: Iterable[Tensor]) -> None:
     model.eval()
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
-
-
-def copied(model: nn.Module) -> nn.Module:
-    """A deep copy in eval mode."""
-    return copy.deepcopy(model).eval()

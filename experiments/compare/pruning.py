@@ -19,10 +19,10 @@ from torch import nn
 
 import evolvenet
 from experiments.compare import peers
-from experiments.compare.networks import TaskData, copied, reestimate, tasks, uncut
+from experiments.compare.copies import copied
+from experiments.compare.networks import TaskData, reestimate, tasks, uncut
 from experiments.compare.table import write_table
-from experiments.coverage.run import state
-from experiments.pages import add_data, write_whole
+from experiments.pages import add_data, state, write_whole
 
 RATIOS = (30, 50, 70, 90)
 EQUAL, OWN = "equal", "own"

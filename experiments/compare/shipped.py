@@ -20,12 +20,11 @@ from torch import nn
 
 import evolvenet
 from evolvenet.pruning.allocation import Allocation
+from experiments.compare.copies import copied
 from experiments.compare.language_peers import equal_shares, parameters, torch_pruning_scores
-from experiments.compare.networks import copied
 from experiments.compare.peers import best
 from experiments.compare.shipped_networks import SUBJECTS, Subject
-from experiments.coverage.run import state
-from experiments.pages import add_data, commit, machine_line, markdown, write_whole
+from experiments.pages import add_data, commit, machine_line, markdown, state, write_whole
 
 LEVELS = (30, 50, 70)
 """Percent of the parameters that are removed."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import fnmatch
-import hashlib
 import importlib.util
 import json
 import multiprocessing
@@ -24,12 +23,11 @@ from typing import Any
 
 import torch
 
-import evolvenet
 from experiments.coverage.checks import check_ours, check_torch_pruning
 from experiments.coverage.family_checks import check_family
 from experiments.coverage.subjects import subjects
 from experiments.coverage.table import OURS, PEER, write_table
-from experiments.pages import versions, write_whole
+from experiments.pages import state, versions, write_whole
 
 CHECKS = {OURS: check_ours, PEER: check_torch_pruning}
 IMPORTED = ("experiments.coverage.checks", "torch._dynamo", "timm", "transformers")
@@ -100,14 +98,6 @@ def _is_current(record: Path, part: str, options: argparse.Namespace) -> bool:
     same_limit = found["stopped"] is None or found["limit"] >= limit
     same_code = options.keep_old or part == PEER or found["state"] == state()
     return same_limit and same_code
-
-
-def state() -> str:
-    """A short fingerprint of the package's sources."""
-    digest = hashlib.sha256()
-    for file in sorted(Path(evolvenet.__file__).parent.rglob("*.py")):
-        digest.update(file.read_bytes())
-    return digest.hexdigest()[:12]
 
 
 def _run_child(name: str, part: str, record: Path, options: argparse.Namespace) -> None:

@@ -11,10 +11,10 @@ from torch import nn
 
 from experiments.compare import language as compare
 from experiments.compare import language_peers as peers
+from experiments.compare.copies import copied
 from experiments.compare.language_methods import METHODS
 from experiments.compare.language_networks import KINDS, TINY, Text, build, gathered, windows
 from experiments.compare.language_table import goals
-from experiments.compare.networks import copied
 
 PROSE = "".join(
     f"The {number * number} quick foxes jump over {number} lazy dogs, and sleep.\n\n" for number in range(2000)

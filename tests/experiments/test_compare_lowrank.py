@@ -12,10 +12,11 @@ from torch import nn
 import evolvenet
 from evolvenet.measurement.cost import macs, parameters
 from experiments.compare import lowrank as compare
+from experiments.compare.copies import copied
 from experiments.compare.lowrank_methods import MACS, METHODS, PARAMETERS, Case
 from experiments.compare.lowrank_networks import tasks
 from experiments.compare.lowrank_table import goals, write_page
-from experiments.compare.networks import TaskData, copied, uncut
+from experiments.compare.networks import TaskData, uncut
 
 RUN = ("svd_plain", "peer_svd")
 COMPRESSING = ("both", "widths")

@@ -15,7 +15,8 @@ from torch import nn
 
 import evolvenet
 from experiments.compare import pruning as compare
-from experiments.compare.networks import TaskData, copied, fingerprint, reestimate, tasks, uncut
+from experiments.compare.copies import copied, fingerprint
+from experiments.compare.networks import TaskData, reestimate, tasks, uncut
 from experiments.data.images import Split
 
 PEER, OURS = "random", "weights"
