@@ -127,8 +127,8 @@ def heads_of_one_module(built: GroupedWidths, label_graph: LabelGraph, failed: S
 def places_with_values(built: GroupedWidths, label_graph: LabelGraph, failed: Sequence[str]) -> list[CandidateFix]:
     """Tie the places of a head of values to those of queries and keys, or to pairs of these that an embedding turns.
 
-    For one head of keys and values, which cannot go, where the code has one number for the places of all. Any pairing is
-    valid: the places of values are in no order.
+    Where the code has one number for the places of all: for one head of keys and values, which cannot go, or where places are
+    asked for. Any pairing is valid: the places of values are in no order.
     """
     grids = {grid.width.name: grid for grid in _grids(built, label_graph, failed)}
     widths = [built.graph.widths[name] for name in failed]
@@ -229,6 +229,11 @@ HEADS_FIRST: FixRounds = (
     (update_attributes, pieces_of_given_sizes, heads_of_one_module, heads_of_grids),
     (slices_with_stream, slices, slices_of_one_module, heads_with_stream),
 )
+PLACES_ALONE: FixRounds = (
+    (update_attributes, pieces_of_given_sizes, slices_with_stream, slices, slices_of_one_module, places_with_values),
+    (heads_of_one_module, heads_with_stream, heads_of_grids),
+)
+"""Heads go only where their places cannot."""
 PLACES_LAST: FixRounds = ((places_with_values,),)
 """Places of all heads, and of all layers where these share a rotary embedding, are tried only where whole heads cannot go."""
 

@@ -43,6 +43,7 @@ from evolvenet.tracing.addends import record_addends, record_masks
 from evolvenet.tracing.block_kinds import BlockKinds
 from evolvenet.tracing.coupled_dims import (
     HEADS_FIRST,
+    PLACES_ALONE,
     PLACES_FIRST,
     PLACES_LAST,
     FixRounds,
@@ -66,7 +67,9 @@ ATTEMPTS = (("meta", (False, True)), (None, (False, True)), ("meta", (False,)), 
 """(device of the shadows, training flags), tried in this order until the model runs; train mode is given up last."""
 
 
-def trace(model: nn.Module, example_inputs: Any, outputs: Outputs | None = None, *, heads: bool = False) -> WidthGraph:
+def trace(
+    model: nn.Module, example_inputs: Any, outputs: Outputs | None = None, *, heads: bool | None = None
+) -> WidthGraph:
     """Find every width of a model and verify by trials which of them can be resized.
 
     The graph does not depend on what surrounds the call: autocast (on only if the model does not run without it), inference
@@ -79,8 +82,9 @@ def trace(model: nn.Module, example_inputs: Any, outputs: Outputs | None = None,
         outputs: which of the model's outputs count: a name ("logits"), a path ("encoder.last_hidden_state", "0"), several
             of these, or a function of what the model returns. Their shapes and numbers must stay, so widths that reach them
             are frozen; other outputs may change. None for all. Of a `Step` it is what the step returns.
-        heads: whether whole heads of an attention are units, where its code permits. By default these are places of all heads,
-            of which there are more; where rotary positions or norms tie these, whole heads are.
+        heads: whether whole heads of an attention are units, or places of all heads, where its code permits. By default these
+            are places, of which there are more; where rotary positions or norms tie these in all layers, whole heads are. With
+            False places are even then, pairs of them where positions turn pairs.
 
     Returns:
         The graph, with a reason for each frozen width.
@@ -113,7 +117,7 @@ def trace(model: nn.Module, example_inputs: Any, outputs: Outputs | None = None,
     return replace(graph, outputs=selected)
 
 
-def _trace(model: nn.Module, example_inputs: Any, heads: bool) -> WidthGraph:
+def _trace(model: nn.Module, example_inputs: Any, heads: bool | None) -> WidthGraph:
     last_error: Exception | None = None
     gradients = False
     attempts = list(ATTEMPTS)
@@ -135,7 +139,7 @@ def _trace(model: nn.Module, example_inputs: Any, heads: bool) -> WidthGraph:
             continue
         run = partial(run_for_labels, example_inputs=example_inputs, device=device)
         shapes = partial(run_for_shapes, example_inputs=example_inputs, device=device)
-        first = HEADS_FIRST if heads else PLACES_FIRST
+        first = {None: PLACES_FIRST, True: HEADS_FIRST, False: PLACES_ALONE}[heads]
         graph = _verified(model, label_graph, device, modes, run, shapes, first)
         graph = compare_numbers(model, example_inputs, graph, _needed_modes(label_graph), gradients)
         return with_block_kinds(with_ranks(model, graph))
