@@ -1,4 +1,4 @@
-"""Places of heads in the library's decoders: in pairs where positions turn pairs, for queries, keys, values and tables at once."""
+"""Places of heads in the decoders of transformers: in pairs where positions turn pairs, for queries, keys, values and tables."""
 
 from __future__ import annotations
 
