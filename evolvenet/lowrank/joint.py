@@ -12,7 +12,7 @@ from evolvenet.lowrank.budget import Option, chain_cost, whole_cost
 from evolvenet.lowrank.fit import Extent
 from evolvenet.measurement.cost import Costs
 from evolvenet.pruning.allocation import convex, fit_to_cost, possible_sizes
-from evolvenet.pruning.trials import Curve
+from evolvenet.pruning.trials import Curve, filled
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ def joint(
         The smallest ones where even their cost is above the limit.
     """
     places = {f"{layer}\n": layer for layer in options}  # no width has such a name
-    widths = {name: convex(curve) for name, curve in curves.items()}
+    widths = {name: convex(filled(curve)) for name, curve in curves.items()}
     every = {name: possible_sizes(graph.widths[name]) for name in widths}
 
     def cost(sizes: Mapping[str, int]) -> float:

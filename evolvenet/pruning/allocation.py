@@ -17,7 +17,7 @@ from evolvenet.graph.restriction import Restriction
 from evolvenet.graph.width_graph import Width, WidthGraph
 from evolvenet.linalg.spectrum import Values, energy_shares
 from evolvenet.pruning.equal_shares import equal_shares, live_units
-from evolvenet.pruning.trials import SAMPLES, SHARES, Curve, smallest, trial_curves
+from evolvenet.pruning.trials import SAMPLES, SHARES, Curve, filled, smallest, trial_curves
 
 _LEAST = 1e-12
 
@@ -255,7 +255,7 @@ def allocate_to(
         together: widths of one size that get one size; those of which one has no curve keep theirs. Each by itself by default.
     """
     groups = {names[0]: names for names in together or [(name,) for name in curves] if all(n in curves for n in names)}
-    hulls = {first: _summed([convex(curves[name]) for name in names]) for first, names in groups.items()}
+    hulls = {first: _summed([convex(filled(curves[name])) for name in names]) for first, names in groups.items()}
     options = common_sizes(graph, groups)
 
     def each(sizes: Mapping[str, int]) -> dict[str, int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 from torch import nn
@@ -22,6 +23,9 @@ Curve = Sequence[tuple[int, float]]
 
 SHARES = (0.85, 0.7, 0.5, 0.35, 0.2, 0.1)
 """Of a width's units, at which a trial cuts it."""
+
+BETWEEN = 8
+"""Parts into which the interval between two trials is divided."""
 
 SAMPLES = 256
 """Most samples of the batches that a trial runs on."""
@@ -65,6 +69,30 @@ def trial_curves(
         # Below the smallest trial: more than all that was seen.
         found[width.name] = [(0, 10 * points[-1][1] + 1), *reversed(points)]
     return found
+
+
+def filled(curve: Curve) -> Curve:
+    """A curve with sizes between the measured ones, at which losses are interpolated geometrically.
+
+    Losses fall about exponentially with the size. On straight lines between trials, sums of losses would have their minima at the
+    sizes that were tried. Towards a loss of 0 the interpolation is a parabola.
+
+    Args:
+        curve: by size.
+
+    >>> [(size, round(loss, 2)) for size, loss in filled([(0, 16.0), (2, 4.0), (4, 0.0)])]
+    [(0, 16.0), (1, 8.0), (2, 4.0), (3, 1.0), (4, 0.0)]
+    """
+    points = sorted(curve)
+    found: list[tuple[int, float]] = []
+    for (low, above), (high, below) in pairwise(points):
+        for part in range(BETWEEN):
+            size = low + part * (high - low) // BETWEEN
+            way = (size - low) / (high - low)
+            loss = above ** (1 - way) * below**way if below > 0 else above * (1 - way) ** 2
+            if not found or size > found[-1][0]:
+                found.append((size, loss))
+    return [*found, *points[-1:]]
 
 
 def smallest(width: Width) -> int:
