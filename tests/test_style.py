@@ -69,3 +69,34 @@ LONG = "def long():\n" + "    pass\n" * 40
 )  # fmt: skip
 def test_what_is_too_long_is_found(source: str, found: list[str]) -> None:
     assert complaints("x.py", source) == found
+
+
+FACTORIES = {
+    "arange", "as_tensor", "empty", "eye", "full", "linspace", "logspace", "ones", "rand", "randint", "randn", "randperm",
+    "tensor", "zeros",
+}  # fmt: skip
+
+
+def without_device(source: str) -> list[int]:
+    """The lines on which a tensor is made on the device that is the default one where the caller is."""
+    calls = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]
+    return [
+        call.lineno
+        for call in calls
+        if isinstance(call.func, ast.Attribute)
+        and isinstance(call.func.value, ast.Name)
+        and (call.func.value.id, call.func.attr in FACTORIES) == ("torch", True)
+        and not any(keyword.arg == "device" for keyword in call.keywords)
+    ]
+
+
+def test_every_tensor_is_made_on_a_device_that_the_code_names() -> None:
+    # Tracing runs without a default device, see `plain_surroundings`.
+    found = [
+        f"{file.relative_to(ROOT)}:{line}"
+        for file in files()
+        if file.is_relative_to(ROOT / "evolvenet") and not file.is_relative_to(ROOT / "evolvenet" / "tracing")
+        for line in without_device(file.read_text("utf-8"))
+    ]
+    assert found == []
+    assert without_device("torch.zeros(2)\ntorch.zeros(2, device=place)") == [1]

@@ -43,13 +43,13 @@ def dummy_inputs(model: nn.Module) -> dict[str, Tensor] | None:
         made = {name: _MAKERS[name](config, random) for name in names if name in taken}
     except (KeyError, AttributeError, TypeError):
         return None
-    own = next(model.parameters(), torch.zeros(()))
+    own = next(model.parameters(), torch.zeros((), device="cpu"))
     return {name: t.to(own.device, own.dtype if t.is_floating_point() else None) for name, t in made.items()} or None
 
 
 def _words(config: Any, random: torch.Generator) -> Tensor:
     text = getattr(config, "text_config", config)
-    words = torch.randint(min(3, text.vocab_size - 1), text.vocab_size, (1, WORDS), generator=random)
+    words = torch.randint(min(3, text.vocab_size - 1), text.vocab_size, (1, WORDS), generator=random, device="cpu")
     if isinstance(end := getattr(text, "eos_token_id", None), int):
         words[:, -1] = end  # a text model may find the end of a text by it
     return words
@@ -59,15 +59,15 @@ def _image(config: Any, random: torch.Generator) -> Tensor:
     vision = getattr(config, "vision_config", config)
     size = getattr(vision, "image_size", 64)
     height, width = size if isinstance(size, tuple | list) else (size, size)
-    return torch.randn(1, getattr(vision, "num_channels", 3), height, width, generator=random)
+    return torch.randn(1, getattr(vision, "num_channels", 3), height, width, generator=random, device="cpu")
 
 
 def _spectrogram(config: Any, random: torch.Generator) -> Tensor:
-    return torch.randn(1, config.num_mel_bins, 2 * config.max_source_positions, generator=random)
+    return torch.randn(1, config.num_mel_bins, 2 * config.max_source_positions, generator=random, device="cpu")
 
 
 def _sound(config: Any, random: torch.Generator) -> Tensor:
-    return torch.randn(1, SAMPLES_OF_SOUND, generator=random)
+    return torch.randn(1, SAMPLES_OF_SOUND, generator=random, device="cpu")
 
 
 _MAKERS: Mapping[str, Callable[[Any, torch.Generator], Tensor]] = {

@@ -66,7 +66,7 @@ def in_halves(batches: Iterable[Any]) -> Iterator[tuple[Any, Tensor]]:
 def evenly(count: int, cap: int) -> Tensor:
     """At most `cap` of the indices `0 … count − 1`, one from each of `cap` equal parts, at positions without a period."""
     if count <= cap:
-        return torch.arange(count)
-    edges = torch.arange(cap + 1) * count // cap
-    shift = (torch.arange(cap, dtype=torch.float64) * GOLDEN) % 1
+        return torch.arange(count, device="cpu")
+    edges = torch.arange(cap + 1, device="cpu") * count // cap
+    shift = (torch.arange(cap, dtype=torch.float64, device="cpu") * GOLDEN) % 1
     return edges[:-1] + (shift * edges.diff()).long()

@@ -178,7 +178,7 @@ class IndexMap:
         )
         return IndexMap(tuple(indices), self.size * inner)
 
-    def tensor(self, device: torch.device | str | None = None) -> Tensor:
+    def tensor(self, device: torch.device | str = "cpu") -> Tensor:
         """The vector as an int64 tensor `[new_size]`."""
         return torch.tensor(self.indices, dtype=torch.int64, device=device)
 

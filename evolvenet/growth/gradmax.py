@@ -90,10 +90,12 @@ class _BestRows:
 
 def _gain(growth: Growth, width: Width, rows: Entries, fan_out: Entries, bottleneck: Bottleneck) -> Tensor:
     """Squared norm of the gradient of each new unit's fan-out for a row of length 1, `[count]`."""
-    gain = sum((fan_out[tie].abs().square().sum(1) for tie in growth.matrices(width, CONSUMES)), torch.zeros(()))
+    gain = sum(
+        (fan_out[tie].abs().square().sum(1) for tie in growth.matrices(width, CONSUMES)), torch.zeros((), device="cpu")
+    )
     length = sum(
         (bottleneck.scales.get(tie, Scale()).energy(rows[tie]) for tie in growth.matrices(width, PRODUCES)),
-        torch.zeros(()),
+        torch.zeros((), device="cpu"),
     )
     return (gain / length.clamp_min(torch.finfo(torch.float64).tiny)).expand(growth.count(width))
 

@@ -40,7 +40,7 @@ def orthogonal(rows: Tensor, count: int, generator: torch.Generator | None = Non
     >>> bool((made[:, :2].abs() < 1e-12).all()), round(float(made[0] @ made[1]), 6) + 0.0
     (True, 0.0)
     """
-    drawn = torch.randn(count, rows.shape[1], dtype=rows.dtype, generator=generator)
+    drawn = torch.randn(count, rows.shape[1], dtype=rows.dtype, device=rows.device, generator=generator)
     rank, project = _projection(rows)
     free = min(count, rows.shape[1] - rank)
     if free > 0:
@@ -60,7 +60,7 @@ def _projection(rows: Tensor) -> tuple[int, Callable[[Tensor], Tensor]]:
     count, length = rows.shape
     gram = rows @ rows.mH if count < length else rows.mH @ rows
     least = RANK_TOLERANCE * gram.diagonal().real.sum().clamp_min(torch.finfo(torch.float64).tiny)
-    shifted = gram - least * torch.eye(len(gram), dtype=gram.dtype)
+    shifted = gram - least * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
     if int(torch.linalg.cholesky_ex(shifted).info) == 0:
         if count >= length:
             return length, lambda part: part
@@ -104,7 +104,7 @@ def init_paired(growth: Growth) -> dict[Tie, Tensor]:
     found: dict[Tie, Tensor] = {}
     for width in growth.widths:
         consumers = _plain_consumers(growth, width)
-        unit = torch.arange(growth.count(width))
+        unit = torch.arange(growth.count(width), device="cpu")
         replica = unit // 2 if consumers else unit
         found |= {tie: start[tie][replica] for tie in width.ties if tie in start}
         alone = unit == unit[-1] if int(unit[-1]) % 2 == 0 else torch.zeros_like(unit, dtype=torch.bool)
@@ -184,7 +184,9 @@ def _initial_directions(growth: Growth) -> dict[Tie, Tensor]:
 def _random(growth: Growth, width: Width, tie: Tie) -> Tensor:
     """Random directions `[count, places]` of norm 1 for one tie."""
     present = growth.unit_entries(tie, width)
-    drawn = torch.randn(growth.count(width), present.shape[1], dtype=present.dtype, generator=growth.generator)
+    drawn = torch.randn(
+        growth.count(width), present.shape[1], dtype=present.dtype, device="cpu", generator=growth.generator
+    )
     return drawn / drawn.norm(dim=1, keepdim=True)
 
 
@@ -245,7 +247,7 @@ def unpredicted_covariance(covariance: Tensor, known: int) -> Tensor:
     there, across, new = covariance[:known, :known], covariance[:known, known:], covariance[known:, known:]
     least = RANK_TOLERANCE * there.diagonal().sum().clamp_min(torch.finfo(torch.float64).tiny)
     # Cholesky, not eigh: 3072 units of a transformer's hidden layer would take ten times as long.
-    factor, failed = torch.linalg.cholesky_ex(there + least * torch.eye(known, dtype=there.dtype))
+    factor, failed = torch.linalg.cholesky_ex(there + least * torch.eye(known, dtype=there.dtype, device=there.device))
     if failed:
         values, vectors = torch.linalg.eigh(there)
         alive = values > least

@@ -52,7 +52,11 @@ class Scale:
         level = float(second.diagonal().mean())
         if not level > 0:
             return cls()
-        return cls(torch.linalg.cholesky(second + RIDGE * level * torch.eye(len(second), dtype=second.dtype)))
+        return cls(
+            torch.linalg.cholesky(
+                second + RIDGE * level * torch.eye(len(second), dtype=second.dtype, device=second.device)
+            )
+        )
 
     def coordinates(self, rows: Tensor) -> Tensor:
         """Whitened rows, `[count, repeat · places]`: their norm is the length of the row."""
@@ -195,7 +199,7 @@ class _OpRecorder:
         full = [record for record in self.records if record.gradients is not None]
         if not full:
             return None
-        zeros = torch.zeros(self._shape, dtype=torch.float64).flatten(1)
+        zeros = torch.zeros(self._shape, dtype=torch.float64, device="cpu").flatten(1)
         made = refit(
             _exact([record.inputs for record in full]),
             _exact([record.gradients for record in full if record.gradients is not None]),

@@ -129,7 +129,8 @@ def _leading_left(matrix: Tensor, n_eigenvecs: int, **unused: Any) -> tuple[Tens
 def _tensorly() -> Generator[Any, None, None]:
     """Tensorly's decompositions, computed by torch. It is imported on first use, which takes half a second."""
     backend: Any = import_module("tensorly")
-    with backend.backend_context("pytorch", local_threadsafe=True), warnings.catch_warnings():
+    # What it makes is on the CPU as what it is given, also where another device is the default one.
+    with backend.backend_context("pytorch", local_threadsafe=True), torch.device("cpu"), warnings.catch_warnings():
         # A rank above an axis is what was requested: CP fills the start up with random columns.
         warnings.filterwarnings("ignore", "Trying to compute SVD", UserWarning)
         yield import_module("tensorly.decomposition")
@@ -167,9 +168,11 @@ def cp(tensor: Tensor, rank: int) -> list[Tensor]:
 def _exact_cp(tensor: Tensor, longest: int) -> list[Tensor]:
     """A term for each combination of indices of all axes but the longest."""
     others = [size for axis, size in enumerate(tensor.shape) if axis != longest]
-    index = torch.cartesian_prod(*(torch.arange(size) for size in others)).reshape(-1, len(others))
+    index = torch.cartesian_prod(*(torch.arange(size, device=tensor.device) for size in others)).reshape(
+        -1, len(others)
+    )
     units = [
-        torch.eye(size, dtype=tensor.dtype)[:, column].to(tensor.device)
+        torch.eye(size, dtype=tensor.dtype, device=tensor.device)[:, column].to(tensor.device)
         for size, column in zip(others, index.mT, strict=True)
     ]
     return [*units[:longest], tensor.movedim(longest, 0).flatten(1), *units[longest:]]

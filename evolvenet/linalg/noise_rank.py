@@ -110,14 +110,18 @@ def _noise_variance(energies: Tensor, alpha: float, least: float) -> float:
     # Without noise the last values are 0, and any small variance gives the same rank.
     lower = max(min(lower, upper), upper * 1e-12)
     # There may be several valleys, one for each number of directions, and the upper end may be the deepest.
-    grid = torch.logspace(math.log10(lower), math.log10(upper), SEARCHED, dtype=torch.float64).clamp(lower, upper)
+    grid = torch.logspace(math.log10(lower), math.log10(upper), SEARCHED, dtype=torch.float64, device="cpu").clamp(
+        lower, upper
+    )
     deepest = int(free_energies(grid).argmin())
     first, last = (float(grid[min(max(deepest + step, 0), SEARCHED - 1)]) for step in (-1, 1))
     if deepest == SEARCHED - 1 or first >= last:
         return float(grid[deepest])
 
     def at(place: float) -> float:
-        return float(free_energies(torch.tensor([first + place * (last - first)], dtype=torch.float64))[0])
+        return float(
+            free_energies(torch.tensor([first + place * (last - first)], dtype=torch.float64, device="cpu"))[0]
+        )
 
     from scipy.optimize import minimize_scalar
 

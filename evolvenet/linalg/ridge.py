@@ -239,7 +239,8 @@ class DualProblem:
     @classmethod
     def from_rows(cls, x: Tensor, r: Tensor, odd: Tensor, *, centred: bool) -> DualProblem:
         """As `PrimalProblem.from_rows`."""
-        return cls(odd, centred, x, in_float64(r), in_float64(x @ x.mT))
+        products = in_float64(x @ x.mT)
+        return cls(odd.to(products.device), centred, x, in_float64(r), products)
 
     @property
     def count(self) -> tuple[int, ...]:
@@ -278,7 +279,7 @@ class DualProblem:
 
     def primal(self, solution: Solution) -> Tensor:
         """See `Problem`."""
-        return in_float64(solution.coefficients.mT.to(self.inputs.dtype) @ self.inputs)
+        return in_float64(solution.coefficients.mT.to(self.inputs) @ self.inputs)
 
 
 def _solve(gram: Tensor, right: Tensor, ridge: float, columns: int) -> Tensor | None:

@@ -285,7 +285,9 @@ def checked_values(values: Values) -> Tensor:
     Raises:
         SpectrumError: if they are not one axis of one or more finite numbers of 0 or more.
     """
-    made = values.detach() if isinstance(values, Tensor) else torch.tensor(list(values), dtype=torch.float64)
+    made = (
+        values.detach() if isinstance(values, Tensor) else torch.tensor(list(values), dtype=torch.float64, device="cpu")
+    )
     made = in_float64(made, "cpu")
     if made.dim() != 1 or not made.numel() or not (made.isfinite() & (made >= 0)).all():
         raise SpectrumError(

@@ -244,7 +244,7 @@ def _inputs(request: Request, extent: Extent, rows: int) -> Tensor:
     """Random inputs of a layer, of the size of one call."""
     weight, shape = request.target.layer.get_parameter("weight"), request.target.shape
     size = (max(1, round(extent.times * rows)), shape.groups * shape.inputs, *extent.before)
-    made = torch.randn(size, generator=torch.Generator().manual_seed(0)).to(weight.device, weight.dtype)
+    made = torch.randn(size, generator=torch.Generator().manual_seed(0), device="cpu").to(weight.device, weight.dtype)
     return laid_out_as(weight, made) if made.dim() == weight.dim() else made
 
 
@@ -256,7 +256,7 @@ def any_factors(choice: Choice) -> list[list[Tensor]]:
     for step in choice.kind.steps(shape, choice.ranks):
         kernel = [size if axis in step.axes else 1 for axis, size in enumerate(shape.kernel)]
         size = (step.outputs, step.inputs // step.groups, *kernel)
-        found.append(torch.randn(size, generator=generator) / math.sqrt(math.prod(size[1:])))
+        found.append(torch.randn(size, generator=generator, device="cpu") / math.sqrt(math.prod(size[1:])))
     return [found] * shape.groups
 
 

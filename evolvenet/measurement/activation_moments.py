@@ -57,7 +57,7 @@ class Moments:
     @classmethod
     def empty(cls, size: int) -> Moments:
         """The moments of no sample of `size` features."""
-        return cls(0, torch.zeros(size, dtype=torch.float64), torch.zeros(size, size, dtype=torch.float64))
+        return cls(0, *(torch.zeros(shape, dtype=torch.float64, device="cpu") for shape in ((size,), (size, size))))
 
     @classmethod
     def of(cls, samples: Tensor) -> Moments:

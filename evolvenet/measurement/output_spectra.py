@@ -92,7 +92,7 @@ def _gather(gathered: dict[Tie, Moments], op: WeightOp, out: Tensor) -> None:
 
 def _values(width: Width, gathered: Mapping[Tie, Moments]) -> Tensor | None:
     """Singular values of all producers of a width side by side; None if none of them was run."""
-    total = torch.zeros(width.size, width.size, dtype=torch.float64)
+    total = torch.zeros(width.size, width.size, dtype=torch.float64, device="cpu")
     seen = [tie for tie in width.producers if tie in gathered and gathered[tie].count]
     for tie in seen:
         total += tie.repeat * gathered[tie].second

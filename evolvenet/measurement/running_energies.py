@@ -56,8 +56,8 @@ class RunningEnergies:
         weight = 1 - math.exp(-(progress - before) / TIME) if progress > before else WEIGHT
         # The units of a width that was pruned are the first ones of before; of those of one that grew no more is known.
         common = min(len(old), len(new))
-        past = torch.tensor(old[:common]).double().clamp_min(_LEAST).log()
-        now = torch.tensor(new).double().clamp_min(_LEAST).log()
+        past = torch.tensor(old[:common], device="cpu").double().clamp_min(_LEAST).log()
+        now = torch.tensor(new, device="cpu").double().clamp_min(_LEAST).log()
         now[:common] += (1 - weight) * (past - now[:common])
         return tuple(now.exp().cummin(0).values.tolist())
 

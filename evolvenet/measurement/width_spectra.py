@@ -105,7 +105,7 @@ def consumer_weighted(model: nn.Module, width: Width, parts: Mapping[Tie, Tensor
         if trace > 0:
             weighted.append(scaled / trace)
     if not weighted:
-        return torch.zeros(width.size, width.size, dtype=torch.float64)
+        return torch.zeros(width.size, width.size, dtype=torch.float64, device="cpu")
     return torch.stack(weighted).mean(0)
 
 

@@ -236,7 +236,7 @@ def magnitude(model: nn.Module, graph: WidthGraph, width: Width) -> Tensor:
     def norm(ties: Sequence[Tie]) -> Tensor:
         weights = [tie for tie in ties if len(graph.shapes[tie.tensor]) > 1]
         if not weights:
-            return torch.ones(width.size, dtype=torch.float64)
+            return torch.ones(width.size, dtype=torch.float64, device="cpu")
         return torch.cat([unit_rows(model, width, tie) for tie in weights], dim=1).norm(dim=1)
 
     scales = [
@@ -257,7 +257,7 @@ def _refit(
     model: nn.Module, tie: Tie, index_map: IndexMap, statistics: ActivationMoments
 ) -> Iterator[tuple[str, Tensor]]:
     """The changes of the consumer's weight and bias, (tensor's name, delta of the old shape) each."""
-    kept, removed = index_map.tensor(), torch.tensor(index_map.removed)
+    kept, removed = index_map.tensor(), torch.tensor(index_map.removed, device="cpu")
     weight = in_float64(model.get_parameter(tie.tensor).detach(), "cpu")
     length = index_map.size * tie.repeat
     # [size, repeat, rows, kernel places]: a removed unit's entries go to the same repeat and kernel place of the kept ones.

@@ -335,8 +335,8 @@ def _ordinary(tensor: Tensor) -> Tensor:
 
 def moved(change: TensorChange) -> Tensor:
     """Boolean tensor of the new shape: which entries come from an old one (the others belong to new units)."""
-    kept = torch.ones(change.value.shape, dtype=torch.bool)
+    kept = torch.ones(change.value.shape, dtype=torch.bool, device="cpu")
     for dim, index_map in change.axes.items():
-        is_old = torch.tensor([index != NEW_UNIT for index in index_map.indices])
+        is_old = torch.tensor([index != NEW_UNIT for index in index_map.indices], device="cpu")
         kept &= is_old.view([-1 if d == dim else 1 for d in range(kept.dim())])
     return kept

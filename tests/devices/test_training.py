@@ -182,3 +182,23 @@ def test_what_a_model_is_called_with_may_be_on_the_cpu(device: Device) -> None:
     evolvenet.factorize(model, {"0": 3}, batches=[x])
     evolvenet.compress(model, x[:2], [x, x, x, x], parameters=300)
     assert {tensor.device for tensor in (*model.parameters(), *model.buffers())} == {device.place}
+
+
+def test_tensors_that_are_made_on_the_device_by_default_disturb_nothing(device: Device) -> None:
+    x = batch(0, 64)[0].to(device.place)
+    found = []
+    for place in (torch.device("cpu"), device.place):
+        model = network(device)
+        evolver = evolvenet.Evolver(
+            model, OPTIMIZERS["adam"](model.parameters()), Budget(params=400, by=0.6, lowrank=True), x[:2]
+        )
+        torch.manual_seed(1)
+        with place:
+            loop(evolver, device)
+            grown = evolvenet.grow(model, evolvenet.trace(model, x[:2]), {"4": 20}, batches=[x])
+            evolvenet.allocate(model, grown, parameters=300, batches=[x])
+            evolvenet.compress(model, x[:2], [x, x, x, x], parameters=300)
+        assert evolver.off is None
+        assert [event.skipped for event in evolver.history.events if event.skipped] == []
+        found.append([event.sizes for event in evolver.history.events])
+    assert found[0] == found[1] or not device.exact

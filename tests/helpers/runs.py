@@ -45,7 +45,7 @@ class Batches:
 
 def batch(index: int, size: int = 32) -> tuple[Tensor, Tensor]:
     """Inputs of six numbers each; the label is how many of the first two are positive."""
-    x = torch.randn(size, 6, generator=torch.Generator().manual_seed(index))
+    x = torch.randn(size, 6, generator=torch.Generator().manual_seed(index), device="cpu")
     return x, (x[:, 0] > 0).long() + (x[:, 1] > 0).long()
 
 
