@@ -64,6 +64,10 @@ class Width:
         """Whether new units can keep the function."""
         return self.mixed is None or self.exact_growth is not None
 
+    def step_to(self, size: int) -> int:
+        """The number of which a policy may propose multiples from there up."""
+        return self.size if size > self.size and self.exact_growth == ExactGrowth(COPY) else self.step
+
     def rounded(self, size: int) -> int:
         """The size that a policy may propose instead of this one: the next multiple of `step` from there up.
 
@@ -75,7 +79,7 @@ class Width:
         >>> [width.rounded(size) for size in (41, 48, 49, 50, 51, 60)]
         [48, 48, 50, 50, 56, 64]
         """
-        step = self.size if size > self.size and self.exact_growth == ExactGrowth(COPY) else self.step
+        step = self.step_to(size)
         above = -(-max(size, self.smallest) // step) * step
         return self.size if size <= self.size <= above else above
 

@@ -281,7 +281,8 @@ def rounded(proposals: Mapping[str, Proposal], graph: WidthGraph) -> dict[str, P
         if size == proposal.size:
             found[name] = proposal
         elif size != width.size:
-            found[name] = Proposal(size, f"{proposal.reason}; {proposal.size} rounded up to a multiple of {width.step}")
+            step = width.step_to(proposal.size)
+            found[name] = Proposal(size, f"{proposal.reason}; {proposal.size} rounded up to a multiple of {step}")
     return found
 
 

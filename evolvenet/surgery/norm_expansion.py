@@ -233,7 +233,7 @@ class _NewUnits:
         """The mean over the whole axis as it was, for the new units; entries that are there already stay (running variances)."""
         value, dim = self.values[tie.tensor], tie.dim
         new = self._places(tie, self.new)
-        if bool(value.index_select(dim, new).any()):
+        if tie.role == FOLLOWS and tie.tensor not in self.graph.added and bool(value.index_select(dim, new).any()):
             return
         old = [place for place, index in enumerate(self.changes[tie.tensor].axes[dim].indices) if index != NEW_UNIT]
         mean = value.index_select(dim, torch.tensor(old, device=value.device)).mean(dim, keepdim=True)
