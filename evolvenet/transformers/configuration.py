@@ -23,6 +23,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from evolvenet.measurement.output_error import outputs_on
 from evolvenet.surgery.module_replacement import replacements
 from evolvenet.surgery.width_record import shapes_of
+from evolvenet.transformers.norm_eps import has_eps_of, with_eps_of
 
 log = logging.getLogger("evolvenet")
 
@@ -82,11 +83,12 @@ class _Search:
     seen: set[str] = field(default_factory=set[str])
 
     def run(self) -> Any:
-        plain, pinned = (copy.deepcopy(self.model.config) for _ in range(2))
+        plain, pinned = (with_eps_of(self.model, self.model.config) for _ in range(2))
         for name in OFTEN_DERIVED:
             _pin(self.model, pinned, name)
         for config in (plain, pinned):
-            if (found := self._from(config, self._distance(config))) is not None:
+            found = self._from(config, self._distance(config))
+            if found is not None and has_eps_of(self.model, found):
                 return found
         return None
 
