@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from evolvenet.errors import RecordError
+from evolvenet.surgery.norms import norm_of
 from evolvenet.surgery.numbers import number_at, numbers_in
 
 
@@ -66,6 +67,14 @@ def _refuse_number(module: nn.Module, path: str, name: str, value: Any, known: M
     if own is None and name not in known:
         return
     if name in known and type(value) is int and (value >= 0 or value == own):
+        return
+    # The eps of a norm follows a stream that grows.
+    if (
+        type(value) is type(own) is float
+        and 0 <= value < 1
+        and (norm := norm_of(module)) is not None
+        and name == norm.eps
+    ):
         return
     at = f"{path} ({type(module).__name__})" if path else type(module).__name__
     raise RecordError(

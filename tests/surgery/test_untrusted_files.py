@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 import evolvenet
+from evolvenet.errors import RecordError
 from evolvenet.surgery.untrusted_files import refuse_unsafe
 
 
@@ -63,6 +64,14 @@ def test_only_whole_numbers_are_set_where_whole_numbers_were(
 
 def test_numbers_that_this_code_does_not_have_are_passed_over() -> None:
     refuse_unsafe(Net(), {}, {"numbers": [["", "gone", 3], ["gone", "heads", 3]], "buffers": {}})
+
+
+def test_the_eps_of_a_norm_is_set_and_no_other_number_with_a_fraction() -> None:
+    norm: Any = nn.LayerNorm(4)
+    refuse_unsafe(norm, {}, {"numbers": [["", "eps", 5e-6]], "buffers": {}})
+    for module, name, value in ((norm, "eps", 7.5), (norm, "eps", float("nan")), (nn.BatchNorm1d(4), "momentum", 0.5)):
+        with pytest.raises(RecordError, match="expected a whole number"):
+            refuse_unsafe(module, {}, {"numbers": [["", name, value]], "buffers": {}})
 
 
 def test_numbers_of_sizes_are_set() -> None:
