@@ -38,8 +38,9 @@ from evolvenet.lowrank.layers import written
 from evolvenet.lowrank.plan import Choice, SecondMoments, decomposed
 from evolvenet.lowrank.targets import Target as Layer
 from evolvenet.measurement.activation_moments import Moments
-from evolvenet.pruning.reconstruction import ConsumerFitter, OutputRecorder, Target, recorded
+from evolvenet.pruning.reconstruction import ConsumerFitter, OutputRecorder, recorded
 from evolvenet.pruning.reconstruction_batch import ONE_SHOT_LIMITS, ReconstructionLimits, concatenated
+from evolvenet.pruning.target import Target
 
 log = logging.getLogger(__name__)
 

@@ -174,15 +174,15 @@ def collect(
     if isinstance(batches, Tensor):
         raise TraceError("Batches: expected an iterable of model inputs, got one tensor. Wrap it in a list: [inputs].")
     wanted = [width for width in graph.resizable if names is None or width.name in names]
-    gathered = {tie: _Halves(width.size) for width in wanted for tie in width.consumers}
-    by_tensor: dict[str, dict[Tie, _Halves]] = {}
+    gathered = {tie: Halves(width.size) for width in wanted for tie in width.consumers}
+    by_tensor: dict[str, dict[Tie, Halves]] = {}
     for tie, halves in gathered.items():
         by_tensor.setdefault(tie.tensor, {})[tie] = halves
     seen, ran, uses = 0, False, UseRecorder(model)
     with isolated(model, gradients=graph.differentiates):
         for batch, odd in in_halves(batches):
-            gather = partial(_gather, by_tensor, odd)
-            mode = ResidualSumMode(model, gather, lambda op, _: uses.add_op(op), on_bias=uses.add_bias)
+            add = partial(gather, by_tensor, odd)
+            mode = ResidualSumMode(model, add, lambda op, _: uses.add_op(op), on_bias=uses.add_bias)
             with op_by_op(mode):
                 run_model(model, batch)
             uses.add_other_uses(mode.other_uses)
@@ -199,7 +199,7 @@ def collect(
     return ActivationMoments(even, odd, uses.found(graph))
 
 
-class _Halves:
+class Halves:
     """Moments of one tie so far: of the samples that are fitted, and of those held out."""
 
     def __init__(self, size: int) -> None:
@@ -221,7 +221,7 @@ class _Halves:
             )
 
 
-def _gather(by_tensor: Mapping[str, Mapping[Tie, _Halves]], held_out: Tensor, op: WeightOp) -> None:
+def gather(by_tensor: Mapping[str, Mapping[Tie, Halves]], held_out: Tensor, op: WeightOp) -> None:
     """Add the inputs of a weight op to the moments of all its ties; `held_out` `[samples]` says to which half."""
     for tie, halves in by_tensor.get(op.tensor, {}).items():
         if tie.dim != op.axis or not op.input_positions or op.weight.is_complex():

@@ -14,12 +14,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from evolvenet.execution.sampling import samples_in
 from evolvenet.graph.width_graph import WidthGraph
 from evolvenet.measurement.activation_moments import collect
 from evolvenet.measurement.output_error import first_batches, output_error, outputs_on
 from evolvenet.pruning.reconstruction import reconstruct
-from evolvenet.pruning.reconstruction_batch import ONE_SHOT_LIMITS, ReconstructionLimits
+from evolvenet.pruning.reconstruction_batch import ONE_SHOT_LIMITS, ReconstructionLimits, concatenated, held_out_of
 from evolvenet.pruning.selection import plan_prune
+from evolvenet.pruning.streamed_plan import plan_streamed
 from evolvenet.surgery.resize_model import Surgery, compile_surgery, install
 
 log = logging.getLogger("evolvenet")
@@ -35,7 +37,7 @@ SHARES = (1.0, 0.5, 0.0)
 MARGIN = 1.02
 """The whole fit is taken unless its error is more than so many times the least."""
 LARGE = 50_000_000
-"""A model of more parameters is not fitted again, to all batches, after the test."""
+"""A model of more parameters is not fitted again, to all batches, after the test, and its moments are not kept."""
 
 
 def plan_fitted_prune(
@@ -103,7 +105,13 @@ def _fitted(
     model: nn.Module, graph: WidthGraph, sizes: Mapping[str, int], batches: Any, limits: ReconstructionLimits
 ) -> Surgery:
     names = [graph.widths[name].name for name, size in sizes.items() if size != graph.widths[name].size]
-    surgery = plan_prune(model, graph, sizes, collect(model, graph, batches, names))
+    surgery = None
+    if graph.parameters > LARGE and not isinstance(batches, Tensor):
+        joined = concatenated(batches, limits)
+        if joined is not None and samples_in(joined) == sum(map(samples_in, batches)):
+            surgery = plan_streamed(model, graph, sizes, joined, held_out_of(batches, joined))
+    if surgery is None:
+        surgery = plan_prune(model, graph, sizes, collect(model, graph, batches, names))
     return reconstruct(model, graph, surgery, batches, limits)
 
 

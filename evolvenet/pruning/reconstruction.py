@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -22,20 +22,27 @@ from torch import Tensor, nn
 
 from evolvenet.errors import concerning
 from evolvenet.execution.choices import Choices
+from evolvenet.execution.early_stop import Finished, run_until_finished, without_logits
 from evolvenet.execution.isolation import isolated, op_by_op
 from evolvenet.execution.residual_sums import ResidualSumMode, TrackedOutput
-from evolvenet.execution.sampling import evenly, held_out, samples_in
+from evolvenet.execution.sampling import evenly
 from evolvenet.execution.step import run_model
 from evolvenet.execution.weight_ops import NormedWeight, WeightOp, output_positions
 from evolvenet.graph.naming import named_tensors
 from evolvenet.graph.width_graph import FOLLOWS, WidthGraph
 from evolvenet.linalg.precision import in_float64
 from evolvenet.linalg.ridge import refit
-from evolvenet.pruning.reconstruction_batch import ONE_SHOT_LIMITS, ReconstructionLimits, concatenated
+from evolvenet.pruning.reconstruction_batch import ONE_SHOT_LIMITS, ReconstructionLimits, concatenated, held_out_of
+from evolvenet.pruning.target import Target
 from evolvenet.surgery.basis_change import along
 from evolvenet.surgery.resize_model import Surgery, TensorChange, compile_surgery, install
 
 log = logging.getLogger("evolvenet")
+
+LARGE = 50_000_000
+"""Of a model of more parameters, matrices that no fit writes to are not copied."""
+SMALL = 65_536
+"""Entries of a tensor that is copied anyway: biases, scales."""
 
 
 def reconstruct(
@@ -94,20 +101,8 @@ def reconstruct(
         targets = recorded(model, batch, OutputRecorder(consumers, limits), own, choices := Choices())
     if not targets:
         return surgery
+    fitted = _fitted(model, graph, surgery, batch, targets, held_out_of(listed, batch), own, choices)
     changes = {change.name: change for change in surgery.changes}
-    with isolated(model, shadows=True):
-        install(model, compile_surgery(model, graph, surgery.maps, surgery.bases))
-        shadows, _, _ = named_tensors(model)
-        with torch.no_grad():
-            for name, change in changes.items():
-                shadows[name].copy_(change.value)
-        fitter = ConsumerFitter(targets, changes, held_out(_counts(listed, batch)), shadows)
-        mode = ResidualSumMode(model, fitter.run, None, fitter.sum)
-        mode.follows_norms, fitter.normed, mode.choices, fitter.choices = True, mode.normed, choices, choices
-        choices.replay()
-        with isolated(model, gradients=own), op_by_op(mode):
-            run_model(model, batch)
-        fitted = {name: shadows[name].detach().clone() for name in fitter.fitted}
     tensors, _, _ = named_tensors(model)
     for name, value in fitted.items():
         tensor = tensors[name]
@@ -116,13 +111,38 @@ def reconstruct(
     return replace(surgery, changes=tuple(changes.values()))
 
 
-def _counts(batches: Sequence[Any], joined: Any) -> list[int]:
-    """How many samples of each batch are in the joined one, of which the last may have been left out."""
-    found, rest = [], samples_in(joined)
-    for batch in batches:
-        found.append(min(rest, samples_in(batch)))
-        rest -= found[-1]
-    return [*found, rest]
+def _fitted(
+    model: nn.Module,
+    graph: WidthGraph,
+    surgery: Surgery,
+    batch: Any,
+    targets: dict[str, list[Target]],
+    odd: Tensor,
+    gradients: bool,
+    choices: Choices,
+) -> dict[str, Tensor]:
+    """{tensor: its fitted value}, from a run of the cut model that ends with the last fit."""
+    changes = {change.name: change for change in surgery.changes}
+    large = sum(parameter.numel() for parameter in model.parameters()) > LARGE
+    with isolated(model, shadows=True, copied=not large):
+        cut = compile_surgery(model, graph, surgery.maps, surgery.bases)
+        install(model, cut)
+        shadows, _, _ = named_tensors(model)
+        own = {change.name for change in cut.changes}
+        for name, shadow in shadows.items():
+            if large and name not in own and (name in changes or name in targets or shadow.numel() <= SMALL):
+                shadow.data = shadow.data.clone()
+        with torch.no_grad():
+            for name, change in changes.items():
+                shadows[name].copy_(change.value)
+        fitter = ConsumerFitter(targets, changes, odd, shadows)
+        fitter.ends_run = True
+        mode = ResidualSumMode(model, fitter.run, None, fitter.sum)
+        mode.follows_norms, fitter.normed, mode.choices, fitter.choices = True, mode.normed, choices, choices
+        choices.replay()
+        with isolated(model, gradients=gradients), op_by_op(mode):
+            run_until_finished(model, batch)
+        return {name: shadows[name].detach().clone() for name in fitter.fitted}
 
 
 def recorded(
@@ -131,6 +151,8 @@ def recorded(
     """What consumers put out on a batch, as far as they can be fitted to it; the choices of routers are recorded."""
     mode = ResidualSumMode(model, None, recorder.record, recorder.sum, recorder.bias)
     mode.follows_norms, mode.choices = True, choices
+    tensors, _, _ = named_tensors(model)
+    batch = without_logits(model, batch, [tensors[name] for name in recorder.consumers])
     with isolated(model, gradients=gradients), op_by_op(mode):
         run_model(model, batch)
     return recorder.usable(mode.other_uses)
@@ -145,49 +167,6 @@ def _consumers(graph: WidthGraph, surgery: Surgery) -> frozenset[str]:
         for tie in (*graph.widths[name].consumers, *(tie for tie in graph.widths[name].ties if tie.role == FOLLOWS))
         if tie.tensor in graph.trainable and len(graph.shapes[tie.tensor]) > 1
     )
-
-
-@dataclass(frozen=True, eq=False)
-class Target:
-    """The outputs of one weight op in the uncut model, to which it is fitted in the cut one.
-
-    Args:
-        start: first row of the weight that takes part.
-        length: number of rows.
-        axis: the weight's axis of input units.
-        bias: name and offset of its bias, or of the vector that takes the mean in its place.
-        rows: numbers of the output positions that are compared.
-        positions: number of all output positions.
-        inputs: number of all input positions.
-        outputs: `[rows, out]`, of the sum that the op ends in if `summed`.
-        summed: whether `outputs` are those of that sum.
-        bias_sign: of a bias that an op of its own adds (1) or subtracts (−1), 0 for one of the same op; `outputs` are with it.
-        is_mean: whether it is a running mean, sign −1, which is not subtracted from them.
-        group: of a stack of weights, which of them it is; None for a weight of its own.
-    """
-
-    start: int
-    length: int
-    axis: int
-    bias: tuple[str, int] | None
-    rows: Tensor
-    positions: int
-    inputs: int
-    outputs: Tensor
-    summed: bool = False
-    bias_sign: int = 0
-    is_mean: bool = False
-    group: int | None = None
-
-    @property
-    def output_axis(self) -> int:
-        """The weight's axis of output units."""
-        return (1 if self.group is None else 3) - self.axis
-
-    @property
-    def share(self) -> int:
-        """How many times the bias is in `outputs`."""
-        return 0 if self.is_mean or self.bias is None else self.bias_sign or 1
 
 
 class OutputRecorder:
@@ -285,6 +264,7 @@ class ConsumerFitter:
         normed: weights of the cut model that weight norm computes, from the mode that it runs in; a fitted one is written
             into direction and length.
         choices: of the routers, replayed in the run of the cut model; without them no stacked weight is fitted.
+        ends_run: whether `Finished` is raised after the last fit.
     """
 
     def __init__(
@@ -301,6 +281,7 @@ class ConsumerFitter:
         self.fitted: set[str] = set()
         self.normed: Mapping[str, NormedWeight] = {}
         self.choices: Choices | None = None
+        self.ends_run = False
         self._at_sum: dict[WeightOp, Target] = {}
 
     def run(self, op: WeightOp) -> None:
@@ -314,6 +295,11 @@ class ConsumerFitter:
         else:
             with concerning((op.tensor, op.axis)):
                 self._fit(op, target, self._kept_outputs(op, target))
+        self._end_run()
+
+    def _end_run(self) -> None:
+        if self.ends_run and not self._at_sum and not any(self.targets.values()):
+            raise Finished
 
     def _target_of(self, op: WeightOp) -> Target | None:
         waiting = self.targets.get(op.tensor)
@@ -331,6 +317,7 @@ class ConsumerFitter:
         if target is not None:
             with concerning((output.op.tensor, output.op.axis)):
                 self._fit_at_sum(target, output, own, other)
+            self._end_run()
 
     def _fit_at_sum(self, target: Target, output: TrackedOutput, own: Tensor, other: Tensor) -> None:
         summed = self._kept_outputs(output.op, target)

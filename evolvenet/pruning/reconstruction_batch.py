@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from evolvenet._compat.torch import tree_flatten, tree_unflatten
 from evolvenet.execution.inputs import first_samples
+from evolvenet.execution.sampling import held_out, samples_in
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,20 @@ def concatenated(batches: Iterable[Any], limits: ReconstructionLimits) -> Any:
     if not alike or any(shape != shapes[0] for shape in shapes):
         return _limited(listed[0], limits)
     return _limited(tree_unflatten([torch.cat(parts) for parts in zip(*leaves, strict=True)], flat[0][1]), limits)
+
+
+def held_out_of(batches: Sequence[Any], joined: Any) -> Tensor:
+    """Which samples of the joined batches are held out, `[samples]` booleans, see `held_out`.
+
+    Args:
+        batches: each by itself.
+        joined: from `concatenated`, which may have left out the last samples.
+    """
+    counts, rest = list[int](), samples_in(joined)
+    for batch in batches:
+        counts.append(min(rest, samples_in(batch)))
+        rest -= counts[-1]
+    return held_out([*counts, rest])
 
 
 def _limited(batch: Any, limits: ReconstructionLimits) -> Any:

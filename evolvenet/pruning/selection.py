@@ -141,12 +141,12 @@ def plan_cut(
     deltas: dict[str, Tensor] = {}
     for name, index_map in maps.items():
         with concerning(name):
-            for tensor, delta in _refits(model, graph, name, index_map, statistics, surgery.bases.get(name)):
+            for tensor, delta in column_refits(model, graph, name, index_map, statistics, surgery.bases.get(name)):
                 deltas[tensor] = deltas.get(tensor, 0) + delta
-    return _with_deltas(model, surgery, deltas)
+    return with_deltas(model, surgery, deltas)
 
 
-def _refits(
+def column_refits(
     model: nn.Module,
     graph: WidthGraph,
     name: str,
@@ -279,7 +279,7 @@ def _refit(
         yield bias.name, bias.sign * torch.einsum("u,upok->o", offset, places[removed])
 
 
-def _with_deltas(model: nn.Module, surgery: Surgery, deltas: Mapping[str, Tensor]) -> Surgery:
+def with_deltas(model: nn.Module, surgery: Surgery, deltas: Mapping[str, Tensor]) -> Surgery:
     """The surgery with `deltas`, of the old shapes and bases, added to the tensors before they are changed."""
     changes = {change.name: change for change in surgery.changes}
     for name, delta in deltas.items():

@@ -1,0 +1,86 @@
+"""Plans made width by width while the model runs are those made from all moments at once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import evolvenet
+from evolvenet.execution.sampling import held_out
+from evolvenet.measurement.activation_moments import collect
+from evolvenet.measurement.output_error import output_error, outputs_on
+from evolvenet.pruning import fitted_prune, reconstruction
+from evolvenet.pruning.selection import plan_prune
+from evolvenet.pruning.streamed_plan import plan_streamed
+from evolvenet.tracing.trace import trace
+from tests.helpers.small_models import convnet, images, mlp
+from tests.helpers.states import State
+from tests.helpers.transformers_families import family, inputs_of
+
+
+def cases() -> dict[str, tuple[nn.Module, Any]]:
+    torch.manual_seed(0)
+    return {
+        "mlp": (mlp(6, 24, 24, 3), torch.randn(80, 6, dtype=torch.float64)),
+        "convnet": (convnet(), images(24)),
+        "llama": (family("llama").double(), inputs_of("llama", 12)),
+        "gpt2": (family("gpt2").double(), inputs_of("gpt2", 12)),
+    }
+
+
+@pytest.mark.parametrize("name", ["mlp", "convnet", "llama", "gpt2"])
+def test_the_plan_is_that_of_all_moments_at_once(name: str) -> None:
+    model, batch = cases()[name]
+    graph = trace(model, batch, outputs="logits" if isinstance(batch, dict) else None)
+    sizes = {width.name: width.rounded(-(-3 * width.size // 4)) for width in graph.resizable}
+    before = State.of(model)
+    count = len(batch["input_ids"] if isinstance(batch, dict) else batch)
+    streamed = plan_streamed(model, graph, sizes, batch, held_out([count]))
+    assert streamed is not None
+    assert before.differences(model) == []
+    whole = plan_prune(model, graph, sizes, collect(model, graph, [batch]))
+    assert streamed.maps == whole.maps
+    expected = {change.name: change.value for change in whole.changes}
+    assert {change.name for change in streamed.changes} == set(expected)
+    for change in streamed.changes:
+        torch.testing.assert_close(change.value, expected[change.name], rtol=1e-5, atol=1e-7)
+
+
+class Looping(nn.Module):
+    """Runs its layer once for each sample."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 12).double(), nn.Linear(12, 3).double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.stack([self.second(self.first(row).relu()) for row in x])
+
+
+def test_where_a_layer_runs_more_often_on_more_samples_there_is_no_streamed_plan() -> None:
+    model, x = Looping(), torch.randn(8, 4, dtype=torch.float64)
+    graph = trace(model, x[:1])
+    assert plan_streamed(model, graph, {"first": 6}, x, held_out([8])) is None
+
+
+def test_a_large_model_is_pruned_as_a_small_one_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Matrices that no fit writes to are shared with the model, its logits are left out, and the run ends with the last fit."""
+    batches = [inputs_of("llama", 8) for _ in range(2)]
+    errors = []
+    for large in (10**9, 0):
+        monkeypatch.setattr(fitted_prune, "LARGE", large)
+        monkeypatch.setattr(reconstruction, "LARGE", large)
+        model = family("llama").double()
+        graph = trace(model, batches[0], outputs="logits")
+        whole, before = outputs_on(model, batches, graph), {n: p.clone() for n, p in model.named_parameters()}
+        sizes = {width.name: width.size * 3 // 4 for width in graph.resizable if "mlp" in width.name}
+        plan = fitted_prune.plan_fitted_prune(model, graph, sizes, batches)
+        assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+        after = evolvenet.prune(model, graph, sizes, batches)
+        assert after.parameters < graph.parameters
+        assert plan.graph.sizes == after.sizes
+        errors.append(output_error(whole, outputs_on(model, batches, after)))
+    assert errors[1] == pytest.approx(errors[0], rel=1e-6)
