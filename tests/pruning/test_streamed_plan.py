@@ -69,12 +69,11 @@ def test_where_a_layer_runs_more_often_on_more_samples_there_is_no_streamed_plan
 def test_a_large_model_is_pruned_as_a_small_one_is(monkeypatch: pytest.MonkeyPatch) -> None:
     """Matrices that no fit writes to are shared with the model, its logits are left out, and the run ends with the last fit."""
     batches = [inputs_of("llama", 8) for _ in range(2)]
-    errors = []
+    errors, graph = [], trace(family("llama").double(), batches[0], outputs="logits")
     for large in (10**9, 0):
         monkeypatch.setattr(fitted_prune, "LARGE", large)
         monkeypatch.setattr(reconstruction, "LARGE", large)
         model = family("llama").double()
-        graph = trace(model, batches[0], outputs="logits")
         whole, before = outputs_on(model, batches, graph), {n: p.clone() for n, p in model.named_parameters()}
         sizes = {width.name: width.size * 3 // 4 for width in graph.resizable if "mlp" in width.name}
         plan = fitted_prune.plan_fitted_prune(model, graph, sizes, batches)
