@@ -257,6 +257,7 @@ class Uncut:
             "validation": mean_loss(model, windows(text.validation, setting.context, setting.judged)),
             "test": mean_loss(model, windows(text.test, setting.context, setting.judged)),
             "seconds": round(seconds, 1),
+            "steps": setting.steps,
             "device": device,
             "text": text.fingerprint,
             "characters": len(text.train) + len(text.validation) + len(text.test),

@@ -23,7 +23,7 @@ GOALS = {20: 0.010, 30: 0.018, 50: 0.060}
 EXPLANATION = f"""Characters of Python's documentation (`pydoc_data.topics`) and of the licences installed with it, each
 paragraph once. Of each twenty pieces of 4,096 characters one is validation text, by which settings were chosen, and one test
 text. The networks have {FULL.layers} blocks of width {FULL.width} with {FULL.heads} heads, LLaMA {FULL.heads // 2} for keys
-and values, sequences of {FULL.context} characters, {FULL.steps:,} training steps of {FULL.batch} sequences. Columns: share of
+and values, sequences of {FULL.context} characters, training steps of {FULL.batch} sequences. Columns: share of
 the parameters that is removed. Figures: by how much the mean cross-entropy of the next character rises on the test text, in
 nats; means over the seeds, in brackets the least and the largest.
 
@@ -131,7 +131,8 @@ def _network(title: str, uncut: Mapping[int, Record], results: Results) -> list[
     lines = [
         f"## {title}: uncut {_shown([record['test'] for record in uncut.values()], '{:.3f}')} nats a character",
         "",
-        f"{one['parameters']:,} parameters; text {one['text']} of {one['characters']:,} characters; trained on {one['device']}; "
+        f"{one['parameters']:,} parameters; text {one['text']} of {one['characters']:,} characters; "
+        f"{one.get('steps', FULL.steps):,} training steps on {one['device']}; "
         f"seeds {', '.join(map(str, sorted(uncut)))}; ours at git {', '.join(made)}.",
         "",
     ]

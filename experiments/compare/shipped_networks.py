@@ -100,14 +100,14 @@ def torchcrepe(_: Path) -> Subject:
         parts = (parts - parts.mean(1, keepdim=True)) / parts.std(1, keepdim=True)
         return parts, sound.pitch[:, 512:].unfold(1, 1, 512)[:, : len(parts) // count].flatten()
 
-    inputs, pitch = frames(200, 1)
+    inputs, pitch = frames(100, 1)
 
     def score(network: nn.Module) -> float:
         cents = 20 * outputs(network, inputs).argmax(1) + 1997.3794084376191
         return near(10 * 2 ** (cents / 1200), pitch)
 
     task = "pitch within half a semitone, tones made here"
-    return Subject(model.eval(), list(frames(128, 0)[0][:512].split(64)), score, task)
+    return Subject(model.eval(), list(frames(48, 0)[0][:192].split(48)), score, task)
 
 
 def pesto(_: Path) -> Subject:
