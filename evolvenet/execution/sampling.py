@@ -43,8 +43,8 @@ def held_out(counts: Sequence[int]) -> Tensor:
     counts = [count for count in counts if count]
     if len(counts) < 2:
         total = sum(counts)
-        return torch.arange(total) >= (total + 1) // 2
-    return torch.repeat_interleave(torch.arange(len(counts)) % 2 == 1, torch.tensor(counts))
+        return torch.arange(total, device="cpu") >= (total + 1) // 2
+    return torch.repeat_interleave(torch.arange(len(counts), device="cpu") % 2 == 1, torch.tensor(counts, device="cpu"))
 
 
 def in_halves(batches: Iterable[Any]) -> Iterator[tuple[Any, Tensor]]:
@@ -59,7 +59,7 @@ def in_halves(batches: Iterable[Any]) -> Iterator[tuple[Any, Tensor]]:
         first += following
     number = 0
     for batch in chain(first, rest):
-        yield batch, torch.full((samples_in(batch),), number % 2 == 1)
+        yield batch, torch.full((samples_in(batch),), number % 2 == 1, device="cpu")
         number += samples_in(batch) > 0
 
 

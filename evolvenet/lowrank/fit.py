@@ -232,7 +232,7 @@ def fit(model: nn.Module, choices: Sequence[Choice], seen: Observations) -> Fitt
                 merged = written(choice.target.layer, solver.decompose(choice))
                 with torch.no_grad():
                     shadows[name].copy_(merged.to(shadows[name].device, shadows[name].dtype))
-        odd = torch.arange(samples_in(seen.batch)) % 2 == 1
+        odd = torch.arange(samples_in(seen.batch), device="cpu") % 2 == 1
         fitter = ConsumerFitter(targets, {}, odd, shadows, solver.solve)
         with isolated(model, gradients=seen.gradients), op_by_op(ResidualSumMode(model, fitter.run, None, fitter.sum)):
             run_model(model, seen.batch)

@@ -88,8 +88,7 @@ def reconstruct(
     True
     """
     listed, own = list(batches), graph.differentiates
-    batch = concatenated(listed, limits)
-    consumers = _consumers(graph, surgery)
+    batch, consumers = concatenated(listed, limits), _consumers(graph, surgery)
     if batch is None or not consumers:
         return surgery
     try:

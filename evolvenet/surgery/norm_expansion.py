@@ -154,12 +154,14 @@ class _NewUnits:
     @cached_property
     def present(self) -> Tensor:
         """The positions of the units that were there."""
-        return torch.tensor([place for place, index in enumerate(self.index_map.indices) if index != NEW_UNIT])
+        return torch.tensor(
+            [place for place, index in enumerate(self.index_map.indices) if index != NEW_UNIT], device="cpu"
+        )
 
     @cached_property
     def new(self) -> Tensor:
         """The positions of the new units."""
-        return torch.tensor(self.index_map.new_units)
+        return torch.tensor(self.index_map.new_units, device="cpu")
 
     @cached_property
     def templates(self) -> Tensor:
@@ -220,7 +222,7 @@ class _NewUnits:
     def _places(self, tie: Tie, units: Tensor) -> Tensor:
         """The places of units on the axis of a tie, one after the other."""
         value = self.values[tie.tensor]
-        places = tie.start + units.reshape(-1, 1) * tie.repeat + torch.arange(tie.repeat)
+        places = tie.start + units.reshape(-1, 1) * tie.repeat + torch.arange(tie.repeat, device="cpu")
         return places.reshape(-1).to(value.device)
 
     def _copy(self, tie: Tie) -> None:
@@ -272,14 +274,14 @@ class _NewUnits:
 
     def _is_old(self, tie: Tie) -> Tensor:
         """1 for the entries of present units of all other widths, of the shape of the value with the tie's axis first."""
-        found = torch.ones(1)
+        found = torch.ones(1, device="cpu")
         value = self.values[tie.tensor]
         for dim, index_map in self.changes[tie.tensor].axes.items():
             if dim != tie.dim:
-                old = torch.tensor([float(index != NEW_UNIT) for index in index_map.indices])
+                old = torch.tensor([float(index != NEW_UNIT) for index in index_map.indices], device="cpu")
                 found = found * old.view([-1 if axis == dim else 1 for axis in range(value.dim())])
         return found.movedim(tie.dim, 0) if found.dim() == value.dim() else found
 
     def _random(self, shape: Iterable[int]) -> Tensor:
         """Random numbers in double precision."""
-        return torch.randn(tuple(shape), generator=self.generator, dtype=torch.float64)
+        return torch.randn(tuple(shape), generator=self.generator, dtype=torch.float64, device="cpu")
