@@ -109,20 +109,20 @@ def _compared(module: nn.Module) -> Norm | None:
     vectors = len(names) in (1, 2) and all(tensor.dim() == 1 for tensor in own.values())
     if not vectors or len(numbers) != 1 or next(module.children(), None) is not None:
         return None
-    generator = torch.Generator().manual_seed(0)
-    values = {name: torch.randn(PROBES, generator=generator, device="cpu") for name in names}
+    generator = torch.Generator("cpu").manual_seed(0)
+
+    def drawn(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
+
+    values = {name: drawn(PROBES) for name in names}
     probe = shallow_copy(module)
     vars(probe).update(_parameters={name: nn.Parameter(values[name]) for name in names})
     vars(probe).update(
         {numbers[0]: 0.5} | ({"normalized_shape": (PROBES,)} if hasattr(module, "normalized_shape") else {})
     )
-    images = torch.randn(3, PROBES, 2, 2, generator=generator, device="cpu")
+    images = drawn(3, PROBES, 2, 2)
     # Units last, then, of images, first.
-    for inputs, dim in (
-        (torch.randn(3, PROBES, generator=generator, device="cpu"), -1),
-        (images.movedim(1, -1), -1),
-        (images, 1),
-    ):
+    for inputs, dim in ((drawn(3, PROBES), -1), (images.movedim(1, -1), -1), (images, 1)):
         with torch.no_grad(), suppress(Exception):
             outputs = type(module).forward(probe, inputs).movedim(dim, -1)
             for norm in _possible(names, numbers[0]):

@@ -68,7 +68,8 @@ def _refuse_number(module: nn.Module, path: str, name: str, value: Any, known: M
     if name in known and type(value) is int and (value >= 0 or value == own):
         return
     # The eps of a norm follows a stream that grows. It is told by its name: the model may lie on meta while it is loaded.
-    if type(value) is type(own) is float and 0 <= value < 1 and "eps" in name:
+    # None is torch's own eps, to which an undone growth returns.
+    if type(own) is float and "eps" in name and (value is None or (type(value) is float and 0 <= value < 1)):
         return
     at = f"{path} ({type(module).__name__})" if path else type(module).__name__
     raise RecordError(

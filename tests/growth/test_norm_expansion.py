@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 
 import evolvenet
-from evolvenet.errors import ResizeError
+from evolvenet.errors import RecordError, ResizeError
 from evolvenet.graph.exact_growth import COPY, MEAN, ZERO
 from evolvenet.graph.width_graph import Width, WidthGraph
 from evolvenet.surgery.norms import Norm, norm_of
+from evolvenet.surgery.untrusted_files import refuse_unsafe
 from evolvenet.tracing.trace import trace
 from tests.helpers.cases import distance, outputs
 from tests.helpers.networks.residual import ChannelNorm, ConvNeXt, Encoder, PatchMerging, ResidualMlp
@@ -189,3 +190,10 @@ def test_weights_and_eps_are_rescaled_and_travel_with_a_state_dict(tmp_path: Any
     evolvenet.load(fresh, tmp_path / "grown.pt")
     assert [norm.eps for norm in fresh.norms] == [norm.eps for norm in model.norms]
     assert distance(outputs(fresh, inputs), before) < 1e-12
+
+
+@pytest.mark.parametrize("value", ["1e-6", -1.0, float("inf"), float("nan"), True])
+def test_a_file_sets_an_eps_to_numbers_alone_that_are_one(value: Any) -> None:
+    model = ResidualMlp(nn.LayerNorm)
+    with pytest.raises(RecordError, match=r"'eps' of norms\.0"):
+        refuse_unsafe(model, {}, {"numbers": [["norms.0", "eps", value]], "buffers": {}})
