@@ -13,6 +13,7 @@ mend_torchvision()  # before anything imports torchvision
 
 from evolvenet.engine.compression import Compression  # noqa: E402
 from evolvenet.engine.ddp_wrapper import renew_ddp  # noqa: E402
+from evolvenet.engine.depth import remove_blocks  # noqa: E402
 from evolvenet.engine.evolver import Evolver  # noqa: E402
 from evolvenet.engine.functional import grow, prune, resize  # noqa: E402
 from evolvenet.engine.history import Event, History, WidthChange  # noqa: E402
@@ -100,6 +101,7 @@ __all__ = [
     "merge",
     "output_spectra",
     "prune",
+    "remove_blocks",
     "renew_ddp",
     "resize",
     "save",

@@ -90,7 +90,10 @@ class EvolverState:
         graph = self._restricted(graph)
         self.graph, self.original = graph, self.original.renamed(self.graph, graph)
         remember_widths(self.model, graph, self.original.sizes)
-        self.history.initial.sizes.update({**graph.sizes, **self.history.initial.sizes})
+        first = {**graph.sizes, **self.history.initial.sizes}
+        self.history.initial.sizes.clear()
+        # Those of removed blocks are gone.
+        self.history.initial.sizes.update({name: size for name, size in first.items() if name in graph.widths})
         self.history.frozen = graph.reasons
         self.history.ranks.update(graph.rank_layers)
 

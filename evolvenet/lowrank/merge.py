@@ -54,7 +54,8 @@ def merge_by(
 ) -> tuple[str, ...]:
     """As `merge`; closing `undo` puts the factors back, also what was done before a failure."""
     there = replacements(model)
-    wanted = list(there) if names is None else list(names)
+    layers = [name for name, module in there.items() if isinstance(module, (FactoredLayer, SplitAttention))]
+    wanted = layers if names is None else list(names)
     for name in wanted:
         if name not in there:
             raise FactorizationError(

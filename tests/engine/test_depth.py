@@ -1,0 +1,171 @@
+"""Residual blocks that carry nothing are removed whole: the function stays, optimizers forget them, checkpoints know it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+import evolvenet
+from evolvenet.engine.depth import remove_blocks
+from evolvenet.surgery.removed_block import RemovedBlock
+
+
+class Block(nn.Module):
+    """Before each of two branches a norm, as in a transformer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norms = nn.ModuleList([nn.LayerNorm(8), nn.LayerNorm(8)])
+        self.mix = nn.Linear(8, 8)
+        self.mlp = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.mix(self.norms[0](x))
+        return x + self.mlp(self.norms[1](x))
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.enter, self.leave = nn.Linear(4, 8), nn.Linear(8, 3)
+        self.blocks = nn.Sequential(*[Block() for _ in range(3)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.leave(self.blocks(self.enter(x)))
+
+
+def net(scale: float = 0.0) -> Any:
+    """The second block adds next to nothing, and the MLP of the third."""
+    torch.manual_seed(0)
+    model: Any = Net().double()
+    with torch.no_grad():
+        for layer in (model.blocks[1].mix, model.blocks[1].mlp[2], model.blocks[2].mlp[2]):
+            for parameter in layer.parameters():
+                parameter.mul_(scale)
+    return model
+
+
+X = torch.randn(32, 4, generator=torch.Generator().manual_seed(1)).double()
+
+
+def test_what_adds_nothing_goes_and_the_function_stays() -> None:
+    model = net()
+    before, whole = model(X), len(list(model.parameters()))
+    optimizer = torch.optim.Adam(model.parameters())
+    model(X).sum().backward()
+    optimizer.step()
+    model.load_state_dict(net().state_dict())
+    assert remove_blocks(model, X, optimizers=optimizer) == {"blocks.1": 0.0, "blocks.2.mlp": 0.0}
+    assert torch.equal(model(X), before)
+    assert len(list(model.parameters())) == whole - 10 - 4
+    held = {id(each) for group in optimizer.param_groups for each in group["params"]}
+    assert held == {id(each) for each in model.parameters()} == {id(each) for each in optimizer.state}
+    graph = evolvenet.trace(model, X[:2])
+    assert "blocks.0.mlp.0" in graph.sizes
+    assert "blocks.2.mlp.0" not in graph.sizes
+    loss = model(X).square().sum()
+    loss.backward()
+    optimizer.step()
+    assert model(X).square().sum() < loss
+
+
+def test_a_share_says_how_much_may_be_lost() -> None:
+    model = net(scale=1e-3)
+    before = model(X)
+    assert remove_blocks(model, X) == {}
+    removed = remove_blocks(model, X[:2], [X], share=1e-4)
+    assert list(removed) == ["blocks.1", "blocks.2.mlp"]
+    assert all(0 < lost < 1e-4 for lost in removed.values())
+    assert 0 < torch.dist(model(X), before) < 1e-2 * before.norm()
+    with pytest.raises(evolvenet.ResizeError, match=r"0 … 1, got 2"):
+        remove_blocks(model, X, share=2)
+
+
+@pytest.mark.parametrize("ending", ["pt", "safetensors"])
+def test_a_freshly_built_model_loads_it_with_widths_that_changed_before_and_after(ending: str, tmp_path: Path) -> None:
+    model = net()
+    evolvenet.prune(model, evolvenet.trace(model, X[:2]), {"blocks.0.mlp.0": 9})
+    remove_blocks(model, X)
+    evolvenet.prune(model, evolvenet.trace(model, X[:2]), {"blocks.0.mlp.0": 5})
+    evolvenet.save(model, tmp_path / f"net.{ending}")
+    again: Any = evolvenet.load(Net().double(), tmp_path / f"net.{ending}")
+    assert torch.equal(again(X), model(X))
+    assert isinstance(again.blocks[1], RemovedBlock)
+
+
+def test_an_evolver_goes_on_with_what_is_left_and_resumes(tmp_path: Path) -> None:
+    def evolver(model: Any) -> Any:
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+        return evolvenet.Evolver(model, optimizer, evolvenet.Budget(params=200, by=0.5), X)
+
+    first = evolver(model := net())
+    remove_blocks(model, X, optimizers=first.optimizers)
+    first.adopt(evolvenet.trace(model, X[:2]))
+    first.observe(X)
+    event = first.step(progress=0.5)
+    assert event.skipped is None
+    assert event.changes
+    evolvenet.save(model, tmp_path / "net.pt")
+    second = evolver(evolvenet.load(Net().double(), tmp_path / "net.pt"))
+    second.load_state_dict(first.state_dict())
+    assert second.graph.sizes == first.graph.sizes
+    assert torch.equal(second.model(X), model(X))
+    second.observe(X)
+    assert second.step(progress=0.9).skipped is None
+
+
+def test_a_layer_leaves_a_decoder_with_its_place_in_the_cache(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=40,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+    )
+    model: Any = LlamaForCausalLM(config).eval()
+    layer = model.model.layers[1]
+    nn.init.zeros_(layer.self_attn.o_proj.weight)
+    nn.init.zeros_(layer.mlp.down_proj.weight)
+    # Of an attention alone the last layer goes, since the rest keeps its place in the cache; an MLP goes whole.
+    nn.init.zeros_(model.model.layers[0].self_attn.o_proj.weight)
+    nn.init.zeros_(model.model.layers[2].mlp.down_proj.weight)
+    words = {"input_ids": torch.randint(0, 40, (2, 7))}
+    with torch.no_grad():
+        before = model(**words).logits
+        said = model.generate(**words, max_new_tokens=6, do_sample=False, pad_token_id=0)
+        assert list(remove_blocks(model, words)) == [
+            "model.layers.0.self_attn.o_proj", "model.layers.1", "model.layers.2.mlp",
+        ]  # fmt: skip
+        assert torch.equal(model(**words).logits, before)
+        assert (model.config.num_hidden_layers, len(model.model.layers)) == (2, 2)
+        assert [each.self_attn.layer_idx for each in model.model.layers] == [0, 1]
+        for cached in (True, False):
+            options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "use_cache": cached}
+            assert torch.equal(model.generate(**words, **options), said)
+        graph = evolvenet.trace(model, words)
+        evolvenet.prune(model, graph, {"model.layers.0.mlp.gate_proj": 12})
+        evolvenet.transformers.save_pretrained(model, tmp_path)
+        assert torch.equal(evolvenet.transformers.from_pretrained(tmp_path)(**words).logits, model(**words).logits)
+
+
+def test_without_a_layer_the_transformers_library_alone_loads_it(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2
+    )
+    model: Any = LlamaForCausalLM(config).eval()
+    nn.init.zeros_(model.model.layers[0].self_attn.o_proj.weight)
+    nn.init.zeros_(model.model.layers[0].mlp.down_proj.weight)
+    words = {"input_ids": torch.randint(0, 40, (2, 7))}
+    with torch.no_grad():
+        assert list(remove_blocks(model, words)) == ["model.layers.0"]
+        assert evolvenet.transformers.save_pretrained(model, tmp_path, example_inputs=words)
+        again = AutoModelForCausalLM.from_pretrained(tmp_path)
+        assert torch.equal(again(**words).logits, model(**words).logits)
