@@ -134,7 +134,7 @@ def places_with_values(built: GroupedWidths, label_graph: LabelGraph, failed: Se
     widths = [built.graph.widths[name] for name in failed]
     found = []
     for turned in (width for width in widths if width.mixed is not None):
-        modules = {tie.module.rpartition(".")[0] for tie in turned.producers}
+        modules = {path for tie in turned.producers for path in (tie.module, holder_of(tie.module))}
         beside = [w for w in widths if w is not turned and w.mixed is None and _enclosing_module(w) in modules]
         views = [grids[w.name].ids if w.name in grids else _ids(built, w.name)[None] for w in beside]
         views = [view.reshape(-1, turned.size) for view in views if view.shape[1] % turned.size == 0]

@@ -14,14 +14,19 @@ from torch import Tensor
 from evolvenet._compat.torch import tree_map_only
 from evolvenet.tracing.labels import DATA, Label, align, compress, varying
 from evolvenet.tracing.merging import merge
-from evolvenet.tracing.rules import Call, rule, tie_elements
+from evolvenet.tracing.rules import Call, elementwise, movement, rule, tie_elements
 
 
 @rule("index", "index_select")
 def pick(call: Call) -> None:
-    """Selected by an index: units along the indexed dimensions are frozen, the others pass."""
+    """Selected by an index: units along the indexed dimensions are frozen, the others pass.
+
+    A single place that the code names, as in `heads[:, [-2]]`, is a slice: its units pass.
+    """
     source, label = call.args[0], call.label_of(call.args[0])
     picked = _picked(call)
+    if _names_places(call) and any(picked & set(varying(layer)) for layer in label.layers):
+        return movement(call)
     # Along dimensions without units any index gives the same labels, also one without values (meta) or entries.
     rest = tree_map_only(Tensor, _first_place, call.args[1:])
     layers = []
@@ -31,6 +36,27 @@ def pick(call: Call) -> None:
         else:
             layers.append(compress(call.func(layer.expand(_indexable(source.shape, picked)), *rest)))
     call.label_output(call.out, layers, origin=label.origin)
+    return None
+
+
+def _names_places(call: Call) -> bool:
+    """Whether all indices may be lists of one number in the code; on meta, where that is not known, `movement` needs data."""
+    if call.op != "aten::index":
+        return False
+    indices = [index for index in call.args[1] if index is not None]
+    return all(
+        index.shape == (1,) and (call.label_of(index).value is not None or index.device.type == "meta")
+        for index in indices
+    )
+
+
+@rule("lift_fresh")
+def literal(call: Call) -> None:
+    """Numbers in the code as a tensor; of one number it is known."""
+    elementwise(call)
+    label = call.label_of(call.out)
+    if call.out.numel() == 1 and call.out.device.type != "meta" and not label.layers:
+        call.set_label(call.out, replace(label, value=float(call.out)))
 
 
 def _indexable(shape: Sequence[int], picked: set[int]) -> list[int]:

@@ -25,7 +25,7 @@ d_inner intermediate_size ssm_state_size time_step_rank conv_dim mlp_dim width a
 in_chs out_chs mid_chs expand_chs num_1x1_c latent_dim inplanes planes inner_size feature_dim n_state n_units output_size
 input_size num_hiddens q_lora_rank kv_lora_rank num_experts num_local_experts n_experts n_routed_experts shape unflattened_size"""
 _HEAD_SIZES = """head_dim attention_head_size key_value_proj_dim d_kv dim_head head_size dim_per_head d_head key_dim val_dim
-head_width v_head_dim qk_nope_head_dim qk_head_dim"""
+head_width v_head_dim qk_nope_head_dim qk_head_dim kv_dim"""
 _HEAD_COUNTS = "num_heads n_heads num_attention_heads nhead heads n_head num_key_value_heads"
 ATTRIBUTE_NAMES: Mapping[str, frozenset[str]] = {
     PLAIN: frozenset(_SIZES.split()),

@@ -295,7 +295,7 @@ def _single(key: int, before: Tensor, after: Tensor) -> dict[int, Tensor]:
 
 
 @rule("clone", "_to_copy", "copy_", "hardswish", "hardswish_", "_prelu_kernel")
-@rule("masked_fill", "masked_fill_", "native_dropout", "lift_fresh", "silu_", "elu_", "leaky_relu_", "hardtanh_")
+@rule("masked_fill", "masked_fill_", "native_dropout", "silu_", "elu_", "leaky_relu_", "hardtanh_")
 @rule("leaky_relu", "celu_", "selu_", "hardsigmoid_", "ldexp", "ldexp_")  # torch 2.8 does not tag them as pointwise
 @rule("bernoulli", "fake_quantize_per_tensor_affine_cachemask")
 @rule("_fake_quantize_per_tensor_affine_cachemask_tensor_qparams")

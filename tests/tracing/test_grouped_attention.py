@@ -11,6 +11,8 @@ from torch import nn
 from transformers import (
     BertConfig,
     BertModel,
+    FalconConfig,
+    FalconForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
     GPTNeoXConfig,
@@ -206,4 +208,31 @@ def test_layers_that_share_a_rotary_embedding_lose_the_same_places() -> None:
     assert distance(outputs(model, inputs), expected) < 1e-9
     evolvenet.resize(model, graph, {name: IndexMap.keep([0, 2, 3], 4)})
     assert [layer.self_attn.head_dim for layer in model.model.layers] == [6, 6]
+    assert outputs(model, inputs)[0].shape == expected[0].shape
+
+
+FUSED = {
+    "one key": ({"multi_query": True}, 4),
+    "a key for two queries": ({"new_decoder_architecture": True, "num_kv_heads": 2}, 4),
+}
+
+
+@pytest.mark.parametrize("kind", FUSED)
+def test_keys_that_a_list_of_one_number_picks_are_those_of_a_slice(kind: str) -> None:
+    """Of Falcon: queries, keys and values lie in one weight, of which `[..., [-2], :]` are keys."""
+    options, pairs = FUSED[kind]
+    torch.manual_seed(0)
+    model: Any = FalconForCausalLM(FalconConfig(**SIZES, **options, bias=False, use_cache=False)).double()
+    inputs = {"input_ids": torch.randint(0, 40, (2, 6), generator=torch.Generator().manual_seed(0))}
+    graph = trace(model, inputs)
+    name = "transformer.h.0.self_attention.query_key_value"
+    assert (graph.sizes[name], graph.widths[name].patches) == (
+        pairs,
+        tuple((f"transformer.h.{n}.self_attention", "head_dim") for n in range(2)),
+    )
+    expected = outputs(model, inputs)
+    graph = evolvenet.resize(model, graph, {name: IndexMap.keep([2, 0, 3, 1], 4)})
+    assert distance(outputs(model, inputs), expected) < 1e-9
+    evolvenet.resize(model, graph, {name: IndexMap.keep([0, 2, 3], 4)})
+    assert [layer.self_attention.head_dim for layer in model.transformer.h] == [6, 6]
     assert outputs(model, inputs)[0].shape == expected[0].shape
