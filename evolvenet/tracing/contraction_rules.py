@@ -293,7 +293,7 @@ def _beside_data(call: Call, one: Tensor, two: Tensor, summed: set[int]) -> tupl
     """
     for dim in summed & set(varying(one)) & set(varying(two)):
         for layer, other in ((one, two), (two, one)):
-            data = (other == -1).transpose(0, dim).flatten(1).all(1)
+            data = (other == -1).movedim(dim, 0).reshape(other.shape[dim], -1).all(1)
             met = layer.index_select(dim, data.nonzero().flatten())
             if 0 < met.shape[dim] < layer.shape[dim] and len(varying(layer)) == 2 and bool((met >= 0).all()):
                 call.label_graph.tie_rows(met, {dim})
