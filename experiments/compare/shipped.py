@@ -32,6 +32,9 @@ LEVELS = (30, 50, 70)
 GOAL = (50, 0.98)
 """Percent removed, and the share of the score that is to be kept."""
 
+SAMPLES = 96
+"""Inputs on which the trials of an allocation run."""
+
 Made = tuple[nn.Module, str]
 Sizes = Callable[[int], Mapping[str, int]]
 Method = Callable[[Subject, nn.Module, evolvenet.WidthGraph, Sizes, int], Made]
@@ -148,7 +151,8 @@ def opened(name: str, data: Path) -> tuple[dict[str, Any], Callable[[str, int], 
 
     @cache
     def allocation() -> Allocation:
-        return evolvenet.allocate(subject.model, graph, round(0.9 * graph.parameters), subject.calibration)
+        target = round(0.9 * graph.parameters)
+        return evolvenet.allocate(subject.model, graph, target, subject.calibration, samples=SAMPLES)
 
     def cut(kind: str, level: int) -> dict[str, Any]:
         torch.manual_seed(0)

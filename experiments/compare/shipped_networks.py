@@ -139,14 +139,14 @@ def torchfcpe(_: Path) -> Subject:
         mel = torch.cat([whole.wav2mel(each[None, :, None], RATE) for each in sound.samples])
         return mel, sound.pitch[:, ::160][:, : mel.shape[1]]
 
-    inputs, pitch = spectrograms(32, 1)
+    inputs, pitch = spectrograms(24, 1)
 
     def score(network: nn.Module) -> float:
         latent = outputs(network, inputs, 16)[:, : pitch.shape[1]]
         return near(10 * 2 ** (model.cent_table[latent.argmax(2)] / 1200), pitch)
 
     task = "pitch within half a semitone, tones made here"
-    return Subject(model.eval(), list(spectrograms(64, 0)[0].split(16)), score, task)
+    return Subject(model.eval(), list(spectrograms(24, 0)[0].split(8)), score, task)
 
 
 def resemblyzer(_: Path) -> Subject:
@@ -161,13 +161,13 @@ def resemblyzer(_: Path) -> Subject:
         ]
         return torch.stack(made)[:, :160].float(), speaker
 
-    inputs, speaker = spectrograms(40, 1)
+    inputs, speaker = spectrograms(20, 1)
 
     def score(network: nn.Module) -> float:
         return float(speaker[neighbours(outputs(network, inputs))].eq(speaker).double().mean())
 
-    task = "nearest neighbour is of the same speaker, 40 voices made here"
-    return Subject(model, list(spectrograms(30, 0)[0].split(32)), score, task)
+    task = "nearest neighbour is of the same speaker, 20 voices made here"
+    return Subject(model, list(spectrograms(12, 0)[0].split(24)), score, task)
 
 
 class SileroVad(nn.Module):
@@ -341,14 +341,14 @@ def rxnfp(_: Path) -> Subject:
             ids[row, : len(words)] = torch.tensor([vocabulary.get(word, vocabulary["[UNK]"]) for word in words[:48]])
         return {"input_ids": ids, "attention_mask": ids.ne(0).long()}
 
-    inputs = batch(order[256:556])
+    inputs = batch(order[256:456])
     before = neighbours(outputs(model, inputs, 50))
 
     def score(network: nn.Module) -> float:
         return float(neighbours(outputs(network, inputs, 50)).eq(before).double().mean())
 
-    task = "same nearest neighbour as the uncut network's, 300 reactions made here"
-    return Subject(model, [batch(order[start : start + 32]) for start in range(0, 256, 32)], score, task)
+    task = "same nearest neighbour as the uncut network's, 200 reactions made here"
+    return Subject(model, [batch(order[start : start + 32]) for start in range(0, 64, 32)], score, task)
 
 
 def neighbours(vectors: Tensor) -> Tensor:
