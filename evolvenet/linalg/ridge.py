@@ -12,7 +12,7 @@ A problem consists of two halves of samples, even and odd. With X the inputs, R 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -22,6 +22,9 @@ from evolvenet.linalg.precision import in_float64
 
 RIDGES = (math.inf, 1.0, 1e-1, 1e-2, 1e-4, 1e-6, 1e-10)
 """λ, relative to the mean squared input. Of equal errors the first, largest one is selected; with ∞ only the offset is fitted."""
+
+MIXTURES = 128
+"""Of the outputs of a layer with four times as many or more, on which its ridge is selected."""
 
 EVEN, ODD, ALL = (0,), (1,), (0, 1)
 """Halves of the samples."""
@@ -109,6 +112,10 @@ class Problem(Protocol):
         """S, `[out, columns]` float64."""
         ...
 
+    def sketched(self) -> Problem:
+        """The problem itself, or with few random mixtures of many outputs, whose errors are nearly as large."""
+        ...
+
 
 def solve_held_out(problem: Problem) -> tuple[Tensor, Tensor] | None:
     """The solution on all samples, its ridge selected on held-out ones.
@@ -129,10 +136,11 @@ def solve_held_out(problem: Problem) -> tuple[Tensor, Tensor] | None:
     """
     if not all(problem.count):
         return None
-    least, selected = problem.energy(ODD), None
+    trials = problem.sketched()
+    least, selected = trials.energy(ODD), None
     for ridge in RIDGES:
-        solution = problem.solve(EVEN, ridge)
-        error = math.inf if solution is None else problem.error(solution, ODD)
+        solution = trials.solve(EVEN, ridge)
+        error = math.inf if solution is None else trials.error(solution, ODD)
         if error < least:
             least, selected = error, ridge
     solution = None if selected is None else problem.solve(ALL, selected)
@@ -214,6 +222,15 @@ class PrimalProblem:
         """See `Problem`."""
         return solution.coefficients
 
+    def sketched(self) -> PrimalProblem:
+        """See `Problem`; the energies are those of all outputs, as the others are unbiased estimates."""
+        if (mixtures := _mixtures(self.residuals)) is None:
+            return self
+        if self.metric is not None:
+            values, vectors = torch.linalg.eigh(self.metric)
+            mixtures = (vectors * values.clamp_min(0).sqrt()) @ mixtures
+        return replace(self, residuals=self.residuals @ mixtures, cross=self.cross @ mixtures, metric=None)
+
 
 @dataclass(frozen=True, eq=False)
 class DualProblem:
@@ -280,6 +297,24 @@ class DualProblem:
     def primal(self, solution: Solution) -> Tensor:
         """See `Problem`."""
         return in_float64(solution.coefficients.mT.to(self.inputs) @ self.inputs)
+
+    def sketched(self) -> DualProblem:
+        """See `Problem`."""
+        mixtures = _mixtures(self.residuals)
+        return self if mixtures is None else replace(self, residuals=self.residuals @ mixtures)
+
+
+def _mixtures(residuals: Tensor) -> Tensor | None:
+    """Random signs `[out, MIXTURES]` with E[Ω·Ωᵀ] = 1, so E‖R·Ω‖² = ‖R‖²; None for few outputs.
+
+    From Achlioptas, "Database-friendly random projections", Journal of Computer and System Sciences 66(4), 2003.
+    """
+    out = residuals.shape[-1]
+    if out < 4 * MIXTURES:
+        return None
+    generator = torch.Generator(residuals.device).manual_seed(0)
+    bits = torch.randint(0, 2, (out, MIXTURES), generator=generator, device=residuals.device)
+    return (2 * bits - 1).to(residuals.dtype) / math.sqrt(MIXTURES)
 
 
 def _solve(gram: Tensor, right: Tensor, ridge: float, columns: int) -> Tensor | None:

@@ -153,3 +153,38 @@ def test_float32_and_half_inputs_are_fitted_in_float32(rows: int) -> None:
     assert half is not None
     torch.testing.assert_close(single[0], exact[0], atol=1e-3, rtol=1e-3)
     assert (half[0] - exact[0]).norm() < 0.1 * exact[0].norm()
+
+
+@pytest.mark.parametrize("form", [PrimalProblem, DualProblem])
+def test_of_many_outputs_a_few_mixtures_select_the_ridge(form: type[PrimalProblem] | type[DualProblem]) -> None:
+    """Their errors are those of all outputs, but for some percent; the solution is that of all outputs."""
+    made = torch.Generator().manual_seed(0)
+    x = torch.randn(60, 20, generator=made, dtype=FLOAT)
+    noise = torch.randn(60, 600, generator=made, dtype=FLOAT)
+    y, odd = x @ torch.randn(20, 600, generator=made, dtype=FLOAT) + 4 * noise, torch.arange(60) % 2 == 1
+    problem = form.from_rows(x, y, odd, centred=True)
+    few = problem.sketched()
+    for ridge in (1.0, 1e-2, 1e-6):
+        errors = [each.error(solution, ODD) for each in (problem, few) if (solution := each.solve(EVEN, ridge))]
+        assert errors[1] == pytest.approx(errors[0], rel=0.1)
+    found = solve_held_out(problem)
+    assert found is not None
+    assert found[0].shape == (600, 20)
+
+
+def test_mixtures_weigh_outputs_as_their_metric_does() -> None:
+    made = torch.Generator().manual_seed(0)
+    x, y = (torch.randn(80, width, generator=made, dtype=FLOAT) for width in (10, 512))
+    y = y + x @ torch.randn(10, 512, generator=made, dtype=FLOAT)
+    columns = torch.randn(512, 30, generator=made, dtype=FLOAT) * torch.arange(512)[:, None] / 512
+    metric, odd = columns @ columns.T, torch.arange(80) % 2 == 1
+    plain = PrimalProblem.from_rows(x, y, odd, centred=False)
+    energies = tuple(float((y[half] @ columns).square().sum()) for half in (~odd, odd))
+    problem = replace(plain, metric=metric, energies=energies)
+    few = problem.sketched()
+    assert few.cross.shape[-1] == 128
+    # Of the same mixtures at each ridge, what one ridge gains over another is as far off as that gain is large.
+    gains = [
+        each.energy(ODD) - each.error(solution, ODD) for each in (problem, few) if (solution := each.solve(EVEN, 1e-2))
+    ]
+    assert gains[1] == pytest.approx(gains[0], rel=0.2)
