@@ -19,7 +19,7 @@ from evolvenet.graph.renaming import Rename
 from evolvenet.graph.serialization import to_state_dict
 from evolvenet.graph.sizes import sizes_from_shapes
 from evolvenet.surgery.checkpoint import fit_shapes
-from evolvenet.surgery.checkpoint_file import FOLDER_RECORD, read_folder_record, write_folder_record
+from evolvenet.surgery.checkpoint_file import FOLDER_RECORD, read, read_folder_record, write_folder_record
 from evolvenet.surgery.module_replacement import Record, find_replacements, fit_replacements
 from evolvenet.surgery.resize_model import scaled_numbers
 from evolvenet.surgery.width_record import RECORD_KEY, WidthRecord, remember, renamed_state, shapes_of
@@ -130,8 +130,7 @@ def load_model(
         model, found = _read(kind, folder, options)
         if not found["mismatched_keys"]:
             return _whole(model, found, folder)
-        shapes = {name: tuple(shape) for name, shape, _ in found["mismatched_keys"]}
-        record = _traced(model, shapes, example_inputs, outputs, folder)
+        record = _traced(model, _shapes_in_folder(found, folder), example_inputs, outputs, folder)
         del model
     model = _whole(
         *_read(_reshaping(kind, record, find_replacements(with_metadata({}, metadata))), folder, options), folder
@@ -142,6 +141,13 @@ def load_model(
         fit_shapes(model, {}, record=record)
         remember(model, WidthRecord.from_state_dict(record))
     return model
+
+
+def _shapes_in_folder(found: Mapping[str, Any], folder: Path) -> dict[str, tuple[int, ...]]:
+    """{name: shape in the folder} of tensors with other shapes there; releases before 5 of the library say their names alone."""
+    entries = [(entry, None) if isinstance(entry, str) else entry[:2] for entry in found["mismatched_keys"]]
+    there = read(folder, "cpu") if any(shape is None for _, shape in entries) else {}
+    return {name: tuple(there[name].shape if shape is None else shape) for name, shape in entries}
 
 
 def _traced(

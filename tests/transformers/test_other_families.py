@@ -1,0 +1,145 @@
+"""Families with code of their own kind: what of them changes, and which line keeps the rest."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor
+
+import evolvenet
+from evolvenet import WidthGraph
+from tests.helpers.cases import shuffled
+from tests.helpers.transformers_families import IMAGES, SIZES
+
+WORDS = SIZES["vocab_size"]
+VISION: dict[str, Any] = {name: value for name, value in IMAGES.items() if name != "num_labels"}
+
+
+def llava() -> tuple[Any, dict[str, Tensor]]:
+    config = transformers.LlavaConfig(
+        vision_config=transformers.CLIPVisionConfig(**VISION),
+        text_config=transformers.LlamaConfig(**SIZES, num_key_value_heads=2, use_cache=False),
+        image_token_index=5,
+        vision_feature_layer=-1,
+    )
+    words = torch.randint(6, WORDS, (1, 9))
+    words[:, 2:6] = 5
+    return transformers.LlavaForConditionalGeneration(config), {
+        "input_ids": words,
+        "pixel_values": torch.randn(1, 3, 16, 16),
+    }
+
+
+def phi3() -> tuple[Any, dict[str, Tensor]]:
+    """Nothing is left to pass beside the turned places: a tensor without elements."""
+    config = transformers.Phi3Config(**SIZES, num_key_value_heads=2, use_cache=False)
+    return transformers.Phi3ForCausalLM(config), {"input_ids": torch.randint(3, WORDS, (1, 9))}
+
+
+def dinov3() -> tuple[Any, dict[str, Tensor]]:
+    """No register tokens: a parameter without elements."""
+    model = transformers.DINOv3ViTModel(transformers.DINOv3ViTConfig(**VISION, num_register_tokens=0))
+    return model, {"pixel_values": torch.randn(1, 3, 16, 16)}
+
+
+def sam() -> tuple[Any, dict[str, Tensor]]:
+    config = transformers.SamConfig(
+        vision_config={
+            "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "image_size": 32, "patch_size": 8,
+            "window_size": 2, "global_attn_indexes": [0], "output_channels": 16, "mlp_dim": 40, "num_pos_feats": 8,
+        },
+        prompt_encoder_config={"hidden_size": 16, "image_size": 32, "patch_size": 8, "mask_input_channels": 8},
+        mask_decoder_config={
+            "hidden_size": 16, "mlp_dim": 24, "num_hidden_layers": 1, "num_attention_heads": 4, "iou_head_hidden_dim": 12,
+        },
+    )  # fmt: skip
+    return transformers.SamModel(config), {
+        "pixel_values": torch.randn(1, 3, 32, 32),
+        "input_points": torch.rand(1, 1, 1, 2) * 32,
+    }
+
+
+def detr() -> tuple[Any, dict[str, Tensor]]:
+    backbone = transformers.ResNetConfig(
+        embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", out_features=["stage2"]
+    )
+    config = transformers.DetrConfig(
+        use_timm_backbone=False, use_pretrained_backbone=False, backbone=None, backbone_config=backbone, d_model=32,
+        encoder_layers=1, decoder_layers=1, encoder_attention_heads=4, decoder_attention_heads=4, encoder_ffn_dim=40,
+        decoder_ffn_dim=40, num_queries=5, num_labels=3,
+    )  # fmt: skip
+    return transformers.DetrForObjectDetection(config), {"pixel_values": torch.randn(1, 3, 32, 32)}
+
+
+def deepseek_in_groups() -> tuple[Any, dict[str, Tensor]]:
+    """The router selects groups of experts first."""
+    config = transformers.DeepseekV3Config(**{
+        **SIZES, "num_hidden_layers": 1, "num_key_value_heads": 4, "q_lora_rank": 24, "kv_lora_rank": 16,
+        "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8, "n_routed_experts": 8, "num_experts_per_tok": 2,
+        "n_group": 4, "topk_group": 2, "moe_intermediate_size": 24, "n_shared_experts": 1,
+        "first_k_dense_replace": 0, "use_cache": False,
+    })  # fmt: skip
+    return transformers.DeepseekV3ForCausalLM(config), {"input_ids": torch.randint(3, WORDS, (1, 9))}
+
+
+def changed(build: Any, outputs: str | None) -> tuple[Any, WidthGraph]:
+    """The model with the units of each width in another order and then some fewer, and its graph; it computes the same before."""
+    torch.manual_seed(0)
+    model, inputs = build()
+    with torch.no_grad():
+        for parameter in model.eval().parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    graph = evolvenet.trace(model, inputs, outputs)
+
+    def run() -> Tensor:
+        with torch.no_grad():
+            found = model(**inputs)
+        return found[0] if outputs is None else found[outputs]
+
+    expected = run()
+    traced = graph
+    graph = evolvenet.resize(model, graph, {width.name: shuffled(width.size) for width in graph.resizable})
+    assert torch.allclose(run(), expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
+    smaller = {width.name: max(width.smallest, width.size - width.step) for width in graph.resizable}
+    evolvenet.prune(model, graph, smaller)
+    assert run().shape == expected.shape
+    return model, traced
+
+
+def frozen_of(graph: WidthGraph, kind: str) -> str:
+    return " ".join(width.frozen for width in graph.widths.values() if width.kind == kind and width.frozen is not None)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("build", "outputs", "kinds"),
+    [
+        (llava, "logits", {"attention", "FFN", "stream"}),
+        (phi3, None, {"attention", "FFN", "stream"}),
+        (dinov3, None, {"attention", "FFN"}),
+        (sam, "pred_masks", {"attention", "FFN", "stream"}),
+        (detr, "logits", {"attention", "FFN"}),
+        (deepseek_in_groups, None, {"attention", "FFN", "experts", "stream"}),
+    ],
+)
+def test_what_can_change_permutes_exactly_and_is_cut(build: Any, outputs: str | None, kinds: set[str]) -> None:
+    _, graph = changed(build, outputs)
+    assert kinds <= {width.kind for width in graph.resizable}
+
+
+@pytest.mark.long
+def test_positions_of_detr_are_data_as_wide_as_its_stream() -> None:
+    model, inputs = detr()
+    assert "position_embeddings" in frozen_of(evolvenet.trace(model.eval(), inputs, "logits"), "stream")
+
+
+@pytest.mark.long
+def test_experts_in_groups_stay_and_their_inner_width_goes() -> None:
+    model, inputs = deepseek_in_groups()
+    graph = evolvenet.trace(model.eval(), inputs)
+    assert "topk" in frozen_of(graph, "experts")
+    assert ".py:" in frozen_of(graph, "experts")
+    assert graph.widths["model.layers.0.mlp.experts"].frozen is None
