@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
+
 
 class EvolveNetError(Exception):
     """Base of every error that EvolveNet raises on purpose."""
@@ -120,6 +122,40 @@ def concerning(*places: Place) -> Iterator[None]:
 def places_of(error: BaseException) -> tuple[Place, ...]:
     """What was worked on when an exception was raised, as far as that is known."""
     return getattr(error, "_evolvenet_places", ())
+
+
+def is_out_of_memory(error: BaseException | None) -> bool:
+    """Whether memory ran out: here or on another rank, or as the cause of an error.
+
+    That says nothing about a network: an event is put off, and nothing is concluded from it.
+
+    >>> is_out_of_memory(RuntimeError("CUDA error: out of memory")), is_out_of_memory(RuntimeError("boom"))
+    (True, False)
+    """
+    while error is not None:
+        if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+            return True
+        said = str(error).lower() if isinstance(error, (RuntimeError, EvolveNetError)) else ""
+        if any(
+            words in said for words in ("out of memory", "outofmemoryerror", "not enough memory", "allocate memory")
+        ):
+            return True
+        error = error.__cause__
+    return False
+
+
+@contextmanager
+def memory_for_tracing() -> Iterator[None]:
+    """Memory that runs out in the body raises a TraceError, which says so."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, TraceError) or not is_out_of_memory(error):
+            raise
+        raise TraceError(
+            f"Tracing: expected memory for a few runs of a copy of the model, got {type(error).__name__}: {error}. Give fewer "
+            "or smaller example inputs, or trace the model on the CPU, before it is moved to the device, and pass the graph."
+        ) from error
 
 
 def stage_boundary(name: str, entering: bool) -> None:

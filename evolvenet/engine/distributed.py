@@ -202,11 +202,19 @@ def gather_batches(group: ProcessGroup, batches: Sequence[Any]) -> list[Any]:
     """
     if group.size == 1:
         return list(batches)
-    shares = [first_samples(batch, -(-samples_in(batch) // group.size)) for batch in batches]
-    found = group.gather(tree_map_only(Tensor, lambda tensor: tensor.cpu(), shares))
-    devices = [leaf.device for leaf in tree_leaves(list(batches)) if isinstance(leaf, Tensor)]
-    all_batches = [batch for rank in found for batch in rank]
-    return tree_map_only(Tensor, lambda tensor: tensor.to(devices[0]), all_batches) if devices else all_batches
+
+    def share() -> list[Any]:
+        shares = [first_samples(batch, -(-samples_in(batch) // group.size)) for batch in batches]
+        return tree_map_only(Tensor, lambda tensor: tensor.cpu(), shares)
+
+    def placed() -> list[Any]:
+        devices = [leaf.device for leaf in tree_leaves(list(batches)) if isinstance(leaf, Tensor)]
+        all_batches = [batch for rank in found for batch in rank]
+        return tree_map_only(Tensor, lambda tensor: tensor.to(devices[0]), all_batches) if devices else all_batches
+
+    # Where memory runs out on one rank, all of them give up.
+    found = group.gather(run_on_all_ranks(group, share))
+    return run_on_all_ranks(group, placed)
 
 
 def broadcast_surgery(
@@ -227,7 +235,11 @@ def broadcast_surgery(
         return maps, made[0].bases, {change.name: change.value.cpu() for change in made[0].changes}
 
     maps, bases, values = run_on_rank_0(group, plain)
-    if made:
-        return made[0]
-    surgery = compile_surgery(model, graph, {name: IndexMap.of(*entry) for name, entry in maps.items()}, bases)
-    return with_values(model, surgery, values)
+
+    def own() -> Surgery:
+        if made:
+            return made[0]
+        surgery = compile_surgery(model, graph, {name: IndexMap.of(*entry) for name, entry in maps.items()}, bases)
+        return with_values(model, surgery, values)
+
+    return run_on_all_ranks(group, own)

@@ -246,7 +246,8 @@ class Evolver(EvolverState):
         try:
             with stage("rollback"):
                 copies = run_on_all_ranks(group, self._copies)
-                now = Snapshot.of(self.model, self.graph, self.optimizers, copies)
+                take = partial(Snapshot.of, self.model, self.graph, self.optimizers, copies)
+                now = run_on_all_ranks(group, take)
                 roll_back(group, past, now, self, copies)
             self.graph, self.original = past.graph, self._original_before_cut
         except RankMismatchError:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from evolvenet.engine.distributed import ProcessGroup
-from evolvenet.errors import OutputError, Place, SkippedEvent, SpectrumError, places_of, stage_of
+from evolvenet.errors import OutputError, Place, SkippedEvent, SpectrumError, is_out_of_memory, places_of, stage_of
 from evolvenet.graph.width_graph import WidthGraph, Widths
 from evolvenet.policies.base import RESTS
 
@@ -35,7 +35,7 @@ class Resting:
 
 
 class FailurePolicy:
-    """Counts failures by stage.
+    """Counts failures by stage. Events that cannot be measured, or for which memory ran out, are skipped and not counted.
 
     Args:
         off: why evolution is switched off, None while it is on.
@@ -56,9 +56,10 @@ class FailurePolicy:
         Returns:
             Why nothing was changed.
         """
-        passing = isinstance(problem, (SkippedEvent, SpectrumError))
+        named = isinstance(problem, (SkippedEvent, SpectrumError))
+        passing = named or is_out_of_memory(problem)
         stage, passing = group.broadcast((stage_of(problem) or "event", passing))
-        reason = str(problem) if passing else f"{stage} failed: {problem or type(problem).__name__}"
+        reason = str(problem) if named else f"{stage} failed: {problem or type(problem).__name__}"
         log.debug("step %d: %s", moment, stage, exc_info=problem)
         if not passing:
             self.counts[stage] += 1
@@ -94,6 +95,8 @@ class FailurePolicy:
         found = _widths_at(places_of(problem), graph)
         if isinstance(problem, OutputError) and len(tried) == 1:
             found = set(tried) & set(graph.sizes)
+        if is_out_of_memory(problem):
+            found = set()  # Whichever width was being worked on.
         names, passing = group.broadcast((sorted(found & set(tried) or found), passing))
         if not names or len(names) == len(graph.resizable):
             return None

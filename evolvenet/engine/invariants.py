@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from evolvenet.errors import OutputError, SkippedEvent, TraceError, ValidationError, concerning
+from evolvenet.errors import OutputError, SkippedEvent, TraceError, ValidationError, concerning, is_out_of_memory
 from evolvenet.execution.isolation import model_outputs
 from evolvenet.execution.step import Step
 from evolvenet.graph.naming import named_tensors
@@ -92,15 +92,21 @@ def validate(
             raise _wrong(f"{change.name} of {module} to be {change.value}", f"{getattr(change.module, change.name)}")
     for optimizer in with_inner(optimizers):
         validate_state(optimizer)
-    try:
-        found = model_outputs(model, example_inputs, graph.differentiates, graph.outputs)
-    except Exception as problem:
-        raise _wrong("a model that runs", f"{type(problem).__name__}: {problem}", OutputError) from problem
+    found = _outputs_after(model, graph, example_inputs)
     shapes = _shapes(found, example_inputs)
     if shapes != before.shapes:
         raise _wrong(f"outputs of the shapes {before.shapes}", f"{shapes}", OutputError)
     if before.finite and not _finite(found):
         raise _wrong("finite outputs", "NaN or infinite ones", OutputError)
+
+
+def _outputs_after(model: nn.Module, graph: WidthGraph, example_inputs: Any) -> list[Tensor]:
+    try:
+        return model_outputs(model, example_inputs, graph.differentiates, graph.outputs)
+    except Exception as problem:
+        if is_out_of_memory(problem):
+            raise
+        raise _wrong("a model that runs", f"{type(problem).__name__}: {problem}", OutputError) from problem
 
 
 def check_resizable(model: nn.Module, graph: WidthGraph) -> None:

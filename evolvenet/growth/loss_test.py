@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from evolvenet.errors import concerning
+from evolvenet.errors import concerning, is_out_of_memory
 from evolvenet.execution.inputs import first_samples
 from evolvenet.execution.step import network_outputs
 from evolvenet.graph.index_map import IndexMap
@@ -112,6 +112,8 @@ def evidence(
         try:
             return found.found() if found.fits() else {}
         except RuntimeError as problem:
+            if is_out_of_memory(problem):
+                raise  # Without a test widths would grow by their spectra alone.
             # Autograd's: the network trains, but has no backward pass as it is run here.
             log.debug("No loss test of new units: %s", problem)
             return {}

@@ -10,7 +10,7 @@ from typing import Any
 from lightning.pytorch import LightningModule
 from torch import nn
 
-from evolvenet.errors import OutputNameError, TraceError
+from evolvenet.errors import OutputNameError, TraceError, is_out_of_memory, memory_for_tracing
 from evolvenet.execution.chosen_outputs import Outputs, normalized, with_chosen_outputs
 from evolvenet.execution.inputs import first_samples
 from evolvenet.execution.routes import modules_called, runs_until_every_route
@@ -165,9 +165,15 @@ def _trace_steps(module: LightningModule, batches: Mapping[str, tuple[Any, int]]
                 runs_until_every_route(module, few, tries=1)
                 runs.append(few)
             except Exception as problem:
+                if is_out_of_memory(problem):
+                    raise
                 log.debug("%s does not run beside training, so it is not traced", name, exc_info=problem)
         graph, together = _traced(module, runs, steps["training_step"], settle)
     except Exception as problem:
+        if is_out_of_memory(problem):
+            # The network alone would be traced without what the step does with it.
+            with memory_for_tracing():
+                raise
         log.debug("training_step does not run beside training, so its networks are traced alone", exc_info=problem)
         return None
     if len(unreached_parameters(graph)) == len(graph.trainable):

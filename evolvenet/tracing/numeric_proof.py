@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from evolvenet._compat.torch import storage_id, tensor_tables, tree_leaves, tree_map_only
+from evolvenet.errors import is_out_of_memory
 from evolvenet.execution.inputs import tensors_of
 from evolvenet.execution.isolation import isolated
 from evolvenet.graph.exact_growth import COPY, ExactGrowth
@@ -144,6 +145,9 @@ def _comparison(model: nn.Module, example_inputs: Any, modes: Sequence[bool], gr
                 continue
             if all(bool(tensor.isfinite().all()) for tensor in comparison.expected):
                 return comparison
+    if is_out_of_memory(error):
+        assert error is not None
+        raise error
     log.warning(
         "The model gives no finite outputs on the example inputs (%s), so the proof that its widths can change compares "
         "shapes and ties alone. Give example_inputs with values that the model can be run on.",
@@ -215,7 +219,10 @@ class Comparison:
         maps = _maps(graph, names, zeros)
         try:
             found = self.run(graph, maps, NumbersMode(self.dtype))
-        except Exception as error:  # noqa: BLE001  the model's own code may raise anything on a shape it does not expect
+        except Exception as error:
+            # The model's own code may raise anything on a shape it does not expect.
+            if is_out_of_memory(error):
+                raise
             line = source_line(traceback.extract_tb(error.__traceback__))
             return f"a trial with data raised {type(error).__name__}: {first_line(error)}{line}"
         if [tensor.shape for tensor in found] != [tensor.shape for tensor in self.expected]:

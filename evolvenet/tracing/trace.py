@@ -29,7 +29,7 @@ import evolvenet.tracing.loss_rules  # registers its rules
 import evolvenet.tracing.reduction_rules  # registers its rules
 import evolvenet.tracing.window_rules  # noqa: F401  registers its rules
 from evolvenet._compat.torch import in_backward, schema_of, torch_functions_off
-from evolvenet.errors import TraceError
+from evolvenet.errors import TraceError, memory_for_tracing
 from evolvenet.execution.chosen_outputs import Outputs, normalized, with_chosen_outputs
 from evolvenet.execution.inputs import tensors_of
 from evolvenet.execution.isolation import isolated
@@ -107,10 +107,10 @@ def trace(
         raise TraceError(f"Expected a model with parameters, got a {type(model).__name__} without any.")
     graph = None
     if autocast_devices():
-        with suppress(TraceError), plain_surroundings():
+        with suppress(TraceError), memory_for_tracing(), plain_surroundings():
             graph = _trace(model, inputs, heads)
     if graph is None:
-        with plain_surroundings(autocast=True):
+        with memory_for_tracing(), plain_surroundings(autocast=True):
             graph = _trace(model, inputs, heads)
     if not graph.resizable:
         refuse_quantised(model)

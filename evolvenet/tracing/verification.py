@@ -16,6 +16,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from evolvenet.errors import is_out_of_memory
 from evolvenet.execution.isolation import isolated
 from evolvenet.graph.index_map import IndexMap
 from evolvenet.graph.width_graph import Tie, Width, WidthGraph, Widths
@@ -375,7 +376,10 @@ def _trial_failure(
                 if with_labels
                 else verification.rerun.shapes(verification.model)
             )
-    except Exception as error:  # noqa: BLE001  the model's own code may raise anything on a shape it does not expect
+    except Exception as error:
+        # The model's own code may raise anything on a shape it does not expect.
+        if is_out_of_memory(error):
+            raise
         line = source_line(traceback.extract_tb(error.__traceback__))
         return f"a trial raised {type(error).__name__}: {first_line(error)}{line}"
     outputs = rerun.output_shapes if isinstance(rerun, LabelGraph) else rerun

@@ -170,9 +170,9 @@ class Scripted:
 def test_rank_0_measures_on_a_share_of_everybodys_batches() -> None:
     mine = [torch.zeros(10, 3), {"x": torch.zeros(5), "flag": True}]
     theirs = [torch.ones(5, 3), {"x": torch.ones(3), "flag": True}]
-    everyone = gather_batches(Scripted(0, lambda value: theirs), mine)
+    everyone = gather_batches(Scripted(0, lambda value: value and theirs), mine)
     assert [len(everyone[0]), len(everyone[1]["x"]), float(everyone[2].sum())] == [5, 3, 15.0]
-    assert gather_batches(Scripted(1, lambda value: mine), theirs) == []
+    assert gather_batches(Scripted(1, lambda value: value and mine), theirs) == []
     assert gather_batches(SingleProcess(), mine)[0] is mine[0]
 
 
@@ -211,7 +211,7 @@ def test_another_rank_gets_rank_0s_values(case: Any) -> None:
     group = Scripted(0, keep)
     group.broadcast = keep  # type: ignore[method-assign]
     assert broadcast_surgery(group, model, graph, lambda: surgery) is surgery
-    theirs = broadcast_surgery(Scripted(1, lambda value: sent[0]), replica, graph, lambda: surgery)
+    theirs = broadcast_surgery(Scripted(1, lambda value: value and sent[0]), replica, graph, lambda: surgery)
     install(model, surgery)
     install(replica, theirs)
     assert fingerprint(model) == fingerprint(replica)
@@ -234,7 +234,7 @@ def test_another_rank_gets_the_rotation_of_a_rank_for_its_optimizer() -> None:
     group = Scripted(0, keep)
     group.broadcast = keep  # type: ignore[method-assign]
     assert broadcast_surgery(group, model, graph, lambda: surgery) is surgery
-    theirs = broadcast_surgery(Scripted(1, lambda value: sent[0]), replica, graph, lambda: surgery)
+    theirs = broadcast_surgery(Scripted(1, lambda value: value and sent[0]), replica, graph, lambda: surgery)
     for one, two in zip(surgery.changes, theirs.changes, strict=True):
         assert torch.equal(one.value, two.value)
         assert list(one.bases) == list(two.bases)
