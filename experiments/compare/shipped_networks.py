@@ -29,6 +29,7 @@ UNUSED = (
     "torchaudio",
     "torchaudio.transforms",
     "torchaudio.functional",
+    "soundfile",
     "webrtcvad",
     "resampy",
     "nvidia_smi",
@@ -107,7 +108,7 @@ def torchcrepe(_: Path) -> Subject:
         return near(10 * 2 ** (cents / 1200), pitch)
 
     task = "pitch within half a semitone, tones made here"
-    return Subject(model.eval(), list(frames(48, 0)[0][:192].split(48)), score, task)
+    return Subject(model.eval(), list(frames(128, 0)[0][:512].split(64)), score, task)
 
 
 def pesto(_: Path) -> Subject:
