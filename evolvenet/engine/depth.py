@@ -72,9 +72,8 @@ def remove_blocks(
 ) -> dict[str, float]:
     """Remove residual blocks, and branches of them, that carry nothing or next to nothing; in place.
 
-    Call it after `prune`, or in a run between two steps: the graph has to be traced anew afterwards, and an `Evolver` takes
-    the new one by `adopt`. Branches that are zero because they have just been initialized so would learn: remove them only
-    once they have been trained.
+    Call it after `prune`; the graph has to be traced anew afterwards. In a run call `Evolver.remove_blocks`. Branches that are
+    zero because they have just been initialized so would learn: remove them only once they have been trained.
 
     Args:
         model: any module.
@@ -105,24 +104,56 @@ def remove_blocks(
     """
     if not 0 <= share <= 1:
         raise ResizeError(f"remove_blocks: expected a share in 0 … 1, got {share!r}. Take for example share=1e-4.")
-    inputs = list(batches) or [example_inputs]
-    seen = observe_blocks(model, inputs)
-    before = outputs_on(model, inputs)
-    removed: dict[str, float] = {}
-    # From the last on: what leaves a list of layers moves those after it.
-    for path, returns, lost in reversed(list(_chosen(model, seen, share))):
-        with ExitStack() as undo:
-            undo.callback(
-                log.info, "%s stays: without it the model's outputs lose more than a share of %g", path, share
-            )
-            _remove(model, path, returns, seen[path], as_list(optimizers), undo)
-            if _is_as_good(model, inputs, before, share):
-                undo.pop_all()
-                removed[path] = lost
-    if removed:
+    removals = find_removals(model, list(batches) or [example_inputs], share)
+    with ExitStack() as undo:
+        for removal in removals:
+            apply_removal(model, removal, as_list(optimizers), undo)
+        undo.pop_all()
+    if removals:
         # It names tensors that are gone.
         forget(model)
-    return dict(reversed(removed.items()))
+    return {removal.path: removal.lost for removal in reversed(removals)}
+
+
+@dataclass(frozen=True)
+class Removal:
+    """A block or a branch that is removed, as plain data that can be sent to other processes.
+
+    Args:
+        path: by the names before the removals that precede it in a list.
+        returns, argument, outputs: see `RemovedBlock`.
+        lost: share of the energy that it carried.
+    """
+
+    path: str
+    returns: str
+    argument: int | str
+    outputs: int
+    lost: float
+
+
+def find_removals(model: nn.Module, inputs: Sequence[Any], share: float) -> list[Removal]:
+    """What `remove_blocks` removes, from the last block to the first: what leaves a list of layers moves those after it.
+
+    Args:
+        model: is left as it was.
+        inputs: of the model.
+        share: see `remove_blocks`.
+    """
+    seen = observe_blocks(model, inputs)
+    before = outputs_on(model, inputs)
+    found: list[Removal] = []
+    with ExitStack() as every:
+        for path, returns, lost in reversed(list(_chosen(model, seen, share))):
+            removal = Removal(path, returns, seen[path].argument, seen[path].outputs, lost)
+            with ExitStack() as undo:
+                apply_removal(model, removal, (), undo)
+                if _is_as_good(model, inputs, before, share):
+                    found.append(removal)
+                    every.enter_context(undo.pop_all())
+                else:
+                    log.info("%s stays: without it the model's outputs lose more than a share of %g", path, share)
+    return found
 
 
 def observe_blocks(model: nn.Module, inputs: Sequence[Any]) -> dict[str, Observed]:
@@ -205,14 +236,14 @@ def _keeps_its_place(modules: Mapping[str, nn.Module], path: str, returns: str) 
     return returns != PASSES or not isinstance(modules[path.rpartition(".")[0]], nn.ModuleList)
 
 
-def _remove(
-    model: nn.Module, path: str, returns: str, seen: Observed, optimizers: Sequence[Optimizer], undo: ExitStack
-) -> None:
-    module = model.get_submodule(path)
+def apply_removal(model: nn.Module, removal: Removal, optimizers: Sequence[Optimizer], undo: ExitStack) -> None:
+    """Remove one block or branch; closing `undo` puts it back."""
+    module = model.get_submodule(removal.path)
     if any(hasattr(each, PLACE) for each in module.modules()):
-        _take_out(model, path, undo)
+        _take_out(model, removal.path, undo)
     else:
-        exchange_modules(model, {module: RemovedBlock(module, returns, seen.argument, seen.outputs)}, undo)
+        stand_in = RemovedBlock(module, removal.returns, removal.argument, removal.outputs)
+        exchange_modules(model, {module: stand_in}, undo)
     left = set(model.parameters())
     gone: dict[Tensor, Sequence[Tensor]] = {each: [] for each in module.parameters() if each not in left}
     replace_parameters(optimizers, gone, parameter_names(model), undo)

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
 from torch import nn
+from torch.optim import Optimizer
 
+from evolvenet._compat.torch import reset_compiled_code
 from evolvenet.engine.batch_buffer import BatchBuffer
+from evolvenet.engine.depth import apply_removal, find_removals
+from evolvenet.engine.distributed import process_group, run_on_all_ranks, run_on_rank_0
 from evolvenet.engine.failure_policy import FailurePolicy
 from evolvenet.engine.history import History
 from evolvenet.engine.original_widths import OriginalWidths
@@ -18,9 +24,11 @@ from evolvenet.graph.restriction import Restriction
 from evolvenet.graph.serialization import check_fits, from_state_dict, to_state_dict
 from evolvenet.graph.width_graph import ChosenOutputs, WidthGraph
 from evolvenet.measurement.calibration import LEAST
+from evolvenet.measurement.cost import macs
 from evolvenet.measurement.past_events import PastEvents
 from evolvenet.surgery.checkpoint import WidthRecord, fit_shapes
 from evolvenet.surgery.width_record import remember_widths
+from evolvenet.tracing.unreached import trace_for_training
 
 
 class EvolverState:
@@ -32,6 +40,10 @@ class EvolverState:
     original: OriginalWidths
     history: History
     calibration_batches: Any
+    optimizers: list[Optimizer]
+    after_change: Callable[[], object]
+    _copies: Callable[[], Sequence[nn.Module]]
+    _macs: int
     _original_before_cut: OriginalWidths
     _restriction: Restriction
     _outputs: ChosenOutputs
@@ -83,6 +95,47 @@ class EvolverState:
         self._failures.load_state_dict(state)
         if self._pending_cut and state.get("pending_cut"):
             self._pending_cut.load_state_dict(state["pending_cut"])
+
+    def remove_blocks(self, share: float = 0.0) -> tuple[str, ...]:
+        """Remove residual blocks and branches that carry nothing, whatever the policy, see `evolvenet.remove_blocks`.
+
+        They are looked for on the batches observed so far, on rank 0; all ranks and copies do the same, or none does anything.
+        Call it where `step` could be called, for example after each. While a cut is still to be judged (`Tolerance`) nothing is
+        removed, so that the cut can be undone.
+
+        Args:
+            share: of the energy, that may be lost with each.
+
+        Returns:
+            The paths of what was removed.
+
+        Raises:
+            EvolveNetError: where it fails on one of several processes. Everything is as before then.
+        """
+        if self._pending_cut and self._pending_cut.snapshot:
+            return ()
+        group = process_group()
+        batches, _ = self._buffer.gather(group)
+        inputs = batches or [self.example_inputs]
+        removals = run_on_rank_0(group, lambda: find_removals(self.model, inputs, share))
+        if not removals:
+            return ()
+        copies = run_on_all_ranks(group, self._copies)
+
+        def remove() -> WidthGraph:
+            for removal in removals:
+                for model in (self.model, *copies):
+                    apply_removal(model, removal, self.optimizers if model is self.model else (), undo)
+            return trace_for_training(self.model, self.example_inputs, self._outputs)
+
+        with ExitStack() as undo:
+            graph = run_on_all_ranks(group, remove)
+            run_on_all_ranks(group, self.after_change)
+            self.adopt(graph)
+            undo.pop_all()
+        self._macs = macs(self.model, self.example_inputs, self.graph.differentiates)
+        reset_compiled_code()
+        return tuple(removal.path for removal in reversed(removals))
 
     def adopt(self, graph: WidthGraph) -> None:
         """Go on with another graph of the same model as it is, from a trace that has reached more of it."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -104,12 +105,15 @@ def test_an_evolver_goes_on_with_what_is_left_and_resumes(tmp_path: Path) -> Non
         return evolvenet.Evolver(model, optimizer, evolvenet.Budget(params=200, by=0.5), X)
 
     first = evolver(model := net())
-    remove_blocks(model, X, optimizers=first.optimizers)
-    first.adopt(evolvenet.trace(model, X[:2]))
+    first.copies = [average := copy.deepcopy(model)]
     first.observe(X)
+    assert first.remove_blocks() == ("blocks.1", "blocks.2.mlp")
+    assert first.remove_blocks() == ()
     event = first.step(progress=0.5)
     assert event.skipped is None
     assert event.changes
+    assert [each.shape for each in average.parameters()] == [each.shape for each in model.parameters()]
+    assert {id(p) for p in first.optimizers[0].param_groups[0]["params"]} == {id(p) for p in model.parameters()}
     evolvenet.save(model, tmp_path / "net.pt")
     second = evolver(evolvenet.load(Net().double(), tmp_path / "net.pt"))
     second.load_state_dict(first.state_dict())

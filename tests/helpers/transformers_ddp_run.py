@@ -98,6 +98,36 @@ def run_accelerate() -> dict[str, Any]:
     return report(model, optimizer.optimizer, evolver.history)
 
 
+class Residual(nn.Module):
+    """A block that adds nothing until it is trained."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(8, 16), nn.Linear(16, 8)
+        nn.init.zeros_(self.down.weight)
+        nn.init.zeros_(self.down.bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.down(self.up(x).relu())
+
+
+def run_depth() -> dict[str, Any]:
+    """A block is removed on all ranks, and training goes on."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), Residual(), nn.Linear(8, 2))
+    wrapped, optimizer = nn.parallel.DistributedDataParallel(model), torch.optim.SGD(model.parameters(), lr=0.1)
+    x = torch.randn(16, 4, generator=torch.Generator().manual_seed(distributed.get_rank()))
+    evolver = evolvenet.Evolver(model, optimizer, Fixed({}), x, after_change=lambda: evolvenet.renew_ddp(wrapped))
+    evolver.observe(x)
+    removed = evolver.remove_blocks()
+    for _ in range(2):
+        optimizer.zero_grad()
+        wrapped(x).square().mean().backward()
+        optimizer.step()
+        assert_alike(model)
+    return {"removed": removed, "parameters": sum(each.numel() for each in model.parameters())}
+
+
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
     saving: Mapping[str, Any] = {
@@ -110,6 +140,7 @@ def main(folder: Path) -> None:
     found = {
         # First: the trainer makes accelerate's state anew, where this cannot.
         "accelerate": run_accelerate(),
+        "depth": run_depth(),
         "whole": run_trainer(folder / "whole", evolution(start_step=3, stop=0.6), **saving),
         "resumed": run_trainer(
             folder / "again", evolution(start_step=3, stop=0.6), str(folder / "whole" / "checkpoint-6"), **saving

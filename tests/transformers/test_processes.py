@@ -47,6 +47,10 @@ def test_two_processes_train_one_network(run: str, pair: list[dict[str, Any]]) -
     assert one["states"] > 10
 
 
+def test_a_block_is_removed_on_every_process(pair: list[dict[str, Any]]) -> None:
+    assert [rank["depth"] for rank in pair] == [{"removed": ["1"], "parameters": 40 + 18}] * 2
+
+
 def test_two_processes_resume_as_if_nothing_had_happened(pair: list[dict[str, Any]]) -> None:
     for rank in pair:
         assert rank["resumed"]["events"] == rank["whole"]["events"]
