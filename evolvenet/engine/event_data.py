@@ -18,6 +18,7 @@ from evolvenet.lowrank.fit import Observations
 from evolvenet.lowrank.layer_ranks import LayerRanks, LowRank, costs_of
 from evolvenet.lowrank.rank_statistics import observe_whole, rank_statistics, rank_trials
 from evolvenet.measurement.activation_moments import ActivationMoments, collect
+from evolvenet.measurement.host_model import on_host
 from evolvenet.measurement.past_events import PastEvents
 from evolvenet.measurement.width_statistics import WidthStatistics, width_statistics
 from evolvenet.policies.base import PolicyContext
@@ -72,11 +73,16 @@ class EventData:
             return collect(self.model, self.graph, self.batches)
 
     @cached_property
+    def host(self) -> nn.Module:
+        """The model's weights on the CPU."""
+        return on_host(self.model)
+
+    @cached_property
     def statistics(self) -> dict[str, WidthStatistics]:
         """{width: its statistics}."""
         moments = self.moments
         with stage("spectra"):
-            found = width_statistics(self.model, self.graph, moments, self.past)
+            found = width_statistics(self.host, self.graph, moments, self.past)
             if self.ranks is not None and self.whole_layers is not None:
                 found |= rank_statistics(self.model, self.ranks, self.whole_layers, self.past)
             return found
@@ -118,7 +124,7 @@ class EventData:
         """The surgery that prunes widths to smaller sizes, their consumers fitted to the outputs that they had."""
         moments = self.moments
         with stage("unit selection"):
-            surgery = plan_prune(self.model, self.graph, sizes, moments)
+            surgery = plan_prune(self.model, self.graph, sizes, moments, self.host)
         with stage("reconstruction"):
             return reconstruct(self.model, self.graph, surgery, self.batches, TRAINING_LIMITS)
 

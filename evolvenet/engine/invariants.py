@@ -15,6 +15,7 @@ from evolvenet.execution.isolation import model_outputs
 from evolvenet.execution.step import Step
 from evolvenet.graph.naming import named_tensors
 from evolvenet.graph.width_graph import WidthGraph
+from evolvenet.linalg.host_transfers import all_true, values_of
 from evolvenet.surgery.optimizer_state import validate_state
 from evolvenet.surgery.optimizer_tensors import with_inner
 from evolvenet.surgery.resize_model import stale_attributes
@@ -129,8 +130,10 @@ def check_finite_weights(model: nn.Module) -> None:
     Raises:
         SkippedEvent: naming the first parameter with NaN or infinite entries.
     """
-    for name, parameter in model.named_parameters():
-        if not bool(torch.isfinite(parameter).all()):
+    parameters = dict(model.named_parameters())
+    finite = values_of([torch.isfinite(parameter).all() for parameter in parameters.values()])
+    for name, each in zip(parameters, finite, strict=True):
+        if not each:
             raise SkippedEvent(
                 f"Expected finite weights, got NaN or infinite values in {name}. Widths are left alone until they are "
                 "finite again; if they stay so, lower the learning rate or clip the gradients."
@@ -149,4 +152,4 @@ def _shapes(found: Iterable[Tensor], inputs: Any) -> tuple[tuple[int, ...], ...]
 
 
 def _finite(found: Iterable[Tensor]) -> bool:
-    return all(bool(answer.isfinite().all()) for answer in found)
+    return all_true([answer.isfinite().all() for answer in found])

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 from torch.nn import functional
 
@@ -85,7 +85,7 @@ class WeightOp:
         if self.geometry is None:
             return self.inputs[rows]
         space = self.inputs.shape[2:].numel()
-        at = torch.unravel_index(rows % space, self.inputs.shape[2:])
+        at = _coordinates(rows % space, self.inputs.shape[2:])
         chosen = self.inputs.movedim(1, -1)[(rows // space, *at)]
         return chosen.reshape(len(rows) * self.groups, -1)
 
@@ -112,7 +112,7 @@ class WeightOp:
             return self.inputs[rows][None]
         patches = _patches(self.inputs, self.geometry)
         space = patches.shape[2 : 2 + len(self.geometry.kernel)]
-        at = torch.unravel_index(rows % space.numel(), space)
+        at = _coordinates(rows % space.numel(), space)
         chosen = patches.movedim(1, 1 + len(space))[(rows // space.numel(), *at)]
         return chosen.reshape(len(rows), self.groups, -1).movedim(1, 0)
 
@@ -151,6 +151,20 @@ class WeightOp:
 def output_positions(op: WeightOp, out: Tensor) -> int:
     """Number of output positions: rows of a dense output, samples × spatial positions of a convolution's."""
     return out[:, :1].numel() if op.geometry else out.numel() // len(op.weight)
+
+
+def _coordinates(places: Tensor, shape: Sequence[int]) -> tuple[Tensor, ...]:
+    """As `torch.unravel_index`, which copies the shape to the device and waits for that.
+
+    >>> from torch import tensor
+    >>> [axis.tolist() for axis in _coordinates(tensor([0, 5]), (2, 3))]
+    [[0, 1], [0, 2]]
+    """
+    found: list[Tensor] = []
+    for size in reversed(shape):
+        found.append(places % size)
+        places = places // size
+    return tuple(reversed(found))
 
 
 def _patches(x: Tensor, geometry: Geometry) -> Tensor:

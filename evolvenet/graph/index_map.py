@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from evolvenet.errors import IndexMapError
+from evolvenet.linalg.host_transfers import index_tensor
 
 NEW_UNIT = -1
 
@@ -179,8 +180,8 @@ class IndexMap:
         return IndexMap(tuple(indices), self.size * inner)
 
     def tensor(self, device: torch.device | str = "cpu") -> Tensor:
-        """The vector as an int64 tensor `[new_size]`."""
-        return torch.tensor(self.indices, dtype=torch.int64, device=device)
+        """The vector as an int64 tensor `[new_size]`; the host does not wait for the device."""
+        return index_tensor(self.indices, device)
 
     def apply(self, tensor: Tensor, dim: int, new_unit: float = 0.0) -> Tensor:
         """Rewrite axis `dim` of a tensor; new units' entries are filled with `new_unit`.
@@ -212,7 +213,7 @@ class IndexMap:
         index = self.tensor(tensor.device)
         out = tensor.index_select(dim, index.clamp(min=0))
         if self.new_units:
-            out.index_fill_(dim, torch.tensor(self.new_units, device=tensor.device), new_unit)
+            out.index_fill_(dim, index_tensor(self.new_units, tensor.device), new_unit)
         return laid_out_as(tensor, out)
 
 

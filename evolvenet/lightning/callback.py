@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from evolvenet._compat.torch import state_dict_metadata
@@ -160,8 +161,9 @@ class WidthEvolution(LightningEvolution, Callback):
             self._recorder.begin(batch)
         if self.evolver is not None:
             latest = self.evolver.history.latest
-            pl_module.log("evolve/parameters", float(latest.parameters))
-            pl_module.log("evolve/macs", float(latest.macs))
+            # As tensors of the CPU: of a number Lightning makes one on the device, and the host waits for that in every step.
+            pl_module.log("evolve/parameters", torch.tensor(float(latest.parameters), device="cpu"))
+            pl_module.log("evolve/macs", torch.tensor(float(latest.macs), device="cpu"))
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

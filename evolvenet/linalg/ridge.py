@@ -18,6 +18,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from evolvenet.linalg.full_precision import full_precision
+from evolvenet.linalg.host_transfers import to_device
 from evolvenet.linalg.precision import in_float64
 
 RIDGES = (math.inf, 1.0, 1e-1, 1e-2, 1e-4, 1e-6, 1e-10)
@@ -57,22 +59,54 @@ def refit(
     >>> weight.round(decimals=2).tolist(), round(bias.item(), 2)
     ([[1.0, 2.0, 3.0]], 4.0)
     """
+    made = refit_or_keep(inputs, targets, weight, bias, odd)
+    return (made.weight, made.offset) if made is not None and bool(made.improves) else None
+
+
+@dataclass(frozen=True, eq=False)
+class Fit:
+    """A fit, on the device of the samples. The host has not waited for it.
+
+    Args:
+        weight: float64.
+        offset: `[out]` float64.
+        improves: whether it lowers the error; one boolean.
+    """
+
+    weight: Tensor
+    offset: Tensor
+    improves: Tensor
+
+
+def refit_or_keep(inputs: Tensor, targets: Tensor, weight: Tensor, bias: Tensor | None, odd: Tensor) -> Fit | None:
+    """`refit` without a wait for the device: weight and bias are the present ones where no ridge lowers the error.
+
+    The arguments are those of `refit`, `odd` on the CPU, or it is waited for. None if a half is empty.
+
+    >>> x, odd = torch.eye(4, dtype=torch.float64), torch.arange(4) % 2 == 1
+    >>> made = refit_or_keep(x, torch.zeros(4, 1), torch.zeros(1, 4), None, odd)
+    >>> made.improves, made.weight
+    (tensor(False), tensor([[0., 0., 0., 0.]], dtype=torch.float64))
+    """
     kind = torch.promote_types(inputs.dtype, torch.float32)
-    x = inputs.to(kind)
-    residual = targets.to(kind) - x @ weight.to(x.device, kind).mT
-    residual = residual if bias is None else residual - bias.to(x.device, kind).unsqueeze(-2)
-    if not bool(residual.isfinite().all()):
-        return None
-    # A shift that both halves share changes no fit and keeps the digits of the sums.
-    centre = x.mean(-2, keepdim=True) if bias is not None else x.new_zeros(1, x.shape[-1])
-    form = DualProblem if len(odd) < 2 * x.shape[-1] else PrimalProblem
-    found = solve_held_out(form.from_rows(x - centre, residual, odd, centred=bias is not None))
-    if found is None:
-        return None
-    step, offset = found
-    if bias is not None:
-        offset = in_float64(bias, step.device) + (offset - (step @ in_float64(centre).mT).squeeze(-1))
-    return in_float64(weight, step.device) + step, offset
+    with full_precision():
+        x = inputs.to(kind)
+        residual = targets.to(kind) - x @ weight.to(x.device, kind).mT
+        residual = residual if bias is None else residual - bias.to(x.device, kind).unsqueeze(-2)
+        # A shift that both halves share changes no fit and keeps the digits of the sums.
+        centre = x.mean(-2, keepdim=True) if bias is not None else x.new_zeros(1, x.shape[-1])
+        form = DualProblem if len(odd) < 2 * x.shape[-1] else PrimalProblem
+        found = fit_held_out(form.from_rows(x - centre, residual, odd, centred=bias is not None))
+        if found is None:
+            return None
+        where = found.weight.device
+        improves = found.improves & residual.isfinite().all().to(where)
+        present, offset, kept = in_float64(weight, where), found.offset, torch.zeros_like(found.offset)
+        if bias is not None:
+            kept = in_float64(bias, where)
+            offset = kept + (offset - (found.weight @ in_float64(centre).mT).squeeze(-1))
+        changed = torch.where(improves, present + found.weight, present)
+        return Fit(changed, torch.where(improves, offset, kept), improves)
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,30 +116,32 @@ class Solution:
     Args:
         coefficients: S, `[out, columns]`; in the dual form A of S = Aᵀ·X, `[rows, out]`.
         offset: o, `[out]`; zeros where the problem has none.
+        failed: whether the ridge is too small for the rounding of the matrix, one boolean; the others mean nothing then.
     """
 
     coefficients: Tensor
     offset: Tensor
+    failed: Tensor
 
 
 class Problem(Protocol):
-    """Ridge least squares on two halves of samples, in its primal or its dual form."""
+    """Ridge least squares on two halves of samples, in its primal or its dual form. Nothing in it waits for the device."""
 
     @property
     def count(self) -> tuple[int, ...]:
         """Samples of each half."""
         ...
 
-    def energy(self, halves: tuple[int, ...]) -> float:
-        """‖R‖² over the halves: the error of the solution 0."""
+    def energy(self, halves: tuple[int, ...]) -> Tensor:
+        """‖R‖² over the halves: the error of the solution 0; one float64."""
         ...
 
-    def solve(self, halves: tuple[int, ...], ridge: float) -> Solution | None:
-        """The solution on the halves, or None if the ridge is too small for the rounding of the matrix."""
+    def solve(self, halves: tuple[int, ...], ridge: float | Tensor) -> Solution:
+        """The solution on the halves; the ridge may be one number on the device."""
         ...
 
-    def error(self, solution: Solution, halves: tuple[int, ...]) -> float:
-        """‖X·Sᵀ + o − R‖² over the halves."""
+    def error(self, solution: Solution, halves: tuple[int, ...]) -> Tensor:
+        """‖X·Sᵀ + o − R‖² over the halves; one float64."""
         ...
 
     def primal(self, solution: Solution) -> Tensor:
@@ -134,19 +170,34 @@ def solve_held_out(problem: Problem) -> tuple[Tensor, Tensor] | None:
     >>> round(step.item(), 6), round(offset.item(), 6)
     (2.0, 1.0)
     """
+    found = fit_held_out(problem)
+    return (found.weight, found.offset) if found is not None and bool(found.improves) else None
+
+
+def fit_held_out(problem: Problem) -> Fit | None:
+    """`solve_held_out` without a wait for the device: the solution, and whether it is one.
+
+    Args:
+        problem: the two halves.
+
+    Returns:
+        S, o, and whether they lower the error; None if a half is empty.
+    """
     if not all(problem.count):
         return None
     trials = problem.sketched()
-    least, selected = trials.energy(ODD), None
+    least = trials.energy(ODD)
+    found, selected = torch.zeros_like(least, dtype=torch.bool), torch.full_like(least, math.inf)
     for ridge in RIDGES:
         solution = trials.solve(EVEN, ridge)
-        error = math.inf if solution is None else trials.error(solution, ODD)
-        if error < least:
-            least, selected = error, ridge
-    solution = None if selected is None else problem.solve(ALL, selected)
-    if solution is None or any(problem.error(solution, half) > problem.energy(half) for half in (EVEN, ODD)):
-        return None
-    return problem.primal(solution), solution.offset
+        error = trials.error(solution, ODD)
+        better = ~solution.failed & (error < least)
+        least, found, selected = torch.where(better, error, least), found | better, selected.masked_fill(better, ridge)
+    solution = problem.solve(ALL, selected)
+    improves = found & ~solution.failed
+    for half in (EVEN, ODD):
+        improves &= ~(problem.error(solution, half) > problem.energy(half))
+    return Fit(problem.primal(solution), solution.offset, improves)
 
 
 @dataclass(frozen=True, eq=False)
@@ -160,7 +211,7 @@ class PrimalProblem:
         residuals: Σr, `[2, out]`.
         gram: XᵀX, `[2, columns, columns]`.
         cross: XᵀR, `[2, columns, out]`.
-        energies: ‖R‖² of each half.
+        energies: ‖R‖² of each half, `[2]`.
         metric: `[out, out]`, errors are eᵀ·metric·e in place of ‖e‖²; None for the identity. The solutions are the same.
     """
 
@@ -170,42 +221,41 @@ class PrimalProblem:
     residuals: Tensor
     gram: Tensor
     cross: Tensor
-    energies: tuple[float, ...]
+    energies: Tensor
     metric: Tensor | None = None
 
     @classmethod
     def from_rows(cls, x: Tensor, r: Tensor, odd: Tensor, *, centred: bool) -> PrimalProblem:
         """The sums of inputs `[rows, columns]` and residuals `[rows, out]`; `odd` `[rows]` are booleans."""
-        halves = [(x[..., half, :], r[..., half, :]) for half in (~odd, odd)]
+        places = _places(odd, x.device)
+        halves = [(x[..., place, :], r[..., place, :]) for place in places]
         return cls(
-            count=(int((~odd).sum()), int(odd.sum())),
+            count=(len(places[0]), len(places[1])),
             centred=centred,
             inputs=torch.stack([in_float64(x.sum(-2)) for x, _ in halves]),
             residuals=torch.stack([in_float64(r.sum(-2)) for _, r in halves]),
             gram=torch.stack([in_float64(x.mT @ x) for x, _ in halves]),
             cross=torch.stack([in_float64(x.mT @ r) for x, r in halves]),
-            energies=(float(halves[0][1].square().sum()), float(halves[1][1].square().sum())),
+            energies=torch.stack([in_float64(r.square().sum()) for _, r in halves]),
         )
 
-    def energy(self, halves: tuple[int, ...]) -> float:
+    def energy(self, halves: tuple[int, ...]) -> Tensor:
         """See `Problem`."""
-        return sum(self.energies[half] for half in halves)
+        return _over(self.energies, halves)
 
-    def solve(self, halves: tuple[int, ...], ridge: float) -> Solution | None:
+    def solve(self, halves: tuple[int, ...], ridge: float | Tensor) -> Solution:
         """By the normal equations about the mean, (XᵀX + λ·e)·Sᵀ = XᵀR."""
-        part, count = list(halves), sum(self.count[half] for half in halves)
-        mean, level = self.inputs[part].sum(0) / count, self.residuals[part].sum(0) / count
-        gram, cross = self.gram[part].sum(0), self.cross[part].sum(0)
+        count = sum(self.count[half] for half in halves)
+        mean, level = _over(self.inputs, halves) / count, _over(self.residuals, halves) / count
+        gram, cross = _over(self.gram, halves), _over(self.cross, halves)
         if self.centred:
             gram = gram - count * mean.unsqueeze(-1) * mean.unsqueeze(-2)
             cross = cross - count * mean.unsqueeze(-1) * level.unsqueeze(-2)
-        solved = _solve(gram, cross, ridge, gram.shape[-1])
-        if solved is None:
-            return None
+        solved, failed = _solve(gram, cross, ridge, gram.shape[-1])
         offset = level - (solved.mT @ mean.unsqueeze(-1)).squeeze(-1)
-        return Solution(solved.mT, offset if self.centred else torch.zeros_like(offset))
+        return Solution(solved.mT, offset if self.centred else torch.zeros_like(offset), failed)
 
-    def error(self, solution: Solution, halves: tuple[int, ...]) -> float:
+    def error(self, solution: Solution, halves: tuple[int, ...]) -> Tensor:
         """See `Problem`; from the sums, so the rounding is that of ‖R‖²."""
         step, offset = solution.coefficients, solution.offset
         by_step = step if self.metric is None else self.metric @ step
@@ -215,7 +265,7 @@ class PrimalProblem:
             squares = ((by_step @ self.gram[half]) * step).sum() + self.count[half] * (by_offset * offset).sum()
             mixed = 2 * (by_offset * (step @ self.inputs[half].unsqueeze(-1)).squeeze(-1)).sum()
             explained = 2 * (by_step * self.cross[half].mT).sum() + 2 * (by_offset * self.residuals[half]).sum()
-            total += float(squares + mixed - explained)
+            total = total + (squares + mixed - explained)
         return total
 
     def primal(self, solution: Solution) -> Tensor:
@@ -240,14 +290,14 @@ class DualProblem:
     (XXᵀ + λ·e)·A = R.
 
     Args:
-        odd: `[rows]` booleans.
+        places: indices of the rows of each half.
         centred: whether there is an offset.
         inputs: X, `[rows, columns]`.
         residuals: R, `[rows, out]`.
         products: XXᵀ, `[rows, rows]`.
     """
 
-    odd: Tensor
+    places: tuple[Tensor, ...]
     centred: bool
     inputs: Tensor
     residuals: Tensor
@@ -257,42 +307,42 @@ class DualProblem:
     def from_rows(cls, x: Tensor, r: Tensor, odd: Tensor, *, centred: bool) -> DualProblem:
         """As `PrimalProblem.from_rows`."""
         products = in_float64(x @ x.mT)
-        return cls(odd.to(products.device), centred, x, in_float64(r), products)
+        return cls(_places(odd, products.device), centred, x, in_float64(r), products)
 
     @property
     def count(self) -> tuple[int, ...]:
         """Samples of each half."""
-        return int((~self.odd).sum()), int(self.odd.sum())
+        return tuple(len(place) for place in self.places)
 
     def _rows(self, halves: tuple[int, ...]) -> Tensor:
-        return torch.ones_like(self.odd) if halves == ALL else self.odd == (halves == ODD)
+        return torch.arange(sum(self.count), device=self.products.device) if halves == ALL else self.places[halves[0]]
 
-    def energy(self, halves: tuple[int, ...]) -> float:
+    def energy(self, halves: tuple[int, ...]) -> Tensor:
         """See `Problem`."""
-        return float(self.residuals[..., self._rows(halves), :].square().sum())
+        return self.residuals[..., self._rows(halves), :].square().sum()
 
-    def solve(self, halves: tuple[int, ...], ridge: float) -> Solution | None:
+    def solve(self, halves: tuple[int, ...], ridge: float | Tensor) -> Solution:
         """See `Problem`; λ is relative to the mean squared input, as in the primal form."""
         rows = self._rows(halves)
-        among, residuals = self.products[..., rows, :][..., :, rows], self.residuals[..., rows, :]
+        from_rows = self.products[..., rows, :]
+        among, residuals = from_rows[..., :, rows], self.residuals[..., rows, :]
         level = residuals.mean(-2)
         if self.centred:
             residuals = residuals - level.unsqueeze(-2)
             among = among - among.mean(-2, keepdim=True)
             among = among - among.mean(-1, keepdim=True)
-        solved = _solve(among, residuals, ridge, self.inputs.shape[-1])
-        if solved is None:
-            return None
+        solved, failed = _solve(among, residuals, ridge, self.inputs.shape[-1])
         coefficients = torch.zeros_like(self.residuals)
         coefficients[..., rows, :] = solved
-        fitted = self.products[..., rows, :] @ coefficients
-        return Solution(coefficients, level - fitted.mean(-2) if self.centred else torch.zeros_like(level))
+        fitted = from_rows @ coefficients
+        offset = level - fitted.mean(-2) if self.centred else torch.zeros_like(level)
+        return Solution(coefficients, offset, failed)
 
-    def error(self, solution: Solution, halves: tuple[int, ...]) -> float:
+    def error(self, solution: Solution, halves: tuple[int, ...]) -> Tensor:
         """See `Problem`."""
         rows = self._rows(halves)
         fitted = self.products[..., rows, :] @ solution.coefficients + solution.offset.unsqueeze(-2)
-        return float((self.residuals[..., rows, :] - fitted).square().sum())
+        return (self.residuals[..., rows, :] - fitted).square().sum()
 
     def primal(self, solution: Solution) -> Tensor:
         """See `Problem`."""
@@ -317,17 +367,31 @@ def _mixtures(residuals: Tensor) -> Tensor | None:
     return (2 * bits - 1).to(residuals.dtype) / math.sqrt(MIXTURES)
 
 
-def _solve(gram: Tensor, right: Tensor, ridge: float, columns: int) -> Tensor | None:
-    """(gram + λ·e)⁻¹ · right with e = trace / columns, or None if λ is too small for the rounding of the matrix.
+def _solve(gram: Tensor, right: Tensor, ridge: float | Tensor, columns: int) -> tuple[Tensor, Tensor]:
+    """(gram + λ·e)⁻¹ · right with e = trace / columns, and whether λ is too small for the rounding of the matrix.
 
     Zeros for an infinite λ, and where there is no energy.
     """
+    if isinstance(ridge, float) and math.isinf(ridge):
+        return torch.zeros_like(right), torch.zeros((), dtype=torch.bool, device=right.device)
     energy = gram.diagonal(dim1=-2, dim2=-1).sum(-1) / columns
-    if math.isinf(ridge) or not bool((energy > 0).any()):
-        return torch.zeros_like(right)
+    zero = ~(energy > 0).any()
+    if isinstance(ridge, Tensor):
+        zero = zero | ridge.isinf()
     # The inputs of one group may be all zero: any shift keeps its matrix invertible.
     energy = torch.where(energy > 0, energy, energy.max())
     shifted = gram.clone()
     shifted.diagonal(dim1=-2, dim2=-1).add_(ridge * energy.unsqueeze(-1))
     factor, failed = torch.linalg.cholesky_ex(shifted)
-    return None if bool(failed.any()) else torch.cholesky_solve(right, factor)
+    return torch.cholesky_solve(right, factor).masked_fill_(zero, 0.0), (failed != 0).any() & ~zero
+
+
+def _places(odd: Tensor, device: torch.device) -> tuple[Tensor, ...]:
+    """The indices of the even and of the odd rows, without a wait where `odd` is on the CPU."""
+    odd = odd.cpu()
+    return tuple(to_device(half.nonzero().flatten(), device) for half in (~odd, odd))
+
+
+def _over(sums: Tensor, halves: tuple[int, ...]) -> Tensor:
+    """Sums over one half of the samples, or over both."""
+    return sums[0] + sums[1] if halves == ALL else sums[halves[0]]

@@ -30,16 +30,18 @@ from evolvenet.execution.sampling import evenly, samples_in
 from evolvenet.execution.step import run_model
 from evolvenet.execution.weight_ops import WeightOp, output_positions
 from evolvenet.graph.naming import named_tensors
+from evolvenet.linalg.host_transfers import to_device
 from evolvenet.linalg.precision import in_float64
-from evolvenet.linalg.ridge import refit
+from evolvenet.linalg.ridge import Fit, refit_or_keep
 from evolvenet.linalg.shrinkage import shrunk_covariance
 from evolvenet.lowrank.base import Kind
 from evolvenet.lowrank.layers import written
 from evolvenet.lowrank.plan import Choice, SecondMoments, decomposed
 from evolvenet.lowrank.targets import Target as Layer
-from evolvenet.measurement.activation_moments import Moments
-from evolvenet.pruning.reconstruction import ConsumerFitter, OutputRecorder, recorded
+from evolvenet.measurement.activation_moments import Moments, moments_on_host
+from evolvenet.pruning.reconstruction import ConsumerFitter
 from evolvenet.pruning.reconstruction_batch import ONE_SHOT_LIMITS, ReconstructionLimits, concatenated
+from evolvenet.pruning.recorded_outputs import OutputRecorder, recorded
 from evolvenet.pruning.target import Target
 
 log = logging.getLogger(__name__)
@@ -181,7 +183,7 @@ class _InputRecorder(OutputRecorder):
         self.extents.setdefault(op.tensor, []).append(Extent.of(op, out, self.samples))
         if matrix.shape[-1] > MOST_COLUMNS:
             return
-        rows = evenly(output_positions(op, out), self.limits.rows_for(matrix.shape[-1])).to(out.device)
+        rows = to_device(evenly(output_positions(op, out), self.limits.rows_for(matrix.shape[-1])), out.device)
         found = [Moments.of(_in_order(op, columns).flatten(1)) for columns in op.columns(rows)]
         before = self.moments.get(op.tensor)
         self.moments[op.tensor] = found if before is None else [a.merge(b) for a, b in zip(before, found, strict=True)]
@@ -191,6 +193,7 @@ class _InputRecorder(OutputRecorder):
         found = self.moments.get(weight)
         if found is None or not all(each.count for each in found):
             return None
+        found = self.moments[weight] = moments_on_host(found)
         centred = all(target.bias is not None for target in self.targets[weight])
         moments = [_shrunk(each, centred) for each in found]
         if not all(bool(moment.isfinite().all()) for moment in moments):
@@ -236,7 +239,7 @@ def fit(model: nn.Module, choices: Sequence[Choice], seen: Observations) -> Fitt
         fitter = ConsumerFitter(targets, {}, odd, shadows, solver.solve)
         with isolated(model, gradients=seen.gradients), op_by_op(ResidualSumMode(model, fitter.run, None, fitter.sum)):
             run_model(model, seen.batch)
-        values = {name: shadows[name].detach().clone() for name in fitter.fitted - set(by_weight)}
+        values = {name: shadows[name].detach().clone() for name in fitter.fitted() - set(by_weight)}
     for choice in choices:
         if choice.target.name not in solver.factors:
             solver.decompose(choice)
@@ -266,17 +269,15 @@ class _Solver:
         self.factors[name] = decomposed(choice, self.seen.moments.get(name))
         return torch.stack(_merged_groups(choice, self.factors[name]))
 
-    def solve(
-        self, op: WeightOp, columns: Tensor, targets: Tensor, bias: Tensor | None, odd: Tensor
-    ) -> tuple[Tensor, Tensor] | None:
+    def solve(self, op: WeightOp, columns: Tensor, targets: Tensor, bias: Tensor | None, odd: Tensor) -> Fit:
         """See `pruning.reconstruction.Solve`."""
         choice, whole = self.choices[op.tensor], self.seen.matrices[op.tensor].to(columns.device)
         assert choice.kind is not None
         name, wide = choice.target.name, columns.shape[-1] > MOST_COLUMNS
         # Half types would round the inputs of the last factor.
         columns, targets = (each.to(torch.promote_types(each.dtype, torch.float32)) for each in (columns, targets))
-        fitted = refit(columns, targets, whole, bias, odd)
-        weights = [_in_order(op, in_float64(weight, "cpu")) for weight in (whole if fitted is None else fitted[0])]
+        fitted = refit_or_keep(columns, targets, whole, bias, odd)
+        weights = [_in_order(op, in_float64(weight, "cpu")) for weight in (whole if fitted is None else fitted.weight)]
         inputs = [_in_order(op, group) for group in columns]
         moments = [None if wide else _moment(group, centred=bias is not None) for group in inputs]
         factors = [
@@ -286,11 +287,13 @@ class _Solver:
         self.factors[name] = factors
         matrix = torch.stack([_in_order(op, group).flatten(1) for group in _merged_groups(choice, factors)])
         self.errors[name] = _error(columns, targets, matrix, offset)
-        return matrix, targets.new_zeros(targets.shape[0], targets.shape[2]) if offset is None else offset
+        offset = targets.new_zeros(targets.shape[0], targets.shape[2]) if offset is None else offset
+        return Fit(matrix, offset, torch.ones((), dtype=torch.bool, device=matrix.device))
 
 
 def _moment(inputs: Tensor, centred: bool) -> Tensor:
-    return _shrunk(Moments.of(inputs.flatten(1)), centred)
+    (moments,) = moments_on_host([Moments.of(inputs.flatten(1))])
+    return _shrunk(moments, centred)
 
 
 def _shrunk(moments: Moments, centred: bool) -> Tensor:
@@ -327,12 +330,12 @@ def _fit_last(
     last = torch.stack([group[-1].flatten(1) for group in factors])
     wide = in_float64(z)
     start = None if bias is None else (in_float64(targets) - wide @ last.to(wide.device).mT).mean(1)
-    found = refit(z, targets, last, start, odd)
+    found = refit_or_keep(z, targets, last, start, odd)
     if found is None:
         return start
-    for group, weight in zip(factors, found[0], strict=True):
+    for group, weight in zip(factors, found.weight, strict=True):
         group[-1] = weight.to("cpu").reshape(group[-1].shape)
-    return None if bias is None else found[1]
+    return None if bias is None else found.offset
 
 
 def last_inputs(kind: Kind, inputs: Tensor, factors: Sequence[Tensor]) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -17,11 +17,16 @@ from evolvenet.execution.sampling import evenly, in_halves
 from evolvenet.execution.step import run_model
 from evolvenet.execution.weight_ops import WeightOp
 from evolvenet.graph.width_graph import Tie, WidthGraph
+from evolvenet.linalg.full_precision import full_precision
+from evolvenet.linalg.host_transfers import to_device, to_host
 from evolvenet.linalg.precision import in_float64
 from evolvenet.measurement.weight_uses import Bias, UseRecorder, WeightUses
 
 CAP = 8192
 """Most samples taken for one consumer from one batch; more positions are sampled evenly."""
+
+MOST_ON_DEVICE = 2**30
+"""Bytes of moments beyond which they are moved from the device to the CPU after a batch, which the host waits for."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,7 +38,7 @@ class Moments:
     Args:
         count: number of samples.
         mean: `[n]` float64.
-        covariance: `[n, n]` float64, divided by `count`; about the mean.
+        covariance: `[n, n]` float64, divided by `count`; about the mean. Both on the device of the samples, if that has float64.
 
     >>> moments = Moments.of(torch.tensor([[1.0, 0.0], [3.0, 0.0]]))
     >>> moments.mean.tolist(), moments.second[0, 0].item()
@@ -61,19 +66,21 @@ class Moments:
 
     @classmethod
     def of(cls, samples: Tensor) -> Moments:
-        """The moments of samples `[N, n]` of any floating type and device; kept on the CPU.
+        """The moments of samples `[N, n]` of any floating type and device, without a wait for it.
 
-        Products of float32 and the half types are made in float32 about the batch's mean, everything else is float64.
+        Products of float32 and the half types are made in float32 about the batch's mean, in full precision whatever is set
+        for training; everything else is float64.
         """
         if not len(samples):
             return cls.empty(samples.shape[1])
         wide = samples if samples.dtype == torch.float64 else samples.float()
         centre = wide.mean(0)
         about = wide - centre
-        covariance = in_float64(about.T @ about, "cpu") / len(about)
+        with full_precision():
+            covariance = in_float64(about.T @ about) / len(about)
         # What the rounding of the mean left over; exact for float64, worth seven digits for float32.
-        rest = in_float64(about.mean(0), "cpu")
-        return cls(len(about), in_float64(centre, "cpu") + rest, covariance - torch.outer(rest, rest))
+        rest = in_float64(about.mean(0))
+        return cls(len(about), in_float64(centre) + rest, covariance - torch.outer(rest, rest))
 
     def merge(self, other: Moments) -> Moments:
         """The moments of both sets of samples together.
@@ -90,6 +97,15 @@ class Moments:
             (1 - share) * self.covariance + share * other.covariance + share * (1 - share) * torch.outer(apart, apart)
         )
         return Moments(count, self.mean + share * apart, covariance)
+
+
+def moments_on_host(moments: Sequence[Moments]) -> list[Moments]:
+    """The same on the CPU, transferred together."""
+    found = to_host([tensor for each in moments for tensor in (each.mean, each.covariance)])
+    return [
+        Moments(each.count, mean, covariance)
+        for each, mean, covariance in zip(moments, found[::2], found[1::2], strict=True)
+    ]
 
 
 @dataclass(frozen=True, eq=False)
@@ -186,39 +202,62 @@ def collect(
             with op_by_op(mode):
                 run_model(model, batch)
             uses.add_other_uses(mode.other_uses)
+            if sum(halves.bytes_on_device for halves in gathered.values()) > MOST_ON_DEVICE:
+                _move_to_host(gathered)
             seen += len(odd)
             ran = True
     if not ran or not seen:
         got = "batches without a sample" if ran else "none"
         raise TraceError(f"Batches: expected at least one batch of model inputs, got {got}.")
-    run = {tie: halves for tie, halves in gathered.items() if halves.seen}
-    for tie, halves in run.items():
-        with concerning((tie.tensor, tie.dim)):
-            halves.check(tie)
-    even, odd = ({tie: halves.moments[half] for tie, halves in run.items()} for half in (0, 1))
+    even, odd = halves_on_host({tie: halves for tie, halves in gathered.items() if halves.seen})
     return ActivationMoments(even, odd, uses.found(graph))
 
 
+def halves_on_host(gathered: Mapping[Tie, Halves]) -> tuple[dict[Tie, Moments], dict[Tie, Moments]]:
+    """The moments of both halves on the CPU, transferred together.
+
+    Raises:
+        SpectrumError: for NaN or infinite inputs of a consumer.
+    """
+    _move_to_host(gathered)
+    for tie, halves in gathered.items():
+        if not all(half.covariance.isfinite().all() for half in halves.on_host):
+            with concerning((tie.tensor, tie.dim)):
+                raise SpectrumError(
+                    f"{tie.module or 'The root module'}: expected finite inputs while measuring, got NaN or infinite "
+                    "ones. Training has diverged, or the batch holds such values: check both."
+                )
+    even, odd = ({tie: halves.on_host[half] for tie, halves in gathered.items()} for half in (0, 1))
+    return even, odd
+
+
+def _move_to_host(gathered: Mapping[Tie, Halves]) -> None:
+    """Add the moments on the device to those on the CPU, transferred together."""
+    moved = moments_on_host([half for halves in gathered.values() for half in halves.moments])
+    for halves, *pair in zip(gathered.values(), moved[::2], moved[1::2], strict=True):
+        halves.on_host = [half.merge(more) for half, more in zip(halves.on_host, pair, strict=True)]
+        halves.moments = [Moments.empty(halves.size), Moments.empty(halves.size)]
+
+
 class Halves:
-    """Moments of one tie so far: of the samples that are fitted, and of those held out."""
+    """Moments of one tie so far: of the samples that are fitted, and of those held out. Of earlier batches also on the CPU."""
 
     def __init__(self, size: int) -> None:
+        self.size, self.seen = size, False
         self.moments = [Moments.empty(size), Moments.empty(size)]
-        self.seen = False
+        self.on_host = [Moments.empty(size), Moments.empty(size)]
+
+    @property
+    def bytes_on_device(self) -> int:
+        """Of the covariances, 0 on the CPU."""
+        return sum(half.covariance.nbytes for half in self.moments if half.covariance.device.type != "cpu")
 
     def add(self, rows: Tensor, odd: Tensor) -> None:
-        """Add rows `[N, n]`; `odd` `[N]` says which of them are held out."""
+        """Add rows `[N, n]`; `odd` `[N]`, on the CPU, says which of them are held out."""
         for half, chosen in enumerate((~odd, odd)):
-            self.moments[half] = self.moments[half].merge(Moments.of(rows[chosen]))
+            places = to_device(chosen.nonzero().flatten(), rows.device)
+            self.moments[half] = self.moments[half].merge(Moments.of(rows[places]))
         self.seen = True
-
-    def check(self, tie: Tie) -> None:
-        """Raise SpectrumError for NaN and infinite values."""
-        if not all(half.covariance.isfinite().all() for half in self.moments):
-            raise SpectrumError(
-                f"{tie.module or 'The root module'}: expected finite inputs while measuring, got NaN or infinite ones. "
-                "Training has diverged, or the batch holds such values: check both."
-            )
 
 
 def gather(by_tensor: Mapping[str, Mapping[Tie, Halves]], held_out: Tensor, op: WeightOp) -> None:
@@ -226,10 +265,10 @@ def gather(by_tensor: Mapping[str, Mapping[Tie, Halves]], held_out: Tensor, op: 
     for tie, halves in by_tensor.get(op.tensor, {}).items():
         if tie.dim != op.axis or not op.input_positions or op.weight.is_complex():
             continue
-        size = len(halves.moments[0].mean)
+        size = halves.size
         with concerning((tie.tensor, tie.dim)), torch.autocast(op.inputs.device.type, enabled=False):
-            row = evenly(op.input_positions, max(1, CAP // (tie.repeat * op.groups))).to(op.inputs.device)
-            features = op.input_rows(row).detach()
+            row = evenly(op.input_positions, max(1, CAP // (tie.repeat * op.groups)))
+            features = op.input_rows(to_device(row, op.inputs.device)).detach()
             part = features[:, tie.start : tie.start + size * tie.repeat].reshape(len(features), size, tie.repeat)
-            odd = held_out.to(row.device)[row * len(held_out) // op.input_positions]
+            odd = held_out[row * len(held_out) // op.input_positions]
             halves.add(part.movedim(1, -1).reshape(-1, size), odd.repeat_interleave(op.groups * tie.repeat))

@@ -12,6 +12,7 @@ from evolvenet.execution.inputs import first_samples
 from evolvenet.execution.isolation import model_outputs
 from evolvenet.execution.sampling import samples_in
 from evolvenet.graph.width_graph import WidthGraph
+from evolvenet.linalg.host_transfers import values_of
 from evolvenet.linalg.precision import in_float64
 
 
@@ -73,6 +74,8 @@ def output_error(whole: Sequence[Tensor], moved: Sequence[Tensor]) -> float:
     0.005...
     """
     pairs = [(one, two) for one, two in zip(whole, moved, strict=True) if one.shape == two.shape]
-    apart = sum(float((one - two).square().sum()) for one, two in pairs)
-    level = sum(float((one - one.mean(0, keepdim=True)).square().sum()) for one, _ in pairs if one.dim())
+    apart = [(one - two).square().sum() for one, two in pairs]
+    level = [(one - one.mean(0, keepdim=True)).square().sum() for one, _ in pairs if one.dim()]
+    found = values_of([*apart, *level])
+    apart, level = sum(found[: len(apart)]), sum(found[len(apart) :])
     return apart / max(level, torch.finfo(torch.float64).tiny)

@@ -21,7 +21,8 @@ from evolvenet.execution.step import run_model
 from evolvenet.execution.weight_ops import WeightOp, WeightOpMode, output_positions
 from evolvenet.graph.current import check_current
 from evolvenet.graph.width_graph import Tie, Width, WidthGraph
-from evolvenet.measurement.activation_moments import CAP, Moments
+from evolvenet.linalg.host_transfers import to_device
+from evolvenet.measurement.activation_moments import CAP, Moments, moments_on_host
 
 
 def output_spectra(model: nn.Module, graph: WidthGraph, batches: Iterable[Any]) -> dict[str, Tensor]:
@@ -71,6 +72,7 @@ def output_spectra(model: nn.Module, graph: WidthGraph, batches: Iterable[Any]) 
             seen += samples_in(batch)
     if not seen:
         raise TraceError("Batches: expected at least one sample of model inputs, got none.")
+    gathered = dict(zip(gathered, moments_on_host(list(gathered.values())), strict=True))
     found = {width.name: _values(width, gathered) for width in graph.resizable}
     return {name: values for name, values in found.items() if values is not None}
 
@@ -80,7 +82,7 @@ def _gather(gathered: dict[Tie, Moments], op: WeightOp, out: Tensor) -> None:
     ties = [tie for tie in gathered if tie.tensor == op.tensor and tie.dim == op.output_axis]
     if not ties or op.weight.is_complex():
         return
-    rows = evenly(output_positions(op, out), CAP).to(out.device)
+    rows = to_device(evenly(output_positions(op, out), CAP), out.device)
     columns, matrix = (part if part.element_size() >= 4 else part.float() for part in (op.columns(rows), op.matrix()))
     made = (columns @ matrix.mT).movedim(0, 1).flatten(1)
     for tie in ties:

@@ -84,6 +84,7 @@ def block_spectra(model: nn.Module, graph: WidthGraph, example_inputs: Any) -> d
         ResizeError: if the graph was made before the last change of widths.
         SpectrumError: for NaN or infinite weights.
 
+    >>> import torch
     >>> from evolvenet.tracing.trace import trace
     >>> class Net(nn.Module):
     ...     def __init__(self):
@@ -125,6 +126,7 @@ def residual_blocks(
     Returns:
         ({inner width: block}, {any other resizable width: reason}).
 
+    >>> import torch
     >>> from evolvenet.tracing.trace import trace
     >>> model = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 2))
     >>> residual_blocks(model, trace(model, torch.zeros(1, 2)), torch.zeros(1, 2))

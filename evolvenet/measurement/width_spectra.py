@@ -13,6 +13,7 @@ from evolvenet.graph.width_graph import FOLLOWS, Tie, Width, WidthGraph
 from evolvenet.linalg.precision import in_float64
 from evolvenet.linalg.spectrum import joint_spectrum
 from evolvenet.measurement.activation_moments import ActivationMoments, Moments, collect
+from evolvenet.measurement.host_model import on_host
 from evolvenet.measurement.rank_spectra import is_rotatable, rank_spectrum
 from evolvenet.measurement.unit_rows import native_rows, unit_rows
 
@@ -67,6 +68,7 @@ def measure(model: nn.Module, graph: WidthGraph, statistics: ActivationMoments |
     Raises:
         SpectrumError: for NaN or infinite weights.
     """
+    model = on_host(model)
     gathered: Mapping[Tie, Moments] = {} if statistics is None else statistics
     found: dict[str, Tensor] = {}
     for width in graph.resizable:

@@ -17,6 +17,7 @@ from evolvenet.linalg.pivoted_cholesky import pivoted_cholesky
 from evolvenet.linalg.shrinkage import shrunk_covariance
 from evolvenet.linalg.spectrum import effective_rank, energy_shares
 from evolvenet.measurement.activation_moments import ActivationMoments
+from evolvenet.measurement.host_model import on_host
 from evolvenet.measurement.past_events import LastChange, PastEvents
 from evolvenet.measurement.rank_spectra import is_rotatable, rank_spectrum
 from evolvenet.measurement.unit_rows import unit_rows
@@ -87,6 +88,7 @@ def width_statistics(
         SkippedEvent: if no width was measured at `FEWEST` places.
         SpectrumError: for NaN or infinite weights.
     """
+    model = on_host(model)
     spectra: dict[str, tuple[float, ...]] = {}
     energies: dict[str, list[float]] = {}
     few: dict[str, int] = {}

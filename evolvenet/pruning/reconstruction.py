@@ -10,29 +10,26 @@ very deep convolutional networks for classification and detection", TPAMI 38(10)
 from __future__ import annotations
 
 import logging
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
-from itertools import pairwise
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from evolvenet.errors import concerning
 from evolvenet.execution.choices import Choices
-from evolvenet.execution.early_stop import Finished, run_until_finished, without_logits
+from evolvenet.execution.early_stop import Finished, run_until_finished
 from evolvenet.execution.isolation import isolated, op_by_op
 from evolvenet.execution.residual_sums import ResidualSumMode, TrackedOutput
-from evolvenet.execution.sampling import evenly
-from evolvenet.execution.step import run_model
-from evolvenet.execution.weight_ops import NormedWeight, WeightOp, output_positions
+from evolvenet.execution.weight_ops import NormedWeight, WeightOp
 from evolvenet.graph.naming import named_tensors
 from evolvenet.graph.width_graph import FOLLOWS, WidthGraph
+from evolvenet.linalg.host_transfers import index_tensor, values_of
 from evolvenet.linalg.precision import in_float64
-from evolvenet.linalg.ridge import refit
+from evolvenet.linalg.ridge import Fit, refit_or_keep
 from evolvenet.pruning.reconstruction_batch import ONE_SHOT_LIMITS, ReconstructionLimits, concatenated, held_out_of
+from evolvenet.pruning.recorded_outputs import OutputRecorder, recorded
 from evolvenet.pruning.target import Target
 from evolvenet.surgery.basis_change import along
 from evolvenet.surgery.resize_model import Surgery, TensorChange, compile_surgery, install
@@ -141,20 +138,7 @@ def _fitted(
         choices.replay()
         with isolated(model, gradients=gradients), op_by_op(mode):
             run_until_finished(model, batch)
-        return {name: shadows[name].detach().clone() for name in fitter.fitted}
-
-
-def recorded(
-    model: nn.Module, batch: Any, recorder: OutputRecorder, gradients: bool, choices: Choices | None = None
-) -> dict[str, list[Target]]:
-    """What consumers put out on a batch, as far as they can be fitted to it; the choices of routers are recorded."""
-    mode = ResidualSumMode(model, None, recorder.record, recorder.sum, recorder.bias)
-    mode.follows_norms, mode.choices = True, choices
-    tensors, _, _ = named_tensors(model)
-    batch = without_logits(model, batch, [tensors[name] for name in recorder.consumers])
-    with isolated(model, gradients=gradients), op_by_op(mode):
-        run_model(model, batch)
-    return recorder.usable(mode.other_uses)
+        return {name: shadows[name].detach().clone() for name in fitter.fitted()}
 
 
 def _consumers(graph: WidthGraph, surgery: Surgery) -> frozenset[str]:
@@ -168,88 +152,19 @@ def _consumers(graph: WidthGraph, surgery: Surgery) -> frozenset[str]:
     )
 
 
-class OutputRecorder:
-    """Records the outputs of the consumers of the uncut model, in execution order.
-
-    Args:
-        consumers: names of their weights.
-        limits: on the number of output positions.
-    """
-
-    def __init__(self, consumers: frozenset[str], limits: ReconstructionLimits) -> None:
-        self.consumers, self.limits = consumers, limits
-        self.targets: dict[str, list[Target]] = {}
-        self.bias_uses: Counter[tuple[str, int]] = Counter()
-        # Weak, or every consumer's input would stay in memory until the end of the pass.
-        self._index: WeakKeyDictionary[WeightOp, tuple[str, int]] = WeakKeyDictionary()
-
-    def record(self, op: WeightOp, out: Tensor) -> None:
-        """Record the outputs of a weight op."""
-        bias = None if op.bias is None or op.bias_name is None else (op.bias_name, int(op.bias.storage_offset()))
-        if bias is not None:
-            self.bias_uses[bias] += 1
-        if op.tensor not in self.consumers or op.weight.is_complex():
-            return
-        with concerning((op.tensor, op.axis)):
-            self._record(op, out, bias)
-
-    def _record(self, op: WeightOp, out: Tensor, bias: tuple[str, int] | None) -> None:
-        total = output_positions(op, out)
-        rows = evenly(total, self.limits.rows_for(op.matrix().shape[-1])).to(out.device)
-        outputs = op.products_at(out, rows).movedim(0, 1).flatten(1)
-        targets = self.targets.setdefault(op.tensor, [])
-        self._index[op] = (op.tensor, len(targets))
-        group = op.group if op.stacked else None
-        found = Target(op.start, len(op.weight), op.axis, bias, rows, total, op.input_positions, outputs, group=group)
-        targets.append(found)
-
-    def sum(self, output: TrackedOutput, own: Tensor, other: Tensor) -> None:
-        """See `ResidualSumMode`."""
-        if output.op in self._index:
-            name, index = self._index[output.op]
-            target = self.targets[name][index]
-            summed = output.values_at(own, target.rows) + output.values_at(other, target.rows)
-            self.targets[name][index] = replace(target, outputs=summed, summed=True)
-
-    def bias(self, op: WeightOp, name: str, values: Tensor | None, sign: int) -> None:
-        """See `ResidualSumMode`."""
-        self.bias_uses[name, 0] += 1
-        if op in self._index:
-            tensor, index = self._index[op]
-            target = self.targets[tensor][index]
-            if target.bias is None:
-                target = replace(target, bias=(name, 0), bias_sign=sign, is_mean=values is None)
-                outputs = target.outputs if values is None else target.outputs + values
-                self.targets[tensor][index] = replace(target, outputs=outputs)
-
-    def usable(self, other_uses: set[str]) -> dict[str, list[Target]]:
-        """The targets of weights that nothing else uses, and no entry of which is used twice."""
-
-        def own_bias(target: Target) -> bool:
-            shared = target.bias is not None and not target.is_mean and target.bias[0] in other_uses
-            return target.bias is None or (self.bias_uses[target.bias] == 1 and not shared)
-
-        found: dict[str, list[Target]] = {}
-        for name, targets in self.targets.items():
-            spans = sorted((target.group or 0, target.start, target.start + target.length) for target in targets)
-            disjoint = all(one[0] < two[0] or one[2] <= two[1] for one, two in pairwise(spans))
-            if disjoint and name not in other_uses and all(own_bias(target) for target in targets):
-                found[name] = targets
-        return found
+Solve = Callable[[WeightOp, Tensor, Tensor, Tensor | None, Tensor], Fit | None]
+"""(weight op, its columns, target outputs, bias, odd rows) → weight `[groups, out / groups, columns]` and bias, see
+`refit_or_keep`; None leaves both as they are."""
 
 
-Solve = Callable[[WeightOp, Tensor, Tensor, Tensor | None, Tensor], tuple[Tensor, Tensor] | None]
-"""(weight op, its columns, target outputs, bias, odd rows) → weight `[groups, out / groups, columns]` and bias; see `refit`."""
-
-
-def _refit_to_present(
-    op: WeightOp, columns: Tensor, targets: Tensor, bias: Tensor | None, odd: Tensor
-) -> tuple[Tensor, Tensor] | None:
-    return refit(columns, targets, op.matrix(), bias, odd)
+def _refit_to_present(op: WeightOp, columns: Tensor, targets: Tensor, bias: Tensor | None, odd: Tensor) -> Fit | None:
+    return refit_or_keep(columns, targets, op.matrix(), bias, odd)
 
 
 class ConsumerFitter:
     """Fits each consumer of the cut model before it runs, or at the sum that it ends in.
+
+    The host does not wait for a fit: one that does not lower the error is one that writes what was there.
 
     Args:
         targets: outputs of the uncut model, from `OutputRecorder.usable`.
@@ -259,7 +174,6 @@ class ConsumerFitter:
         solve: the fit; None for ridge least squares, shrunk towards the weight as it is.
 
     Attributes:
-        fitted: names of the tensors that were written to.
         normed: weights of the cut model that weight norm computes, from the mode that it runs in; a fitted one is written
             into direction and length.
         choices: of the routers, replayed in the run of the cut model; without them no stacked weight is fitted.
@@ -277,11 +191,17 @@ class ConsumerFitter:
         self.solve = solve or _refit_to_present
         self.targets = {name: list(each) for name, each in targets.items()}
         self.changes, self.held_out, self.shadows = changes, held_out, shadows
-        self.fitted: set[str] = set()
+        self._improved: dict[str, list[Tensor]] = {}
         self.normed: Mapping[str, NormedWeight] = {}
         self.choices: Choices | None = None
         self.ends_run = False
         self._at_sum: dict[WeightOp, Target] = {}
+
+    def fitted(self) -> set[str]:
+        """Names of the tensors that have other values; waits for the device once."""
+        flags = [(name, flag) for name, each in self._improved.items() for flag in each]
+        found = values_of([flag for _, flag in flags])
+        return {name for (name, _), improved in zip(flags, found, strict=True) if improved}
 
     def run(self, op: WeightOp) -> None:
         """Fit the op's weight, unless it is fitted at a sum."""
@@ -329,8 +249,10 @@ class ConsumerFitter:
         present = output.op.products_at(output.recompute(), target.rows).movedim(0, 1).flatten(1)
         if target.bias is not None and target.bias_sign:
             present = present + target.share * self.shadows[target.bias[0]].reshape(-1)
-        if (offset := self._fit(output.op, target, present + step)) is not None:
-            own.copy_(output.recomputed(own, offset if target.bias_sign else 0.0))
+        if (found := self._fit(output.op, target, present + step)) is not None:
+            offset, improved = found
+            again = output.recomputed(own, offset if target.bias_sign else 0.0)
+            own.copy_(torch.where(improved, again, own))
 
     def _kept_outputs(self, op: WeightOp, target: Target) -> Tensor:
         """The target outputs of the units that the cut model still has, in their new basis."""
@@ -343,37 +265,42 @@ class ConsumerFitter:
             # An op that multiplies with a part of the weight has outputs of a part of the units: they cannot be mixed.
             whole = (target.start, target.length) == (0, kept.size)
             outputs = along(outputs, basis.values, 1) if whole else outputs[:, :0]
-            return outputs[:, list(kept.indices)] if whole else outputs
+            return outputs[:, kept.tensor(outputs.device)] if whole else outputs
         ends = target.start, target.start + target.length
-        return outputs[:, [index - target.start for index in kept.indices if ends[0] <= index < ends[1]]]
+        own = [index - target.start for index in kept.indices if ends[0] <= index < ends[1]]
+        return outputs[:, index_tensor(own, outputs.device)]
 
-    def _fit(self, op: WeightOp, target: Target, outputs: Tensor) -> Tensor | None:
-        """Fit the weight and the bias in place; the change of the bias `[out]`, or None if they stay."""
+    def _fit(self, op: WeightOp, target: Target, outputs: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Fit the weight and the bias in place; the change of the bias `[out]` and whether they improve, or None if they stay."""
         # A bias that is added by itself may have the shape of an image's channels.
         bias = self.shadows[target.bias[0]] if target.bias_sign and target.bias else op.bias
         if outputs.shape[1] != len(op.weight) or (bias is None) != (target.bias is None):
             return None
         targets = outputs.reshape(len(outputs), op.groups, -1).movedim(1, 0)
         start = None if bias is None else (bias * target.share).reshape(op.groups, -1)
-        odd = self.held_out.to(target.rows.device)[target.rows * len(self.held_out) // target.positions]
+        odd = self.held_out[target.rows_on_host * len(self.held_out) // target.positions]
         found = self.solve(op, op.columns(target.rows), targets, start, odd)
         if found is None:
             return None
-        weight, offset = found
-        op.write_matrix(weight.to(op.weight.dtype))
-        self.fitted.add(op.tensor)
+        op.write_matrix(found.weight.to(op.weight))
+        self._add_improved(op.tensor, found.improves)
         if op.tensor in self.normed:
-            self._write_normed(op.tensor, self.normed[op.tensor])
+            self._write_normed(op.tensor, self.normed[op.tensor], found.improves.to(op.weight.device))
+        offset = found.offset
         change = (offset if start is None else offset - in_float64(start, offset.device)).flatten()
         if bias is not None and target.bias is not None:
             bias.copy_(in_float64(bias, change.device) + (change * (target.bias_sign or 1)).reshape(bias.shape))
-            self.fitted.add(target.bias[0])
-        return change.to(op.weight)
+            self._add_improved(target.bias[0], found.improves)
+        return change.to(op.weight), found.improves.to(op.weight.device)
 
-    def _write_normed(self, direction: str, normed: NormedWeight) -> None:
+    def _add_improved(self, name: str, improves: Tensor) -> None:
+        self._improved.setdefault(name, []).append(improves)
+
+    def _write_normed(self, direction: str, normed: NormedWeight, improves: Tensor) -> None:
         """Write a fitted weight into its direction, and its norms into the length; a direction of length 0 would be 0/0."""
         length = torch.norm_except_dim(normed.weight, 2, normed.dim)
         before = self.shadows[direction]
-        before.copy_(torch.where(length > 0, normed.weight, before))
-        self.shadows[normed.length].copy_(length)
-        self.fitted.add(normed.length)
+        before.copy_(torch.where((length > 0) & improves, normed.weight, before))
+        lengths = self.shadows[normed.length]
+        lengths.copy_(torch.where(improves, length, lengths))
+        self._add_improved(normed.length, improves)

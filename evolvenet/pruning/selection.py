@@ -13,10 +13,12 @@ from evolvenet.errors import ResizeError, concerning
 from evolvenet.graph.index_map import IndexMap
 from evolvenet.graph.naming import tensor_named
 from evolvenet.graph.width_graph import FOLLOWS, Tie, Width, WidthGraph
+from evolvenet.linalg.host_transfers import to_device
 from evolvenet.linalg.pivoted_cholesky import pivots
 from evolvenet.linalg.precision import in_float64
 from evolvenet.linalg.ridge import PrimalProblem, solve_held_out
 from evolvenet.measurement.activation_moments import ActivationMoments, Moments
+from evolvenet.measurement.host_model import on_host
 from evolvenet.measurement.rank_spectra import is_rotatable
 from evolvenet.measurement.unit_rows import unit_rows
 from evolvenet.measurement.width_spectra import consumer_weighted
@@ -80,7 +82,11 @@ def choose(
 
 
 def plan_prune(
-    model: nn.Module, graph: WidthGraph, sizes: Mapping[str, int], statistics: ActivationMoments | None = None
+    model: nn.Module,
+    graph: WidthGraph,
+    sizes: Mapping[str, int],
+    statistics: ActivationMoments | None = None,
+    host: nn.Module | None = None,
 ) -> Surgery:
     """Choose units, cut them out, and refit the measured consumers. Nothing is changed yet.
 
@@ -95,6 +101,7 @@ def plan_prune(
         graph: its widths.
         sizes: {width: new size}, each at most the present size.
         statistics: None for a bare cut, or from `collect`.
+        host: the model's weights on the CPU, if they have been transferred there, see `on_host`.
 
     Returns:
         The changes, for `apply_surgery`.
@@ -111,8 +118,9 @@ def plan_prune(
     >>> {change.name: tuple(change.value.shape) for change in surgery.changes if "weight" in change.name}
     {'0.weight': (3, 2), '2.weight': (2, 3)}
     """
-    maps = {name: kept for name, kept in choose(model, graph, sizes, statistics).items() if not kept.is_identity}
-    return plan_cut(model, graph, maps, statistics, rank_bases(model, graph, maps, statistics))
+    host = host or on_host(model)
+    maps = {name: kept for name, kept in choose(host, graph, sizes, statistics).items() if not kept.is_identity}
+    return plan_cut(model, graph, maps, statistics, rank_bases(host, graph, maps, statistics), host)
 
 
 def plan_cut(
@@ -121,6 +129,7 @@ def plan_cut(
     maps: Mapping[str, IndexMap],
     statistics: ActivationMoments | None = None,
     bases: Mapping[str, BasisChange] | None = None,
+    host: nn.Module | None = None,
 ) -> Surgery:
     """`plan_prune` for units that are already chosen.
 
@@ -130,6 +139,7 @@ def plan_cut(
         maps: {width: the units that stay}.
         statistics: None for a bare cut, or from `collect`.
         bases: {rank: its rotation before the cut}, from `rank_bases`.
+        host: the model's weights on the CPU, see `plan_prune`.
 
     Raises:
         ResizeError: for an unknown or frozen width, or a map of another size.
@@ -138,12 +148,13 @@ def plan_cut(
     surgery = check_finite(compile_surgery(model, graph, maps, bases))
     if statistics is None:
         return surgery
+    host = host or on_host(model)
     deltas: dict[str, Tensor] = {}
     for name, index_map in maps.items():
         with concerning(name):
-            for tensor, delta in column_refits(model, graph, name, index_map, statistics, surgery.bases.get(name)):
+            for tensor, delta in column_refits(host, graph, name, index_map, statistics, surgery.bases.get(name)):
                 deltas[tensor] = deltas.get(tensor, 0) + delta
-    return with_deltas(model, surgery, deltas)
+    return with_deltas(model, surgery, deltas, host)
 
 
 def column_refits(
@@ -201,7 +212,7 @@ def predict_removed(
             residuals=torch.stack([mean[removed] for mean in means]),
             gram=torch.stack([second[kept][:, kept] for second in seconds]),
             cross=torch.stack([second[kept][:, removed] for second in seconds]),
-            energies=tuple(float((metric * second[removed][:, removed]).sum()) for second in seconds),
+            energies=torch.stack([(metric * second[removed][:, removed]).sum() for second in seconds]),
             metric=metric,
         )
     )
@@ -279,16 +290,18 @@ def _refit(
         yield bias.name, bias.sign * torch.einsum("u,upok->o", offset, places[removed])
 
 
-def with_deltas(model: nn.Module, surgery: Surgery, deltas: Mapping[str, Tensor]) -> Surgery:
+def with_deltas(
+    model: nn.Module, surgery: Surgery, deltas: Mapping[str, Tensor], host: nn.Module | None = None
+) -> Surgery:
     """The surgery with `deltas`, of the old shapes and bases, added to the tensors before they are changed."""
     changes = {change.name: change for change in surgery.changes}
     for name, delta in deltas.items():
         tensor = model.get_parameter(name)
         change = changes.get(name) or TensorChange(tensor, name, {}, tensor.detach())
-        value = in_float64(tensor.detach(), "cpu") + delta.reshape(tensor.shape)
+        value = in_float64((host or model).get_parameter(name).detach(), "cpu") + delta.reshape(tensor.shape)
         for dim, basis in change.bases.items():
             value = along(value, basis.values, dim)
         for dim, index_map in change.axes.items():
             value = index_map.apply(value, dim)
-        changes[name] = replace(change, value=value.to(tensor.device, tensor.dtype))
+        changes[name] = replace(change, value=to_device(value.to(tensor.dtype), tensor.device))
     return replace(surgery, changes=tuple(changes.values()))

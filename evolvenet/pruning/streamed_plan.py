@@ -22,7 +22,7 @@ from evolvenet.execution.step import run_model
 from evolvenet.execution.weight_ops import WeightOp
 from evolvenet.graph.index_map import IndexMap
 from evolvenet.graph.width_graph import Tie, WidthGraph
-from evolvenet.measurement.activation_moments import ActivationMoments, Halves, gather
+from evolvenet.measurement.activation_moments import ActivationMoments, Halves, gather, halves_on_host
 from evolvenet.measurement.weight_uses import UseRecorder, WeightUses
 from evolvenet.pruning.rank_basis import rank_bases
 from evolvenet.pruning.selection import choose, column_refits, with_deltas
@@ -156,10 +156,7 @@ class _Plan:
         if self.late:
             return
         found = {tie: halves for tie, halves in self._moments.pop(name).items() if halves.seen}
-        even, odd = ({tie: halves.moments[half] for tie, halves in found.items()} for half in (0, 1))
-        statistics = ActivationMoments(even, odd, self.uses)
-        for tie, halves in found.items():
-            halves.check(tie)
+        statistics = ActivationMoments(*halves_on_host(found), self.uses)
         kept = choose(self.model, self.graph, {name: self._sizes[name]}, statistics)[name]
         self.maps[name] = kept
         if kept.is_identity:

@@ -17,6 +17,7 @@ class Target:
         axis: the weight's axis of input units.
         bias: name and offset of its bias, or of the vector that takes the mean in its place.
         rows: numbers of the output positions that are compared.
+        rows_on_host: the same on the CPU.
         positions: number of all output positions.
         inputs: number of all input positions.
         outputs: `[rows, out]`, of the sum that the op ends in if `summed`.
@@ -31,6 +32,7 @@ class Target:
     axis: int
     bias: tuple[str, int] | None
     rows: Tensor
+    rows_on_host: Tensor
     positions: int
     inputs: int
     outputs: Tensor

@@ -12,6 +12,7 @@ from torch import nn
 from evolvenet.errors import concerning
 from evolvenet.graph.width_graph import Width, WidthGraph
 from evolvenet.measurement.activation_moments import collect
+from evolvenet.measurement.host_model import on_host
 from evolvenet.measurement.output_error import first_batches, output_error, outputs_on
 from evolvenet.pruning.reconstruction import reconstruct
 from evolvenet.pruning.reconstruction_batch import TRAINING_LIMITS
@@ -50,7 +51,7 @@ def trial_curves(
     Raises:
         SpectrumError, TraceError: as `collect`.
     """
-    statistics = collect(model, graph, batches)
+    statistics, host = collect(model, graph, batches), on_host(model)
     few = first_batches(batches, samples)
     whole = outputs_on(model, few, graph)
     limits = replace(TRAINING_LIMITS, samples=samples)
@@ -59,7 +60,7 @@ def trial_curves(
         points = [(width.size, 0.0)]
         for size in _trial_sizes(width, shares):
             with concerning(width.name):
-                surgery = plan_prune(model, graph, {width.name: size}, statistics)
+                surgery = plan_prune(model, graph, {width.name: size}, statistics, host)
                 undo = install(model, reconstruct(model, graph, surgery, few, limits))
                 try:
                     moved = outputs_on(model, few, graph)

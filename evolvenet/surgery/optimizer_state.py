@@ -16,6 +16,7 @@ from torch.optim import LBFGS, Adam, AdamW, Optimizer
 
 from evolvenet._compat.torch import LBFGS_SIZE_CACHE
 from evolvenet.errors import OptimizerStateError, stage
+from evolvenet.linalg.host_transfers import all_true
 from evolvenet.surgery.optimizer_entries import CopyChange, carried, fitting, weights_rules
 from evolvenet.surgery.optimizer_state_rules import Change, is_weights, mapped, with_new_units
 from evolvenet.surgery.optimizer_tensors import held_tensors, tensors_on, with_inner
@@ -180,9 +181,11 @@ def _(optimizer: Adam, changes: Sequence[Change]) -> StatePlan:
 def _is_refitted_cut(changes: Sequence[Change]) -> bool:
     """Whether units are removed and a remaining weight gets another value than its map gives."""
     cut = any(index_map.removed for change in changes for index_map in change.axes.values())
-    return cut and not all(
-        torch.equal(with_new_units(mapped(change).clone(), change.axes, change.value.detach()), change.value)
-        for change in changes
+    return cut and not all_true(
+        [
+            (with_new_units(mapped(change).clone(), change.axes, change.value.detach()) == change.value).all()
+            for change in changes
+        ]
     )
 
 

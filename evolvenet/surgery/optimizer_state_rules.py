@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from evolvenet.graph.index_map import NEW_UNIT, IndexMap
+from evolvenet.linalg.host_transfers import index_tensor
 from evolvenet.linalg.precision import in_float64
 from evolvenet.surgery.basis_change import BasisChange, along
 
@@ -167,7 +168,7 @@ def mapped(change: Change) -> Tensor:
 def with_new_units(entry: Tensor, axes: Mapping[int, IndexMap], source: Tensor) -> Tensor:
     """The entry, changed in place, with the new units of `source`."""
     for dim, index_map in axes.items():
-        new_units = torch.tensor(index_map.new_units, dtype=torch.int64, device=entry.device)
+        new_units = index_tensor(index_map.new_units, entry.device)
         entry.index_copy_(dim, new_units, source.index_select(dim, new_units))
     return entry
 

@@ -20,6 +20,7 @@ from evolvenet.graph.index_map import NEW_UNIT, IndexMap, laid_out_as
 from evolvenet.graph.naming import named_tensors
 from evolvenet.graph.sizes import sizes_from_shapes
 from evolvenet.graph.width_graph import CONSUMES, WidthGraph
+from evolvenet.linalg.host_transfers import values_of
 from evolvenet.surgery.basis_change import BasisChange, along
 from evolvenet.surgery.hooked_weights import hook_sources
 from evolvenet.surgery.module_handlers import Shapes, attributes, new_unit_value, original_name, refresh
@@ -240,8 +241,9 @@ def check_finite(surgery: Surgery) -> Surgery:
     Raises:
         SpectrumError: naming the first of them.
     """
-    for change in surgery.changes:
-        if not bool(change.tensor.isfinite().all()):
+    finite = values_of([change.tensor.isfinite().all() for change in surgery.changes])
+    for change, each in zip(surgery.changes, finite, strict=True):
+        if not each:
             raise SpectrumError(
                 f"{change.name}: expected finite entries, got NaN or infinite ones. Training has diverged: lower the "
                 "learning rate, clip gradients, or load an earlier checkpoint. resize alone moves them as they are."

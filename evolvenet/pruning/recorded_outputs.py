@@ -1,0 +1,108 @@
+"""What a model's consumers put out on a batch, recorded for fits to it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+from itertools import pairwise
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from torch import Tensor, nn
+
+from evolvenet.errors import concerning
+from evolvenet.execution.choices import Choices
+from evolvenet.execution.early_stop import without_logits
+from evolvenet.execution.isolation import isolated, op_by_op
+from evolvenet.execution.residual_sums import ResidualSumMode, TrackedOutput
+from evolvenet.execution.sampling import evenly
+from evolvenet.execution.step import run_model
+from evolvenet.execution.weight_ops import WeightOp, output_positions
+from evolvenet.graph.naming import named_tensors
+from evolvenet.linalg.host_transfers import to_device
+from evolvenet.pruning.reconstruction_batch import ReconstructionLimits
+from evolvenet.pruning.target import Target
+
+
+class OutputRecorder:
+    """Records the outputs of the consumers of the uncut model, in execution order.
+
+    Args:
+        consumers: names of their weights.
+        limits: on the number of output positions.
+    """
+
+    def __init__(self, consumers: frozenset[str], limits: ReconstructionLimits) -> None:
+        self.consumers, self.limits = consumers, limits
+        self.targets: dict[str, list[Target]] = {}
+        self.bias_uses: Counter[tuple[str, int]] = Counter()
+        # Weak, or every consumer's input would stay in memory until the end of the pass.
+        self._index: WeakKeyDictionary[WeightOp, tuple[str, int]] = WeakKeyDictionary()
+
+    def record(self, op: WeightOp, out: Tensor) -> None:
+        """Record the outputs of a weight op."""
+        bias = None if op.bias is None or op.bias_name is None else (op.bias_name, int(op.bias.storage_offset()))
+        if bias is not None:
+            self.bias_uses[bias] += 1
+        if op.tensor not in self.consumers or op.weight.is_complex():
+            return
+        with concerning((op.tensor, op.axis)):
+            self._record(op, out, bias)
+
+    def _record(self, op: WeightOp, out: Tensor, bias: tuple[str, int] | None) -> None:
+        total = output_positions(op, out)
+        on_host = evenly(total, self.limits.rows_for(op.matrix().shape[-1]))
+        rows = to_device(on_host, out.device)
+        outputs = op.products_at(out, rows).movedim(0, 1).flatten(1)
+        targets = self.targets.setdefault(op.tensor, [])
+        self._index[op] = (op.tensor, len(targets))
+        group = op.group if op.stacked else None
+        place = op.start, len(op.weight), op.axis
+        targets.append(Target(*place, bias, rows, on_host, total, op.input_positions, outputs, group=group))
+
+    def sum(self, output: TrackedOutput, own: Tensor, other: Tensor) -> None:
+        """See `ResidualSumMode`."""
+        if output.op in self._index:
+            name, index = self._index[output.op]
+            target = self.targets[name][index]
+            summed = output.values_at(own, target.rows) + output.values_at(other, target.rows)
+            self.targets[name][index] = replace(target, outputs=summed, summed=True)
+
+    def bias(self, op: WeightOp, name: str, values: Tensor | None, sign: int) -> None:
+        """See `ResidualSumMode`."""
+        self.bias_uses[name, 0] += 1
+        if op in self._index:
+            tensor, index = self._index[op]
+            target = self.targets[tensor][index]
+            if target.bias is None:
+                target = replace(target, bias=(name, 0), bias_sign=sign, is_mean=values is None)
+                outputs = target.outputs if values is None else target.outputs + values
+                self.targets[tensor][index] = replace(target, outputs=outputs)
+
+    def usable(self, other_uses: set[str]) -> dict[str, list[Target]]:
+        """The targets of weights that nothing else uses, and no entry of which is used twice."""
+
+        def own_bias(target: Target) -> bool:
+            shared = target.bias is not None and not target.is_mean and target.bias[0] in other_uses
+            return target.bias is None or (self.bias_uses[target.bias] == 1 and not shared)
+
+        found: dict[str, list[Target]] = {}
+        for name, targets in self.targets.items():
+            spans = sorted((target.group or 0, target.start, target.start + target.length) for target in targets)
+            disjoint = all(one[0] < two[0] or one[2] <= two[1] for one, two in pairwise(spans))
+            if disjoint and name not in other_uses and all(own_bias(target) for target in targets):
+                found[name] = targets
+        return found
+
+
+def recorded(
+    model: nn.Module, batch: Any, recorder: OutputRecorder, gradients: bool, choices: Choices | None = None
+) -> dict[str, list[Target]]:
+    """What consumers put out on a batch, as far as they can be fitted to it; the choices of routers are recorded."""
+    mode = ResidualSumMode(model, None, recorder.record, recorder.sum, recorder.bias)
+    mode.follows_norms, mode.choices = True, choices
+    tensors, _, _ = named_tensors(model)
+    batch = without_logits(model, batch, [tensors[name] for name in recorder.consumers])
+    with isolated(model, gradients=gradients), op_by_op(mode):
+        run_model(model, batch)
+    return recorder.usable(mode.other_uses)
