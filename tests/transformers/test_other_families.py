@@ -63,14 +63,19 @@ def sam() -> tuple[Any, dict[str, Tensor]]:
 
 
 def detr() -> tuple[Any, dict[str, Tensor]]:
-    backbone = transformers.ResNetConfig(
-        embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", out_features=["stage2"]
-    )
-    config = transformers.DetrConfig(
-        use_timm_backbone=False, use_pretrained_backbone=False, backbone=None, backbone_config=backbone, d_model=32,
-        encoder_layers=1, decoder_layers=1, encoder_attention_heads=4, decoder_attention_heads=4, encoder_ffn_dim=40,
-        decoder_ffn_dim=40, num_queries=5, num_labels=3,
-    )  # fmt: skip
+    small: dict[str, Any] = {
+        "hidden_sizes": [8, 16],
+        "depths": [1, 1],
+        "layer_type": "basic",
+        "out_features": ["stage2"],
+    }
+    backbone = transformers.ResNetConfig(embedding_size=8, **small)
+    options: dict[str, Any] = {
+        "use_timm_backbone": False, "use_pretrained_backbone": False, "backbone": None, "backbone_config": backbone,
+        "d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 4, "num_labels": 3,
+        "decoder_attention_heads": 4, "encoder_ffn_dim": 40, "decoder_ffn_dim": 40, "num_queries": 5,
+    }  # fmt: skip
+    config = transformers.DetrConfig(**options)
     return transformers.DetrForObjectDetection(config), {"pixel_values": torch.randn(1, 3, 32, 32)}
 
 
