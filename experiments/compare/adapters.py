@@ -112,11 +112,18 @@ def run(seed: int, steps: int) -> dict[str, tuple[float, list[int]]]:
     return found
 
 
+def _means(values: dict[str, list[float]]) -> str:
+    means = ", ".join(f"{kind} {sum(each) / len(each):.1f}" for kind, each in values.items())
+    return f"\n\nMeans: {means}. Where seeds differ by more than kinds, no kind is shown to be the better one.\n"
+
+
 def main(seeds: int, steps: int, out: Path = PAGE) -> None:
     """Run all seeds and write the page."""
     rows: list[str] = []
+    values: dict[str, list[float]] = {}
     for seed in range(seeds):
         for kind, (value, ranks) in run(seed, steps).items():
+            values.setdefault(kind, []).append(value)
             rows.append(
                 f"| {seed} | {kind} | {value:.1f} | {sum(ranks) / len(ranks):.2f} | {min(ranks)}–{max(ranks)} |"
             )
@@ -128,7 +135,7 @@ def main(seeds: int, steps: int, out: Path = PAGE) -> None:
         f"{FIRST}); accuracy on digits that were not trained on, in percent.\n\n"
         "| seed | adapters | accuracy | mean rank | ranks |\n| ---: | --- | ---: | ---: | --- |\n"
         + "\n".join(rows)
-        + "\n",
+        + _means(values),
         encoding="utf-8",
     )
 
