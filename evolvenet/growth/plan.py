@@ -124,6 +124,7 @@ def _check(width: Width, size: int) -> None:
             f"Grow: width {width.name!r} cannot grow from {width.size} to {size} units without changing the function: "
             f"{width.mixed}. Residual streams under layer norms and RMS norms grow, if each norm is of a type for which "
             "evolvenet.surgery.norms.norm_of is registered, or computes as torch's do. "
+            "One that is tied to places of all heads of an attention (GPT-2) grows after trace(…, heads=True). "
             "resize with IndexMap.grow adds units all the same, as zeros."
         )
     if width.exact_growth == ExactGrowth(COPY) and size % width.size:

@@ -197,3 +197,14 @@ def test_a_file_sets_an_eps_to_numbers_alone_that_are_one(value: Any) -> None:
     model = ResidualMlp(nn.LayerNorm)
     with pytest.raises(RecordError, match=r"'eps' of norms\.0"):
         refuse_unsafe(model, {}, {"numbers": [["norms.0", "eps", value]], "buffers": {}})
+
+
+@pytest.mark.parametrize("method", ["paired", "gradmax", "tiny"])
+@pytest.mark.parametrize("others", [{}, {"up.0": 24}])
+def test_a_stream_starts_in_its_own_way_whatever_the_method(method: str, others: dict[str, int]) -> None:
+    model, inputs = _randomized(ResidualMlp(nn.LayerNorm)), torch.randn(ROWS, dtype=torch.float64)
+    graph, before = trace(model, inputs), outputs(model, inputs)
+    batches, loss = [(inputs, torch.zeros(5, 3, dtype=torch.float64))], nn.functional.mse_loss
+    given: dict[str, Any] = {} if method == "paired" else {"batches": batches, "loss": loss}
+    evolvenet.grow(model, graph, {"embed": 14, **others}, method, **given)
+    assert distance(outputs(model, inputs), before) < 1e-12
