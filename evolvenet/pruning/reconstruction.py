@@ -54,10 +54,10 @@ def reconstruct(
     A consumer is a weight that is multiplied with data, in a dense product or a convolution of any kind, whatever module it
     belongs to; grouped and depthwise kernels are fitted group by group, and stacked experts each on the samples that the uncut
     model's router sends there, which the cut one is made to send there too. Where its router sends other samples there, or whole
-    experts are removed, they are not. It keeps the surgery's values, those of
-    `plan_cut` fitted to the moments of all its inputs, if its entries are used twice in a forward pass (recurrent weights,
-    ALBERT's layers; a fit at all uses in the cut model brought the outputs no nearer) or by any other op. Where its output is added to something of the same shape, as at the
-    end of a residual block, it is fitted to the original sum, which also corrects errors of the shortcut. The fit is
+    experts are removed, they are not. It keeps the surgery's values, those of `plan_cut` fitted to the moments of all its
+    inputs, if any other op uses it or its entries are used twice in a forward pass (recurrent weights, ALBERT's layers; a fit
+    at all uses in the cut model brought the outputs no nearer). Where its output is added to something of the same shape, as
+    at the end of a residual block, it is fitted to the original sum, which also corrects errors of the shortcut. The fit is
     ridge least squares, shrunk towards the surgery's values, see `linalg.ridge.refit`; the mean goes into the bias, or
     into the running mean of a batch norm right after it. The ridge is selected on every second batch, or on the second
     half of a single one, after fits on the others; a consumer whose error no ridge lowers keeps the surgery's values.
