@@ -189,8 +189,21 @@ def heads_of_grids(built: GroupedWidths, label_graph: LabelGraph, failed: Sequen
     """Tie the units of one head, of which places may belong to different widths.
 
     A rotary embedding turns some places of a head and lets others pass (Phi, GPT-NeoX); queries, keys and values of a head
-    may lie beside each other in one weight (BLOOM). Of the grids of a module, those with as many rows as the largest count.
+    may lie beside each other in one weight. Of the grids of a module, those with as many rows as the largest count.
     """
+    return _of_grids(built, label_graph, failed, HEAD)
+
+
+def slices_of_grids(built: GroupedWidths, label_graph: LabelGraph, failed: Sequence[str]) -> list[CandidateFix]:
+    """Tie the units of one place in all heads, of queries, keys and values alike, that may belong to different widths.
+
+    They may lie beside each other in one weight, whose number of heads stays because slopes depend on it (BLOOM). Of the grids
+    of a module, those of the shape of the largest count.
+    """
+    return _of_grids(built, label_graph, failed, SLICE)
+
+
+def _of_grids(built: GroupedWidths, label_graph: LabelGraph, failed: Sequence[str], kind: str) -> list[CandidateFix]:
     by_module: dict[str, list[Tensor]] = defaultdict(list)
     for ids in label_graph.grids.values():
         tensor = label_graph.tensor_of(ids)
@@ -199,15 +212,18 @@ def heads_of_grids(built: GroupedWidths, label_graph: LabelGraph, failed: Sequen
     _, first = np.unique(built.component, return_index=True)
     found = []
     for module, grids in by_module.items():
-        rows = len(max(grids, key=lambda ids: ids.numel()))
-        views = [ids.T for ids in grids if len(ids) == rows]
+        largest = max(grids, key=lambda ids: ids.numel()).shape
+        if kind == HEAD:
+            views = [ids.T for ids in grids if len(ids) == largest[0]]
+        else:
+            views = [ids for ids in grids if ids.shape == largest]
         units = {int(unit) for view in views for unit in np.unique(built.component[view.numpy()])}
         stuck = [name for name in failed if units & set(built.members[name])]
         if stuck:
             edges = _tie_all([_tie_columns(view) for view in views], [view[0] for view in views])
             anchors = (min(int(first[unit]) for unit in units), *(built.anchors[name] for name in stuck))
-            key = (rows, tuple(view.shape for view in views), module.rpartition(".")[2])
-            found.append(CandidateFix(anchors, HEAD, edges, key))
+            key = (largest[0], tuple(view.shape for view in views), module.rpartition(".")[2])
+            found.append(CandidateFix(anchors, kind, edges, key))
     return found
 
 
@@ -221,17 +237,18 @@ PLACES_FIRST: FixRounds = (
         heads_of_one_module,
         heads_with_stream,
         heads_of_grids,
+        slices_of_grids,
     ),
 )
 """In the order in which they are tried. A residual stream that fails and is as wide as all heads together most likely has
 to have their size, and trying that first saves many trials; of the others the finest come first."""
 HEADS_FIRST: FixRounds = (
     (update_attributes, pieces_of_given_sizes, heads_of_one_module, heads_of_grids),
-    (slices_with_stream, slices, slices_of_one_module, heads_with_stream),
+    (slices_with_stream, slices, slices_of_one_module, heads_with_stream, slices_of_grids),
 )
 PLACES_ALONE: FixRounds = (
     (update_attributes, pieces_of_given_sizes, slices_with_stream, slices, slices_of_one_module, places_with_values),
-    (heads_of_one_module, heads_with_stream, heads_of_grids),
+    (slices_of_grids, heads_of_one_module, heads_with_stream, heads_of_grids),
 )
 """Heads go only where their places cannot."""
 PLACES_LAST: FixRounds = ((places_with_values,),)

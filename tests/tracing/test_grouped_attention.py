@@ -11,6 +11,8 @@ from torch import nn
 from transformers import (
     BertConfig,
     BertModel,
+    BloomConfig,
+    BloomForCausalLM,
     FalconConfig,
     FalconForCausalLM,
     GPT2Config,
@@ -235,4 +237,21 @@ def test_keys_that_a_list_of_one_number_picks_are_those_of_a_slice(kind: str) ->
     assert distance(outputs(model, inputs), expected) < 1e-9
     evolvenet.resize(model, graph, {name: IndexMap.keep([0, 2, 3], 4)})
     assert [layer.self_attention.head_dim for layer in model.transformer.h] == [6, 6]
+    assert outputs(model, inputs)[0].shape == expected[0].shape
+
+
+def test_places_of_heads_go_where_slopes_keep_the_heads() -> None:
+    """Of BLOOM: queries, keys and values of a head lie beside each other in one weight."""
+    torch.manual_seed(0)
+    model: Any = BloomForCausalLM(
+        BloomConfig(vocab_size=40, hidden_size=32, n_layer=2, n_head=4, use_cache=False)
+    ).double()
+    inputs = {"input_ids": torch.randint(0, 40, (2, 6), generator=torch.Generator().manual_seed(0))}
+    graph, expected = trace(model, inputs, outputs="logits"), outputs(model, inputs)
+    names = [f"transformer.h.{layer}.self_attention.query_key_value" for layer in range(2)]
+    assert [graph.sizes[name] for name in names] == [8, 8]
+    graph = evolvenet.resize(model, graph, {name: IndexMap.keep([3, 0, 7, 1, 2, 6, 5, 4], 8) for name in names})
+    assert distance(outputs(model, inputs), expected) < 1e-9
+    evolvenet.prune(model, graph, {names[0]: 5})
+    assert [layer.self_attention.head_dim for layer in model.transformer.h] == [5, 8]
     assert outputs(model, inputs)[0].shape == expected[0].shape

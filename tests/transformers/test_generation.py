@@ -31,6 +31,7 @@ DECODERS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "latent keys": ("DeepseekV3", {**SIZES, **LATENT}, {}),
     "sinks": ("GptOss", {**SIZES, **GROUPS, "head_dim": 8, "num_local_experts": 4, "sliding_window": 4}, {}),
     "slopes": ("Mpt", {"vocab_size": 48, "d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": 32}, {}),
+    "slopes, one weight": ("Bloom", {"vocab_size": 48, "hidden_size": 32, "n_head": 4, "n_layer": 2}, {}),
     "yarn": ("Llama", {**SIZES, **GROUPS, "rope_parameters": {
         "rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 8}}, {}),
 }  # fmt: skip
