@@ -7,7 +7,7 @@ SHIPPED ?= .venv-shipped
 WORKERS ?= 2
 BIN := $(VENV)/bin
 
-.PHONY: train test test-all test-gpu test-oldest install lint clean coverage bench-event bench-trace bench-gpu compare compare-install compare-lowrank compare-language compare-shipped compare-shipped-install
+.PHONY: train test test-all test-gpu test-oldest install lint clean coverage bench-event bench-trace bench-scale bench-gpu compare compare-install compare-lowrank compare-language compare-shipped compare-shipped-install
 
 install: $(VENV)/.installed
 
@@ -64,6 +64,10 @@ coverage: compare-install
 
 bench-trace: compare-install
 	$(COMPARE)/bin/python -m experiments.bench.trace
+
+# Language models of 150M to 7B parameters traced and pruned, and what memory that takes: hours on two cores.
+bench-scale: install
+	$(BIN)/python -m experiments.bench.scale
 
 # Some 20 minutes on 2 CPU cores.
 bench-event: install

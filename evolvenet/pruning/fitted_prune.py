@@ -19,7 +19,13 @@ from evolvenet.graph.width_graph import WidthGraph
 from evolvenet.measurement.activation_moments import collect
 from evolvenet.measurement.output_error import first_batches, output_error, outputs_on
 from evolvenet.pruning.reconstruction import reconstruct
-from evolvenet.pruning.reconstruction_batch import ONE_SHOT_LIMITS, ReconstructionLimits, concatenated, held_out_of
+from evolvenet.pruning.reconstruction_batch import (
+    LARGE_LIMITS,
+    ONE_SHOT_LIMITS,
+    ReconstructionLimits,
+    concatenated,
+    held_out_of,
+)
 from evolvenet.pruning.selection import plan_prune
 from evolvenet.pruning.streamed_plan import plan_streamed
 from evolvenet.surgery.resize_model import Surgery, compile_surgery, install
@@ -69,20 +75,15 @@ def plan_fitted_prune(
     """
     # A single tensor is refused there.
     listed = batches if isinstance(batches, Tensor) else list(batches)
+    if graph.parameters > LARGE and limits == ONE_SHOT_LIMITS:
+        limits = LARGE_LIMITS
     if len(listed) < LEAST or isinstance(listed, Tensor):
         return _fitted(model, graph, sizes, listed, limits)
     count = max(1, len(listed) // HELD_OUT)
     rest, tested = listed[:-count], first_batches(listed[-count:], TESTED)
     surgery = _fitted(model, graph, sizes, rest, limits)
     bare = compile_surgery(model, graph, surgery.maps, surgery.bases)
-    whole = outputs_on(model, tested, graph)
-    errors: dict[float, float] = {}
-    for share in SHARES:
-        undo = install(model, _between(bare, surgery, share))
-        try:
-            errors[share] = output_error(whole, outputs_on(model, tested, graph))
-        finally:
-            undo()
+    errors = _errors(model, graph, bare, surgery, tested)
     # Where an output is no number, the errors tell nothing.
     better = errors[1.0] <= MARGIN * min(errors.values()) or not all(map(math.isfinite, errors.values()))
     share = 1.0 if better else min(SHARES, key=lambda each: errors[each])
@@ -99,6 +100,21 @@ def plan_fitted_prune(
     log.warning("Prune: %s.", note)
     chosen = _between(bare, surgery, share)
     return replace(chosen, graph=replace(chosen.graph, notes=(note,)))
+
+
+def _errors(
+    model: nn.Module, graph: WidthGraph, bare: Surgery, fitted: Surgery, batches: Sequence[Any]
+) -> dict[float, float]:
+    """{share of the fit: the outputs' error on the batches}; the model is left as it was."""
+    whole = outputs_on(model, batches, graph)
+    errors: dict[float, float] = {}
+    for share in SHARES:
+        undo = install(model, _between(bare, fitted, share))
+        try:
+            errors[share] = output_error(whole, outputs_on(model, batches, graph))
+        finally:
+            undo()
+    return errors
 
 
 def _fitted(

@@ -46,6 +46,9 @@ class ReconstructionLimits:
 ONE_SHOT_LIMITS = ReconstructionLimits(samples=1024, entries=8_000_000, rows=8192, multiplications=4e10)
 """For a single cut: a thousand images were enough on MNIST."""
 
+LARGE_LIMITS = ReconstructionLimits(samples=1024, entries=8_000_000, rows=16_384, multiplications=1e12)
+"""For a single cut of a large model: its layers have thousands of columns, and need more rows than that."""
+
 TRAINING_LIMITS = ReconstructionLimits(samples=256, entries=8_000_000, rows=2048, multiplications=5e8)
 """For the cuts of a training run: they are many, and training goes on after each."""
 
