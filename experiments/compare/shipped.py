@@ -99,6 +99,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--only", nargs="+", choices=tuple(SUBJECTS), default=tuple(SUBJECTS), help="networks")
     parser.add_argument("--levels", nargs="+", type=int, default=LEVELS, help="percent removed")
     parser.add_argument("--methods", nargs="+", choices=tuple(METHODS), default=tuple(METHODS))
+    parser.add_argument("--samples", type=int, default=SAMPLES, help="inputs that an allocation's trials run on")
     parser.add_argument("--keep-old", action="store_true", help="keep results of an older state of the package")
     parser.add_argument("--cache", type=Path, default=Path("outputs/compare_shipped"), help="folder of the JSON files")
     parser.add_argument("--page", type=Path, default=Path(__file__).with_suffix(".md"), help="page to write")
@@ -120,7 +121,7 @@ def run(name: str, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     if not missing:
         return
     try:
-        known, cut = opened(name, options.data)
+        known, cut = opened(name, options.data, options.samples)
     except Exception as error:  # noqa: BLE001  whatever a stranger's package raises ends no other row
         yield _saved(folder / "failed.json", {"name": name, "failed": _named(error), **options.made_of})
         return
@@ -133,7 +134,7 @@ def run(name: str, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         yield _saved(folder / f"{level}-{kind}.json", found)
 
 
-def opened(name: str, data: Path) -> tuple[dict[str, Any], Callable[[str, int], dict[str, Any]]]:
+def opened(name: str, data: Path, samples: int) -> tuple[dict[str, Any], Callable[[str, int], dict[str, Any]]]:
     """A network: what is known of it, and a function that makes a copy smaller (method, percent) and measures it."""
     torch.manual_seed(0)
     subject = SUBJECTS[name](data)
@@ -145,6 +146,7 @@ def opened(name: str, data: Path) -> tuple[dict[str, Any], Callable[[str, int], 
         "version": importlib.metadata.version(name.split()[0]),
         "parameters": graph.parameters,
         "coverage": graph.coverage,
+        "samples": samples,
         "trace": round(time.perf_counter() - begin, 1),
         "uncut": subject.score(subject.model),
     }
@@ -152,7 +154,7 @@ def opened(name: str, data: Path) -> tuple[dict[str, Any], Callable[[str, int], 
     @cache
     def allocation() -> Allocation:
         target = round(0.9 * graph.parameters)
-        return evolvenet.allocate(subject.model, graph, target, subject.calibration, samples=SAMPLES)
+        return evolvenet.allocate(subject.model, graph, target, subject.calibration, samples=samples)
 
     def cut(kind: str, level: int) -> dict[str, Any]:
         torch.manual_seed(0)
@@ -256,12 +258,14 @@ def _goals(found: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
 
 def _network(name: str, results: Sequence[Mapping[str, Any]]) -> list[str]:
     one = results[0]
+    few = sorted({record["samples"] for record in results if record.get("samples", SAMPLES) != SAMPLES})
+    trials = f", trials on {few[0]} inputs alone" if few else ""
     if "level" not in one:
         return [f"## {name}", "", f"Not run: {one['failed']}", ""]
     lines = [
         f"## {name} {one['version']}: {100 * one['uncut']:.2f} % uncut",
         "",
-        f"{one['task']}. {one['parameters']:,} parameters, coverage {one['coverage']:.1%}, traced in {one['trace']} s.",
+        f"{one['task']}. {one['parameters']:,} parameters, coverage {one['coverage']:.1%}, traced in {one['trace']} s{trials}.",
         "",
     ]
     levels = sorted({record["level"] for record in results})
