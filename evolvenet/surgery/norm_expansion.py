@@ -16,10 +16,10 @@ unit goes through a function of its own (layer scale, depthwise kernels), or whe
 layer norm (post-norm, BERT), or where a norm runs over several places (patch merging in Swin): there only copies are right.
 What a model allows is tried with its numbers when it is traced (`evolvenet.tracing.exact_growth`).
 
-In the first two, consumers get 0 from the new units, so their new columns are free. They are random, of the mean norm of the
-present columns. With columns of 0 the new units would stay as they are for good: their gradient is a product with the columns,
-and that of the columns a product with the new units' outputs. With random ones each new unit has a gradient of its own at
-once, though all new units are equal at first. Copies are told apart in the same way: the m columns of a unit sum to the
+In the first two, consumers get 0 from the new units, so their new columns are free. They are random, of twice the mean norm
+of the present columns. With columns of 0 the new units would stay as they are for good: their gradient is a product with the
+columns, and that of the columns a product with the new units' outputs. With random ones each new unit has a gradient of its own
+at once, though all new units are equal at first. Copies are told apart in the same way: the m columns of a unit sum to the
 column that it had, and differ at random.
 
 Zero and mean units are those of Wang, Su, Wang, Ji and Wang, "LEMON: lossless model expansion", ICLR 2024; copies those of Chen,
@@ -43,6 +43,9 @@ from evolvenet.graph.index_map import NEW_UNIT, IndexMap
 from evolvenet.graph.width_graph import CONSUMES, FOLLOWS, MASKS, Tie, Width, WidthGraph
 from evolvenet.surgery.norms import Norm, norm_of, query_rows
 from evolvenet.surgery.resize_model import AttributeChange, Surgery, TensorChange
+
+COLUMNS = 2.0
+"""Norm of a new unit's random columns, in mean norms of the present ones; measured in experiments/compare/growth_language.md."""
 
 DIFFERENCE = 0.5
 """Norm of the random part of a copy's column, as a share of the mean norm of the columns."""
@@ -243,12 +246,12 @@ class _NewUnits:
         value.index_copy_(dim, new, mean.expand(shape).contiguous())
 
     def _draw(self, tie: Tie) -> None:
-        """Random columns for the new units, of the mean norm of the present columns."""
+        """Random columns for the new units, of `COLUMNS` times the mean norm of the present columns."""
         value = self.values[tie.tensor].movedim(tie.dim, 0)
         present = value[self._places(tie, self.present)].reshape(len(self.present), -1)
         new = self._places(tie, self.new)
         drawn = self._random((len(self.new), value[new].numel() // len(self.new)))
-        drawn *= float(present.norm(dim=1).mean()) / drawn.norm(dim=1, keepdim=True)
+        drawn *= COLUMNS * float(present.norm(dim=1).mean()) / drawn.norm(dim=1, keepdim=True)
         value[new] = drawn.to(value.dtype).to(value.device).reshape(value[new].shape)
 
     def _divide(self, tie: Tie) -> None:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 import evolvenet
+from evolvenet.surgery.norm_expansion import COLUMNS
 from experiments.compare.language_networks import FULL, Setting, Text, build, drawn, loss_of, mean_loss, windows
 from experiments.pages import commit, machine_line, write_whole
 
@@ -35,12 +36,14 @@ Start = Callable[[Any, evolvenet.WidthGraph, dict[str, int], torch.optim.Optimiz
 """(model, its widths, {width: new size}, optimizer): grows the model."""
 
 
-def grown(method: str = "orthogonal", *, columns: float = 1.0, fresh: bool = False, zero_up: bool = False) -> Start:
+def grown(
+    method: str = "orthogonal", *, columns: float | None = None, fresh: bool = False, zero_up: bool = False
+) -> Start:
     """A growth by `evolvenet.grow`, with changes to what its new units start with.
 
     Args:
         method: of `grow`.
-        columns: factor of the new columns.
+        columns: norm of new columns of a stream, in mean norms of the present ones; None for that of `grow`.
         fresh: whether second moments of the optimizer start at 0 for new units instead of the mean of the others.
         zero_up: whether new units get 0 from `up_proj` and random columns, instead of random rows and columns of 0.
     """
@@ -59,8 +62,8 @@ def grown(method: str = "orthogonal", *, columns: float = 1.0, fresh: bool = Fal
                         part.copy_(torch.randn_like(part) * old.std())
                     elif zero_up and "up_proj" in tie.tensor:
                         part.zero_()
-                    elif tie.role == "consumes":
-                        part.mul_(columns)
+                    elif columns is not None and tie.role == "consumes":
+                        part.mul_(columns / COLUMNS)
                     if fresh and parameter in optimizer.state:
                         optimizer.state[parameter]["exp_avg_sq"].narrow(*new).zero_()
 
@@ -73,9 +76,11 @@ STARTS: dict[str, tuple[str, Start | None, bool]] = {
     "paired, second moments of 0": ("FFN", grown("paired", fresh=True), False),
     "paired, learning rate warmed up again": ("FFN", grown("paired"), True),
     "0 from up_proj, random columns": ("FFN", grown(zero_up=True), False),
-    "zeros, random columns": ("stream", grown(), False),
-    "zeros, random columns of 0.3 times the norm": ("stream", grown(columns=0.3), False),
-    "zeros, random columns, second moments of 0": ("stream", grown(fresh=True), False),
+    "zeros, random columns of 0.3 times the mean norm": ("stream", grown(columns=0.3), False),
+    "zeros, random columns of the mean norm": ("stream", grown(columns=1.0), False),
+    "the same, second moments of 0": ("stream", grown(columns=1.0, fresh=True), False),
+    "zeros, random columns of 2 times the mean norm (now the default)": ("stream", grown(columns=2.0), False),
+    "zeros, random columns of 4 times the mean norm": ("stream", grown(columns=4.0), False),
 }
 """Kind of units, how they start, and whether the learning rate rises from 0 in the tenth of the steps that follow."""
 
