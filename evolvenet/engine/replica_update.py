@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from evolvenet.execution.inputs import cast_to_parameters
 from evolvenet.graph.naming import named_tensors
 from evolvenet.graph.width_graph import WidthGraph
 from evolvenet.measurement.activation_moments import collect
@@ -47,6 +48,8 @@ def plan_replica_update(copy: nn.Module, graph: WidthGraph, surgery: Surgery, ba
     >>> change.name, torch.equal(change.value[:3], copy[0].weight), torch.equal(change.value[3:], grown.changes[0].value[3:])
     ('0.weight', True, True)
     """
+    # An average that was made before the model got its precision has another one.
+    batches = [cast_to_parameters(batch, copy) for batch in batches]
     if any(index_map.removed for index_map in surgery.maps.values()):
         cut = plan_cut(copy, graph, surgery.maps, collect(copy, graph, batches), surgery.bases)
         return reconstruct(copy, graph, cut, batches, TRAINING_LIMITS)

@@ -6,6 +6,7 @@ The inputs of a model are one tensor, a tuple of arguments or a dict of keyword 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from evolvenet._compat.torch import tree_leaves, tree_map_only
 from evolvenet.errors import TraceError
 
 _HALF = (torch.bfloat16, torch.float16)
+_REAL = (*_HALF, torch.float32, torch.float64)
 _INDICES = (torch.int32, torch.int64)
 
 
@@ -37,7 +39,7 @@ def arguments(
     ((tensor([[0., 0.]]),), {})
     """
     if model is not None:
-        inputs = _cast_to_parameters(inputs, model)
+        inputs = cast_to_parameters(inputs, model, _HALF)
     if device is not None:
         inputs = tree_map_only(Tensor, lambda tensor: tensor.to(device), inputs)
     elif model is not None:
@@ -68,15 +70,15 @@ def beside(model: nn.Module, inputs: Any) -> Any:
     return tree_map_only(Tensor, lambda tensor: tensor.to(first.device), inputs)
 
 
-def _cast_to_parameters(inputs: Any, model: nn.Module) -> Any:
-    """The inputs, with half-precision ones cast to the dtype of the model's parameters if that is one wider dtype."""
-    if not any(isinstance(leaf, Tensor) and leaf.dtype in _HALF for leaf in tree_leaves(inputs)):
+def cast_to_parameters(inputs: Any, model: nn.Module, kinds: Sequence[torch.dtype] = _REAL) -> Any:
+    """The inputs, with those of some dtypes cast to that of the model's parameters if that is one of more than 16 bits."""
+    if not any(isinstance(leaf, Tensor) and leaf.dtype in kinds for leaf in tree_leaves(inputs)):
         return inputs
     dtypes = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
     if len(dtypes) != 1 or dtypes <= set(_HALF):
         return inputs
     dtype = dtypes.pop()
-    return tree_map_only(Tensor, lambda tensor: tensor.to(dtype) if tensor.dtype in _HALF else tensor, inputs)
+    return tree_map_only(Tensor, lambda tensor: tensor.to(dtype) if tensor.dtype in kinds else tensor, inputs)
 
 
 def inputs_of_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

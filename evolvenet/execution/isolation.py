@@ -10,6 +10,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from types import MethodType
 from typing import Any
 
 import numpy as np
@@ -79,6 +80,10 @@ def isolated(
         stack.callback(random.setstate, random.getstate())
         stack.callback(np.random.set_state, np.random.get_state())
         stack.enter_context(_random_streams_kept(model))
+        for module in modules:
+            if type(module).forward is nn.SyncBatchNorm.forward:
+                # Its processes would wait for each other in training mode; what it computes is a batch norm.
+                vars(module)["forward"] = MethodType(nn.BatchNorm2d.forward, module)
         if shadows:
             _install_shadows(modules, device, copied)
         model.eval()

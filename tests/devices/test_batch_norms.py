@@ -8,9 +8,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch import distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import evolvenet
-from tests.helpers.cases import outputs, without_reasons
+from tests.helpers.cases import distance, outputs, without_reasons
+from tests.helpers.devices import Device
 from tests.helpers.small_models import Residual, convnet, images, used
 
 aten: Any = torch.ops.aten
@@ -53,3 +56,24 @@ def test_a_cut_is_made_up_for_at_sums_and_in_running_means_as_on_the_cpu(make: A
     assert without_reasons(found[0][0]) == without_reasons(found[1][0])
     assert all(map(torch.equal, found[0][1], found[1][1]))
     assert all(torch.equal(tensor, found[1][2][name]) for name, tensor in found[0][2].items())
+
+
+def test_a_batch_norm_over_several_processes_is_traced_and_fitted_as_the_one_that_it_is(device: Device) -> None:
+    found = []
+    for convert in (lambda model: model, nn.SyncBatchNorm.convert_sync_batchnorm):
+        torch.manual_seed(1)
+        model, batch = convert(used(Residual()).to(device.dtype)).to(device.place), device.move(images())
+        if found:
+            dist.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
+        try:
+            graph = evolvenet.trace(model.train(), batch[:2])
+            sizes = {width.name: width.size - 2 for width in graph.resizable}
+            evolvenet.prune(model, graph, sizes, [batch])
+        finally:
+            if found:
+                dist.destroy_process_group()
+        assert all("forward" not in vars(module) for module in model.modules())
+        found.append((graph, outputs(model, batch)))
+    assert found[0][0].sizes
+    assert without_reasons(found[0][0]) == without_reasons(found[1][0])
+    assert distance(found[0][1], found[1][1]) <= (0 if device.exact else 1e-6)

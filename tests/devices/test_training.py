@@ -202,3 +202,13 @@ def test_tensors_that_are_made_on_the_device_by_default_disturb_nothing(device: 
         assert [event.skipped for event in evolver.history.events if event.skipped] == []
         found.append([event.sizes for event in evolver.history.events])
     assert found[0] == found[1] or not device.exact
+
+
+def test_an_average_in_single_precision_goes_along_with_a_model_in_double(tmp_path: Path) -> None:
+    evolving = WidthEvolution(Budget(params=300), every_n_steps=5)
+    averages = EMAWeightAveraging(decay=0.9)
+    trainer(tmp_path, [averages, evolving], precision="64-true", max_epochs=4).fit(fresh(), Batches())
+    assert evolving.evolver is not None
+    assert evolving.evolver.off is None
+    assert [event.skipped for event in evolving.evolver.history.events if event.skipped] == []
+    assert any(event.changes for event in evolving.evolver.history.events)
