@@ -65,7 +65,9 @@ def _ddp() -> Any:
 
 
 def _ddp_wrapper() -> nn.Module:
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    torch.distributed.init_process_group(
+        "gloo", store=pkgutil.resolve_name("torch.distributed:HashStore")(), rank=0, world_size=1
+    )
     try:
         return nn.parallel.DistributedDataParallel(nn.Linear(1, 1))
     finally:

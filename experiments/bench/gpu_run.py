@@ -204,7 +204,7 @@ def measure(subject: Subject, variant: Variant, device: torch.device, backend: s
         return {"seconds": laps.seconds, "peaks": laps.peaks, **_about(evolution)}
     finally:
         del module, loader
-        torch._dynamo.reset()
+        torch.compiler.reset()
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()

@@ -85,7 +85,7 @@ def parameters(model: nn.Module) -> int:
 
 # Torch-Pruning
 
-NORMS = (nn.LayerNorm, nn.modules.batchnorm._BatchNorm)
+NORMS = (nn.LayerNorm, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 """Whose weights count."""
 
 

@@ -19,7 +19,7 @@ from evolvenet.errors import OptimizerStateError, SpectrumError, concerning, pla
 from evolvenet.growth import initializers
 from evolvenet.measurement import width_statistics
 from evolvenet.policies.base import Policy
-from evolvenet.pruning import allocation, reconstruction, selection
+from evolvenet.pruning import reconstruction, selection, trials
 from evolvenet.surgery import resize_model
 from evolvenet.surgery.module_handlers import attributes
 from tests.helpers.policies import Fixed
@@ -60,7 +60,7 @@ FAILURES: dict[str, Any] = {
     "measurement": fails_for(width_statistics, "unit_energies", lambda model, width, parts: width.size == BAD),
     "unit selection": fails_for(selection, "_choose_units", lambda model, graph, width, *rest: width.size == BAD),
     "reconstruction": fails_for(
-        reconstruction, "refit", lambda columns, targets, weight, *rest: weight.shape[-1] == BAD - 3
+        reconstruction, "refit_or_keep", lambda columns, targets, weight, *rest: weight.shape[-1] == BAD - 3
     ),
 }
 
@@ -117,7 +117,7 @@ def test_every_policy_goes_on_without_the_width(policy: Policy, monkeypatch: pyt
 
 @pytest.mark.parametrize("policy", [Budget(params=200, trials=True), Price(1e6)], ids=["budget", "price"])
 def test_a_trial_of_a_width_that_fails_lets_it_rest(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
-    failure = fails_for(allocation, "plan_prune", lambda model, graph, sizes, *rest: set(sizes) == {"2"})
+    failure = fails_for(trials, "plan_prune", lambda model, graph, sizes, *rest: set(sizes) == {"2"})
     model = network()
     evolver, event = statistics_of_all(model, policy, failure, monkeypatch)
     assert event.skipped is None

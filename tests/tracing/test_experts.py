@@ -191,7 +191,7 @@ def products(block: Experts, model: nn.Module, words: Tensor) -> tuple[Tensor, T
 def test_an_expert_gets_the_least_squares_of_the_samples_that_are_routed_to_it(stored: str) -> None:
     model = mixture(stored=stored)
     model.words = nn.Embedding(2000, 16)
-    words = torch.randint(2000, (96, 16))
+    words = torch.randint(2000, (384, 16))
     cut = copy.deepcopy(model)
     evolvenet.prune(cut, trace(model, words[:2]), {"blocks.1": 16}, batches=[words])
     _, expected, ends = products(model.blocks[1], model, words)  # pyright: ignore[reportArgumentType]
