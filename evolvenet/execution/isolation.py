@@ -22,7 +22,7 @@ from torch.nn.parameter import is_lazy
 from evolvenet._compat.torch import tensor_tables
 from evolvenet.errors import TraceError
 from evolvenet.execution.chosen_outputs import with_chosen_outputs
-from evolvenet.execution.full_precision import full_precision
+from evolvenet.linalg.full_precision import full_precision
 from evolvenet.execution.inputs import tensors_of
 from evolvenet.execution.state_guard import SavedState
 from evolvenet.execution.step import network_outputs, run_model

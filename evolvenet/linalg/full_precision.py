@@ -1,52 +1,83 @@
-"""Products of float32 matrices in full precision, whatever is set for training."""
+"""Products of float32 numbers with all of their digits, whatever the user has allowed for training."""
 
 from __future__ import annotations
 
-from collections.abc import Generator
-from contextlib import contextmanager
-from typing import Any, cast
+from collections.abc import Callable, Generator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
 
 import torch
-
-EXACT = "ieee"
-"""float32 as it is; torch's other values are "tf32", "bf16" and "none", which takes what is set for all backends."""
 
 
 @contextmanager
 def full_precision() -> Generator[None]:
-    """Matrix products of float32 are computed in float32 inside of it, not in TF32 or bfloat16; then all is set as before.
+    """No TF32 and no bfloat16 within float32 products and convolutions; on leaving, the settings are as before.
 
-    TF32 keeps 10 bits of each factor: enough for a training step, too few for second moments, of which the small
-    eigenvalues count.
+    TF32 keeps 10 bits of each factor. That is enough for a training step, not for second moments, of which the small
+    eigenvalues count, nor for fits and comparisons. torch has two sets of names for these settings, and reading one raises
+    where the user has set the other.
 
+    >>> torch.set_float32_matmul_precision("high")
     >>> with full_precision():
-    ...     (torch.eye(2) @ torch.eye(2)).trace()
-    tensor(2.)
+    ...     torch.get_float32_matmul_precision()
+    'highest'
+    >>> torch.get_float32_matmul_precision()
+    'high'
+    >>> torch.set_float32_matmul_precision("highest")
     """
-    backends = [cast(Any, backend).matmul for backend in (torch.backends.cuda, torch.backends.mkldnn) if _has(backend)]
-    if not backends:
-        # torch 2.8 knows one setting for all backends.
-        before = torch.get_float32_matmul_precision()
-        torch.set_float32_matmul_precision("highest")
-        try:
-            yield
-        finally:
-            torch.set_float32_matmul_precision(before)
-        return
-    # The setting for all backends raises where these have been used, so it is not read.
-    settings: list[str] = [backend.fp32_precision for backend in backends]
-    try:
-        _set(backends, [EXACT] * len(backends))
+    with ExitStack() as stack:
+        for switch_off in (_products, _convolutions):
+            stack.callback(switch_off())
         yield
-    finally:
-        _set(backends, settings)
 
 
-def _has(backend: Any) -> bool:
-    return hasattr(getattr(backend, "matmul", None), "fp32_precision")
+def _products() -> Callable[[], None]:
+    """Switch reduced precision off in matrix products; returns what puts the setting back."""
+    try:
+        before = torch.get_float32_matmul_precision()
+    except RuntimeError:  # The newer names have been set.
+        backends = (torch.backends.cuda, torch.backends.mkldnn)
+        parts = [getattr(backend, "matmul", None) for backend in backends]
+        undo = [_newer(part) for part in parts if hasattr(part, "fp32_precision")]
+        return partial(_all, undo)
+    if before == "highest":
+        return _nothing
+    torch.set_float32_matmul_precision("highest")
+    return lambda: torch.set_float32_matmul_precision(before)
 
 
-def _set(backends: list[Any], values: list[str]) -> None:
-    for backend, value in zip(backends, values, strict=True):
-        if backend.fp32_precision != value:
-            backend.fp32_precision = value
+def _convolutions() -> Callable[[], None]:
+    """The same in convolutions and recurrent layers."""
+    cudnn: Any = torch.backends.cudnn
+    undo: list[Callable[[], None]] = []
+    try:
+        if cudnn.allow_tf32:
+            cudnn.allow_tf32 = False
+            undo.append(partial(setattr, cudnn, "allow_tf32", True))
+    except RuntimeError:  # The newer names have been set.
+        pass
+    # They may still go by the setting for all backends.
+    parts = [getattr(cudnn, name, None) for name in ("conv", "rnn")]
+    undo += [_newer(part) for part in parts if getattr(part, "fp32_precision", None) == "tf32"]
+
+    return partial(_all, undo)
+
+
+def _all(undo: list[Callable[[], None]]) -> None:
+    for restore in reversed(undo):
+        restore()
+
+
+def _newer(backend: Any) -> Callable[[], None]:
+    before = backend.fp32_precision
+    backend.fp32_precision = "ieee"
+
+    def restore() -> None:
+        backend.fp32_precision = before
+
+    return restore
+
+
+def _nothing() -> None:
+    pass

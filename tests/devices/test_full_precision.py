@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from evolvenet.execution.full_precision import full_precision
+from evolvenet.linalg.full_precision import full_precision
 from evolvenet.execution.isolation import isolated
 from tests.helpers.interpreters import run_script
 
@@ -30,7 +30,7 @@ if hasattr(torch.backends, "fp32_precision"):
     SETTINGS |= NEWER
 SCRIPT = """
 import torch
-from evolvenet.execution.full_precision import full_precision
+from evolvenet.linalg.full_precision import full_precision
 matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
 READ = ("torch.get_float32_matmul_precision()", "matmul.allow_tf32", "cudnn.allow_tf32", "matmul.fp32_precision",
         "cudnn.conv.fp32_precision", "cudnn.rnn.fp32_precision", "torch.backends.fp32_precision")
