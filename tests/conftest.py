@@ -11,6 +11,9 @@ settings.register_profile("evolvenet", deadline=None, derandomize=True, max_exam
 settings.load_profile("evolvenet")
 torch.set_num_threads(1)
 
+# Whatever imports it registers a device, once in a process.
+collect_ignore = ["helpers/pretend_device.py"]
+
 
 @pytest.fixture(autouse=True)
 def _seed() -> None:

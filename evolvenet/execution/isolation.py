@@ -22,11 +22,11 @@ from torch.nn.parameter import is_lazy
 from evolvenet._compat.torch import tensor_tables
 from evolvenet.errors import TraceError
 from evolvenet.execution.chosen_outputs import with_chosen_outputs
-from evolvenet.linalg.full_precision import full_precision
 from evolvenet.execution.inputs import tensors_of
 from evolvenet.execution.state_guard import SavedState
 from evolvenet.execution.step import network_outputs, run_model
 from evolvenet.graph.width_graph import ChosenOutputs
+from evolvenet.linalg.full_precision import full_precision
 from evolvenet.surgery.module_handlers import refresh
 
 

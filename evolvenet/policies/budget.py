@@ -210,7 +210,9 @@ class Budget:
         if not may or effective_rank(statistics.spectrum) < self.saturated * width.size:
             return width.size
         step = self._step(width)
-        return width.size + max(math.floor(self.growth * width.size), step - width.size % step)
+        largest = width.size + max(math.floor(self.growth * width.size), step - width.size % step)
+        # Copies of all units, where new ones can be nothing else, are more than the share by which a width may grow.
+        return width.size if width.step_to(largest) > step else largest
 
     def _options(self, statistics: WidthStatistics, width: Width, top: int) -> list[int]:
         """Sizes that a width may take now, ascending."""

@@ -11,7 +11,7 @@ from functools import singledispatch
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import LBFGS, Adam, AdamW, Optimizer
 
 from evolvenet._compat.torch import LBFGS_SIZE_CACHE
@@ -179,8 +179,12 @@ def _(optimizer: Adam, changes: Sequence[Change]) -> StatePlan:
 
 
 def _is_refitted_cut(changes: Sequence[Change]) -> bool:
-    """Whether units are removed and a remaining weight gets another value than its map gives."""
+    """Whether units are removed and a remaining weight gets another value than its map gives.
+
+    Weights alone: running means and variances get rank 0's values on all ranks, which had others of their own.
+    """
     cut = any(index_map.removed for change in changes for index_map in change.axes.values())
+    changes = [change for change in changes if isinstance(change.tensor, nn.Parameter)]
     return cut and not all_true(
         [
             (with_new_units(mapped(change).clone(), change.axes, change.value.detach()) == change.value).all()

@@ -237,21 +237,20 @@ PLACES_FIRST: FixRounds = (
         heads_of_one_module,
         heads_with_stream,
         heads_of_grids,
-        slices_of_grids,
     ),
 )
 """In the order in which they are tried. A residual stream that fails and is as wide as all heads together most likely has
 to have their size, and trying that first saves many trials; of the others the finest come first."""
 HEADS_FIRST: FixRounds = (
     (update_attributes, pieces_of_given_sizes, heads_of_one_module, heads_of_grids),
-    (slices_with_stream, slices, slices_of_one_module, heads_with_stream, slices_of_grids),
+    (slices_with_stream, slices, slices_of_one_module, heads_with_stream),
 )
 PLACES_ALONE: FixRounds = (
     (update_attributes, pieces_of_given_sizes, slices_with_stream, slices, slices_of_one_module, places_with_values),
     (slices_of_grids, heads_of_one_module, heads_with_stream, heads_of_grids),
 )
 """Heads go only where their places cannot."""
-PLACES_LAST: FixRounds = ((places_with_values,),)
+PLACES_LAST: FixRounds = ((slices_of_grids, places_with_values),)
 """Places of all heads, and of all layers where these share a rotary embedding, are tried only where whole heads cannot go."""
 
 

@@ -36,9 +36,9 @@ from evolvenet.execution.isolation import isolated
 from evolvenet.execution.own_gradients import GradientsNeededError
 from evolvenet.execution.surroundings import autocast_devices, plain_surroundings
 from evolvenet.graph.block_kinds import with_block_kinds
-from evolvenet.graph.coverage import OUTPUT
+from evolvenet.graph.coverage import OTHER_ORDER, OUTPUT
 from evolvenet.graph.naming import named_tensors
-from evolvenet.graph.width_graph import WidthGraph
+from evolvenet.graph.width_graph import Width, WidthGraph
 from evolvenet.tracing.addends import record_addends, record_masks
 from evolvenet.tracing.block_kinds import BlockKinds
 from evolvenet.tracing.coupled_dims import (
@@ -187,11 +187,17 @@ def _verified(
             other.differentiates = label_graph.differentiates
         graphs.append(verified(other, given))
     best = max(graphs, key=_resizable_parameters)
-    if any(width.mixed and width.frozen.startswith("a trial") for width in best.widths.values() if width.frozen):
+    if any(_may_have_places(width) for width in best.widths.values()):
         graphs.append(verified(label_graph, rounds=(*first, *PLACES_LAST)))
     best = max(best, graphs[-1], key=_resizable_parameters)
     everything = rerun(tuple(modes), run)
     return with_least_sizes(Verification(model, label_graph, device, everything, everything), best)
+
+
+def _may_have_places(width: Width) -> bool:
+    """Whether a width is frozen for a reason for which places of all heads may still change together."""
+    reason = width.frozen or ""
+    return reason.startswith(OTHER_ORDER) or (width.mixed is not None and reason.startswith("a trial"))
 
 
 def _resizable_parameters(graph: WidthGraph) -> int:

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from evolvenet.linalg.full_precision import full_precision
 from evolvenet.execution.isolation import isolated
+from evolvenet.linalg.full_precision import full_precision
 from tests.helpers.interpreters import run_script
 
 SETTINGS = {

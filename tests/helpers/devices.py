@@ -94,10 +94,12 @@ def device_named(name: str) -> Iterator[Device]:
 
         without = name == "pretend_mps"
         pretend_device.float64(not without)
+        pretend_device.in_use(True)
         try:
             dtype, tolerance = (torch.float32, 1e-4) if without else (torch.float64, 1e-9)
             yield Device(name, torch.device("pretend", 0), dtype, tolerance)
         finally:
+            pretend_device.in_use(False)
             pretend_device.float64(True)
 
 

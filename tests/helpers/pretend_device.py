@@ -50,10 +50,21 @@ def _built() -> Any:
         return load_inline(name, SOURCE, extra_cflags=["-O1"], build_directory=str(folder))
 
 
+_in_use = False
+"""Whether torch is told that there is an accelerator: libraries take it by themselves then, and pin memory for it."""
+
+
+def in_use(value: bool) -> None:
+    """Say whether the device is there. Tensors can be made on it either way."""
+    global _in_use
+    _in_use = value
+
+
 _native: Any = _built()
 rename_privateuse1_backend("pretend")
 _module: Any = types.ModuleType("torch.pretend")
-_module.is_available = _module.is_initialized = lambda: True
+_module.is_initialized = lambda: True
+_module.is_available = lambda: _in_use
 _module._is_in_bad_fork, _module.device_count, _module.current_device = lambda: False, lambda: 1, lambda: 0
 _module.set_device = _module.synchronize = _module.empty_cache = _module._lazy_init = lambda *unused: None
 _module.device, _module.get_amp_supported_dtype = nullcontext, lambda: [torch.bfloat16, torch.float16]

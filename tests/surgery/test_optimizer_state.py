@@ -173,3 +173,20 @@ def test_state_lies_in_memory_as_its_parameter_does(contiguous_value: bool) -> N
         optimizer.step()
         results.append(weight.detach())
     torch.testing.assert_close(results[0], results[1], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("refitted", ["weight", "buffer"])
+def test_refitted_weights_alone_shorten_adams_memory(refitted: str) -> None:
+    """Running means that get other values (on another rank those of rank 0) are no refit: ranks went apart by it."""
+    weight, mean = nn.Parameter(torch.ones(3, 2)), nn.Buffer(torch.ones(3))
+    optimizer = torch.optim.AdamW([weight], lr=0.1)
+    for _ in range(12):
+        weight.square().sum().backward()
+        optimizer.step()
+    cut = {0: IndexMap.of([0, 2], size=3)}
+    values = {"weight": weight.detach()[[0, 2]].clone(), "buffer": mean[[0, 2]].clone()}
+    values[refitted] += 1
+    named = [("weight", weight), ("buffer", mean)]
+    changes = [Swap(tensor, name, cut, values[name]) for name, tensor in named]  # pyright: ignore[reportArgumentType]
+    plan = compile_state(optimizer, changes)
+    assert float(plan.states[weight]["step"]) == (10 if refitted == "weight" else 12)
