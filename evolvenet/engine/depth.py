@@ -29,6 +29,7 @@ from evolvenet.engine.functional import as_list
 from evolvenet.errors import ResizeError
 from evolvenet.execution.isolation import isolated
 from evolvenet.execution.step import run_model
+from evolvenet.linalg.precision import in_float64
 from evolvenet.measurement.output_error import outputs_on
 from evolvenet.surgery.module_replacement import Replacement, exchange_modules
 from evolvenet.surgery.optimizer_parameters import parameter_names, replace_parameters
@@ -193,8 +194,8 @@ def _observe(
         return
     entry = found.setdefault(path, Observed(argument, len(result) if several else 0))
     entry.calls += 1
-    entry.change += float((main - x).double().square().sum())
-    entry.energy += float(main.double().square().sum())
+    entry.change += float(in_float64(main - x).square().sum())
+    entry.energy += float(in_float64(main).square().sum())
     entry.shape = tuple(main.shape)
 
 

@@ -187,3 +187,27 @@ def test_allocating_gives_sizes_that_fit(device: Device) -> None:
     sizes = evolvenet.allocate(model, graph, parameters=limit, batches=device.batches(case))
     evolvenet.prune(model, graph, sizes, batches=device.batches(case))
     assert parameters_of(model) <= limit
+
+
+class Block(nn.Module):
+    """x + down(relu(up(x))), which adds nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(4, 8), nn.Linear(8, 4)
+        nn.init.zeros_(self.down.weight)
+        nn.init.zeros_(self.down.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """As many features as there are."""
+        return x + self.down(self.up(x).relu())
+
+
+def test_a_block_that_carries_nothing_is_removed(device: Device) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4), Block(), nn.Linear(4, 2)).to(device.dtype).to(device.place)
+    batch = torch.randn(8, 4, dtype=device.dtype, device="cpu").to(device.place)
+    before = model(batch)
+    assert evolvenet.remove_blocks(model, batch) == {"1": 0.0}
+    assert torch.equal(model(batch), before)
+    assert on_device(model, device)
