@@ -172,7 +172,7 @@ def _exact_cp(tensor: Tensor, longest: int) -> list[Tensor]:
         -1, len(others)
     )
     units = [
-        torch.eye(size, dtype=tensor.dtype, device=tensor.device)[:, column].to(tensor.device)
+        torch.eye(size, dtype=tensor.dtype, device=tensor.device)[:, column]
         for size, column in zip(others, index.mT, strict=True)
     ]
     return [*units[:longest], tensor.movedim(longest, 0).flatten(1), *units[longest:]]

@@ -31,6 +31,7 @@ from experiments.compare.language_networks import (
 )
 from experiments.compare.language_peers import parameters
 from experiments.compare.language_table import write_page
+from experiments.compare.records import is_current
 from experiments.pages import commit, state, write_whole
 
 LEVELS = (50, 30, 20, 10)
@@ -79,22 +80,12 @@ def run(study: Study, folder: Path, options: argparse.Namespace) -> Iterator[dic
         for level in options.levels:
             method, path = METHODS[name], folder / f"{level}-{name}.json"
             made_of = {"weights": uncut.record["weights"], **(options.made_of if method.ours else {})}
-            if _is_current(path, made_of, options):
+            if is_current(path, made_of, keep_old=options.keep_old, after=None if options.one_shot else "after"):
                 continue
             target = round((1 - level / 100) * uncut.record["parameters"])
             found = {"level": level, "method": name, **made_of, **measured(study, method, target, not options.one_shot)}
             write_whole(path, json.dumps(found, indent=1))
             yield found
-
-
-def _is_current(path: Path, made_of: dict[str, Any], options: argparse.Namespace) -> bool:
-    """Whether a result exists for the same trained network and, for our methods, for the present code."""
-    if not path.exists():
-        return False
-    found = json.loads(path.read_text(encoding="utf-8"))
-    same_code = options.keep_old or found.get("state") == made_of.get("state")
-    complete = options.one_shot or "after" in found or "refused" in found
-    return same_code and complete and found["weights"] == made_of["weights"]
 
 
 def measured(study: Study, method: Method, target: int, steps: bool) -> dict[str, Any]:

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import json
-from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
-from typing import Any
 
 from experiments.compare.language_methods import METHODS
 from experiments.compare.language_networks import FULL, KINDS
+from experiments.compare.records import Record, read
 from experiments.pages import commit, machine_line, markdown, span, write_whole
 
-Record = Mapping[str, Any]
 Results = Mapping[tuple[int, str], Mapping[int, Record]]
 """{(percent removed, method): {seed: result}}."""
 
@@ -43,6 +40,10 @@ nats; means over the seeds, in brackets the least and the largest.
 COLUMNS = {"right after": "test", f"after {FULL.steps_after} steps": "after"}
 
 
+def _key(record: Record) -> tuple[int, str]:
+    return record["level"], record["method"]
+
+
 def write_page(path: Path, cache: Path) -> None:
     """Write the whole page.
 
@@ -50,7 +51,7 @@ def write_page(path: Path, cache: Path) -> None:
         path: of the file.
         cache: folder of the results, `network/seedN/…json`.
     """
-    found = {kind: read(cache / kind) for kind in KINDS}
+    found = {kind: read(cache / kind, METHODS, _key) for kind in KINDS}
     lines = [
         "# Language models compared",
         "",
@@ -64,24 +65,6 @@ def write_page(path: Path, cache: Path) -> None:
     for kind, (uncut, results) in found.items():
         lines += _network(KINDS[kind], uncut, results) if results else []
     write_whole(path, "\n".join(lines).rstrip() + "\n")
-
-
-def read(folder: Path) -> tuple[dict[int, Record], Results]:
-    """The uncut networks by seed, and the results; those of other trained networks are left out."""
-    uncut: dict[int, Record] = {}
-    found: dict[tuple[int, str], dict[int, Record]] = defaultdict(dict)
-    for place in sorted(folder.glob("seed*")):
-        if (place / "uncut.json").exists():
-            seed = int(place.name.removeprefix("seed"))
-            uncut[seed] = _load(place / "uncut.json")
-            for record in map(_load, place.glob("*-*.json")):
-                if record["weights"] == uncut[seed]["weights"] and record["method"] in METHODS:
-                    found[record["level"], record["method"]][seed] = record
-    return uncut, found
-
-
-def _load(path: Path) -> Record:
-    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def goals(found: Mapping[str, tuple[Mapping[int, Record], Results]]) -> Iterator[list[str]]:

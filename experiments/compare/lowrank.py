@@ -26,6 +26,7 @@ from experiments.compare.lowrank_networks import tasks
 from experiments.compare.lowrank_table import write_page
 from experiments.compare.networks import TaskData, uncut
 from experiments.compare.pruning import RATE_AFTER, WARM_AFTER
+from experiments.compare.records import is_current
 from experiments.pages import add_data, commit, state, write_whole
 
 LEVELS = (*(f"parameters-{percent}" for percent in (30, 50, 70, 90)), "macs-50", "macs-70", "macs-90", "latency-30")
@@ -78,7 +79,9 @@ def run(data: TaskData, seed: int, options: argparse.Namespace) -> Iterator[dict
         for name in options.methods:
             method, path = METHODS[name], folder / f"{level}-{name}.json"
             made_of = {"weights": trained["weights"], **(options.made_of if method.ours else {})}
-            if not _applies(method, cost, model) or _is_current(path, made_of, options):
+            if not _applies(method, cost, model) or is_current(
+                path, made_of, keep_old=options.keep_old, after=None if options.one_shot else "after_epoch"
+            ):
                 continue
             answers = outputs(model, data) if answers is None else answers
             found = {"level": level, "method": name, **made_of, "removed": int(percent) / 100}
@@ -93,16 +96,6 @@ def _applies(method: Method, cost: str, model: nn.Module) -> bool:
     return (
         cost in method.costs and (kernels or not method.kernels) and importlib.util.find_spec(method.needs) is not None
     )
-
-
-def _is_current(path: Path, made_of: dict[str, Any], options: argparse.Namespace) -> bool:
-    """Whether a result exists for the same trained network and, for our methods, for the present code."""
-    if not path.exists():
-        return False
-    found = json.loads(path.read_text(encoding="utf-8"))
-    same_code = options.keep_old or found.get("state") == made_of.get("state")
-    complete = options.one_shot or "after_epoch" in found or "refused" in found
-    return same_code and complete and found["weights"] == made_of["weights"]
 
 
 def result(

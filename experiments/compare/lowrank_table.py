@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
-from typing import Any
 
 from experiments.compare.lowrank_methods import METHODS
+from experiments.compare.records import Record, read
 from experiments.pages import commit, machine_line, markdown, span, write_whole
 
-Record = Mapping[str, Any]
 Results = Mapping[tuple[str, str], Mapping[int, Record]]
 """{(level, method): {seed: result}}."""
 
@@ -48,6 +46,10 @@ TRAINING = "in_training.json"
 """In the cache: {"widths": [accuracy of each seed], "both": [the same]} of training under a budget of 5 % of the parameters."""
 
 
+def _key(record: Record) -> tuple[str, str]:
+    return record["level"], record["method"]
+
+
 def write_page(path: Path, cache: Path) -> None:
     """Write the whole page.
 
@@ -55,7 +57,7 @@ def write_page(path: Path, cache: Path) -> None:
         path: of the file.
         cache: folder of the results, `network/seedN/…json`.
     """
-    found = {name: read(cache / name) for name in [*TITLES, "digits"] if (cache / name).is_dir()}
+    found = {name: read(cache / name, METHODS, _key) for name in [*TITLES, "digits"] if (cache / name).is_dir()}
     training = cache / TRAINING
     trained = json.loads(training.read_text(encoding="utf-8")) if training.exists() else {}
     lines = [
@@ -71,24 +73,6 @@ def write_page(path: Path, cache: Path) -> None:
     for name, (uncut, results) in found.items():
         lines += _network(TITLES.get(name, name), uncut, results) if results else []
     write_whole(path, "\n".join(lines).rstrip() + "\n")
-
-
-def read(folder: Path) -> tuple[dict[int, Record], Results]:
-    """The uncut networks of a task by seed, and its results; those of other trained networks are left out."""
-    uncut: dict[int, Record] = {}
-    found: dict[tuple[str, str], dict[int, Record]] = defaultdict(dict)
-    for place in sorted(folder.glob("seed*")):
-        if (place / "uncut.json").exists():
-            seed = int(place.name.removeprefix("seed"))
-            uncut[seed] = _load(place / "uncut.json")
-            for record in map(_load, place.glob("*-*-*.json")):
-                if record["weights"] == uncut[seed]["weights"] and record["method"] in METHODS:
-                    found[record["level"], record["method"]][seed] = record
-    return uncut, found
-
-
-def _load(path: Path) -> Record:
-    return json.loads(path.read_text(encoding="utf-8"))
 
 
 # Goals

@@ -21,6 +21,7 @@ import evolvenet
 from experiments.compare import peers
 from experiments.compare.copies import copied
 from experiments.compare.networks import TaskData, reestimate, tasks, uncut
+from experiments.compare.records import is_current
 from experiments.compare.table import write_table
 from experiments.pages import add_data, state, write_whole
 
@@ -160,23 +161,15 @@ def run(data: TaskData, seed: int, options: argparse.Namespace) -> Iterator[dict
             for name in options.methods:
                 method, path = METHODS[name], folder / f"{allocation}-{ratio}-{name}.json"
                 made_of = {"weights": trained["weights"], "state": options.state if method.ours else None}
-                if importlib.util.find_spec(method.needs) is None or _is_current(path, made_of, options):
+                if importlib.util.find_spec(method.needs) is None or is_current(
+                    path, made_of, keep_old=options.keep_old, after=None if options.one_shot else "after_epoch"
+                ):
                     continue
                 case = Case(data, seed, copied(model), graph, target, sizes)
                 found = {"allocation": allocation, "ratio": ratio, "method": name, **made_of}
                 found |= measured(case, method, not options.one_shot)
                 write_whole(path, json.dumps(found, indent=1))
                 yield found
-
-
-def _is_current(path: Path, made_of: dict[str, Any], options: argparse.Namespace) -> bool:
-    """Whether a result exists for the same trained network and, for our methods, for the present code."""
-    if not path.exists():
-        return False
-    found = json.loads(path.read_text(encoding="utf-8"))
-    same_code = options.keep_old or found["state"] == made_of["state"]
-    complete = options.one_shot or "after_epoch" in found
-    return same_code and complete and found["weights"] == made_of["weights"]
 
 
 def measured(case: Case, method: Method, epoch: bool) -> dict[str, Any]:

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import json
-from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
 from statistics import fmean
-from typing import Any
 
+from experiments.compare.records import Record, read
 from experiments.pages import cell, commit, machine_line, markdown, write_whole
 
-Record = Mapping[str, Any]
 Cell = tuple[str, int, str]
 """Allocation, percent of the parameters removed, method."""
 
@@ -90,26 +87,12 @@ def write_table(path: Path, cache: Path, state: str) -> None:
     write_whole(path, "\n".join(lines).rstrip() + "\n")
 
 
-def read(folder: Path) -> tuple[dict[int, Record], dict[Cell, dict[int, Record]]]:
-    """The trained networks of a task by seed, and its results by cell and seed; those of other networks are left out."""
-    trained: dict[int, Record] = {}
-    found: dict[Cell, dict[int, Record]] = defaultdict(dict)
-    for place in folder.glob("seed*"):
-        if (place / "uncut.json").exists():
-            seed = int(place.name.removeprefix("seed"))
-            trained[seed] = _load(place / "uncut.json")
-            for record in map(_load, place.glob("*-*-*.json")):
-                if record["weights"] == trained[seed]["weights"]:
-                    found[record["allocation"], record["ratio"], record["method"]][seed] = record
-    return trained, found
-
-
-def _load(path: Path) -> Record:
-    return json.loads(path.read_text(encoding="utf-8"))
+def _cell(record: Record) -> Cell:
+    return record["allocation"], record["ratio"], record["method"]
 
 
 def _task(folder: Path, state: str) -> list[str]:
-    trained, found = read(folder)
+    trained, found = read(folder, None, _cell)
     if not trained:
         return []
     one = next(iter(trained.values()))
