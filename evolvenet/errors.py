@@ -136,9 +136,9 @@ def is_out_of_memory(error: BaseException | None) -> bool:
         if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
             return True
         said = str(error).lower() if isinstance(error, (RuntimeError, EvolveNetError)) else ""
-        if any(
-            words in said for words in ("out of memory", "outofmemoryerror", "not enough memory", "allocate memory")
-        ):
+        # The last two are the CPU allocator's.
+        words = ("out of memory", "outofmemoryerror", "not enough memory: you tried", "allocate memory: you tried")
+        if any(each in said for each in words):
             return True
         error = error.__cause__
     return False

@@ -1,7 +1,7 @@
 """A ConvNeXt of timm, in timm's training loop, for a latency budget: `python -m examples.timm_convnext`.
 
-The loop is the one of timm's train.py without its data pipeline: optimizer factory, scheduler, moving average of the weights. Two
-lines are EvolveNet's, `observe` and `step`; the moving average follows, since it is named in `copies`.
+The loop is the one of timm's train.py without its data pipeline: optimizer factory, scheduler, moving average of the weights.
+EvolveNet's are the policy, the evolver, `observe` and `step`; the moving average follows, since it is named in `copies`.
 """
 
 from __future__ import annotations

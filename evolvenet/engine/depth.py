@@ -25,20 +25,23 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from evolvenet.engine.functional import as_list
+from evolvenet._compat.torch import version_of
 from evolvenet.errors import ResizeError
 from evolvenet.execution.isolation import isolated
 from evolvenet.execution.step import run_model
 from evolvenet.linalg.precision import in_float64
 from evolvenet.measurement.output_error import outputs_on
 from evolvenet.surgery.module_replacement import Replacement, exchange_modules
-from evolvenet.surgery.optimizer_parameters import parameter_names, replace_parameters
+from evolvenet.surgery.optimizer_parameters import as_list, parameter_names, replace_parameters
 from evolvenet.surgery.removed_block import NOTHING, PASSES, RemovedBlock
 from evolvenet.surgery.width_record import forget
 
 log = logging.getLogger("evolvenet")
 PLACE = "layer_idx"
 """The attribute by which modules of the transformers library find their entry of the cache."""
+COUNTS = frozenset({"num_hidden_layers", "n_layer", "num_layers", "n_layers"})
+EACH_LAYER = frozenset({"layer_types", "mlp_layer_types"})
+"""Fields of the library's configurations: the number of layers, and lists with an entry for each."""
 ROUNDING = 1e-5
 """Relative error of outputs that are the same but for the order of sums."""
 
@@ -169,10 +172,19 @@ def observe_blocks(model: nn.Module, inputs: Sequence[Any]) -> dict[str, Observe
 
 @contextmanager
 def _hooks(model: nn.Module, found: dict[str, Observed]) -> Iterator[None]:
-    handles = [
-        module.register_forward_hook(partial(_observe, found, path), with_kwargs=True)
+    versions: dict[str, int | None] = {}
+    observed = [
+        (path, module)
         for path, module in model.named_modules()
         if path and not isinstance(module, Replacement) and any(True for _ in module.parameters())
+    ]
+    handles = [
+        handle
+        for path, module in observed
+        for handle in (
+            module.register_forward_pre_hook(partial(_note_version, versions, path), with_kwargs=True),
+            module.register_forward_hook(partial(_observe, found, versions, path), with_kwargs=True),
+        )
     ]
     try:
         yield
@@ -181,13 +193,32 @@ def _hooks(model: nn.Module, found: dict[str, Observed]) -> Iterator[None]:
             handle.remove()
 
 
+def _given(args: Any, kwargs: Mapping[str, Any]) -> tuple[int | str, Tensor] | None:
+    """Place or name of the first tensor among the arguments, and the tensor."""
+    return next(((key, each) for key, each in (*enumerate(args), *kwargs.items()) if isinstance(each, Tensor)), None)
+
+
+def _note_version(versions: dict[str, int | None], path: str, module: nn.Module, args: Any, kwargs: Any) -> None:
+    given = _given(args, kwargs)
+    versions[path] = None if given is None else version_of(given[1])
+
+
 def _observe(
-    found: dict[str, Observed], path: str, module: nn.Module, args: Any, kwargs: Mapping[str, Any], result: Any
+    found: dict[str, Observed],
+    versions: Mapping[str, int | None],
+    path: str,
+    module: nn.Module,
+    args: Any,
+    kwargs: Mapping[str, Any],
+    result: Any,
 ) -> None:
-    given = next(((key, each) for key, each in (*enumerate(args), *kwargs.items()) if isinstance(each, Tensor)), None)
+    given = _given(args, kwargs)
     several = isinstance(result, tuple) and bool(result) and all(each is None for each in result[1:])
     main = result[0] if several else result
     if given is None or not isinstance(main, Tensor) or not main.is_floating_point():
+        return
+    if versions[path] != version_of(given[1]):
+        # It has written to its input, which is not what it was given any more.
         return
     argument, x = given
     if x.shape != main.shape or x.dtype != main.dtype:
@@ -231,9 +262,14 @@ def _lost(
 
 
 def _keeps_its_place(modules: Mapping[str, nn.Module], path: str, returns: str) -> bool:
-    """Whether something inside has a place in the cache, and is no layer of a list from which it could be taken."""
+    """Whether something inside has a place in the cache, and is no layer of a list from which it could be taken.
+
+    Layers of encoder and decoder stay: their configurations have names of their own for both numbers.
+    """
     if not any(hasattr(module, PLACE) for module in modules[path].modules()):
         return False
+    if any(getattr(getattr(module, "config", None), "is_encoder_decoder", False) for module in modules.values()):
+        return True
     return returns != PASSES or not isinstance(modules[path.rpartition(".")[0]], nn.ModuleList)
 
 
@@ -272,9 +308,9 @@ def _take_out(model: nn.Module, path: str, undo: ExitStack) -> None:
     configs = {id(config): config for each in model.modules() if (config := getattr(each, "config", None)) is not None}
     for config in configs.values():
         for name, value in list(vars(config).items()):
-            if name in ("num_hidden_layers", "n_layer", "num_layers", "n_layers") and value == count:
+            if name in COUNTS and value == count:
                 changed: Any = count - 1
-            elif isinstance(value, list) and len(value) == count:
+            elif name in EACH_LAYER and isinstance(value, list) and len(value) == count:
                 changed = [entry for place, entry in enumerate(value) if place != int(index)]
             else:
                 continue

@@ -28,7 +28,6 @@ from evolvenet.engine.distributed import (
 from evolvenet.engine.event_data import EventData
 from evolvenet.engine.evolver_state import EvolverState
 from evolvenet.engine.failure_policy import FailurePolicy
-from evolvenet.engine.functional import as_list
 from evolvenet.engine.history import Event, History, WidthChange, changed
 from evolvenet.engine.invariants import ModelReference, check_resizable, validate
 from evolvenet.engine.original_widths import OriginalWidths, at_first_sizes
@@ -50,6 +49,7 @@ from evolvenet.measurement.cost import macs, parameters
 from evolvenet.measurement.past_events import PastEvents
 from evolvenet.measurement.width_statistics import ranks_and_energies
 from evolvenet.policies.base import JudgingPolicy, Policy, judged_metric
+from evolvenet.surgery.optimizer_parameters import as_list
 from evolvenet.surgery.width_record import remember_widths
 from evolvenet.tracing.unreached import trace_for_training
 

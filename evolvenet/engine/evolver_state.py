@@ -128,7 +128,20 @@ class EvolverState:
                     apply_removal(model, removal, self.optimizers if model is self.model else (), undo)
             return trace_for_training(self.model, self.example_inputs, self._outputs)
 
+        history, sizes = self.history, dict(self.history.initial.sizes)
+        known, ranks = (self.graph, self.original, history.frozen), dict(history.ranks)
+
+        def go_back() -> None:
+            self.graph, self.original, history.frozen = known
+            history.initial.sizes.clear()
+            history.initial.sizes.update(sizes)
+            history.ranks.clear()
+            history.ranks.update(ranks)
+            # Wrappers that were renewed hold the parameters that have come back.
+            self.after_change()
+
         with ExitStack() as undo:
+            undo.callback(go_back)
             graph = run_on_all_ranks(group, remove)
             run_on_all_ranks(group, self.after_change)
             self.adopt(graph)

@@ -18,6 +18,7 @@ from evolvenet.growth.expanded_model import Loss
 from evolvenet.growth.plan import plan_growth
 from evolvenet.pruning.fitted_prune import plan_fitted_prune
 from evolvenet.pruning.selection import plan_prune
+from evolvenet.surgery.optimizer_parameters import as_list
 from evolvenet.surgery.optimizer_state import apply_state, compile_states, validate_state
 from evolvenet.surgery.optimizer_tensors import with_inner
 from evolvenet.surgery.resize_model import Surgery, compile_surgery, install
@@ -152,10 +153,3 @@ def apply(model: nn.Module, surgery: Surgery, optimizers: Sequence[Optimizer], u
     with stage("optimizer state check"):
         for optimizer in with_inner(optimizers):
             validate_state(optimizer)
-
-
-def as_list(optimizers: Optimizer | Sequence[Optimizer] | None) -> list[Optimizer]:
-    """One optimizer, several or none, as a list."""
-    if optimizers is None:
-        return []
-    return [optimizers] if isinstance(optimizers, Optimizer) else list(optimizers)

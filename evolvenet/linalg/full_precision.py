@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -49,7 +49,7 @@ def _products() -> Callable[[], None]:
 
 def _convolutions() -> Callable[[], None]:
     """The same in convolutions and recurrent layers."""
-    cudnn: Any = torch.backends.cudnn
+    cudnn, mkldnn = cast(Any, torch.backends.cudnn), cast(Any, torch.backends.mkldnn)
     undo: list[Callable[[], None]] = []
     try:
         if cudnn.allow_tf32:
@@ -58,9 +58,8 @@ def _convolutions() -> Callable[[], None]:
     except RuntimeError:  # The newer names have been set.
         pass
     # They may still go by the setting for all backends.
-    parts = [getattr(cudnn, name, None) for name in ("conv", "rnn")]
-    undo += [_newer(part) for part in parts if getattr(part, "fp32_precision", None) == "tf32"]
-
+    parts = [getattr(backend, name, None) for backend in (cudnn, mkldnn) for name in ("conv", "rnn")]
+    undo += [_newer(part) for part in parts if getattr(part, "fp32_precision", None) in ("tf32", "bf16")]
     return partial(_all, undo)
 
 
@@ -74,7 +73,10 @@ def _newer(backend: Any) -> Callable[[], None]:
     backend.fp32_precision = "ieee"
 
     def restore() -> None:
-        backend.fp32_precision = before
+        backend.fp32_precision = "none"
+        # What went by the setting for all backends goes by it again.
+        if backend.fp32_precision != before:
+            backend.fp32_precision = before
 
     return restore
 

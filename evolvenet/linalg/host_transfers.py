@@ -64,7 +64,7 @@ def to_host(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 
 def all_true(flags: Sequence[Tensor]) -> bool:
-    """Whether all of some flags are true, read with one wait for each device that they lie on.
+    """Whether all of some flags are true, read with one wait for each device and type.
 
     >>> all_true([torch.tensor(True), torch.tensor(False)]), all_true([])
     (False, True)

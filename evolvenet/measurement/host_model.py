@@ -30,7 +30,7 @@ def on_host(model: nn.Module) -> nn.Module:
 
 
 def _is_plain(tensor: Tensor) -> bool:
-    return type(tensor) in (Tensor, nn.Parameter, nn.Buffer) and tensor.layout is torch.strided and not tensor.is_meta
+    return type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided and not tensor.is_meta
 
 
 def _with_tensors(module: nn.Module, moved: dict[int, Tensor], known: dict[int, nn.Module]) -> nn.Module:

@@ -25,6 +25,7 @@ from evolvenet.pruning.reconstruction_batch import (
     ReconstructionLimits,
     concatenated,
     held_out_of,
+    is_large,
 )
 from evolvenet.pruning.selection import plan_prune
 from evolvenet.pruning.streamed_plan import plan_streamed
@@ -42,8 +43,6 @@ SHARES = (1.0, 0.5, 0.0)
 """Of the way from the cut to the fit, that are tried."""
 MARGIN = 1.02
 """The whole fit is taken unless its error is more than so many times the least."""
-LARGE = 50_000_000
-"""A model of more parameters is not fitted again, to all batches, after the test, and its moments are not kept."""
 
 
 def plan_fitted_prune(
@@ -57,7 +56,7 @@ def plan_fitted_prune(
 
     With `LEAST` batches or more, the last ones are held out. On these the outputs' error (see `output_error`) is compared after
     the cut alone, with the fit, and half-way between both. The best share of the fit is taken, for a fit to all batches
-    (to the others only, for a model of more than `LARGE` parameters). If that is not the whole fit, the new graph's `notes`
+    (to the others only, for a large model, see `is_large`). If that is not the whole fit, the new graph's `notes`
     and a warning say so.
 
     Args:
@@ -75,7 +74,7 @@ def plan_fitted_prune(
     """
     # A single tensor is refused there.
     listed = batches if isinstance(batches, Tensor) else list(batches)
-    if graph.parameters > LARGE and limits == ONE_SHOT_LIMITS:
+    if is_large(graph) and limits == ONE_SHOT_LIMITS:
         limits = LARGE_LIMITS
     if len(listed) < LEAST or isinstance(listed, Tensor):
         return _fitted(model, graph, sizes, listed, limits)
@@ -84,10 +83,11 @@ def plan_fitted_prune(
     surgery = _fitted(model, graph, sizes, rest, limits)
     bare = compile_surgery(model, graph, surgery.maps, surgery.bases)
     errors = _errors(model, graph, bare, surgery, tested)
-    # Where an output is no number, the errors tell nothing.
-    better = errors[1.0] <= MARGIN * min(errors.values()) or not all(map(math.isfinite, errors.values()))
-    share = 1.0 if better else min(SHARES, key=lambda each: errors[each])
-    if share and graph.parameters <= LARGE:
+    # Where no error is a number, they tell nothing.
+    known = {share: error for share, error in errors.items() if math.isfinite(error)}
+    better = not known or errors[1.0] <= MARGIN * min(known.values())
+    share = 1.0 if better else min(known, key=lambda each: known[each])
+    if share and not is_large(graph):
         surgery = _fitted(model, graph, sizes, listed, limits)
         bare = compile_surgery(model, graph, surgery.maps, surgery.bases)
     if share == 1:
@@ -122,7 +122,7 @@ def _fitted(
 ) -> Surgery:
     names = [graph.widths[name].name for name, size in sizes.items() if size != graph.widths[name].size]
     surgery = None
-    if graph.parameters > LARGE and not isinstance(batches, Tensor):
+    if is_large(graph) and not isinstance(batches, Tensor):
         joined = concatenated(batches, limits)
         if joined is not None and samples_in(joined) == sum(map(samples_in, batches)):
             surgery = plan_streamed(model, graph, sizes, joined, held_out_of(batches, joined))

@@ -28,7 +28,13 @@ from evolvenet.graph.width_graph import FOLLOWS, WidthGraph
 from evolvenet.linalg.host_transfers import index_tensor, values_of
 from evolvenet.linalg.precision import in_float64
 from evolvenet.linalg.ridge import Fit, refit_or_keep
-from evolvenet.pruning.reconstruction_batch import ONE_SHOT_LIMITS, ReconstructionLimits, concatenated, held_out_of
+from evolvenet.pruning.reconstruction_batch import (
+    ONE_SHOT_LIMITS,
+    ReconstructionLimits,
+    concatenated,
+    held_out_of,
+    is_large,
+)
 from evolvenet.pruning.recorded_outputs import OutputRecorder, recorded
 from evolvenet.pruning.target import Target
 from evolvenet.surgery.basis_change import along
@@ -36,10 +42,8 @@ from evolvenet.surgery.resize_model import Surgery, TensorChange, compile_surger
 
 log = logging.getLogger("evolvenet")
 
-LARGE = 50_000_000
-"""Of a model of more parameters, matrices that no fit writes to are not copied."""
 SMALL = 65_536
-"""Entries of a tensor that is copied anyway: biases, scales."""
+"""Entries of a tensor of a large model that is copied even if nothing writes to it, as every vector is."""
 
 
 def reconstruct(
@@ -120,14 +124,18 @@ def _fitted(
 ) -> dict[str, Tensor]:
     """{tensor: its fitted value}, from a run of the cut model that ends with the last fit."""
     changes = {change.name: change for change in surgery.changes}
-    large = sum(parameter.numel() for parameter in model.parameters()) > LARGE
+    large = is_large(graph)
+    biases = {target.bias[0] for each in targets.values() for target in each if target.bias is not None}
+    written = changes.keys() | targets.keys() | biases
     with isolated(model, shadows=True, copied=not large):
         cut = compile_surgery(model, graph, surgery.maps, surgery.bases)
         install(model, cut)
         shadows, _, _ = named_tensors(model)
         own = {change.name for change in cut.changes}
         for name, shadow in shadows.items():
-            if large and name not in own and (name in changes or name in targets or shadow.numel() <= SMALL):
+            # Matrices that no fit writes to share the model's memory.
+            small = shadow.numel() <= SMALL or shadow.numel() == max(shadow.shape)
+            if large and name not in own and (small or name in written):
                 shadow.data = shadow.data.clone()
         with torch.no_grad():
             for name, change in changes.items():
@@ -207,14 +215,13 @@ class ConsumerFitter:
     def run(self, op: WeightOp) -> None:
         """Fit the op's weight, unless it is fitted at a sum."""
         target = self._target_of(op)
-        if target is None or target.inputs != op.input_positions:
-            # Which samples reach it depends on the units (a router's choice): its outputs are those of others.
-            return
-        if target.summed:
-            self._at_sum[op] = target
-        else:
-            with concerning((op.tensor, op.axis)):
-                self._fit(op, target, self._kept_outputs(op, target))
+        # Otherwise which samples reach it depends on the units (a router's choice): its outputs are those of others.
+        if target is not None and target.inputs == op.input_positions:
+            if target.summed:
+                self._at_sum[op] = target
+            else:
+                with concerning((op.tensor, op.axis)):
+                    self._fit(op, target, self._kept_outputs(op, target))
         self._end_run()
 
     def _end_run(self) -> None:
@@ -228,8 +235,12 @@ class ConsumerFitter:
         # Without some of the experts, the others have other numbers and get samples that those had.
         removed = op.tensor in self.changes and 0 in self.changes[op.tensor].axes
         if removed or self.choices is None or not self.choices.same:
+            waiting.clear()
             return None
-        return next((target for target in waiting if target.group == op.group), None)
+        found = next((target for target in waiting if target.group == op.group), None)
+        if found is not None:
+            waiting.remove(found)
+        return found
 
     def sum(self, output: TrackedOutput, own: Tensor, other: Tensor) -> None:
         """See `ResidualSumMode`."""

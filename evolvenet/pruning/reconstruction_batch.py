@@ -12,6 +12,7 @@ from torch import Tensor
 from evolvenet._compat.torch import tree_flatten, tree_unflatten
 from evolvenet.execution.inputs import first_samples
 from evolvenet.execution.sampling import held_out, samples_in
+from evolvenet.graph.width_graph import WidthGraph
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,15 @@ ONE_SHOT_LIMITS = ReconstructionLimits(samples=1024, entries=8_000_000, rows=819
 
 LARGE_LIMITS = ReconstructionLimits(samples=1024, entries=8_000_000, rows=16_384, multiplications=1e12)
 """For a single cut of a large model: its layers have thousands of columns, and need more rows than that."""
+
+LARGE = 50_000_000
+"""Parameters above which a model is large."""
+
+
+def is_large(graph: WidthGraph) -> bool:
+    """Whether a model is so large that it is not copied or fitted twice, and that its moments are not kept."""
+    return graph.parameters > LARGE
+
 
 TRAINING_LIMITS = ReconstructionLimits(samples=256, entries=8_000_000, rows=2048, multiplications=5e8)
 """For the cuts of a training run: they are many, and training goes on after each."""

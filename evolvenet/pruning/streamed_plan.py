@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from evolvenet.errors import concerning
 from evolvenet.execution.early_stop import Finished, run_until_finished
 from evolvenet.execution.inputs import first_samples
 from evolvenet.execution.isolation import isolated, op_by_op
@@ -145,7 +146,7 @@ class _Plan:
                 done.append(name)
         for name in done:
             self.finish(name)
-        if done and not any(self.waiting.values()):
+        if self.late or (done and not any(self.waiting.values())):
             raise Finished
 
     def finish(self, name: str) -> None:
@@ -163,5 +164,6 @@ class _Plan:
             return
         bases = rank_bases(self.model, self.graph, [name], statistics)
         self.bases |= bases
-        for tensor, delta in column_refits(self.model, self.graph, name, kept, statistics, bases.get(name)):
-            self.deltas[tensor] = self.deltas.get(tensor, 0) + delta
+        with concerning(name):
+            for tensor, delta in column_refits(self.model, self.graph, name, kept, statistics, bases.get(name)):
+                self.deltas[tensor] = self.deltas.get(tensor, 0) + delta

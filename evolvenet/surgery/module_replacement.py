@@ -135,7 +135,11 @@ def fit_replacements(model: nn.Module, records: Mapping[str, Record], names: Ite
             wanted = records.get(path)
             unlike = own.record() != wanted if wanted else {f"{path}.{name}" for name in own.record()["whole"]} <= there
             if unlike and not (wanted and _alike(own.record(), wanted)):
-                exchange_modules(model, {own: own.whole()}, undo)
+                whole, first = own.whole(), next(model.parameters(), None)
+                if first is not None and next(own.parameters(), None) is None:
+                    # What stands for a block without a tensor does not know where the model is.
+                    whole.to(first.device)
+                exchange_modules(model, {own: whole}, undo)
         for path in sorted(records, key=lambda path: path.count(".")):
             module = _module_at(model, path)
             if not isinstance(module, Replacement):

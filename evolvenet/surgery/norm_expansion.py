@@ -41,7 +41,7 @@ from torch import Tensor, nn
 from evolvenet.graph.exact_growth import COPY, MEAN, ExactGrowth
 from evolvenet.graph.index_map import NEW_UNIT, IndexMap
 from evolvenet.graph.width_graph import CONSUMES, FOLLOWS, MASKS, Tie, Width, WidthGraph
-from evolvenet.surgery.norms import Norm, norm_of, query_rows
+from evolvenet.surgery.norms import Norm, norms_over, query_rows
 from evolvenet.surgery.resize_model import AttributeChange, Surgery, TensorChange
 
 COLUMNS = 2.0
@@ -74,7 +74,7 @@ def expand_norms(
     changes = {change.name: change for change in surgery.changes}
     norms: dict[str, Norm] = {}
     for width in widths:
-        own = _norms(model, width)
+        own = norms_over(model, width)
         norms |= own
         new_units = _NewUnits(model, graph, surgery, width, changes, values, generator, columns)
         if width.exact_growth == ExactGrowth(COPY):
@@ -95,13 +95,6 @@ def expand_norms(
         attributes[id(module), norm.eps] = AttributeChange(module, norm.eps, eps * share)
     made = tuple(replace(change, value=values[change.name]) for change in surgery.changes)
     return replace(surgery, changes=made, attributes=(*surgery.attributes, *attributes.values()))
-
-
-def _norms(model: nn.Module, width: Width) -> dict[str, Norm]:
-    """The norms that are rescaled when a width grows, by path."""
-    paths = () if width.exact_growth is None else width.exact_growth.norms
-    found = {path: norm_of(model.get_submodule(path)) for path in paths}
-    return {path: norm for path, norm in found.items() if norm is not None}
 
 
 def _named(graph: WidthGraph, path: str, tensor: str) -> str:

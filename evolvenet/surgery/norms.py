@@ -75,11 +75,16 @@ def _(module: nn.RMSNorm) -> Norm | None:
     return Norm(ZERO) if "weight" in own_tensors(module) else None
 
 
-def eps_numbers(model: nn.Module, width: Width) -> list[tuple[str, str]]:
-    """(module path, name) of the eps of each norm that is rescaled when a width grows."""
+def norms_over(model: nn.Module, width: Width) -> dict[str, Norm]:
+    """The norms that are rescaled when a width grows, by path."""
     paths = () if width.exact_growth is None else width.exact_growth.norms
     found = {path: norm_of(model.get_submodule(path)) for path in paths}
-    return [(path, norm.eps) for path, norm in found.items() if norm is not None]
+    return {path: norm for path, norm in found.items() if norm is not None}
+
+
+def eps_numbers(model: nn.Module, width: Width) -> list[tuple[str, str]]:
+    """(module path, name) of the eps of each norm that is rescaled when a width grows."""
+    return [(path, norm.eps) for path, norm in norms_over(model, width).items()]
 
 
 @singledispatch

@@ -207,8 +207,10 @@ def _restart(optimizer: LBFGS) -> None:
     setattr(optimizer, LBFGS_SIZE_CACHE, None)
 
 
-def as_list(optimizers: Optimizer | Sequence[Optimizer]) -> list[Optimizer]:
-    """One optimizer, or several, as a list."""
+def as_list(optimizers: Optimizer | Sequence[Optimizer] | None) -> list[Optimizer]:
+    """One optimizer, several or none, as a list."""
+    if optimizers is None:
+        return []
     return [optimizers] if isinstance(optimizers, Optimizer) else list(optimizers)
 
 

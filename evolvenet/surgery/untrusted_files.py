@@ -63,13 +63,17 @@ def refuse_unsafe(
 def _refuse_number(module: nn.Module, path: str, name: str, value: Any, known: Mapping[str, int]) -> None:
     own = known[name] if name in known else number_at(module, name)
     # Numbers of another version of the model's code are passed over, as they are when they are applied.
-    if own is None and name not in known:
+    if own is None and name not in known and name not in vars(module):
         return
     if name in known and type(value) is int and (value >= 0 or value == own):
         return
     # The eps of a norm follows a stream that grows. It is told by its name: the model may lie on meta while it is loaded.
     # None is torch's own eps, to which an undone growth returns.
-    if type(own) is float and "eps" in name and (value is None or (type(value) is float and 0 <= value < 1)):
+    if (
+        (own is None or type(own) is float)
+        and "eps" in name
+        and (value is None or (type(value) is float and 0 <= value < 1))
+    ):
         return
     at = f"{path} ({type(module).__name__})" if path else type(module).__name__
     raise RecordError(

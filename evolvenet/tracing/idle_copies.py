@@ -30,7 +30,7 @@ def tie_idle_copies(label_graph: LabelGraph, shapes: Mapping[str, Sequence[int]]
         shapes: of all tensors.
     """
     ids = {(axis.tensor, axis.dim): torch.arange(axis.start, axis.start + axis.size) for axis in label_graph.axes}
-    for name, copy, dims in list(_pairs(set(label_graph.first_use), shapes)):
+    for name, copy, dims in list(_pairs(list(label_graph.first_use), shapes)):
         label_graph.first_use[name] = len(label_graph.first_use)
         for dim in range(len(shapes[name])):
             own, other = ids.get((name, dim)), ids.get((copy, dim))
@@ -43,13 +43,15 @@ def tie_idle_copies(label_graph: LabelGraph, shapes: Mapping[str, Sequence[int]]
                     label_graph.inherited_roles.add((name, dim))
 
 
-def _pairs(used: set[str], shapes: Mapping[str, Sequence[int]]) -> Iterator[tuple[str, str, Sequence[int]]]:
+def _pairs(used: Sequence[str], shapes: Mapping[str, Sequence[int]]) -> Iterator[tuple[str, str, Sequence[int]]]:
     """(a tensor that has not run, its copy that has, the axes that they have in common)."""
     copies: dict[object, str] = {}
     for name in used:
         if key := _key(name):
             copies.setdefault(key, name)
-    for name in shapes.keys() - used:
+    known = set(used)
+    # In their order in the model: a set's order differs from process to process.
+    for name in (name for name in shapes if name not in known):
         copy, factor = copies.get(_key(name)), FACTORS.match(name)
         if copy is not None:
             dims = range(len(shapes[name])) if COPIES.match(name) or not factor else (SHARED_AXIS[factor[2]],)

@@ -55,7 +55,8 @@ def literal(call: Call) -> None:
     """Numbers in the code as a tensor; of one number it is known."""
     elementwise(call)
     label = call.label_of(call.out)
-    if call.out.numel() == 1 and call.out.device.type != "meta" and not label.layers:
+    known = call.out.numel() == 1 and call.out.device.type != "meta" and not call.out.is_complex()
+    if known and not label.layers:
         call.set_label(call.out, replace(label, value=float(call.out)))
 
 

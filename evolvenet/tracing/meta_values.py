@@ -26,6 +26,8 @@ BY_SHAPE = frozenset(
     }
 )
 """Ops that take no values of their tensor, only its shape, dtype and device."""
+UNINITIALISED = frozenset({"empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided"})
+"""Ops whose results are memory as it was, for which zeros stand."""
 _DATA_DEPENDENT = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)
 
 
@@ -75,6 +77,8 @@ class MetaValues:
             return out
         real_args, real_kwargs = tree_unflatten(real, spec)
         values = [leaf for leaf in tree_flatten(func(*real_args, **real_kwargs))[0] if isinstance(leaf, Tensor)]
+        if schema_of(func).name.rpartition("::")[2] in UNINITIALISED:
+            values = [torch.zeros_like(value) for value in values]
         self._known.update({id(one): (one, value) for one, value in zip(made, values, strict=True)})
         return out
 

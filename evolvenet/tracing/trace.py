@@ -10,7 +10,6 @@ from __future__ import annotations
 import traceback
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -29,7 +28,7 @@ import evolvenet.tracing.loss_rules  # registers its rules
 import evolvenet.tracing.reduction_rules  # registers its rules
 import evolvenet.tracing.window_rules  # noqa: F401  registers its rules
 from evolvenet._compat.torch import in_backward, schema_of, torch_functions_off
-from evolvenet.errors import TraceError, memory_for_tracing
+from evolvenet.errors import TraceError, is_out_of_memory, memory_for_tracing
 from evolvenet.execution.chosen_outputs import Outputs, normalized, with_chosen_outputs
 from evolvenet.execution.inputs import tensors_of
 from evolvenet.execution.isolation import isolated
@@ -107,8 +106,12 @@ def trace(
         raise TraceError(f"Expected a model with parameters, got a {type(model).__name__} without any.")
     graph = None
     if autocast_devices():
-        with suppress(TraceError), memory_for_tracing(), plain_surroundings():
-            graph = _trace(model, inputs, heads)
+        try:
+            with memory_for_tracing(), plain_surroundings():
+                graph = _trace(model, inputs, heads)
+        except TraceError as error:
+            if is_out_of_memory(error):
+                raise
     if graph is None:
         with memory_for_tracing(), plain_surroundings(autocast=True):
             graph = _trace(model, inputs, heads)
@@ -134,7 +137,10 @@ def _trace(model: nn.Module, example_inputs: Any, heads: bool | None) -> WidthGr
                 gradients, attempts = True, list(ATTEMPTS)
             last_error = error
             continue
-        except Exception as error:  # noqa: BLE001  the model's own code may raise anything
+        except Exception as error:
+            # The model's own code may raise anything.
+            if is_out_of_memory(error):
+                raise
             last_error = error
             continue
         run = partial(run_for_labels, example_inputs=example_inputs, device=device)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import evolvenet
-from evolvenet.engine.depth import remove_blocks
+from evolvenet.engine.depth import observe_blocks, remove_blocks
 from evolvenet.surgery.removed_block import RemovedBlock
 
 
@@ -173,3 +173,34 @@ def test_without_a_layer_the_transformers_library_alone_loads_it(tmp_path: Path)
         assert evolvenet.transformers.save_pretrained(model, tmp_path, example_inputs=words)
         again = AutoModelForCausalLM.from_pretrained(tmp_path)
         assert torch.equal(again(**words).logits, model(**words).logits)
+
+
+def test_lists_that_are_as_long_as_there_are_layers_by_chance_stay() -> None:
+    config = LlamaConfig(
+        vocab_size=32,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        eos_token_id=[1, 2],
+    )
+    model: Any = LlamaForCausalLM(config)
+    for projection in (model.model.layers[1].self_attn.o_proj, model.model.layers[1].mlp.down_proj):
+        nn.init.zeros_(projection.weight)
+    inputs = {"input_ids": torch.randint(0, 32, (2, 5))}
+    assert list(evolvenet.remove_blocks(model, inputs)) == ["model.layers.1"]
+    assert (config.num_hidden_layers, config.eos_token_id) == (1, [1, 2])
+
+
+def test_a_block_that_writes_to_its_input_is_no_idle_one() -> None:
+    class InPlace(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Sequential(nn.Linear(4, 4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            x += self.inner(x)
+            return x
+
+    model = nn.Sequential(nn.Linear(4, 4), InPlace(), nn.Linear(4, 2))
+    assert "1" not in observe_blocks(model, [torch.randn(3, 4)])

@@ -36,6 +36,8 @@ def test_moments_and_refits_are_those_of_full_precision(coarse: str) -> None:
 
 
 def test_the_settings_come_back_also_after_an_error(coarse: str) -> None:
+    with full_precision():
+        assert torch.get_float32_matmul_precision() == "highest"
     with pytest.raises(RuntimeError, match="anything"), full_precision():
         raise RuntimeError("anything")
     assert torch.get_float32_matmul_precision() == coarse

@@ -128,3 +128,13 @@ def test_crops_of_one_source_in_one_batch_are_not_held_out_from_each_other() -> 
     """Each batch has a source: what fits all samples of one batch does not count as held out."""
     assert held_out([3, 3, 3]).view(3, 3).tolist() == [[False] * 3, [True] * 3, [False] * 3]
     assert held_out([5]).tolist() == [False, False, False, True, True]
+
+
+def test_a_fit_whose_outputs_are_no_numbers_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)).double()
+    batches = [torch.randn(16, 4, dtype=torch.float64) for _ in range(4)]
+    graph = trace(model, batches[0][:1])
+    monkeypatch.setattr(fitted_prune, "_errors", lambda *_: {1.0: float("nan"), 0.5: float("inf"), 0.0: 0.01})
+    plan = fitted_prune.plan_fitted_prune(model, graph, {"0": 6}, batches)
+    assert plan.graph.notes
+    assert "refused" in plan.graph.notes[0]

@@ -12,7 +12,7 @@ import evolvenet
 from evolvenet.execution.sampling import held_out
 from evolvenet.measurement.activation_moments import collect
 from evolvenet.measurement.output_error import output_error, outputs_on
-from evolvenet.pruning import fitted_prune, reconstruction
+from evolvenet.pruning import fitted_prune, reconstruction_batch
 from evolvenet.pruning.selection import plan_prune
 from evolvenet.pruning.streamed_plan import plan_streamed
 from evolvenet.tracing.trace import trace
@@ -71,8 +71,7 @@ def test_a_large_model_is_pruned_as_a_small_one_is(monkeypatch: pytest.MonkeyPat
     batches = [inputs_of("llama", 8) for _ in range(2)]
     errors, graph = [], trace(family("llama").double(), batches[0], outputs="logits")
     for large in (10**9, 0):
-        monkeypatch.setattr(fitted_prune, "LARGE", large)
-        monkeypatch.setattr(reconstruction, "LARGE", large)
+        monkeypatch.setattr(reconstruction_batch, "LARGE", large)
         model = family("llama").double()
         whole, before = outputs_on(model, batches, graph), {n: p.clone() for n, p in model.named_parameters()}
         sizes = {width.name: width.size * 3 // 4 for width in graph.resizable if "mlp" in width.name}

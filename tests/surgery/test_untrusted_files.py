@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import evolvenet
-from evolvenet.errors import RecordError
+from evolvenet.surgery.checkpoint import fit_shapes
 from evolvenet.surgery.untrusted_files import refuse_unsafe
 
 
@@ -21,7 +21,7 @@ class Net(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.a, self.b = nn.Linear(6, 8), nn.Linear(8, 2)
-        self.safe_mode, self.log_path, self.sizes = True, "out.log", [6, 8]
+        self.safe_mode, self.log_path, self.sizes, self.callback = True, "out.log", [6, 8], None
         self.register_buffer("mask", torch.ones(8), persistent=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -37,6 +37,7 @@ def values(net: Net) -> dict[str, Any]:
     ("path", "name", "value"),
     [
         ("", "safe_mode", False),
+        ("", "callback", 7),
         ("", "log_path", "elsewhere"),
         ("", "forward", 7),
         ("", "__class__", 7),
@@ -63,21 +64,30 @@ def test_only_whole_numbers_are_set_where_whole_numbers_were(
 
 
 def test_numbers_that_this_code_does_not_have_are_passed_over() -> None:
-    refuse_unsafe(Net(), {}, {"numbers": [["", "gone", 3], ["gone", "heads", 3]], "buffers": {}})
-
-
-def test_the_eps_of_a_norm_is_set_and_no_other_number_with_a_fraction() -> None:
-    norm: Any = nn.LayerNorm(4)
-    refuse_unsafe(norm, {}, {"numbers": [["", "eps", 5e-6]], "buffers": {}})
-    for module, name, value in ((norm, "eps", 7.5), (norm, "eps", float("nan")), (nn.BatchNorm1d(4), "momentum", 0.5)):
-        with pytest.raises(RecordError, match="expected a whole number"):
-            refuse_unsafe(module, {}, {"numbers": [["", name, value]], "buffers": {}})
+    net = Net()
+    before = values(net)
+    fit_shapes(net, {}, record={"numbers": [["", "gone", 3], ["gone", "heads", 3]], "buffers": {}})
+    assert values(net) == before
 
 
 def test_numbers_of_sizes_are_set() -> None:
-    refuse_unsafe(
-        Net(), {}, {"numbers": [["", "sizes[1]", 5], ["a", "out_features", 5]], "buffers": {"mask": torch.ones(5)}}
-    )
+    net = Net()
+    fit_shapes(net, {}, record={"numbers": [["", "sizes[1]", 5]], "buffers": {"mask": torch.full((5,), 2.0)}})
+    assert net.sizes == [6, 5]
+    assert net.get_buffer("mask").tolist() == [2.0] * 5
+
+
+def test_no_other_number_with_a_fraction_is_set() -> None:
+    refuse_unsafe(nn.LayerNorm(4), {}, {"numbers": [["", "eps", 5e-6]], "buffers": {}})
+    with pytest.raises(evolvenet.RecordError, match="expected a whole number"):
+        refuse_unsafe(nn.BatchNorm1d(4), {}, {"numbers": [["", "momentum", 0.5]], "buffers": {}})
+
+
+@pytest.mark.parametrize("eps", ["boo", -1.0, float("nan"), True, 7])
+@pytest.mark.parametrize("now", [None, 1e-5])
+def test_the_eps_of_a_norm_is_a_small_number(now: float | None, eps: object) -> None:
+    with pytest.raises(evolvenet.RecordError, match="sets 'eps'"):
+        refuse_unsafe(nn.RMSNorm(4, eps=now), {}, {"numbers": [["", "eps", eps]], "buffers": {}})
 
 
 @pytest.mark.parametrize("buffers", [{"a.weight": torch.ones(2)}, {"mask": 3}])
