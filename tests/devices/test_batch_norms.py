@@ -12,6 +12,7 @@ from torch import distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import evolvenet
+from evolvenet.execution.isolation import isolated
 from tests.helpers.cases import distance, outputs, without_reasons
 from tests.helpers.devices import Device
 from tests.helpers.small_models import Residual, convnet, images, used
@@ -77,3 +78,19 @@ def test_a_batch_norm_over_several_processes_is_traced_and_fitted_as_the_one_tha
     assert found[0][0].sizes
     assert without_reasons(found[0][0]) == without_reasons(found[1][0])
     assert distance(found[0][1], found[1][1]) <= (0 if device.exact else 1e-6)
+
+
+def test_a_batch_norm_over_several_processes_runs_alone_in_training_mode() -> None:
+    torch.manual_seed(0)
+    x, own = torch.randn(4, 3, 5, 5), nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
+    expected = own.train()(x)
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(own)
+    dist.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
+    try:
+        with isolated(model):
+            model.train()
+            found = model(x)
+    finally:
+        dist.destroy_process_group()
+    assert torch.equal(found, expected)
+    assert "forward" not in vars(model.get_submodule("1"))

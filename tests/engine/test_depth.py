@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import evolvenet
-from evolvenet.engine.depth import observe_blocks, remove_blocks
+from evolvenet.engine.depth import find_removals, observe_blocks, remove_blocks
 from evolvenet.surgery.removed_block import RemovedBlock
 
 
@@ -204,3 +205,52 @@ def test_a_block_that_writes_to_its_input_is_no_idle_one() -> None:
 
     model = nn.Sequential(nn.Linear(4, 4), InPlace(), nn.Linear(4, 2))
     assert "1" not in observe_blocks(model, [torch.randn(3, 4)])
+
+
+class Layer(nn.Module):
+    """Returns a tuple, as layers of older releases of transformers do."""
+
+    def __init__(self, place: int) -> None:
+        super().__init__()
+        self.layer_idx, self.up = place, nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, None]:
+        return x + self.up(x), None
+
+
+class Stack(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Layer(place) for place in range(3))
+        self.config = SimpleNamespace(num_hidden_layers=3, layer_types=["a", "b", "c"], other=[1, 2])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)[0]
+        return x
+
+
+def stack() -> Any:
+    torch.manual_seed(0)
+    model: Any = Stack()
+    nn.init.zeros_(model.layers[1].up.weight)
+    nn.init.zeros_(model.layers[1].up.bias)
+    return model
+
+
+def test_a_layer_that_returns_a_tuple_leaves_with_its_entry_of_the_configuration() -> None:
+    model, x = stack(), torch.randn(5, 4)
+    before = model(x)
+    assert remove_blocks(model, x) == {"layers.1": 0.0}
+    assert torch.equal(model(x), before)
+    assert vars(model.config) == {"num_hidden_layers": 2, "layer_types": ["a", "c"], "other": [1, 2]}
+    assert [layer.layer_idx for layer in model.layers] == [0, 1]
+
+
+def test_what_is_only_tried_is_put_back() -> None:
+    model, x = stack(), torch.randn(5, 4)
+    layers = list(model.layers)
+    assert [each.path for each in find_removals(model, [x], 0.0)] == ["layers.1"]
+    assert list(model.layers) == layers
+    assert [layer.layer_idx for layer in layers] == [0, 1, 2]
+    assert vars(model.config) == {"num_hidden_layers": 3, "layer_types": ["a", "b", "c"], "other": [1, 2]}

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from itertools import pairwise, product
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +14,9 @@ import torch
 from torch import nn
 
 from evolvenet import Budget, Evolver, PolicyError, resize, trace
+from evolvenet.graph.exact_growth import ExactGrowth
 from evolvenet.graph.index_map import IndexMap
+from evolvenet.graph.width_graph import Width
 from evolvenet.growth.loss_test import Evidence
 from evolvenet.measurement.cost import Costs, macs, parameters, size_in_bytes
 from evolvenet.measurement.width_spectra import measure
@@ -345,3 +348,10 @@ def test_growth_towards_a_budget_above_is_not_tested() -> None:
     )
     found = Budget(params=2 * parameters(model), by=0.5, growth=0.25).propose(context)
     assert {proposal.size for proposal in found.values()} == {10}
+
+
+@pytest.mark.parametrize(("growth", "largest"), [(ExactGrowth("copy"), 8), (ExactGrowth("mean", ("norm",)), 12)])
+def test_a_width_of_which_new_units_can_only_be_copies_does_not_grow(growth: ExactGrowth, largest: int) -> None:
+    width = Width("stream", 8, mixed="a norm mixes them", exact_growth=growth)
+    statistics: Any = SimpleNamespace(spectrum=torch.ones(8), growable=True)
+    assert Budget(params=100, growth=0.5)._largest(statistics, width) == largest

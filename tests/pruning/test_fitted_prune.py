@@ -138,3 +138,25 @@ def test_a_fit_whose_outputs_are_no_numbers_is_refused(monkeypatch: pytest.Monke
     plan = fitted_prune.plan_fitted_prune(model, graph, {"0": 6}, batches)
     assert plan.graph.notes
     assert "refused" in plan.graph.notes[0]
+
+
+@pytest.mark.parametrize(("count", "held"), [(3, 1), (16, 2)])
+def test_an_eighth_of_the_batches_is_in_the_test_and_not_in_the_fit(
+    count: int, held: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, graph, _ = case()
+    batches = [torch.randn(8, 6, dtype=torch.float64) for _ in range(count)]
+    fits, tests = list[list[Tensor]](), list[Any]()
+    fitted, errors = fitted_prune._fitted, fitted_prune._errors
+    monkeypatch.setattr(fitted_prune, "_fitted", lambda *given: (fits.append(list(given[3])), fitted(*given))[1])
+    monkeypatch.setattr(fitted_prune, "_errors", lambda *given: (tests.append(given[4]), errors(*given))[1])
+    plan_fitted_prune(model, graph, SIZES, batches)
+    assert len(fits[0]) == count - held
+    assert torch.equal(torch.cat(list(tests[0])), torch.cat(batches[-held:]))
+
+
+@pytest.mark.parametrize(("half", "taken"), [(0.99, True), (0.9, False)])
+def test_a_fit_that_is_next_to_the_best_is_taken(half: float, taken: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, graph, batches = case()
+    monkeypatch.setattr(fitted_prune, "_errors", lambda *_: {1.0: 1.0, 0.5: half, 0.0: 2.0})
+    assert (plan_fitted_prune(model, graph, SIZES, batches).graph.notes == ()) == taken
