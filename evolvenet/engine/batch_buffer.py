@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from evolvenet.engine.distributed import ProcessGroup, gather_batches
-from evolvenet.execution.inputs import is_plain, to_device_of
+from evolvenet.execution.inputs import copied, is_plain, to_device_of
 from evolvenet.execution.step import Step
 
 
@@ -50,13 +50,20 @@ class BatchBuffer:
         if most != self._kept.maxlen:
             self._kept = deque(self._kept, maxlen=most)
 
-    def add(self, batch: Any, gradients: Sequence[Tensor | None] = ()) -> None:
-        """Append a batch, and drop the oldest one beyond `most`."""
+    def add(self, batch: Any, gradients: Sequence[Tensor | None] = (), copy: bool = True) -> None:
+        """Append a batch, and drop the oldest one beyond `most`.
+
+        Args:
+            batch: the model's inputs, or those of its step.
+            gradients: see `gradients`.
+            copy: False for a batch and gradients whose memory nobody writes to any more.
+        """
         if isinstance(self._example, Step):
             batch = batch.batch if isinstance(batch, Step) else batch
         elif isinstance(batch, (tuple, list)) and not isinstance(self._example, dict):
             batch = tuple(batch[: self._inputs or 1])
-        self._kept.append((batch, tuple(gradients)))
+        pair = (batch, tuple(gradients))
+        self._kept.append(copied(pair) if copy else pair)
 
     def _as_inputs(self, batch: Any) -> Any:
         """What `run_model` takes: a kept batch of a step has no function, so that it can be sent and saved."""

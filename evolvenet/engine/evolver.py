@@ -158,17 +158,18 @@ class Evolver(EvolverState):
         """Batches that an event would measure on now."""
         return len(self._buffer)
 
-    def observe(self, batch: Any, gradients: Sequence[Tensor | None] = ()) -> None:
-        """Remember a batch to measure on. Nothing is computed until `step`.
+    def observe(self, batch: Any, gradients: Sequence[Tensor | None] = (), copy: bool = True) -> None:
+        """Remember a copy of a batch to measure on. Nothing is computed until `step`.
 
         Args:
             batch: the model's inputs, as `example_inputs`; of a longer tuple (inputs, targets) the first are taken.
             gradients: of the loss with respect to each tensor that the model answered with in training, or to its first
                 samples; with them, widths grow only where the loss test passes. None of them is changed.
+            copy: False for what nobody writes to any more: it is kept itself, without a copy.
         """
         self._check_optimizers()
         self.calibrate(batch)
-        self._buffer.add(batch, gradients)
+        self._buffer.add(batch, gradients, copy)
         self._observed += 1
 
     def calibrate(self, batch: Any, epoch: float = math.inf) -> None:

@@ -20,6 +20,7 @@ from evolvenet.engine.original_widths import OriginalWidths
 from evolvenet.engine.snapshot import PendingCut
 from evolvenet.execution.inputs import is_plain
 from evolvenet.execution.step import batch_of
+from evolvenet.graph.format_version import FORMAT, FORMAT_KEY, checked_format
 from evolvenet.graph.restriction import Restriction
 from evolvenet.graph.serialization import check_fits, from_state_dict, to_state_dict
 from evolvenet.graph.width_graph import ChosenOutputs, WidthGraph
@@ -57,6 +58,7 @@ class EvolverState:
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs besides the model: plain data, and the tensors of the batches observed so far."""
         return {
+            FORMAT_KEY: FORMAT,
             "history": self.history.to_dict(),
             "observed": self._observed,
             **self._past.state_dict(),
@@ -79,8 +81,10 @@ class EvolverState:
         """Take up where `state_dict` was called.
 
         Raises:
-            RecordError: if the model does not have the widths of that moment. Nothing has changed then.
+            RecordError: if the model does not have the widths of that moment, or a newer EvolveNet has written the state.
+                Nothing has changed then.
         """
+        checked_format(state, "The state of the Evolver")
         graph = self._restricted(from_state_dict(state["graph"]))
         check_fits(graph, self.model, besides=state["note"]["buffers"])
         fit_shapes(self.model, {}, record=state["note"])

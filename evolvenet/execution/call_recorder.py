@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from evolvenet.execution.inputs import inputs_of_call, tensors_of
+from evolvenet.execution.inputs import copied, inputs_of_call, tensors_of
 
 MAX_GRADIENT_ENTRIES = 2**20
 """Entries of an output's gradient that are kept of one call: of a larger output, the first samples."""
@@ -121,7 +121,9 @@ class _BeforeCall:
             training = self.outer.training and (training or torch.is_grad_enabled())
         # Nothing but a queue is used where code is compiled, so that its graph does not break.
         if training and self.calls is not None and (torch.compiler.is_compiling() or not _runs_another_method(module)):
-            self.current = _Call(args=args, kwargs=kwargs)
+            # Loaders may write the next batch into the same memory, and modules may change their inputs.
+            kept = (args, kwargs) if torch.compiler.is_compiling() else copied((args, kwargs))
+            self.current = _Call(args=kept[0], kwargs=kept[1])
             self.calls.append(self.current)
 
     def __reduce__(self) -> tuple[Any, tuple[()]]:

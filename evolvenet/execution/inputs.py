@@ -70,6 +70,18 @@ def beside(model: nn.Module, inputs: Any) -> Any:
     return tree_map_only(Tensor, lambda tensor: tensor.to(first.device), inputs)
 
 
+def copied(inputs: Any) -> Any:
+    """Inputs whose tensors are copies: the program that made them may write the next batch into the same memory.
+
+    >>> buffer = torch.zeros(2)
+    >>> kept = copied({"x": (buffer,)})
+    >>> _ = buffer.fill_(1)
+    >>> kept
+    {'x': (tensor([0., 0.]),)}
+    """
+    return tree_map_only(Tensor, lambda tensor: tensor.detach().clone().requires_grad_(tensor.requires_grad), inputs)
+
+
 def cast_to_parameters(inputs: Any, model: nn.Module, kinds: Sequence[torch.dtype] = _REAL) -> Any:
     """The inputs, with those of some dtypes cast to that of the model's parameters if that is one of more than 16 bits."""
     if not any(isinstance(leaf, Tensor) and leaf.dtype in kinds for leaf in tree_leaves(inputs)):

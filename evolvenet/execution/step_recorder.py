@@ -10,6 +10,7 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.utils.hooks import RemovableHandle
 
 from evolvenet.execution.call_recorder import OutputGradients
+from evolvenet.execution.inputs import copied
 
 
 class StepRecorder:
@@ -45,7 +46,7 @@ class StepRecorder:
     def begin(self, batch: Any) -> None:
         """A training step on this batch begins."""
         self.end()
-        self._kept.append((batch, []))
+        self._kept.append((copied(batch), []))
         self._depth = 0
         self._handles = [
             register_module_forward_pre_hook(self._enter),

@@ -15,6 +15,7 @@ from evolvenet.engine.event_timer import EventState
 from evolvenet.engine.history import History
 from evolvenet.engine.replica_discovery import ReplicaDiscovery
 from evolvenet.engine.run_checks import warn
+from evolvenet.graph.format_version import checked_format
 from evolvenet.lightning.evolution import LightningEvolution
 from evolvenet.lightning.guard import StepGuard
 from evolvenet.lightning.loading import install
@@ -234,7 +235,12 @@ class WidthEvolution(LightningEvolution, Callback):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Keep the state of the resumed run until its first inputs are known."""
+        """Keep the state of the resumed run until its first inputs are known.
+
+        Raises:
+            RecordError: if a newer EvolveNet has written it.
+        """
+        checked_format(state_dict.get("evolver", {}), "The state of WidthEvolution in the checkpoint")
         self.evolver = None
         self._resumed = state_dict or None
         self._timer.load_state_dict(state_dict)

@@ -114,7 +114,7 @@ class LightningEvolution(EvolutionCallback):
             with default_dtype(trainer), logging_muted(pl_module):
                 self.evolver.calibrate(self._subject.inputs, trainer.num_training_batches)
             for call in self._first_calls:
-                self.evolver.observe(*call)
+                self.evolver.observe(*call, copy=False)
             self._first_calls = []
             times = f"{self.schedule}, calibration_batches={self.calibration_batches}, seed={self.seed}"
             check_agreement(process_group(), "widths and times of events", f"{self.evolver.graph.sizes}, {times}")
@@ -351,7 +351,7 @@ class LightningEvolution(EvolutionCallback):
         """Pass the recorded calls on to the evolver, each of them once."""
         if self.evolver is not None and self._recorder is not None and self._subject is not None:
             for call in self._recorder.calls(self._subject.kind, self._subject.path):
-                self.evolver.observe(*call)
+                self.evolver.observe(*call, copy=False)
             self._stop_recording()
             if self._timer.recording:
                 self._record_subject()

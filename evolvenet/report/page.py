@@ -16,6 +16,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
+from rich.text import Text
 
 from evolvenet.engine.history import Event, History
 from evolvenet.engine.history_table import cost_rows, html_table, sizes_of, width_label, width_rows
@@ -135,7 +136,8 @@ def _labelled(history: History) -> list[tuple[str, str, str, str]]:
 
 def summary_table(history: History, title: str, facts: Mapping[str, str] | None = None) -> Table:
     """The summary for a terminal: `rich.print(summary_table(history, "my run"))`."""
-    table = Table(title=title, title_justify="left")
+    # As text: rich would parse brackets in a plain string as styles.
+    table = Table(title=Text(title), title_justify="left")
     table.add_column("")
     for heading in ("start", "end", "change"):
         table.add_column(heading, justify="right")
@@ -144,7 +146,7 @@ def summary_table(history: History, title: str, facts: Mapping[str, str] | None 
         ends_group = following is None or any(
             row[0].startswith(group) != following[0].startswith(group) for group in ("width ", "rank of ")
         )
-        table.add_row(*row, end_section=ends_group)
+        table.add_row(*map(Text, row), end_section=ends_group)
     return table
 
 
@@ -209,33 +211,43 @@ def _draw_parameters(panel: Axes, history: History, end: int) -> None:
 
 
 def _draw_metrics(panel: Axes, curves: Mapping[str, Curve]) -> None:
+    labels = []
     for name, curve in curves.items():
         steps, values = zip(*curve, strict=True)
-        panel.plot(steps, values, marker=".", markersize=4, linewidth=1.4, label=f"{name}  {values[-1]:.4g} at the end")
-    panel.set_ylabel(next(iter(curves)) if len(curves) == 1 else "metrics")
-    panel.legend(**_BESIDE)
+        panel.plot(steps, values, marker=".", markersize=4, linewidth=1.4)
+        labels.append(f"{name}  {values[-1]:.4g} at the end")
+    panel.set_ylabel(next(iter(curves)) if len(curves) == 1 else "metrics", parse_math=False)
+    _legend(panel, labels)
+
+
+def _legend(panel: Axes, labels: Sequence[str], title: str | None = None) -> None:
+    """A legend of all lines of a panel, with any text: matplotlib leaves labels out that begin with an underscore."""
+    legend = panel.legend(panel.lines, [str(place) for place in range(len(labels))], title=title, **_BESIDE)
+    for text, label in zip(legend.get_texts(), labels, strict=True):
+        text.set_text(label)
+        text.set_parse_math(False)
 
 
 def _draw_widths(panel: Axes, history: History, end: int, names: Sequence[str], what: str) -> None:
     timeline = _timeline(history)
     colors = _need("matplotlib").colormaps["turbo"]
     starts, every = sizes_of(history), [1] if not names else []
-    steps = [event.step for event in timeline] + [end]
+    steps, labels = [event.step for event in timeline] + [end], []
     for place, name in enumerate(names):
         # A rank has no size while its layer is whole.
         sizes = [event.sizes.get(name, starts[name][0]) for event in timeline]
         every += sizes
         color = colors(0.05 + 0.9 * place / max(len(names) - 1, 1))
-        text = f"{width_label(history, name)}  {sizes[0]} → {sizes[-1]}"
+        labels.append(f"{width_label(history, name)}  {sizes[0]} → {sizes[-1]}")
         # Curves of equal sizes would cover each other.
         placed = _lifted(panel, min(0.9, 10 / len(names)) * (len(names) / 2 - place))
-        panel.step(steps, [*sizes, sizes[-1]], where="post", color=color, linewidth=1.5, label=text, transform=placed)
+        panel.step(steps, [*sizes, sizes[-1]], where="post", color=color, linewidth=1.5, transform=placed)
     panel.set_yscale("log", base=2)
     panel.set_ylim(min(every) / 1.25, max(every) * 1.25)
     _plain_ticks(panel)
     panel.set_ylabel(what)
     if names:
-        panel.legend(**_BESIDE, title="from the first layer to the last")
+        _legend(panel, labels, "from the first layer to the last")
 
 
 def _kinds(events: Sequence[Event]) -> list[tuple[str, str, str, float, list[Event]]]:

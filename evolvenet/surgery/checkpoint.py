@@ -17,6 +17,7 @@ from evolvenet._compat.torch import (
     tensor_tables,
 )
 from evolvenet.errors import RecordError, ResizeError
+from evolvenet.graph.format_version import checked_format
 from evolvenet.graph.index_map import laid_out_as
 from evolvenet.graph.renaming import in_child, in_parent
 from evolvenet.graph.width_graph import WidthGraph
@@ -44,6 +45,7 @@ __all__ = [
 ]
 
 log = logging.getLogger("evolvenet")
+RECORD = "The file's record of widths"
 REMEDY = "Build the model as it was built for that file; only its widths may differ."
 
 
@@ -64,7 +66,7 @@ def _record_in_metadata(state: Any, prefix: str) -> dict[str, Any] | None:
     """The record in a state dict's metadata, its names without the prefix; entries of other parts are left out."""
     for root, metadata in state_dict_metadata(state).items():
         if RECORD_KEY in metadata:
-            whole = renamed_state(metadata[RECORD_KEY], in_parent(root))
+            whole = renamed_state(checked_format(metadata[RECORD_KEY], RECORD), in_parent(root))
             return renamed_state(whole, in_child(prefix.removesuffix(".")))
     return None
 
@@ -311,6 +313,7 @@ def reshape_before_load(
         RecordError: if the state dict is of another model and its widths differ too; nothing has changed then.
     """
     own = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+    checked_format(local_metadata.get(RECORD_KEY) or {}, RECORD)
     fit_replacements(module, behind(find_replacements(state), prefix), own)
     if any(tuple(own[k].shape) != tuple(t.shape) for k, t in module.state_dict().items() if _both(t, own, k)):
         record = local_metadata.get(RECORD_KEY)

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from evolvenet._compat.torch import state_dict_metadata, with_metadata
 from evolvenet._compat.wrapping import hparams_name
 from evolvenet.errors import MissingPackageError, RecordError
+from evolvenet.graph.format_version import checked_format
 from evolvenet.surgery.module_replacement import REPLACEMENT_KEY, find_replacements
 from evolvenet.surgery.width_record import RECORD_KEY
 
@@ -208,7 +209,7 @@ def record_to_json(record: Mapping[str, Any]) -> str:
 
 def record_from_json(text: str) -> dict[str, Any]:
     """What `record_to_json` was given."""
-    record = json.loads(text)
+    record = checked_format(json.loads(text), "The file's record of widths")
     return {**record, "buffers": _safetensors().load(base64.b64decode(record["buffers"]))}
 
 

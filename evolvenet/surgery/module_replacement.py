@@ -18,6 +18,7 @@ from torch import nn
 
 from evolvenet._compat.torch import child_table, state_dict_metadata
 from evolvenet.errors import RecordError
+from evolvenet.graph.format_version import FORMAT, FORMAT_KEY, checked_format
 
 REPLACEMENT_KEY = "evolvenet.replacement"
 """The key of a replacement's record in the metadata of its state dict."""
@@ -52,7 +53,7 @@ class Replacement(nn.Module):
 def _write_record(module: nn.Module, state: Any, prefix: str, local_metadata: dict[str, Any]) -> None:
     """A state-dict hook; a top-level function, so that a module that carries it can be pickled."""
     assert isinstance(module, Replacement)
-    local_metadata[REPLACEMENT_KEY] = module.record()
+    local_metadata[REPLACEMENT_KEY] = {FORMAT_KEY: FORMAT, **module.record()}
 
 
 def find_replacements(found: Any) -> dict[str, Record]:
@@ -64,13 +65,18 @@ def find_replacements(found: Any) -> dict[str, Record]:
     # Callbacks that average weights put their own under "state_dict", without metadata, and the network's under another key.
     for place in (found, found.get("state_dict"), *found.values()):
         records = {
-            path: metadata[REPLACEMENT_KEY]
+            path: _without_format(metadata[REPLACEMENT_KEY])
             for path, metadata in state_dict_metadata(place).items()
             if REPLACEMENT_KEY in metadata
         }
         if records:
             return records
     return {}
+
+
+def _without_format(record: Record) -> Record:
+    checked = checked_format(record, "The file's record of a factorized layer")
+    return {name: value for name, value in checked.items() if name != FORMAT_KEY}
 
 
 def behind(records: Mapping[str, Record], prefix: str) -> dict[str, Record]:

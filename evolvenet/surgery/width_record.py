@@ -13,6 +13,7 @@ from weakref import WeakKeyDictionary
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from evolvenet.graph.format_version import FORMAT, FORMAT_KEY
 from evolvenet.graph.renaming import Rename, in_child, in_parent, renamed, renamed_width
 from evolvenet.graph.serialization import from_state_dict, to_state_dict
 from evolvenet.graph.sizes import sizes_from_shapes
@@ -119,9 +120,9 @@ class WidthRecord:
         return None if misfits else self.graph.with_sizes(sizes)
 
     def state_dict(self, model: nn.Module) -> dict[str, Any]:
-        """What `values` returns, and the widths of the model as it is now under "graph", "original" and "replicas"."""
+        """What `values` returns, the version of the format, and the widths as they are now: "graph", "original", "replicas"."""
         graph = self.graph_of(model)
-        found = self.values(model)
+        found = {FORMAT_KEY: FORMAT, **self.values(model)}
         if graph is not None:
             found |= {"graph": to_state_dict(graph), "original": dict(self.original), "replicas": dict(self.replicas)}
         return found

@@ -24,6 +24,7 @@ from evolvenet.errors import MissingPackageError, PolicyError, TraceError, Unsup
 from evolvenet.execution.call_recorder import CallRecorder
 from evolvenet.execution.step import Step
 from evolvenet.execution.step_recorder import StepRecorder
+from evolvenet.graph.format_version import checked_format
 from evolvenet.graph.serialization import from_state_dict
 from evolvenet.surgery.checkpoint import fit_shapes, register_reshape_before_load
 from evolvenet.tracing.unreached import warn_of_unreached
@@ -156,7 +157,7 @@ class WidthEvolutionCallback(EvolutionCallback, TrainerCallback):
             self._inputs = calls[0][0] if calls and self._inputs is None else self._inputs
         else:
             for inputs, gradients in self._steps.calls() if self._follows_loss and self._steps else calls:
-                self.evolver.observe(inputs, gradients)
+                self.evolver.observe(inputs, gradients, copy=False)
         self._stop_recording()
         if self._inputs is None and self.evolver is None and self._loss is None:
             raise TraceError(
@@ -338,8 +339,9 @@ def _callback_states(state: TrainerState) -> dict[str, Any]:
 
 
 def _evolver_state(state: TrainerState) -> dict[str, Any] | None:
-    """What `_save_state` wrote."""
-    return _callback_states(state).get(_KEY)
+    """What `_save_state` wrote; raises a `RecordError` if a newer EvolveNet did."""
+    saved = _callback_states(state).get(_KEY)
+    return saved and checked_format(saved, "The state of WidthEvolutionCallback in the checkpoint")
 
 
 def _register_before_load(model: nn.Module) -> None:

@@ -15,7 +15,7 @@ import lightning
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from lightning.pytorch.callbacks import ModelCheckpoint
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from rich.console import Console
 from torch import Tensor, nn
 
@@ -30,6 +30,7 @@ from experiments.training.classifier import Classifier
 from experiments.training.compression import Compression, compression_lines, compression_table
 from experiments.training.points import Points, draw_front, front_table, tested
 from experiments.training.progress import Progress
+from experiments.training.recorded_config import recorded_config
 
 RESULT = "result.json"
 
@@ -194,7 +195,7 @@ def _result(
         **measured,
         "curve": curve.points,
         "history": history.to_dict(),
-        "config": OmegaConf.to_container(config, resolve=True),
+        "config": recorded_config(config),
     }
 
 

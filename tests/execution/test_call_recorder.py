@@ -38,7 +38,7 @@ def recorded(model: nn.Module, *batches: Tensor, most: int = 8) -> CallRecorder:
 def test_gradients_are_those_of_the_loss_at_each_output() -> None:
     model, x, y = Two(), torch.randn(5, 3), torch.randn(6, 3)
     calls = recorded(model, x, y).calls("")
-    assert [inputs is each for (inputs, _), each in zip(calls, (x, y), strict=True)] == [True, True]
+    assert all(torch.equal(inputs, each) for (inputs, _), each in zip(calls, (x, y), strict=True))
     for inputs, gradients in calls:
         for gradient, output in zip(gradients, model(inputs).values(), strict=True):
             torch.testing.assert_close(gradient, 2 * output.detach())

@@ -1,5 +1,6 @@
 """Tables and pictures from a record written by hand."""
 
+import html
 import io
 import sys
 
@@ -77,6 +78,12 @@ def points(line):
     return line.get_xydata().tolist()
 
 
+def legend_texts(panel):
+    legend = panel.get_legend()
+    assert legend is not None
+    return [text.get_text() for text in legend.get_texts()]
+
+
 def labelled(panel):
     return {line.get_label(): points(line) for line in panel.lines if not line.get_label().startswith("_")}
 
@@ -91,7 +98,8 @@ def test_picture_has_the_sizes_and_events_of_the_record():
         "skipped (events: 1)": [300],
     }
     assert points(metric.lines[0]) == [[150, 0.5], [250, 0.8], [400, 0.9]]
-    assert {name: [size for _, size in at] for name, at in labelled(widths).items()} == {
+    texts = legend_texts(widths)
+    assert {name: [size for _, size in points(line)] for name, line in zip(texts, widths.lines, strict=False)} == {
         "stem  64 → 30": [64, 40, 30, 30, 30],
         "hidden  16 → 20": [16, 16, 20, 20, 20],
     }
@@ -124,3 +132,22 @@ def test_a_missing_package_names_the_extra(monkeypatch, tmp_path):
     with pytest.raises(ReportError, match=r"evolvenet\[report\]") as caught:
         write_report(history(), tmp_path, "run")
     assert isinstance(caught.value, EvolveNetError)
+
+
+@pytest.mark.parametrize(
+    "names", [("_conv_stem", "_conv_head"), ("[/x]", "[bold]b"), ("$\\frac$", "a$b"), ("<b>&amp;", "'\"")]
+)
+def test_any_name_of_a_module_is_shown_as_it_is(names, tmp_path):
+    sizes = dict.fromkeys(names, 24)
+    change = WidthChange(names[0], 24, 12, f"{names[0]} has no energy")
+    run = History(event(0, (), sizes, 900, 900, 90), [event(5, (change,), {**sizes, names[0]: 12}, 900, 500, 50)])
+    figure = draw(run, {names[0]: [(1, 0.5)]})
+    figure.savefig(io.BytesIO(), format="png")
+    texts = [text for panel in figure.axes[1:] for text in legend_texts(panel)]
+    assert texts == [f"{names[0]}  0.5 at the end", f"{names[0]}  24 → 12", f"{names[1]}  24 → 24"]
+    out = io.StringIO()
+    Console(file=out, width=120).print(summary_table(run, names[0], {names[1]: names[0]}))
+    assert out.getvalue().count(names[0]) == 3
+    page = write_report(run, tmp_path, names[0], {names[1]: [(1, 0.5)]}, {names[1]: names[0]}).read_text("utf-8")
+    assert all(html.escape(name) in page for name in names)
+    assert "<b>&amp;" not in page

@@ -1,0 +1,70 @@
+"""A run's configuration as its result file holds it: without secrets."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from omegaconf.resolvers import oc
+
+MASK = "***"
+SECRET = re.compile(r"(^|[_-])keys?$|apikey|token|passw|secret|credential", re.IGNORECASE)
+"""Names of entries whose texts are not written, nor those below them."""
+
+
+def recorded_config(config: DictConfig) -> Any:
+    """The configuration as plain data, its interpolations resolved, but for those of environment variables.
+
+    Variables of the environment stay as they are written, `${oc.env:WANDB_API_KEY}`: they hold secrets and paths of one machine.
+    Texts under names like `api_key`, `token`, `password` or `secret` are masked, unless they are such a variable.
+
+    >>> config = OmegaConf.create({"seed": 1, "same": "${seed}", "logger": {"api_key": "abc", "dir": "${oc.env:HOME}"}})
+    >>> recorded_config(config)
+    {'seed': 1, 'same': 1, 'logger': {'api_key': '***', 'dir': '${oc.env:HOME}'}}
+    """
+    try:
+        with _environment_unread():
+            plain = OmegaConf.to_container(config, resolve=True)
+    except OmegaConfBaseException:  # an interpolation that computes with a variable's value
+        plain = OmegaConf.to_container(config, resolve=False)
+    return _masked(plain)
+
+
+def recorded_command(arguments: Sequence[str]) -> str:
+    """A command line of Hydra, secrets masked.
+
+    >>> recorded_command(["train.py", "+logger.api_key=abc", "seed=1"])
+    'train.py +logger.api_key=*** seed=1'
+    """
+
+    def shown(argument: str) -> str:
+        name, equals, _ = argument.partition("=")
+        return f"{name}={MASK}" if equals and SECRET.search(name.rpartition(".")[2]) else argument
+
+    return " ".join(map(shown, arguments))
+
+
+@contextmanager
+def _environment_unread() -> Iterator[None]:
+    """In the body, an interpolation of an environment variable gives its own text."""
+
+    def as_written(*arguments: Any) -> str:
+        return f"${{oc.env:{','.join('null' if each is None else str(each) for each in arguments)}}}"
+
+    OmegaConf.register_new_resolver("oc.env", as_written, replace=True)
+    try:
+        yield
+    finally:
+        OmegaConf.register_new_resolver("oc.env", oc.env, replace=True)
+
+
+def _masked(plain: Any, secret: bool = False) -> Any:
+    if isinstance(plain, dict):
+        return {key: _masked(value, secret or bool(SECRET.search(str(key)))) for key, value in plain.items()}
+    if isinstance(plain, list):
+        return [_masked(value, secret) for value in plain]
+    return MASK if secret and isinstance(plain, str) and not plain.startswith("${oc.env:") else plain

@@ -1,0 +1,62 @@
+"""What a result file says of a run's configuration holds no secret."""
+
+import json
+
+import pytest
+from omegaconf import OmegaConf
+
+from experiments.training.recorded_config import recorded_command, recorded_config
+
+
+@pytest.fixture
+def config(monkeypatch):
+    monkeypatch.setenv("WANDB_API_KEY", "from-the-environment")
+    return OmegaConf.create(
+        {
+            "seed": 3,
+            "same": "${seed}",
+            "name": "token of a name",
+            "max_tokens": 512,
+            "logger": {
+                "api_key": "${oc.env:WANDB_API_KEY}",
+                "again": "${logger.api_key}",
+                "in": "x-${logger.api_key}-y",
+            },
+            "plain": {"api_key": "s3cret-1", "access_token": "s3cret-2", "db": {"Password": "s3cret-3"}},
+            "secrets": {"one": "s3cret-4", "more": ["s3cret-5"]},
+            "root": "${oc.env:UNSET_VARIABLE,data}",
+        }
+    )
+
+
+def test_no_value_of_the_environment_and_no_secret_is_recorded(config):
+    recorded = recorded_config(config)
+    text = json.dumps(recorded)
+    assert "s3cret" not in text
+    assert "from-the-environment" not in text
+    assert recorded["logger"]["api_key"] == "${oc.env:WANDB_API_KEY}"
+    assert recorded["root"] == "${oc.env:UNSET_VARIABLE,data}"
+    assert (recorded["same"], recorded["name"], recorded["max_tokens"]) == (3, "token of a name", 512)
+
+
+def test_the_environment_is_read_again_afterwards(config):
+    recorded_config(config)
+    assert config.logger.api_key == "from-the-environment"
+
+
+def test_what_is_computed_from_the_environment_is_recorded_as_it_is_written(monkeypatch):
+    monkeypatch.setenv("WORKERS", "4")
+    OmegaConf.register_new_resolver("twice", lambda x: 2 * int(x), replace=True)
+    try:
+        config = OmegaConf.create({"workers": "${twice:${oc.env:WORKERS}}", "token": "s3cret"})
+        assert config.workers == 8
+        assert recorded_config(config) == {"workers": "${twice:${oc.env:WORKERS}}", "token": "***"}
+    finally:
+        OmegaConf.clear_resolver("twice")
+
+
+def test_a_command_line_is_recorded_without_secrets():
+    assert (
+        recorded_command(["train.py", "++a.b.secret_key=x", "evolve=none"])
+        == "train.py ++a.b.secret_key=*** evolve=none"
+    )
