@@ -1,12 +1,15 @@
 """All errors that EvolveNet raises. Each message states what was expected, what was got, where, and the remedy.
 
-`stage` marks the steps of an event, so that whatever fails in one carries its name.
+`stage` marks the steps of an event, so that whatever fails in one carries its name, and its seconds can be told.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
 
 import torch
 
@@ -86,6 +89,9 @@ def stage(name: str) -> Iterator[None]:
     ...     stage_of(error)
     'forward pass'
     """
+    times, started = _times.get(), time.perf_counter()
+    if times is not None:
+        times.inner.append(0.0)
     try:
         stage_boundary(name, entering=True)
         yield
@@ -94,6 +100,49 @@ def stage(name: str) -> Iterator[None]:
         if stage_of(error) is None:
             error._evolvenet_stage = name  # type: ignore[attr-defined]
         raise
+    finally:
+        if times is not None:
+            times.add(name, time.perf_counter() - started)
+
+
+@dataclass
+class StageTimes:
+    """The seconds of each stage, without those of stages inside of it.
+
+    Args:
+        seconds: {stage: seconds}.
+        inner: of every stage that is running, the outermost first, the seconds of stages inside of it that have ended.
+    """
+
+    seconds: dict[str, float] = field(default_factory=dict)
+    inner: list[float] = field(default_factory=list)
+
+    def add(self, name: str, seconds: float) -> None:
+        """A stage has ended after so many seconds, those of stages inside of it included."""
+        self.seconds[name] = self.seconds.get(name, 0.0) + seconds - self.inner.pop()
+        if self.inner:
+            self.inner[-1] += seconds
+
+
+_times: ContextVar[StageTimes | None] = ContextVar("stage times", default=None)
+
+
+@contextmanager
+def stage_times() -> Iterator[dict[str, float]]:
+    """Measures the stages in the body: {stage: seconds}, complete when it is left.
+
+    >>> with stage_times() as seconds:
+    ...     with stage("validation"), stage("forward pass"):
+    ...         pass
+    >>> list(seconds)
+    ['forward pass', 'validation']
+    """
+    times = StageTimes()
+    token = _times.set(times)
+    try:
+        yield times.seconds
+    finally:
+        _times.reset(token)
 
 
 Place = str | tuple[str, int]

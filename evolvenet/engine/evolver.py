@@ -26,6 +26,7 @@ from evolvenet.engine.distributed import (
     run_on_rank_0,
 )
 from evolvenet.engine.event_data import EventData
+from evolvenet.engine.event_record import OutputChange, recorded
 from evolvenet.engine.evolver_state import EvolverState
 from evolvenet.engine.failure_policy import FailurePolicy
 from evolvenet.engine.history import Event, History, WidthChange, changed
@@ -36,7 +37,7 @@ from evolvenet.engine.repetitions import Repetitions
 from evolvenet.engine.run_checks import fixed_by_optimizers, have_state, rank_changes_possible, unreachable, warn
 from evolvenet.engine.snapshot import PendingCut, Snapshot, roll_back
 from evolvenet.engine.transaction import Transaction
-from evolvenet.errors import RankMismatchError, stage
+from evolvenet.errors import RankMismatchError, stage, stage_times
 from evolvenet.execution.chosen_outputs import Outputs, normalized
 from evolvenet.execution.inputs import first_samples
 from evolvenet.execution.step import Step
@@ -47,7 +48,6 @@ from evolvenet.lowrank.layer_ranks import low_rank
 from evolvenet.measurement.calibration import LEAST, batches_needed, places_per_sample
 from evolvenet.measurement.cost import macs, parameters
 from evolvenet.measurement.past_events import PastEvents
-from evolvenet.measurement.width_statistics import ranks_and_energies
 from evolvenet.policies.base import JudgingPolicy, Policy, judged_metric
 from evolvenet.surgery.optimizer_parameters import as_list
 from evolvenet.surgery.width_record import remember_widths
@@ -220,12 +220,11 @@ class Evolver(EvolverState):
         previous = None if progress is None else self._past.progress if progress >= self._past.progress else 0.0
         self._past = self._past.next(1.0 if progress is None else progress)
         changes: list[WidthChange] = []
-        ranks, kept, skipped = self._attempt(group, moment, changes, previous)
+        with stage_times() as stages:
+            found, skipped = self._attempt(group, moment, changes, previous)
         check_agreement(group, "weights", fingerprint(self.model) if group.size > 1 else "")
         seconds = time.perf_counter() - started
-        return self._record(
-            self._event(moment, changes, before, seconds, skipped, effective_rank=ranks, kept_energy=kept)
-        )
+        return self._record(self._event(moment, changes, before, seconds, skipped, stages=stages, **found))
 
     def judge(self, value: float, at: int | None = None) -> Event | None:
         """Tell a policy that judges its cuts, such as `Tolerance`, the value of its metric, after a validation.
@@ -301,7 +300,7 @@ class Evolver(EvolverState):
 
     def _attempt(
         self, group: ProcessGroup, moment: int, changes: list[WidthChange], previous: float | None
-    ) -> tuple[dict[str, float], dict[str, float], str | None]:
+    ) -> tuple[dict[str, Any], str | None]:
         """One event, repeated without the widths on which it fails; what `_evolve` returns, and why it was skipped."""
         whole, tried, event = self.graph, list[str](), Repetitions(self._failures, group, moment, self.graph)
         while True:
@@ -311,7 +310,7 @@ class Evolver(EvolverState):
                     undo.callback(self._revert, (self.graph, self.original, self._past, self._macs), changes)
                     # Before the changes are taken back.
                     undo.callback(lambda: tried.extend(change.width for change in changes))
-                    ranks, kept = self._evolve(group, changes, undo, previous)
+                    found = self._evolve(group, changes, undo, previous)
                     if event.ends_after_success():
                         undo.pop_all()
                         break
@@ -320,7 +319,7 @@ class Evolver(EvolverState):
             except Exception as problem:  # noqa: BLE001  whatever it was, everything is as before and the run can go on
                 if event.ends_after_failure(problem, tried):
                     self.graph = whole
-                    return {}, {}, self._failures.explain(group, moment, problem)
+                    return {}, self._failures.explain(group, moment, problem)
             self.graph = event.graph
         if event.rests:
             self.graph = event.with_widths_back(self.graph)
@@ -328,16 +327,17 @@ class Evolver(EvolverState):
             remember_widths(self.model, self.graph, self.original.sizes)
         for each in event.rests:
             warn(each.message)
-        return ranks, kept, None
+        return found, None
 
     def _evolve(
         self, group: ProcessGroup, changes: list[WidthChange], undo: ExitStack, previous: float | None
-    ) -> tuple[dict[str, float], dict[str, float]]:
+    ) -> dict[str, Any]:
         """One event; the changed widths are appended to `changes`, and `undo` reverts them.
 
         Returns:
-            Of each measured width, the effective rank, and the share of the energy in as many directions as it has units.
+            What was measured, as fields of an `Event`.
         """
+        # Over 40 lines: every step of an event is named as a stage, in the order in which they are undone.
         with stage("batch gathering"):
             batches, gradients = self._buffer.gather(group)
         inputs = self.example_inputs
@@ -348,7 +348,7 @@ class Evolver(EvolverState):
         measures, proposals = run_on_rank_0(group, lambda: decide(self.policy, data, initial, self._pending_cut))
         known = {name: each.energies for name, each in measures.items() if name in self.graph.widths}
         self._past = self._past.with_energies(known)
-        past, own = None, self.graph.differentiates
+        past, own, compared = None, self.graph.differentiates, {}
         with stage("policy"):
             due = any(proposal.size != self.graph.sizes.get(name) for name, proposal in proposals.items())
         if due:
@@ -360,9 +360,13 @@ class Evolver(EvolverState):
                 take = partial(Snapshot.of, self.model, self.graph, self.optimizers, copies)
                 past = run_on_all_ranks(group, take) if self._pending_cut else None
                 self._original_before_cut = self.original
+            with stage("output change"):
+                outputs = OutputChange.of(group, self.model, batches, self.graph)
             change = Transaction(group, self.model, self.optimizers, copies, batches, undo, changes)
             found = apply_proposals(change, proposals, data, self.original, self._past, initial)
             self.graph, self.original, self._past = found
+            with stage("output change"):
+                compared = outputs.compared(self.model, self.graph, measures)
             with stage("validation"):
                 kept = before.with_layers_of(self.model) if self.lowrank else before
                 run_on_all_ranks(group, lambda: validate(self.model, self.graph, self.optimizers, inputs, kept))
@@ -374,7 +378,7 @@ class Evolver(EvolverState):
         if self._pending_cut:
             undo.callback(vars(self._pending_cut).update, dict(vars(self._pending_cut)))
             self._pending_cut.record(past, [change.width for change in changes])
-        return ranks_and_energies(measures, self.graph.sizes)
+        return {**recorded(measures, self.graph.sizes), **compared}
 
     def _record(self, event: Event) -> Event:
         announce(event)

@@ -39,6 +39,13 @@ class Event:
         skipped: None, or why nothing was changed although it was due.
         effective_rank: of each width that was measured, the effective rank (Roy and Vetterli 2007) of its spectrum.
         kept_energy: and the share of its energy that lies in as many directions as it has units now, 0 … 1.
+        spectra: and the energies of its units before the event, descending, as multiples of their mean; of a wide one those of
+            `evolvenet.engine.event_record.POINTS` units, evenly spaced from the first to the last.
+        predicted_change: how far its prunes were predicted to move outputs, see `evolvenet.engine.event_record`; None if there
+            were none.
+        measured_change: how far the event has moved the network's outputs, as a share of their variance; None if nothing
+            changed, or where it is not known.
+        stages: {part of the event: seconds}.
     """
 
     step: int
@@ -51,6 +58,10 @@ class Event:
     skipped: str | None = None
     effective_rank: dict[str, float] = field(default_factory=dict)
     kept_energy: dict[str, float] = field(default_factory=dict)
+    spectra: dict[str, list[float]] = field(default_factory=dict)
+    predicted_change: float | None = None
+    measured_change: float | None = None
+    stages: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass

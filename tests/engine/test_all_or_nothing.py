@@ -69,6 +69,7 @@ STAGES = (
     "validation",
     "replica update",
     "snapshot",
+    "output change",
     "unit selection",
     "reconstruction",
     "growth",

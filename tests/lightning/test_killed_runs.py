@@ -76,7 +76,7 @@ def contents(path: Path) -> dict[str, Any]:
     callbacks = {name: each for name, each in found["callbacks"].items() if not name.startswith("ModelCheckpoint")}
     if "WidthEvolution" in callbacks:
         for event in callbacks["WidthEvolution"]["evolver"]["history"]["events"]:
-            del event["seconds"]
+            del event["seconds"], event["stages"]
     if path.name == "end.ckpt":
         # Where nothing was left to do after a resume, Lightning does not count the last batch.
         del found["loops"]
