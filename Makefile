@@ -7,7 +7,7 @@ SHIPPED ?= .venv-shipped
 WORKERS ?= 2
 BIN := $(VENV)/bin
 
-.PHONY: train test test-all test-gpu test-oldest install lint clean coverage bench-event bench-trace bench-scale bench-gpu compare compare-install compare-lowrank compare-language compare-shipped compare-shipped-install
+.PHONY: train test test-all test-gpu test-oldest install lint clean coverage bench-event bench-trace bench-scale bench-gpu compare compare-install compare-lowrank compare-language compare-shipped compare-shipped-install docs figures
 
 install: $(VENV)/.installed
 
@@ -113,5 +113,18 @@ $(SHIPPED)/.installed: pyproject.toml
 		resemblyzer rxnfp
 	touch $@
 
+# The documentation, into site/: every warning is an error.
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo 'documentation: site/index.html'
+
+$(VENV)/.docs: $(VENV)/.installed
+	$(BIN)/pip install --quiet --editable '.[docs]'
+	touch $@
+
+# Draws the figures of README and documentation anew from tracked measurements.
+figures: install
+	$(BIN)/python -m experiments.figures
+
 clean:
-	rm -rf $(VENV) $(COMPARE) $(OLDEST) $(SHIPPED) .pytest_cache .ruff_cache .hypothesis outputs multirun lightning_logs
+	rm -rf $(VENV) $(COMPARE) $(OLDEST) $(SHIPPED) site .pytest_cache .ruff_cache .hypothesis outputs multirun lightning_logs

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -16,6 +15,7 @@ import pytest
 from packaging.requirements import Requirement
 
 import evolvenet
+from tests.helpers.pages import blocks, shape
 from tests.helpers.paths import ROOT
 
 IMPORT_ALL = """
@@ -71,10 +71,9 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_readme_runs_with_the_core_dependencies_alone(environment: Path, tmp_path: Path) -> None:
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.DOTALL)
-    for block, printed in zip(blocks, ("output error", "Linear"), strict=False):
-        (tmp_path / "block.py").write_text(block)
-        assert printed in run(environment, "-I", tmp_path / "block.py")
+    for code, printed in blocks(ROOT / "README.md"):
+        (tmp_path / "block.py").write_text(code)
+        assert shape(run(environment, "-I", tmp_path / "block.py")) == shape(printed)
 
 
 def test_every_module_but_the_optional_edges_imports_with_the_core_dependencies_alone(environment: Path) -> None:
