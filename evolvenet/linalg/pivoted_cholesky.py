@@ -39,7 +39,8 @@ def pivoted_cholesky(matrix: Tensor) -> tuple[list[int], list[float]]:
     # Takes a while to import.
     from scipy.linalg import lapack
 
-    factor, order, rank, status = lapack.dpstrf(matrix.numpy(), lower=1, tol=floor)
+    # Transposed it is the same matrix, in the order of entries that LAPACK takes.
+    factor, order, rank, status = lapack.dpstrf(matrix.numpy().T, lower=1, tol=floor)
     assert status >= 0, f"dpstrf: argument {-status} is invalid"
     entries = factor.diagonal()[:rank] ** 2
     return [int(unit) - 1 for unit in order[:rank]], [float(entry) for entry in entries]

@@ -223,7 +223,7 @@ def fit(model: nn.Module, choices: Sequence[Choice], seen: Observations) -> Fitt
     by_weight = {seen.names[choice.target.name]: choice for choice in choices}
     # A part of a weight is not fitted alone: its factors are those of the whole.
     targets = {
-        name: each
+        name: list(each)
         for name, each in seen.targets.items()
         if name in by_weight and [target.length for target in each] == [_outputs(by_weight[name])]
     }

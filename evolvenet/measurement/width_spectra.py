@@ -98,17 +98,21 @@ def consumer_weighted(model: nn.Module, width: Width, parts: Mapping[Tie, Tensor
     >>> consumer_weighted(model, Width("0", size=2), {tie: torch.eye(2)}).diagonal()
     tensor([0.5000, 0.5000], dtype=torch.float64)
     """
-    weighted = []
+    total, count = None, 0
     for tie, moment in parts.items():
-        # Only the proportions count: scaled first, products neither overflow nor vanish.
+        # Only the proportions count: scaled first, products neither overflow nor vanish. No entry of a matrix of moments is
+        # larger than the largest on its diagonal.
         norms = _scaled(_scaled(unit_rows(model, width, tie)).norm(dim=1))
-        scaled = norms[:, None] * _scaled(moment) * norms
+        largest = moment.diagonal().max()
+        factors = norms / (largest if largest > 0 else 1.0) ** 0.5
+        scaled = (moment * factors).mul_(factors.unsqueeze(-1))
         trace = scaled.trace()
         if trace > 0:
-            weighted.append(scaled / trace)
-    if not weighted:
+            scaled, count = scaled.div_(trace), count + 1
+            total = scaled if total is None else total.add_(scaled)
+    if total is None:
         return torch.zeros(width.size, width.size, dtype=torch.float64, device="cpu")
-    return torch.stack(weighted).mean(0)
+    return total.div_(count)
 
 
 def _scaled(matrix: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from evolvenet.execution.sampling import samples_in
 from evolvenet.graph.width_graph import WidthGraph
 from evolvenet.measurement.activation_moments import collect
 from evolvenet.measurement.output_error import first_batches, output_error, outputs_on
-from evolvenet.pruning.reconstruction import reconstruct
+from evolvenet.pruning.reconstruction import fit_to_targets, reconstruct
 from evolvenet.pruning.reconstruction_batch import (
     LARGE_LIMITS,
     ONE_SHOT_LIMITS,
@@ -77,19 +77,17 @@ def plan_fitted_prune(
     if is_large(graph) and limits == ONE_SHOT_LIMITS:
         limits = LARGE_LIMITS
     if len(listed) < LEAST or isinstance(listed, Tensor):
-        return _fitted(model, graph, sizes, listed, limits)
+        return _fitted(model, graph, sizes, listed, limits)[1]
     count = max(1, len(listed) // HELD_OUT)
     rest, tested = listed[:-count], first_batches(listed[-count:], TESTED)
-    surgery = _fitted(model, graph, sizes, rest, limits)
-    bare = compile_surgery(model, graph, surgery.maps, surgery.bases)
+    bare, surgery = _fitted(model, graph, sizes, rest, limits)
     errors = _errors(model, graph, bare, surgery, tested)
     # Where no error is a number, they tell nothing.
     known = {share: error for share, error in errors.items() if math.isfinite(error)}
     better = not known or errors[1.0] <= MARGIN * min(known.values())
     share = 1.0 if better else min(known, key=lambda each: known[each])
     if share and not is_large(graph):
-        surgery = _fitted(model, graph, sizes, listed, limits)
-        bare = compile_surgery(model, graph, surgery.maps, surgery.bases)
+        bare, surgery = _fitted(model, graph, sizes, listed, limits)
     if share == 1:
         return surgery
     what = f"taken by {share:.0%}" if share else "refused"
@@ -119,16 +117,19 @@ def _errors(
 
 def _fitted(
     model: nn.Module, graph: WidthGraph, sizes: Mapping[str, int], batches: Any, limits: ReconstructionLimits
-) -> Surgery:
+) -> tuple[Surgery, Surgery]:
+    """The cut alone, and with the fit; they share the values of tensors that the fit leaves alone, if the model is large."""
     names = [graph.widths[name].name for name, size in sizes.items() if size != graph.widths[name].size]
-    surgery = None
     if is_large(graph) and not isinstance(batches, Tensor):
         joined = concatenated(batches, limits)
         if joined is not None and samples_in(joined) == sum(map(samples_in, batches)):
-            surgery = plan_streamed(model, graph, sizes, joined, held_out_of(batches, joined))
-    if surgery is None:
-        surgery = plan_prune(model, graph, sizes, collect(model, graph, batches, names))
-    return reconstruct(model, graph, surgery, batches, limits)
+            odd = held_out_of(batches, joined)
+            cut = plan_streamed(model, graph, sizes, joined, odd, limits)
+            if cut is not None:
+                return cut.bare, fit_to_targets(model, graph, cut.surgery, joined, cut.targets, odd, cut.choices)
+    surgery = plan_prune(model, graph, sizes, collect(model, graph, batches, names))
+    bare = compile_surgery(model, graph, surgery.maps, surgery.bases)
+    return bare, reconstruct(model, graph, surgery, batches, limits)
 
 
 def _between(bare: Surgery, fitted: Surgery, share: float) -> Surgery:
@@ -137,7 +138,7 @@ def _between(bare: Surgery, fitted: Surgery, share: float) -> Surgery:
 
     def value(name: str, tensor: Tensor, there: Tensor) -> Tensor:
         start = cut.get(name, tensor.detach())
-        if share == 1 or not (there.is_floating_point() or there.is_complex()):
+        if share == 1 or start is there or not (there.is_floating_point() or there.is_complex()):
             return there
         return start + (there - start) * share if share else start
 

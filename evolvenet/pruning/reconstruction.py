@@ -24,7 +24,7 @@ from evolvenet.execution.isolation import isolated, op_by_op
 from evolvenet.execution.residual_sums import ResidualSumMode, TrackedOutput
 from evolvenet.execution.weight_ops import NormedWeight, WeightOp
 from evolvenet.graph.naming import named_tensors
-from evolvenet.graph.width_graph import FOLLOWS, WidthGraph
+from evolvenet.graph.width_graph import WidthGraph
 from evolvenet.linalg.host_transfers import index_tensor, values_of
 from evolvenet.linalg.precision import in_float64
 from evolvenet.linalg.ridge import Fit, refit_or_keep
@@ -35,10 +35,10 @@ from evolvenet.pruning.reconstruction_batch import (
     held_out_of,
     is_large,
 )
-from evolvenet.pruning.recorded_outputs import OutputRecorder, recorded
+from evolvenet.pruning.recorded_outputs import OutputRecorder, consumers_of, recorded
 from evolvenet.pruning.target import Target
 from evolvenet.surgery.basis_change import along
-from evolvenet.surgery.resize_model import Surgery, TensorChange, compile_surgery, install
+from evolvenet.surgery.resize_model import Surgery, TensorChange, install
 
 log = logging.getLogger("evolvenet")
 
@@ -90,7 +90,8 @@ def reconstruct(
     True
     """
     listed, own = list(batches), graph.differentiates
-    batch, consumers = concatenated(listed, limits), _consumers(graph, surgery)
+    removed = [name for name, index_map in surgery.maps.items() if index_map.removed]
+    batch, consumers = concatenated(listed, limits), consumers_of(graph, removed)
     if batch is None or not consumers:
         return surgery
     try:
@@ -100,9 +101,32 @@ def reconstruct(
         log.debug("The model does not run on several batches as one: it is fitted on the first", exc_info=problem)
         batch = listed[0]
         targets = recorded(model, batch, OutputRecorder(consumers, limits), own, choices := Choices())
+    return fit_to_targets(model, graph, surgery, batch, targets, held_out_of(listed, batch), choices)
+
+
+def fit_to_targets(
+    model: nn.Module,
+    graph: WidthGraph,
+    surgery: Surgery,
+    batch: Any,
+    targets: dict[str, list[Target]],
+    held_out: Tensor,
+    choices: Choices,
+) -> Surgery:
+    """`reconstruct` for outputs that are recorded already.
+
+    Args:
+        model: the model, uncut.
+        graph: its widths.
+        surgery: the cut.
+        batch: inputs of the model, one batch.
+        targets: {consumer: its outputs on the batch}, from `recorded`; it is emptied, so that each is in memory until its fit.
+        held_out: `[samples]` booleans.
+        choices: of the model's routers on the batch.
+    """
     if not targets:
         return surgery
-    fitted = _fitted(model, graph, surgery, batch, targets, held_out_of(listed, batch), own, choices)
+    fitted = _fitted(model, graph, surgery, batch, targets, held_out, choices)
     changes = {change.name: change for change in surgery.changes}
     tensors, _, _ = named_tensors(model)
     for name, value in fitted.items():
@@ -119,46 +143,37 @@ def _fitted(
     batch: Any,
     targets: dict[str, list[Target]],
     odd: Tensor,
-    gradients: bool,
     choices: Choices,
 ) -> dict[str, Tensor]:
     """{tensor: its fitted value}, from a run of the cut model that ends with the last fit."""
     changes = {change.name: change for change in surgery.changes}
     large = is_large(graph)
     biases = {target.bias[0] for each in targets.values() for target in each if target.bias is not None}
-    written = changes.keys() | targets.keys() | biases
+    written = targets.keys() | biases
+
+    def value(name: str, tensor: Tensor) -> Tensor:
+        """A copy, but for matrices that no fit writes to."""
+        shared = large and name not in written and tensor.numel() > max(SMALL, *tensor.shape)
+        return tensor if shared else tensor.clone()
+
     with isolated(model, shadows=True, copied=not large):
-        cut = compile_surgery(model, graph, surgery.maps, surgery.bases)
-        install(model, cut)
         shadows, _, _ = named_tensors(model)
-        own = {change.name for change in cut.changes}
-        for name, shadow in shadows.items():
-            # Matrices that no fit writes to share the model's memory.
-            small = shadow.numel() <= SMALL or shadow.numel() == max(shadow.shape)
-            if large and name not in own and (small or name in written):
-                shadow.data = shadow.data.clone()
-        with torch.no_grad():
-            for name, change in changes.items():
-                shadows[name].copy_(change.value)
+        if large:
+            for name in shadows.keys() - changes.keys():
+                shadows[name].data = value(name, shadows[name].data)
+        cut = [
+            replace(change, tensor=shadows[change.name], value=value(change.name, change.value))
+            for change in surgery.changes
+        ]
+        install(model, replace(surgery, changes=tuple(cut)))
         fitter = ConsumerFitter(targets, changes, odd, shadows)
         fitter.ends_run = True
         mode = ResidualSumMode(model, fitter.run, None, fitter.sum)
         mode.follows_norms, fitter.normed, mode.choices, fitter.choices = True, mode.normed, choices, choices
         choices.replay()
-        with isolated(model, gradients=gradients), op_by_op(mode):
+        with isolated(model, gradients=graph.differentiates), op_by_op(mode):
             run_until_finished(model, batch)
-        return {name: shadows[name].detach().clone() for name in fitter.fitted()}
-
-
-def _consumers(graph: WidthGraph, surgery: Surgery) -> frozenset[str]:
-    """The weights that consume a cut width, and kernels that follow one: depthwise ones pass errors of their inputs on."""
-    return frozenset(
-        tie.tensor
-        for name, index_map in surgery.maps.items()
-        if index_map.removed
-        for tie in (*graph.widths[name].consumers, *(tie for tie in graph.widths[name].ties if tie.role == FOLLOWS))
-        if tie.tensor in graph.trainable and len(graph.shapes[tie.tensor]) > 1
-    )
+        return {name: shadows[name].detach() for name in fitter.fitted()}
 
 
 Solve = Callable[[WeightOp, Tensor, Tensor, Tensor | None, Tensor], Fit | None]
@@ -176,7 +191,7 @@ class ConsumerFitter:
     The host does not wait for a fit: one that does not lower the error is one that writes what was there.
 
     Args:
-        targets: outputs of the uncut model, from `OutputRecorder.usable`.
+        targets: outputs of the uncut model, from `OutputRecorder.usable`; each is removed when it is fitted.
         changes: {weight: its change}, which says which of its output units are left.
         held_out: `[samples]` booleans, the samples on which the ridge is selected.
         shadows: {name: tensor} of the cut model.
@@ -198,7 +213,7 @@ class ConsumerFitter:
         solve: Solve | None = None,
     ) -> None:
         self.solve = solve or _refit_to_present
-        self.targets = {name: list(each) for name, each in targets.items()}
+        self.targets = targets
         self.changes, self.held_out, self.shadows = changes, held_out, shadows
         self._improved: dict[str, list[Tensor]] = {}
         self.normed: Mapping[str, NormedWeight] = {}

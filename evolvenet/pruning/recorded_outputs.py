@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
@@ -12,16 +13,26 @@ from torch import Tensor, nn
 
 from evolvenet.errors import concerning
 from evolvenet.execution.choices import Choices
-from evolvenet.execution.early_stop import without_logits
+from evolvenet.execution.early_stop import run_until_finished, without_logits
 from evolvenet.execution.isolation import isolated, op_by_op
 from evolvenet.execution.residual_sums import ResidualSumMode, TrackedOutput
 from evolvenet.execution.sampling import evenly
-from evolvenet.execution.step import run_model
 from evolvenet.execution.weight_ops import WeightOp, output_positions
 from evolvenet.graph.naming import named_tensors
+from evolvenet.graph.width_graph import FOLLOWS, WidthGraph
 from evolvenet.linalg.host_transfers import to_device
 from evolvenet.pruning.reconstruction_batch import ReconstructionLimits
 from evolvenet.pruning.target import Target
+
+
+def consumers_of(graph: WidthGraph, names: Iterable[str]) -> frozenset[str]:
+    """The weights that consume some widths, and kernels that follow one: depthwise ones pass errors of their inputs on."""
+    return frozenset(
+        tie.tensor
+        for width in map(graph.widths.__getitem__, names)
+        for tie in (*width.consumers, *(tie for tie in width.ties if tie.role == FOLLOWS))
+        if tie.tensor in graph.trainable and len(graph.shapes[tie.tensor]) > 1
+    )
 
 
 class OutputRecorder:
@@ -96,13 +107,33 @@ class OutputRecorder:
 
 
 def recorded(
-    model: nn.Module, batch: Any, recorder: OutputRecorder, gradients: bool, choices: Choices | None = None
+    model: nn.Module,
+    batch: Any,
+    recorder: OutputRecorder,
+    gradients: bool,
+    choices: Choices | None = None,
+    before: Callable[[WeightOp], None] | None = None,
 ) -> dict[str, list[Target]]:
-    """What consumers put out on a batch, as far as they can be fitted to it; the choices of routers are recorded."""
-    mode = ResidualSumMode(model, None, recorder.record, recorder.sum, recorder.bias)
+    """What consumers put out on a batch, as far as they can be fitted to it.
+
+    Args:
+        model: uncut.
+        batch: inputs of it.
+        recorder: of the outputs.
+        gradients: whether autograd is on.
+        choices: those of routers are recorded there.
+        before: called with each weight op before it runs, but for those of weight norm; it may raise `Finished`.
+    """
+
+    def add(op: WeightOp) -> None:
+        # What weight norm makes of a direction is multiplied with data, not the direction itself.
+        if before is not None and op.tensor not in mode.normed:
+            before(op)
+
+    mode = ResidualSumMode(model, add, recorder.record, recorder.sum, recorder.bias)
     mode.follows_norms, mode.choices = True, choices
     tensors, _, _ = named_tensors(model)
     batch = without_logits(model, batch, [tensors[name] for name in recorder.consumers])
     with isolated(model, gradients=gradients), op_by_op(mode):
-        run_model(model, batch)
+        run_until_finished(model, batch)
     return recorder.usable(mode.other_uses)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -16,7 +16,8 @@ from evolvenet.graph.width_graph import FOLLOWS, Tie, Width, WidthGraph
 from evolvenet.linalg.host_transfers import to_device
 from evolvenet.linalg.pivoted_cholesky import pivots
 from evolvenet.linalg.precision import in_float64
-from evolvenet.linalg.ridge import PrimalProblem, solve_held_out
+from evolvenet.linalg.ridge import solve_held_out
+from evolvenet.linalg.ridge_problems import PrimalProblem
 from evolvenet.measurement.activation_moments import ActivationMoments, Moments
 from evolvenet.measurement.host_model import on_host
 from evolvenet.measurement.rank_spectra import is_rotatable
@@ -119,8 +120,16 @@ def plan_prune(
     {'0.weight': (3, 2), '2.weight': (2, 3)}
     """
     host = host or on_host(model)
-    maps = {name: kept for name, kept in choose(host, graph, sizes, statistics).items() if not kept.is_identity}
-    return plan_cut(model, graph, maps, statistics, rank_bases(host, graph, maps, statistics), host)
+    maps, bases = chosen(host, graph, sizes, statistics)
+    return plan_cut(model, graph, maps, statistics, bases, host)
+
+
+def chosen(
+    model: nn.Module, graph: WidthGraph, sizes: Mapping[str, int], statistics: ActivationMoments | None
+) -> tuple[dict[str, IndexMap], dict[str, BasisChange]]:
+    """The maps of `choose` that remove units, and the rotations of the ranks among them. The arguments are those of `choose`."""
+    maps = {name: kept for name, kept in choose(model, graph, sizes, statistics).items() if not kept.is_identity}
+    return maps, rank_bases(model, graph, maps, statistics)
 
 
 def plan_cut(
@@ -150,27 +159,51 @@ def plan_cut(
         return surgery
     host = host or on_host(model)
     deltas: dict[str, Tensor] = {}
-    for name, index_map in maps.items():
-        with concerning(name):
-            for tensor, delta in column_refits(host, graph, name, index_map, statistics, surgery.bases.get(name)):
-                deltas[tensor] = deltas.get(tensor, 0) + delta
+    add_refits(deltas, host, graph, maps, statistics, surgery.bases)
     return with_deltas(model, surgery, deltas, host)
 
 
-def column_refits(
+def add_refits(
+    deltas: dict[str, Tensor],
+    model: nn.Module,
+    graph: WidthGraph,
+    maps: Mapping[str, IndexMap],
+    statistics: ActivationMoments,
+    bases: Mapping[str, BasisChange],
+    without: Container[str] = (),
+) -> None:
+    """Add the changes that make up for the removed units.
+
+    Args:
+        deltas: {tensor: change so far, of the old shape}.
+        model: the model of the graph.
+        graph: its widths.
+        maps: {width: the units that stay}.
+        statistics: from `collect`.
+        bases: {rank: its rotation before the cut}.
+        without: consumers that are not refitted.
+    """
+    for name, index_map in maps.items():
+        with concerning(name):
+            for tensor, delta in _column_refits(model, graph, name, index_map, statistics, bases.get(name), without):
+                deltas[tensor] = deltas.get(tensor, 0) + delta
+
+
+def _column_refits(
     model: nn.Module,
     graph: WidthGraph,
     name: str,
     index_map: IndexMap,
     statistics: ActivationMoments,
     basis: BasisChange | None,
+    without: Container[str],
 ) -> Iterator[tuple[str, Tensor]]:
     """(tensor's name, delta of the old shape) of each change that makes up for the removed units of one width."""
     if basis is not None:
         yield from removed_means(model, graph, graph.widths[name], basis, index_map, statistics)
         return
     for tie in graph.widths[name].consumers:
-        if tie in statistics and statistics.is_refittable(tie):
+        if tie.tensor not in without and tie in statistics and statistics.is_refittable(tie):
             yield from _refit(model, tie, index_map, statistics)
 
 
@@ -201,7 +234,7 @@ def predict_removed(
     # The kept units about their mean: a shift that both halves share changes no fit and keeps the digits of the sums.
     centre = torch.zeros_like(even.mean)
     if bias:
-        centre[kept] = even.merge(odd).mean[kept]
+        centre[kept] = ((even.count * even.mean + odd.count * odd.mean) / max(1, even.count + odd.count))[kept]
     means = [half.count * (half.mean - centre) for half in halves]
     seconds = [half.count * half.second_about(centre) for half in halves]
     found = solve_held_out(

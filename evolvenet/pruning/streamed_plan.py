@@ -1,8 +1,8 @@
 """The plan of a cut, width by width while the model runs: second moments of one width at a time, for models of any size.
 
 The moments of all consumers of a language model take several times the memory of its weights. Here all samples go through
-the model as one batch; once the last consumer of a width has run, its units are chosen, the change of its consumers' columns
-is computed, and its moments are given up. The run ends with the last width.
+the model as one batch; once the last consumer of a width has run, its units are chosen, and its moments are given up. In the
+same run the outputs of the consumers are recorded, to which they are fitted in the cut model.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from evolvenet.errors import concerning
-from evolvenet.execution.early_stop import Finished, run_until_finished
+from evolvenet.execution.choices import Choices
+from evolvenet.execution.early_stop import Finished
 from evolvenet.execution.inputs import first_samples
 from evolvenet.execution.isolation import isolated, op_by_op
 from evolvenet.execution.residual_sums import ResidualSumMode
@@ -25,16 +25,43 @@ from evolvenet.graph.index_map import IndexMap
 from evolvenet.graph.width_graph import Tie, WidthGraph
 from evolvenet.measurement.activation_moments import ActivationMoments, Halves, gather, halves_on_host
 from evolvenet.measurement.weight_uses import UseRecorder, WeightUses
-from evolvenet.pruning.rank_basis import rank_bases
-from evolvenet.pruning.selection import choose, column_refits, with_deltas
+from evolvenet.pruning.reconstruction_batch import ReconstructionLimits
+from evolvenet.pruning.recorded_outputs import OutputRecorder, consumers_of, recorded
+from evolvenet.pruning.selection import add_refits, chosen, with_deltas
+from evolvenet.pruning.target import Target
 from evolvenet.surgery.basis_change import BasisChange
 from evolvenet.surgery.resize_model import Surgery, check_finite, compile_surgery
 
 
+@dataclass(frozen=True, eq=False)
+class StreamedCut:
+    """A cut, and what its consumers are fitted to.
+
+    Args:
+        bare: the cut.
+        surgery: the same, with refits of those consumers that have no targets.
+        targets: {consumer: its outputs on the batch in the uncut model}, for `fit_to_targets`.
+        choices: of the model's routers.
+    """
+
+    bare: Surgery
+    surgery: Surgery
+    targets: dict[str, list[Target]]
+    choices: Choices
+
+
 def plan_streamed(
-    model: nn.Module, graph: WidthGraph, sizes: Mapping[str, int], batch: Any, held_out: Tensor
-) -> Surgery | None:
+    model: nn.Module,
+    graph: WidthGraph,
+    sizes: Mapping[str, int],
+    batch: Any,
+    held_out: Tensor,
+    limits: ReconstructionLimits,
+) -> StreamedCut | None:
     """`plan_prune` with the moments of one batch, of which only those of one width are in memory.
+
+    Consumers that `fit_to_targets` fits afterwards to the same samples are not refitted to the moments: with and without that
+    the outputs of a language model with 25, 50 and 75 % of its inner units removed were equally far from those before.
 
     Args:
         model: the model of the graph.
@@ -42,6 +69,7 @@ def plan_streamed(
         sizes: {width: new size}.
         batch: inputs of the model: all samples.
         held_out: `[samples]` booleans, see `evolvenet.execution.sampling.held_out`.
+        limits: on the outputs that are recorded in the same run.
 
     Returns:
         The changes. None if a consumer does not take as many places of every sample in as many calls as on the first one:
@@ -50,26 +78,33 @@ def plan_streamed(
     Raises:
         ResizeError, SpectrumError: as `plan_prune`.
     """
-    calls, places, uses = _calls(model, graph, sizes, first_samples(batch, 1))
-    plan = _Plan(model, graph, sizes, uses, held_out, calls, places)
+    cut = [graph.widths[name].name for name, size in sizes.items() if size != graph.widths[name].size]
+    recorder = OutputRecorder(consumers_of(graph, cut), limits)
+    calls, places, uses, fitted = _first_sample(model, graph, sizes, first_samples(batch, 1), recorder)
+    plan = _Plan(model, graph, sizes, uses, held_out, calls, places, fitted)
     for name, waiting in plan.waiting.items():
         if not waiting:
             plan.finish(name)
-    with isolated(model, gradients=graph.differentiates), op_by_op(ResidualSumMode(model, plan.add)):
-        run_until_finished(model, batch)
+    recorder = OutputRecorder(recorder.consumers, recorder.limits)
+    targets = recorded(model, batch, recorder, graph.differentiates, choices := Choices(), plan.add)
     for name in [name for name, waiting in plan.waiting.items() if waiting]:
         plan.finish(name)
     if plan.late:
         return None
-    maps = {name: kept for name, kept in plan.maps.items() if not kept.is_identity}
-    return with_deltas(model, check_finite(compile_surgery(model, graph, maps, plan.bases)), plan.deltas)
+    bare = check_finite(compile_surgery(model, graph, plan.maps, plan.bases))
+    return StreamedCut(bare, with_deltas(model, bare, plan.deltas), targets, choices)
 
 
-def _calls(
-    model: nn.Module, graph: WidthGraph, sizes: Mapping[str, int], sample: Any
-) -> tuple[Counter[Tie], Counter[Tie], WeightUses]:
-    """How often each consumer of the widths runs on a sample, at how many places, and what its weight is used for."""
-    calls, places, recorder = Counter[Tie](), Counter[Tie](), UseRecorder(model)
+def _first_sample(
+    model: nn.Module, graph: WidthGraph, sizes: Mapping[str, int], sample: Any, recorder: OutputRecorder
+) -> tuple[Counter[Tie], Counter[Tie], WeightUses, frozenset[str]]:
+    """What a run on one sample tells.
+
+    Returns:
+        How often each consumer of the widths runs, at how many places, what weights are used for, and which consumers will be
+        fitted to their outputs: stacked ones may not be, it depends on the samples.
+    """
+    calls, places, uses = Counter[Tie](), Counter[Tie](), UseRecorder(model)
     by_tensor: dict[str, list[Tie]] = {}
     for name in sizes:
         for tie in graph.widths[name].consumers:
@@ -81,11 +116,21 @@ def _calls(
                 calls[tie] += 1
                 places[tie] += op.input_positions
 
-    mode = ResidualSumMode(model, count, lambda op, _: recorder.add_op(op), on_bias=recorder.add_bias)
+    def after(op: WeightOp, out: Tensor) -> None:
+        uses.add_op(op)
+        recorder.record(op, out)
+
+    def on_bias(*found: Any) -> None:
+        uses.add_bias(*found)
+        recorder.bias(*found)
+
+    mode = ResidualSumMode(model, count, after, recorder.sum, on_bias)
     with isolated(model, gradients=graph.differentiates), op_by_op(mode):
         run_model(model, sample)
-    recorder.add_other_uses(mode.other_uses)
-    return calls, places, recorder.found(graph)
+    uses.add_other_uses(mode.other_uses)
+    usable = recorder.usable(mode.other_uses)
+    fitted = frozenset(name for name, targets in usable.items() if all(target.group is None for target in targets))
+    return calls, places, uses.found(graph), fitted
 
 
 @dataclass
@@ -100,6 +145,7 @@ class _Plan:
         held_out: `[samples]` booleans.
         calls: how often each consumer runs.
         places: at how many places of one sample.
+        fitted: consumers that are fitted to their outputs afterwards.
 
     Attributes:
         waiting: {width: how many calls of its consumers are still to come}; of those that are finished 0.
@@ -113,6 +159,7 @@ class _Plan:
     held_out: Tensor
     calls: Counter[Tie]
     places: Counter[Tie]
+    fitted: frozenset[str]
     maps: dict[str, IndexMap] = field(default_factory=dict)
     bases: dict[str, BasisChange] = field(default_factory=dict)
     deltas: dict[str, Tensor] = field(default_factory=dict)
@@ -146,7 +193,7 @@ class _Plan:
                 done.append(name)
         for name in done:
             self.finish(name)
-        if self.late or (done and not any(self.waiting.values())):
+        if self.late:
             raise Finished
 
     def finish(self, name: str) -> None:
@@ -158,12 +205,7 @@ class _Plan:
             return
         found = {tie: halves for tie, halves in self._moments.pop(name).items() if halves.seen}
         statistics = ActivationMoments(*halves_on_host(found), self.uses)
-        kept = choose(self.model, self.graph, {name: self._sizes[name]}, statistics)[name]
-        self.maps[name] = kept
-        if kept.is_identity:
-            return
-        bases = rank_bases(self.model, self.graph, [name], statistics)
+        maps, bases = chosen(self.model, self.graph, {name: self._sizes[name]}, statistics)
+        self.maps |= maps
         self.bases |= bases
-        with concerning(name):
-            for tensor, delta in column_refits(self.model, self.graph, name, kept, statistics, bases.get(name)):
-                self.deltas[tensor] = self.deltas.get(tensor, 0) + delta
+        add_refits(self.deltas, self.model, self.graph, maps, statistics, bases, self.fitted)

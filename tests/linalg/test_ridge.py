@@ -10,7 +10,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from evolvenet.linalg.ridge import ALL, EVEN, ODD, DualProblem, PrimalProblem, refit, solve_held_out
+from evolvenet.linalg.ridge import PATIENCE, RIDGES, refit, solve_held_out
+from evolvenet.linalg.ridge_problems import ALL, EVEN, ODD, DualProblem, PrimalProblem, Solution
 from tests.helpers.cases import FLOAT
 
 ALTERNATE = torch.arange(20) % 2 == 1
@@ -184,3 +185,28 @@ def test_mixtures_weigh_outputs_as_their_metric_does() -> None:
     # Of the same mixtures at each ridge, what one ridge gains over another is as far off as that gain is large.
     gains = [float(each.energy(ODD) - each.error(each.solve(EVEN, 1e-2), ODD)) for each in (problem, few)]
     assert gains[1] == pytest.approx(gains[0], rel=0.2)
+
+
+def test_ridges_beyond_the_best_one_are_not_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of noisy samples a large ridge is best; the solution is that of all ridges."""
+    made = torch.Generator().manual_seed(0)
+    x, noise = (torch.randn(40, width, generator=made, dtype=FLOAT) for width in (15, 3))
+    problem = PrimalProblem.from_rows(x, x[:, :3] + 3 * noise, ALTERNATE.repeat(2), centred=False)
+    tried: list[float] = []
+    solve = PrimalProblem.solve
+
+    def recorded(self: PrimalProblem, halves: tuple[int, ...], ridge: float | torch.Tensor) -> Solution:
+        tried.append(float(ridge))
+        return solve(self, halves, ridge)
+
+    monkeypatch.setattr(PrimalProblem, "solve", recorded)
+    few = solve_held_out(problem)
+    *trials, best = tried
+    assert len(trials) < len(RIDGES)
+    assert trials[-1 - PATIENCE] == best
+    monkeypatch.setattr("evolvenet.linalg.ridge.PATIENCE", len(RIDGES))
+    every = solve_held_out(problem)
+    assert tried[-1] == best
+    assert few is not None
+    assert every is not None
+    assert torch.equal(few[0], every[0])

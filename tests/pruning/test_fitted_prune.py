@@ -67,7 +67,7 @@ def test_a_fit_that_helps_is_that_to_all_batches() -> None:
     assert found.graph.notes == ()
     bare = compile_surgery(model, graph, found.maps)
     assert error(model, found, batches) < 0.5 * error(model, bare, batches)
-    expected = fitted_prune._fitted(model, graph, SIZES, batches, fitted_prune.ONE_SHOT_LIMITS)
+    _, expected = fitted_prune._fitted(model, graph, SIZES, batches, fitted_prune.ONE_SHOT_LIMITS)
     assert all(torch.equal(value, values(expected)[name]) for name, value in values(found).items())
 
 
@@ -90,7 +90,7 @@ def test_a_fit_that_hurts_on_held_out_batches_is_refused_with_a_line(
 
 def test_a_fit_that_goes_too_far_is_taken_by_half(monkeypatch: pytest.MonkeyPatch) -> None:
     model, graph, batches = case()
-    expected = values(fitted_prune._fitted(model, graph, SIZES, batches, fitted_prune.ONE_SHOT_LIMITS))
+    expected = values(fitted_prune._fitted(model, graph, SIZES, batches, fitted_prune.ONE_SHOT_LIMITS)[1])
     monkeypatch.setattr(fitted_prune, "reconstruct", fits(lambda fit, bare: bare + 2 * (fit - bare)))
     found = plan_fitted_prune(model, graph, SIZES, batches)
     assert "taken by 50%" in found.graph.notes[0]

@@ -13,8 +13,11 @@ from evolvenet.execution.sampling import held_out
 from evolvenet.measurement.activation_moments import collect
 from evolvenet.measurement.output_error import output_error, outputs_on
 from evolvenet.pruning import fitted_prune, reconstruction_batch
+from evolvenet.pruning.reconstruction import fit_to_targets, reconstruct
+from evolvenet.pruning.reconstruction_batch import ONE_SHOT_LIMITS
 from evolvenet.pruning.selection import plan_prune
 from evolvenet.pruning.streamed_plan import plan_streamed
+from evolvenet.surgery.resize_model import Surgery
 from evolvenet.tracing.trace import trace
 from tests.helpers.small_models import convnet, images, mlp
 from tests.helpers.states import State
@@ -38,15 +41,31 @@ def test_the_plan_is_that_of_all_moments_at_once(name: str) -> None:
     sizes = {width.name: width.rounded(-(-3 * width.size // 4)) for width in graph.resizable}
     before = State.of(model)
     count = len(batch["input_ids"] if isinstance(batch, dict) else batch)
-    streamed = plan_streamed(model, graph, sizes, batch, held_out([count]))
+    odd = held_out([count])
+    streamed = plan_streamed(model, graph, sizes, batch, odd, ONE_SHOT_LIMITS)
     assert streamed is not None
     assert before.differences(model) == []
     whole = plan_prune(model, graph, sizes, collect(model, graph, [batch]))
-    assert streamed.maps == whole.maps
-    expected = {change.name: change.value for change in whole.changes}
-    assert {change.name for change in streamed.changes} == set(expected)
-    for change in streamed.changes:
-        torch.testing.assert_close(change.value, expected[change.name], rtol=1e-5, atol=1e-7)
+    assert streamed.surgery.maps == whole.maps
+    fitted = set(streamed.targets)
+    assert fitted
+    expected = values_of(whole) | {name: value for name, value in values_of(streamed.bare).items() if name in fitted}
+    biases = {name for name in expected if name.removesuffix("bias") + "weight" in fitted}
+    assert_same(values_of(streamed.surgery), expected, biases)
+    again = reconstruct(model, graph, streamed.surgery, [batch], ONE_SHOT_LIMITS)
+    made = fit_to_targets(model, graph, streamed.surgery, batch, streamed.targets, odd, streamed.choices)
+    assert_same(values_of(made), values_of(again), set())
+    assert not any(streamed.targets.values())
+
+
+def values_of(surgery: Surgery) -> dict[str, Tensor]:
+    return {change.name: change.value for change in surgery.changes}
+
+
+def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor], but: set[str]) -> None:
+    assert set(found) | but == set(expected) | but
+    for name in set(found) - but:
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-5, atol=1e-7)
 
 
 class Looping(nn.Module):
@@ -63,7 +82,7 @@ class Looping(nn.Module):
 def test_where_a_layer_runs_more_often_on_more_samples_there_is_no_streamed_plan() -> None:
     model, x = Looping(), torch.randn(8, 4, dtype=torch.float64)
     graph = trace(model, x[:1])
-    assert plan_streamed(model, graph, {"first": 6}, x, held_out([8])) is None
+    assert plan_streamed(model, graph, {"first": 6}, x, held_out([8]), ONE_SHOT_LIMITS) is None
 
 
 def test_a_large_model_is_pruned_as_a_small_one_is(monkeypatch: pytest.MonkeyPatch) -> None:
