@@ -8,6 +8,7 @@ fix is accepted only after its trial has passed.
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from torch import Tensor
 from evolvenet.graph.coverage import OTHER_ORDER
 from evolvenet.graph.naming import holder_of
 from evolvenet.graph.width_graph import Width
+from evolvenet.tracing.connected import connected
 from evolvenet.tracing.grouping import GroupedWidths
 from evolvenet.tracing.labels import LabelGraph
 from evolvenet.tracing.numbers_of_widths import HEAD, PLAIN, SLICE
@@ -203,7 +205,19 @@ def slices_of_grids(built: GroupedWidths, label_graph: LabelGraph, failed: Seque
     return _of_grids(built, label_graph, failed, SLICE)
 
 
-def _of_grids(built: GroupedWidths, label_graph: LabelGraph, failed: Sequence[str], kind: str) -> list[CandidateFix]:
+def places_in_proportion(built: GroupedWidths, label_graph: LabelGraph, failed: Sequence[str]) -> list[CandidateFix]:
+    """Tie pairs of places that an embedding turns to those places of the same head that go with them.
+
+    Code that turns a part of each head (Phi, GPT-NeoX) has one number for all places of a head and one for those that turn.
+    Both stay in proportion if a unit has as many pairs as any other one, and as many of the places that are not turned: where
+    16 of 64 places turn, 8 units of one pair and 6 other places.
+    """
+    return _of_grids(built, label_graph, failed, SLICE, in_proportion=True)
+
+
+def _of_grids(
+    built: GroupedWidths, label_graph: LabelGraph, failed: Sequence[str], kind: str, *, in_proportion: bool = False
+) -> list[CandidateFix]:
     by_module: dict[str, list[Tensor]] = defaultdict(list)
     for ids in label_graph.grids.values():
         tensor = label_graph.tensor_of(ids)
@@ -219,12 +233,37 @@ def _of_grids(built: GroupedWidths, label_graph: LabelGraph, failed: Sequence[st
             views = [ids for ids in grids if ids.shape == largest]
         units = {int(unit) for view in views for unit in np.unique(built.component[view.numpy()])}
         stuck = [name for name in failed if units & set(built.members[name])]
-        if stuck:
-            edges = _tie_all([_tie_columns(view) for view in views], [view[0] for view in views])
+        together = _proportional(built, views) if in_proportion else torch.arange(views[0].shape[1])
+        if stuck and together is not None:
+            firsts = [*(view[0] for view in views), views[0][0, together]]
+            edges = _tie_all([_tie_columns(view) for view in views], firsts)
             anchors = (min(int(first[unit]) for unit in units), *(built.anchors[name] for name in stuck))
             key = (largest[0], tuple(view.shape for view in views), module.rpartition(".")[2])
             found.append(CandidateFix(anchors, kind, edges, key))
     return found
+
+
+def _proportional(built: GroupedWidths, views: Sequence[Tensor]) -> Tensor | None:
+    """For each place of a head the first one of its unit, if pairs of places and others are units in proportion; else None."""
+    count = views[0].shape[1]
+    ties: list[tuple[Tensor, Tensor]] = []
+    for view in views:
+        _, first, place = np.unique(built.component[view[0].numpy()], return_index=True, return_inverse=True)
+        ties.append((torch.arange(count), torch.from_numpy(first[place])))
+    parts = connected(count, ties)
+    by_size: dict[int, list[np.ndarray]] = defaultdict(list)
+    for part in dict.fromkeys(parts.tolist()):
+        places = np.flatnonzero(parts == part)
+        by_size[len(places)].append(places)
+    units = math.gcd(*(len(found) for found in by_size.values()))
+    if len(by_size) < 2 or units < 2:
+        return None
+    together = np.empty(count, np.int64)
+    for found in by_size.values():
+        for number, places in enumerate(found):
+            together[places] = number // (len(found) // units)
+    _, first = np.unique(together, return_index=True)
+    return torch.from_numpy(first[together])
 
 
 PLACES_FIRST: FixRounds = (
@@ -246,11 +285,12 @@ HEADS_FIRST: FixRounds = (
     (slices_with_stream, slices, slices_of_one_module, heads_with_stream),
 )
 PLACES_ALONE: FixRounds = (
-    (update_attributes, pieces_of_given_sizes, slices_with_stream, slices, slices_of_one_module, places_with_values),
+    (update_attributes, pieces_of_given_sizes, slices, slices_of_one_module),
+    (slices_with_stream, places_with_values, places_in_proportion),
     (slices_of_grids, heads_of_one_module, heads_with_stream, heads_of_grids),
 )
 """Heads go only where their places cannot."""
-PLACES_LAST: FixRounds = ((slices_of_grids, places_with_values),)
+PLACES_LAST: FixRounds = ((slices_of_grids, places_with_values, places_in_proportion),)
 """Places of all heads, and of all layers where these share a rotary embedding, are tried only where whole heads cannot go."""
 
 
@@ -308,8 +348,9 @@ def _by_module(built: GroupedWidths, label_graph: LabelGraph, failed: Sequence[s
 def _enclosing_module(width: Width) -> str:
     """Path of the module that holds a width's projections: its first producer if it is a fused one, else the parent."""
     first = (width.producers or width.ties)[0].module
-    # In another order, units may stand after others in a weight that is no fused one.
-    in_order = width.frozen is None or not width.frozen.startswith(OTHER_ORDER)
+    # In another order on its axis, units may stand after others in a weight that is no fused one.
+    reason = width.frozen or ""
+    in_order = not reason.startswith(OTHER_ORDER) or (bool(width.producers) and f" of {first}." not in reason)
     fused = in_order and any(tie.module == first and tie.start for tie in width.ties)
     return first if fused else holder_of(first)
 

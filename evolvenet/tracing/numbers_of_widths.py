@@ -25,7 +25,7 @@ d_inner intermediate_size ssm_state_size time_step_rank conv_dim mlp_dim width a
 in_chs out_chs mid_chs expand_chs num_1x1_c latent_dim inplanes planes inner_size feature_dim n_state n_units output_size
 input_size num_hiddens q_lora_rank kv_lora_rank num_experts num_local_experts n_experts n_routed_experts shape unflattened_size"""
 _HEAD_SIZES = """head_dim attention_head_size key_value_proj_dim d_kv dim_head head_size dim_per_head d_head key_dim val_dim
-head_width v_head_dim qk_nope_head_dim qk_head_dim kv_dim"""
+head_width v_head_dim qk_nope_head_dim qk_head_dim kv_dim rotary_ndims rotary_dim"""
 _HEAD_COUNTS = "num_heads n_heads num_attention_heads nhead heads n_head num_key_value_heads"
 ATTRIBUTE_NAMES: Mapping[str, frozenset[str]] = {
     PLAIN: frozenset(_SIZES.split()),
@@ -56,6 +56,7 @@ def attributes_to_update(
     for tie in width.ties:
         totals[tie.tensor, tie.dim] += tie.repeat * width.size
     values = {width.size} | {total * k for total in totals.values() for k in (1, 2, 3, 4)}
+    values |= _heads_of_queries(width) | _places_of_a_head(width)
     found: list[tuple[str, str]] = []
     consuming = frozenset[str]() if keys is None else _only_consuming(width)
     for path in _paths(model, width):
@@ -71,6 +72,28 @@ def attributes_to_update(
     return tuple(found)
 
 
+def _heads_of_queries(width: Width) -> set[int]:
+    """Numbers of heads, where a unit is a head of keys with all heads of queries that share it."""
+    repeats = {tie.repeat for tie in width.producers}
+    return {width.size * (most // least) for most in repeats for least in repeats if most % least == 0}
+
+
+def _places_of_a_head(width: Width) -> set[int]:
+    """Numbers of places that a head may have, where a unit has unlike numbers of places in the parts of a head.
+
+    The parts are as many on an axis as heads, times the parts of each.
+    """
+    parts: dict[tuple[str, int], list[int]] = defaultdict(list)
+    for tie in width.ties:
+        parts[tie.tensor, tie.dim].append(tie.repeat)
+    found: set[int] = set()
+    for repeats in parts.values():
+        total, count = width.size * sum(repeats), len(repeats)
+        if len(set(repeats)) > 1:
+            found |= {total // heads for heads in range(2, count) if count % heads == total % heads == 0}
+    return found
+
+
 def possible_keys(model: nn.Module, width: Width) -> list[str]:
     """Keys of all numbers that may hold a width's size, whatever they are called; those with a name of a size come first.
 
@@ -83,11 +106,18 @@ def possible_keys(model: nn.Module, width: Width) -> list[str]:
     everything = frozenset(
         _key(model, consuming, path, name) for path in own for name, _ in numbers_in(model.get_submodule(path))
     )
-    found: dict[str, bool] = {}
+    found: dict[str, int] = {}
     for path, name in attributes_to_update(model, width, PLAIN, everything):
         if path in own:
-            found[_key(model, consuming, path, name)] = name_of_size(model.get_submodule(path), name) not in ANY_SIZE
+            found[_key(model, consuming, path, name)] = _likeliness(model.get_submodule(path), name)
     return sorted(found, key=lambda key: found[key])
+
+
+def _likeliness(module: nn.Module, name: str) -> int:
+    """0 for a name of a size, 1 for such a field of a configuration ("config.num_attention_heads"), 2 for any other."""
+    if name_of_size(module, name) in ANY_SIZE:
+        return 0
+    return 1 if name.rpartition(".")[2] in ANY_SIZE else 2
 
 
 def _only_consuming(width: Width) -> frozenset[str]:

@@ -13,12 +13,18 @@ from evolvenet.graph.width_graph import FOLLOWS, Width, WidthGraph
 from evolvenet.tracing.labels import MET_DATA, LabelGraph
 
 
-def shared_by_heads(graph: WidthGraph) -> frozenset[str]:
+def shared_by_heads(graph: WidthGraph, label_graph: LabelGraph) -> frozenset[str]:
     """Tensors that tie all heads of frozen widths to each other: frequencies of rotary embeddings, norms of queries.
 
     They follow a width whose producers have more places than they have, on a module of their own. If they stay as they are,
-    whole heads may go. Heads of queries go with the key and value head that they share.
+    whole heads may go. Heads of queries go with the key and value head that they share. A norm over all heads of keys has an
+    entry for each of their places and is no such tensor (OLMo 2).
+
+    Args:
+        graph: of a first run.
+        label_graph: the ties of its units.
     """
+    places = {ids.shape[1] for ids in label_graph.grids.values()}
     found: set[str] = set()
     for width in graph.widths.values():
         if width.frozen is None or not width.frozen.startswith("a trial"):
@@ -26,12 +32,16 @@ def shared_by_heads(graph: WidthGraph) -> frozenset[str]:
         totals: dict[tuple[str, int], int] = defaultdict(int)
         for tie in width.ties:
             totals[tie.tensor, tie.dim] += tie.repeat * width.size
-        most = max((totals[tie.tensor, tie.dim] for tie in width.producers), default=0)
+        produced = {totals[tie.tensor, tie.dim] for tie in width.producers}
+        most, whole = max(produced, default=0), produced - places
         own = {tie.module for tie in (*width.producers, *width.consumers)}
         found |= {
             tie.tensor
             for tie in width.ties
-            if tie.role == FOLLOWS and tie.module not in own and totals[tie.tensor, tie.dim] < most
+            if tie.role == FOLLOWS
+            and tie.module not in own
+            and totals[tie.tensor, tie.dim] < most
+            and totals[tie.tensor, tie.dim] not in whole
         }
     return frozenset(found)
 

@@ -184,7 +184,7 @@ def _verified(
         return verify(model, labels, device, runs, rounds, grouped[given, labels.keeps_heads])
 
     graphs = [verified(label_graph)]
-    given = shared_by_heads(graphs[0])
+    given = shared_by_heads(graphs[0], label_graph)
     others = [(given, False)] if given else []
     others += [(given, True)] if has_entries_of_heads(graphs[0], label_graph, first is HEADS_FIRST) else []
     for given, keeps_heads in others:
