@@ -34,6 +34,7 @@ from evolvenet.pruning.allocation import allocate_to
 from evolvenet.pruning.reconstruction import reconstruct
 from evolvenet.pruning.selection import plan_prune
 from evolvenet.pruning.trials import Curve, trial_curves
+from evolvenet.signals import deferred_signals
 from evolvenet.surgery.optimizer_parameters import as_list
 from evolvenet.surgery.width_record import remember_widths
 from evolvenet.tracing.trace import trace
@@ -126,10 +127,10 @@ def compress(  # noqa: PLR0913  one name for each cost
     whole = outputs_on(model, judging, graph)
     found: dict[str, tuple[Attempt, Mapping[str, int]]] = {}
     for name, sizes in search.candidates():
-        with ExitStack() as undo:
+        with deferred_signals("an attempt"), ExitStack() as undo:
             found[name] = search.tried(name, sizes, fitting, partial(_error, whole, judging), undo), sizes
     chosen, sizes = _best(goal, list(found.values()))
-    with ExitStack() as undo:
+    with deferred_signals("the compression"), ExitStack() as undo:
         cut, layers = search.execute(chosen.name, sizes, listed, as_list(optimizers), undo)
         after = trace(model, example_inputs, outputs) if layers is not None and layers.before > layers.after else cut
         undo.pop_all()
@@ -217,7 +218,7 @@ class Search:
         costs, curves = Costs.of(model, graph, goal.example_inputs), trial_curves(model, graph, batches)
         if not lowrank:
             return cls(model, graph, goal, costs, curves, None, {}, {})
-        with ExitStack() as undo:
+        with deferred_signals("the search of layers"), ExitStack() as undo:
             split_attentions(model, None, undo)
             requests = requested(model, None, "auto")
             asked = factorizable(requests)

@@ -11,10 +11,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 from evolvenet._compat.torch import communication_hooks, hook_tables
 from evolvenet.errors import UnsupportedStrategyError
+from evolvenet.signals import deferred_signals
 
 _NOT_SETTINGS = ("self", "module", "device_mesh", "init_sync")
 
 
+@deferred_signals("the renewal of the DDP wrapper")
 def renew_ddp(wrapper: nn.Module) -> None:
     """Make a `DistributedDataParallel` wrapper anew in place: whoever holds the wrapper goes on with it.
 

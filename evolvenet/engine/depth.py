@@ -31,6 +31,7 @@ from evolvenet.execution.isolation import isolated
 from evolvenet.execution.step import run_model
 from evolvenet.linalg.precision import in_float64
 from evolvenet.measurement.output_error import outputs_on
+from evolvenet.signals import deferred_signals
 from evolvenet.surgery.module_replacement import Replacement, exchange_modules
 from evolvenet.surgery.optimizer_parameters import as_list, parameter_names, replace_parameters
 from evolvenet.surgery.removed_block import NOTHING, PASSES, RemovedBlock
@@ -67,6 +68,7 @@ class Observed:
     shape: tuple[int, ...] = ()
 
 
+@deferred_signals("the removal of blocks")
 def remove_blocks(
     model: nn.Module,
     example_inputs: Any,

@@ -49,6 +49,7 @@ from evolvenet.measurement.calibration import LEAST, batches_needed, places_per_
 from evolvenet.measurement.cost import macs, parameters
 from evolvenet.measurement.past_events import PastEvents
 from evolvenet.policies.base import JudgingPolicy, Policy, judged_metric
+from evolvenet.signals import deferred_signals
 from evolvenet.surgery.optimizer_parameters import as_list
 from evolvenet.surgery.width_record import remember_widths
 from evolvenet.tracing.unreached import trace_for_training
@@ -143,21 +144,6 @@ class Evolver(EvolverState):
         self._check_optimizers()
         warn(unreachable(policy, model, self.graph, self.example_inputs, self.lowrank))
 
-    @property
-    def off(self) -> str | None:
-        """Why widths stay as they are for the rest of the run; None while they may change."""
-        return self._failures.off
-
-    @property
-    def has_changed(self) -> bool:
-        """Whether any width has other units than at the start, or a layer has become a chain."""
-        return self.original.has_changed or self.original.made_chains(self.graph)
-
-    @property
-    def observed(self) -> int:
-        """Batches that an event would measure on now."""
-        return len(self._buffer)
-
     def observe(self, batch: Any, gradients: Sequence[Tensor | None] = (), copy: bool = True) -> None:
         """Remember a copy of a batch to measure on. Nothing is computed until `step`.
 
@@ -184,6 +170,7 @@ class Evolver(EvolverState):
         """Let go of the batches observed so far."""
         self._buffer.clear()
 
+    @deferred_signals("the event")
     def step(self, at: int | None = None, progress: float | None = None) -> Event:
         """Measure, let the policy decide, and change the widths.
 
@@ -226,6 +213,7 @@ class Evolver(EvolverState):
         seconds = time.perf_counter() - started
         return self._record(self._event(moment, changes, before, seconds, skipped, stages=stages, **found))
 
+    @deferred_signals("the judgement of the last cut")
     def judge(self, value: float, at: int | None = None) -> Event | None:
         """Tell a policy that judges its cuts, such as `Tolerance`, the value of its metric, after a validation.
 
@@ -264,15 +252,16 @@ class Evolver(EvolverState):
 
         If the body raises, everything is as before. If not, evolution is off: what must fit what is not known. `why` is recorded.
         """
-        before, started, count = self.history.sizes(self.graph), time.perf_counter(), parameters(self.model)
-        with at_first_sizes(self.original, self.model, self.graph, self.optimizers, self._copies()) as graph:
-            yield
-        self.graph, self.original = graph, OriginalWidths.of(graph)
-        reset_compiled_code()
-        self._macs = macs(self.model, self.example_inputs, self.graph.differentiates)
-        self._failures.off = f"all widths have their first sizes again, and keep them: {why}"
-        changes = changed(before, self.history.sizes(self.graph), dict.fromkeys(before, self._failures.off))
-        self._record(self._event(self._observed, changes, count, time.perf_counter() - started))
+        with deferred_signals("the return to the first widths"):
+            before, started, count = self.history.sizes(self.graph), time.perf_counter(), parameters(self.model)
+            with at_first_sizes(self.original, self.model, self.graph, self.optimizers, self._copies()) as graph:
+                yield
+            self.graph, self.original = graph, OriginalWidths.of(graph)
+            reset_compiled_code()
+            self._macs = macs(self.model, self.example_inputs, self.graph.differentiates)
+            self._failures.off = f"all widths have their first sizes again, and keep them: {why}"
+            changes = changed(before, self.history.sizes(self.graph), dict.fromkeys(before, self._failures.off))
+            self._record(self._event(self._observed, changes, count, time.perf_counter() - started))
 
     def _check_optimizers(self) -> None:
         """Switch evolution, or the changes of ranks alone, off where an optimizer could not follow; with a warning.

@@ -27,6 +27,7 @@ from evolvenet.graph.width_graph import ChosenOutputs, WidthGraph
 from evolvenet.measurement.calibration import LEAST
 from evolvenet.measurement.cost import macs
 from evolvenet.measurement.past_events import PastEvents
+from evolvenet.signals import deferred_signals
 from evolvenet.surgery.checkpoint import WidthRecord, fit_shapes
 from evolvenet.surgery.width_record import remember_widths
 from evolvenet.tracing.unreached import trace_for_training
@@ -55,6 +56,21 @@ class EvolverState:
     _failures: FailurePolicy
     _pending_cut: PendingCut | None
 
+    @property
+    def off(self) -> str | None:
+        """Why widths stay as they are for the rest of the run; None while they may change."""
+        return self._failures.off
+
+    @property
+    def has_changed(self) -> bool:
+        """Whether any width has other units than at the start, or a layer has become a chain."""
+        return self.original.has_changed or self.original.made_chains(self.graph)
+
+    @property
+    def observed(self) -> int:
+        """Batches that an event would measure on now."""
+        return len(self._buffer)
+
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs besides the model: plain data, and the tensors of the batches observed so far."""
         return {
@@ -77,6 +93,7 @@ class EvolverState:
             ],
         }
 
+    @deferred_signals("the load of the evolver's state")
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up where `state_dict` was called.
 
@@ -100,6 +117,7 @@ class EvolverState:
         if self._pending_cut and state.get("pending_cut"):
             self._pending_cut.load_state_dict(state["pending_cut"])
 
+    @deferred_signals("the removal of blocks")
     def remove_blocks(self, share: float = 0.0) -> tuple[str, ...]:
         """Remove residual blocks and branches that carry nothing, whatever the policy, see `evolvenet.remove_blocks`.
 
@@ -154,6 +172,7 @@ class EvolverState:
         reset_compiled_code()
         return tuple(removal.path for removal in reversed(removals))
 
+    @deferred_signals("the exchange of the graph")
     def adopt(self, graph: WidthGraph) -> None:
         """Go on with another graph of the same model as it is, from a trace that has reached more of it."""
         check_fits(graph, self.model)

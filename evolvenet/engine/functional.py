@@ -18,6 +18,7 @@ from evolvenet.growth.expanded_model import Loss
 from evolvenet.growth.plan import plan_growth
 from evolvenet.pruning.fitted_prune import plan_fitted_prune
 from evolvenet.pruning.selection import plan_prune
+from evolvenet.signals import deferred_signals
 from evolvenet.surgery.optimizer_parameters import as_list
 from evolvenet.surgery.optimizer_state import apply_state, compile_states, validate_state
 from evolvenet.surgery.optimizer_tensors import with_inner
@@ -122,6 +123,7 @@ def grow(
     return commit(model, plan_growth(model, graph, sizes, method, generator, batches, loss), optimizers)
 
 
+@deferred_signals("the change of widths")
 def commit(model: nn.Module, surgery: Surgery, optimizers: Optimizer | Sequence[Optimizer] = ()) -> WidthGraph:
     """Apply a compiled surgery to a model and its optimizers; on any failure everything is as before.
 

@@ -15,6 +15,7 @@ from evolvenet.execution.chosen_outputs import Outputs
 from evolvenet.execution.dummy_inputs import dummy_inputs
 from evolvenet.graph.sizes import sizes_from_shapes
 from evolvenet.graph.width_graph import WidthGraph
+from evolvenet.signals import deferred_signals
 from evolvenet.surgery.checkpoint import find_record, load_state
 from evolvenet.surgery.checkpoint_file import read, state_in, write
 from evolvenet.surgery.state_parts import fit_file_replacements, own_names, own_part, tied_to
@@ -85,6 +86,7 @@ def state_with_record(
     return state
 
 
+@deferred_signals("the load")
 def load(
     model: nn.Module,
     path: str | Path,

@@ -27,6 +27,7 @@ from evolvenet.execution.state_guard import SavedState
 from evolvenet.execution.step import network_outputs, run_model
 from evolvenet.graph.width_graph import ChosenOutputs
 from evolvenet.linalg.full_precision import full_precision
+from evolvenet.signals import deferred_signals
 from evolvenet.surgery.module_handlers import refresh
 
 
@@ -68,7 +69,7 @@ def isolated(
     modules = list(model.modules())
     if shadows:
         _refuse_scripted(modules)
-    with ExitStack() as stack:
+    with deferred_signals("a run of the model without side effects"), ExitStack() as stack:
         stack.enter_context(full_precision())
         if any(isinstance(module, nn.RNNBase) for module in modules):
             # cuDNN's recurrent layers hide their products, and have no backward pass in eval mode; PyTorch's own do not.

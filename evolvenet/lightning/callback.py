@@ -33,6 +33,7 @@ from evolvenet.lightning.trainer_parts import (
     metric_of,
     shown_in_progress_bar,
 )
+from evolvenet.signals import deferred_signals
 from evolvenet.surgery.checkpoint import RECORD_KEY, fit_shapes, register_reshape_before_load
 from evolvenet.surgery.optimizer_values import norms_of, not_restored
 
@@ -101,6 +102,7 @@ class WidthEvolution(LightningEvolution, Callback):
         self.restriction.check(name for name, _ in pl_module.named_modules())
         self._has_trained = False
 
+    @deferred_signals("the start of the run")
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Record what the training step calls the model with, and warn if no event falls into the run."""
         self._has_trained = True
@@ -124,6 +126,7 @@ class WidthEvolution(LightningEvolution, Callback):
         """Keep a first batch to trace the validation step on."""
         self._batches.setdefault("validation_step", (batch, batch_idx))
 
+    @deferred_signals("the trace")
     def on_validation_batch_end(
         self,
         trainer: Trainer,
@@ -136,6 +139,7 @@ class WidthEvolution(LightningEvolution, Callback):
         """Trace anew where a module has run for the first time."""
         self._trace_first_runs("validation_step", batch, batch_idx)
 
+    @deferred_signals("the event")
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Change widths when an event is due."""
         boundary = batch_idx % trainer.accumulate_grad_batches == 0
@@ -166,6 +170,7 @@ class WidthEvolution(LightningEvolution, Callback):
             pl_module.log("evolve/parameters", torch.tensor(float(latest.parameters), device="cpu"))
             pl_module.log("evolve/macs", torch.tensor(float(latest.macs), device="cpu"))
 
+    @deferred_signals("the trace")
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
@@ -182,6 +187,7 @@ class WidthEvolution(LightningEvolution, Callback):
         if self._judged_metric is not None and not trainer.sanity_checking:
             self._metric = metric_of(trainer, self._judged_metric)
 
+    @deferred_signals("the judgement of the last cut")
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Judge the last cut, leave no hook behind, and log what has become of the widths."""
         self._judge(trainer, pl_module)
@@ -221,6 +227,7 @@ class WidthEvolution(LightningEvolution, Callback):
         """Remember norms of what the optimizers kept, to warn where they do not get it back."""
         self._optimizer_norms = checkpoint.get(OPTIMIZERS_KEY, [])
 
+    @deferred_signals("the copy of the evolution's state")
     def state_dict(self) -> dict[str, Any]:
         """The run's events and what the next ones depend on, for the checkpoint."""
         if self.evolver is None or self._subject is None:
@@ -234,6 +241,7 @@ class WidthEvolution(LightningEvolution, Callback):
             "metric": self._metric,
         }
 
+    @deferred_signals("the load")
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep the state of the resumed run until its first inputs are known.
 

@@ -37,11 +37,13 @@ from evolvenet.lowrank.rank_choice import Within
 from evolvenet.lowrank.report import Factorization, LayerReport
 from evolvenet.lowrank.tolerance import Evaluate, ToleranceSearch
 from evolvenet.pruning.reconstruction_batch import ONE_SHOT_LIMITS, ReconstructionLimits
+from evolvenet.signals import deferred_signals
 from evolvenet.surgery.module_replacement import exchange_modules
 from evolvenet.surgery.optimizer_parameters import NewStates, as_list, parameter_names, replace_parameters
 
 
 @torch.no_grad()
+@deferred_signals("the factorization")
 def factorize(  # noqa: PLR0913  of the budgets at most one is given
     model: nn.Module,
     ranks: Rank | Mapping[str, Any] | None = None,

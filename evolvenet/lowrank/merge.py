@@ -12,10 +12,12 @@ from evolvenet._compat.torch import parameter_table
 from evolvenet.errors import FactorizationError
 from evolvenet.lowrank.attention import SplitAttention, parameters_of_split
 from evolvenet.lowrank.layers import FactoredLayer
+from evolvenet.signals import deferred_signals
 from evolvenet.surgery.module_replacement import Replacement, exchange_modules, replacements
 from evolvenet.surgery.optimizer_parameters import as_list, parameter_names, replace_parameters
 
 
+@deferred_signals("the merge of factors")
 def merge(
     model: nn.Module, names: Iterable[str] | None = None, optimizers: Optimizer | Sequence[Optimizer] = ()
 ) -> tuple[str, ...]:

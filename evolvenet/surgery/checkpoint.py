@@ -21,6 +21,7 @@ from evolvenet.graph.format_version import checked_format
 from evolvenet.graph.index_map import laid_out_as
 from evolvenet.graph.renaming import in_child, in_parent
 from evolvenet.graph.width_graph import WidthGraph
+from evolvenet.signals import deferred_signals
 from evolvenet.surgery.module_handlers import attributes, refresh, shape_sources
 from evolvenet.surgery.module_replacement import behind, find_replacements, fit_replacements
 from evolvenet.surgery.numbers import number_at, with_number
@@ -71,6 +72,7 @@ def _record_in_metadata(state: Any, prefix: str) -> dict[str, Any] | None:
     return None
 
 
+@deferred_signals("the load")
 def load_state(
     model: nn.Module,
     state: Mapping[str, Any],
@@ -197,6 +199,7 @@ def width_problem(
     return problem_by_graph(model, shapes, graph) if graph else problem_without_record(model, planned)
 
 
+@deferred_signals("the change to a checkpoint's widths")
 def fit_shapes(
     model: nn.Module, state: Mapping[str, Any], prefix: str = "", record: Mapping[str, Any] | None = None
 ) -> None:

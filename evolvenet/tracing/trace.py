@@ -38,6 +38,7 @@ from evolvenet.graph.block_kinds import with_block_kinds
 from evolvenet.graph.coverage import OTHER_ORDER, OUTPUT
 from evolvenet.graph.naming import named_tensors
 from evolvenet.graph.width_graph import Width, WidthGraph
+from evolvenet.signals import deferred_signals
 from evolvenet.tracing.addends import record_addends, record_masks
 from evolvenet.tracing.block_kinds import BlockKinds
 from evolvenet.tracing.coupled_dims import (
@@ -66,6 +67,7 @@ ATTEMPTS = (("meta", (False, True)), (None, (False, True)), ("meta", (False,)), 
 """(device of the shadows, training flags), tried in this order until the model runs; train mode is given up last."""
 
 
+@deferred_signals("the trace")
 def trace(
     model: nn.Module, example_inputs: Any, outputs: Outputs | None = None, *, heads: bool | None = None
 ) -> WidthGraph:

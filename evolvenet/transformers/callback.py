@@ -26,6 +26,7 @@ from evolvenet.execution.step import Step
 from evolvenet.execution.step_recorder import StepRecorder
 from evolvenet.graph.format_version import checked_format
 from evolvenet.graph.serialization import from_state_dict
+from evolvenet.signals import deferred_signals
 from evolvenet.surgery.checkpoint import fit_shapes, register_reshape_before_load
 from evolvenet.tracing.unreached import warn_of_unreached
 
@@ -102,6 +103,7 @@ class WidthEvolutionCallback(EvolutionCallback, TrainerCallback):
         """Let the model take a checkpoint's widths: the trainer loads one before training begins."""
         _register_before_load(model)
 
+    @deferred_signals("the start of the run")
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **unused: Any
     ) -> None:
@@ -125,6 +127,7 @@ class WidthEvolutionCallback(EvolutionCallback, TrainerCallback):
             fit_shapes(model, {}, record=self._resumed["note"])
             self._take_up_pending_cut(self._resumed, args)
 
+    @deferred_signals("the event")
     def on_step_begin(
         self,
         args: TrainingArguments,
@@ -148,6 +151,7 @@ class WidthEvolutionCallback(EvolutionCallback, TrainerCallback):
             self._save_state(self.evolver, state)
         self._record(model)
 
+    @deferred_signals("the step's record")
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **unused: Any
     ) -> None:
@@ -182,6 +186,7 @@ class WidthEvolutionCallback(EvolutionCallback, TrainerCallback):
             if entry is not None:
                 entry.update({"evolve/parameters": latest.parameters, "evolve/macs": latest.macs})
 
+    @deferred_signals("the copy of the evolution's state")
     def on_evaluate(
         self,
         args: TrainingArguments,
@@ -203,6 +208,7 @@ class WidthEvolutionCallback(EvolutionCallback, TrainerCallback):
             own = tree_map_only(Tensor, torch.Tensor.cpu, {name: saved[name] for name in _OF_EACH_RANK})
             save_tensors(args, state, {"past": saved["pending_cut"]["past"], "ranks": process_group().gather(own)})
 
+    @deferred_signals("the judgement of the last cut")
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **unused: Any
     ) -> None:
