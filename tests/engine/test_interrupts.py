@@ -75,7 +75,9 @@ class Run:
     def state(self) -> dict[str, Any]:
         """Everything that the run goes on from; of the events the last two."""
         evolver = self.evolver.state_dict()
-        evolver["history"]["events"] = [{**event, "seconds": 0} for event in evolver["history"]["events"][-2:]]
+        evolver["history"]["events"] = [
+            {**event, "seconds": 0, "stages": 0} for event in evolver["history"]["events"][-2:]
+        ]
         found = {
             "evolver": evolver,
             "model": dict(self.model.state_dict()),
