@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-PLACES = ((0, 9), (0, -17), (8, 3), (-8, 3), (0, 22), (0, -30), (10, -12), (-10, -12))
+PLACES = ((8, -10), (9, -4), (-8, 5), (8, -20), (-8, 14), (8, -32), (-8, 26), (0, 12), (0, -20))
 """Where a label may stand, in points from its network, the best first."""
 
 
@@ -54,7 +54,7 @@ def draw_front(points: Sequence[Mapping[str, Any]]) -> Figure:
             costs, accuracies = zip(*sorted(own), strict=True)
             panel.plot(costs, accuracies, "o-" if chosen else "o", color=color, markersize=5, label=name)
     panel.set_xscale("log")
-    panel.margins(x=0.12, y=0.18)
+    panel.margins(x=0.15, y=0.15)
     panel.xaxis.set_major_formatter(need("matplotlib.ticker").FuncFormatter(lambda value, _: f"{value:,.0f}"))
     panel.xaxis.set_minor_formatter(need("matplotlib.ticker").NullFormatter())
     panel.set_xlabel("parameters")
@@ -81,19 +81,25 @@ def place_labels(panel: Axes, labels: Sequence[tuple[str, float, float]]) -> Non
     figure.draw_without_rendering()
     legend = panel.get_legend()
     taken = [] if legend is None else [legend.get_window_extent(renderer)]
-    inside = panel.get_window_extent(renderer)
+    inside, drawn = panel.get_window_extent(renderer), _drawn(panel)
     for text, x, y in labels:
         for dx, dy in PLACES:
-            align = "center" if not dx or abs(dx) >= 10 else "left" if dx > 0 else "right"
+            align = "left" if dx > 0 else "right" if dx < 0 else "center"
             written = panel.annotate(
                 text, (x, y), (dx, dy), textcoords="offset points", ha=align, fontsize=8, parse_math=False
             )
             box = written.get_window_extent(renderer)
-            if (
-                inside.contains(box.x0, box.y0)
-                and inside.contains(box.x1, box.y1)
-                and not any(map(box.overlaps, taken))
-            ):
+            fits = inside.contains(box.x0, box.y0) and inside.contains(box.x1, box.y1)
+            if fits and not any(map(box.overlaps, taken)) and not box.count_contains(drawn):
                 taken.append(box)
                 break
             written.remove()
+
+
+def _drawn(panel: Axes) -> Any:
+    """Pixels on the lines of a panel, close to each other."""
+    np = need("numpy")
+    found = [panel.transData.transform(np.asarray(line.get_xydata())) for line in panel.lines]
+    between = np.linspace(0, 1, 40)[:, None]
+    segments = [a + (b - a) * between for points in found for a, b in zip(points, points[1:], strict=False)]
+    return np.concatenate([*found, *segments]) if found else np.zeros((0, 2))
