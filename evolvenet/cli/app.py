@@ -10,7 +10,8 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from rich.console import Console
+from rich.console import Console, Group
+from rich.text import Text
 
 from evolvenet.cli.errors import CommandError
 from evolvenet.errors import EvolveNetError
@@ -98,7 +99,7 @@ def compress(  # noqa: PLR0913  the options of the command
     model, inputs = _network(factory, arg, input, checkpoint)
     chosen = batches(data, inputs, samples=samples, size=batch_size, scale=scale, key=key)
     done = compressed(model, inputs, chosen, given, out, lowrank=lowrank, multiple=multiple, fixed=fixed)
-    _show(done.data, as_json, lambda: done.table)
+    _show(done.data, as_json, lambda: Group(done.table, Text(f"written: {out}")))
 
 
 @app.command()

@@ -115,5 +115,7 @@ def inspection_table(found: Mapping[str, Any], most: int) -> Group:
     left = count - len(largest)
     below = [f"and {left} more: --all lists them"] if left else []
     reasons = Counter(width["frozen"] for width in found["widths"] if width["frozen"] is not None)
-    below += [f"frozen, {number} ×: {reason}" for reason, number in reasons.most_common()]
+    below += [
+        f"frozen, {number} {'width' if number == 1 else 'widths'}: {why}" for why, number in reasons.most_common()
+    ]
     return Group(Text("\n".join(lines)), Text(), table, *(Text(line) for line in below))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from evolvenet.report.page import _need as need
@@ -101,5 +102,5 @@ def _drawn(panel: Axes) -> Any:
     np = need("numpy")
     found = [panel.transData.transform(np.asarray(line.get_xydata())) for line in panel.lines]
     between = np.linspace(0, 1, 40)[:, None]
-    segments = [a + (b - a) * between for points in found for a, b in zip(points, points[1:], strict=False)]
+    segments = [a + (b - a) * between for points in found for a, b in pairwise(points)]
     return np.concatenate([*found, *segments]) if found else np.zeros((0, 2))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -16,7 +17,10 @@ from torch import nn
 
 import evolvenet
 from evolvenet.cli.app import app, main
+from evolvenet.cli.objects import build
 from evolvenet.measurement.cost import parameters
+from tests.helpers.pages import shape
+from tests.helpers.paths import ROOT
 
 FILE = """
 import torch
@@ -244,3 +248,31 @@ def test_the_module_is_the_command() -> None:
     )
     assert ran.returncode == 1
     assert ran.stderr.strip().splitlines()[-1] == "error: there is no file no.pt"
+
+
+def bars(printed: str) -> list[str]:
+    """The words of a print without its numbers and the heights of its bars."""
+    return shape(re.sub("[▁▂▃▄▅▆▇█]", "█", printed))
+
+
+def test_the_page_of_the_command_line_shows_what_is_printed(
+    run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = (ROOT / "docs" / "command-line.md").read_text(encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setenv("COLUMNS", "120")
+    (tmp_path / "net.py").write_text(re.findall(r"```python\n(.*?)```", page, re.DOTALL)[0], encoding="utf-8")
+    torch.manual_seed(0)
+    evolvenet.save(build("net.py:network"), "wide.pt", torch.zeros(1, 32))
+    shown = [
+        block
+        for part in re.findall(r"```console\n(.*?)```", page, re.DOTALL)
+        for block in part.split("$ evolvenet ")[1:]
+    ]
+    for block in shown:
+        command, _, printed = block.partition("\n")
+        status, out, err = run(*command.split())
+        assert (status, err) == (0, "")
+        # Digits and bars depend on the machine; their places do not.
+        assert not printed or bars(out) == bars(printed)
