@@ -147,7 +147,7 @@ def find_removals(model: nn.Module, inputs: Sequence[Any], share: float) -> list
         share: see `remove_blocks`.
     """
     seen = observe_blocks(model, inputs)
-    before = outputs_on(model, inputs)
+    before = outputs_on(model, inputs, most=None)
     found: list[Removal] = []
     with ExitStack() as every:
         for path, returns, lost in reversed(list(_chosen(model, seen, share))):
@@ -323,7 +323,7 @@ def _take_out(model: nn.Module, path: str, undo: ExitStack) -> None:
 def _is_as_good(model: nn.Module, inputs: Sequence[Any], before: Sequence[Tensor], share: float) -> bool:
     """Whether the model still runs, and its outputs have lost no more than a share of their energy."""
     try:
-        now = outputs_on(model, inputs)
+        now = outputs_on(model, inputs, most=None)
     except Exception as problem:
         log.debug("A removed block is put back", exc_info=problem)
         return False

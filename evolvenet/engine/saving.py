@@ -93,6 +93,7 @@ def load(
     map_location: Any = "cpu",
     example_inputs: Any = None,
     outputs: Outputs | None = None,
+    mmap: bool = False,
 ) -> nn.Module:
     """Reshape a freshly built model to a checkpoint's widths and load its weights, all or nothing.
 
@@ -112,6 +113,10 @@ def load(
             transformers library they are made up.
         outputs: as for `trace`, where the model is traced: those with which the widths of the file were changed. By default
             all, and for models of the transformers library those of the main head, see `MAIN_OUTPUTS`.
+        mmap: whether the model's tensors on the CPU become parts of the mapped file, as in `torch.load`: nothing is copied,
+            and what is not used is not read. Training on changes the memory, not the file; the file must not be
+            written to while the model is in use (`save` writes another one in its place). A model that was built on the device
+            "meta" then has no memory of its own.
 
     Returns:
         The same model.
@@ -130,7 +135,7 @@ def load(
     Linear(in_features=4, out_features=3, bias=True)
     """
     path = Path(path)
-    found = read(path, map_location)
+    found = read(path, map_location, mmap)
     whole = _by_own_names(model, state_in(found, str(path)), path)
     undo = fit_file_replacements(model, whole, found, str(path))
     try:
@@ -138,7 +143,7 @@ def load(
         record, graph = find_record(found, prefix), None
         if "graph" not in (record or {}):
             graph = _traced(model, state, example_inputs, outputs, path)
-        load_state(model, state, record, graph, str(path))
+        load_state(model, state, record, graph, str(path), mmap)
     except BaseException as error:
         undo()
         if isinstance(error, RecordError) and path.is_dir() and hasattr(model, "main_input_name"):

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from evolvenet.execution.inputs import first_samples
 from evolvenet.execution.isolation import model_outputs
-from evolvenet.execution.sampling import samples_in
+from evolvenet.execution.sampling import evenly, samples_in
 from evolvenet.graph.width_graph import WidthGraph
-from evolvenet.linalg.host_transfers import values_of
+from evolvenet.linalg.host_transfers import to_device, values_of
 from evolvenet.linalg.precision import in_float64
 
 
@@ -31,13 +31,21 @@ def first_batches(batches: Sequence[Any], samples: int) -> list[Any]:
     return found
 
 
-def outputs_on(model: nn.Module, batches: Sequence[Any], graph: WidthGraph | None = None) -> list[Tensor]:
+MOST = 2**23
+"""Numbers of an output tensor that are compared, of all batches together: the logits of a language model have many more."""
+
+
+def outputs_on(
+    model: nn.Module, batches: Sequence[Any], graph: WidthGraph | None = None, most: int | None = MOST
+) -> list[Tensor]:
     """Every output tensor of the model that counts in float64, concatenated over the batches where their shapes allow that.
 
     Args:
         model: is left as it was.
         batches: inputs of the model.
         graph: of the model: whether it runs with autograd on (`differentiates`), and which outputs count (`outputs`).
+        most: numbers of each tensor, see `MOST`; of a larger one some places are taken evenly, always the same ones, with all
+            entries of its last axis: `[places, entries]`. None for all.
 
     >>> outputs_on(nn.Linear(2, 3), [torch.zeros(4, 2), torch.zeros(1, 2)])[0].shape
     torch.Size([5, 3])
@@ -45,7 +53,7 @@ def outputs_on(model: nn.Module, batches: Sequence[Any], graph: WidthGraph | Non
     gradients, outputs = (False, None) if graph is None else (graph.differentiates, graph.outputs)
     each = [
         [
-            real(tensor)
+            real(tensor if most is None else _some_places(tensor, most // len(batches)))
             for tensor in model_outputs(model, batch, gradients, outputs)
             if tensor.is_floating_point() or tensor.is_complex()
         ]
@@ -56,6 +64,13 @@ def outputs_on(model: nn.Module, batches: Sequence[Any], graph: WidthGraph | Non
     return [
         torch.cat([tensor if tensor.dim() else tensor[None] for tensor in parts]) for parts in zip(*each, strict=True)
     ]
+
+
+def _some_places(tensor: Tensor, most: int) -> Tensor:
+    if tensor.dim() < 2 or tensor.numel() <= most:
+        return tensor
+    rows = tensor.reshape(-1, tensor.shape[-1])
+    return rows[to_device(evenly(len(rows), max(2, most // tensor.shape[-1])), tensor.device)]
 
 
 def real(tensor: Tensor) -> Tensor:

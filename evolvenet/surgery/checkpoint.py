@@ -22,6 +22,7 @@ from evolvenet.graph.index_map import laid_out_as
 from evolvenet.graph.renaming import in_child, in_parent
 from evolvenet.graph.width_graph import WidthGraph
 from evolvenet.signals import deferred_signals
+from evolvenet.surgery.assignment import assign
 from evolvenet.surgery.module_handlers import attributes, refresh, shape_sources
 from evolvenet.surgery.module_replacement import behind, find_replacements, fit_replacements
 from evolvenet.surgery.numbers import number_at, with_number
@@ -79,6 +80,7 @@ def load_state(
     record: Mapping[str, Any] | None = None,
     graph: WidthGraph | None = None,
     what: str = "What is loaded",
+    assigned: bool = False,
 ) -> None:
     """Reshape a model to a state dict's widths and load it; if anything fails, nothing has changed.
 
@@ -88,10 +90,14 @@ def load_state(
         record: of the state, from `WidthRecord.state_dict`.
         graph: the model's widths, which decide what may differ where there is no record.
         what: the name of the file, for messages.
+        assigned: whether the model's tensors take the memory of the state's, where types and devices are the same, in place of
+            a copy of its values. Tensors without data (on the device "meta") always do.
 
     Raises:
-        RecordError: if the state is of another model.
+        RecordError: if the state is of another model, or a tensor of the model would be left without data.
     """
+    copied = not assigned
+    assigned |= any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
     refuse_others(own_names(model), set(state) | tied_to(model, set(state)), what)
     _refuse_types(model, state, what)
     refuse_other_widths(model, state, record, what, graph)
@@ -100,22 +106,25 @@ def load_state(
         record = {"numbers": scaled_numbers(model, graph, shapes), "buffers": {}}
     elif graph is None and "graph" not in (record or {}):
         refuse_numbers_in_doubt(model, _shapes_there(model, "", state), what)
-    restore = _snapshot(model, _shapes_there(model, "", state))
+    restore = _snapshot(model, _shapes_there(model, "", state), assigned)
     try:
         fit_shapes(model, state, record=record)
         # A tied tensor may be in the file under one of its names; what is missing otherwise was refused above.
-        model.load_state_dict(state, strict=False)
+        if assigned:
+            assign(model, state, what, copied=copied)
+        else:
+            model.load_state_dict(state, strict=False)
     except BaseException:
         restore()
         raise
 
 
-def _snapshot(model: nn.Module, planned: Mapping[Tensor, tuple[int, ...]]) -> Callable[[], None]:
+def _snapshot(model: nn.Module, planned: Mapping[Tensor, tuple[int, ...]], assigned: bool) -> Callable[[], None]:
     """Keeps all that a load changes, and returns what puts it back."""
     tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}.values()
-    # The old memory of a tensor that gets another shape is not written to.
+    # The old memory of a tensor that gets another shape, or other memory, is not written to.
     kept = [
-        (t, t.data, t.grad, None if planned.get(t, tuple(t.shape)) != tuple(t.shape) else t.detach().clone())
+        (t, t.data, t.grad, None if assigned or planned.get(t, tuple(t.shape)) != t.shape else t.detach().clone())
         for t in tensors
     ]
     tables = [(table, dict(table)) for module in model.modules() for table in tensor_tables(module)]
@@ -130,7 +139,7 @@ def _snapshot(model: nn.Module, planned: Mapping[Tensor, tuple[int, ...]]) -> Ca
             vars(module).update(before)
         with torch.no_grad():
             for tensor, data, grad, values in kept:
-                if tensor.shape != data.shape:
+                if assigned or tensor.shape != data.shape:
                     exchange(tensor, data, grad)
                 if values is not None:
                     tensor.copy_(values)

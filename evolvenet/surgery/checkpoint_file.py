@@ -41,17 +41,23 @@ FOLDER_RECORD = "evolvenet.json"
 """The file in such a folder with the widths."""
 
 
-def read(path: Path, map_location: Any = "cpu") -> Any:
+def read(path: Path, map_location: Any = "cpu", mmap: bool = False) -> Any:
     """What a file or folder holds: a state dict, or a checkpoint with one.
+
+    Args:
+        path: of the file or folder.
+        map_location: as in `torch.load`.
+        mmap: whether tensors are parts of the mapped file, read when they are used; those of safetensors always are. A write
+            to them is a write to a copy in memory, not to the file.
 
     Raises:
         FileNotFoundError: if it is not there.
         RecordError: if it cannot be read.
     """
     if path.is_dir():
-        return _read_folder(path, map_location)
+        return _read_folder(path, map_location, mmap)
     try:
-        return READERS.get(path.suffix, _read_pickle)(path, map_location)
+        return READERS.get(path.suffix, _read_pickle)(path, map_location, mmap)
     except FileNotFoundError:
         raise
     except pickle.UnpicklingError as error:
@@ -127,8 +133,8 @@ def _umask() -> int:
     return current
 
 
-def _read_pickle(path: Path, map_location: Any) -> Any:
-    return torch.load(path, map_location=map_location, weights_only=True)
+def _read_pickle(path: Path, map_location: Any, mmap: bool) -> Any:
+    return torch.load(path, map_location=map_location, weights_only=True, mmap=mmap)
 
 
 def _write_state(path: Path, model: nn.Module, state: Mapping[str, Any]) -> None:
@@ -187,7 +193,7 @@ def _write_safetensors(path: Path, model: nn.Module, state: Mapping[str, Any]) -
     package.save_file(tensors, path, metadata)
 
 
-def _read_safetensors(path: Path, map_location: Any) -> Any:
+def _read_safetensors(path: Path, map_location: Any, mmap: bool) -> Any:
     _safetensors()
     from safetensors import safe_open
 
@@ -249,7 +255,7 @@ def _placed(tensor: Tensor, map_location: Any) -> Tensor:
     return tensor if place is None else tensor.to(place)
 
 
-def _read_folder(path: Path, map_location: Any) -> Any:
+def _read_folder(path: Path, map_location: Any, mmap: bool) -> Any:
     """The parts of a model together, with the first record that one of them has."""
     name = next((name for name in FOLDER_FILES if (path / name).is_file()), None)
     if name is None:
@@ -262,13 +268,13 @@ def _read_folder(path: Path, map_location: Any) -> Any:
     tensors: dict[str, Any] = {}
     metadata: dict[str, dict[str, Any]] = {}
     for part in parts:
-        found = read(path / part, map_location)
+        found = read(path / part, map_location, mmap)
         tensors.update(found)
         metadata.update(state_dict_metadata(found))
     return with_metadata(tensors, {**metadata, **read_folder_record(path)})
 
 
-READERS: Mapping[str, Callable[[Path, Any], Any]] = {".safetensors": _read_safetensors}
+READERS: Mapping[str, Callable[[Path, Any, bool], Any]] = {".safetensors": _read_safetensors}
 """How a file is read, by its ending; any other one is torch's."""
 WRITERS: Mapping[str, Callable[[Path, nn.Module, Mapping[str, Any]], None]] = {
     ".ckpt": _write_checkpoint,

@@ -68,6 +68,16 @@ def test_a_model_with_other_widths_in_every_layer_comes_back(name: str, tmp_path
     assert known.graph_of(again) == own.graph_of(model)
 
 
+def test_the_weights_are_parts_of_the_mapped_files(tmp_path: Path) -> None:
+    """A large network opens without a second copy of it in memory, also with other widths and in parts."""
+    save_pretrained(cut("llama"), tmp_path, max_shard_size="20KB")
+    again = from_pretrained(tmp_path)
+    lines = [line for line in Path("/proc/self/maps").read_text("utf-8").splitlines() if str(tmp_path) in line]
+    assert len(lines) > 1
+    parts = [range(*(int(end, 16) for end in line.split()[0].split("-"))) for line in lines]
+    assert all(any(p.data_ptr() in part for part in parts) for p in again.parameters())
+
+
 @pytest.mark.parametrize("name", families(*(name for name in FAMILIES if name != "mixtral")))
 def test_with_equal_layers_the_transformers_library_alone_loads_it(name: str, tmp_path: Path) -> None:
     model = cut(name, equal=True)

@@ -1,0 +1,34 @@
+"""Outputs that are compared before and after a change."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from evolvenet.measurement.output_error import output_error, outputs_on
+
+
+class Words(nn.Module):
+    """Logits of many words."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.head = nn.Embedding(30, 8), nn.Linear(8, 50)
+
+    def forward(self, words: Tensor) -> Tensor:
+        return self.head(self.embedding(words))
+
+
+def test_of_large_outputs_the_same_places_are_compared_of_every_batch() -> None:
+    model = Words()
+    batches = [torch.randint(0, 30, (4, 20)) for _ in range(2)]
+    every, some = (outputs_on(model, batches, most=most)[0] for most in (None, 2000))
+    assert every.shape == (8, 20, 50)
+    assert some.shape == (40, 50)
+    rows = every.reshape(-1, 50)
+    assert all(bool((rows == row).all(1).any()) for row in some)
+    assert torch.equal(some, outputs_on(model, batches, most=2000)[0])
+    with torch.no_grad():
+        model.head.weight += 0.1 * torch.randn(50, 8)
+    whole = output_error([rows], [outputs_on(model, batches, most=None)[0].reshape(-1, 50)])
+    assert 0.5 < output_error([some], outputs_on(model, batches, most=2000)) / whole < 2
