@@ -114,13 +114,9 @@ $(SHIPPED)/.installed: pyproject.toml
 	touch $@
 
 # The documentation, into site/: every warning is an error.
-docs: $(VENV)/.docs
+docs: install
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 	@echo 'documentation: site/index.html'
-
-$(VENV)/.docs: $(VENV)/.installed
-	$(BIN)/pip install --quiet --editable '.[docs]'
-	touch $@
 
 # Draws the figures of README and documentation anew from tracked measurements.
 figures: install

@@ -5,7 +5,10 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -104,6 +107,18 @@ def test_the_layout_names_every_package() -> None:
 def test_every_page_is_in_the_navigation() -> None:
     named = re.findall(r"(\S+\.md)$", (ROOT / "mkdocs.yml").read_text("utf-8"), re.MULTILINE)
     assert sorted(named) == sorted(page.name for page in DOCS.glob("*.md"))
+
+
+def test_the_site_is_built_without_a_warning(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)]
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "NO_MKDOCS_2_WARNING": "1"}
+    )
+    assert (done.returncode, done.stdout + done.stderr) == (0, "")
+    api = (tmp_path / "api.html").read_text("utf-8")
+    assert [name for name in evolvenet.__all__ if f'id="evolvenet.{name}"' not in api and f".{name}" not in api] == []
+    assert "<math" in (tmp_path / "how-it-works.html").read_text("utf-8")
+    assert 'srcset="figures/two-starts-dark.svg"' in (tmp_path / "index.html").read_text("utf-8")
 
 
 def test_the_notebook_runs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
