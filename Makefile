@@ -115,7 +115,7 @@ $(SHIPPED)/.installed: pyproject.toml
 
 # The documentation, into site/: every warning is an error.
 docs: install
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 	@echo 'documentation: site/index.html'
 
 # Draws the figures of README and documentation anew from tracked measurements.

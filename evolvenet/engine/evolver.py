@@ -69,8 +69,7 @@ class Evolver(EvolverState):
         model: the model; it keeps its parameters' identity throughout.
         optimizer: the optimizer that holds them, or several; None for none.
         policy: proposes sizes, for example `Threshold`, or one of your own (see `Policy`).
-        example_inputs: what the model is called with: a tensor, a tuple of arguments or a dict of keyword arguments. With
-            `step` a batch.
+        example_inputs: what the model is called with: a tensor, a tuple of arguments, a dict of keywords; with `step` a batch.
         calibration_batches: how many of the last batches an event measures on; None for as many as the widest width needs.
         seed: of the new units' random directions; they do not draw from the global generator.
         copies: models with the same tensor names, such as a moving average: they go along. Or what gives them when it is due.
@@ -79,7 +78,9 @@ class Evolver(EvolverState):
         step: a function of a batch that computes the loss as training does, for several networks, or losses that read what
             lies between layers. It is traced and measured in place of calls of the model, in eval mode and without
             gradients, so it must not step an optimizer.
-        network, fixed, multiple: which widths change, and to which sizes, see `evolvenet.graph.restriction.Restriction`.
+        network: parts outside of which widths stay, like the next two see `evolvenet.graph.restriction.Restriction`.
+        fixed: widths that stay.
+        multiple: of which the channels of a width that changes are a multiple.
         path: of the model in a larger module, by whose names `network` and `fixed` may go.
         outputs: which of the model's outputs count, as for `trace`; with `step`, of what that returns.
 

@@ -65,10 +65,10 @@ class WidthEvolution(LightningEvolution, Callback):
 
     An event measures on at most half of an epoch's batches, or on those of `every_n_steps` optimizer steps.
 
+    The arguments before `copies` are those of `evolvenet.engine.evolution_callback.EvolutionCallback`. Names are those of the
+    LightningModule's submodules, or of widths as the table at the end of a fit has them.
+
     Args:
-        policy, every_n_epochs, every_n_steps, start_step, stop, example_inputs, calibration_batches, seed, network, fixed,
-            multiple, outputs: see `evolvenet.engine.evolution_callback.EvolutionCallback`. Names are those of the
-            LightningModule's submodules, or of widths as the table at the end of a fit has them.
         copies: {name of a submodule that follows another one: name of that one}, no other is taken for a copy then; None
             to find them.
 

@@ -69,10 +69,8 @@ class WidthEvolutionCallback(EvolutionCallback, TrainerCallback):
     (`eval_strategy`), under the trainer's name of the metric: "eval_loss", or "loss" for short. While a cut is pending,
     checkpoints hold the network before it in the file evolvenet.pt.
 
-    Args:
-        policy, every_n_epochs, every_n_steps, start_step, stop, example_inputs, calibration_batches, seed, network, fixed,
-            multiple, outputs: see `evolvenet.engine.evolution_callback.EvolutionCallback`. An event measures on the last training
-            batches.
+    The arguments are those of `evolvenet.engine.evolution_callback.EvolutionCallback`. An event measures on the last training
+    batches.
 
     Raises:
         PolicyError: for values out of range, a policy without a method `propose`, or, after an evaluation, one that judges by a
