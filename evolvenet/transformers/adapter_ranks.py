@@ -7,7 +7,6 @@ and as alpha the number that gives the same scaling.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,6 +15,7 @@ from torch import nn
 from evolvenet._compat.torch import load_state_dict_pre_hooks
 from evolvenet.surgery.checkpoint import fit_shapes
 from evolvenet.transformers.adapters import is_adapted
+from evolvenet.transformers.rank_patterns import alpha_of, ranks_of, write_ranks
 
 
 def note_ranks(model: nn.Module) -> None:
@@ -34,20 +34,18 @@ def note_ranks(model: nn.Module) -> None:
     """
     if not is_adapted(model):
         return
-    configs: Any = model.peft_config
     adapted: Any = model
-    for path, module in adapted.get_base_model().named_modules():
-        layer: Any = module
-        factors = getattr(layer, "lora_A", None)
-        for name in factors if isinstance(factors, nn.ModuleDict) else ():
-            config: Any = configs.get(name)
-            rank = int(factors[name].weight.shape[0])  # type: ignore[index, union-attr]
-            if config is None or layer.r[name] == rank:
-                continue
+    base = adapted.get_base_model()
+    for name, config in adapted.peft_config.items():
+        ranks = ranks_of(base, name)
+        layers: dict[str, Any] = {path: base.get_submodule(path) for path in ranks}
+        changed = {path: rank for path, (rank, _) in ranks.items() if layers[path].r[name] != rank}
+        for path, rank in changed.items():
+            layer = layers[path]
             layer.r[name] = rank
-            layer.lora_alpha[name] = layer.scaling[name] * (math.sqrt(rank) if config.use_rslora else rank)
-            config.rank_pattern = {**(config.rank_pattern or {}), path: rank}
-            config.alpha_pattern = {**(config.alpha_pattern or {}), path: layer.lora_alpha[name]}
+            layer.lora_alpha[name] = alpha_of(config, rank, layer.scaling[name])
+        if changed:
+            write_ranks(config, ranks)
 
 
 def register_ranks_before_load(model: nn.Module) -> None:

@@ -8,7 +8,6 @@ numbers that keep each layer's scaling. So PEFT alone loads the adapters onto th
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from evolvenet.execution.chosen_outputs import Outputs
 from evolvenet.surgery.checkpoint_file import FOLDER_RECORD, read_folder_record, write_folder_record
 from evolvenet.surgery.width_record import RECORD_KEY, WidthRecord, forget, record_of, remember, shapes_of
 from evolvenet.transformers.folders import known_widths, load_model, save_model
+from evolvenet.transformers.rank_patterns import ranks_of, write_ranks
 
 ADAPTER = "adapter_config.json"
 """The file by which a folder of PEFT's is known."""
@@ -77,7 +77,8 @@ def save_adapted(
     configs = dict(model.peft_config)
     try:
         for name, config in configs.items():
-            model.peft_config[name] = _with_ranks(config, dict(_ranks(base, name)))
+            model.peft_config[name] = copy.deepcopy(config)
+            write_ranks(model.peft_config[name], ranks_of(base, name))
             model.peft_config[name].base_model_name_or_path = str((folder / BASE).resolve())
         model.save_pretrained(folder)
     finally:
@@ -165,28 +166,3 @@ def _rename_earlier_record(base: nn.Module, behind: Mapping[str, str]) -> None:
     now = {before: name for name in names if (before := _base_name(name, behind)) is not None}
     if set(record.graph.shapes) <= set(now):
         remember(base, record.renamed(now.get))
-
-
-def _ranks(base: nn.Module, adapter: str) -> Iterator[tuple[str, tuple[int, float]]]:
-    """(path of a layer, (rank, scaling)) of an adapter, its rank by the shape of its first factor."""
-    for path, module in base.named_modules():
-        layer: Any = module
-        factors = getattr(layer, "lora_A", None)
-        if not isinstance(factors, nn.ModuleDict):
-            continue
-        if adapter in factors:
-            yield path, (factors[adapter].weight.shape[0], layer.scaling[adapter])  # type: ignore[union-attr, index]
-        elif adapter in layer.lora_embedding_A:
-            yield path, (layer.lora_embedding_A[adapter].shape[0], layer.scaling[adapter])
-
-
-def _with_ranks(config: Any, ranks: Mapping[str, tuple[int, float]]) -> Any:
-    """A copy of an adapter's configuration that says the ranks, those that differ from its own by layer."""
-    changed = copy.deepcopy(config)
-    known = {**(config.rank_pattern or {})}
-    for path, (rank, scaling) in ranks.items():
-        if rank != config.r or known:
-            changed.rank_pattern = {**(changed.rank_pattern or {}), path: rank}
-            alpha = scaling * (math.sqrt(rank) if config.use_rslora else rank)
-            changed.alpha_pattern = {**(changed.alpha_pattern or {}), path: alpha}
-    return changed
