@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import sys
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, cast
 
 import torch
@@ -37,6 +37,7 @@ __all__ = [
     "TorchDispatchMode",
     "WeightNorm",
     "adopt_hooks",
+    "autocast_on_meta",
     "base_of",
     "child_table",
     "forward_hooks",
@@ -282,6 +283,28 @@ def torch_functions_on() -> AbstractContextManager[Any]:
     device(type='meta')
     """
     return torch._C._EnableTorchFunction()
+
+
+@contextmanager
+def autocast_on_meta() -> Iterator[None]:
+    """Inside, `torch.autocast("meta", ...)` is that of the CPU, which changes no op on meta tensors; torch has none and raises.
+
+    Models of the transformers library before 5 turn autocast off on the device of their activations.
+
+    >>> with autocast_on_meta(), torch.autocast("meta", enabled=False):
+    ...     torch.ones(2, device="meta").shape
+    torch.Size([2])
+    """
+    original = torch.autocast.__init__
+
+    def init(self: Any, device_type: str, *args: Any, **options: Any) -> None:
+        original(self, "cpu" if device_type == "meta" else device_type, *args, **options)
+
+    torch.autocast.__init__ = init
+    try:
+        yield
+    finally:
+        torch.autocast.__init__ = original
 
 
 def without_module_tracker(counter: FlopCounterMode) -> FlopCounterMode:

@@ -9,16 +9,17 @@ from __future__ import annotations
 
 from collections import defaultdict
 
-from evolvenet.graph.width_graph import FOLLOWS, Width, WidthGraph
+from evolvenet.graph.width_graph import FOLLOWS, PRODUCES, Width, WidthGraph
 from evolvenet.tracing.labels import MET_DATA, LabelGraph
 
 
 def shared_by_heads(graph: WidthGraph, label_graph: LabelGraph) -> frozenset[str]:
     """Tensors that tie all heads of frozen widths to each other: frequencies of rotary embeddings, norms of queries.
 
-    They follow a width whose producers have more places than they have, on a module of their own. If they stay as they are,
-    whole heads may go. Heads of queries go with the key and value head that they share. A norm over all heads of keys has an
-    entry for each of their places and is no such tensor (OLMo 2).
+    They follow a width whose producers have more places than they have, on a module of their own; buffers do so too where the
+    code multiplies frequencies by positions in a matrix product, as a weight. If they stay as they are, whole heads may go.
+    Heads of queries go with the key and value head that they share. A norm over all heads of keys has an entry for each of
+    their places and is no such tensor (OLMo 2).
 
     Args:
         graph: of a first run.
@@ -32,13 +33,14 @@ def shared_by_heads(graph: WidthGraph, label_graph: LabelGraph) -> frozenset[str
         totals: dict[tuple[str, int], int] = defaultdict(int)
         for tie in width.ties:
             totals[tie.tensor, tie.dim] += tie.repeat * width.size
-        produced = {totals[tie.tensor, tie.dim] for tie in width.producers}
+        weights = [tie for tie in width.ties if tie.role != FOLLOWS and tie.tensor in graph.trainable]
+        produced = {totals[tie.tensor, tie.dim] for tie in weights if tie.role == PRODUCES}
         most, whole = max(produced, default=0), produced - places
-        own = {tie.module for tie in (*width.producers, *width.consumers)}
+        own = {tie.module for tie in weights}
         found |= {
             tie.tensor
             for tie in width.ties
-            if tie.role == FOLLOWS
+            if tie not in weights
             and tie.module not in own
             and totals[tie.tensor, tie.dim] < most
             and totals[tie.tensor, tie.dim] not in whole

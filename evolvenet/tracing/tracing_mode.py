@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils.hooks import RemovableHandle
 
-from evolvenet._compat.torch import TorchDispatchMode, torch_functions_on, tree_map_only
+from evolvenet._compat.torch import TorchDispatchMode, autocast_on_meta, torch_functions_on, tree_map_only
 from evolvenet.execution.isolation import op_by_op
 from evolvenet.execution.own_gradients import own_gradients
 from evolvenet.execution.step import run_model
@@ -105,13 +106,15 @@ def run_under_mode(model: nn.Module, example_inputs: Any, device: str | None, tr
 
 
 def _run(model: nn.Module, inputs: Any, device: str | None, mode: TracingMode) -> Any:
+    meta = device == "meta"
     # A model may write into its inputs; those on another device are copies anyway.
     if device is None:
         inputs = tree_map_only(Tensor, lambda t: t.detach().clone(), inputs)
-    elif device == "meta":
+    elif meta:
         mode.meta_values = MetaValues()
         inputs = tree_map_only(Tensor, mode.meta_values.without_data, inputs)
-    with op_by_op(mode, fused=False), own_gradients(mode.on_gradients), torch_functions_on():
+    autocast = autocast_on_meta() if meta else nullcontext()
+    with autocast, op_by_op(mode, fused=False), own_gradients(mode.on_gradients), torch_functions_on():
         return run_model(model, inputs, device)
 
 

@@ -251,8 +251,10 @@ def _read(kind: type[PreTrainedModel], folder: Path, options: Mapping[str, Any])
     # What it says of tensors that do not fit is told afterwards, or mended.
     transformers.logging.set_verbosity_error()
     try:
+        # Releases before 5 would load everything in float32.
+        dtype = {} if "torch_dtype" in options else {"dtype": "auto"}
         loaded: Any = kind.from_pretrained(
-            folder, **{**options, "output_loading_info": True, "ignore_mismatched_sizes": True}
+            folder, **{**dtype, **options, "output_loading_info": True, "ignore_mismatched_sizes": True}
         )
     except (OSError, ValueError) as error:
         raise RecordError(

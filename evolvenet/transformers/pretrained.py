@@ -78,7 +78,7 @@ def from_pretrained(
         outputs: as for `evolvenet.trace`, where the model is traced: those with which the widths were changed. By default
             those of the main head: `logits`, or `last_hidden_state` where there are none, see
             `evolvenet.engine.saving.MAIN_OUTPUTS`.
-        **options: of `model_class.from_pretrained`: `dtype`, `device_map` and so on.
+        **options: of `model_class.from_pretrained`: `dtype`, by default that of the file, `device_map` and so on.
 
     Returns:
         The model, in eval mode. Its widths are known: `evolvenet.save` and `save_pretrained` write them again.

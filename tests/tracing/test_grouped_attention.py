@@ -58,6 +58,14 @@ def test_a_unit_is_a_head_of_keys_and_values_with_its_queries(way: tuple[int, in
     shuffle_and_widen(model, graph, X)
 
 
+def test_heads_go_whole_where_angles_are_a_matrix_product() -> None:
+    torch.manual_seed(0)
+    model = GroupedAttention(4, 2, product=True).double()
+    graph = trace(model, X)
+    assert (graph.sizes["q"], graph.widths["q"].frozen) == (2, None)
+    shuffle_and_widen(model, graph, X)
+
+
 def test_the_group_that_goes_is_that_of_the_chosen_head() -> None:
     """The same as zeros in the columns that consume the group."""
     torch.manual_seed(0)

@@ -128,7 +128,7 @@ def test_sizes_that_are_allocated_with_equal_layers_stand_in_the_configuration(t
 
 
 def test_a_number_that_the_configuration_does_not_take_is_no_way_to_say_a_width(tmp_path: Path) -> None:
-    """The inner units of DINOv2 are a whole multiple of its features."""
+    """The inner units of DINOv2 are a whole multiple of its features; before release 5 of the library any multiple."""
     config = transformers.Dinov2Config(
         hidden_size=32, num_hidden_layers=2, num_attention_heads=4, mlp_ratio=2, image_size=16, patch_size=8
     )
@@ -137,7 +137,7 @@ def test_a_number_that_the_configuration_does_not_take_is_no_way_to_say_a_width(
     graph = evolvenet.trace(model, images)
     inner = [width.name for width in graph.resizable if width.size == 64]
     graph = evolvenet.prune(model, graph, dict.fromkeys(inner, 40))
-    assert not save_pretrained(model, tmp_path / "between")
+    assert save_pretrained(model, tmp_path / "between") is transformers.__version__.startswith("4.")
     assert torch.equal(from_pretrained(tmp_path / "between")(**images)[0], model(**images)[0])
     evolvenet.prune(model, graph, dict.fromkeys(inner, 32))
     assert save_pretrained(model, tmp_path / "whole")

@@ -56,6 +56,7 @@ class GroupedAttention(nn.Module):
         groups: heads of keys and values.
         repeat: how keys and values are repeated; "enable_gqa" leaves that to the fused attention of torch.
         turn: the kind of rotary embedding; its frequencies are a buffer.
+        product: whether the code multiplies positions and frequencies as matrices, as transformers does before release 5.
         norm: whether queries and keys are normalized, each head by itself with weights that all share.
         sinks: whether each head of queries has a sink: a score that takes a share of its softmax and has no value (GPT-OSS).
     """
@@ -68,8 +69,10 @@ class GroupedAttention(nn.Module):
         turn: str = "half",
         norm: bool = False,
         sinks: bool = False,
+        product: bool = False,
     ) -> None:
         super().__init__()
+        self.product = product
         self.places, self.repeats, self.repeat, self.turn = PLACES, heads // groups, repeat, turn
         self.first, self.last = nn.Linear(5, 12), nn.Linear(12, 3)
         self.q, self.k, self.v = (nn.Linear(12, n * PLACES) for n in (heads, groups, groups))
@@ -84,7 +87,8 @@ class GroupedAttention(nn.Module):
         queries, keys, values = (
             layer(x).view(len(x), x.shape[1], -1, self.places).transpose(1, 2) for layer in (self.q, self.k, self.v)
         )
-        angles = torch.arange(x.shape[1], device=x.device)[:, None] * self.get_buffer("frequencies")
+        positions, frequencies = torch.arange(x.shape[1], device=x.device)[:, None], self.get_buffer("frequencies")
+        angles = (frequencies[:, None] @ positions.mT.to(x)).mT if self.product else positions * frequencies
         queries = TURN[self.turn](self.norm_q(queries), angles)
         keys = TURN[self.turn](self.norm_k(keys), angles)
         if self.repeat == "enable_gqa":
