@@ -106,7 +106,7 @@ def test_the_layout_names_every_package() -> None:
 
 def test_every_page_is_in_the_navigation() -> None:
     named = re.findall(r"(\S+\.md)$", (ROOT / "mkdocs.yml").read_text("utf-8"), re.MULTILINE)
-    assert sorted(named) == sorted(page.name for page in DOCS.glob("*.md"))
+    assert sorted(named) == sorted(["notebook.md", *(page.name for page in DOCS.glob("*.md"))])
 
 
 def test_the_site_is_built_without_a_warning(tmp_path: Path) -> None:
