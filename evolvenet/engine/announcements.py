@@ -76,10 +76,14 @@ def line(event: Event) -> str:
     'step 124: 193,057 → 120,300 parameters, 1 width, 0.4 s'
     >>> line(Event(248, (), {"fc1": 100}, 120_300, 120_300, 120_000, 0.3))
     'step 248: 120,300 parameters, no width changed, 0.3 s'
+    >>> line(Event(300, (), {"fc1": 100}, 120_300, 90_300, 80_000, 0.3, removed_blocks=("layers.3",)))
+    'step 300: 120,300 → 90,300 parameters, 0 widths, removed layers.3, 0.3 s'
     """
     count = len({change.width for change in event.changes})
     seconds = f"{event.seconds:.1f} s" if event.seconds >= 0.1 else f"{event.seconds:.2f} s"
-    if not count:
+    for word, blocks in (("removed", event.removed_blocks), ("restored", event.restored_blocks)):
+        seconds = f"{word} {', '.join(blocks)}, {seconds}" if blocks else seconds
+    if not (count or event.removed_blocks or event.restored_blocks):
         return f"step {event.step}: {event.parameters:,} parameters, no width changed, {seconds}"
     widths = "1 width" if count == 1 else f"{count} widths"
     return f"step {event.step}: {event.parameters_before:,} → {event.parameters:,} parameters, {widths}, {seconds}"

@@ -1,12 +1,12 @@
 """Depth as a last width: residual blocks that carry nothing are removed whole.
 
 A block computes y = x + f(x). On some batches every module with parameters is observed that is called once and returns a
-tensor of its input's shape. Where Σ‖y − x‖² is at most a share of Σ‖y‖², the block is replaced by its input. Where a module
-inside of a block returns nothing, Σ‖f‖² at most that share of the block's Σ‖y‖², this branch alone is replaced by zeros. The
-outermost of such modules are removed, one after the other, each only if the model's outputs lose no more than that share
-of their energy: with 0 they are the same. Whole layers of a model of the transformers library leave its list of layers,
-and its configuration counts them: layers number their places in the cache. An attention that has such a number is removed
-with its layer only.
+tensor of its input's shape (`measurement/residual_blocks.py`). Where Σ‖y − x‖² is at most a share of Σ‖y‖², the block is
+replaced by its input. Where a module inside of a block returns nothing, Σ‖f‖² at most that share of the block's Σ‖y‖², this
+branch alone is replaced by zeros. They are tried one after the other, the outermost first, what lies inside of one only if it
+stays; each goes only if the model's outputs then lose no more than is allowed. Whole layers of a model of the transformers
+library leave its list of layers (`RemainingLayers`): layers number their places in the cache. An attention that has such a
+number is removed with its layer only.
 
 What is removed stands in checkpoints (`evolvenet.surgery.module_replacement`), so that a freshly built model gets the same
 modules before it is loaded.
@@ -15,57 +15,63 @@ modules before it is loaded.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from evolvenet._compat.torch import version_of
+from evolvenet.engine.event_data import EventData
 from evolvenet.errors import ResizeError
-from evolvenet.execution.isolation import isolated
-from evolvenet.execution.step import run_model
-from evolvenet.linalg.precision import in_float64
-from evolvenet.measurement.output_error import outputs_on
+from evolvenet.graph.renaming import Rename, without_layer
+from evolvenet.graph.width_graph import WidthGraph
+from evolvenet.measurement.cost import latency, macs, parameters, size_in_bytes
+from evolvenet.measurement.output_error import first_batches, output_error, outputs_on
+from evolvenet.measurement.residual_blocks import Observed, observe_blocks
+from evolvenet.policies.base import PolicyContext
 from evolvenet.signals import deferred_signals
-from evolvenet.surgery.module_replacement import Replacement, exchange_modules
+from evolvenet.surgery.module_replacement import BUILDERS, Record, exchange_modules, replacements
 from evolvenet.surgery.optimizer_parameters import as_list, parameter_names, replace_parameters
+from evolvenet.surgery.remaining_layers import KIND as LAYERS
+from evolvenet.surgery.remaining_layers import PLACE, RemainingLayers
+from evolvenet.surgery.removed_block import KIND as BLOCK
 from evolvenet.surgery.removed_block import NOTHING, PASSES, RemovedBlock
 from evolvenet.surgery.width_record import forget
 
 log = logging.getLogger("evolvenet")
-PLACE = "layer_idx"
-"""The attribute by which modules of the transformers library find their entry of the cache."""
-COUNTS = frozenset({"num_hidden_layers", "n_layer", "num_layers", "n_layers"})
-EACH_LAYER = frozenset({"layer_types", "mlp_layer_types"})
-"""Fields of the library's configurations: the number of layers, and lists with an entry for each."""
 ROUNDING = 1e-5
 """Relative error of outputs that are the same but for the order of sums."""
 
+TRIED = 0.1
+"""Share of a block's energy: of one that carries more no policy expects that it can go."""
+SAMPLES = 256
+"""Samples on which removals are tried in a run."""
 
-@dataclass
-class Observed:
-    """What a module returned, summed over all batches.
+Accept = Callable[[Sequence[Tensor], Sequence[Tensor]], bool]
+"""(outputs before any removal, outputs now) → whether the last removal may stay."""
+
+
+@dataclass(frozen=True)
+class Removal:
+    """A block or a branch that is removed, as plain data that can be sent to other processes.
 
     Args:
-        argument: place or name of its first tensor among the arguments.
-        outputs: see `RemovedBlock`.
-        calls: in all batches.
-        change: Σ‖y − x‖².
-        energy: Σ‖y‖².
-        shape: of the last output.
+        path: by the names before the removals that precede it in a list.
+        returns, argument, outputs: see `RemovedBlock`.
+        lost: share of the energy that it carried.
+        leaves: whether it is a layer that leaves its list, so that those after it get other names.
     """
 
+    path: str
+    returns: str
     argument: int | str
     outputs: int
-    calls: int = 0
-    change: float = 0.0
-    energy: float = 0.0
-    shape: tuple[int, ...] = ()
+    lost: float
+    leaves: bool = False
 
 
 @deferred_signals("the removal of blocks")
@@ -78,8 +84,9 @@ def remove_blocks(
 ) -> dict[str, float]:
     """Remove residual blocks, and branches of them, that carry nothing or next to nothing; in place.
 
-    Call it after `prune`; the graph has to be traced anew afterwards. In a run call `Evolver.remove_blocks`. Branches that are
-    zero because they have just been initialized so would learn: remove them only once they have been trained.
+    Call it after `prune`; the graph has to be traced anew afterwards. In a run give the policy `depth=True`, or call
+    `Evolver.remove_blocks`. Branches that are zero because they have just been initialized so would learn: remove them only once
+    they have been trained.
 
     Args:
         model: any module.
@@ -110,7 +117,8 @@ def remove_blocks(
     """
     if not 0 <= share <= 1:
         raise ResizeError(f"remove_blocks: expected a share in 0 … 1, got {share!r}. Take for example share=1e-4.")
-    removals = find_removals(model, list(batches) or [example_inputs], share)
+    accept = energy_limit(share)
+    removals = find_removals(model, list(batches) or [example_inputs], share, lambda _: accept)
     with ExitStack() as undo:
         for removal in removals:
             apply_removal(model, removal, as_list(optimizers), undo)
@@ -121,130 +129,87 @@ def remove_blocks(
     return {removal.path: removal.lost for removal in reversed(removals)}
 
 
-@dataclass(frozen=True)
-class Removal:
-    """A block or a branch that is removed, as plain data that can be sent to other processes.
+def energy_limit(share: float) -> Accept:
+    """Outputs may lose so much of their energy by all removals together."""
 
-    Args:
-        path: by the names before the removals that precede it in a list.
-        returns, argument, outputs: see `RemovedBlock`.
-        lost: share of the energy that it carried.
-    """
+    def accept(before: Sequence[Tensor], now: Sequence[Tensor]) -> bool:
+        return all(
+            torch.dist(one, other) <= max(ROUNDING, share**0.5) * other.norm()
+            for one, other in zip(now, before, strict=True)
+        )
 
-    path: str
-    returns: str
-    argument: int | str
-    outputs: int
-    lost: float
+    return accept
 
 
-def find_removals(model: nn.Module, inputs: Sequence[Any], share: float) -> list[Removal]:
-    """What `remove_blocks` removes, from the last block to the first: what leaves a list of layers moves those after it.
+def find_removals(
+    model: nn.Module,
+    inputs: Sequence[Any],
+    share: float,
+    limit: Callable[[str], Accept],
+    graph: WidthGraph | None = None,
+    may_go: Callable[[str], bool] = lambda _: True,
+) -> list[Removal]:
+    """The blocks and branches to remove, from the last one to the first: what leaves a list of layers moves those after it.
 
     Args:
         model: is left as it was.
         inputs: of the model.
-        share: see `remove_blocks`.
+        share: of a block's energy; those that carry more are not tried.
+        limit: (path of a block) → what is called once it is removed, with all that were accepted before it gone, too.
+        graph: of the model: which outputs count.
+        may_go: whether the block at a path may be removed at all.
     """
     seen = observe_blocks(model, inputs)
-    before = outputs_on(model, inputs, most=None)
+    modules = dict(model.named_modules())
+    before = outputs_on(model, inputs, graph, most=None)
     found: list[Removal] = []
     with ExitStack() as every:
-        for path, returns, lost in reversed(list(_chosen(model, seen, share))):
-            removal = Removal(path, returns, seen[path].argument, seen[path].outputs, lost)
-            with ExitStack() as undo:
-                apply_removal(model, removal, (), undo)
-                if _is_as_good(model, inputs, before, share):
-                    found.append(removal)
-                    every.enter_context(undo.pop_all())
-                else:
-                    log.info("%s stays: without it the model's outputs lose more than a share of %g", path, share)
-    return found
+        for path in _outer_first(modules):
+            each = seen.get(path)
+            if each is None or any(path.startswith(f"{removal.path}.") for removal in found):
+                continue
+            for returns, lost in _lost(path, each, modules, seen).items():
+                if lost > share or not may_go(path) or _has_to_stay(modules, path, returns):
+                    continue
+                leaves = _holds_place(modules[path])
+                removal = Removal(path, returns, each.argument, each.outputs, lost, leaves)
+                with ExitStack() as undo:
+                    apply_removal(model, removal, (), undo)
+                    if _runs_as_before(model, inputs, before, limit(path), graph):
+                        found.append(removal)
+                        every.enter_context(undo.pop_all())
+                        break
+                    log.info("%s stays: without it the model's outputs lose more than is allowed", path)
+    # Of two in one list the later one goes first.
+    order = {path: place for place, path in enumerate(modules)}
+    return sorted(found, key=lambda removal: -order[removal.path])
 
 
-def observe_blocks(model: nn.Module, inputs: Sequence[Any]) -> dict[str, Observed]:
-    """{path: what it returned} of each module with parameters that returns a tensor of its input's shape, once a batch."""
-    found: dict[str, Observed] = {}
-    # Hooks that are there before would find what they have written taken back.
-    with isolated(model), _hooks(model, found):
-        for batch in inputs:
-            run_model(model, batch)
-    return {path: each for path, each in found.items() if each.calls == len(inputs)}
-
-
-@contextmanager
-def _hooks(model: nn.Module, found: dict[str, Observed]) -> Iterator[None]:
-    versions: dict[str, int | None] = {}
-    observed = [
-        (path, module)
-        for path, module in model.named_modules()
-        if path and not isinstance(module, Replacement) and any(True for _ in module.parameters())
-    ]
-    handles = [
-        handle
-        for path, module in observed
-        for handle in (
-            module.register_forward_pre_hook(partial(_note_version, versions, path), with_kwargs=True),
-            module.register_forward_hook(partial(_observe, found, versions, path), with_kwargs=True),
-        )
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _given(args: Any, kwargs: Mapping[str, Any]) -> tuple[int | str, Tensor] | None:
-    """Place or name of the first tensor among the arguments, and the tensor."""
-    return next(((key, each) for key, each in (*enumerate(args), *kwargs.items()) if isinstance(each, Tensor)), None)
-
-
-def _note_version(versions: dict[str, int | None], path: str, module: nn.Module, args: Any, kwargs: Any) -> None:
-    given = _given(args, kwargs)
-    versions[path] = None if given is None else version_of(given[1])
-
-
-def _observe(
-    found: dict[str, Observed],
-    versions: Mapping[str, int | None],
-    path: str,
-    module: nn.Module,
-    args: Any,
-    kwargs: Mapping[str, Any],
-    result: Any,
-) -> None:
-    given = _given(args, kwargs)
-    several = isinstance(result, tuple) and bool(result) and all(each is None for each in result[1:])
-    main = result[0] if several else result
-    if given is None or not isinstance(main, Tensor) or not main.is_floating_point():
-        return
-    if versions[path] != version_of(given[1]):
-        # It has written to its input, which is not what it was given any more.
-        return
-    argument, x = given
-    if x.shape != main.shape or x.dtype != main.dtype:
-        return
-    entry = found.setdefault(path, Observed(argument, len(result) if several else 0))
-    entry.calls += 1
-    entry.change += float(in_float64(main - x).square().sum())
-    entry.energy += float(in_float64(main).square().sum())
-    entry.shape = tuple(main.shape)
-
-
-def _chosen(model: nn.Module, seen: Mapping[str, Observed], share: float) -> Iterator[tuple[str, str, float]]:
-    """(path, what it returns from now on, share of the energy) of the outermost modules that carry nothing."""
-    modules, done = dict(model.named_modules()), list[str]()
+def _outer_first(modules: Mapping[str, nn.Module]) -> Iterator[str]:
+    """All paths from the last module to the first, what holds a module before it."""
+    inside: dict[str, list[str]] = {}
     for path in modules:
-        each = seen.get(path)
-        if each is None or any(path.startswith(f"{outer}.") for outer in done):
-            continue
-        lost = _lost(path, each, modules, seen)
-        for returns, value in lost.items():
-            if value <= share and not _keeps_its_place(modules, path, returns):
-                done.append(path)
-                yield path, returns, value
-                break
+        if path:
+            holder = path.rpartition(".")[0]
+            # A module that is shared may lie in a holder that goes by another name.
+            inside.setdefault(holder if holder in modules else "", []).append(path)
+    left = list(inside.get("", ()))
+    while left:
+        path = left.pop()
+        yield path
+        left += inside.get(path, ())
+
+
+def _runs_as_before(
+    model: nn.Module, inputs: Sequence[Any], before: Sequence[Tensor], accept: Accept, graph: WidthGraph | None
+) -> bool:
+    """Whether the model still runs, its outputs have their shapes, and the removal is accepted."""
+    try:
+        now = outputs_on(model, inputs, graph, most=None)
+    except Exception as problem:
+        log.debug("A removed block is put back", exc_info=problem)
+        return False
+    return [each.shape for each in now] == [each.shape for each in before] and accept(before, now)
 
 
 def _lost(
@@ -263,14 +228,19 @@ def _lost(
     return lost
 
 
-def _keeps_its_place(modules: Mapping[str, nn.Module], path: str, returns: str) -> bool:
-    """Whether something inside has a place in the cache, and is no layer of a list from which it could be taken.
+def _holds_place(module: nn.Module) -> bool:
+    return any(hasattr(each, PLACE) for each in module.modules())
 
-    Layers of encoder and decoder stay: their configurations have names of their own for both numbers.
-    """
-    if not any(hasattr(module, PLACE) for module in modules[path].modules()):
+
+def _has_to_stay(modules: Mapping[str, nn.Module], path: str, returns: str) -> bool:
+    """Whether something inside has a place in the cache, and is no layer of a list from which it could be taken."""
+    if not _holds_place(modules[path]):
         return False
     if any(getattr(getattr(module, "config", None), "is_encoder_decoder", False) for module in modules.values()):
+        log.info(
+            "%s stays: in a model of encoder and decoder layers keep their places, since both count theirs in one configuration",
+            path,
+        )
         return True
     return returns != PASSES or not isinstance(modules[path.rpartition(".")[0]], nn.ModuleList)
 
@@ -278,8 +248,11 @@ def _keeps_its_place(modules: Mapping[str, nn.Module], path: str, returns: str) 
 def apply_removal(model: nn.Module, removal: Removal, optimizers: Sequence[Optimizer], undo: ExitStack) -> None:
     """Remove one block or branch; closing `undo` puts it back."""
     module = model.get_submodule(removal.path)
-    if any(hasattr(each, PLACE) for each in module.modules()):
-        _take_out(model, removal.path, undo)
+    if removal.leaves:
+        parent, _, index = removal.path.rpartition(".")
+        layers = model.get_submodule(parent)
+        assert isinstance(layers, nn.ModuleList)
+        exchange_modules(model, {layers: RemainingLayers.without(layers, [int(index)])}, undo)
     else:
         stand_in = RemovedBlock(module, removal.returns, removal.argument, removal.outputs)
         exchange_modules(model, {module: stand_in}, undo)
@@ -288,46 +261,84 @@ def apply_removal(model: nn.Module, removal: Removal, optimizers: Sequence[Optim
     replace_parameters(optimizers, gone, parameter_names(model), undo)
 
 
-def _take_out(model: nn.Module, path: str, undo: ExitStack) -> None:
-    """Take a layer out of its list; the layers after it take the places before them, in the cache and in the configuration."""
-    parent, _, index = path.rpartition(".")
-    layers = model.get_submodule(parent)
-    assert isinstance(layers, nn.ModuleList)
-    count, before = len(layers), list(layers)
-    del layers[int(index)]
+def renaming(removals: Sequence[Removal]) -> Rename:
+    """The names that everything has after removals, which follow one another in this order."""
+    steps = [without_layer(each.path) for each in removals if each.leaves]
+    gone = [each.path for each in removals if not each.leaves]
 
-    def put_back() -> None:
-        while len(layers):
-            del layers[-1]
-        layers.extend(before)
+    def rename(name: str) -> str | None:
+        found: str | None = None if any(f"{name}.".startswith(f"{path}.") for path in gone) else name
+        for step in steps:
+            found = found if found is None else step(found)
+        return found
 
-    undo.callback(put_back)
-    for later in layers[int(index) :]:
-        for module in later.modules():
-            if hasattr(module, PLACE):
-                undo.callback(setattr, module, PLACE, getattr(module, PLACE))
-                setattr(module, PLACE, getattr(module, PLACE) - 1)
-    configs = {id(config): config for each in model.modules() if (config := getattr(each, "config", None)) is not None}
-    for config in configs.values():
-        for name, value in list(vars(config).items()):
-            if name in COUNTS and value == count:
-                changed: Any = count - 1
-            elif name in EACH_LAYER and isinstance(value, list) and len(value) == count:
-                changed = [entry for place, entry in enumerate(value) if place != int(index)]
-            else:
-                continue
-            undo.callback(vars(config).__setitem__, name, value)
-            vars(config)[name] = changed
+    return rename
 
 
-def _is_as_good(model: nn.Module, inputs: Sequence[Any], before: Sequence[Tensor], share: float) -> bool:
-    """Whether the model still runs, and its outputs have lost no more than a share of their energy."""
-    try:
-        now = outputs_on(model, inputs, most=None)
-    except Exception as problem:
-        log.debug("A removed block is put back", exc_info=problem)
-        return False
-    return [each.shape for each in now] == [each.shape for each in before] and all(
-        torch.dist(one, other) <= max(ROUNDING, share**0.5) * other.norm()
-        for one, other in zip(now, before, strict=True)
-    )
+def removes_blocks(policy: object) -> bool:
+    """Whether a policy may remove blocks at an event, see `evolvenet.policies.base.DepthPolicy`."""
+    return bool(getattr(policy, "depth", False)) and callable(getattr(policy, "block_loss", None))
+
+
+def removals_of_policy(
+    policy: Any, context: PolicyContext, data: EventData, may_go: Callable[[str], bool]
+) -> list[Removal]:
+    """The blocks that a policy gives up: those whose loss is within what it allows, by themselves and together.
+
+    Args:
+        policy: with a method `block_loss`.
+        context: of the event.
+        data: of the event, with its batches.
+        may_go: see `find_removals`.
+    """
+    model, inputs = data.model, data.example_inputs
+
+    @cache
+    def cost(kind: str, count: int) -> float:
+        # `count` parameters tell one state of the model from another.
+        costs = {"params": lambda _: count, "bytes": size_in_bytes, "macs": lambda each: macs(each, inputs, own)}
+        return costs[kind](model) if kind in costs else latency(model, inputs, own)
+
+    own, lost, kept = data.graph.differentiates, [0.0], [parameters(model)]
+    first = kept[0]
+
+    def limit(path: str) -> Accept:
+        now = parameters(model)
+
+        def accept(before: Sequence[Tensor], after: Sequence[Tensor]) -> bool:
+            loss = output_error(before, after)
+            alone = partial(lambda since, kind: cost(kind, since) - cost(kind, now), kept[0])
+            together = partial(lambda since, kind: cost(kind, since) - cost(kind, now), first)
+            fits = loss - lost[0] <= policy.block_loss(context, path, alone) + ROUNDING**2
+            if fits and loss <= policy.block_loss(context, path, together) + ROUNDING**2:
+                lost[0], kept[0] = loss, now
+                return True
+            return False
+
+        return accept
+
+    cost(getattr(policy, "kind", getattr(policy, "cost", "params")), first)
+    # What it reads of the context is computed once, while the model is whole.
+    policy.block_loss(context, "", lambda kind: 0.0)
+    return find_removals(model, first_batches(data.batches, SAMPLES), TRIED, limit, data.graph, may_go)
+
+
+def restore_blocks(model: nn.Module, records: Mapping[str, Record]) -> None:
+    """Give a model the blocks of another moment. New tensors have undefined values, and are in no optimizer.
+
+    Args:
+        model: with blocks that were removed since, or that were not removed yet.
+        records: {path: record} of the replacements of that moment.
+    """
+    kinds = (RemovedBlock, RemainingLayers)
+    with ExitStack() as undo:
+        for path, own in reversed(replacements(model).items()):
+            if isinstance(own, kinds) and own.record() != records.get(path):
+                first = next(model.parameters(), None)
+                whole = own.whole().to(None if first is None else first.device).train(own.training)
+                exchange_modules(model, {own: whole}, undo)
+        for path in sorted(records, key=lambda path: path.count(".")):
+            module = model.get_submodule(path)
+            if records[path]["type"] in (BLOCK, LAYERS) and not isinstance(module, kinds):
+                exchange_modules(model, {module: BUILDERS[records[path]["type"]](module, records[path])}, undo)
+        undo.pop_all()

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from evolvenet._compat.torch import reset_compiled_code, tree_map_only
-from evolvenet.engine.announcements import announce
 from evolvenet.engine.batch_buffer import BatchBuffer
 from evolvenet.engine.decision import decide
 from evolvenet.engine.distributed import (
@@ -27,7 +26,7 @@ from evolvenet.engine.distributed import (
 )
 from evolvenet.engine.event_data import EventData
 from evolvenet.engine.event_record import OutputChange, recorded
-from evolvenet.engine.evolver_state import EvolverState
+from evolvenet.engine.evolver_cuts import EvolverCuts
 from evolvenet.engine.failure_policy import FailurePolicy
 from evolvenet.engine.history import Event, History, WidthChange, changed
 from evolvenet.engine.invariants import ModelReference, check_resizable, validate
@@ -35,7 +34,7 @@ from evolvenet.engine.original_widths import OriginalWidths, at_first_sizes
 from evolvenet.engine.proposals import apply_proposals
 from evolvenet.engine.repetitions import Repetitions
 from evolvenet.engine.run_checks import fixed_by_optimizers, have_state, rank_changes_possible, unreachable, warn
-from evolvenet.engine.snapshot import PendingCut, Snapshot, roll_back
+from evolvenet.engine.snapshot import PendingCut, Snapshot
 from evolvenet.engine.transaction import Transaction
 from evolvenet.errors import RankMismatchError, stage, stage_times
 from evolvenet.execution.chosen_outputs import Outputs, normalized
@@ -55,7 +54,7 @@ from evolvenet.surgery.width_record import remember_widths
 from evolvenet.tracing.unreached import trace_for_training
 
 
-class Evolver(EvolverState):
+class Evolver(EvolverCuts):
     """Changes a model's widths while it trains, in any loop.
 
     Call `observe` with the model's inputs on some training batches and `step` between two optimizer steps, never between
@@ -69,7 +68,8 @@ class Evolver(EvolverState):
         model: the model; it keeps its parameters' identity throughout.
         optimizer: the optimizer that holds them, or several; None for none.
         policy: proposes sizes, for example `Threshold`, or one of your own (see `Policy`).
-        example_inputs: what the model is called with: a tensor, a tuple of arguments, a dict of keywords; with `step` a batch.
+        example_inputs: what the model is called with: a tensor, a tuple of arguments or a dict of keyword arguments. With
+            `step` a batch.
         calibration_batches: how many of the last batches an event measures on; None for as many as the widest width needs.
         seed: of the new units' random directions; they do not draw from the global generator.
         copies: models with the same tensor names, such as a moving average: they go along. Or what gives them when it is due.
@@ -78,9 +78,7 @@ class Evolver(EvolverState):
         step: a function of a batch that computes the loss as training does, for several networks, or losses that read what
             lies between layers. It is traced and measured in place of calls of the model, in eval mode and without
             gradients, so it must not step an optimizer.
-        network: parts outside of which widths stay, like the next two see `evolvenet.graph.restriction.Restriction`.
-        fixed: widths that stay.
-        multiple: of which the channels of a width that changes are a multiple.
+        network, fixed, multiple: which widths change, and to which sizes, see `evolvenet.graph.restriction.Restriction`.
         path: of the model in a larger module, by whose names `network` and `fixed` may go.
         outputs: which of the model's outputs count, as for `trace`; with `step`, of what that returns.
 
@@ -128,7 +126,8 @@ class Evolver(EvolverState):
         # Clones: a view would keep the whole batch in memory.
         self.example_inputs = tree_map_only(Tensor, torch.clone, first_samples(example_inputs, 2))
         self.copies, self.after_change = copies, after_change
-        self._restriction, self._path = Restriction(network, fixed, multiple), path
+        self._restriction = self._restriction_given = Restriction(network, fixed, multiple)
+        self._path = path
         self._outputs = normalized(outputs)
         self.graph = self._restricted(graph or trace_for_training(model, self.example_inputs, outputs))
         self.original = self._original_before_cut = OriginalWidths.of(self.graph)
@@ -209,43 +208,13 @@ class Evolver(EvolverState):
         self._past = self._past.next(1.0 if progress is None else progress)
         changes: list[WidthChange] = []
         with stage_times() as stages:
+            removed = self._remove_by_policy(group, moment, previous)
             found, skipped = self._attempt(group, moment, changes, previous)
         check_agreement(group, "weights", fingerprint(self.model) if group.size > 1 else "")
         seconds = time.perf_counter() - started
-        return self._record(self._event(moment, changes, before, seconds, skipped, stages=stages, **found))
-
-    @deferred_signals("the judgement of the last cut")
-    def judge(self, value: float, at: int | None = None) -> Event | None:
-        """Tell a policy that judges its cuts, such as `Tolerance`, the value of its metric, after a validation.
-
-        Where the last cut cost too much, the model, its copies and the optimizers' state are as before it again, and training
-        goes on from there. Call it where `step` could be called. Every rank takes rank 0's value.
-
-        Returns:
-            The event, where a cut was taken back.
-        """
-        group, started = process_group(), time.perf_counter()
-        value = group.broadcast(value)
-        judgement, past = self._pending_cut.judge(value) if self._pending_cut else (None, None)
-        if judgement is None or past is None:
-            return None
-        moment, count = self._observed if at is None else at, parameters(self.model)
-        sizes = self.history.sizes(self.graph)
-        skipped, reason = None, f"taken back: {judgement.reason}"
-        try:
-            with stage("rollback"):
-                copies = run_on_all_ranks(group, self._copies)
-                take = partial(Snapshot.of, self.model, self.graph, self.optimizers, copies)
-                now = run_on_all_ranks(group, take)
-                roll_back(group, past, now, self, copies)
-            self.graph, self.original = past.graph, self._original_before_cut
-        except RankMismatchError:
-            raise
-        except Exception as problem:  # noqa: BLE001  the cut then stays, and the run can go on
-            skipped = self._failures.explain(group, moment, problem)
-        self._macs = macs(self.model, self.example_inputs, self.graph.differentiates)
-        changes = changed(sizes, self.history.sizes(self.graph), dict.fromkeys(sizes, reason))
-        return self._record(self._event(moment, changes, count, time.perf_counter() - started, skipped))
+        return self._record(
+            self._event(moment, changes, before, seconds, skipped, removed_blocks=removed, stages=stages, **found)
+        )
 
     @contextmanager
     def restored(self, why: str) -> Iterator[None]:
@@ -369,21 +338,3 @@ class Evolver(EvolverState):
             undo.callback(vars(self._pending_cut).update, dict(vars(self._pending_cut)))
             self._pending_cut.record(past, [change.width for change in changes])
         return {**recorded(measures, self.graph.sizes), **compared}
-
-    def _record(self, event: Event) -> Event:
-        announce(event)
-        self.history.events.append(event)
-        self.history.ranks.update(self.graph.rank_layers)
-        return event
-
-    def _event(
-        self,
-        at: int,
-        changes: Sequence[WidthChange],
-        before: int,
-        seconds: float,
-        skipped: str | None = None,
-        **found: Any,
-    ) -> Event:
-        count, sizes = parameters(self.model), dict(self.graph.sizes)
-        return Event(at, tuple(changes), sizes, before, count, self._macs, seconds, skipped, **found)

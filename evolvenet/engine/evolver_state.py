@@ -2,41 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
 
-from evolvenet._compat.torch import reset_compiled_code
+from evolvenet.engine.announcements import announce
 from evolvenet.engine.batch_buffer import BatchBuffer
-from evolvenet.engine.depth import apply_removal, find_removals
-from evolvenet.engine.distributed import process_group, run_on_all_ranks, run_on_rank_0
 from evolvenet.engine.failure_policy import FailurePolicy
-from evolvenet.engine.history import History
+from evolvenet.engine.history import Event, History, WidthChange
 from evolvenet.engine.original_widths import OriginalWidths
 from evolvenet.engine.snapshot import PendingCut
 from evolvenet.execution.inputs import is_plain
 from evolvenet.execution.step import batch_of
 from evolvenet.graph.format_version import FORMAT, FORMAT_KEY, checked_format
-from evolvenet.graph.restriction import Restriction
+from evolvenet.graph.renaming import Rename, same_widths
+from evolvenet.graph.restriction import Restriction, fixed_names
 from evolvenet.graph.serialization import check_fits, from_state_dict, to_state_dict
 from evolvenet.graph.width_graph import ChosenOutputs, WidthGraph
+from evolvenet.lowrank.layer_ranks import LowRank
 from evolvenet.measurement.calibration import LEAST
-from evolvenet.measurement.cost import macs
+from evolvenet.measurement.cost import parameters
 from evolvenet.measurement.past_events import PastEvents
+from evolvenet.policies.base import Policy
 from evolvenet.signals import deferred_signals
 from evolvenet.surgery.checkpoint import WidthRecord, fit_shapes
 from evolvenet.surgery.width_record import remember_widths
-from evolvenet.tracing.unreached import trace_for_training
 
 
 class EvolverState:
-    """The state of an `Evolver`, which is the only subclass."""
+    """The state of an `Evolver`, which alone is made."""
 
     model: nn.Module
+    policy: Policy
+    lowrank: LowRank | None
     example_inputs: Any
     graph: WidthGraph
     original: OriginalWidths
@@ -48,6 +49,7 @@ class EvolverState:
     _macs: int
     _original_before_cut: OriginalWidths
     _restriction: Restriction
+    _restriction_given: Restriction
     _outputs: ChosenOutputs
     _path: str
     _buffer: BatchBuffer
@@ -55,6 +57,8 @@ class EvolverState:
     _past: PastEvents
     _failures: FailurePolicy
     _pending_cut: PendingCut | None
+    _fixed: tuple[str, ...] | None = None
+    """Names that take the place of the user's patterns once layers have got other names."""
 
     @property
     def off(self) -> str | None:
@@ -83,6 +87,7 @@ class EvolverState:
             "original": [each.state_dict() for each in (self.original, self._original_before_cut)],
             **self._buffer.state_dict(),
             **self._failures.state_dict(),
+            "fixed": None if self._fixed is None else list(self._fixed),
             "note": WidthRecord.of(self.model, self.graph).values(self.model),
             "pending_cut": self._pending_cut.state_dict() if self._pending_cut else None,
             # A cut may have to be taken back before the first batch of a resumed run.
@@ -102,6 +107,7 @@ class EvolverState:
                 Nothing has changed then.
         """
         checked_format(state, "The state of the Evolver")
+        self._fix(state.get("fixed"))
         graph = self._restricted(from_state_dict(state["graph"]))
         check_fits(graph, self.model, besides=state["note"]["buffers"])
         fit_shapes(self.model, {}, record=state["note"])
@@ -117,75 +123,90 @@ class EvolverState:
         if self._pending_cut and state.get("pending_cut"):
             self._pending_cut.load_state_dict(state["pending_cut"])
 
-    @deferred_signals("the removal of blocks")
-    def remove_blocks(self, share: float = 0.0) -> tuple[str, ...]:
-        """Remove residual blocks and branches that carry nothing, whatever the policy, see `evolvenet.remove_blocks`.
+    def _named(self) -> dict[str, Any]:
+        """What is kept by the names of widths and modules, as plain data."""
+        return {
+            "initial": dict(self.history.initial.sizes),
+            "ranks": dict(self.history.ranks),
+            "past": self._past.state_dict(),
+            "fixed": None if self._fixed is None else list(self._fixed),
+        }
 
-        They are looked for on the batches observed so far, on rank 0; all ranks and copies do the same, or none does anything.
-        Call it where `step` could be called, for example after each. While a cut is still to be judged (`Tolerance`) nothing is
-        removed, so that the cut can be undone.
+    def _load_names(self, named: Mapping[str, Any]) -> None:
+        """What `_named` returned is as it was then; the number of events goes on."""
+        for live, before in ((self.history.initial.sizes, named["initial"]), (self.history.ranks, named["ranks"])):
+            live.clear()
+            live.update(before)
+        before = PastEvents.from_state_dict(named["past"])
+        self._past = replace(before, count=self._past.count, progress=self._past.progress)
+        self._fix(named["fixed"])
 
-        Args:
-            share: of the energy, that may be lost with each.
-
-        Returns:
-            The paths of what was removed.
-
-        Raises:
-            EvolveNetError: where it fails on one of several processes. Everything is as before then.
-        """
-        if self._pending_cut and self._pending_cut.snapshot:
-            return ()
-        group = process_group()
-        batches, _ = self._buffer.gather(group)
-        inputs = batches or [self.example_inputs]
-        removals = run_on_rank_0(group, lambda: find_removals(self.model, inputs, share))
-        if not removals:
-            return ()
-        copies = run_on_all_ranks(group, self._copies)
-
-        def remove() -> WidthGraph:
-            for removal in removals:
-                for model in (self.model, *copies):
-                    apply_removal(model, removal, self.optimizers if model is self.model else (), undo)
-            return trace_for_training(self.model, self.example_inputs, self._outputs)
-
-        history, sizes = self.history, dict(self.history.initial.sizes)
-        known, ranks = (self.graph, self.original, history.frozen), dict(history.ranks)
-
-        def go_back() -> None:
-            self.graph, self.original, history.frozen = known
-            history.initial.sizes.clear()
-            history.initial.sizes.update(sizes)
-            history.ranks.clear()
-            history.ranks.update(ranks)
-            # Wrappers that were renewed hold the parameters that have come back.
-            self.after_change()
-
-        with ExitStack() as undo:
-            undo.callback(go_back)
-            graph = run_on_all_ranks(group, remove)
-            run_on_all_ranks(group, self.after_change)
-            self.adopt(graph)
-            undo.pop_all()
-        self._macs = macs(self.model, self.example_inputs, self.graph.differentiates)
-        reset_compiled_code()
-        return tuple(removal.path for removal in reversed(removals))
+    def _fix(self, names: Sequence[str] | None) -> None:
+        """Restrict the run by these names from now on, instead of by the user's patterns, which are older; None for those."""
+        self._fixed = None if names is None else tuple(names)
+        given = self._restriction_given
+        self._restriction = given if names is None else Restriction(None, self._fixed or (), given.multiple)
+        if self.lowrank is not None:
+            self.lowrank = replace(self.lowrank, restriction=self._restriction)
 
     @deferred_signals("the exchange of the graph")
-    def adopt(self, graph: WidthGraph) -> None:
-        """Go on with another graph of the same model as it is, from a trace that has reached more of it."""
+    def adopt(self, graph: WidthGraph, rename: Rename = str) -> dict[str, str]:
+        """Go on with another graph of the same model as it is, from a trace that has reached more of it.
+
+        Args:
+            graph: the widths.
+            rename: the names that modules and tensors have in it, where blocks have been removed.
+
+        Returns:
+            {name of a width from now on: name before}.
+        """
         check_fits(graph, self.model)
+        if rename is not str:
+            fixed = fixed_names(self._restriction, self._path, self.graph)
+            self._fix([new for name in fixed if (new := rename(name)) is not None])
         graph = self._restricted(graph)
-        self.graph, self.original = graph, self.original.renamed(self.graph, graph)
+        known = same_widths(self.graph, graph, rename)
+        original = self.original.renamed(known, graph)
+        whole = {name: rename(name) for name in self.history.initial.sizes if name not in self.graph.widths}
+        names = {**{new: name for name, new in whole.items() if new is not None and new not in graph.widths}, **known}
+        first, ranks = self.history.initial.sizes, self.history.ranks
+        sizes = {new: first[name] for new, name in names.items() if name in first} | {
+            name: size for name, size in graph.sizes.items() if known.get(name) not in first
+        }
+        layers = {
+            new: layer for new, name in names.items() if name in ranks and (layer := rename(ranks[name])) is not None
+        }
+        if rename is not str:
+            self._past = self._past.renamed(names)
+            if self._pending_cut:
+                self._pending_cut.rename(names)
+        self.graph, self.original = graph, original
         remember_widths(self.model, graph, self.original.sizes)
-        first = {**graph.sizes, **self.history.initial.sizes}
-        self.history.initial.sizes.clear()
-        # Those of removed blocks are gone.
-        self.history.initial.sizes.update({name: size for name, size in first.items() if name in graph.widths})
+        first.clear()
+        first.update(sizes)
+        ranks.clear()
+        ranks.update({**layers, **graph.rank_layers})
         self.history.frozen = graph.reasons
-        self.history.ranks.update(graph.rank_layers)
+        return names
 
     def _restricted(self, graph: WidthGraph) -> WidthGraph:
         # A graph that was read from a checkpoint has no functions.
         return replace(self._restriction.apply(graph, self._path), outputs=self._outputs or graph.outputs)
+
+    def _record(self, event: Event) -> Event:
+        announce(event)
+        self.history.events.append(event)
+        self.history.ranks.update(self.graph.rank_layers)
+        return event
+
+    def _event(
+        self,
+        at: int,
+        changes: Sequence[WidthChange],
+        before: int,
+        seconds: float,
+        skipped: str | None = None,
+        **found: Any,
+    ) -> Event:
+        count, sizes = parameters(self.model), dict(self.graph.sizes)
+        return Event(at, tuple(changes), sizes, before, count, self._macs, seconds, skipped, **found)

@@ -46,6 +46,9 @@ class Event:
         measured_change: how far the event has moved the network's outputs, as a share of their variance; None if nothing
             changed, or where it is not known.
         stages: {part of the event: seconds}.
+        removed_blocks: paths of residual blocks that it has removed whole, by the names before it; those of layers that follow
+            in a list, and of their widths, are other ones from then on.
+        restored_blocks: paths of blocks that are back, since their removal was taken back.
     """
 
     step: int
@@ -62,6 +65,8 @@ class Event:
     predicted_change: float | None = None
     measured_change: float | None = None
     stages: dict[str, float] = field(default_factory=dict)
+    removed_blocks: tuple[str, ...] = ()
+    restored_blocks: tuple[str, ...] = ()
 
 
 @dataclass
@@ -121,7 +126,8 @@ class History:
         """As plain dicts, lists, numbers and strings, fit for JSON and for `weights_only` checkpoints."""
         plain = asdict(self)
         for event in (plain["initial"], *plain["events"]):
-            event["changes"] = list(event["changes"])
+            for name in ("changes", "removed_blocks", "restored_blocks"):
+                event[name] = list(event[name])
         return plain
 
     @classmethod
@@ -130,7 +136,8 @@ class History:
 
         def event(entry: Mapping[str, Any]) -> Event:
             changes = tuple(WidthChange(**change) for change in entry["changes"])
-            return Event(**{**entry, "changes": changes, "sizes": dict(entry["sizes"])})
+            blocks = {name: tuple(entry.get(name, ())) for name in ("removed_blocks", "restored_blocks")}
+            return Event(**{**entry, **blocks, "changes": changes, "sizes": dict(entry["sizes"])})
 
         events = [event(entry) for entry in plain["events"]]
         return cls(event(plain["initial"]), events, dict(plain.get("frozen", {})), dict(plain.get("ranks", {})))
@@ -145,5 +152,5 @@ def changed(before: Mapping[str, int], after: Mapping[str, int], reasons: Mappin
     return [
         WidthChange(name, before[name], after[name], reason)
         for name, reason in reasons.items()
-        if before[name] != after[name]
+        if name in after and before[name] != after[name]
     ]

@@ -93,6 +93,12 @@ def remarks(history: History) -> list[str]:
     changed = sum(bool(event.changes) for event in history.events)
     found = [f"{_count(len(history.events), 'event')}, {changed} of them with changed widths, {len(skipped)} skipped"]
     found += [f"skipped {steps}: {reason}" for reason, steps in _skipped(skipped)]
+    found += [
+        f"step {event.step}: {word} {', '.join(blocks)}"
+        for event in history.events
+        for word, blocks in (("removed", event.removed_blocks), ("restored", event.restored_blocks))
+        if blocks
+    ]
     if history.frozen:
         reasons = _frequent(history.frozen.values())
         keep = "width keeps its size" if len(history.frozen) == 1 else "widths keep their size"

@@ -43,9 +43,16 @@ class ModelReference:
         return cls(dict(model.named_parameters()), _shapes(found, example_inputs), _finite(found))
 
     def with_layers_of(self, model: nn.Module) -> ModelReference:
-        """The same after layers were exchanged: parameters by a name that was there before must be the objects from then."""
+        """The same after layers were exchanged: parameters by a name that was there before must be the objects from then.
+
+        Those of layers that have got other names are there under these.
+        """
         now = dict(model.named_parameters())
-        return replace(self, parameters={name: self.parameters.get(name, tensor) for name, tensor in now.items()})
+        there = set(now.values())
+        kept = {
+            name: tensor for name, tensor in self.parameters.items() if now.get(name) is tensor or tensor not in there
+        }
+        return replace(self, parameters={name: kept.get(name, tensor) for name, tensor in now.items()})
 
 
 def validate(

@@ -65,22 +65,21 @@ class OriginalWidths:
         }
         return OriginalWidths(self.sizes, {**self.origins, **moved})
 
-    def renamed(self, before: WidthGraph, after: WidthGraph) -> OriginalWidths:
-        """The same by the names of another graph of the same model, found by the tensors that a width lies in.
+    def renamed(self, known: Mapping[str, str], after: WidthGraph) -> OriginalWidths:
+        """The same by the names of another graph of the same model.
 
         Args:
-            before: the graph whose names are used here.
-            after: the other graph; a width of it that is none of the other's has not changed so far.
+            known: {width of it: its name here}, from `evolvenet.graph.renaming.same_widths`.
+            after: the other graph; a width of it that is not in `known` has not changed so far.
         """
-        names = {(tie.tensor, tie.dim): width.name for width in before.widths.values() for tie in width.ties}
         fresh = OriginalWidths.of(after)
         sizes, origins = dict(fresh.sizes), dict(fresh.origins)
         for width in after.widths.values():
-            known = next((n for tie in width.ties if (n := names.get((tie.tensor, tie.dim))) is not None), None)
-            if width.rank_of is not None and known is None:
+            name = known.get(width.name)
+            if width.rank_of is not None and name is None:
                 del sizes[width.name], origins[width.name]
-            elif known is not None and known in self.origins and len(self.origins[known]) == width.size:
-                sizes[width.name], origins[width.name] = self.sizes[known], self.origins[known]
+            elif name is not None and name in self.origins and len(self.origins[name]) == width.size:
+                sizes[width.name], origins[width.name] = self.sizes[name], self.origins[name]
         return OriginalWidths(sizes, origins)
 
     def surgery(self, model: nn.Module, graph: WidthGraph) -> Surgery:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from evolvenet._compat.torch import reset_compiled_code
+from evolvenet.engine.depth import restore_blocks
 from evolvenet.engine.distributed import ProcessGroup, run_on_all_ranks
 from evolvenet.engine.invariants import ModelReference, validate
 from evolvenet.engine.rank_changes import restore_chains
@@ -19,6 +20,7 @@ from evolvenet.graph.width_graph import WidthGraph
 from evolvenet.policies.base import Judgement, JudgingPolicy
 from evolvenet.surgery.checkpoint import WidthRecord, fit_shapes
 from evolvenet.surgery.module_replacement import Record, replacements
+from evolvenet.surgery.optimizer_groups import group_names, restore_groups
 from evolvenet.surgery.optimizer_state import validate_state
 from evolvenet.surgery.optimizer_tensors import with_inner
 from evolvenet.surgery.optimizer_values import held_by_place, optimizer_values, restore_optimizer
@@ -33,7 +35,10 @@ class Snapshot:
         graph: the widths.
         width_record: what depends on widths and is not in a state dict, from `WidthRecord.values`.
         states: of each optimizer and of those inside of them, what it keeps, from `optimizer_values`.
-        chains: {path: record} of the factorized layers.
+        chains: {path: record} of the factorized layers, and of what stands for removed blocks.
+        groups: of each optimizer, and of those inside of them, the names of each group's parameters; None for
+            one of another model.
+        names: what the run keeps by the names of widths, where the cut after it has removed blocks; None elsewhere.
     """
 
     networks: Sequence[Mapping[str, Tensor]]
@@ -41,6 +46,8 @@ class Snapshot:
     width_record: Mapping[str, Any]
     states: Sequence[Mapping[str, Any]]
     chains: Mapping[str, Record] = field(default_factory=dict[str, Record])
+    groups: Sequence[Sequence[Sequence[str | None]]] = ()
+    names: Mapping[str, Any] | None = None
 
     @classmethod
     def of(
@@ -53,6 +60,7 @@ class Snapshot:
             WidthRecord.of(model, graph).values(model),
             [optimizer_values(optimizer) for optimizer in with_inner(optimizers)],
             {path: module.record() for path, module in replacements(model).items()},
+            group_names(model, with_inner(optimizers)),
         )
 
     def restore(self, model: nn.Module, optimizers: Sequence[Optimizer], copies: Sequence[nn.Module] = ()) -> None:
@@ -63,9 +71,12 @@ class Snapshot:
                 have been restored then: restore a snapshot taken before the call.
         """
         networks = [*self.networks, *[self.networks[0]] * (1 + len(copies) - len(self.networks))]
+        before = set(model.parameters())
         for network in (model, *copies):
+            restore_blocks(network, self.chains)
             restore_chains(network, self.chains, optimizers if network is model else ())
         every = with_inner(optimizers)
+        restore_groups(model, every, self.groups, before - set(model.parameters()))
         held = [held_by_place(optimizer) for optimizer in every]
         for network, values in zip((model, *copies), networks, strict=False):
             fit_shapes(network, values, record=self.width_record)
@@ -85,14 +96,17 @@ class Snapshot:
             "note": dict(self.width_record),
             "states": [dict(each) for each in self.states],
             "chains": {path: dict(record) for path, record in self.chains.items()},
+            "groups": [[list(names) for names in groups] for groups in self.groups],
+            "names": self.names and dict(self.names),
         }
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Any]) -> Snapshot:
         """The snapshot that `state_dict` was called on."""
         return cls(
-            state["networks"], from_state_dict(state["graph"]), state["note"], state["states"], state.get("chains", {})
-        )
+            state["networks"], from_state_dict(state["graph"]), state["note"], state["states"],
+            state.get("chains", {}), state.get("groups", ()), state.get("names"),
+        )  # fmt: skip
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -163,6 +177,16 @@ class PendingCut:
         if judgement.verdict != "wait":
             self.snapshot = None
         return judgement, snapshot if judgement.verdict == "undo" else None
+
+    def rename(self, known: Mapping[str, str]) -> None:
+        """Widths have got other names; a policy with a method `renamed(state, known)` brings its state up to date.
+
+        Args:
+            known: {new name: name before}.
+        """
+        renamed = getattr(self.policy, "renamed", None)
+        if self.state is not None and callable(renamed):
+            self.state = renamed(self.state, known)
 
     def state_dict(self) -> dict[str, Any]:
         """Plain data and tensors, for a checkpoint."""

@@ -30,6 +30,47 @@ def in_child(path: str) -> Rename:
     return lambda name: "" if name == path else name.removeprefix(start) if name.startswith(start) else None
 
 
+def without_layer(path: str) -> Rename:
+    """The names that everything has once a layer was taken out of its list, and those after it have moved up.
+
+    >>> rename = without_layer("layers.1")
+    >>> rename("layers.0.fc.weight"), rename("layers.1.fc.weight"), rename("layers.2.fc.weight"), rename("head")
+    ('layers.0.fc.weight', None, 'layers.1.fc.weight', 'head')
+    """
+    parent, _, index = path.rpartition(".")
+    start, place = f"{parent}." if parent else "", int(index)
+
+    def rename(name: str) -> str | None:
+        number, dot, rest = name.removeprefix(start).partition(".")
+        if not name.startswith(start) or not number.isdecimal() or int(number) < place:
+            return name
+        return None if int(number) == place else f"{start}{int(number) - 1}{dot}{rest}"
+
+    return rename
+
+
+def same_widths(before: WidthGraph, after: WidthGraph, rename: Rename) -> dict[str, str]:
+    """{width of one graph: the width of another one of the same model that it is}, by the tensors in which they lie.
+
+    Args:
+        before: whose names are found.
+        after: of the same model later; a width of it that lies in no tensor of the other graph is left out.
+        rename: the names that the tensors of `before` have in `after`.
+    """
+    names = {
+        (new, tie.dim): width.name
+        for width in before.widths.values()
+        for tie in width.ties
+        if (new := rename(tie.tensor)) is not None
+    }
+    found: dict[str, str] = {}
+    for width in after.widths.values():
+        known = next((n for tie in width.ties if (n := names.get((tie.tensor, tie.dim))) is not None), None)
+        if known is not None:
+            found[width.name] = known
+    return found
+
+
 def renamed_width(name: str, rename: Rename) -> str:
     """The new name of a width; one that lies partly outside may keep its name."""
     return rename(name) or name

@@ -102,6 +102,19 @@ class Restriction:
         return with_multiple(freeze(graph, self.network, self.fixed, path), self.multiple)
 
 
+def fixed_names(restriction: Restriction, path: str, graph: WidthGraph) -> list[str]:
+    """The modules and widths that a restriction excludes, one by one, by their names in a graph's model.
+
+    Args:
+        restriction: by patterns.
+        path: of the model in the module whose names the patterns may use.
+        graph: of the model.
+    """
+    modules = dict.fromkeys(name.rpartition(".")[0] for name in graph.shapes)
+    widths = [width.name for width in graph.widths.values() if (width.frozen or "").startswith(FIXED)]
+    return [*(name for name in modules if name and not restriction.permits(name, path)), *widths]
+
+
 def freeze(graph: WidthGraph, network: Patterns | None = None, fixed: Patterns = (), path: str = "") -> WidthGraph:
     """The graph in which widths keep their size that a user does not want changed.
 
@@ -144,6 +157,10 @@ def with_multiple(graph: WidthGraph, multiple: int) -> WidthGraph:
     return replace(graph, widths=Widths(widths))
 
 
+FIXED = "fixed by the user"
+"""How the reason of a width begins that a restriction excludes."""
+
+
 def as_tuple(patterns: Patterns | None) -> tuple[str, ...]:
     """One name, several or none, as a tuple."""
     if patterns is None:
@@ -157,11 +174,11 @@ def _frozen(width: Width, network: Patterns | None, fixed: Sequence[str], path: 
     modules = {tie.module for tie in width.producers} or {tie.module for tie in width.ties}
     for pattern in fixed:
         if any(_matches(name, pattern, path) for name in {width.name, *modules}):
-            return replace(width, frozen=f"fixed by the user: matches {pattern!r}", patches=())
+            return replace(width, frozen=f"{FIXED}: matches {pattern!r}", patches=())
     chosen = as_tuple(network)
     if network is not None and not all(any(_matches(name, each, path) for each in chosen) for name in modules):
         named = " or ".join(map(repr, chosen))
-        return replace(width, frozen=f"fixed by the user: lies outside of network {named}", patches=())
+        return replace(width, frozen=f"{FIXED}: lies outside of network {named}", patches=())
     return width
 
 

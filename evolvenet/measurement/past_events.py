@@ -70,6 +70,17 @@ class PastEvents:
                 found[name] = LastChange(self.count, units, reversals, self.progress)
         return replace(self, changed=found)
 
+    def renamed(self, known: Mapping[str, str]) -> PastEvents:
+        """The same by other names; widths that have none are left out.
+
+        Args:
+            known: {new name: name here}.
+        """
+        changed = {new: self.changed[name] for new, name in known.items() if name in self.changed}
+        averages = self.energies.known
+        energies = {new: averages[name] for new, name in known.items() if name in averages}
+        return replace(self, changed=changed, energies=RunningEnergies(energies))
+
     def state_dict(self) -> dict[str, Any]:
         """Plain data for a checkpoint."""
         return {

@@ -111,6 +111,29 @@ class PolicyContext:
         return self._known[key]
 
 
+class DepthPolicy(Protocol):
+    """What a policy has besides `propose` that removes residual blocks whole: `depth`, and `block_loss`.
+
+    At an event those blocks and branches are removed, the outermost first, without which the outputs have moved by no more than
+    `block_loss` says, each by itself and all of the event together.
+    """
+
+    @property
+    def depth(self) -> bool:
+        """Whether blocks are removed at all."""
+        ...
+
+    def block_loss(self, context: PolicyContext, path: str, saved: Callable[[str], float]) -> float:
+        """The largest Σ‖y' − y‖² / Σ‖y − mean‖² of the network's outputs that may be lost.
+
+        Args:
+            context: of the event.
+            path: of the block.
+            saved: kind of cost ("params", "macs", "bytes", "latency") → what the network costs less.
+        """
+        ...
+
+
 class Policy(Protocol):
     """Anything with a method `propose`: from the context of an event to the sizes that change.
 
@@ -225,6 +248,9 @@ def judged_metric(policy: object) -> str | None:
         )
     return metric
 
+
+NEGLIGIBLE = 1e-3
+"""Loss of blocks, as a share of the outputs' variance, that a policy without a measure of its own for it removes at an event."""
 
 RESTS = "rests "
 """How the reason of a width begins that is frozen since an event has failed on it: proposals for it are passed over."""

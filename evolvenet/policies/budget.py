@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -12,7 +12,7 @@ from evolvenet.graph.width_graph import Width
 from evolvenet.linalg.spectrum import effective_rank
 from evolvenet.measurement.cost import Costs
 from evolvenet.measurement.width_statistics import WidthStatistics
-from evolvenet.policies.base import PolicyContext, Proposal, check_fields, fewest_units, lowest
+from evolvenet.policies.base import NEGLIGIBLE, PolicyContext, Proposal, check_fields, fewest_units, lowest
 from evolvenet.pruning.allocation import convex, energy_curve, fit_to_cost, loss_at
 from evolvenet.pruning.trials import Curve, smallest
 
@@ -57,6 +57,8 @@ class Budget:
             is whole again where it no longer does. Needs a cost other than latency; `evolvenet.compress` measures that.
         trials: take losses from trials, as `allocate` with batches does: the error of the network's outputs when one width is
             cut and its consumers are fitted anew. Measures effects on the task, and takes longer.
+        depth: while the network costs more than it may, residual blocks and their branches are removed whole where the outputs
+            then move by at most 0.1 % of their variance; widths and ranks make up the rest.
 
     Raises:
         PolicyError: for a value outside its range, or not exactly one cost.
@@ -79,6 +81,7 @@ class Budget:
     smallest: int = 2
     trials: bool = False
     lowrank: bool = False
+    depth: bool = False
 
     def __post_init__(self) -> None:
         given = [kind for kind in KINDS if getattr(self, kind) is not None]
@@ -113,6 +116,14 @@ class Budget:
     def propose(self, context: PolicyContext) -> dict[str, Proposal]:
         """New sizes with which the network costs at most what it may now; {} once the budget holds."""
         return self.propose_from(context, context.costs.at(self.kind, context.initial), context.progress)
+
+    def block_loss(self, context: PolicyContext, path: str, saved: Callable[[str], float]) -> float:
+        """See `evolvenet.policies.base.DepthPolicy`."""
+        return self.block_loss_from(context, context.costs.at(self.kind, context.initial), context.progress)
+
+    def block_loss_from(self, context: PolicyContext, start: float, progress: float) -> float:
+        """As `block_loss`, on the way from a network that cost `start`, of which a share `progress`, 0 … 1, is done."""
+        return NEGLIGIBLE if context.costs.at(self.kind, {}) > self.target(start, progress) else -math.inf
 
     def unreachable(self, context: PolicyContext) -> str | None:
         """Why no widths of a network cost so little, and what to do; None if some do."""

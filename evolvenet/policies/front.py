@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -61,6 +61,11 @@ class Front:
         return any(point.lowrank for point in self.points)
 
     @property
+    def depth(self) -> bool:
+        """Whether blocks are removed in any span."""
+        return any(point.depth for point in self.points)
+
+    @property
     def ends(self) -> tuple[float, ...]:
         """The share of the run, 0 … 1, at which the span of each point ends."""
         spans = self.spans or [1] * len(self.points)
@@ -70,6 +75,11 @@ class Front:
         """The proposals of the budget in whose span this moment of the run lies."""
         point, start, progress = self._now(context.costs.at(self.kind, context.initial), context.progress)
         return point.propose_from(context, start, progress)
+
+    def block_loss(self, context: PolicyContext, path: str, saved: Callable[[str], float]) -> float:
+        """See `evolvenet.policies.base.DepthPolicy`; of the budget in whose span this moment of the run lies."""
+        point, start, progress = self._now(context.costs.at(self.kind, context.initial), context.progress)
+        return point.block_loss_from(context, start, progress) if point.depth else -math.inf
 
     def unreachable(self, context: PolicyContext) -> str | None:
         """Why no widths of a network cost as little as one of the points, and what to do; None if some do."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from evolvenet.errors import PolicyError
@@ -41,6 +42,8 @@ class Price:
         smallest: fewest units that a width keeps.
         lowrank: ranks of layers are in question beside widths, see `Budget`. A layer that is whole becomes a chain where all
             that it loses then is below the price of all that it saves.
+        depth: residual blocks and their branches are removed whole where what is lost is below the price of what is saved, and
+            at most `most` in one event.
 
     Raises:
         PolicyError: for a value outside its range.
@@ -62,6 +65,7 @@ class Price:
     settle: float = 1.0
     smallest: int = 2
     lowrank: bool = False
+    depth: bool = False
 
     def __post_init__(self) -> None:
         least = {"price": math.ulp(0.0), "low": math.ulp(0.0), "band": 1, "cooldown": 0, "smallest": 1}
@@ -94,6 +98,10 @@ class Price:
             if name not in found:
                 found |= self._grown(context, known[name], curve)
         return found
+
+    def block_loss(self, context: PolicyContext, path: str, saved: Callable[[str], float]) -> float:
+        """See `evolvenet.policies.base.DepthPolicy`."""
+        return min(self.most, self._charge(context, max(0.0, saved(self.kind))))
 
     def _pace(self, progress: float) -> float:
         """The length of steps now, as a share of their length at the beginning."""

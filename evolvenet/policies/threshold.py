@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from evolvenet.graph.width_graph import WidthGraph
@@ -63,6 +63,8 @@ class Threshold:
             known. At 4, one of 30,000 tests is passed by chance.
         max_parameters: growth that would take the network above it is left out, and while the network is above it
             and nothing is left below `prune`, `prune` is doubled until a width shrinks; None for no limit.
+        depth: residual blocks and their branches are removed whole, from `start` on, where the outputs then move by at most the
+            share `prune` of their variance.
 
     Where the length of the run is unknown (`Evolver.step` without `progress`), widths may shrink and grow at every event, and an
     event counts for a twentieth of the run.
@@ -89,6 +91,7 @@ class Threshold:
     smallest: int = 2
     certain: float = 4.0
     max_parameters: int | None = None
+    depth: bool = False
 
     def __post_init__(self) -> None:
         limit = {} if self.max_parameters is None else {"max_parameters": 1}
@@ -115,6 +118,10 @@ class Threshold:
             **found,
             **self._growths(context, [name for name in saturated if self._grows(context)], saturation, found),
         }
+
+    def block_loss(self, context: PolicyContext, path: str, saved: Callable[[str], float]) -> float:
+        """See `evolvenet.policies.base.DepthPolicy`."""
+        return self.prune if context.previous is None or context.progress >= self.start else 0.0
 
     def _grows(self, context: PolicyContext) -> bool:
         """Whether widths may grow at this event: at the first one in every `cooldown` of the run, until `settle`."""

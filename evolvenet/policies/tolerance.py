@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypedDict
 
@@ -58,6 +58,8 @@ class Tolerance:
         smallest: fewest units that a width keeps.
         trials: take losses from trials on the network's outputs, see `Budget`.
         lowrank: ranks of layers are in question beside widths, see `Budget`.
+        depth: residual blocks and their branches are removed whole, as a cut of its own, where the outputs then move by at most
+            a twentieth of `share` of their variance; less after cuts were undone. The metric decides whether they stay away.
 
     Raises:
         PolicyError: for a value outside its range.
@@ -78,6 +80,7 @@ class Tolerance:
     smallest: int = 1
     trials: bool = False
     lowrank: bool = False
+    depth: bool = False
 
     def __post_init__(self) -> None:
         for name, value, known in (
@@ -99,6 +102,28 @@ class Tolerance:
         target: dict[str, Any] = {self.cost: context.costs.at(self.cost, {}) * (1 - state["share"])}
         budget = Budget(**target, by=0, growth=0, smallest=self.smallest, trials=self.trials, lowrank=self.lowrank)
         return budget.propose(context.only(free))
+
+    def block_loss(self, context: PolicyContext, path: str, saved: Callable[[str], float]) -> float:
+        """See `evolvenet.policies.base.DepthPolicy`."""
+        state = self._state(context.state)
+        free = state["free_from"].get(path, 0) <= state["events"]
+        return state["share"] / 20 if free and state["best"] is not None and not state["pending"] else -math.inf
+
+    def renamed(self, state: ToleranceState, known: Mapping[str, str]) -> ToleranceState:
+        """The state by other names of widths.
+
+        Args:
+            state: before.
+            known: {new name: name before}.
+        """
+
+        def move(entries: Mapping[str, int]) -> dict[str, int]:
+            others = {
+                name: entry for name, entry in entries.items() if name not in known and name not in known.values()
+            }
+            return others | {new: entries[name] for new, name in known.items() if name in entries}
+
+        return {**state, "free_from": move(state["free_from"]), "undone": move(state["undone"])}
 
     def record(self, state: ToleranceState | None, widths: Sequence[str]) -> ToleranceState:
         """The state after an event that cut these widths; none if there was nothing to cut."""

@@ -33,6 +33,9 @@ BUILDERS: dict[str, Callable[[nn.Module, Record], nn.Module]] = {}
 class Replacement(nn.Module):
     """Base of the modules that stand for others. A subclass calls `record_in_checkpoints` at the end of its `__init__`."""
 
+    in_configuration = False
+    """Whether a configuration of the transformers library can say it, so that plain `from_pretrained` builds it."""
+
     @abstractmethod
     def record(self) -> dict[str, Any]:
         """How it is built, as plain data; see `Record`."""
@@ -44,6 +47,12 @@ class Replacement(nn.Module):
     def chain(self) -> Sequence[nn.Module]:
         """The layers that it runs one after the other with nothing between them that is not linear; none by default."""
         return ()
+
+    def has_come(self, model: nn.Module, before: nn.Module, undo: ExitStack) -> None:
+        """Bring up to date what else in a model depends on it, after it has taken the place of a module."""
+
+    def has_gone(self, model: nn.Module, after: nn.Module, undo: ExitStack) -> None:
+        """Bring that up to date after another module has taken its place."""
 
     def record_in_checkpoints(self) -> None:
         """Write the record into the metadata of this module's state dicts."""
@@ -99,6 +108,16 @@ def whole_names(names: Iterable[str], records: Mapping[str, Record]) -> set[str]
     return kept | {f"{path}.{name}" for path in outer for name in records[path]["whole"]}
 
 
+def names_when_whole(module: nn.Module) -> tuple[str, ...]:
+    """The names of the entries of a module's state dict as they would be without replacements in it.
+
+    >>> names_when_whole(nn.Linear(2, 2))
+    ('bias', 'weight')
+    """
+    records = {path: each.record() for path, each in replacements(module).items()}
+    return tuple(sorted(whole_names(module.state_dict(), records)))
+
+
 def replacements(model: nn.Module) -> dict[str, Replacement]:
     """{path: replacement} of a model, under every path; outer ones before those that they hold."""
     return {
@@ -121,6 +140,11 @@ def exchange_modules(model: nn.Module, exchanged: Mapping[nn.Module, nn.Module],
             if child is not None and child in exchanged:
                 undo.callback(table.__setitem__, name, child)
                 table[name] = exchanged[child]
+    for old, new in exchanged.items():
+        if isinstance(old, Replacement):
+            old.has_gone(model, new, undo)
+        if isinstance(new, Replacement):
+            new.has_come(model, old, undo)
 
 
 def fit_replacements(model: nn.Module, records: Mapping[str, Record], names: Iterable[str]) -> None:
@@ -149,7 +173,8 @@ def fit_replacements(model: nn.Module, records: Mapping[str, Record], names: Ite
         for path in sorted(records, key=lambda path: path.count(".")):
             module = _module_at(model, path)
             if not isinstance(module, Replacement):
-                exchange_modules(model, {module: _built(path, module, records[path])}, undo)
+                built = _built(path, module, records[path])
+                exchange_modules(model, {} if built is module else {module: built}, undo)
         undo.pop_all()
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from evolvenet.surgery.module_replacement import BUILDERS, Record, Replacement
+from evolvenet.surgery.module_replacement import BUILDERS, Record, Replacement, names_when_whole
 
 KIND = "removed block"
 PASSES, NOTHING = "passes", "nothing"
@@ -35,7 +35,7 @@ class RemovedBlock(Replacement):
         self.returns, self.argument, self.outputs = returns, argument, outputs
         # In a tuple it is no submodule.
         self._block = (copy.deepcopy(block).to("meta"),)
-        self._names = [name for name, _ in (*block.named_parameters(), *block.named_buffers())]
+        self._names = list(names_when_whole(block))
         self.training = block.training
         self.record_in_checkpoints()
 

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import evolvenet
-from evolvenet.engine.depth import find_removals, observe_blocks, remove_blocks
+from evolvenet.engine.depth import energy_limit, find_removals, remove_blocks
+from evolvenet.measurement.residual_blocks import observe_blocks
 from evolvenet.surgery.removed_block import RemovedBlock
 
 
@@ -250,7 +251,7 @@ def test_a_layer_that_returns_a_tuple_leaves_with_its_entry_of_the_configuration
 def test_what_is_only_tried_is_put_back() -> None:
     model, x = stack(), torch.randn(5, 4)
     layers = list(model.layers)
-    assert [each.path for each in find_removals(model, [x], 0.0)] == ["layers.1"]
+    assert [each.path for each in find_removals(model, [x], 0.0, lambda _: energy_limit(0.0))] == ["layers.1"]
     assert list(model.layers) == layers
     assert [layer.layer_idx for layer in layers] == [0, 1, 2]
     assert vars(model.config) == {"num_hidden_layers": 3, "layer_types": ["a", "b", "c"], "other": [1, 2]}

@@ -1,0 +1,64 @@
+"""The parameters of an optimizer's groups by their names in a model, and the groups made from such names again."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from evolvenet.errors import OptimizerStateError
+from evolvenet.surgery.optimizer_parameters import parameter_names
+
+GroupNames = Sequence[Sequence[str | None]]
+"""Of each group the names of its parameters; None for one that is not the model's."""
+
+
+def group_names(model: nn.Module, optimizers: Sequence[Optimizer]) -> list[list[list[str | None]]]:
+    """The groups of each optimizer.
+
+    >>> import torch
+    >>> model = nn.Linear(2, 2)
+    >>> group_names(model, [torch.optim.SGD(model.parameters(), lr=0.1)])
+    [[['weight', 'bias']]]
+    """
+    names = parameter_names(model)
+    return [
+        [[names.get(parameter) for parameter in group["params"]] for group in optimizer.param_groups]
+        for optimizer in optimizers
+    ]
+
+
+def restore_groups(
+    model: nn.Module, optimizers: Sequence[Optimizer], names: Sequence[GroupNames], gone: Collection[Tensor]
+) -> None:
+    """Give the groups of optimizers the parameters of these names, where they hold others; states of those that go are dropped.
+
+    Args:
+        model: with the parameters of that moment.
+        optimizers: the same as then.
+        names: from `group_names`; groups without names stay as they are.
+        gone: parameters that have just left the model.
+
+    Raises:
+        OptimizerStateError: where a group holds parameters of no model, and not as many as then: copies of the weights that an
+            optimizer has made for itself.
+    """
+    now = dict(model.named_parameters())
+    own = parameter_names(model)
+    for optimizer, groups in zip(optimizers, names, strict=False):
+        for group, wanted in zip(optimizer.param_groups, groups, strict=True):
+            if [own.get(parameter) for parameter in group["params"]] == list(wanted):
+                continue
+            foreign = iter([each for each in group["params"] if each not in own and each not in gone])
+            made: list[Tensor | None] = [next(foreign, None) if name is None else now.get(name) for name in wanted]
+            if any(parameter is None for parameter in made):
+                raise OptimizerStateError(
+                    f"{type(optimizer).__name__}: expected a group with {len(wanted)} parameters as before the cut, got one that "
+                    "cannot be put together again from the model's. The cut stays."
+                )
+            for parameter in set(group["params"]) - set(made):
+                optimizer.state.pop(parameter, None)
+            group["params"][:] = made
+            if "param_names" in group:
+                group["param_names"][:] = list(wanted)

@@ -1,0 +1,177 @@
+"""`RemainingLayers`: a list of layers from which whole layers were taken, since those that follow have a place in the cache.
+
+Layers of the transformers library number themselves (`layer_idx`): each finds its keys and values in the cache by it, and the
+configuration counts them. A layer that is taken out leaves no gap: the layers after it get the numbers before them, and the
+configuration is brought up to date, so that plain `from_pretrained` builds the shorter model.
+"""
+
+# nn.Module.named_modules has no full type.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from evolvenet.surgery.module_replacement import BUILDERS, Record, Replacement, names_when_whole
+
+KIND = "remaining layers"
+PLACE = "layer_idx"
+"""The attribute by which modules of the transformers library find their entry of the cache."""
+COUNTS = frozenset({"num_hidden_layers", "n_layer", "num_layers", "n_layers"})
+EACH_LAYER = frozenset({"layer_types", "mlp_layer_types"})
+"""Fields of the library's configurations: the number of layers, and lists with an entry for each."""
+
+
+@dataclass(frozen=True, eq=False)
+class LeftLayer:
+    """A layer that was taken out.
+
+    Args:
+        layer: a copy without values, for checkpoints from before.
+        names: of its tensors.
+        entries: {field of the configuration: its entry there}, known once it was taken out of a model.
+    """
+
+    layer: nn.Module
+    names: tuple[str, ...]
+    entries: dict[str, Any]
+
+
+class RemainingLayers(Replacement, nn.ModuleList):
+    """A list of layers without some. It runs like the list before it; in state dicts it says which layers it lacks.
+
+    Args:
+        modules: the layers that stay.
+        left: {place in the list as it was first: layer that was there}.
+
+    >>> layers = RemainingLayers.without(nn.ModuleList(nn.Linear(2, size) for size in (3, 4, 5)), [1])
+    >>> [layer.out_features for layer in layers], layers.record()["left"]
+    ([3, 5], [1])
+    >>> [layer.out_features for layer in layers.whole()]
+    [3, 4, 5]
+    """
+
+    in_configuration = True
+
+    def __init__(self, modules: Iterable[nn.Module] | None = None, left: Mapping[int, LeftLayer] | None = None) -> None:
+        super().__init__(modules)
+        self.left = dict(left or {})
+        self.record_in_checkpoints()
+
+    @classmethod
+    def without(cls, layers: nn.ModuleList, places: Iterable[int]) -> RemainingLayers:
+        """A list without some of its layers; the list itself and its layers are left as they are.
+
+        Args:
+            layers: plain, or without some already.
+            places: in the list as it is now.
+        """
+        left = dict(layers.left) if isinstance(layers, RemainingLayers) else {}
+        first, gone = first_places(len(layers), left), set(places)
+        for place in gone:
+            layer = layers[place]
+            kept = copy.deepcopy(layer).to("meta")
+            _renumber(kept, first[place] - place)
+            left[first[place]] = LeftLayer(kept, names_when_whole(layer), {})
+        return cls([layer for place, layer in enumerate(layers) if place not in gone], left)
+
+    def record(self) -> dict[str, Any]:
+        """See `Replacement`."""
+        names = [f"{place}.{name}" for place, gone in self.left.items() for name in gone.names]
+        for place, layer in zip(first_places(len(self), self.left), self, strict=True):
+            names += [f"{place}.{name}" for name in names_when_whole(layer)]
+        return {"type": KIND, "whole": names, "left": sorted(self.left), "first": len(self) + len(self.left)}
+
+    def whole(self) -> nn.Module:
+        """A list of all layers; the values of those that were taken out are undefined. The others are the same modules."""
+        layers = dict(zip(first_places(len(self), self.left), self, strict=True))
+        layers |= {place: copy.deepcopy(gone.layer).to_empty(device="cpu") for place, gone in self.left.items()}
+        return nn.ModuleList([layers[place] for place in sorted(layers)])
+
+    def has_come(self, model: nn.Module, before: nn.Module, undo: ExitStack) -> None:
+        """Layers and configurations of a model count anew, now that this list stands in the place of another one."""
+        assert isinstance(before, nn.ModuleList)
+        known: Mapping[int, LeftLayer] = before.left if isinstance(before, RemainingLayers) else {}
+        gone = [place for place, first in enumerate(first_places(len(before), known)) if first in self.left]
+        firsts = first_places(len(before), known)
+        for config in _configurations(model):
+            for name, value in list(vars(config).items()):
+                if name in COUNTS and value == len(before):
+                    _set(config, name, len(self), undo)
+                elif name in EACH_LAYER and isinstance(value, list) and len(value) == len(before):
+                    for place in gone:
+                        self.left[firsts[place]].entries[name] = value[place]
+                    _set(config, name, [entry for place, entry in enumerate(value) if place not in gone], undo)
+        _number(before, self, undo)
+
+    def has_gone(self, model: nn.Module, after: nn.Module, undo: ExitStack) -> None:
+        """Layers and configurations of a model count as at first, now that the whole list is back."""
+        assert isinstance(after, nn.ModuleList)
+        if isinstance(after, RemainingLayers):
+            # It counts from this list on.
+            return
+        for config in _configurations(model):
+            for name, value in list(vars(config).items()):
+                if name in COUNTS and value == len(self):
+                    _set(config, name, len(after), undo)
+                elif name in EACH_LAYER and isinstance(value, list) and len(value) == len(self):
+                    entries = dict(zip(first_places(len(self), self.left), value, strict=True))
+                    entries |= {place: each.entries.get(name) for place, each in self.left.items()}
+                    _set(config, name, [entries[place] for place in sorted(entries)], undo)
+        _number(self, after, undo)
+
+
+def first_places(count: int, left: Iterable[int]) -> list[int]:
+    """The place of each remaining layer in the list as it was first.
+
+    >>> first_places(2, [1])
+    [0, 2]
+    """
+    gone = set(left)
+    return [place for place in range(count + len(gone)) if place not in gone]
+
+
+def _configurations(model: nn.Module) -> Iterator[Any]:
+    yield from {
+        id(each): each for module in model.modules() if (each := getattr(module, "config", None)) is not None
+    }.values()
+
+
+def _number(before: nn.ModuleList, after: nn.ModuleList, undo: ExitStack) -> None:
+    """Layers of both lists get numbers that have moved as far as they have."""
+    now = {layer: place for place, layer in enumerate(after)}
+    for place, layer in enumerate(before):
+        if layer in now and now[layer] != place:
+            _renumber(layer, now[layer] - place)
+            undo.callback(_renumber, layer, place - now[layer])
+
+
+def _renumber(layer: nn.Module, by: int) -> None:
+    for module in layer.modules():
+        number = getattr(module, PLACE, None)
+        if isinstance(number, int):
+            setattr(module, PLACE, number + by)
+
+
+def _set(config: Any, name: str, value: Any, undo: ExitStack) -> None:
+    undo.callback(vars(config).__setitem__, name, vars(config)[name])
+    vars(config)[name] = value
+
+
+def _build(module: nn.Module, record: Record) -> nn.Module:
+    if not isinstance(module, nn.ModuleList):
+        raise TypeError(f"expected a list of layers, got a {type(module).__name__}")
+    if len(module) == record["first"] - len(record["left"]):
+        # Built by a configuration that counts the layers that are left.
+        return module
+    if len(module) != record["first"]:
+        raise ValueError(f"expected {record['first']} layers, got {len(module)}")
+    return RemainingLayers.without(module, record["left"])
+
+
+BUILDERS[KIND] = _build
