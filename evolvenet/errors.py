@@ -78,6 +78,21 @@ class MissingPackageError(EvolveNetError, ImportError):
     """An optional package that a part of EvolveNet builds on is not installed."""
 
 
+def error_of_rank(rank: int, message: str) -> EvolveNetError:
+    """The error for what another rank has raised, of the same class if that is one of these.
+
+    Args:
+        rank: the number of that process.
+        message: "name of the class: text".
+
+    >>> error_of_rank(1, "TraceError: no")
+    TraceError('rank 1: TraceError: no')
+    """
+    kind = globals().get(message.partition(":")[0])
+    known = kind if isinstance(kind, type) and issubclass(kind, EvolveNetError) else EvolveNetError
+    return known(f"rank {rank}: {message}")
+
+
 @contextmanager
 def stage(name: str) -> Iterator[None]:
     """Tag an exception that leaves the body with the name of this stage; of nested stages the innermost names it.

@@ -114,6 +114,7 @@ OF_INSTANCES: dict[str, tuple[Callable[[], Any], type | tuple[type, ...]]] = {
     "torch.ops.aten._unsafe_view": (lambda: torch.ops.aten, Callable),  # type: ignore[dict-item]
     "torch.ops.aten.add.Tensor._schema": (lambda: torch.ops.aten.add.Tensor, torch.FunctionSchema),
     "lightning.pytorch.strategies.DDPStrategy._pl_static_graph_delay_done": (_ddp, bool),
+    "lightning.pytorch.strategies.DDPStrategy._ddp_comm_state": (_ddp, type(None)),
     "lightning.pytorch.LightningModule._trainer": (
         lambda: pkgutil.resolve_name("lightning.pytorch:LightningModule")(),
         type(None),

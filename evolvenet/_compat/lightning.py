@@ -22,6 +22,11 @@ def forget_static_graph(strategy: DDPStrategy) -> None:
     strategy._pl_static_graph_delay_done = False
 
 
+def communication_state(strategy: DDPStrategy) -> object | None:
+    """What the strategy's communication hook keeps."""
+    return strategy._ddp_comm_state
+
+
 def batches_stepped(trainer: Trainer) -> int:
     """How many batches of this fit have been trained on, whatever number of optimizers stepped on each."""
     return trainer.fit_loop.epoch_loop._batches_that_stepped

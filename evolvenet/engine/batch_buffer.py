@@ -9,9 +9,10 @@ from typing import Any
 
 from torch import Tensor
 
-from evolvenet.engine.distributed import ProcessGroup, gather_batches
+from evolvenet._compat.torch import tree_map_only
+from evolvenet.engine.distributed import ProcessGroup, gather_batches, share_of
 from evolvenet.execution.inputs import copied, is_plain, to_device_of
-from evolvenet.execution.step import Step
+from evolvenet.execution.step import Step, batch_of
 
 
 class BatchBuffer:
@@ -50,20 +51,22 @@ class BatchBuffer:
         if most != self._kept.maxlen:
             self._kept = deque(self._kept, maxlen=most)
 
-    def add(self, batch: Any, gradients: Sequence[Tensor | None] = (), copy: bool = True) -> None:
+    def add(self, batch: Any, gradients: Sequence[Tensor | None] = (), copy: bool = True, ranks: int = 1) -> None:
         """Append a batch, and drop the oldest one beyond `most`.
 
         Args:
             batch: the model's inputs, or those of its step.
             gradients: see `gradients`.
             copy: False for a batch and gradients whose memory nobody writes to any more.
+            ranks: the number of processes; of several, this one's share of the batch is kept alone.
         """
         if isinstance(self._example, Step):
             batch = batch.batch if isinstance(batch, Step) else batch
         elif isinstance(batch, (tuple, list)) and not isinstance(self._example, dict):
             batch = tuple(batch[: self._inputs or 1])
-        pair = (batch, tuple(gradients))
-        self._kept.append(copied(pair) if copy else pair)
+        pair = (share_of(batch, ranks), tuple(share_of(gradients, ranks)))
+        # A share is a copy.
+        self._kept.append(copied(pair) if copy and ranks == 1 else pair)
 
     def _as_inputs(self, batch: Any) -> Any:
         """What `run_model` takes: a kept batch of a step has no function, so that it can be sent and saved."""
@@ -75,18 +78,29 @@ class BatchBuffer:
 
     def gather(self, group: ProcessGroup) -> tuple[list[Any], list[Sequence[Tensor | None]]]:
         """All ranks' batches and their gradients on rank 0, see `gather_batches`."""
-        batches = gather_batches(group, [batch for batch, _ in self._kept])
-        return [self._as_inputs(batch) for batch in batches], gather_batches(group, self.gradients)
+        example = batch_of(self._example)
+        batches = gather_batches(group, [batch for batch, _ in self._kept], example)
+        return [self._as_inputs(batch) for batch in batches], gather_batches(group, self.gradients, example)
 
     def state_dict(self) -> dict[str, list[Any]]:
         """The batches that a `weights_only` checkpoint may hold."""
         kept = [pair for pair in self._kept if is_plain(pair[0])]
         return {"batches": [batch for batch, _ in kept], "gradients": [list(gradients) for _, gradients in kept]}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore what `state_dict` returned; where it holds no gradients, none are known."""
+    def gathered_state_dict(self, group: ProcessGroup) -> list[dict[str, list[Any]]]:
+        """What `state_dict` returns on every rank, by rank; an empty list elsewhere than on rank 0. All ranks call it."""
+        return group.gather(tree_map_only(Tensor, lambda tensor: tensor.cpu(), self.state_dict()))
+
+    def load_state_dict(self, state: Mapping[str, Any], group: ProcessGroup) -> None:
+        """Restore what `state_dict` returned; where it holds no gradients, none are known.
+
+        Args:
+            state: with an entry "ranks", from `gathered_state_dict`, this rank gets what it had. Of a run with more processes
+                each rank of the present one gets what several had.
+            group: the processes of the present run.
+        """
         self._kept.clear()
-        for batch, gradients in zip_longest(
-            state["batches"], state.get("gradients", ())[: len(state["batches"])], fillvalue=()
-        ):
-            self._kept.append(to_device_of((batch, tuple(gradients)), self._example))
+        for each in (state["ranks"] or [state])[group.rank :: group.size] if "ranks" in state else [state]:
+            pairs = zip_longest(each["batches"], each.get("gradients", ())[: len(each["batches"])], fillvalue=())
+            for batch, gradients in pairs:
+                self._kept.append(to_device_of((batch, tuple(gradients)), self._example))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,9 +22,9 @@ def renew_ddp(wrapper: nn.Module) -> None:
     """Make a `DistributedDataParallel` wrapper anew in place: whoever holds the wrapper goes on with it.
 
     Its reducer has buckets for gradients of the shapes that the parameters had when it was made. The wrapper keeps its
-    settings, its communication hooks and the hooks on itself. Nothing is sent: weights and buffers must be equal on all ranks
-    already, as after `Evolver.step`. Give it to an `Evolver` in a loop of your own, or one of accelerate:
-    `Evolver(wrapper.module, …, after_change=lambda: evolvenet.renew_ddp(wrapper))`.
+    settings, its communication hooks (see `forget_buckets`) and the hooks on itself. Nothing is sent: weights and buffers must
+    be equal on all ranks already, as after `Evolver.step`. Give it to an `Evolver` in a loop of your own, or one of
+    accelerate: `Evolver(wrapper.module, …, after_change=lambda: evolvenet.renew_ddp(wrapper))`.
 
     Args:
         wrapper: what `DistributedDataParallel(…)` or `accelerator.prepare(…)` returned, or a module around it. A module
@@ -60,7 +61,24 @@ def _renew(wrapper: DistributedDataParallel) -> None:
     vars(wrapper).update(tables)
     wrapper.training = training
     for hook, state in communication:
+        forget_buckets(state)
         wrapper.register_comm_hook(state, hook)
+
+
+def forget_buckets(state: Any) -> None:
+    """Drop what the state of a communication hook keeps of DDP's buckets, which are others after a change of widths.
+
+    PowerSGD (Vogels et al., 2019) keeps of each bucket its factors and the error of the last compression, in tensors of the
+    bucket's size. The next two steps exchange whole gradients, as DDP makes its buckets anew in the first of them.
+
+    Args:
+        state: any; that of another hook is left as it is.
+    """
+    known = getattr(sys.modules.get("torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook"), "PowerSGDState", None)
+    if known is not None and isinstance(state, known):
+        for kept in (state.error_dict, state.p_memory_dict, state.q_memory_dict):
+            kept.clear()
+        state.iter = min(state.iter, max(0, state.start_powerSGD_iter - 2))
 
 
 def _settings(wrapper: DistributedDataParallel) -> Mapping[str, Any]:

@@ -9,16 +9,21 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor, distributed, nn
 
-from evolvenet._compat.torch import tree_leaves, tree_map_only
-from evolvenet.errors import EvolveNetError, RankMismatchError
-from evolvenet.execution.inputs import first_samples
+from evolvenet._compat.torch import tree_map_only
+from evolvenet.errors import RankMismatchError, error_of_rank
+from evolvenet.execution.inputs import first_samples, to_device_of
 from evolvenet.execution.sampling import samples_in
 from evolvenet.graph.index_map import IndexMap
 from evolvenet.graph.width_graph import WidthGraph
+from evolvenet.linalg.host_transfers import to_host
 from evolvenet.surgery.basis_change import BasisChange
 from evolvenet.surgery.resize_model import Surgery, compile_surgery, with_values
 
 Answer = TypeVar("Answer")
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""{bytes of a number: the integers that are as long}."""
+_WORDS = 2**22
+"""Numbers of a tensor that are summed up at a time, of which each takes 8 bytes."""
 
 
 class ProcessGroup(Protocol):
@@ -124,7 +129,7 @@ def run_on_rank_0(group: ProcessGroup, decide: Callable[[], Answer]) -> Answer:
     if group.size > 1:
         answer, message = group.broadcast((answer, None if failure is None else _message(failure)))
         if failure is None and message is not None:
-            raise EvolveNetError(f"rank 0: {message}")
+            raise error_of_rank(0, message)
     if failure is not None:
         raise failure
     return answer
@@ -148,7 +153,7 @@ def run_on_all_ranks(group: ProcessGroup, act: Callable[[], Answer]) -> Answer:
         raise failure
     for rank, message in enumerate(messages):
         if message is not None:
-            raise EvolveNetError(f"rank {rank}: {message}")
+            raise error_of_rank(rank, message)
     return answer
 
 
@@ -179,41 +184,67 @@ def check_agreement(group: ProcessGroup, what: str, value: str) -> None:
 
 
 def fingerprint(model: nn.Module) -> str:
-    """Twelve hex digits that change with any parameter's name, shape or bits."""
+    """Twelve hex digits that change with any parameter's name, shape or bits. Computed on the device, with one transfer."""
+    parameters = dict(model.named_parameters())
     digest = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        digest.update(f"{name}{tuple(parameter.shape)}".encode())
-        digest.update(parameter.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    for (name, parameter), checksum in zip(
+        parameters.items(), to_host([_checksum(each) for each in parameters.values()]), strict=True
+    ):
+        digest.update(f"{name}{tuple(parameter.shape)} {parameter.dtype} {int(checksum)}".encode())
     return digest.hexdigest()[:12]
 
 
-def gather_batches(group: ProcessGroup, batches: Sequence[Any]) -> list[Any]:
-    """Gather a share of every rank's batches on rank 0, together about as many samples as one rank has.
+def _checksum(tensor: Tensor) -> Tensor:
+    """A sum of a tensor's bits modulo 2^64, each word times an odd number of its place; it changes if one word does."""
+    values = torch.view_as_real(tensor.detach()) if tensor.is_complex() else tensor.detach()
+    words = values.contiguous().flatten().view(_INTEGERS[values.element_size()])
+    total = torch.zeros((), dtype=torch.int64, device=words.device)
+    for number, part in enumerate(words.split(_WORDS)):
+        places = torch.arange(number * _WORDS, number * _WORDS + len(part), device=words.device)
+        # The mixing of Steele, Lea and Flood's SplitMix64 (2014), cut to one round.
+        mixed = places * -0x61C8864680B583EB
+        mixed = (mixed ^ (mixed >> 30)) * -0x40A7B892E31B1A47
+        total = total + (part.to(torch.int64) * (mixed | 1)).sum()
+    return total
+
+
+def share_of(batch: Any, ranks: int) -> Any:
+    """The first samples of a batch that a rank keeps for an event: those of all ranks together are about one batch.
+
+    >>> share_of(torch.arange(5), ranks=2)
+    tensor([0, 1, 2])
+    """
+    if ranks == 1:
+        return batch
+    # Clones: a view would keep the whole batch in memory, and in checkpoints.
+    return tree_map_only(Tensor, torch.clone, first_samples(batch, -(-samples_in(batch) // ranks)))
+
+
+def gather_batches(group: ProcessGroup, batches: Sequence[Any], example: Any = None) -> list[Any]:
+    """Gather every rank's share of batches (`share_of`) on rank 0.
 
     Moving a few hundred inputs is far less than reducing a second moment for every weight, and what one rank computes
     from them is the same for all to the last bit.
 
     Args:
         group: the processes.
-        batches: this rank's batches.
+        batches: this rank's shares; one rank may have none.
+        example: inputs that lie on this rank's device.
 
     Returns:
-        On rank 0 the batches of all ranks, on the device of its own; an empty list elsewhere.
+        On rank 0 the batches of all ranks, on the device of `example`; an empty list elsewhere.
     """
     if group.size == 1:
         return list(batches)
 
-    def share() -> list[Any]:
-        shares = [first_samples(batch, -(-samples_in(batch) // group.size)) for batch in batches]
-        return tree_map_only(Tensor, lambda tensor: tensor.cpu(), shares)
+    def sent() -> list[Any]:
+        return tree_map_only(Tensor, lambda tensor: tensor.cpu(), list(batches))
 
     def placed() -> list[Any]:
-        devices = [leaf.device for leaf in tree_leaves(list(batches)) if isinstance(leaf, Tensor)]
-        all_batches = [batch for rank in found for batch in rank]
-        return tree_map_only(Tensor, lambda tensor: tensor.to(devices[0]), all_batches) if devices else all_batches
+        return to_device_of([batch for rank in found for batch in rank], list(batches) if example is None else example)
 
     # Where memory runs out on one rank, all of them give up.
-    found = group.gather(run_on_all_ranks(group, share))
+    found = group.gather(run_on_all_ranks(group, sent))
     return run_on_all_ranks(group, placed)
 
 

@@ -155,7 +155,7 @@ class Evolver(EvolverCuts):
         """
         self._check_optimizers()
         self.calibrate(batch)
-        self._buffer.add(batch, gradients, copy)
+        self._buffer.add(batch, gradients, copy, process_group().size)
         self._observed += 1
 
     def calibrate(self, batch: Any, epoch: float = math.inf) -> None:

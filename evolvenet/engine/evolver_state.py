@@ -75,10 +75,17 @@ class EvolverState:
         """Batches that an event would measure on now."""
         return len(self._buffer)
 
-    def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs besides the model: plain data, and the tensors of the batches observed so far."""
+    def state_dict(self, all_ranks: bool = False) -> dict[str, Any]:
+        """What a resumed run needs besides the model: plain data, and the tensors of the batches observed so far.
+
+        Args:
+            all_ranks: with the batches of all processes, on rank 0, which saves it for all: then all of them call this.
+                Otherwise with those of this one.
+        """
+        ranks = {"ranks": self._buffer.gathered_state_dict(process_group())} if all_ranks else {}
         return {
             FORMAT_KEY: FORMAT,
+            **ranks,
             "history": self.history.to_dict(),
             "observed": self._observed,
             **self._past.state_dict(),
@@ -118,7 +125,7 @@ class EvolverState:
         self._observed, self._past = state["observed"], PastEvents.from_state_dict(state)
         self.calibration_batches = state["calibration_batches"]
         self._buffer.keep(self.calibration_batches or LEAST)
-        self._buffer.load_state_dict(state)
+        self._buffer.load_state_dict(state, process_group())
         self._failures.load_state_dict(state)
         if self._pending_cut and state.get("pending_cut"):
             self._pending_cut.load_state_dict(state["pending_cut"])

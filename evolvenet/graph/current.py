@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from evolvenet.errors import ResizeError
 from evolvenet.graph.naming import named_tensors
+from evolvenet.graph.whole import check_whole
 from evolvenet.graph.width_graph import WidthGraph
 
 
@@ -19,6 +20,7 @@ def check_current(model: nn.Module, graph: WidthGraph) -> Mapping[str, Tensor]:
     Raises:
         ResizeError: if one has another shape than in the graph, or a parameter is missing: the graph is of an older state of
             the model, or of another model.
+        UnsupportedStrategyError: if parameters are sharded.
 
     >>> from evolvenet import prune, trace
     >>> from torch import zeros
@@ -32,6 +34,7 @@ def check_current(model: nn.Module, graph: WidthGraph) -> Mapping[str, Tensor]:
         ...
     evolvenet.errors.ResizeError: Expected the graph of the model as it is now, ...
     """
+    check_whole(model)
     tensors, _, _ = named_tensors(model)
     known = {width.name for width in graph.resizable}
     for name, expected in graph.shapes.items():

@@ -11,6 +11,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from evolvenet._compat.torch import state_dict_metadata
 from evolvenet.engine.announcements import announce_end, show_messages
+from evolvenet.engine.distributed import process_group
 from evolvenet.engine.event_timer import EventState
 from evolvenet.engine.history import History
 from evolvenet.engine.replica_discovery import ReplicaDiscovery
@@ -100,7 +101,7 @@ class WidthEvolution(LightningEvolution, Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse names that are none of the module's, all of whose parts are there by now."""
         self.restriction.check(name for name, _ in pl_module.named_modules())
-        self._has_trained = False
+        self._has_trained = self._has_failed = False
 
     @deferred_signals("the start of the run")
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -116,6 +117,7 @@ class WidthEvolution(LightningEvolution, Callback):
         if self.evolver is not None:
             self._continue_from(pl_module, self.evolver)
         self._recorder = SubjectRecorder(pl_module, self._most_batches)
+        self._batches.pop("training_step", None)
         self._replicas = None
         self._cleanup.callback(StepGuard(trainer.strategy, self._restore).remove)
         self._cleanup.enter_context(shown_in_progress_bar(trainer, self._shown))
@@ -178,8 +180,10 @@ class WidthEvolution(LightningEvolution, Callback):
         if self._recorder is not None:
             self._recorder.end()
         if self.evolver is None:
-            self._batches["training_step"] = (batch, batch_idx)
-            self._start_on_all_ranks(trainer, pl_module, lambda: self._recorded_subject(trainer, pl_module))
+            if self._recorder is not None and self._recorder.names:
+                self._batches.setdefault("training_step", (batch, batch_idx))
+            if self._called_on_all_ranks(pl_module):
+                self._start_on_all_ranks(trainer, pl_module, lambda: self._recorded_subject(trainer, pl_module))
         self._trace_first_runs("training_step", batch, batch_idx)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -212,6 +216,7 @@ class WidthEvolution(LightningEvolution, Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Leave no hook behind."""
+        self._has_failed = True
         self._remove_hooks()
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -222,6 +227,10 @@ class WidthEvolution(LightningEvolution, Callback):
             metadata.setdefault("", {})[RECORD_KEY] = record.state_dict(pl_module)
         if norms := norms_of(trainer.optimizers):
             checkpoint[OPTIMIZERS_KEY] = norms
+        own = checkpoint.get("callbacks", {}).get(self.state_key)
+        # All ranks save, but rank 0 alone writes. After an exception on one of them the others do not save.
+        if self.evolver is not None and own is not None and not self._has_failed and process_group().size > 1:
+            own["evolver"] = self.evolver.state_dict(all_ranks=True)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Remember norms of what the optimizers kept, to warn where they do not get it back."""

@@ -1,67 +1,47 @@
-"""What `WidthEvolution` does in a run of Lightning: chooses what is traced, records it, and changes its widths."""
+"""What `WidthEvolution` does in a run of Lightning once the network is traced: records its calls, and changes its widths."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from torch import nn
-from torch.utils.hooks import RemovableHandle
 
 from evolvenet._compat.lightning import trainer_of
 from evolvenet._compat.torch import reset_compiled_code
-from evolvenet.engine.announcements import announce_start, short_number
+from evolvenet.engine.announcements import short_number
 from evolvenet.engine.bare_copies import bare_copies
-from evolvenet.engine.distributed import check_agreement, process_group, run_on_all_ranks
+from evolvenet.engine.distributed import process_group
 from evolvenet.engine.event_timer import EventTimer
-from evolvenet.engine.evolution_callback import EvolutionCallback
 from evolvenet.engine.evolver import Evolver
-from evolvenet.engine.replica_discovery import ReplicaDiscovery
 from evolvenet.engine.replica_widths import frozen_tensors
-from evolvenet.errors import RecordError, TraceError
+from evolvenet.errors import RecordError
 from evolvenet.graph.serialization import check_fits, from_state_dict
 from evolvenet.graph.width_graph import WidthGraph
-from evolvenet.lightning.first_runs import FirstRuns
 from evolvenet.lightning.guard import StepGuard
 from evolvenet.lightning.module import (
-    find_network,
     logging_muted,
     optimizers_of,
-    weight_averages,
 )
 from evolvenet.lightning.recording import SubjectRecorder
 from evolvenet.lightning.run_length import progress_of
-from evolvenet.lightning.subject import (
-    NETWORK,
-    NETWORKS,
-    TRAINING_STEP,
-    Subject,
-    choose_subject,
-    resumed_subject,
-    subject_of_example,
-)
+from evolvenet.lightning.start import EvolutionStart
 from evolvenet.lightning.trainer_parts import (
     default_dtype,
     log_event,
-    rebuild_ddp,
     shown_in_progress_bar,
 )
-from evolvenet.surgery.checkpoint import WidthRecord, fit_shapes
+from evolvenet.surgery.checkpoint import WidthRecord
 from evolvenet.surgery.width_record import remember
-from evolvenet.tracing.unreached import warn_of_unreached
 
 log = logging.getLogger("evolvenet")
-MAX_BATCHES_WITHOUT_CALL = 8
-"""Batches without a call of any module, since a training step may skip some, before there seems to be no network."""
 
 
 @dataclass(eq=False, repr=False)
-class LightningEvolution(EvolutionCallback):
+class LightningEvolution(EvolutionStart):
     """The parts of `WidthEvolution` that are no hooks of Lightning.
 
     Args:
@@ -69,121 +49,6 @@ class LightningEvolution(EvolutionCallback):
             multiple: see `EvolutionCallback`.
         copies: see `WidthEvolution`.
     """
-
-    copies: Mapping[str, str] | None = None
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._subject: Subject | None = None
-        self._ignores_example = False
-        self._untraceable = False
-        self._recorder: SubjectRecorder | None = None
-        self._batches: dict[str, tuple[Any, int]] = {}
-        self._first_calls: list[Any] = []
-        self._first_runs: FirstRuns | None = None
-        self._module: LightningModule | None = None
-        self._cleanup = ExitStack()
-        self._replicas: ReplicaDiscovery | None = None
-        self._averages: list[nn.Module] = []
-        self._metric: float | None = None
-        self._has_trained = False
-        self._optimizer_norms: list[dict[str, float]] = []
-        self._events_before = 0
-        self._record_handle: RemovableHandle | None = None
-
-    def _start_on_all_ranks(
-        self, trainer: Trainer, pl_module: LightningModule, find: Callable[[], Subject | None]
-    ) -> None:
-        """Make the evolver on every rank, if `find` returns what is to be changed."""
-
-        def start() -> None:
-            found = find()
-            if found is not None:
-                self._start(trainer, pl_module, found)
-
-        if self._untraceable:
-            return
-        try:
-            run_on_all_ranks(process_group(), start)
-        except TraceError as problem:
-            self._untraceable = True
-            self._stop_recording()
-            log.warning("Widths stay as they are in this run: %s", problem)
-        if self.evolver is not None:
-            assert self._subject is not None
-            with default_dtype(trainer), logging_muted(pl_module):
-                self.evolver.calibrate(self._subject.inputs, trainer.num_training_batches)
-            for call in self._first_calls:
-                self.evolver.observe(*call, copy=False)
-            self._first_calls = []
-            times = f"{self.schedule}, calibration_batches={self.calibration_batches}, seed={self.seed}"
-            check_agreement(process_group(), "widths and times of events", f"{self.evolver.graph.sizes}, {times}")
-
-    def _known_subject(self, trainer: Trainer, pl_module: LightningModule) -> Subject | None:
-        """What is to be changed, where inputs for it are known before the first batch."""
-        if self._resumed is not None:
-            # Interrupted while batches were gathered, or between a validation and the judgement of the last cut.
-            kept = self._resumed["evolver"]["batches"] or self._resumed["evolver"].get("example")
-            inputs = trainer.strategy.batch_to_device(kept[0]) if kept else self.example_inputs
-            return None if inputs is None else resumed_subject(self._resumed, inputs)
-        if self.example_inputs is None or self._ignores_example:
-            return None
-        with default_dtype(trainer), logging_muted(pl_module):
-            return subject_of_example(pl_module, self.example_inputs, self._settle, self.outputs)
-
-    def _recorded_subject(self, trainer: Trainer, pl_module: LightningModule) -> Subject | None:
-        """What is to be changed, from what the first batch ran; None if that called no module so far."""
-        if self._recorder is None or not self._recorder.names:
-            self._timer.batches_without_call += 1
-            if self._timer.batches_without_call < MAX_BATCHES_WITHOUT_CALL:
-                return None
-            raise TraceError(
-                f"{type(pl_module).__name__}'s training step has run on {MAX_BATCHES_WITHOUT_CALL} batches without calling "
-                "any module, so there is nothing to trace. Call the network as a module "
-                "(self(x) or self.net(x), not self.forward(x)), or give "
-                "WidthEvolution(example_inputs=...)."
-            )
-        first = {path: self._recorder.inputs(path)[0] for path in self._recorder.names}
-        if self._resumed is not None:
-            networks = {path: inputs for path, inputs in first.items() if path}
-            batch, _ = self._batches["training_step"]
-            found = {NETWORK: first.get(self._resumed["root"]), NETWORKS: networks, TRAINING_STEP: batch}
-            return resumed_subject(self._resumed, found[self._resumed["kind"]])
-        path = find_network(pl_module, self._recorder.names, optimizers_of(trainer, pl_module))
-        with default_dtype(trainer), logging_muted(pl_module):
-            return choose_subject(pl_module, path, first, self._batches, self._settle, self.outputs)
-
-    def _start(self, trainer: Trainer, pl_module: LightningModule, subject: Subject) -> None:
-        """Make the evolver of what was chosen."""
-        self._subject = subject
-        calls = self._recorder.calls(subject.kind, subject.path) if self._recorder else []
-        self._stop_recording()
-        root = pl_module.get_submodule(subject.path)
-        self._averages = [copy.get_submodule(subject.path) for copy in weight_averages(trainer, pl_module)]
-        state = self._resumed["evolver"] if self._resumed else None
-        self.restriction.check((name for name, _ in pl_module.named_modules()), subject.graph, subject.path)
-        with default_dtype(trainer), logging_muted(pl_module):
-            self.evolver = Evolver(
-                root, optimizers_of(trainer, pl_module), self.policy, subject.inputs, self.calibration_batches, self.seed,
-                self._models_to_update, after_change=partial(rebuild_ddp, trainer.strategy, pl_module),
-                graph=subject.graph, network=self.network, fixed=self.fixed, multiple=self.multiple, path=subject.path,
-                outputs=self.outputs if subject.kind == NETWORK else None,
-            )  # fmt: skip
-        warn_of_unreached(subject.graph)
-        if not self.evolver.graph.resizable:
-            reasons = "; ".join(f"{name}: {reason}" for name, reason in self.evolver.graph.reasons.items())
-            log.warning("No width of %s can be resized: %s", type(root).__name__, reasons)
-        self._first_runs = FirstRuns(pl_module, subject, self.evolver.graph, self._settle)
-        if state is not None:
-            self.evolver.load_state_dict(state)
-            self._resumed = None
-            for copy in self._averages:
-                fit_shapes(copy, {}, record=state["note"])
-        self._timer.start()
-        self._first_calls = calls if self._timer.recording else []
-        self._keep_record(pl_module)
-        log_event(trainer, self.evolver.history.initial)
-        announce_start(self.evolver.graph)
 
     def _continue_from(self, pl_module: LightningModule, evolver: Evolver) -> None:
         """In a second `fit` with this callback: resume from the first one's evolver, if the network is still the same."""
@@ -288,11 +153,13 @@ class LightningEvolution(EvolutionCallback):
         assert self.evolver is not None
         evolver = self.evolver
         self._observe_recorded()
-        if not evolver.observed and self._timer.retried and self.example_inputs is not None:
+        # One of several ranks may have skipped the network in all of its batches.
+        observed = any(process_group().all_gather(bool(evolver.observed)))
+        if not observed and self._timer.retried and self.example_inputs is not None:
             # The training step never calls the module itself, whatever it would do with the example inputs.
             self._begin_anew(trainer, pl_module)
             return
-        if not evolver.observed and not self._timer.retried:
+        if not observed and not self._timer.retried:
             # Code that was compiled before the recorder's hooks were there does not run them.
             self._timer.retry()
             reset_compiled_code()
@@ -333,6 +200,7 @@ class LightningEvolution(EvolutionCallback):
         self._cleanup.enter_context(shown_in_progress_bar(trainer, self._shown))
         self.evolver, self._ignores_example = None, True
         self._recorder = SubjectRecorder(pl_module, self._most_batches)
+        self._batches.pop("training_step", None)
         self._timer = EventTimer(self.schedule)
 
     def _judge(self, trainer: Trainer, pl_module: LightningModule) -> None:

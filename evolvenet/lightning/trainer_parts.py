@@ -11,7 +11,8 @@ from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
 from lightning.pytorch.strategies.single_xla import SingleDeviceXLAStrategy
 
-from evolvenet._compat.lightning import forget_static_graph
+from evolvenet._compat.lightning import communication_state, forget_static_graph
+from evolvenet.engine.ddp_wrapper import forget_buckets
 from evolvenet.engine.history import Event
 from evolvenet.errors import PolicyError, UnsupportedStrategyError
 
@@ -29,7 +30,8 @@ def check_strategy(strategy: Strategy) -> None:
         raise UnsupportedStrategyError(
             f"WidthEvolution changes the shapes of whole parameters: expected a strategy out of "
             f"{', '.join(each.__name__ for each in STRATEGIES)}, got {type(strategy).__name__}, which may keep parts of them "
-            'or copies elsewhere that would not change. Take strategy="ddp", or devices=1.'
+            'or copies elsewhere that would not change. Take strategy="ddp", or devices=1. A model that has to be sharded can be '
+            "trained so afterwards: save it (evolvenet.save), load it into a freshly built one (evolvenet.load), and shard that."
         )
 
 
@@ -37,6 +39,7 @@ def rebuild_ddp(strategy: Strategy, pl_module: LightningModule) -> None:
     """Make DDP's wrapper anew: its hooks and buckets are those of the parameters' old shapes."""
     if isinstance(strategy, DDPStrategy):
         strategy.model = pl_module
+        forget_buckets(communication_state(strategy))
         strategy.configure_ddp()
         forget_static_graph(strategy)
 

@@ -37,6 +37,7 @@ from evolvenet.execution.surroundings import autocast_devices, plain_surrounding
 from evolvenet.graph.block_kinds import with_block_kinds
 from evolvenet.graph.coverage import OTHER_ORDER, OUTPUT
 from evolvenet.graph.naming import named_tensors
+from evolvenet.graph.whole import check_whole
 from evolvenet.graph.width_graph import Width, WidthGraph
 from evolvenet.signals import deferred_signals
 from evolvenet.tracing.addends import record_addends, record_masks
@@ -103,6 +104,7 @@ def trace(
     """
     selected = normalized(outputs)
     inputs = with_chosen_outputs(example_inputs, selected)
+    check_whole(model)
     if next(model.parameters(), None) is None:
         refuse_quantised(model)
         raise TraceError(f"Expected a model with parameters, got a {type(model).__name__} without any.")

@@ -358,7 +358,8 @@ def _refuse_several_devices(args: TrainingArguments) -> None:
         raise UnsupportedStrategyError(
             "WidthEvolutionCallback changes parameters that lie whole on one device of each process, got "
             f"{max(args.n_gpu, 1)} devices in one process{''.join(f', {name}' for name in sharded)}. Start one process for "
-            "each device (torchrun --nproc_per_node=2 train.py), or show the run one device (CUDA_VISIBLE_DEVICES=0)."
+            "each device (torchrun --nproc_per_node=2 train.py), or show the run one device (CUDA_VISIBLE_DEVICES=0). A model "
+            "that has to be sharded can be afterwards: evolvenet.transformers.save_pretrained, from_pretrained, and shard."
         )
 
 

@@ -158,9 +158,7 @@ def test_gathered_batches_that_do_not_fit_on_rank_0_are_given_up_on_all_ranks(mo
     other_rank: Any = Other(1, [None, None, "OutOfMemoryError: CUDA out of memory"])
     with pytest.raises(EvolveNetError, match="rank 0"):
         gather_batches(other_rank, x)
-    moved = distributed.tree_map_only
-    calls = iter([moved, raising(torch.OutOfMemoryError("CUDA out of memory"))])
-    monkeypatch.setattr(distributed, "tree_map_only", lambda *args: next(calls)(*args))
+    monkeypatch.setattr(distributed, "to_device_of", raising(torch.OutOfMemoryError("CUDA out of memory")))
     rank_0: Any = Other(0, [None, x, None])
     with pytest.raises(torch.OutOfMemoryError):
         gather_batches(rank_0, x)

@@ -97,8 +97,8 @@ def test_batches_of_all_processes_keep_their_gradients() -> None:
     buffer = BatchBuffer(torch.zeros(1, 2), 4)
     for number in range(3):
         x = torch.full((6, 2), float(number))
-        buffer.add(x, [x[:, :1].clone(), None])
-    buffer.add(torch.full((6, 2), 3.0))
+        buffer.add(x, [x[:, :1].clone(), None], ranks=2)
+    buffer.add(torch.full((6, 2), 3.0), ranks=2)
     batches, gradients = buffer.gather(Pair())
     assert len(batches) == len(gradients) == 8
     for batch, found in zip(batches, gradients, strict=True):

@@ -18,8 +18,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import evolvenet  # noqa: I001  before Lightning: it mends torchvision's import
 import lightning
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, distributed, nn
+from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState, powerSGD_hook
 
 from evolvenet import Tolerance, WidthEvolution, errors
 from evolvenet.engine import distributed as processes
@@ -35,6 +37,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "buckets": {"gradient_as_bucket_view": True, "broadcast_buffers": False},
     "manual": {},
     "accumulated": {},
+    "skips": {"find_unused_parameters": True},
+    "powersgd": {"ddp_comm_hook": powerSGD_hook},
+    "resumed": {},
     "judged": {},
     "chains": {},
     "fails on one rank": {},
@@ -60,6 +65,8 @@ class Distributed(Classifier):
         return out + self.extra(out) if used else out
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:
+        if self.variant == "skips" and self.global_rank == 1 and self.trainer.global_step in (0, 1, 8, 9, 15):
+            return sum((parameter * 0).sum() for parameter in self.parameters())
         loss = super().training_step(batch, batch_idx)
         if self.automatic_optimization:
             return loss
@@ -142,8 +149,45 @@ def break_once(variant: str) -> None:
     errors.stage_boundary = boundary
 
 
+def strategy_of(variant: str, options: argparse.Namespace) -> DDPStrategy:
+    """DDP under gloo."""
+    state: dict[str, Any] = (
+        {"ddp_comm_state": PowerSGDState(None, start_powerSGD_iter=2)} if variant == "powersgd" else {}
+    )
+    return DDPStrategy(
+        start_method=options.start,
+        process_group_backend="gloo",
+        timeout=timedelta(seconds=240),
+        **VARIANTS[variant],
+        **state,
+    )
+
+
+def resume(options: argparse.Namespace) -> dict[str, Any]:
+    """A run, and the same one resumed from its checkpoints before, while and after batches are gathered."""
+    folder = Path(options.results).parent / "steps"
+    found: list[str] = []
+    for start in (None, 7, 8, 9):
+        torch.manual_seed(3)
+        model, saving = Distributed("resumed"), start is None
+        # Lightning restores no random generators.
+        for module in model.modules():
+            vars(module).update({"p": 0.0} if isinstance(module, nn.Dropout) else {})
+        keeper = ModelCheckpoint(folder, "{step}", every_n_train_steps=1, save_top_k=-1, enable_version_counter=False)
+        trainer(
+            folder, [WidthEvolution(Walk(*SIZES), every_n_steps=6, calibration_batches=3, stop=1.0), *[keeper] * saving],
+            strategy=strategy_of("resumed", options), devices=options.devices, max_epochs=3, use_distributed_sampler=False,
+        ).fit(model, ckpt_path=None if saving else folder / f"step={start}.ckpt", weights_only=True)  # fmt: skip
+        found.append(processes.fingerprint(model))
+    states = [torch.load(path, weights_only=True)["callbacks"]["WidthEvolution"] for path in folder.glob("*.ckpt")]
+    ranks = [[len(rank["batches"]) for rank in state["evolver"]["ranks"]] for state in states if "evolver" in state]
+    return {"whole": found[0], "again": found[1:], "gathering": sum(min(each) > 0 for each in ranks)}
+
+
 def run(variant: str, options: argparse.Namespace) -> dict[str, Any]:
     """One fit; what came of it."""
+    if variant == "resumed":
+        return resume(options)
     torch.manual_seed(3)
     model = Distributed(variant)
     steps = 3 if variant == "other times" and int(os.environ.get("LOCAL_RANK", "0")) else 2
@@ -154,9 +198,7 @@ def run(variant: str, options: argparse.Namespace) -> dict[str, Any]:
     if variant == "chains":
         evolution = WidthEvolution(Chains(), every_n_steps=2, calibration_batches=1, stop=1.0)
     watch = Watch(variant, evolution)
-    strategy = DDPStrategy(
-        start_method=options.start, process_group_backend="gloo", timeout=timedelta(seconds=240), **VARIANTS[variant]
-    )
+    strategy = strategy_of(variant, options)
     leaving = [Leave()] if options.start == "spawn" else []
     fitting = trainer(
         Path(options.results).parent, [watch, evolution, *leaving], strategy=strategy, devices=options.devices, max_epochs=3,

@@ -26,8 +26,9 @@ from evolvenet.engine.distributed import (
     gather_batches,
     run_on_all_ranks,
     run_on_rank_0,
+    share_of,
 )
-from evolvenet.errors import EvolveNetError, RankMismatchError
+from evolvenet.errors import EvolveNetError, RankMismatchError, TraceError
 from evolvenet.lightning.loading import EXTRA, _reshaping, _with_states
 from evolvenet.pruning.selection import plan_prune
 from evolvenet.surgery.resize_model import install
@@ -36,7 +37,7 @@ from tests.helpers.paths import HELPERS
 from tests.helpers.policies import Fixed
 
 SCRIPT = HELPERS / "ddp_run.py"
-HEALTHY = ("plain", "unused", "static", "buckets", "manual", "accumulated")
+HEALTHY = ("plain", "unused", "static", "buckets", "manual", "accumulated", "skips", "powersgd")
 FAILURES = {
     "fails on one rank": ("surgery failed: rank 1: RuntimeError: boom", "surgery failed: boom"),
     "fails on rank 0": ("reconstruction failed: boom", "reconstruction failed: rank 0: RuntimeError: boom"),
@@ -68,7 +69,9 @@ def assert_healthy(found: dict[str, Any], least: int = 10) -> None:
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> Ranks:
     """Two processes that run every variant, those that end with an error last."""
-    ranks = launch(tmp_path_factory.mktemp("pair"), 2, "popen", *HEALTHY, *FAILURES, "judged", "chains", *DISAGREEMENTS)
+    ranks = launch(
+        tmp_path_factory.mktemp("pair"), 2, "popen", *HEALTHY, "resumed", *FAILURES, "judged", "chains", *DISAGREEMENTS
+    )
     assert len(ranks) == 2
     return ranks
 
@@ -79,6 +82,15 @@ def test_two_processes_train_one_network_in_every_kind_of_wrapper(variant: str, 
         assert rank[variant]["compared"] == 24
         assert_healthy(rank[variant], 5 if variant == "accumulated" else 10)
     assert pair[0][variant] == pair[1][variant]
+
+
+def test_two_processes_resume_from_every_step_to_the_same_bits(pair: Ranks) -> None:
+    """Batches for an event are gathered at some of these steps: those of both ranks are in the checkpoint."""
+    for rank in pair:
+        resumed = rank["resumed"]
+        assert resumed["gathering"] >= 2
+        assert resumed["again"] == [resumed["whole"]] * 3
+    assert pair[0]["resumed"] == pair[1]["resumed"]
 
 
 @pytest.mark.parametrize("variant", FAILURES)
@@ -168,12 +180,15 @@ class Scripted:
 
 
 def test_rank_0_measures_on_a_share_of_everybodys_batches() -> None:
-    mine = [torch.zeros(10, 3), {"x": torch.zeros(5), "flag": True}]
+    whole = [torch.zeros(10, 3), {"x": torch.zeros(5), "flag": True}]
+    mine = [share_of(batch, ranks=2) for batch in whole]
     theirs = [torch.ones(5, 3), {"x": torch.ones(3), "flag": True}]
     everyone = gather_batches(Scripted(0, lambda value: value and theirs), mine)
+    assert mine[0].untyped_storage().nbytes() == mine[0].numel() * 4
     assert [len(everyone[0]), len(everyone[1]["x"]), float(everyone[2].sum())] == [5, 3, 15.0]
     assert gather_batches(Scripted(1, lambda value: value and mine), theirs) == []
     assert gather_batches(SingleProcess(), mine)[0] is mine[0]
+    assert len(gather_batches(Scripted(0, lambda value: value if value is None else theirs), [])) == 2
 
 
 def test_what_one_rank_decides_or_fails_at_holds_for_all() -> None:
@@ -187,6 +202,8 @@ def test_what_one_rank_decides_or_fails_at_holds_for_all() -> None:
         run_on_all_ranks(Scripted(0, lambda value: "ValueError: no"), lambda: 7)
     with pytest.raises(ZeroDivisionError):
         run_on_all_ranks(Scripted(0, lambda value: None), lambda: 1 // 0)
+    with pytest.raises(TraceError, match="rank 1: TraceError: no"):
+        run_on_all_ranks(Scripted(0, lambda value: "TraceError: no"), lambda: 7)
 
 
 def test_disagreement_names_who_has_what() -> None:
@@ -258,5 +275,9 @@ def test_a_fingerprint_changes_with_any_bit() -> None:
     model = nn.Linear(3, 2)
     before = fingerprint(model)
     model.weight.data[0, 0] = torch.nextafter(model.weight.data[0, 0], torch.tensor(9.0))
+    assert fingerprint(model) != before
+    model.weight.data[0, 0] = torch.nextafter(model.weight.data[0, 0], torch.tensor(-9.0))
+    assert fingerprint(model) == before
+    model.weight.data[:, :2] = model.weight.data[:, :2].flip(1)
     assert fingerprint(model) != before
     assert fingerprint(nn.Linear(3, 2).bfloat16()) != before

@@ -1,0 +1,211 @@
+"""The start of `WidthEvolution`: what is traced, on which batch, and the evolver that is made of it, the same on every rank."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from evolvenet.engine.announcements import announce_start
+from evolvenet.engine.distributed import check_agreement, process_group, run_on_all_ranks
+from evolvenet.engine.evolution_callback import EvolutionCallback
+from evolvenet.engine.evolver import Evolver
+from evolvenet.engine.replica_discovery import ReplicaDiscovery
+from evolvenet.engine.run_checks import warn
+from evolvenet.errors import TraceError
+from evolvenet.execution.routes import modules_called
+from evolvenet.graph.serialization import to_state_dict
+from evolvenet.graph.width_graph import WidthGraph
+from evolvenet.lightning.first_runs import FirstRuns
+from evolvenet.lightning.module import find_network, logging_muted, optimizers_of, weight_averages
+from evolvenet.lightning.recording import SubjectRecorder
+from evolvenet.lightning.subject import (
+    NETWORK,
+    NETWORKS,
+    TRAINING_STEP,
+    Subject,
+    choose_subject,
+    resumed_subject,
+    subject_of_example,
+)
+from evolvenet.lightning.trainer_parts import default_dtype, log_event, rebuild_ddp
+from evolvenet.surgery.checkpoint import fit_shapes
+from evolvenet.tracing.unreached import warn_of_unreached
+
+log = logging.getLogger("evolvenet")
+MAX_BATCHES_WITHOUT_CALL = 8
+"""Batches without a call of any module, since a training step may skip some, before there seems to be no network."""
+
+
+@dataclass(eq=False, repr=False)
+class EvolutionStart(EvolutionCallback):
+    """What is traced, and when. `LightningEvolution` is the only subclass.
+
+    Args:
+        policy, every_n_epochs, every_n_steps, start_step, stop, example_inputs, calibration_batches, seed, network, fixed,
+            multiple: see `EvolutionCallback`.
+        copies: see `WidthEvolution`.
+    """
+
+    copies: Mapping[str, str] | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._subject: Subject | None = None
+        self._ignores_example = False
+        self._untraceable = False
+        self._recorder: SubjectRecorder | None = None
+        self._batches: dict[str, tuple[Any, int]] = {}
+        self._first_calls: list[Any] = []
+        self._first_runs: FirstRuns | None = None
+        self._module: LightningModule | None = None
+        self._cleanup = ExitStack()
+        self._replicas: ReplicaDiscovery | None = None
+        self._averages: list[nn.Module] = []
+        self._metric: float | None = None
+        self._has_trained = self._has_failed = False
+        self._optimizer_norms: list[dict[str, float]] = []
+        self._events_before = 0
+        self._record_handle: RemovableHandle | None = None
+
+    def _start_on_all_ranks(
+        self, trainer: Trainer, pl_module: LightningModule, find: Callable[[], Subject | None]
+    ) -> None:
+        """Make the evolver on every rank, if `find` returns what is to be changed."""
+        if self._untraceable:
+            return
+        group = process_group()
+        try:
+            subject = run_on_all_ranks(group, find)
+            if all(group.all_gather(subject is not None)):
+                assert subject is not None
+                subject = self._of_the_rank_that_calls_most(pl_module, subject)
+                run_on_all_ranks(group, lambda: self._start(trainer, pl_module, subject))
+        except TraceError as problem:
+            self._untraceable = True
+            self._stop_recording()
+            warn(f"Widths stay as they are in this run: {problem}")
+        if self.evolver is not None:
+            assert self._subject is not None
+            with default_dtype(trainer), logging_muted(pl_module):
+                self.evolver.calibrate(self._subject.inputs, trainer.num_training_batches)
+            for call in self._first_calls:
+                self.evolver.observe(*call, copy=False)
+            self._first_calls = []
+            times = f"{self.schedule}, calibration_batches={self.calibration_batches}, seed={self.seed}"
+            check_agreement(process_group(), "widths and times of events", f"{self.evolver.graph.sizes}, {times}")
+
+    def _called_on_all_ranks(self, pl_module: LightningModule) -> bool:
+        """Whether the training step has called a module on every rank, each on any of its batches so far."""
+        if self._untraceable:
+            return False
+        called = self._recorder is not None and bool(self._recorder.names)
+        if all(process_group().all_gather(called)):
+            return True
+        self._timer.batches_without_call += 1
+        if self._timer.batches_without_call >= MAX_BATCHES_WITHOUT_CALL:
+            self._untraceable = True
+            self._stop_recording()
+            warn(
+                f"Widths stay as they are in this run: {type(pl_module).__name__}'s training step has run on "
+                f"{MAX_BATCHES_WITHOUT_CALL} batches without calling any module, so there is nothing to trace. Call the network "
+                "as a module (self(x) or self.net(x), not self.forward(x)), or give WidthEvolution(example_inputs=...)."
+            )
+        return False
+
+    def _known_subject(self, trainer: Trainer, pl_module: LightningModule) -> Subject | None:
+        """What is to be changed, where inputs for it are known before the first batch."""
+        if self._resumed is not None:
+            # Interrupted while batches were gathered, or between a validation and the judgement of the last cut.
+            kept = self._resumed["evolver"]["batches"] or self._resumed["evolver"].get("example")
+            inputs = trainer.strategy.batch_to_device(kept[0]) if kept else self.example_inputs
+            return None if inputs is None else resumed_subject(self._resumed, inputs)
+        if self.example_inputs is None or self._ignores_example:
+            return None
+        with default_dtype(trainer), logging_muted(pl_module):
+            return subject_of_example(pl_module, self.example_inputs, self._settle, self.outputs)
+
+    def _recorded_subject(self, trainer: Trainer, pl_module: LightningModule) -> Subject:
+        """What is to be changed, from what the first batch that called a module ran."""
+        assert self._recorder is not None
+        if self._resumed is not None:
+            return self._subject_of_state(self._recorder, self._resumed)
+        first = {path: self._recorder.inputs(path)[0] for path in self._recorder.names}
+        path = find_network(pl_module, self._recorder.names, optimizers_of(trainer, pl_module))
+        with default_dtype(trainer), logging_muted(pl_module):
+            return choose_subject(pl_module, path, first, self._batches, self._settle, self.outputs)
+
+    def _settle(self, root: nn.Module, graph: WidthGraph) -> WidthGraph:
+        """The graph without widths that replicas and copies of the weights keep as they are."""
+        raise NotImplementedError
+
+    def _models_to_update(self) -> list[nn.Module]:
+        """The replicas of the network that go through an event's changes."""
+        raise NotImplementedError
+
+    def _keep_record(self, pl_module: LightningModule) -> None:
+        """Keep the module's record, and write it into its state dicts until the run ends."""
+        raise NotImplementedError
+
+    def _subject_of_state(self, recorder: SubjectRecorder, state: Mapping[str, Any]) -> Subject:
+        """What an interrupted run or another rank has chosen, with inputs of the first batch that called a module."""
+        first = {path: recorder.inputs(path)[0] for path in recorder.names}
+        networks = {path: inputs for path, inputs in first.items() if path}
+        batch, _ = self._batches["training_step"]
+        found = {NETWORK: first.get(state["root"]), NETWORKS: networks, TRAINING_STEP: batch}
+        return resumed_subject(state, found[state["kind"]])
+
+    def _of_the_rank_that_calls_most(self, pl_module: LightningModule, subject: Subject) -> Subject:
+        """The subject, or that of another rank, whose batch has called modules that this rank's has not."""
+        group = process_group()
+        found = group.all_gather(subject.graph.sizes)
+        if all(sizes == found[0] for sizes in found):
+            return subject
+        root = pl_module.get_submodule(subject.path)
+        called = run_on_all_ranks(group, lambda: len(modules_called(root, subject.inputs)))
+        calls = group.all_gather(called)
+        state = {**subject.state_dict(), "evolver": {"graph": to_state_dict(subject.graph)}}
+        best = calls.index(max(calls))
+        chosen = group.all_gather(state if group.rank == best else None)[best]
+        if called == max(calls) or self._recorder is None:
+            return subject  # Where the graphs differ all the same, `check_agreement` says so.
+        return self._subject_of_state(self._recorder, chosen)
+
+    def _start(self, trainer: Trainer, pl_module: LightningModule, subject: Subject) -> None:
+        """Make the evolver of what was chosen."""
+        self._subject = subject
+        calls = self._recorder.calls(subject.kind, subject.path) if self._recorder else []
+        self._stop_recording()
+        root = pl_module.get_submodule(subject.path)
+        self._averages = [copy.get_submodule(subject.path) for copy in weight_averages(trainer, pl_module)]
+        state = self._resumed["evolver"] if self._resumed else None
+        self.restriction.check((name for name, _ in pl_module.named_modules()), subject.graph, subject.path)
+        with default_dtype(trainer), logging_muted(pl_module):
+            self.evolver = Evolver(
+                root, optimizers_of(trainer, pl_module), self.policy, subject.inputs, self.calibration_batches, self.seed,
+                self._models_to_update, after_change=partial(rebuild_ddp, trainer.strategy, pl_module),
+                graph=subject.graph, network=self.network, fixed=self.fixed, multiple=self.multiple, path=subject.path,
+                outputs=self.outputs if subject.kind == NETWORK else None,
+            )  # fmt: skip
+        warn_of_unreached(subject.graph)
+        if not self.evolver.graph.resizable:
+            reasons = "; ".join(f"{name}: {reason}" for name, reason in self.evolver.graph.reasons.items())
+            log.warning("No width of %s can be resized: %s", type(root).__name__, reasons)
+        self._first_runs = FirstRuns(pl_module, subject, self.evolver.graph, self._settle)
+        if state is not None:
+            self.evolver.load_state_dict(state)
+            self._resumed = None
+            for copy in self._averages:
+                fit_shapes(copy, {}, record=state["note"])
+        self._timer.start()
+        self._first_calls = calls if self._timer.recording else []
+        self._keep_record(pl_module)
+        log_event(trainer, self.evolver.history.initial)
+        announce_start(self.evolver.graph)
