@@ -18,13 +18,13 @@ ENERGIES = (1.0, 0.62, 0.03, 0.4, 0.25, 0.02)
 
 def draw(palette: Palette) -> Figure:
     """Four panels from left to right."""
-    figure = Figure(figsize=(11, 3.3), layout="constrained")
+    figure = Figure(figsize=(9, 3.2), layout="constrained")
     panels = figure.subplots(1, 4)
     titles = (
-        "1  trace: which axes are one width",
-        "2  spectra: what each unit adds",
-        "3  plan: one index map",
-        "4  surgery: all or nothing",
+        "1 Trace\nwhich axes are one width",
+        "2 Spectra\nwhat each unit adds",
+        "3 Plan\none index map",
+        "4 Surgery\nall tensors or none",
     )
     for panel, title, part in zip(panels, titles, (_trace, _spectra, _plan, _surgery), strict=True):
         panel.set_title(title, color=palette.text, fontsize=10.5)
@@ -73,8 +73,8 @@ def _plan(panel: Axes, palette: Palette) -> None:
             ends = (1.5 + 1.4 * old, 7.1), (x + 0.6, 4.5)
             panel.add_patch(FancyArrowPatch(*ends, arrowstyle="-|>", mutation_scale=8, lw=1, color=palette.first))
     panel.text(5, 8.9, "old units", color=palette.text, ha="center", fontsize=9)
-    panel.text(5, 1.9, "new units: where each comes from", color=palette.text, ha="center", fontsize=9)
-    panel.text(9.6, 0.9, "−1: a new unit", color=palette.third, ha="right", fontsize=9)
+    panel.text(5, 1.9, "new units: from which one", color=palette.text, ha="center", fontsize=9)
+    panel.text(5, 0.9, "−1: from none", color=palette.third, ha="center", fontsize=9)
 
 
 def _cell(panel: Axes, x: float, y: float, text: str, colour: str, palette: Palette, strong: bool) -> None:
@@ -83,10 +83,10 @@ def _cell(panel: Axes, x: float, y: float, text: str, colour: str, palette: Pale
 
 
 def _surgery(panel: Axes, palette: Palette) -> None:
-    _matrix(panel, (0.6, 5.2), palette, rows=UNITS, columns=4, gone_rows=(2, 5), name="producer's weight")
-    _matrix(panel, (5.6, 5.2), palette, rows=4, columns=UNITS, gone_columns=(2, 5), name="consumer's weight")
-    _matrix(panel, (0.6, 0.9), palette, rows=UNITS, columns=4, gone_rows=(2, 5), name="Adam's moments")
-    _matrix(panel, (5.6, 0.9), palette, rows=4, columns=UNITS, gone_columns=(2, 5), name="Adam's moments")
+    _matrix(panel, (0.6, 5.2), palette, rows=UNITS, columns=4, gone_rows=(2, 5), name="producer")
+    _matrix(panel, (5.6, 5.2), palette, rows=4, columns=UNITS, gone_columns=(2, 5), name="consumer")
+    _matrix(panel, (0.6, 0.9), palette, rows=UNITS, columns=4, gone_rows=(2, 5), name="its moments")
+    _matrix(panel, (5.6, 0.9), palette, rows=4, columns=UNITS, gone_columns=(2, 5), name="its moments")
 
 
 def _matrix(
