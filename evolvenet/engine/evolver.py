@@ -78,7 +78,9 @@ class Evolver(EvolverCuts):
         step: a function of a batch that computes the loss as training does, for several networks, or losses that read what
             lies between layers. It is traced and measured in place of calls of the model, in eval mode and without
             gradients, so it must not step an optimizer.
-        network, fixed, multiple: which widths change, and to which sizes, see `evolvenet.graph.restriction.Restriction`.
+        network: parts outside of which widths stay, like the next two see `evolvenet.graph.restriction.Restriction`.
+        fixed: widths that stay.
+        multiple: of which the channels of a width that changes are a multiple.
         path: of the model in a larger module, by whose names `network` and `fixed` may go.
         outputs: which of the model's outputs count, as for `trace`; with `step`, of what that returns.
 

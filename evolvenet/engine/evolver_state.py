@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from evolvenet.engine.announcements import announce
 from evolvenet.engine.batch_buffer import BatchBuffer
+from evolvenet.engine.distributed import process_group
 from evolvenet.engine.failure_policy import FailurePolicy
 from evolvenet.engine.history import Event, History, WidthChange
 from evolvenet.engine.original_widths import OriginalWidths
