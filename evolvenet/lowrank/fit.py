@@ -40,7 +40,7 @@ from evolvenet.lowrank.plan import Choice, SecondMoments, decomposed
 from evolvenet.lowrank.targets import Target as Layer
 from evolvenet.measurement.activation_moments import Moments, moments_on_host
 from evolvenet.pruning.reconstruction import ConsumerFitter
-from evolvenet.pruning.reconstruction_batch import ONE_SHOT_LIMITS, ReconstructionLimits, concatenated
+from evolvenet.pruning.reconstruction_batch import ONE_SHOT_LIMITS, ReconstructionLimits, concatenated, held_out_of
 from evolvenet.pruning.recorded_outputs import OutputRecorder, recorded
 from evolvenet.pruning.target import Target
 
@@ -86,6 +86,7 @@ class Observations:
         targets: {name of a weight: its outputs}, of those that can be fitted.
         matrices: {name of a weight: `[groups, out / groups, columns]`}.
         extents: {name of a layer: sizes of its inputs and outputs in each call}, in the order of execution.
+        held_out: `[samples]` booleans: the samples on which ridges are selected, other batches than those of the fit.
         gradients: whether the model only runs with autograd on, because its own code computes gradients.
     """
 
@@ -96,6 +97,7 @@ class Observations:
     targets: Mapping[str, list[Target]]
     matrices: Mapping[str, Tensor]
     extents: Mapping[str, Sequence[Extent]]
+    held_out: Tensor
     gradients: bool = False
 
 
@@ -160,7 +162,8 @@ def observe(
     order = list(recorder.extents)
     ordered = sorted(names.items(), key=lambda item: order.index(item[1]) if item[1] in order else len(order))
     extents = {name: recorder.extents.get(weight, []) for name, weight in ordered}
-    return Observations(batch, names, moments, means, targets, recorder.matrices, extents, gradients)
+    held_out = held_out_of(listed, batch)
+    return Observations(batch, names, moments, means, targets, recorder.matrices, extents, held_out, gradients)
 
 
 class _InputRecorder(OutputRecorder):
@@ -235,8 +238,7 @@ def fit(model: nn.Module, choices: Sequence[Choice], seen: Observations) -> Fitt
                 merged = written(choice.target.layer, solver.decompose(choice))
                 with torch.no_grad():
                     shadows[name].copy_(merged.to(shadows[name].device, shadows[name].dtype))
-        odd = torch.arange(samples_in(seen.batch), device="cpu") % 2 == 1
-        fitter = ConsumerFitter(targets, {}, odd, shadows, solver.solve)
+        fitter = ConsumerFitter(targets, {}, seen.held_out, shadows, solver.solve)
         with isolated(model, gradients=seen.gradients), op_by_op(ResidualSumMode(model, fitter.run, None, fitter.sum)):
             run_model(model, seen.batch)
         values = {name: shadows[name].detach().clone() for name in fitter.fitted() - set(by_weight)}
@@ -269,21 +271,21 @@ class _Solver:
         self.factors[name] = decomposed(choice, self.seen.moments.get(name))
         return torch.stack(_merged_groups(choice, self.factors[name]))
 
-    def solve(self, op: WeightOp, columns: Tensor, targets: Tensor, bias: Tensor | None, odd: Tensor) -> Fit:
+    def solve(self, op: WeightOp, columns: Tensor, targets: Tensor, bias: Tensor | None, held_out: Tensor) -> Fit:
         """See `pruning.reconstruction.Solve`."""
         choice, whole = self.choices[op.tensor], self.seen.matrices[op.tensor].to(columns.device)
         assert choice.kind is not None
         name, wide = choice.target.name, columns.shape[-1] > MOST_COLUMNS
         # Half types would round the inputs of the last factor.
         columns, targets = (each.to(torch.promote_types(each.dtype, torch.float32)) for each in (columns, targets))
-        fitted = refit_or_keep(columns, targets, whole, bias, odd)
+        fitted = refit_or_keep(columns, targets, whole, bias, held_out)
         weights = [_in_order(op, in_float64(weight, "cpu")) for weight in (whole if fitted is None else fitted.weight)]
         inputs = [_in_order(op, group) for group in columns]
         moments = [None if wide else _moment(group, centred=bias is not None) for group in inputs]
         factors = [
             choice.kind.decompose(weight, choice.ranks, moment) for weight, moment in zip(weights, moments, strict=True)
         ]
-        offset = _fit_last(choice, factors, inputs, targets, bias, odd)
+        offset = _fit_last(choice, factors, inputs, targets, bias, held_out)
         self.factors[name] = factors
         matrix = torch.stack([_in_order(op, group).flatten(1) for group in _merged_groups(choice, factors)])
         self.errors[name] = _error(columns, targets, matrix, offset)
@@ -313,7 +315,7 @@ def _fit_last(
     inputs: Sequence[Tensor],
     targets: Tensor,
     bias: Tensor | None,
-    odd: Tensor,
+    held_out: Tensor,
 ) -> Tensor | None:
     """Fit the last factor of each channel group in place, and the bias; the bias `[groups, out]`, or None where there is none."""
     assert choice.kind is not None
@@ -330,7 +332,7 @@ def _fit_last(
     last = torch.stack([group[-1].flatten(1) for group in factors])
     wide = in_float64(z)
     start = None if bias is None else (in_float64(targets) - wide @ last.to(wide.device).mT).mean(1)
-    found = refit_or_keep(z, targets, last, start, odd)
+    found = refit_or_keep(z, targets, last, start, held_out)
     if found is None:
         return start
     for group, weight in zip(factors, found.weight, strict=True):

@@ -230,3 +230,28 @@ def test_batches_that_cannot_be_used_are_refused_and_nothing_changes() -> None:
     with pytest.raises(evolvenet.SpectrumError, match="finite weights"):
         evolvenet.factorize(model, 4)
     assert repr(model) == whole
+
+
+def test_fits_are_tested_on_other_batches_than_those_they_are_made_on() -> None:
+    """Crops of a few photos: samples of one batch are nearly the same, and every second one says nothing new."""
+
+    def sources(count: int, seed: int) -> list[Tensor]:
+        draw = torch.Generator().manual_seed(seed)
+        photos = torch.randn(count, 1, 3, 24, generator=draw, dtype=torch.float64)
+        near = 0.03 * torch.randn(count, 8, 3, 24, generator=draw, dtype=torch.float64)
+        return list((photos + near).flatten(1, 2))
+
+    errors: dict[str, float] = {"batch": 0.0, "sample": 0.0}
+    for seed in range(3):
+        torch.manual_seed(seed)
+        whole = nn.Sequential(nn.Linear(24, 48), nn.ReLU(), nn.Linear(48, 48), nn.ReLU(), nn.Linear(48, 8)).double()
+        batches, new = sources(8, seed), torch.cat(sources(100, 10 + seed))
+        for way in errors:
+            model = copy.deepcopy(whole)
+            with pytest.MonkeyPatch.context() as patch:
+                if way == "sample":
+                    odd = torch.arange(8 * 24) % 2 == 1
+                    patch.setattr("evolvenet.lowrank.fit.held_out_of", lambda *_, odd=odd: odd)
+                evolvenet.factorize(model, {"0": 6, "2": 8}, batches=batches)
+            errors[way] += relative(model(new), whole(new))
+    assert errors["batch"] < 0.9 * errors["sample"], errors
