@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 import evolvenet
-from experiments.pages import machine_line, markdown, write_whole
+from experiments.pages import commit, machine_line, markdown, write_whole
 
 SIZES: dict[str, dict[str, Any]] = {
     "150M": {"hidden_size": 768, "num_hidden_layers": 12, "intermediate_size": 2048, "num_attention_heads": 12},
@@ -33,7 +33,9 @@ HALF = ("1.3B",)
 STAGES = ("build", "trace", "trace without weights", "prune")
 WITHOUT_WEIGHTS = ("7B",)
 """Those that are only traced, on the device "meta"."""
-BATCHES, SEQUENCES, WORDS = 8, 4, 128
+SEQUENCES, WORDS = 4, 128
+BATCHES = {"1.3B": 3}
+"""Batches that `prune` is given, of which one is held out; 8 where there is no other number."""
 VOCABULARY = 32_000
 SHARE = 0.75
 """Of the inner units of each block, that stay."""
@@ -51,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 continue
             command = [sys.executable, "-m", "experiments.bench.scale", "--child", size, stage]
             done = subprocess.run(command, capture_output=True, text=True, check=True)
-            known.setdefault(size, {})[stage] = json.loads(done.stdout.splitlines()[-1])
+            known.setdefault(size, {})[stage] = {**json.loads(done.stdout.splitlines()[-1]), "commit": commit()}
             print(size, stage, known[size][stage], flush=True)
             write_whole(options.results, json.dumps(known))
             write_whole(options.table, _page(known))
@@ -77,9 +79,12 @@ def _child(size: str, stage: str) -> None:
     config = transformers.LlamaConfig(**SIZES[size], vocab_size=VOCABULARY)
 
     def built(device: str) -> Any:
-        with torch.device(device):
-            model = transformers.LlamaForCausalLM(config).eval()
-        return model.bfloat16() if size in HALF else model
+        torch.set_default_dtype(torch.bfloat16 if size in HALF else torch.float32)
+        try:
+            with torch.device(device):
+                return transformers.LlamaForCausalLM(config).eval()
+        finally:
+            torch.set_default_dtype(torch.float32)
 
     example = {"input_ids": torch.randint(0, VOCABULARY, (1, 16))}
     without = built("meta")
@@ -89,7 +94,8 @@ def _child(size: str, stage: str) -> None:
         # Traced without weights, so that the memory is that of pruning.
         graph = evolvenet.trace(without, example, outputs="logits")
         sizes = {width.name: int(SHARE * width.size) // 8 * 8 for width in graph.resizable if ".mlp." in width.name}
-        batches = [{"input_ids": torch.randint(0, VOCABULARY, (SEQUENCES, WORDS))} for _ in range(BATCHES)]
+        count = BATCHES.get(size, 8)
+        batches = [{"input_ids": torch.randint(0, VOCABULARY, (SEQUENCES, WORDS))} for _ in range(count)]
 
         def run() -> Any:
             return evolvenet.prune(model, graph, sizes, batches=batches)
@@ -127,33 +133,68 @@ def _page(known: dict[str, dict[str, dict[str, Any]]]) -> str:
                     size,
                     stage,
                     f"{each['parameters'] / 1e6:,.0f} M",
+                    "bfloat16" if size in HALF else "float32",
                     f"{each['weights']:.2f}",
+                    f"{BATCHES.get(size, 8)}" if stage == "prune" else "–",
                     f"{each['cpu']:.0f}",
                     f"{each['wall']:.0f}",
                     f"{each['gib']:.2f}",
                     "–" if above is None else f"{above:.2f}",
+                    "–" if above is None else f"{above / each['weights']:.2f}",
+                    each.get("commit", "–"),
                 ]
             )
     head = [
-        "model",
-        "stage",
-        "parameters",
-        "weights, GiB",
-        "CPU s",
-        "wall s",
-        "most resident, GiB",
-        "above the model, GiB",
+        "model", "stage", "parameters", "type", "weights, GiB", "batches", "CPU s", "wall s", "most resident, GiB",
+        "above the model, GiB", "of the weights", "at",
+    ]  # fmt: skip
+    missing = [
+        f"{size} {stage}"
+        for size in SIZES
+        for stage in (STAGES[1:] if size not in WITHOUT_WEIGHTS else ("trace without weights",))
+        if stage not in known.get(size, {})
     ]
     notes = (
-        f"`prune` takes the inner units of every block from 100 to {SHARE:.0%}, fitted on {BATCHES} batches of {SEQUENCES} × "
-        f"{WORDS} words, of which one is held out. The moments of one width at a time are in memory, and the outputs that\n"
-        "consumers are fitted to. What follows for 7B (not measured): the moments of a width of 11,008 units, in two halves and\n"
-        "double precision, take 1.8 GiB (those of all widths 58 GiB), the targets of 4,096 words in 32 blocks 2 GiB. The\n"
-        "multiplications are those of three passes over these words and of 64 fits with matrices of up to 11,008 columns.\n\n"
-        "CPU seconds are what the process computed; wall seconds are longer where other processes had the cores as well."
+        f"`prune` takes the inner units of every block from 100 to {SHARE:.0%}, fitted on batches of {SEQUENCES} × {WORDS} random words, "
+        "of\nwhich one is held out. The moments of one width at a time are in memory, and the outputs that consumers are fitted to.\n"
+        f"A model has random weights.\n\n{_larger(known)}\n\nNot measured: {', '.join(missing) or 'nothing'}. CPU seconds are what the "
+        "process computed; wall seconds are longer where\nother processes had the cores as well."
     )
-    table = "\n".join(markdown(head, rows, text=(0, 1)))
+    table = "\n".join(markdown(head, rows, text=(0, 1, 3, 11)))
     return f"# Language models of growing size\n\n{machine_line()}, one thread.\n\n{table}\n\n{notes}\n"
+
+
+def _larger(known: dict[str, dict[str, dict[str, Any]]], size: str = "7B") -> str:
+    """What follows for a size that is not measured, by arithmetic from the largest one that is."""
+    shape = SIZES[size]
+    inner, blocks, stream = shape["intermediate_size"], shape["num_hidden_layers"], shape["hidden_size"]
+    words = 8 * SEQUENCES * WORDS
+    moments, gib = 2 * inner**2 * 8, 2**30
+    text = (
+        f"What follows for {size} (by arithmetic): the moments of a width of {inner:,} units, in two halves and double precision,\n"
+        f"take {moments / gib:.1f} GiB (those of all widths {blocks * moments / gib:.0f} GiB), the outputs of {words:,} words in {blocks} "
+        f"blocks {words * stream * blocks * 4 / gib:.1f} GiB in float32."
+    )
+    measured = [each for each in SIZES if "prune" in known.get(each, {})]
+    if not measured:
+        return text
+    last = measured[-1]
+    hours = (
+        known[last]["prune"]["cpu"] * _multiplications(size, 8) / _multiplications(last, BATCHES.get(last, 8)) / 3600
+    )
+    return (
+        f"{text} By the number of multiplications\n(two runs of the words, a Gram matrix of each width and of what is kept of it, two "
+        f"factorizations): {hours:.1f} CPU hours,\nfrom the seconds of {last}."
+    )
+
+
+def _multiplications(size: str, batches: int) -> float:
+    shape = SIZES[size]
+    inner, blocks, stream = shape["intermediate_size"], shape["num_hidden_layers"], shape["hidden_size"]
+    words, kept = batches * SEQUENCES * WORDS, SHARE * inner
+    run = words * blocks * (4 * stream**2 + 3 * stream * inner)
+    fit = words * (inner**2 + kept**2) / 2 + (inner**3 + 4 * kept**3) / 3 + 3 * kept**2 * stream
+    return 2 * run + blocks * fit
 
 
 if __name__ == "__main__":
