@@ -127,10 +127,9 @@ def _fitted(
     if is_large(graph) and not isinstance(batches, Tensor):
         joined = concatenated(batches, limits)
         if joined is not None and samples_in(joined) == sum(map(samples_in, batches)):
-            odd = held_out_of(batches, joined)
-            cut = plan_streamed(model, graph, sizes, joined, odd, limits)
+            cut = plan_streamed(model, graph, sizes, joined, held_out_of(batches, joined), limits)
             if cut is not None:
-                return cut.bare, fit_to_targets(model, graph, cut.surgery, joined, cut.targets, odd, cut.choices)
+                return cut.bare, fit_to_targets(model, graph, cut.surgery, cut.recording)
     surgery = plan_prune(model, graph, sizes, collect(model, graph, batches, names))
     bare = compile_surgery(model, graph, surgery.maps, surgery.bases)
     return bare, reconstruct(model, graph, surgery, batches, limits)

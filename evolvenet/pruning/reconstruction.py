@@ -10,8 +10,8 @@ very deep convolutional networks for classification and detection", TPAMI 38(10)
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -89,11 +89,51 @@ def reconstruct(
     >>> bool((before - model(x)).abs().max() < 1e-3)
     True
     """
-    listed, own = list(batches), graph.differentiates
     removed = [name for name, index_map in surgery.maps.items() if index_map.removed]
-    batch, consumers = concatenated(listed, limits), consumers_of(graph, removed)
+    recording = record(model, graph, removed, batches, limits)
+    return surgery if recording is None else fit_to_targets(model, graph, surgery, recording)
+
+
+@dataclass(frozen=True, eq=False)
+class Recording:
+    """What consumers are fitted to.
+
+    Args:
+        batch: inputs of the model, one batch.
+        targets: {consumer: its outputs on the batch in the uncut model}.
+        held_out: `[samples]` booleans.
+        choices: of the model's routers on the batch.
+    """
+
+    batch: Any
+    targets: dict[str, list[Target]]
+    held_out: Tensor
+    choices: Choices
+
+    def copy(self) -> Recording:
+        """The same with lists of its own, as a fit empties them."""
+        return replace(self, targets={name: list(each) for name, each in self.targets.items()})
+
+
+def record(
+    model: nn.Module, graph: WidthGraph, names: Collection[str], batches: Iterable[Any], limits: ReconstructionLimits
+) -> Recording | None:
+    """What the consumers of some widths are fitted to after a cut of these widths, for `fit_to_targets`.
+
+    Args:
+        model: the model, uncut.
+        graph: its widths.
+        names: of the widths.
+        batches: as for `reconstruct`.
+        limits: as for `reconstruct`.
+
+    Returns:
+        None without a batch or a consumer.
+    """
+    listed, own = list(batches), graph.differentiates
+    batch, consumers = concatenated(listed, limits), consumers_of(graph, names)
     if batch is None or not consumers:
-        return surgery
+        return None
     try:
         targets = recorded(model, batch, OutputRecorder(consumers, limits), own, choices := Choices())
     except Exception as problem:
@@ -101,32 +141,21 @@ def reconstruct(
         log.debug("The model does not run on several batches as one: it is fitted on the first", exc_info=problem)
         batch = listed[0]
         targets = recorded(model, batch, OutputRecorder(consumers, limits), own, choices := Choices())
-    return fit_to_targets(model, graph, surgery, batch, targets, held_out_of(listed, batch), choices)
+    return Recording(batch, targets, held_out_of(listed, batch), choices)
 
 
-def fit_to_targets(
-    model: nn.Module,
-    graph: WidthGraph,
-    surgery: Surgery,
-    batch: Any,
-    targets: dict[str, list[Target]],
-    held_out: Tensor,
-    choices: Choices,
-) -> Surgery:
+def fit_to_targets(model: nn.Module, graph: WidthGraph, surgery: Surgery, recording: Recording) -> Surgery:
     """`reconstruct` for outputs that are recorded already.
 
     Args:
         model: the model, uncut.
         graph: its widths.
         surgery: the cut.
-        batch: inputs of the model, one batch.
-        targets: {consumer: its outputs on the batch}, from `recorded`; it is emptied, so that each is in memory until its fit.
-        held_out: `[samples]` booleans.
-        choices: of the model's routers on the batch.
+        recording: its targets are emptied, so that each is in memory until its fit.
     """
-    if not targets:
+    if not recording.targets:
         return surgery
-    fitted = _fitted(model, graph, surgery, batch, targets, held_out, choices)
+    fitted = _fitted(model, graph, surgery, recording)
     changes = {change.name: change for change in surgery.changes}
     tensors, _, _ = named_tensors(model)
     for name, value in fitted.items():
@@ -136,16 +165,9 @@ def fit_to_targets(
     return replace(surgery, changes=tuple(changes.values()))
 
 
-def _fitted(
-    model: nn.Module,
-    graph: WidthGraph,
-    surgery: Surgery,
-    batch: Any,
-    targets: dict[str, list[Target]],
-    odd: Tensor,
-    choices: Choices,
-) -> dict[str, Tensor]:
+def _fitted(model: nn.Module, graph: WidthGraph, surgery: Surgery, recording: Recording) -> dict[str, Tensor]:
     """{tensor: its fitted value}, from a run of the cut model that ends with the last fit."""
+    targets, choices = recording.targets, recording.choices
     changes = {change.name: change for change in surgery.changes}
     large = is_large(graph)
     biases = {target.bias[0] for each in targets.values() for target in each if target.bias is not None}
@@ -166,13 +188,13 @@ def _fitted(
             for change in surgery.changes
         ]
         install(model, replace(surgery, changes=tuple(cut)))
-        fitter = ConsumerFitter(targets, changes, odd, shadows)
+        fitter = ConsumerFitter(targets, changes, recording.held_out, shadows)
         fitter.ends_run = True
         mode = ResidualSumMode(model, fitter.run, None, fitter.sum)
         mode.follows_norms, fitter.normed, mode.choices, fitter.choices = True, mode.normed, choices, choices
         choices.replay()
         with isolated(model, gradients=graph.differentiates), op_by_op(mode):
-            run_until_finished(model, batch)
+            run_until_finished(model, recording.batch)
         return {name: shadows[name].detach() for name in fitter.fitted()}
 
 

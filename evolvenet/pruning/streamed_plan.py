@@ -25,10 +25,10 @@ from evolvenet.graph.index_map import IndexMap
 from evolvenet.graph.width_graph import Tie, WidthGraph
 from evolvenet.measurement.activation_moments import ActivationMoments, Halves, gather, halves_on_host
 from evolvenet.measurement.weight_uses import UseRecorder, WeightUses
+from evolvenet.pruning.reconstruction import Recording
 from evolvenet.pruning.reconstruction_batch import ReconstructionLimits
 from evolvenet.pruning.recorded_outputs import OutputRecorder, consumers_of, recorded
 from evolvenet.pruning.selection import add_refits, chosen, with_deltas
-from evolvenet.pruning.target import Target
 from evolvenet.surgery.basis_change import BasisChange
 from evolvenet.surgery.resize_model import Surgery, check_finite, compile_surgery
 
@@ -39,15 +39,13 @@ class StreamedCut:
 
     Args:
         bare: the cut.
-        surgery: the same, with refits of those consumers that have no targets.
-        targets: {consumer: its outputs on the batch in the uncut model}, for `fit_to_targets`.
-        choices: of the model's routers.
+        surgery: the same, with refits of those consumers that are not fitted to their outputs.
+        recording: the outputs, for `fit_to_targets`.
     """
 
     bare: Surgery
     surgery: Surgery
-    targets: dict[str, list[Target]]
-    choices: Choices
+    recording: Recording
 
 
 def plan_streamed(
@@ -92,7 +90,7 @@ def plan_streamed(
     if plan.late:
         return None
     bare = check_finite(compile_surgery(model, graph, plan.maps, plan.bases))
-    return StreamedCut(bare, with_deltas(model, bare, plan.deltas), targets, choices)
+    return StreamedCut(bare, with_deltas(model, bare, plan.deltas), Recording(batch, targets, held_out, choices))
 
 
 def _first_sample(

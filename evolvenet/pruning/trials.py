@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
@@ -14,7 +14,7 @@ from evolvenet.graph.width_graph import Width, WidthGraph
 from evolvenet.measurement.activation_moments import collect
 from evolvenet.measurement.host_model import on_host
 from evolvenet.measurement.output_error import first_batches, output_error, outputs_on
-from evolvenet.pruning.reconstruction import reconstruct
+from evolvenet.pruning.reconstruction import fit_to_targets, record
 from evolvenet.pruning.reconstruction_batch import TRAINING_LIMITS
 from evolvenet.pruning.selection import plan_prune
 from evolvenet.surgery.resize_model import install
@@ -27,6 +27,9 @@ SHARES = (0.85, 0.7, 0.5, 0.35, 0.2, 0.1)
 
 BETWEEN = 8
 """Parts into which the interval between two trials is divided."""
+
+MOMENTS = 2**30
+"""Bytes of moments in memory at a time. Those of all widths of a large language model take several times its weights."""
 
 SAMPLES = 256
 """Most samples of the batches that a trial runs on."""
@@ -51,25 +54,43 @@ def trial_curves(
     Raises:
         SpectrumError, TraceError: as `collect`.
     """
-    statistics, host = collect(model, graph, batches), on_host(model)
-    few = first_batches(batches, samples)
+    host, few = on_host(model), first_batches(batches, samples)
     whole = outputs_on(model, few, graph)
     limits = replace(TRAINING_LIMITS, samples=samples)
     found: dict[str, Curve] = {}
-    for width in graph.resizable:
-        points = [(width.size, 0.0)]
-        for size in _trial_sizes(width, shares):
+    for widths in _together(graph.resizable):
+        statistics = collect(model, graph, batches, [width.name for width in widths])
+        for width in widths:
+            points = [(width.size, 0.0)]
             with concerning(width.name):
-                surgery = plan_prune(model, graph, {width.name: size}, statistics, host)
-                undo = install(model, reconstruct(model, graph, surgery, few, limits))
-                try:
-                    moved = outputs_on(model, few, graph)
-                finally:
-                    undo()
-                points.append((size, max(output_error(whole, moved), points[-1][1])))
-        # Below the smallest trial: more than all that was seen.
-        found[width.name] = [(0, 10 * points[-1][1] + 1), *reversed(points)]
+                recording = record(model, graph, [width.name], few, limits)
+                for size in _trial_sizes(width, shares):
+                    surgery = plan_prune(model, graph, {width.name: size}, statistics, host)
+                    if recording is not None:
+                        surgery = fit_to_targets(model, graph, surgery, recording.copy())
+                    undo = install(model, surgery)
+                    try:
+                        moved = outputs_on(model, few, graph)
+                    finally:
+                        undo()
+                    points.append((size, max(output_error(whole, moved), points[-1][1])))
+            # Below the smallest trial: more than all that was seen.
+            found[width.name] = [(0, 10 * points[-1][1] + 1), *reversed(points)]
     return found
+
+
+def _together(widths: Sequence[Width]) -> Iterator[list[Width]]:
+    """The widths whose moments are gathered in one run: as many as `MOMENTS` allows, one at least."""
+    chosen: list[Width] = []
+    used = 0
+    for width in widths:
+        # Two halves of the samples in float64.
+        needed = 16 * width.size**2 * len(width.consumers)
+        if chosen and used + needed > MOMENTS:
+            yield chosen
+            chosen, used = [], 0
+        chosen, used = [*chosen, width], used + needed
+    yield from [chosen] if chosen else []
 
 
 def filled(curve: Curve) -> Curve:

@@ -12,6 +12,7 @@ import json
 import resource
 import subprocess
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -154,12 +155,15 @@ def _page(known: dict[str, dict[str, dict[str, Any]]]) -> str:
         for stage in (STAGES[1:] if size not in WITHOUT_WEIGHTS else ("trace without weights",))
         if stage not in known.get(size, {})
     ]
-    notes = (
-        f"`prune` takes the inner units of every block from 100 to {SHARE:.0%}, fitted on batches of {SEQUENCES} × {WORDS} random words, "
-        "of\nwhich one is held out. The moments of one width at a time are in memory, and the outputs that consumers are fitted to.\n"
-        f"A model has random weights.\n\n{_larger(known)}\n\nNot measured: {', '.join(missing) or 'nothing'}. CPU seconds are what the "
-        "process computed; wall seconds are longer where\nother processes had the cores as well."
+    paragraphs = (
+        f"`prune` takes the inner units of every block from 100 to {SHARE:.0%}, fitted on batches of {SEQUENCES} × {WORDS} "
+        "random words, of which one is held out. The moments of one width at a time are in memory, and the outputs that "
+        "consumers are fitted to. A model has random weights.",
+        _larger(known),
+        f"Not measured: {', '.join(missing) or 'nothing'}. CPU seconds are what the process computed; wall seconds are "
+        "longer where other processes had the cores as well.",
     )
+    notes = "\n\n".join(textwrap.fill(each, 130, break_on_hyphens=False) for each in paragraphs)
     table = "\n".join(markdown(head, rows, text=(0, 1, 3, 11)))
     return f"# Language models of growing size\n\n{machine_line()}, one thread.\n\n{table}\n\n{notes}\n"
 
@@ -171,9 +175,9 @@ def _larger(known: dict[str, dict[str, dict[str, Any]]], size: str = "7B") -> st
     words = 8 * SEQUENCES * WORDS
     moments, gib = 2 * inner**2 * 8, 2**30
     text = (
-        f"What follows for {size} (by arithmetic): the moments of a width of {inner:,} units, in two halves and double precision,\n"
-        f"take {moments / gib:.1f} GiB (those of all widths {blocks * moments / gib:.0f} GiB), the outputs of {words:,} words in {blocks} "
-        f"blocks {words * stream * blocks * 4 / gib:.1f} GiB in float32."
+        f"What follows for {size} (by arithmetic): the moments of a width of {inner:,} units, in two halves and double "
+        f"precision, take {moments / gib:.1f} GiB (those of all widths {blocks * moments / gib:.0f} GiB), the outputs of "
+        f"{words:,} words in {blocks} blocks {words * stream * blocks * 4 / gib:.1f} GiB in float32."
     )
     measured = [each for each in SIZES if "prune" in known.get(each, {})]
     if not measured:
@@ -183,8 +187,8 @@ def _larger(known: dict[str, dict[str, dict[str, Any]]], size: str = "7B") -> st
         known[last]["prune"]["cpu"] * _multiplications(size, 8) / _multiplications(last, BATCHES.get(last, 8)) / 3600
     )
     return (
-        f"{text} By the number of multiplications\n(two runs of the words, a Gram matrix of each width and of what is kept of it, two "
-        f"factorizations): {hours:.1f} CPU hours,\nfrom the seconds of {last}."
+        f"{text} By the number of multiplications (two runs of the words, a Gram matrix of each width and of what is kept "
+        f"of it, two factorizations): {hours:.1f} CPU hours, from the seconds of {last}."
     )
 
 

@@ -41,21 +41,20 @@ def test_the_plan_is_that_of_all_moments_at_once(name: str) -> None:
     sizes = {width.name: width.rounded(-(-3 * width.size // 4)) for width in graph.resizable}
     before = State.of(model)
     count = len(batch["input_ids"] if isinstance(batch, dict) else batch)
-    odd = held_out([count])
-    streamed = plan_streamed(model, graph, sizes, batch, odd, ONE_SHOT_LIMITS)
+    streamed = plan_streamed(model, graph, sizes, batch, held_out([count]), ONE_SHOT_LIMITS)
     assert streamed is not None
     assert before.differences(model) == []
     whole = plan_prune(model, graph, sizes, collect(model, graph, [batch]))
     assert streamed.surgery.maps == whole.maps
-    fitted = set(streamed.targets)
+    fitted = set(streamed.recording.targets)
     assert fitted
     expected = values_of(whole) | {name: value for name, value in values_of(streamed.bare).items() if name in fitted}
     biases = {name for name in expected if name.removesuffix("bias") + "weight" in fitted}
     assert_same(values_of(streamed.surgery), expected, biases)
     again = reconstruct(model, graph, streamed.surgery, [batch], ONE_SHOT_LIMITS)
-    made = fit_to_targets(model, graph, streamed.surgery, batch, streamed.targets, odd, streamed.choices)
+    made = fit_to_targets(model, graph, streamed.surgery, streamed.recording)
     assert_same(values_of(made), values_of(again), set())
-    assert not any(streamed.targets.values())
+    assert not any(streamed.recording.targets.values())
 
 
 def values_of(surgery: Surgery) -> dict[str, Tensor]:
