@@ -90,7 +90,7 @@ def test_the_wheel_carries_the_version_its_types_and_only_the_core_dependencies(
     (info,) = environment.parent.parent.glob("lib/python*/site-packages/evolvenet-*.dist-info")
     built = PathDistribution(info)
     core = {r.name for r in map(Requirement, built.requires or ()) if r.marker is None}
-    assert core == {"torch", "numpy", "scipy", "tensorly", "lightning", "rich", "tqdm"}
+    assert core == {"torch", "numpy", "scipy", "tensorly", "lightning", "rich", "tqdm", "typer"}
     assert built.version == evolvenet.__version__
     assert "evolvenet/py.typed" in {str(file) for file in built.files or ()}
     assert f"version: {evolvenet.__version__}\n" in (ROOT / "CITATION.cff").read_text("utf-8")
