@@ -94,16 +94,30 @@ class PrimalProblem:
     def from_rows(cls, x: Tensor, r: Tensor, odd: Tensor, *, centred: bool) -> PrimalProblem:
         """The sums of inputs `[rows, columns]` and residuals `[rows, out]`; `odd` `[rows]` are booleans."""
         places = _places(odd, x.device)
-        halves = [(x[..., place, :], r[..., place, :]) for place in places]
-        return cls(
+        wide = in_float64(x[..., :0, :0])
+
+        def sums(*shape: int) -> Tensor:
+            return wide.new_empty(2, *x.shape[:-2], *shape)
+
+        columns, out = x.shape[-1], r.shape[-1]
+        found = cls(
             count=(len(places[0]), len(places[1])),
             centred=centred,
-            inputs=torch.stack([in_float64(x.sum(-2)) for x, _ in halves]),
-            residuals=torch.stack([in_float64(r.sum(-2)) for _, r in halves]),
-            gram=torch.stack([in_float64(gram(x)) for x, _ in halves]),
-            cross=torch.stack([in_float64(x.mT @ r) for x, r in halves]),
-            energies=torch.stack([in_float64(r.square().sum()) for _, r in halves]),
+            inputs=sums(columns),
+            residuals=sums(out),
+            gram=sums(columns, columns),
+            cross=sums(columns, out),
+            energies=wide.new_empty(2),
         )
+        # One half after the other, into their places: all at once they would be in memory twice.
+        for half, place in enumerate(places):
+            inputs, residuals = x[..., place, :], r[..., place, :]
+            found.inputs[half] = inputs.sum(-2)
+            found.residuals[half] = residuals.sum(-2)
+            found.gram[half] = gram(inputs)
+            found.cross[half] = inputs.mT @ residuals
+            found.energies[half] = residuals.square().sum()
+        return found
 
     def energy(self, halves: tuple[int, ...]) -> Tensor:
         """See `Problem`."""
