@@ -30,6 +30,10 @@ class OutputNameError(TraceError):
     """There is no output of a name that was given, or it holds no tensor; the message lists the names."""
 
 
+class CollectiveError(TraceError):
+    """The model's code, or that of its loss, exchanges tensors between processes, where one of them runs it alone."""
+
+
 class ResizeError(EvolveNetError, ValueError):
     """A requested width does not exist, is frozen, or cannot take the requested size."""
 

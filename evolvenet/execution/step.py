@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
 from evolvenet._compat.torch import register_pytree_node
+from evolvenet.execution.collectives import without_collectives
 from evolvenet.execution.inputs import arguments, tensors_of
 
 
@@ -76,16 +77,20 @@ def run_model(model: nn.Module, inputs: Any, device: str | None = None) -> Any:
         inputs: a tensor, a tuple of arguments, a dict of keyword arguments, a `Step`, or several `InTurn`.
         device: where the tensors among the inputs are moved first, if one is named.
 
+    Raises:
+        CollectiveError: where the code exchanges tensors with other processes, which may not run it now.
+
     >>> run_model(nn.Linear(2, 3), Tensor([[1.0, 2.0]])).shape
     torch.Size([1, 3])
     """
     if isinstance(inputs, InTurn):
         return [run_model(model, each, device) for each in inputs.each]
     args, kwargs = arguments(inputs, device, model)
-    if isinstance(inputs, Step):
-        (step,) = args
-        return step.function(model, step.batch)
-    return model(*args, **kwargs)
+    with without_collectives():
+        if isinstance(inputs, Step):
+            (step,) = args
+            return step.function(model, step.batch)
+        return model(*args, **kwargs)
 
 
 def network_outputs(model: nn.Module, inputs: Any) -> list[Tensor]:

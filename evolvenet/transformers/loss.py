@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers import Trainer
 
-from evolvenet.errors import OutputNameError, TraceError, is_out_of_memory, memory_for_tracing
+from evolvenet.errors import CollectiveError, OutputNameError, TraceError, is_out_of_memory, memory_for_tracing
 from evolvenet.execution.chosen_outputs import Outputs
 from evolvenet.execution.inputs import first_samples
 from evolvenet.execution.routes import runs_until_every_route
@@ -125,7 +125,13 @@ def trace_with_loss(
         if is_out_of_memory(error):
             with memory_for_tracing():
                 raise
-        log.debug("compute_loss does not run beside training, so the model is traced alone", exc_info=error)
+        level = logging.WARNING if isinstance(error, CollectiveError) and alone is not None else logging.DEBUG
+        log.log(
+            level,
+            "compute_loss does not run beside training, so the model is traced alone: %s",
+            error,
+            exc_info=level < logging.INFO,
+        )
         problem = problem or TraceError(f"compute_loss does not run beside training: {type(error).__name__}: {error}.")
     if whole is None or len(unreached_parameters(whole)) == len(whole.trainable):
         if alone is None:

@@ -69,6 +69,24 @@ def run_trainer(folder: Path, callback: WidthEvolutionCallback, resume: str | No
     return {**report(model, inner.optimizer, callback.history), "compared": compares.compared}
 
 
+def contrast(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
+    """A loss that compares each sample with those of all ranks."""
+    logits = outputs["logits"].flatten(1)
+    others = [torch.zeros_like(logits) for _ in range(distributed.get_world_size())]
+    distributed.all_gather(others, logits.detach().contiguous())
+    return (logits @ torch.cat(others).T).square().mean()
+
+
+def run_gathered(folder: Path) -> dict[str, Any]:
+    """Rank 0 alone measures on a loss in which all take part: the model is traced by itself instead."""
+    callback, model = evolution(), bert()
+    run = trainer(folder, model, callback, Compares())
+    run.compute_loss_func = contrast
+    run.train()
+    assert callback.history is not None
+    return {"skipped": [event.skipped for event in callback.history.events], "sizes": callback.history.latest.sizes}
+
+
 def judged() -> WidthEvolutionCallback:
     policy = Tolerance("score", drop=0.1, validations=2, share=0.3)
     return WidthEvolutionCallback(policy, every_n_steps=2, stop=1.0)
@@ -141,6 +159,7 @@ def main(folder: Path) -> None:
         # First: the trainer makes accelerate's state anew, where this cannot.
         "accelerate": run_accelerate(),
         "depth": run_depth(),
+        "gathered": run_gathered(folder / "gathered"),
         "whole": run_trainer(folder / "whole", evolution(start_step=3, stop=0.6), **saving),
         "resumed": run_trainer(
             folder / "again", evolution(start_step=3, stop=0.6), str(folder / "whole" / "checkpoint-6"), **saving

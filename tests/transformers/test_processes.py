@@ -51,6 +51,12 @@ def test_a_block_is_removed_on_every_process(pair: list[dict[str, Any]]) -> None
     assert [rank["depth"] for rank in pair] == [{"removed": ["1"], "parameters": 40 + 18}] * 2
 
 
+def test_a_loss_in_which_all_processes_take_part_does_not_wait_for_ever(pair: list[dict[str, Any]]) -> None:
+    for rank in pair:
+        assert rank["gathered"]["skipped"] == [None]
+        assert rank["gathered"]["sizes"].items() >= SIZES.items()
+
+
 def test_two_processes_resume_as_if_nothing_had_happened(pair: list[dict[str, Any]]) -> None:
     for rank in pair:
         assert rank["resumed"]["events"] == rank["whole"]["events"]
