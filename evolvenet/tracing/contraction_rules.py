@@ -188,7 +188,10 @@ def contract(
                 for layers, each in ((label.layers, names), (other.layers, other_names))
             ]
             found = arrange(layer, names, every)
-            _tie(call, found, partners(found, *along), other, {every[name] for name in summed})
+            beside = [
+                arrange(p, other_names, every) for p in other.layers if {other_names[d] for d in varying(p)} & over
+            ]
+            _tie(call, found, partners(found, *along), other, beside, {every[name] for name in summed})
             if not (label.origin or other.origin):
                 dims = {dim for dim, name in enumerate(names) if name in summed}
                 call.label_graph.mark_mixed(layer, f"{call.location} multiplies it with another activation", dims)
@@ -236,52 +239,27 @@ def distances(call: Call) -> None:
     call.label_output(call.out, merge(call.label_graph, [rows[0], [layer.transpose(-1, -2) for layer in rows[1]]]))
 
 
-@rule("_trilinear")
-def trilinear(call: Call) -> None:
-    """A sum of products of three tensors, such as `x · W · y` for each output: units along the summed dimensions are tied."""
-    tensors = [call.args[0], call.args[1], call.args[2]]
-    summed = set(call.args[6])
-    labels = [call.label_of(t) for t in tensors]
-    shaped: list[list[Tensor]] = []
-    for label, added in zip(labels, call.args[3:6], strict=True):
-        layers = list(label.layers)
-        for dim in sorted(added):
-            layers = [layer.unsqueeze(dim) for layer in layers]
-        shaped.append(layers)
-        for layer in layers:
-            call.label_graph.set_role(label.origin, layer, consumed=bool(summed & set(varying(layer))))
-    for axis in summed:
-        _tie_summed(call, labels, shaped, axis, [axis in added for added in call.args[3:6]])
-    layers = merge(
-        call.label_graph, [[each for each in layers if not summed & set(varying(each))] for layers in shaped]
-    )
-    kept = [dim for dim in range(max(3, *(each.dim() for each in layers))) if dim not in summed] if layers else []
-    call.label_output(call.out, [layer.reshape([layer.shape[dim] for dim in kept]) for layer in layers])
-
-
-def _tie_summed(
-    call: Call, labels: Sequence[Label], shaped: Sequence[Sequence[Tensor]], axis: int, added: Sequence[bool]
-) -> None:
-    """Tie what a sum along an axis runs over; what meets data there is frozen."""
-    found = [[layer for layer in layers if axis in varying(layer)] for layers in shaped]
-    merge(call.label_graph, found)
-    for label, layers, absent in zip(labels, found, added, strict=True):
-        if not layers and not absent and label.kind != CONSTANT:
-            for layer in (each for others in found for each in others):
-                call.label_graph.freeze(layer, f"{call.location} reads data of a fixed size with it")
-    if all(label.origin is None for label, layers in zip(labels, found, strict=True) if layers):
-        for layer in (each for layers in found for each in layers):
-            call.label_graph.mark_mixed(layer, f"{call.location} multiplies it with another activation", {axis})
-
-
 def _is_finer(one: Tensor, two: Tensor) -> bool:
     return set(varying(two)) < set(varying(one)) and not is_constant(one)
 
 
-def _tie(call: Call, layer: Tensor, found: Sequence[Tensor], other: Label, summed: set[int]) -> None:
+def _tie(
+    call: Call, layer: Tensor, found: Sequence[Tensor], other: Label, beside: Sequence[Tensor], summed: set[int]
+) -> None:
+    """Tie a layer to those of the other operand along the summed dimensions.
+
+    Where the other one has heads without units for their places (the states of Mamba-2), these keep their number, and whole
+    heads can still go, so the places of each head are tied.
+    """
     for partner in found:
         call.label_graph.union(*_beside_data(call, layer, partner, summed))
-    if not found and other.kind != CONSTANT:
+    if found or other.kind == CONSTANT:
+        return
+    if beside and bool((layer >= 0).all()):
+        call.label_graph.tie_rows(layer, summed & set(varying(layer)))
+        for heads in beside:
+            call.label_graph.union(layer, heads)
+    else:
         call.label_graph.freeze(layer, f"{call.location} reads data of a fixed size with it")
 
 

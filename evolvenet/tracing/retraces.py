@@ -59,7 +59,9 @@ def has_entries_of_heads(graph: WidthGraph, label_graph: LabelGraph, heads: bool
         heads: whether whole heads are units wherever they can be; else they are only where places of them cannot go.
     """
     rows = {len(ids) for ids in label_graph.grids.values()}
-    stuck = any(width.mixed and width.frozen.startswith("a trial") for width in graph.widths.values() if width.frozen)
+    # What has no label of its heads may be such a product, as the decays of Mamba-2 meet it.
+    reasons = [(width.frozen, width.mixed) for width in graph.widths.values() if width.frozen]
+    stuck = any(MET_DATA in reason or (mixed and reason.startswith("a trial")) for reason, mixed in reasons)
     met = any(reason.endswith(MET_DATA) and len(ids) in rows for ids, reason in label_graph.frozen)
     failed = any(width.size in rows and _only_follows(width) for width in graph.widths.values())
     return ((stuck or heads) and met) or failed

@@ -26,6 +26,7 @@ import evolvenet.tracing.joining_rules  # registers its rules
 import evolvenet.tracing.linalg_rules  # registers its rules
 import evolvenet.tracing.loss_rules  # registers its rules
 import evolvenet.tracing.reduction_rules  # registers its rules
+import evolvenet.tracing.trilinear_rules  # registers its rules
 import evolvenet.tracing.window_rules  # noqa: F401  registers its rules
 from evolvenet._compat.torch import in_backward, schema_of, torch_functions_off
 from evolvenet.errors import TraceError, is_out_of_memory, memory_for_tracing

@@ -148,3 +148,28 @@ def test_experts_in_groups_stay_and_their_inner_width_goes() -> None:
     assert "topk" in frozen_of(graph, "experts")
     assert ".py:" in frozen_of(graph, "experts")
     assert graph.widths["model.layers.0.mlp.experts"].frozen is None
+
+
+def test_groups_of_heads_of_a_state_space_model_go_whole() -> None:
+    """Of Mamba-2: a group has inputs and outputs of its states in common; states of a head meet places without labels."""
+    torch.manual_seed(0)
+    config = transformers.Mamba2Config(
+        vocab_size=WORDS, hidden_size=32, num_hidden_layers=1, state_size=12, num_heads=6, head_dim=16, expand=3, n_groups=3,
+        chunk_size=8, bos_token_id=1, eos_token_id=2, pad_token_id=0,
+    )  # fmt: skip
+    model: Any = transformers.Mamba2ForCausalLM(config).double().eval()
+    inputs = {"input_ids": torch.randint(3, WORDS, (1, 9))}
+    graph = evolvenet.trace(model, inputs, outputs="logits")
+    name = "backbone.layers.0.mixer.in_proj"
+    assert (graph.sizes[name], graph.widths[name].frozen) == (3, None)
+    with torch.no_grad():
+        # The consumer's columns of the group that goes.
+        weight = model.get_parameter("backbone.layers.0.mixer.out_proj.weight")
+        weight[:, 32:64] = 0
+        expected = model(**inputs).logits
+        evolvenet.resize(model, graph, {name: evolvenet.IndexMap.keep([0, 2], size=3)})
+        assert torch.allclose(model(**inputs).logits, expected, atol=1e-9)
+        words = model.generate(inputs["input_ids"], max_new_tokens=4, do_sample=False)
+        assert torch.equal(
+            words, model.generate(inputs["input_ids"], max_new_tokens=4, do_sample=False, use_cache=False)
+        )
