@@ -7,7 +7,7 @@ SHIPPED ?= .venv-shipped
 WORKERS ?= 2
 BIN := $(VENV)/bin
 
-.PHONY: train test test-all test-gpu test-oldest install lint clean coverage bench-event bench-trace bench-scale bench-gpu compare compare-install compare-lowrank compare-language compare-shipped compare-shipped-install docs figures
+.PHONY: train test test-all test-gpu test-oldest install browser lint clean coverage bench-event bench-trace bench-scale bench-gpu compare compare-install compare-lowrank compare-language compare-shipped compare-shipped-install docs figures
 
 install: $(VENV)/.installed
 
@@ -22,11 +22,11 @@ train: install
 	$(BIN)/python train.py
 
 # Some minutes on 2 CPU cores. `worksteal` leaves neighbouring tests to one worker: what a module trains once is not trained twice.
-test: install lint
+test: install lint browser
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 # With the long ones: soaks, thirty kills, four processes.
-test-all: install lint
+test-all: install lint browser
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m ""
 
 # On a CUDA GPU, in the environment of $(PYTHON), which needs torch for CUDA, Lightning, pytest and hypothesis: nothing is installed.
@@ -43,6 +43,13 @@ $(OLDEST)/.installed: pyproject.toml
 	$(OLDEST)/bin/pip install --quiet --editable '.[experiments,transformers,dev]' \
 		'torch==2.8.0' 'torchvision==0.23.0' 'lightning==2.6.0'
 	touch $@
+
+# A browser, in which a test opens the report of a run. The test takes any Chrome or Chromium that is there.
+browser:
+	@command -v chromium chromium-browser google-chrome >/dev/null \
+		|| { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && apt-get update -qq \
+			&& DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium >/dev/null; } \
+		|| echo 'warning: no Chromium here, and it could not be installed (apt-get install chromium): the report is not opened in one.'
 
 lint: install
 	$(BIN)/ruff check .

@@ -17,6 +17,7 @@ from evolvenet.engine.depth import remove_blocks  # noqa: E402
 from evolvenet.engine.evolver import Evolver  # noqa: E402
 from evolvenet.engine.functional import grow, prune, resize  # noqa: E402
 from evolvenet.engine.history import Event, History, WidthChange  # noqa: E402
+from evolvenet.engine.reporting import register_writer  # noqa: E402
 from evolvenet.engine.saving import load, save  # noqa: E402
 from evolvenet.engine.width_table import widths  # noqa: E402
 from evolvenet.errors import (  # noqa: E402
@@ -110,6 +111,9 @@ __all__ = [
     "widths",
 ]
 
+
+# Matplotlib may not be installed, and takes long to import.
+register_writer(lambda *given, **named: import_module("evolvenet.report").write_report(*given, **named))
 
 # Lightning may never be imported, and its modules are not needed before.
 for _name in SAVING:

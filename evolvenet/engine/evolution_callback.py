@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from typing import Any
 
 from evolvenet.engine.event_timer import EventTimer
 from evolvenet.engine.evolver import Evolver
 from evolvenet.engine.history import History
+from evolvenet.engine.reporting import Reported
+from evolvenet.engine.run_curves import RunCurves
 from evolvenet.errors import PolicyError
 from evolvenet.execution.chosen_outputs import Outputs
 from evolvenet.graph.restriction import Patterns, Restriction
@@ -17,7 +20,7 @@ from evolvenet.policies.schedule import Schedule
 
 
 @dataclass(eq=False, repr=False)
-class EvolutionCallback:
+class EvolutionCallback(Reported):
     """Changes widths at the times of a schedule. Subclasses call the evolver from a trainer's hooks.
 
     Args:
@@ -68,11 +71,21 @@ class EvolutionCallback:
         self._timer = EventTimer(self.schedule)
         self._resumed: dict[str, Any] | None = None
         self._recorder: Any = None
+        self.curves = RunCurves()
 
     @property
     def history(self) -> History | None:
         """The run's events, None before the model is traced."""
         return self.evolver.history if self.evolver else None
+
+    def _reported_run(self) -> tuple[Mapping[str, list[tuple[int, float]]], float | None]:
+        return self.curves.read(), self.curves.seconds or None
+
+    def _reported_settings(self) -> dict[str, str]:
+        left_out = ("policy", "example_inputs")
+        given = {each.name: getattr(self, each.name) for each in fields(self) if each.name not in left_out}
+        defaults = {each.name: each.default for each in fields(self)}
+        return {name: str(value) for name, value in given.items() if name == "seed" or value != defaults[name]}
 
     @property
     def _most_batches(self) -> int:

@@ -15,6 +15,7 @@ from evolvenet.engine.distributed import process_group
 from evolvenet.engine.failure_policy import FailurePolicy
 from evolvenet.engine.history import Event, History, WidthChange
 from evolvenet.engine.original_widths import OriginalWidths
+from evolvenet.engine.reporting import Reported
 from evolvenet.engine.snapshot import PendingCut
 from evolvenet.execution.inputs import is_plain
 from evolvenet.execution.step import batch_of
@@ -33,7 +34,7 @@ from evolvenet.surgery.checkpoint import WidthRecord, fit_shapes
 from evolvenet.surgery.width_record import remember_widths
 
 
-class EvolverState:
+class EvolverState(Reported):
     """The state of an `Evolver`, which alone is made."""
 
     model: nn.Module
@@ -55,6 +56,7 @@ class EvolverState:
     _path: str
     _buffer: BatchBuffer
     _observed: int
+    _seed: int
     _past: PastEvents
     _failures: FailurePolicy
     _pending_cut: PendingCut | None
@@ -196,6 +198,12 @@ class EvolverState:
         ranks.update({**layers, **graph.rank_layers})
         self.history.frozen = graph.reasons
         return names
+
+    def _reported_settings(self) -> dict[str, str]:
+        limits = self._restriction
+        given = {"network": limits.network, "fixed": limits.fixed or None, "multiple": limits.multiple}
+        shown = {name: str(value) for name, value in given.items() if value not in (None, 1)}
+        return {"seed": str(self._seed), "calibration batches": str(self.calibration_batches), **shown}
 
     def _restricted(self, graph: WidthGraph) -> WidthGraph:
         # A graph that was read from a checkpoint has no functions.

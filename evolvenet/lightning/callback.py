@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
 
 from evolvenet._compat.torch import state_dict_metadata
 from evolvenet.engine.announcements import announce_end, show_messages
@@ -107,6 +108,7 @@ class WidthEvolution(LightningEvolution, Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Record what the training step calls the model with, and warn if no event falls into the run."""
         self._has_trained = True
+        self.curves.begin()
         if self._optimizer_norms:
             warn(not_restored(trainer.optimizers, self._optimizer_norms))
             self._optimizer_norms = []
@@ -187,15 +189,22 @@ class WidthEvolution(LightningEvolution, Callback):
         self._trace_first_runs("training_step", batch, batch_idx)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Keep the metric that the policy judges by, until widths may change again."""
+        """Keep the metric that the policy judges by, until widths may change again, and all for a report."""
+        if not trainer.sanity_checking and trainer.state.fn == TrainerFn.FITTING:
+            self.curves.add(trainer.global_step, trainer.callback_metrics)
         if self._judged_metric is not None and not trainer.sanity_checking:
             self._metric = metric_of(trainer, self._judged_metric)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Keep the metrics for a report."""
+        self.curves.add(trainer.global_step, trainer.callback_metrics)
 
     @deferred_signals("the judgement of the last cut")
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Judge the last cut, leave no hook behind, and log what has become of the widths."""
         self._judge(trainer, pl_module)
         self._remove_hooks()
+        self.curves.end()
         with default_dtype(trainer), logging_muted(pl_module):
             announce_end(self.evolver, self._events_before)
         if self.evolver is None and not self._untraceable:
@@ -248,6 +257,7 @@ class WidthEvolution(LightningEvolution, Callback):
             "replicas": self._replicas.state_dict() if self._replicas else {},
             **self._timer.state_dict(),
             "metric": self._metric,
+            "curves": self.curves.state_dict(),
         }
 
     @deferred_signals("the load")
@@ -262,6 +272,7 @@ class WidthEvolution(LightningEvolution, Callback):
         self._resumed = state_dict or None
         self._timer.load_state_dict(state_dict)
         self._metric = state_dict.get("metric")
+        self.curves.load_state_dict(state_dict.get("curves", {}))
 
     def load_worker_state(self, pl_module: LightningModule, state: dict[str, Any]) -> None:
         """Restore the state of a spawned process, and the module's attributes that no state dict holds."""

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
-from evolvenet.report.page import _need as need
+from evolvenet.report.svg import need
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -1,60 +1,60 @@
-"""The record of a run as a table in the terminal, and as one HTML page with its picture inside.
+"""The record of a run as one HTML page with its drawings inside, for a phone and a desk, in light and in dark.
 
-HTML rather than Markdown: one file holds text and picture, any browser opens it, and it can be sent as it is.
-The picture also lies beside it as `history.png`. Needs the extra `report` (matplotlib), imported only here.
+HTML rather than Markdown: one file holds text and drawings, any browser opens it, and it can be sent as it is.
+`history.png` beside it is one picture of the run. Needs the extra `report` (matplotlib), imported only here.
 """
 
 from __future__ import annotations
 
 import base64
 import html
-import importlib
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from types import ModuleType
-from typing import TYPE_CHECKING, Any
-
-from rich.table import Table
-from rich.text import Text
+from typing import TYPE_CHECKING
 
 from evolvenet.engine.history import Event, History
-from evolvenet.engine.history_table import cost_rows, html_table, sizes_of, width_label, width_rows
-from evolvenet.errors import EvolveNetError
+from evolvenet.engine.history_table import html_table, ratio, sizes_of, width_label
+from evolvenet.report.facts import run_facts
+from evolvenet.report.panels import (
+    LARGEST,
+    LEAST,
+    MOST_SPECTRA,
+    MOST_WIDTHS,
+    costs,
+    draw_changes,
+    draw_costs,
+    draw_curve,
+    draw_network,
+    draw_spectrum,
+    most_changed,
+)
+from evolvenet.report.picture import Curve, draw, timeline
+from evolvenet.report.style import STYLE
+from evolvenet.report.summary import summary_rows
+from evolvenet.report.svg import inline_svg, page_style
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-Curve = Sequence[tuple[int, float]]
 
-_SHRUNK, _GREW, _SKIPPED = "#c0392b", "#1e8449", "#7f8c8d"
-_BESIDE: dict[str, Any] = {
-    "loc": "upper left",
-    "bbox_to_anchor": (1.01, 1.03),
-    "frameon": False,
-    "fontsize": 9,
-    "alignment": "left",
-}
-_STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
-table { border-collapse: collapse; margin: 1rem 0 2rem; } th { text-align: left; }
-th, td { padding: .2rem .9rem .2rem 0; border-bottom: 1px solid #ddd; font-variant-numeric: tabular-nums; }
-img { width: 100%; }
-"""
+MOST_PARTS = 8
+"""Parts of events whose time is listed, the longest ones."""
 
 
-class ReportError(EvolveNetError, ImportError):
-    """A package of the extra `report` is not installed."""
-
-
-def write_report(
+def write_report(  # noqa: PLR0913  public: each is one part of the page
     history: History,
     directory: str | Path,
     title: str,
     metrics: Mapping[str, Curve] | None = None,
     facts: Mapping[str, str] | None = None,
     pictures: Mapping[str, Figure] | None = None,
+    *,
+    baselines: Mapping[str, float] | None = None,
+    settings: Mapping[str, str] | None = None,
+    threshold: float | None = None,
+    seconds: float | None = None,
+    made: Mapping[str, str] | None = None,
 ) -> Path:
     """Write `report.html`, self-contained, and `history.png` into a directory.
 
@@ -62,9 +62,14 @@ def write_report(
         history: of the evolver.
         directory: created if it does not exist.
         title: heading of the page.
-        metrics: curves to draw under the parameters, each a list of (training step, value).
+        metrics: curves, each a list of (training step, value).
         facts: further lines of the table, name → text, such as a test accuracy.
         pictures: further pictures, heading → figure.
+        baselines: name of a metric → its value for the network that the run started with, drawn as a line.
+        settings: how the run was configured, name → text.
+        threshold: the energy below which units are pruned, as a multiple of the mean, drawn into the spectra.
+        seconds: of the whole run, training included.
+        made: command, versions and machine of the run, as `run_facts` returned them; None for those of this process.
 
     Returns:
         The path of `report.html`.
@@ -74,12 +79,211 @@ def write_report(
     """
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
-    picture = _png(draw(history, metrics))
-    (folder / "history.png").write_bytes(picture)
+    curves = {name: list(curve) for name, curve in (metrics or {}).items() if len(curve)}
+    (folder / "history.png").write_bytes(_png(draw(history, curves)))
+    with page_style():
+        parts = [
+            _tiles(history, curves, seconds),
+            _section("Network before and after", _network(history)),
+            _section("The run", _run(history, curves, baselines or {})),
+            *(_section(heading, _image(_png(figure), heading)) for heading, figure in (pictures or {}).items()),
+            _section("Spectra", _spectra(history, threshold)),
+            _section("Predicted and measured change", _changes(history)),
+            _section("Events", "".join(_events(history))),
+            _section("Wall clock", _clock(history, seconds)),
+            _section("All sizes", _scrolled(html_table(_sizes(history, facts), numbers=(1, 2, 3)))),
+            _section("How this was made", _made(run_facts() if made is None else made, settings or {})),
+        ]
     path = folder / "report.html"
-    more = {heading: _png(figure) for heading, figure in (pictures or {}).items()}
-    path.write_text(_page(history, title, picture, facts, more), encoding="utf-8")
+    path.write_text(_page(title, parts), encoding="utf-8")
     return path
+
+
+def _page(title: str, parts: Sequence[str]) -> str:
+    text = html.escape(title)
+    head = (
+        "<!doctype html><html lang='en'><head><meta charset='utf-8'>"
+        "<meta name='viewport' content='width=device-width, initial-scale=1'>"
+        f"<meta name='color-scheme' content='light dark'><title>{text}</title><style>{STYLE}</style></head>"
+    )
+    return "\n".join([head, f"<body><h1>{text}</h1>", *filter(None, parts), "</body></html>"])
+
+
+def _section(heading: str, body: str) -> str:
+    return f"<section><h2>{html.escape(heading)}</h2>{body}</section>" if body else ""
+
+
+def _tiles(history: History, curves: Mapping[str, Curve], seconds: float | None) -> str:
+    first, last = history.initial, history.latest
+    changed = sum(bool(event.changes) for event in history.events)
+    tiles = [
+        (
+            f"{last.parameters:,}",
+            "parameters",
+            f"{first.parameters:,} at the start {_factor(first.parameters, last.parameters)}",
+        ),
+        (f"{last.macs:,}", "MACs per sample", f"{first.macs:,} at the start {_factor(first.macs, last.macs)}"),
+        *((f"{curve[-1][1]:.4g}", name, "at the end") for name, curve in curves.items()),
+        (f"{len(history.events)}", "events", f"{changed} with changed widths"),
+        *([(_time(seconds), "wall clock", f"{_time(_spent(history))} of it events")] if seconds is not None else []),
+    ]
+    cells = (
+        f"<div class='tile'><span>{html.escape(what)}</span><b>{html.escape(number)}</b><small>{html.escape(more)}</small></div>"
+        for number, what, more in tiles
+    )
+    return f"<div class='tiles'>{''.join(cells)}</div>"
+
+
+def _factor(before: float, after: float) -> str:
+    found = ratio(before, after)
+    return f"({found})".replace(" ", "\N{NO-BREAK SPACE}") if found else ""
+
+
+def _network(history: History) -> str:
+    names = list(sizes_of(history))
+    if not names:
+        return ""
+    left = len(names) - MOST_WIDTHS
+    note = f" The {left} others have changed less; all sizes are in the table below." if left > 0 else ""
+    ranks = " Violet: ranks." if history.ranks else ""
+    words = f"A bar for each width, to scale, from the first layer to the last. Outline: at the start. Filled: now.{ranks}{note}"
+    return _figure(draw_network(history), "The network before and after", words, "network")
+
+
+def _run(history: History, curves: Mapping[str, Curve], baselines: Mapping[str, float]) -> str:
+    steps = [event.step for event in timeline(history)] + [step for curve in curves.values() for step, _ in curve]
+    end = max(steps)
+    drawn = [
+        *(_figure(draw_costs(name, history, counts, end), name) for name, counts in costs(history).items()),
+        *(
+            _figure(draw_curve(name, curve, history.events, end, _baseline(name, curve, history, baselines)), name)
+            for name, curve in curves.items()
+        ),
+    ]
+    words = (
+        "Over the training steps. <i class='down'>▼</i> pruned <i class='up'>▲</i> grown <i class='off'>×</i> skipped"
+    )
+    return f"<p>{words}</p><div class='grid'>{''.join(drawn)}</div>"
+
+
+def _baseline(name: str, curve: Curve, history: History, baselines: Mapping[str, float]) -> tuple[str, float] | None:
+    """The start network's value of a metric where it is given, else the last one from before the first change."""
+    if name in baselines:
+        return "start network", float(baselines[name])
+    first = next((event.step for event in history.events if event.changes), None)
+    before = [value for step, value in curve if first is not None and step <= first]
+    return ("before the first change", float(before[-1])) if before else None
+
+
+def _spectra(history: History, threshold: float | None) -> str:
+    measured = [name for name in sizes_of(history) if any(name in event.spectra for event in history.events)]
+    chosen = most_changed(history, measured, MOST_SPECTRA)
+    figures = [(name, draw_spectrum(history, name, threshold)) for name in chosen]
+    drawn = "".join(_figure(figure, f"Spectrum of {name}") for name, figure in figures if figure is not None)
+    if not drawn:
+        return ""
+    dotted = f" Dotted: units with at least {threshold:g} of the mean energy, the threshold." if threshold else ""
+    left = len(measured) - len(chosen)
+    more = f" The {left} other widths have changed less." if left > 0 else ""
+    words = (
+        "What each unit adds to the outputs of the layers that consume it, beyond what the units below it predict, at each event "
+        f"(left to right, by training step). Line: units that were kept.{dotted}{more}"
+    )
+    scale = f"<div class='scale'><span>{LEAST:g}</span><div></div><span>{LARGEST:g} × the mean</span></div>"
+    return f"<p>{words}</p>{scale}<div class='grid small'>{drawn}</div>"
+
+
+def _changes(history: History) -> str:
+    figure = draw_changes(history)
+    if figure is None:
+        return ""
+    words = (
+        "Predicted: the energies of the removed units, each a share of the variance of the outputs that it goes into, added up. "
+        "Measured: how far the outputs of the network moved, before any further training."
+    )
+    return f"<p>{words}</p>" + _figure(figure, "Predicted and measured change of the outputs", "", "one")
+
+
+def _events(history: History) -> Iterator[str]:
+    before = history.initial
+    for event in history.events:
+        yield _event(history, event, before)
+        before = event
+    if not any(event.changes for event in history.events):
+        yield "<p>no width changed</p>"
+
+
+def _event(history: History, event: Event, before: Event) -> str:
+    what = (
+        f"{before.parameters:,} → {event.parameters:,} parameters"
+        if event.changes
+        else f"{event.parameters:,} parameters"
+    )
+    notes = [what, f"{len(event.changes)} changed" if event.changes else "nothing changed", _time(event.seconds)]
+    if event.predicted_change is not None and event.measured_change is not None:
+        notes.append(f"outputs moved by {event.measured_change:.2g}, {event.predicted_change:.2g} predicted")
+    lines = [
+        f"<li><b>{html.escape(width_label(history, change.width))}</b> {change.before} → {change.after}: "
+        f"{html.escape(change.reason)}</li>"
+        for change in event.changes
+    ]
+    if event.skipped is not None:
+        notes, lines = ["skipped"], [f"<li>skipped: {html.escape(event.skipped)}</li>"]
+    head = f"<b>step {event.step:,}</b> {html.escape(' · '.join(notes))}"
+    return (
+        f"<details><summary>{head}</summary><ul>{''.join(lines)}</ul></details>"
+        if lines
+        else f"<p class='still'>{head}</p>"
+    )
+
+
+def _spent(history: History) -> float:
+    return sum(event.seconds for event in history.events)
+
+
+def _clock(history: History, seconds: float | None) -> str:
+    parts: dict[str, float] = {}
+    for event in history.events:
+        for name, spent in event.stages.items():
+            parts[name] = parts.get(name, 0.0) + spent
+    rows = sorted(((f"events: {name}", spent) for name, spent in parts.items()), key=lambda row: -row[1])[:MOST_PARTS]
+    rest = _spent(history) - sum(spent for _, spent in rows)
+    rows += [("events: everything else" if parts else "events", rest)] if rest > 0 else []
+    whole = seconds if seconds is not None else sum(spent for _, spent in rows)
+    if seconds is not None:
+        rows = [("training and all else", max(seconds - _spent(history), 0.0)), *rows]
+    if not whole:
+        return ""
+    cells = (
+        f"<tr><td>{html.escape(name)}</td><td class='n'>{_time(spent)}</td>"
+        f"<td class='bar'><div style='width: {100 * spent / whole:.1f}%'></div></td></tr>"
+        for name, spent in rows
+    )
+    return f"<table class='clock'>{''.join(cells)}</table>"
+
+
+def _time(seconds: float) -> str:
+    if seconds < 0.0995:
+        return f"{1000 * seconds:.0f} ms"
+    return f"{seconds:.1f} s" if seconds < 100 else f"{int(seconds // 60)} min {int(seconds % 60)} s"
+
+
+def _sizes(history: History, facts: Mapping[str, str] | None) -> list[tuple[str, str, str, str]]:
+    return [("", "start", "end", "change"), *summary_rows(history, facts)]
+
+
+def _made(made: Mapping[str, str], settings: Mapping[str, str]) -> str:
+    rows = {**made, **settings}
+    return "<dl>" + "".join(f"<dt>{html.escape(k)}</dt><dd>{html.escape(v)}</dd>" for k, v in rows.items()) + "</dl>"
+
+
+def _scrolled(table: str) -> str:
+    return f"<div class='scroll'>{table}</div>"
+
+
+def _figure(figure: Figure, words: str, caption: str = "", kind: str = "") -> str:
+    below = f"<figcaption>{html.escape(caption)}</figcaption>" if caption else ""
+    return f"<figure class='{kind}'>{inline_svg(figure, words)}{below}</figure>"
 
 
 def _png(figure: Figure) -> bytes:
@@ -90,214 +294,3 @@ def _png(figure: Figure) -> bytes:
 
 def _image(picture: bytes, words: str) -> str:
     return f"<img alt='{html.escape(words)}' src='data:image/png;base64,{base64.b64encode(picture).decode()}'>"
-
-
-def _page(
-    history: History, title: str, picture: bytes, facts: Mapping[str, str] | None, more: Mapping[str, bytes]
-) -> str:
-    summary = [("", "start", "end", "change"), *summary_rows(history, facts)]
-    events = [("step", "width or rank" if history.ranks else "width", "from", "to", "why"), *_event_rows(history)]
-    return "\n".join(
-        [
-            "<!doctype html>",
-            f"<html lang='en'><meta charset='utf-8'><title>{html.escape(title)}</title><style>{_STYLE}</style>",
-            f"<h1>{html.escape(title)}</h1>",
-            html_table(summary, numbers=(1, 2, 3)),
-            *(f"<h2>{html.escape(heading)}</h2>{_image(each, heading)}" for heading, each in more.items()),
-            _image(picture, "Parameters, metrics and widths over the training steps"),
-            "<h2>Events</h2>",
-            html_table(events, numbers=(0, 2, 3)),
-            "</html>",
-        ]
-    )
-
-
-def summary_rows(history: History, facts: Mapping[str, str] | None = None) -> list[tuple[str, str, str, str]]:
-    """The result of a run as rows of name, start, end, change.
-
-    Parameters and multiply-accumulates first, then every width, then `facts` (in the column of the end).
-
-    >>> start = Event(0, (), {"hidden": 64}, 900, 900, 800, 0.0)
-    >>> end = Event(100, (), {"hidden": 16}, 900, 250, 200, 0.1)
-    >>> summary_rows(History(start, [end]))[2]
-    ('width hidden', '64', '16', '÷ 4.0')
-    """
-    rows = [*cost_rows(history), *_labelled(history)]
-    return rows + [(name, "", text, "") for name, text in (facts or {}).items()]
-
-
-def _labelled(history: History) -> list[tuple[str, str, str, str]]:
-    names = sizes_of(history)
-    return [
-        (row[0] if name in history.ranks else f"width {row[0]}", *row[1:])
-        for name, row in zip(names, width_rows(history, names), strict=True)
-    ]
-
-
-def summary_table(history: History, title: str, facts: Mapping[str, str] | None = None) -> Table:
-    """The summary for a terminal: `rich.print(summary_table(history, "my run"))`."""
-    # As text: rich would parse brackets in a plain string as styles.
-    table = Table(title=Text(title), title_justify="left")
-    table.add_column("")
-    for heading in ("start", "end", "change"):
-        table.add_column(heading, justify="right")
-    rows = summary_rows(history, facts)
-    for row, following in zip(rows, [*rows[1:], None], strict=True):
-        ends_group = following is None or any(
-            row[0].startswith(group) != following[0].startswith(group) for group in ("width ", "rank of ")
-        )
-        table.add_row(*map(Text, row), end_section=ends_group)
-    return table
-
-
-def draw(history: History, metrics: Mapping[str, Curve] | None = None) -> Figure:
-    """Parameters (log scale), metrics, every width and, apart, every rank over the training steps, one panel below the other.
-
-    Raises:
-        ReportError: if matplotlib is not installed.
-    """
-    curves = {name: curve for name, curve in (metrics or {}).items() if len(curve)}
-    names = list(sizes_of(history))
-    ranks, widths = ([name for name in names if (name in history.ranks) is wanted] for wanted in (True, False))
-    groups = [("units in each width", widths)] if widths or not ranks else []
-    groups += [("ranks", ranks)] if ranks else []
-    heights = [2.6, *([2.2] if curves else []), *(max(3.2, 0.22 * len(chosen)) for _, chosen in groups)]
-    figure: Figure = _need("matplotlib.figure").Figure(figsize=(10, sum(heights) + 1), layout="constrained")
-    panels = list(figure.subplots(len(heights), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0])
-    end = max([event.step for event in _timeline(history)] + [step for curve in curves.values() for step, _ in curve])
-    _draw_parameters(panels[0], history, end)
-    if curves:
-        _draw_metrics(panels[1], curves)
-    for panel, (what, chosen) in zip(panels[-len(groups) :], groups, strict=True):
-        _draw_widths(panel, history, end, chosen, what)
-    for panel in panels:
-        panel.grid(alpha=0.25)
-        panel.spines[["top", "right"]].set_visible(False)
-        for event in history.events:
-            if event.changes:
-                panel.axvline(event.step, color="#000000", alpha=0.12, linewidth=0.8, zorder=0)
-    figure.align_ylabels(panels)
-    panels[-1].set_xlabel("training step (grey lines: widths changed)")
-    return figure
-
-
-def _draw_parameters(panel: Axes, history: History, end: int) -> None:
-    timeline = _timeline(history)
-    steps = [event.step for event in timeline] + [end]
-    counts = [event.parameters for event in timeline] + [timeline[-1].parameters]
-    panel.step(steps, counts, where="post", color="#2c3e50", linewidth=1.8)
-    panel.set_yscale("log")
-    panel.yaxis.set_major_locator(_need("matplotlib.ticker").LogLocator(subs=(1.0, 2.0, 5.0)))
-    _plain_ticks(panel)
-    panel.margins(y=0.15)
-    for label, marker, color, lift, chosen in _kinds(history.events):
-        if chosen:
-            at, counted = [event.step for event in chosen], [event.parameters for event in chosen]
-            placed = _lifted(panel, lift)
-            panel.plot(
-                at,
-                counted,
-                marker,
-                color=color,
-                markersize=6,
-                label=f"{label} (events: {len(chosen)})",
-                transform=placed,
-            )
-    for step, count, align in ((steps[0], counts[0], "left"), (end, counts[-1], "right")):
-        panel.annotate(f"{count:,}", (step, count), (0, 7), textcoords="offset points", ha=align, weight="bold")
-    panel.set_ylabel("parameters")
-    if panel.get_legend_handles_labels()[0]:
-        panel.legend(**_BESIDE)
-
-
-def _draw_metrics(panel: Axes, curves: Mapping[str, Curve]) -> None:
-    labels = []
-    for name, curve in curves.items():
-        steps, values = zip(*curve, strict=True)
-        panel.plot(steps, values, marker=".", markersize=4, linewidth=1.4)
-        labels.append(f"{name}  {values[-1]:.4g} at the end")
-    panel.set_ylabel(next(iter(curves)) if len(curves) == 1 else "metrics", parse_math=False)
-    _legend(panel, labels)
-
-
-def _legend(panel: Axes, labels: Sequence[str], title: str | None = None) -> None:
-    """A legend of all lines of a panel, with any text: matplotlib leaves labels out that begin with an underscore."""
-    legend = panel.legend(panel.lines, [str(place) for place in range(len(labels))], title=title, **_BESIDE)
-    for text, label in zip(legend.get_texts(), labels, strict=True):
-        text.set_text(label)
-        text.set_parse_math(False)
-
-
-def _draw_widths(panel: Axes, history: History, end: int, names: Sequence[str], what: str) -> None:
-    timeline = _timeline(history)
-    colors = _need("matplotlib").colormaps["turbo"]
-    starts, every = sizes_of(history), [1] if not names else []
-    steps, labels = [event.step for event in timeline] + [end], []
-    for place, name in enumerate(names):
-        # A rank has no size while its layer is whole.
-        sizes = [event.sizes.get(name, starts[name][0]) for event in timeline]
-        every += sizes
-        color = colors(0.05 + 0.9 * place / max(len(names) - 1, 1))
-        labels.append(f"{width_label(history, name)}  {sizes[0]} → {sizes[-1]}")
-        # Curves of equal sizes would cover each other.
-        placed = _lifted(panel, min(0.9, 10 / len(names)) * (len(names) / 2 - place))
-        panel.step(steps, [*sizes, sizes[-1]], where="post", color=color, linewidth=1.5, transform=placed)
-    panel.set_yscale("log", base=2)
-    panel.set_ylim(min(every) / 1.25, max(every) * 1.25)
-    _plain_ticks(panel)
-    panel.set_ylabel(what)
-    if names:
-        _legend(panel, labels, "from the first layer to the last")
-
-
-def _kinds(events: Sequence[Event]) -> list[tuple[str, str, str, float, list[Event]]]:
-    shrunk = [event for event in events if any(change.after < change.before for change in event.changes)]
-    grew = [event for event in events if any(change.after > change.before for change in event.changes)]
-    skipped = [event for event in events if event.skipped is not None]
-    return [
-        ("pruned", "v", _SHRUNK, -6, shrunk),
-        ("grown", "^", _GREW, 6, grew),
-        ("skipped", "x", _SKIPPED, 0, skipped),
-    ]
-
-
-def _lifted(panel: Axes, points: float) -> Any:
-    moved = _need("matplotlib.transforms").offset_copy
-    return moved(panel.transData, panel.figure, y=points, units="points")
-
-
-def _plain_ticks(panel: Axes) -> None:
-    ticker = _need("matplotlib.ticker")
-    panel.yaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:,.0f}"))
-    panel.yaxis.set_minor_formatter(ticker.NullFormatter())
-
-
-def _timeline(history: History) -> list[Event]:
-    return [history.initial, *history.events]
-
-
-def _event_rows(history: History) -> list[tuple[str, ...]]:
-    rows: list[tuple[str, ...]] = []
-    for event in history.events:
-        if event.skipped is not None:
-            rows.append((f"{event.step:,}", "", "", "", f"skipped: {event.skipped}"))
-        for change in event.changes:
-            rows.append(
-                (
-                    f"{event.step:,}",
-                    width_label(history, change.width),
-                    str(change.before),
-                    str(change.after),
-                    change.reason,
-                )
-            )
-    return rows or [("", "", "", "", "no width changed")]
-
-
-def _need(module: str) -> ModuleType | Any:
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise ReportError(
-            f"Report: {module.partition('.')[0]} is not installed ({error}). pip install 'evolvenet[report]'"
-        ) from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from evolvenet.engine.evolution_callback import EvolutionCallback
 from evolvenet.engine.evolver import Evolver
 from evolvenet.engine.invariants import check_resizable
 from evolvenet.engine.run_checks import no_event_possible, warn
+from evolvenet.engine.run_curves import RunCurves
 from evolvenet.errors import MissingPackageError, PolicyError, TraceError, UnsupportedStrategyError
 from evolvenet.execution.call_recorder import CallRecorder
 from evolvenet.execution.step import Step
@@ -118,6 +120,10 @@ class WidthEvolutionCallback(EvolutionCallback, TrainerCallback):
         self._resumed = _evolver_state(state)
         self._events_before = len(self._resumed["history"]["events"]) if self._resumed else 0
         self._was_observed = False
+        self.curves = RunCurves()
+        for entry in state.log_history:
+            self.curves.add(int(entry["step"]), metrics_of(entry))
+        self.curves.begin()
         self._evaluated = {**(self._resumed or {}).get("evaluated", {})}
         if self._resumed is None:
             warn(no_event_possible(self.schedule, state.max_steps, epochs=state.num_train_epochs))
@@ -175,7 +181,8 @@ class WidthEvolutionCallback(EvolutionCallback, TrainerCallback):
         logs: dict[str, Any] | None = None,
         **unused: Any,
     ) -> None:
-        """Add the network's size to what is logged."""
+        """Keep the metrics for a report, and add the network's size to what is logged."""
+        self.curves.add(state.global_step, metrics_of(logs or {}))
         if self.history is None:
             return
         latest = self.history.latest
@@ -212,6 +219,7 @@ class WidthEvolutionCallback(EvolutionCallback, TrainerCallback):
     ) -> None:
         """Judge the last cut, and leave no hook behind; the best checkpoint, if it was loaded, brings its numbers along."""
         self._stop_recording()
+        self.curves.end()
         loaded = args.load_best_model_at_end and state.best_model_checkpoint is not None
         if not loaded:
             self._judge(state)
@@ -335,6 +343,20 @@ class WidthEvolutionCallback(EvolutionCallback, TrainerCallback):
             "follows_loss": isinstance(evolver.example_inputs, Step),
             "note": {**saved["note"], "buffers": {}},
         }
+
+
+def metrics_of(logs: Mapping[str, Any]) -> dict[str, Any]:
+    """What is logged without where the run is and how fast.
+
+    >>> metrics_of({"loss": 0.5, "epoch": 1.0, "eval_samples_per_second": 9.0, "step": 3})
+    {'loss': 0.5}
+    """
+    others = ("epoch", "step", "total_flos")
+    return {
+        name: each
+        for name, each in logs.items()
+        if name not in others and not name.endswith(("runtime", "_per_second"))
+    }
 
 
 def _callback_states(state: TrainerState) -> dict[str, Any]:

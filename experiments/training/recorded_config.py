@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,9 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from omegaconf.resolvers import oc
 
-MASK = "***"
-SECRET = re.compile(r"(^|[_-])keys?$|apikey|token|passw|secret|credential", re.IGNORECASE)
-"""Names of entries whose texts are not written, nor those below them."""
+from evolvenet.report.facts import MASK, SECRET
 
 
 def recorded_config(config: DictConfig) -> Any:
@@ -32,20 +29,6 @@ def recorded_config(config: DictConfig) -> Any:
     except OmegaConfBaseException:  # an interpolation that computes with a variable's value
         plain = OmegaConf.to_container(config, resolve=False)
     return _masked(plain)
-
-
-def recorded_command(arguments: Sequence[str]) -> str:
-    """A command line of Hydra, secrets masked.
-
-    >>> recorded_command(["train.py", "+logger.api_key=abc", "seed=1"])
-    'train.py +logger.api_key=*** seed=1'
-    """
-
-    def shown(argument: str) -> str:
-        name, equals, _ = argument.partition("=")
-        return f"{name}={MASK}" if equals and SECRET.search(name.rpartition(".")[2]) else argument
-
-    return " ".join(map(shown, arguments))
 
 
 @contextmanager

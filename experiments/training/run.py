@@ -15,7 +15,7 @@ import lightning
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from lightning.pytorch.callbacks import ModelCheckpoint
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from torch import Tensor, nn
 
@@ -25,6 +25,7 @@ from evolvenet.errors import EvolveNetError, RecordError
 from evolvenet.lightning.callback import WidthEvolution
 from evolvenet.measurement.cost import macs
 from evolvenet.report import summary_table, write_report
+from evolvenet.report.facts import run_facts
 from experiments.data.images import ImageData
 from experiments.training.classifier import Classifier
 from experiments.training.compression import Compression, compression_lines, compression_table
@@ -160,6 +161,7 @@ def run(
     history = (evolution and evolution.history) or _unchanged(start)
     ends = {"start": start, "end": _size(classifier.model, data.example)}
     result: dict[str, Any] = {**_result(config, ends, measured, curve, history), "front": front}
+    result["threshold"] = getattr(evolution and evolution.policy, "prune", None)
     if compression:
         result["compression"] = compression(classifier.model, data)
     (output / RESULT).write_text(json.dumps(result, indent=1), encoding="utf-8")
@@ -195,6 +197,7 @@ def _result(
         **measured,
         "curve": curve.points,
         "history": history.to_dict(),
+        "made": run_facts(),
         "config": recorded_config(config),
     }
 
@@ -208,7 +211,11 @@ def _present(result: Mapping[str, Any], history: History, output: Path) -> None:
         **{f"{row['network']} {row['state']}": _line(row) for row in rows if row["state"] == "+ epoch"},
     }
     pictures = {"The front": draw_front(front)} if front else {}
-    report = write_report(history, output, result["title"], {"validation accuracy": result["curve"]}, facts, pictures)
+    report = write_report(
+        history, output, result["title"], {"validation accuracy": result["curve"]}, facts, pictures,
+        settings={"configuration": OmegaConf.to_yaml(result["config"])}, threshold=result["threshold"], seconds=result["seconds"],
+        made=result["made"],
+    )  # fmt: skip
     Console().print(summary_table(history, result["title"], facts))
     if front:
         Console().print(front_table(front))

@@ -5,7 +5,7 @@ import json
 import pytest
 from omegaconf import OmegaConf
 
-from experiments.training.recorded_config import recorded_command, recorded_config
+from experiments.training.recorded_config import recorded_config
 
 
 @pytest.fixture
@@ -53,10 +53,3 @@ def test_what_is_computed_from_the_environment_is_recorded_as_it_is_written(monk
         assert recorded_config(config) == {"workers": "${twice:${oc.env:WORKERS}}", "token": "***"}
     finally:
         OmegaConf.clear_resolver("twice")
-
-
-def test_a_command_line_is_recorded_without_secrets():
-    assert (
-        recorded_command(["train.py", "++a.b.secret_key=x", "evolve=none"])
-        == "train.py ++a.b.secret_key=*** evolve=none"
-    )

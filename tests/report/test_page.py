@@ -2,6 +2,7 @@
 
 import html
 import io
+import re
 import sys
 
 import pytest
@@ -45,12 +46,13 @@ def test_page_holds_summary_picture_and_every_event(tmp_path):
     page = path.read_text(encoding="utf-8")
     assert path == tmp_path / "new" / "place" / "report.html"
     for text in (
-        "A &lt;run&gt;", "5,000", "2,500", "÷ 2.0", "98.76 %", "data:image/png;base64,",
+        "A &lt;run&gt;", "5,000", "2,500", "÷ 2.0", "98.76 %", "<svg",
         "24 directions carry &lt; 1 % of the energy", "effective rank 15.8 of 16", "skipped: NaN in stem.weight",
+        "<details>", "prefers-color-scheme: dark", "viewport",
     ):  # fmt: skip
         assert text in page
     assert "A <run>" not in page
-    assert "src='http" not in page
+    assert not re.search(r"(src|href)=['\"](?!#|data:)|url\((?!#)|@import", page), "nothing is loaded"
     assert "<script" not in page
     assert (path.parent / "history.png").read_bytes().startswith(b"\x89PNG")
 

@@ -1,0 +1,100 @@
+"""How a run was made, for its report: command, versions, commit and machine. Nothing of it names a user or a host."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import os
+import platform
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+SECRET = re.compile(r"(^|[_-])keys?$|apikey|token|passw|secret|credential", re.IGNORECASE)
+"""Names of settings whose texts are not written."""
+MASK = "***"
+PACKAGES = ("evolvenet", "torch", "lightning", "pytorch-lightning", "transformers", "timm", "numpy")
+"""Packages whose versions are named, where they are imported."""
+
+
+def run_facts() -> dict[str, str]:
+    """What is known of this process: {what: text}."""
+    commit = _commit()
+    return {
+        "command": recorded_command([_program(sys.argv[0]), *sys.argv[1:]]),
+        **({"commit": commit} if commit else {}),
+        "versions": ", ".join([f"Python {platform.python_version()}", *_versions()]),
+        "machine": _machine(),
+    }
+
+
+def recorded_command(arguments: Sequence[str]) -> str:
+    """A command line without secrets, as it is typed in a shell.
+
+    >>> recorded_command(["train.py", "+logger.api_key=abc", "--hub-token", "xyz", "seed=1"])
+    "train.py '+logger.api_key=***' --hub-token '***' seed=1"
+    """
+    shown: list[str] = []
+    for argument in arguments:
+        name, equals, _ = argument.partition("=")
+        before = shown[-1] if shown else ""
+        if equals and SECRET.search(name.rpartition(".")[2]):
+            shown.append(f"{name}={MASK}")
+        elif before.startswith("--") and "=" not in before and SECRET.search(before.rpartition(".")[2]):
+            shown.append(MASK)
+        else:
+            shown.append(argument)
+    return shlex.join(shown)
+
+
+def _program(path: str) -> str:
+    """A script relative to the working directory, or its name alone: no folder of this machine."""
+    whole = Path(path).resolve()
+    return str(whole.relative_to(Path.cwd())) if whole.is_relative_to(Path.cwd()) else whole.name
+
+
+def _versions() -> list[str]:
+    found = []
+    for name in PACKAGES:
+        if name.replace("-", "_") in sys.modules:
+            try:
+                found.append(f"{name} {importlib.metadata.version(name)}")
+            except importlib.metadata.PackageNotFoundError:  # run from its folder, without being installed
+                continue
+    return found
+
+
+def _commit() -> str | None:
+    """The commit of the working directory, and whether files differ from it; None outside of a repository."""
+    git = ["git", "-C", str(Path.cwd())]
+    try:
+        run = [
+            subprocess.run([*git, *words], capture_output=True, text=True, timeout=5, check=True).stdout.strip()
+            for words in (("rev-parse", "--short", "HEAD"), ("status", "--porcelain", "--untracked-files=no"))
+        ]
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return run[0] + (" with changes" if run[1] else "")
+
+
+def _machine() -> str:
+    parts = [_processor(), f"{os.cpu_count()} cores, {torch.get_num_threads()} threads", platform.system()]
+    with contextlib.suppress(AttributeError, ValueError, OSError):  # Windows does not tell
+        parts.insert(2, f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.0f} GiB")
+    if torch.cuda.is_available():
+        parts.append(", ".join(torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())))
+    return ", ".join(filter(None, parts))
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
