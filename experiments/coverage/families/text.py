@@ -104,13 +104,12 @@ RECURRENCES: dict[str, Family] = {
     "mamba2": Family(
         "Mamba2ForCausalLM",
         "Mamba2Config",
-        {**MAMBA, "state_size": 16, "num_heads": 8, "head_dim": 16, "expand": 2, "n_groups": 2, "chunk_size": 8},
-        (HEADS, STREAM),
+        {**MAMBA, "state_size": 12, "num_heads": 8, "head_dim": 16, "expand": 2, "n_groups": 4, "chunk_size": 8},
+        (FFN, STREAM),
         generates=True,
-        heads=(8,),
     ),
 }
-"""Of state-space models, FFN stands for the inner units of a layer."""
+"""Of state-space models, FFN stands for the inner units of a layer; Mamba-2's are groups of heads."""
 
 ENCODERS: dict[str, Family] = {
     "bert": _encoder("Bert"),
