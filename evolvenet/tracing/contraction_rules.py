@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from evolvenet.tracing.labels import CONSTANT, KERNEL, Label, align, arrange, is_constant, varying
+from evolvenet.tracing.labels import CONSTANT, KERNEL, MET_DATA, Label, align, arrange, is_constant, varying
 from evolvenet.tracing.merging import merge
 from evolvenet.tracing.normalised import mark_normalised
 from evolvenet.tracing.partitions import partners
@@ -133,9 +133,12 @@ def matrix_product(call: Call) -> None:
     }.get(call.op, ("nk", "km", "nm"))
     layers = contract(call, operands[0], names[0], operands[1], names[1], names[2])
     if bias is not None:
-        layers = merge(
-            call.label_graph, [layers, [align(layer, len(names[2])) for layer in call.label_of(bias).layers]]
-        )
+        added = [align(layer, len(names[2])) for layer in call.label_of(bias).layers]
+        known = {axis for layer in layers for axis in varying(layer)}
+        for layer in added:
+            if not known & set(varying(layer)) and not is_constant(layer):
+                call.label_graph.freeze(layer, f"{call.location} {MET_DATA}")
+        layers = merge(call.label_graph, [layers, added])
     call.label_output(
         call.out, layers, origin=call.label_of(operands[0]).origin if _of_weights(call, operands) else None
     )

@@ -19,7 +19,7 @@ from evolvenet.tracing.rules import Call, elementwise, movement, rule, tie_eleme
 
 @rule("index", "index_select")
 def pick(call: Call) -> None:
-    """Selected by an index: units along the indexed dimensions are frozen, the others pass.
+    """Selected by an index: units along the indexed dimensions are frozen, the others pass, and so do those of the index.
 
     A single place that the code names, as in `heads[:, [-2]]`, is a slice: its units pass.
     """
@@ -35,8 +35,25 @@ def pick(call: Call) -> None:
             call.label_graph.freeze(layer, f"{call.location} picks them by an index")
         else:
             layers.append(compress(call.func(layer.expand(_indexable(source.shape, picked)), *rest)))
-    call.label_output(call.out, layers, origin=label.origin)
+    own = _units_of_index(call, picked)
+    call.label_output(call.out, [*layers, *own], origin=None if own else label.origin)
     return None
+
+
+def _units_of_index(call: Call, picked: set[int]) -> list[Tensor]:
+    """The units of an index `[units]` that picks along one dimension, in the place of that dimension; others are frozen.
+
+    A buffer with the number of each head picks the rows of what was computed for all heads.
+    """
+    indices = [index for index in call.tensors[1:] if call.label_of(index).layers]
+    single = len(picked) == 1 and len(call.tensors) == 2 and all(index.dim() == 1 for index in indices)
+    found: list[Tensor] = []
+    for layer in (layer for index in indices for layer in call.label_of(index).layers):
+        if single:
+            found.append(layer.view([-1 if dim in picked else 1 for dim in range(call.out.dim())]))
+        else:
+            call.label_graph.freeze(layer, f"{call.location} picks by several indices at once")
+    return found
 
 
 def _names_places(call: Call) -> bool:

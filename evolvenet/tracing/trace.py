@@ -35,7 +35,7 @@ from evolvenet.execution.inputs import tensors_of
 from evolvenet.execution.isolation import isolated
 from evolvenet.execution.own_gradients import GradientsNeededError
 from evolvenet.execution.surroundings import autocast_devices, plain_surroundings
-from evolvenet.graph.block_kinds import with_block_kinds
+from evolvenet.graph.block_kinds import ATTENTION, with_block_kinds
 from evolvenet.graph.coverage import OTHER_ORDER, OUTPUT
 from evolvenet.graph.naming import named_tensors
 from evolvenet.graph.whole import check_whole
@@ -197,10 +197,11 @@ def _verified(
             other = run(model, modes=modes, given=given, keeps_heads=keeps_heads)
             other.differentiates = label_graph.differentiates
         graphs.append(verified(other, given))
-    best = max(graphs, key=_resizable_parameters)
+    weight = _parameters_in_heads if first is HEADS_FIRST else _resizable_parameters
+    best = max(graphs, key=weight)
     if any(_may_have_places(width) for width in best.widths.values()):
         graphs.append(verified(label_graph, rounds=(*first, *PLACES_LAST)))
-    best = max(best, graphs[-1], key=_resizable_parameters)
+    best = max(best, graphs[-1], key=weight)
     everything = rerun(tuple(modes), run)
     return with_least_sizes(Verification(model, label_graph, device, everything, everything), best)
 
@@ -209,6 +210,12 @@ def _may_have_places(width: Width) -> bool:
     """Whether a width is frozen for a reason for which places of all heads may still change together."""
     reason = width.frozen or ""
     return reason.startswith(OTHER_ORDER) or (width.mixed is not None and reason.startswith("a trial"))
+
+
+def _parameters_in_heads(graph: WidthGraph) -> tuple[int, int]:
+    """Parameters of resizable widths; first those without places of queries and keys, which are multiplied with each other."""
+    places = sum(width.parameters for width in graph.resizable if width.kind == ATTENTION and width.mixed is not None)
+    return _resizable_parameters(graph) - places, _resizable_parameters(graph)
 
 
 def _resizable_parameters(graph: WidthGraph) -> int:

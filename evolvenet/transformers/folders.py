@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from evolvenet.surgery.module_replacement import Record, find_replacements, fit_
 from evolvenet.surgery.resize_model import scaled_numbers
 from evolvenet.surgery.width_record import RECORD_KEY, WidthRecord, remember, renamed_state, shapes_of
 from evolvenet.tracing.trace import trace
+from evolvenet.transformers.alibi import BUFFER, number_alibi_heads
 from evolvenet.transformers.configuration import builds, equal_configuration
 
 
@@ -229,8 +231,11 @@ def _reshaping(
 
     def build(self: PreTrainedModel, *args: Any, **options: Any) -> None:
         kind.__init__(self, *args, **options)
+        if any(name.endswith(f".{BUFFER}") for name in shapes):
+            number_alibi_heads(self)
         fit_replacements(self, replaced, wanted)
         fit_shapes(self, wanted, record=numbers)
+        _leave_out_of_initialization(self)
 
     names = {
         "__module__": kind.__module__,
@@ -239,6 +244,22 @@ def _reshaping(
         "__doc__": kind.__doc__,
     }
     return type(kind.__name__, (kind,), names)
+
+
+def _leave_out_of_initialization(model: PreTrainedModel) -> None:
+    """Mark modules whose initialization does not take the present widths as initialized, as Whisper's encoder of an odd one.
+
+    Their weights are loaded, or the folder is refused. A module that has tensors which no file holds is not marked.
+    """
+    for path, module in model.named_modules():
+        holders = [path, *(path[: end.start()] for end in reversed(list(re.finditer(r"\.", path)))), ""]
+        owner = next(each for each in map(model.get_submodule, holders) if isinstance(each, PreTrainedModel))
+        try:
+            owner._init_weights(module)  # type: ignore[no-untyped-call]
+        except ValueError:
+            saved = set(module.state_dict())
+            if all(name in saved for name, _ in module.named_buffers(recurse=False)):
+                module._is_hf_initialized = True  # type: ignore[assignment]
 
 
 def _read(kind: type[PreTrainedModel], folder: Path, options: Mapping[str, Any]) -> tuple[Any, Mapping[str, Any]]:

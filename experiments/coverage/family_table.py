@@ -17,6 +17,7 @@ EXPLANATION = """For each kind of units that the architecture has, 30 % of the u
 - **FFN**: inner units of feed-forward networks (of state-space models, of their layers). **heads**: whole heads. **groups**: a
   head of keys and values with the queries that share it. **head dimension**: places of all heads, in pairs where positions turn
   them. **experts**: inner units of each expert, and whole experts with their router's rows.
+  Heads of BLOOM, which have slopes, get numbers first (`evolvenet.transformers.number_alibi_heads`).
 - **generate**: six words greedily, the same with the cache as without, after each of these cuts. **saved and loaded**:
   to equal outputs after each of these cuts; "plain" where the transformers library alone loads the folder,
   "widths" where `evolvenet.transformers.from_pretrained` does.

@@ -39,6 +39,7 @@ class Family:
         generates: whether words are generated with it.
         heads: how many an attention has.
         groups: how many heads of keys and values an attention has, where queries share them.
+        numbered: whether its heads, which have slopes, get numbers (`evolvenet.transformers.number_alibi_heads`).
     """
 
     model: str
@@ -50,12 +51,16 @@ class Family:
     generates: bool = False
     heads: tuple[int, ...] = (HEADS_EACH,)
     groups: tuple[int, ...] = (GROUPS_EACH,)
+    numbered: bool = False
 
     def make(self) -> nn.Module:
-        """The model, with the library's random weights."""
+        """The model, with the library's random weights; heads with slopes have their numbers."""
         library = importlib.import_module("transformers")
         config = self.config() if callable(self.config) else getattr(library, self.config)(**self.options)
-        return getattr(library, self.model)(config)
+        model = getattr(library, self.model)(config)
+        if self.numbered:
+            importlib.import_module("evolvenet.transformers").number_alibi_heads(model)
+        return model
 
 
 def words(samples: int, length: int = LENGTH) -> dict[str, Tensor]:

@@ -25,6 +25,8 @@ from experiments.coverage.families.family import (
 GROUPED: dict[str, Any] = {"num_key_value_heads": GROUPS_EACH}
 WITH_PLACES: dict[str, Any] = {**GROUPED, "head_dim": PLACES_EACH}
 GEMMA: dict[str, Any] = {**WITH_PLACES, "query_pre_attn_scalar": PLACES_EACH, "sliding_window": 8}
+WIDER: dict[str, Any] = {"hidden_size": 96}
+"""Places of 24: those that turn, a half (Phi) or a quarter (GPT-NeoX), are in as many units as no number of heads is."""
 SPECIAL: dict[str, Any] = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 ALL, IN_GROUPS = (FFN, HEADS, PLACES, STREAM), (FFN, GROUPS, PLACES, STREAM)
 MIXTURE = (EXPERTS, GROUPS, PLACES, STREAM)
@@ -56,9 +58,9 @@ DECODERS: dict[str, Family] = {
     "gemma3": Family(
         "Gemma3ForCausalLM", "Gemma3TextConfig", {**TEXT, **GEMMA}, IN_GROUPS, generates=True
     ),
-    "phi": _decoder("Phi", ALL, partial_rotary_factor=0.75),
+    "phi": _decoder("Phi", ALL, **WIDER, partial_rotary_factor=0.5),
     "phi3": _decoder("Phi3", **GROUPED),
-    "gpt_neox": _decoder("GPTNeoX", ALL),
+    "gpt_neox": _decoder("GPTNeoX", ALL, **WIDER),
     "gpt2": Family(
         "GPT2LMHeadModel",
         "GPT2Config",
@@ -74,6 +76,7 @@ DECODERS: dict[str, Family] = {
         {"vocab_size": WORDS, "hidden_size": WIDTH, "n_layer": 2, "n_head": HEADS_EACH, **SPECIAL},
         ALL,
         generates=True,
+        numbered=True,
     ),
     "opt": _decoder("OPT", ALL, ffn_dim=INNER, word_embed_proj_dim=WIDTH),
     "falcon": _decoder("Falcon", (FFN, HEADS, PLACES, STREAM), multi_query=True, parallel_attn=True, bias=False),

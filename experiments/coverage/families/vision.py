@@ -84,7 +84,10 @@ IMAGES: dict[str, Family] = {
     "deit": _classifier("DeiT"),
     "beit": _classifier("Beit", use_relative_position_bias=True),
     "dinov2": _classifier("Dinov2"),
-    "dinov3": Family("DINOv3ViTModel", "DINOv3ViTConfig", VISION, ALL, "last_hidden_state", images(32)),
+    # Positions on two axes turn quarters of a head together: 6 units of places of 24, other than the 4 heads.
+    "dinov3": Family(
+        "DINOv3ViTModel", "DINOv3ViTConfig", {**VISION, "hidden_size": 96}, ALL, "last_hidden_state", images(32)
+    ),
     "swin": Family(
         "SwinForImageClassification",
         "SwinConfig",

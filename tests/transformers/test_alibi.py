@@ -1,0 +1,83 @@
+"""Whole heads of attention with ALiBi: those that stay keep their slopes, in each layer by itself."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import (
+    BertConfig,
+    BertModel,
+    BloomConfig,
+    BloomForCausalLM,
+    FalconConfig,
+    FalconForCausalLM,
+    MptConfig,
+    MptForCausalLM,
+)
+
+import evolvenet
+from evolvenet.transformers import from_pretrained, number_alibi_heads, save_pretrained
+
+SPECIAL: dict[str, Any] = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+KINDS = {
+    "bloom": (BloomForCausalLM, BloomConfig, {"hidden_size": 32, "n_layer": 2, "n_head": 4}, "dense"),
+    "falcon": (FalconForCausalLM, FalconConfig, {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
+                                                "multi_query": False, "alibi": True, "bias": True}, "dense"),
+    "mpt": (MptForCausalLM, MptConfig, {"d_model": 32, "n_layers": 2, "n_heads": 4, "max_seq_len": 32}, "out_proj"),
+}  # fmt: skip
+WORDS = torch.randint(3, 40, (2, 7), generator=torch.Generator().manual_seed(0))
+PADDED = {"input_ids": WORDS, "attention_mask": torch.tensor([[1] * 7, [1] * 5 + [0, 0]])}
+
+
+def made(kind: str) -> Any:
+    model_class, config, options, _ = KINDS[kind]
+    torch.manual_seed(0)
+    model = model_class(config(vocab_size=40, **SPECIAL, **options)).double().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    return model
+
+
+def logits(model: Any, **inputs: Tensor) -> Tensor:
+    with torch.no_grad():
+        return model(**inputs).logits
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_heads_that_stay_keep_their_slopes(kind: str, tmp_path: Path) -> None:
+    model, out = made(kind), KINDS[kind][3]
+    whole, real = logits(model, **PADDED), PADDED["attention_mask"].bool()
+    assert number_alibi_heads(model) == number_alibi_heads(model) == 2
+    assert torch.equal(logits(model, **PADDED)[real], whole[real])
+    graph = evolvenet.trace(model, {"input_ids": WORDS[:1]}, "logits", heads=True)
+    names = [width.name for width in graph.resizable if width.kind == "attention"]
+    assert [graph.sizes[name] for name in names] == [4, 4]
+    attentions = [module for module in model.modules() if hasattr(module, "alibi_heads")]
+    with torch.no_grad():  # the columns of heads 0 and 2 of the first layer, of head 3 of the second
+        getattr(attentions[0], out).weight.unflatten(1, (4, -1))[:, [0, 2]] = 0
+        getattr(attentions[1], out).weight.unflatten(1, (4, -1))[:, 3] = 0
+    padded, plain = logits(model, **PADDED), logits(model, input_ids=WORDS)
+    assert not torch.allclose(padded[real], whole[real])
+    keep = [evolvenet.IndexMap.of(units, 4) for units in ([3, 1], [0, 1, 2])]
+    evolvenet.resize(model, graph, dict(zip(names, keep, strict=True)))
+    assert [module.alibi_heads.tolist() for module in attentions] == [[3, 1], [0, 1, 2]]
+    torch.testing.assert_close(logits(model, **PADDED)[real], padded[real])
+    torch.testing.assert_close(logits(model, input_ids=WORDS), plain)
+    torch.testing.assert_close(logits(copy.deepcopy(model), input_ids=WORDS), plain)
+    options: dict[str, Any] = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
+    cached, anew = (model.generate(WORDS[:1], **options, use_cache=cache) for cache in (True, False))
+    assert torch.equal(cached, anew)
+    assert not save_pretrained(model, tmp_path, {"input_ids": WORDS[:1]}), "no configuration says which heads stay"
+    torch.testing.assert_close(logits(from_pretrained(tmp_path, dtype=torch.float64), input_ids=WORDS), plain)
+
+
+def test_a_model_without_slopes_is_refused() -> None:
+    sizes: dict[str, Any] = {"vocab_size": 20, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    with pytest.raises(evolvenet.EvolveNetError, match="slopes for its heads"):
+        number_alibi_heads(BertModel(BertConfig(**sizes, intermediate_size=16)))
