@@ -59,7 +59,7 @@ def number_alibi_heads(model: nn.Module) -> int:
         )
     for module in found:
         if not hasattr(module, BUFFER):
-            heads = module.n_heads if isinstance(module, MptAttention) else module.num_heads
+            heads: Any = module.n_heads if isinstance(module, MptAttention) else module.num_heads
             weight = next(module.parameters())
             module.register_buffer(BUFFER, torch.arange(heads, dtype=weight.dtype, device=weight.device))
             module.register_forward_pre_hook(take_own_rows, with_kwargs=True)
