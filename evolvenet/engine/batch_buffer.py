@@ -13,6 +13,7 @@ from evolvenet._compat.torch import tree_map_only
 from evolvenet.engine.distributed import ProcessGroup, gather_batches, share_of
 from evolvenet.execution.inputs import copied, is_plain, to_device_of
 from evolvenet.execution.step import Step, batch_of
+from evolvenet.graph.plain_data import check_types
 
 
 class BatchBuffer:
@@ -29,7 +30,7 @@ class BatchBuffer:
     """
 
     def __init__(self, example_inputs: Any, most: int) -> None:
-        self._example = example_inputs
+        self.example = example_inputs
         self._inputs = len(example_inputs) if isinstance(example_inputs, (tuple, list)) else None
         self._kept: deque[tuple[Any, tuple[Tensor | None, ...]]] = deque(maxlen=most)
 
@@ -60,9 +61,9 @@ class BatchBuffer:
             copy: False for a batch and gradients whose memory nobody writes to any more.
             ranks: the number of processes; of several, this one's share of the batch is kept alone.
         """
-        if isinstance(self._example, Step):
+        if isinstance(self.example, Step):
             batch = batch.batch if isinstance(batch, Step) else batch
-        elif isinstance(batch, (tuple, list)) and not isinstance(self._example, dict):
+        elif isinstance(batch, (tuple, list)) and not isinstance(self.example, dict):
             batch = tuple(batch[: self._inputs or 1])
         pair = (share_of(batch, ranks), tuple(share_of(gradients, ranks)))
         # A share is a copy.
@@ -70,7 +71,7 @@ class BatchBuffer:
 
     def _as_inputs(self, batch: Any) -> Any:
         """What `run_model` takes: a kept batch of a step has no function, so that it can be sent and saved."""
-        return Step(self._example.function, batch) if isinstance(self._example, Step) else batch
+        return Step(self.example.function, batch) if isinstance(self.example, Step) else batch
 
     def clear(self) -> None:
         """Drop all batches."""
@@ -78,7 +79,7 @@ class BatchBuffer:
 
     def gather(self, group: ProcessGroup) -> tuple[list[Any], list[Sequence[Tensor | None]]]:
         """All ranks' batches and their gradients on rank 0, see `gather_batches`."""
-        example = batch_of(self._example)
+        example = batch_of(self.example)
         batches = gather_batches(group, [batch for batch, _ in self._kept], example)
         return [self._as_inputs(batch) for batch in batches], gather_batches(group, self.gradients, example)
 
@@ -102,5 +103,7 @@ class BatchBuffer:
         self._kept.clear()
         for each in (state["ranks"] or [state])[group.rank :: group.size] if "ranks" in state else [state]:
             pairs = zip_longest(each["batches"], each.get("gradients", ())[: len(each["batches"])], fillvalue=())
-            for batch, gradients in pairs:
-                self._kept.append(to_device_of((batch, tuple(gradients)), self._example))
+            for batch, found in pairs:
+                gradients = tuple(found)
+                check_types(gradients, tuple[Tensor | None, ...], "gradients")
+                self._kept.append(to_device_of((batch, gradients), self.example))

@@ -51,11 +51,18 @@ class EvolverCuts(EvolverState):
         """
         group, started = process_group(), time.perf_counter()
         value = group.broadcast(value)
-        cut = self._pending_cut
-        judgement, past = cut.judge(value) if cut else (None, None)
-        if cut is None or judgement is None or past is None:
+        cut, moment = self._pending_cut, self._observed if at is None else at
+        if cut is None or self.off is not None:
             return None
-        moment, count = self._observed if at is None else at, parameters(self.model)
+        try:
+            with stage("judgement"):
+                judgement, past = run_on_all_ranks(group, lambda: cut.judge(value))
+        except Exception as problem:  # noqa: BLE001  a policy may raise anything: the cut stays pending
+            self._failures.explain(group, moment, problem)
+            return None
+        if past is None:
+            return None
+        count = parameters(self.model)
         sizes, blocks = self.history.sizes(self.graph), tuple((past.names or {}).get("blocks", ()))
         skipped, reason = None, f"taken back: {judgement.reason}"
         try:

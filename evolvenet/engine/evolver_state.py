@@ -20,9 +20,10 @@ from evolvenet.engine.snapshot import PendingCut
 from evolvenet.execution.inputs import is_plain
 from evolvenet.execution.step import batch_of
 from evolvenet.graph.format_version import FORMAT, FORMAT_KEY, checked_format
+from evolvenet.graph.plain_data import check_types, reading
 from evolvenet.graph.renaming import Rename, same_widths
 from evolvenet.graph.restriction import Restriction, fixed_names
-from evolvenet.graph.serialization import check_fits, from_state_dict, to_state_dict
+from evolvenet.graph.serialization import check_fits, check_shapes, from_state_dict, to_state_dict
 from evolvenet.graph.width_graph import ChosenOutputs, WidthGraph
 from evolvenet.lowrank.layer_ranks import LowRank
 from evolvenet.measurement.calibration import LEAST
@@ -113,25 +114,44 @@ class EvolverState(Reported):
         """Take up where `state_dict` was called.
 
         Raises:
-            RecordError: if the model does not have the widths of that moment, or a newer EvolveNet has written the state.
-                Nothing has changed then.
+            RecordError: if the model does not have the widths of that moment, a newer EvolveNet has written the state, or it is
+                damaged. Nothing has changed then.
         """
+        before = self._fixed
+        try:
+            with reading("The state of the Evolver"):
+                self._load_state_dict(state)
+        except BaseException:
+            self._fix(before)
+            raise
+
+    def _load_state_dict(self, state: dict[str, Any]) -> None:
+        """Read everything, then the model's numbers and buffers, then assign."""
         checked_format(state, "The state of the Evolver")
+        check_types(state.get("fixed"), list[str] | None, "fixed")
         self._fix(state.get("fixed"))
         graph = self._restricted(from_state_dict(state["graph"]))
         check_fits(graph, self.model, besides=state["note"]["buffers"])
+        check_shapes(graph, state["note"]["buffers"])
+        original, before_cut = map(OriginalWidths.from_state_dict, state["original"])
+        original.check_fits(graph)
+        history = replace(History.from_dict(state["history"]), frozen=graph.reasons)
+        past = PastEvents.from_state_dict(state)
+        counts = {name: state[name] for name in ("observed", "calibration_batches")}
+        check_types(counts, dict[str, int | None], "state")
+        buffer = BatchBuffer(self._buffer.example, counts["calibration_batches"] or LEAST)
+        buffer.load_state_dict(state, process_group())
+        failures, pending = FailurePolicy(self.off), self._pending_cut
+        failures.load_state_dict(state)
+        if pending and state.get("pending_cut"):
+            pending = PendingCut(pending.policy)
+            pending.load_state_dict(state["pending_cut"])
         fit_shapes(self.model, {}, record=state["note"])
-        self.graph = graph
-        self.original, self._original_before_cut = map(OriginalWidths.from_state_dict, state["original"])
-        remember_widths(self.model, graph, self.original.sizes)
-        self.history = replace(History.from_dict(state["history"]), frozen=graph.reasons)
-        self._observed, self._past = state["observed"], PastEvents.from_state_dict(state)
-        self.calibration_batches = state["calibration_batches"]
-        self._buffer.keep(self.calibration_batches or LEAST)
-        self._buffer.load_state_dict(state, process_group())
-        self._failures.load_state_dict(state)
-        if self._pending_cut and state.get("pending_cut"):
-            self._pending_cut.load_state_dict(state["pending_cut"])
+        self.graph, self.original, self._original_before_cut = graph, original, before_cut
+        remember_widths(self.model, graph, original.sizes)
+        self.history, self._past, self._buffer, self._failures = history, past, buffer, failures
+        self._observed, self.calibration_batches = state["observed"], state["calibration_batches"]
+        self._pending_cut = pending
 
     def _named(self) -> dict[str, Any]:
         """What is kept by the names of widths and modules, as plain data."""

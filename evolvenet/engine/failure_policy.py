@@ -10,6 +10,7 @@ from typing import Any
 
 from evolvenet.engine.distributed import ProcessGroup
 from evolvenet.errors import OutputError, Place, SkippedEvent, SpectrumError, is_out_of_memory, places_of, stage_of
+from evolvenet.graph.plain_data import check_types
 from evolvenet.graph.width_graph import WidthGraph, Widths
 from evolvenet.policies.base import RESTS
 
@@ -118,6 +119,8 @@ class FailurePolicy:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what `state_dict` returned."""
+        check_types(state["failures"], dict[str, int], "failures")
+        check_types(state["off"], str | None, "off")
         self.counts, self.off = Counter(state["failures"]), self.off or state["off"]
 
 

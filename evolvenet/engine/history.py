@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from evolvenet.engine import history_table
+from evolvenet.graph.plain_data import check_types
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -132,7 +133,11 @@ class History:
 
     @classmethod
     def from_dict(cls, plain: Mapping[str, Any]) -> History:
-        """Restore what `to_dict` returned."""
+        """Restore what `to_dict` returned.
+
+        Raises:
+            TypeError: if it holds something else.
+        """
 
         def event(entry: Mapping[str, Any]) -> Event:
             changes = tuple(WidthChange(**change) for change in entry["changes"])
@@ -140,7 +145,9 @@ class History:
             return Event(**{**entry, **blocks, "changes": changes, "sizes": dict(entry["sizes"])})
 
         events = [event(entry) for entry in plain["events"]]
-        return cls(event(plain["initial"]), events, dict(plain.get("frozen", {})), dict(plain.get("ranks", {})))
+        history = cls(event(plain["initial"]), events, dict(plain.get("frozen", {})), dict(plain.get("ranks", {})))
+        check_types(history, cls, "history")
+        return history
 
 
 def changed(before: Mapping[str, int], after: Mapping[str, int], reasons: Mapping[str, str]) -> list[WidthChange]:

@@ -12,7 +12,9 @@ from torch.optim import Optimizer
 
 from evolvenet.engine.functional import apply
 from evolvenet.engine.rank_changes import merge_made
+from evolvenet.errors import RecordError
 from evolvenet.graph.index_map import NEW_UNIT, IndexMap
+from evolvenet.graph.plain_data import check_types
 from evolvenet.graph.width_graph import WidthGraph
 from evolvenet.surgery.resize_model import Surgery, compile_surgery
 
@@ -106,7 +108,24 @@ class OriginalWidths:
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Any]) -> OriginalWidths:
         """What `state_dict` was called on."""
-        return cls(dict(state["sizes"]), {name: tuple(origin) for name, origin in state["origins"].items()})
+        found = cls(dict(state["sizes"]), {name: tuple(origin) for name, origin in state["origins"].items()})
+        check_types(found, cls, "original widths")
+        return found
+
+    def check_fits(self, graph: WidthGraph) -> None:
+        """Raise unless there is an original unit, or −1, for every unit of a graph's widths.
+
+        Raises:
+            RecordError: naming the width.
+        """
+        for name, origin in self.origins.items():
+            first, now = self.sizes.get(name, -1), graph.widths[name].size if name in graph.widths else len(origin)
+            known = [unit for unit in origin if unit != NEW_UNIT]
+            if len(origin) != now or len(set(known)) < len(known) or not all(0 <= unit < first for unit in known):
+                raise RecordError(
+                    f"The checkpoint's units of {name} are not those of its {now}: expected one of the {first} at the start, or "
+                    f"{NEW_UNIT}, for each, got {list(origin)[:8]}. Use another checkpoint."
+                )
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from evolvenet._compat.torch import state_dict_metadata
 from evolvenet.errors import OutputNameError, RecordError, TraceError
 from evolvenet.execution.chosen_outputs import Outputs
 from evolvenet.execution.dummy_inputs import dummy_inputs
+from evolvenet.graph.plain_data import reading
 from evolvenet.graph.sizes import sizes_from_shapes
 from evolvenet.graph.width_graph import WidthGraph
 from evolvenet.signals import deferred_signals
@@ -136,6 +137,14 @@ def load(
     """
     path = Path(path)
     found = read(path, map_location, mmap)
+    with reading(str(path)):
+        return _loaded(model, found, path, example_inputs, outputs, mmap)
+
+
+def _loaded(
+    model: nn.Module, found: Any, path: Path, example_inputs: Any, outputs: Outputs | None, mmap: bool
+) -> nn.Module:
+    """The model with what a file holds, which `load` has read."""
     whole = _by_own_names(model, state_in(found, str(path)), path)
     undo = fit_file_replacements(model, whole, found, str(path))
     try:
@@ -143,6 +152,7 @@ def load(
         record, graph = find_record(found, prefix), None
         if "graph" not in (record or {}):
             graph = _traced(model, state, example_inputs, outputs, path)
+        known = WidthRecord.from_state_dict(record) if record is not None and "graph" in record else None
         load_state(model, state, record, graph, str(path), mmap)
     except BaseException as error:
         undo()
@@ -152,10 +162,10 @@ def load(
                 "evolvenet.transformers.from_pretrained(folder) loads those too."
             ) from error
         raise
-    if record is not None and "graph" in record:
-        remember(model, WidthRecord.from_state_dict(record))
-    elif graph is not None:
-        remember(model, WidthRecord.of(model, graph))
+    if known is None and graph is not None:
+        known = WidthRecord.of(model, graph)
+    if known is not None:
+        remember(model, known)
     return model
 
 

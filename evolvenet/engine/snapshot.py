@@ -15,6 +15,7 @@ from evolvenet.engine.depth import restore_blocks
 from evolvenet.engine.distributed import ProcessGroup, run_on_all_ranks
 from evolvenet.engine.invariants import ModelReference, validate
 from evolvenet.engine.rank_changes import restore_chains
+from evolvenet.graph.plain_data import check_types
 from evolvenet.graph.serialization import from_state_dict, to_state_dict
 from evolvenet.graph.width_graph import WidthGraph
 from evolvenet.policies.base import Judgement, JudgingPolicy
@@ -103,10 +104,12 @@ class Snapshot:
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Any]) -> Snapshot:
         """The snapshot that `state_dict` was called on."""
-        return cls(
+        found = cls(
             state["networks"], from_state_dict(state["graph"]), state["note"], state["states"],
             state.get("chains", {}), state.get("groups", ()), state.get("names"),
         )  # fmt: skip
+        check_types(found, cls, "snapshot")
+        return found
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:

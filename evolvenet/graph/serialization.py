@@ -6,11 +6,12 @@ from collections.abc import Container, Mapping
 from dataclasses import asdict, replace
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from evolvenet.errors import RecordError
 from evolvenet.graph.exact_growth import ExactGrowth
 from evolvenet.graph.naming import named_tensors
+from evolvenet.graph.plain_data import check_types, reading
 from evolvenet.graph.width_graph import Segment, Width, WidthGraph, assemble
 
 
@@ -47,7 +48,31 @@ def to_state_dict(graph: WidthGraph) -> dict[str, Any]:
 
 
 def from_state_dict(state: Mapping[str, Any]) -> WidthGraph:
-    """The graph that `to_state_dict` was called on."""
+    """The graph that `to_state_dict` was called on.
+
+    Raises:
+        RecordError: if the state is none of a graph, or its parts do not fit each other.
+    """
+    with reading("The graph of widths in a checkpoint"):
+        graph = _from_state_dict(state)
+        check_types(graph, WidthGraph, "graph")
+        check_types(dict(graph.widths), dict[str, Width], "widths")
+        _check_lengths(graph)
+    return graph
+
+
+def _check_lengths(graph: WidthGraph) -> None:
+    """Raise unless every axis is as long as its segments, and each of these as the units of its width take."""
+    for name, axes in graph.layouts.items():
+        for dim, segments in axes.items():
+            taken = [
+                part.length if part.width is None else graph.widths[part.width].size * part.repeat for part in segments
+            ]
+            if taken != [part.length for part in segments] or sum(taken) != graph.shapes[name][dim]:
+                raise ValueError(f"axis {dim} of {name}: expected {graph.shapes[name][dim]} places, got {taken}")
+
+
+def _from_state_dict(state: Mapping[str, Any]) -> WidthGraph:
     widths: dict[str, Width] = {}
     for entry in state["widths"]:
         patches = tuple((path, attribute) for path, attribute in entry["patches"])
@@ -71,6 +96,21 @@ def from_state_dict(state: Mapping[str, Any]) -> WidthGraph:
     )
     outputs = state.get("outputs")
     return replace(made, gates=frozenset(state.get("gates", ())), outputs=None if outputs is None else tuple(outputs))
+
+
+def check_shapes(graph: WidthGraph, tensors: Mapping[str, Any]) -> None:
+    """Raise if tensors that are to be copied into a model have other shapes than in its graph.
+
+    Raises:
+        RecordError: naming the tensor.
+    """
+    for name, tensor in tensors.items():
+        expected = graph.shapes.get(name)
+        if not isinstance(tensor, Tensor) or (expected is not None and tuple(tensor.shape) != expected):
+            got = tuple(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise RecordError(
+                f"The checkpoint's {name} does not fit its widths: expected {expected}, got {got}. Use another checkpoint."
+            )
 
 
 def check_fits(graph: WidthGraph, model: nn.Module, besides: Container[str] = ()) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import astuple, dataclass, field, replace
 from typing import Any
 
+from evolvenet.graph.plain_data import check_types
 from evolvenet.measurement.running_energies import RunningEnergies
 
 _NEVER = 1_000_000
@@ -94,4 +95,6 @@ class PastEvents:
     def from_state_dict(cls, state: Mapping[str, Any]) -> PastEvents:
         """What `state_dict` returned; other keys are passed over."""
         changed = {name: LastChange(*entry) for name, entry in state["changed"].items()}
-        return cls(changed, RunningEnergies.from_state_dict(state["energies"]), state["progress"], state["events"])
+        past = cls(changed, RunningEnergies.from_state_dict(state["energies"]), state["progress"], state["events"])
+        check_types(past, cls, "past events")
+        return past

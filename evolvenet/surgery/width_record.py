@@ -14,6 +14,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from evolvenet.graph.format_version import FORMAT, FORMAT_KEY
+from evolvenet.graph.plain_data import check_types
 from evolvenet.graph.renaming import Rename, in_child, in_parent, renamed, renamed_width
 from evolvenet.graph.serialization import from_state_dict, to_state_dict
 from evolvenet.graph.sizes import sizes_from_shapes
@@ -134,13 +135,15 @@ class WidthRecord:
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Any]) -> WidthRecord:
         """The record that `state_dict` was called on."""
-        return cls(
+        record = cls(
             tuple((path, name) for path, name, _ in state["numbers"]),
             tuple(state["buffers"]),
             from_state_dict(state["graph"]) if "graph" in state else None,
             dict(state.get("original", {})),
             dict(state.get("replicas", {})),
         )
+        check_types(record, cls, "record")
+        return record
 
 
 def shapes_of(model: nn.Module) -> dict[str, tuple[int, ...]]:

@@ -127,9 +127,12 @@ def calls_in(function: Callable[[], Any]) -> int:
     return at_call(0, function, lambda: None)
 
 
-@pytest.mark.parametrize("rounds", [12, pytest.param(300, marks=pytest.mark.long)])
-def test_events_and_undos_that_are_interrupted_are_whole(rounds: int) -> None:
-    interrupter, total, after = Interrupter(1), dict[str, int](), 0
+@pytest.mark.parametrize(
+    ("rounds", "moments"), [(12, 1), *(pytest.param(50, 10 + k, marks=pytest.mark.long) for k in range(6))]
+)
+def test_events_and_undos_that_are_interrupted_are_whole(rounds: int, moments: int) -> None:
+    """With the long ones, and those below, 1,000 interrupts."""
+    interrupter, total, after = Interrupter(moments), dict[str, int](), 0
     one, other = Run(), Run()
     for seed in range(rounds):
         one.train(seed)
@@ -153,7 +156,7 @@ def test_events_and_undos_that_are_interrupted_are_whole(rounds: int) -> None:
     assert {event.skipped for event in one.evolver.history.events} == {None}
 
 
-@pytest.mark.parametrize("times", [6, pytest.param(200, marks=pytest.mark.long)])
+@pytest.mark.parametrize("times", [6, pytest.param(240, marks=pytest.mark.long)])
 def test_a_trace_that_is_interrupted_leaves_the_model_as_it_was(times: int) -> None:
     interrupter, run = Interrupter(2), Run()
     run.train(0)
@@ -181,8 +184,15 @@ ONE_SHOT: dict[str, Callable[[nn.Module, torch.optim.Optimizer, Path], Any]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("times", [1, pytest.param(40, marks=pytest.mark.long)])
-@pytest.mark.parametrize("name", ONE_SHOT)
+OFTEN = {"load": 50, "prune": 40, "compress": 10, "factorize": 30, "remove_blocks": 30}
+"""Interrupts of each in the long tests."""
+
+
+@pytest.mark.parametrize(
+    ("name", "times"),
+    [(name, 1) for name in ONE_SHOT]
+    + [pytest.param(name, times, marks=pytest.mark.long) for name, times in OFTEN.items()],
+)
 def test_what_is_done_once_is_done_or_not_done(name: str, times: int, tmp_path: Path) -> None:
     def fresh() -> tuple[nn.Module, torch.optim.Optimizer]:
         run = Run()
