@@ -113,7 +113,10 @@ __all__ = [
 
 
 # Matplotlib may not be installed, and takes long to import.
-register_writer(lambda *given, **named: import_module("evolvenet.report").write_report(*given, **named))
+register_writer(
+    lambda *given, **named: import_module("evolvenet.report").write_report(*given, **named),
+    lambda history: import_module("evolvenet.report").network_figure(history),
+)
 
 # Lightning may never be imported, and its modules are not needed before.
 for _name in SAVING:

@@ -10,14 +10,24 @@ from evolvenet.engine.history import History
 from evolvenet.errors import EvolveNetError
 
 _writers: list[Callable[..., Path]] = []
+_drawings: list[Callable[[History], Any]] = []
 
 
-def register_writer(writer: Callable[..., Path]) -> None:
-    """Let `report` call this function, with the arguments of `evolvenet.report.write_report`.
+def register_writer(writer: Callable[..., Path], drawing: Callable[[History], Any]) -> None:
+    """Let `report` call a function with the arguments of `evolvenet.report.write_report`, and loggers one that draws a network.
 
     The package `report` draws with an optional library, and lies above this one, which must not import it.
+
+    Args:
+        writer: writes a page.
+        drawing: history → figure, or None where the optional library is not installed.
     """
-    _writers[:] = [writer]
+    _writers[:], _drawings[:] = [writer], [drawing]
+
+
+def network_figure(history: History) -> Any:
+    """Matplotlib's figure of the network before and after, see `evolvenet.report.draw_network`; None without matplotlib."""
+    return _drawings[0](history)
 
 
 class Reported:

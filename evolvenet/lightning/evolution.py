@@ -22,6 +22,7 @@ from evolvenet.errors import RecordError
 from evolvenet.graph.serialization import check_fits, from_state_dict
 from evolvenet.graph.width_graph import WidthGraph
 from evolvenet.lightning.guard import StepGuard
+from evolvenet.lightning.loggers import log_event
 from evolvenet.lightning.module import (
     logging_muted,
     optimizers_of,
@@ -31,7 +32,6 @@ from evolvenet.lightning.run_length import progress_of
 from evolvenet.lightning.start import EvolutionStart
 from evolvenet.lightning.trainer_parts import (
     default_dtype,
-    log_event,
     shown_in_progress_bar,
 )
 from evolvenet.surgery.checkpoint import WidthRecord
@@ -183,7 +183,7 @@ class LightningEvolution(EvolutionStart):
         if self._timer.retried:
             reset_compiled_code()
         self._timer.finish()
-        log_event(trainer, event)
+        log_event(trainer, event, evolver.history)
 
     def _shown(self) -> dict[str, str]:
         """What the progress bar shows."""
@@ -213,7 +213,7 @@ class LightningEvolution(EvolutionStart):
         self._metric = None
         if event is not None:
             self._keep_record(pl_module)
-            log_event(trainer, event)
+            log_event(trainer, event, self.evolver.history)
 
     def _observe_recorded(self) -> None:
         """Pass the recorded calls on to the evolver, each of them once."""

@@ -24,6 +24,7 @@ from evolvenet.execution.routes import modules_called
 from evolvenet.graph.serialization import to_state_dict
 from evolvenet.graph.width_graph import WidthGraph
 from evolvenet.lightning.first_runs import FirstRuns
+from evolvenet.lightning.loggers import log_event
 from evolvenet.lightning.module import find_network, logging_muted, optimizers_of, weight_averages
 from evolvenet.lightning.recording import SubjectRecorder
 from evolvenet.lightning.subject import (
@@ -35,7 +36,7 @@ from evolvenet.lightning.subject import (
     resumed_subject,
     subject_of_example,
 )
-from evolvenet.lightning.trainer_parts import default_dtype, log_event, rebuild_ddp
+from evolvenet.lightning.trainer_parts import default_dtype, rebuild_ddp
 from evolvenet.surgery.checkpoint import fit_shapes
 from evolvenet.tracing.unreached import warn_of_unreached
 
@@ -207,5 +208,5 @@ class EvolutionStart(EvolutionCallback):
         self._timer.start()
         self._first_calls = calls if self._timer.recording else []
         self._keep_record(pl_module)
-        log_event(trainer, self.evolver.history.initial)
+        log_event(trainer, self.evolver.history.initial, self.evolver.history)
         announce_start(self.evolver.graph)

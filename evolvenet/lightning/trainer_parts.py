@@ -13,7 +13,6 @@ from lightning.pytorch.strategies.single_xla import SingleDeviceXLAStrategy
 
 from evolvenet._compat.lightning import communication_state, forget_static_graph
 from evolvenet.engine.ddp_wrapper import forget_buckets
-from evolvenet.engine.history import Event
 from evolvenet.errors import PolicyError, UnsupportedStrategyError
 
 STRATEGIES = (SingleDeviceStrategy, SingleDeviceXLAStrategy, DDPStrategy)
@@ -90,13 +89,3 @@ def metric_of(trainer: Trainer, name: str) -> float:
             f"Log it with self.log({name!r}, ...) in validation_step, or name another metric."
         )
     return float(known[name])
-
-
-def log_event(trainer: Trainer, event: Event) -> None:
-    """An event's widths, ranks and energies to every logger."""
-    values: dict[str, float] = {"evolve/parameters": event.parameters, "evolve/macs": event.macs}
-    tables = {"size": event.sizes, "effective_rank": event.effective_rank, "kept_energy": event.kept_energy}
-    for kind, table in tables.items():
-        values |= {f"evolve/{kind}/{name}": float(value) for name, value in table.items()}
-    for logger in trainer.loggers:
-        logger.log_metrics(values, step=trainer.global_step)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from evolvenet.engine.history import Event, History
 from evolvenet.engine.history_table import sizes_of, width_label
 from evolvenet.report.picture import Curve, kinds_of_events, timeline
-from evolvenet.report.svg import INK, need
+from evolvenet.report.svg import INK, ReportError, need
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -70,6 +70,14 @@ def draw_network(history: History) -> Figure:
     panel.set_ylim(-len(names) + 0.6, 0.7)
     panel.set_axis_off()
     return figure
+
+
+def network_figure(history: History) -> Figure | None:
+    """`draw_network` for the white ground of a logger's page; None if matplotlib is not installed."""
+    try:
+        return draw_network(history)
+    except ReportError:
+        return None
 
 
 def shortened(name: str, longest: int = _LONGEST) -> str:
