@@ -179,7 +179,7 @@ def find_removals(
                         found.append(removal)
                         every.enter_context(undo.pop_all())
                         break
-                    log.info("%s stays: without it the model's outputs lose more than is allowed", path)
+                    log.debug("%s stays: without it the model's outputs lose more than is allowed", path)
     # Of two in one list the later one goes first.
     order = {path: place for place, path in enumerate(modules)}
     return sorted(found, key=lambda removal: -order[removal.path])

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from evolvenet._compat.torch import tree_map_only
+from evolvenet._compat.torch import load_state_dict_pre_hooks, tree_map_only
 from evolvenet.engine.announcements import announce_end, show_messages
 from evolvenet.engine.ddp_wrapper import renew_ddp
 from evolvenet.engine.distributed import check_agreement, process_group, run_on_all_ranks
@@ -30,6 +30,7 @@ from evolvenet.graph.format_version import checked_format
 from evolvenet.graph.serialization import from_state_dict
 from evolvenet.signals import deferred_signals
 from evolvenet.surgery.checkpoint import fit_shapes, register_reshape_before_load
+from evolvenet.surgery.module_replacement import fit_replacements, replacements
 from evolvenet.tracing.unreached import warn_of_unreached
 
 try:
@@ -43,7 +44,7 @@ except ModuleNotFoundError as error:
 from evolvenet.transformers.adapter_ranks import note_ranks, register_ranks_before_load
 from evolvenet.transformers.adapters import is_adapted
 from evolvenet.transformers.loss import LossStep, loss_and_logits, trace_with_loss
-from evolvenet.transformers.running import load_tensors, resumed_folder, running_trainer, save_tensors
+from evolvenet.transformers.running import load_tensors, loaded_folder, resumed_folder, running_trainer, save_tensors
 
 # Callbacks that are restored by transformers itself are built anew from JSON, which cannot hold a policy. Under a name
 # that is no callback's it leaves the entry alone, in the checkpoint and on the way back.
@@ -342,6 +343,7 @@ class WidthEvolutionCallback(EvolutionCallback, TrainerCallback):
             "pending_cut": pending and {**pending, "past": None, "has_snapshot": pending["past"] is not None},
             "follows_loss": isinstance(evolver.example_inputs, Step),
             "note": {**saved["note"], "buffers": {}},
+            "replaced": {path: dict(module.record()) for path, module in replacements(evolver.model).items()},
         }
 
 
@@ -371,7 +373,26 @@ def _evolver_state(state: TrainerState) -> dict[str, Any] | None:
 
 
 def _register_before_load(model: nn.Module) -> None:
+    if fit_replaced not in load_state_dict_pre_hooks(model):
+        model.register_load_state_dict_pre_hook(fit_replaced)
     (register_ranks_before_load if is_adapted(model) else register_reshape_before_load)(model)
+
+
+def fit_replaced(module: nn.Module, state: Mapping[str, Any], prefix: str, *unused: Any) -> None:
+    """Give a model the factors and the removed blocks of the checkpoint that its trainer is about to load.
+
+    The weights lie in a file without metadata, so they are told by the trainer's state beside it. A load-state-dict pre-hook.
+
+    Raises:
+        RecordError: if the checkpoint is of another model.
+    """
+    folder = loaded_folder()
+    path = folder and folder / "trainer_state.json"
+    if path is None or prefix or not path.is_file():
+        return
+    saved = _evolver_state(TrainerState.load_from_json(str(path)))
+    if saved is not None and "replaced" in saved:
+        fit_replacements(module, saved["replaced"], state)
 
 
 def _refuse_several_devices(args: TrainingArguments) -> None:

@@ -30,6 +30,15 @@ def resumed_folder() -> Path | None:
     return next((Path(each) for each in found if isinstance(each, str)), None)
 
 
+def loaded_folder() -> Path | None:
+    """The checkpoint that the running trainer loads into its model: the one that it resumes from, or the best at the end."""
+    for frame in _frames_of_trainers():
+        best = frame.f_locals["self"].state.best_model_checkpoint
+        if frame.f_code.co_name == "_load_best_model" and best is not None:
+            return Path(best)
+    return resumed_folder()
+
+
 def save_tensors(args: TrainingArguments, state: TrainerState, tensors: Mapping[str, Any]) -> None:
     """Write tensors and plain data into the checkpoint that has just been saved, on the rank that saves.
 
