@@ -62,8 +62,9 @@ class Moments:
 
     @classmethod
     def empty(cls, size: int) -> Moments:
-        """The moments of no sample of `size` features."""
-        return cls(0, *(torch.zeros(shape, dtype=torch.float64, device="cpu") for shape in ((size,), (size, size))))
+        """The moments of no sample of `size` features; all entries are one zero in memory."""
+        zero = torch.zeros((), dtype=torch.float64, device="cpu")
+        return cls(0, zero.expand(size), zero.expand(size, size))
 
     @classmethod
     def of(cls, samples: Tensor) -> Moments:

@@ -153,17 +153,18 @@ def unit_energies(model: nn.Module, width: Width, parts: Mapping[Tie, Tensor]) -
     >>> [round(energy, 6) for energy in unit_energies(model, Width("0", size=2), {tie: torch.eye(2).double()})]
     [0.5, 0.5]
     """
-    weighted = []
+    total, count = None, 0
     for tie, covariance in parts.items():
         rows = unit_rows(model, width, tie)
         rows = rows / rows.abs().max().clamp_min(torch.finfo(rows.dtype).tiny)
-        largest = covariance.abs().max()
-        moment = covariance / largest if largest > 0 else covariance
+        largest = covariance.diagonal().max()
+        moment = covariance / largest if largest > 0 else covariance.clone()
         outputs = (rows * (moment @ rows)).sum()
         if outputs > 0:
             norms = rows.norm(dim=1)
-            weighted.append(norms[:, None] * moment * norms / outputs)
-    found = pivoted_cholesky(torch.stack(weighted).mean(0))[1] if weighted else []
+            shares, count = moment.mul_(norms / outputs).mul_(norms.unsqueeze(-1)), count + 1
+            total = shares if total is None else total.add_(shares)
+    found = [] if total is None else pivoted_cholesky(total.div_(count))[1]
     return [*found, *[0.0] * (width.size - len(found))]
 
 

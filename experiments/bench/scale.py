@@ -138,7 +138,7 @@ def _page(known: dict[str, dict[str, dict[str, Any]]]) -> str:
                     f"{each['weights']:.2f}",
                     f"{BATCHES.get(size, 8)}" if stage == "prune" else "–",
                     f"{each['cpu']:.0f}",
-                    f"{each['wall']:.0f}",
+                    "–" if each["wall"] is None else f"{each['wall']:.0f}",
                     f"{each['gib']:.2f}",
                     "–" if above is None else f"{above:.2f}",
                     "–" if above is None else f"{above / each['weights']:.2f}",
