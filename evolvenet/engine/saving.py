@@ -13,6 +13,7 @@ from evolvenet._compat.torch import state_dict_metadata
 from evolvenet.errors import OutputNameError, RecordError, TraceError
 from evolvenet.execution.chosen_outputs import Outputs
 from evolvenet.execution.dummy_inputs import dummy_inputs
+from evolvenet.graph.block_kinds import ATTENTION
 from evolvenet.graph.plain_data import reading
 from evolvenet.graph.sizes import sizes_from_shapes
 from evolvenet.graph.width_graph import WidthGraph
@@ -203,8 +204,9 @@ def _traced(
         inputs = dummy_inputs(model)
     if inputs is None:
         return None
+    shapes = {name: tuple(tensor.shape) for name, tensor in state.items() if isinstance(tensor, Tensor)}
     try:
-        graph = trace(model, inputs, outputs) if outputs is not None else trace_main_outputs(model, inputs)
+        graph = _graph_of_shapes(model, inputs, outputs, shapes)
     except TraceError as error:
         if example_inputs is not None:
             raise
@@ -216,7 +218,28 @@ def _traced(
     return graph
 
 
-def trace_main_outputs(model: nn.Module, inputs: Any) -> WidthGraph:
+def _graph_of_shapes(
+    model: nn.Module, inputs: Any, outputs: Outputs | None, shapes: Mapping[str, tuple[int, ...]]
+) -> WidthGraph:
+    """The widths that can have the shapes of a file: by default, else with places of heads or whole heads; else the default ones.
+
+    Raises:
+        TraceError: as `trace`.
+    """
+    graphs: list[WidthGraph] = []
+    for heads in (None, False, True):
+        if outputs is not None:
+            graphs.append(trace(model, inputs, outputs, heads=heads))
+        else:
+            graphs.append(trace_main_outputs(model, inputs, heads))
+        if not sizes_from_shapes(graphs[-1], shapes)[1]:
+            return graphs[-1]
+        if not any(width.kind == ATTENTION for width in graphs[0].widths.values()):
+            break
+    return graphs[0]
+
+
+def trace_main_outputs(model: nn.Module, inputs: Any, heads: bool | None = None) -> WidthGraph:
     """The widths of a model as far as its main outputs fix them, see `MAIN_OUTPUTS`; all outputs count if it has none of these.
 
     For files without a record: fewer outputs fix fewer widths, so that whatever outputs counted when the widths were changed,
@@ -225,16 +248,17 @@ def trace_main_outputs(model: nn.Module, inputs: Any) -> WidthGraph:
     Args:
         model: any module; of one that is not of the transformers library all outputs count.
         inputs: as for `trace`.
+        heads: as for `trace`.
 
     Raises:
         TraceError: as `trace`.
     """
     for names in MAIN_OUTPUTS if hasattr(model, "main_input_name") else ():
         try:
-            return trace(model, inputs, names)
+            return trace(model, inputs, names, heads=heads)
         except OutputNameError:
             continue
-    return trace(model, inputs)
+    return trace(model, inputs, heads=heads)
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
 
 import evolvenet
+from evolvenet.errors import RecordError
 from tests.helpers.transformers_families import family, inputs_of, logits
 
 PLACES = 8
@@ -46,6 +49,19 @@ def test_places_that_are_multiplied_with_each_other_do_not_grow() -> None:
     with pytest.raises(evolvenet.EvolveNetError, match="without changing the function"):
         evolvenet.grow(model, graph, {width.name: width.size + 2})
     torch.testing.assert_close(logits(model, "llama"), before)
+
+
+def test_a_bare_state_dict_with_fewer_places_is_refused_by_the_frequencies_that_it_does_not_hold(
+    tmp_path: Path,
+) -> None:
+    """It is the same model with other widths, and says nothing of which frequencies were kept."""
+    model = family("llama")
+    graph = evolvenet.trace(model, inputs_of("llama", 1), "logits", heads=False)
+    (width,) = (width for width in graph.resizable if width.kind == "attention")
+    evolvenet.prune(model, graph, {width.name: 3})
+    torch.save(dict(model.state_dict()), tmp_path / "bare.pt")
+    with pytest.raises(RecordError, match=r"of 3 units, expected 4: the buffer model\.rotary_emb\.inv_freq follows it"):
+        evolvenet.load(family("llama"), tmp_path / "bare.pt")
 
 
 def test_heads_go_where_their_places_cannot() -> None:
