@@ -131,9 +131,10 @@ def _partly_changed(
 def _width(name: str, group: Group, disorder: str | None, lines: Mapping[str, str]) -> Width:
     reason = group.frozen or disorder
     frozen = None if reason is None else reason + lines.get(reason, "")
+    mixed = None if group.mixed is None else group.mixed + lines.get(group.mixed, "")
     each, smallest = group.multiple, -(-group.smallest // group.multiple) * group.multiple
     return Width(
-        name, len(group.members), frozen=frozen, mixed=group.mixed, smallest=smallest, step=each, multiple=each
+        name, len(group.members), frozen=frozen, mixed=mixed, smallest=smallest, step=each, multiple=each
     )
 
 

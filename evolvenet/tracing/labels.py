@@ -257,6 +257,7 @@ class LabelGraph:
         rows = rows.reshape(-1, math.prod(labels.shape[dim] for dim in inside))
         if bool((rows >= 0).any()):
             self.mixed.append((torch.unique(rows, dim=0) if len(rows) > 1 else rows, reason))
+            self._add_line(reason)
 
     def mark_kind(self, labels: Tensor, kind: str) -> None:
         """Keep what kind of block units belong to."""

@@ -112,7 +112,11 @@ def _why_none(graph: evolvenet.WidthGraph, widths: list[evolvenet.Width]) -> str
     frozen = sorted((width for width in candidates if width.frozen), key=lambda width: -width.parameters)
     if frozen:
         return str(frozen[0].frozen)
-    return "no width has units of this kind" if not widths else "each width has its fewest units"
+    if widths:
+        return "each width has its fewest units"
+    # Units of attention of another kind, which an op ties: places of all heads by one key, for example.
+    mixed = [str(width.mixed) for width in candidates if width.mixed]
+    return f"no width has units of this kind: {mixed[0]}" if mixed else "no width has units of this kind"
 
 
 def _output(model: nn.Module, family: Family, dtype: torch.dtype) -> Tensor:
