@@ -48,3 +48,19 @@ def without_logits(model: nn.Module, inputs: Any, needed: Collection[Tensor]) ->
     if weight is None or any(weight is each for each in needed):
         return inputs
     return {**inputs, "logits_to_keep": 1}
+
+
+def without_cache(model: nn.Module, inputs: Any) -> Any:
+    """The inputs of a language model such that it keeps no keys and values of all layers for words to come.
+
+    For some thousand words these take half as much memory as the weights of a small model. Models of the transformers library
+    say by an argument `use_cache` that they can do without.
+
+    Args:
+        model: any module.
+        inputs: of the model; as they are if it has no such argument, or they hold it, or former keys and values.
+    """
+    if not isinstance(inputs, dict) or {"use_cache", "past_key_values"} & set(inputs):
+        return inputs
+    known = hasattr(model, "main_input_name") and "use_cache" in inspect.signature(model.forward).parameters
+    return {**inputs, "use_cache": False} if known else inputs

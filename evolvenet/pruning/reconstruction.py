@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from evolvenet.errors import concerning
 from evolvenet.execution.choices import Choices
-from evolvenet.execution.early_stop import Finished, run_until_finished
+from evolvenet.execution.early_stop import Finished, run_until_finished, without_cache
 from evolvenet.execution.isolation import isolated, op_by_op
 from evolvenet.execution.residual_sums import ResidualSumMode, TrackedOutput
 from evolvenet.execution.weight_ops import NormedWeight, WeightOp
@@ -194,7 +194,7 @@ def _fitted(model: nn.Module, graph: WidthGraph, surgery: Surgery, recording: Re
         mode.follows_norms, fitter.normed, mode.choices, fitter.choices = True, mode.normed, choices, choices
         choices.replay()
         with isolated(model, gradients=graph.differentiates), op_by_op(mode):
-            run_until_finished(model, recording.batch)
+            run_until_finished(model, without_cache(model, recording.batch))
         return {name: shadows[name].detach() for name in fitter.fitted()}
 
 

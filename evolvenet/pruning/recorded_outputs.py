@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from evolvenet.errors import concerning
 from evolvenet.execution.choices import Choices
-from evolvenet.execution.early_stop import run_until_finished, without_logits
+from evolvenet.execution.early_stop import run_until_finished, without_cache, without_logits
 from evolvenet.execution.isolation import isolated, op_by_op
 from evolvenet.execution.residual_sums import ResidualSumMode, TrackedOutput
 from evolvenet.execution.sampling import evenly
@@ -133,7 +133,7 @@ def recorded(
     mode = ResidualSumMode(model, add, recorder.record, recorder.sum, recorder.bias)
     mode.follows_norms, mode.choices = True, choices
     tensors, _, _ = named_tensors(model)
-    batch = without_logits(model, batch, [tensors[name] for name in recorder.consumers])
+    batch = without_cache(model, without_logits(model, batch, [tensors[name] for name in recorder.consumers]))
     with isolated(model, gradients=gradients), op_by_op(mode):
         run_until_finished(model, batch)
     return recorder.usable(mode.other_uses)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from evolvenet.execution.early_stop import Finished, run_until_finished, without_logits
+from evolvenet.execution.early_stop import Finished, run_until_finished, without_cache, without_logits
 from tests.helpers.transformers_families import family, inputs_of
 
 
@@ -48,3 +48,15 @@ def test_a_language_model_computes_one_word_of_logits_unless_its_head_is_needed(
     assert without_logits(tied, inputs, [tied.model.embed_tokens.weight]) is inputs
     assert without_logits(nn.Linear(2, 2), torch.zeros(1, 2), []).shape == (1, 2)
     assert without_logits(family("bert"), inputs_of("bert"), []).keys() == {"input_ids"}
+
+
+def test_a_language_model_keeps_no_keys_and_values_unless_the_inputs_say_so() -> None:
+    for name in ("llama", "gpt2"):
+        model, inputs = family(name), inputs_of(name)
+        with torch.no_grad():
+            assert model(**inputs).past_key_values is not None
+            assert model(**without_cache(model, inputs)).past_key_values is None
+        kept = {**inputs, "use_cache": True}
+        assert without_cache(model, kept) is kept
+    assert without_cache(nn.Linear(2, 2), x := torch.zeros(1, 2)) is x
+    assert without_cache(nn.Linear(2, 2), kept := {"input": x}) is kept
