@@ -12,6 +12,7 @@ from lightning.pytorch import Trainer
 from evolvenet.engine.distributed import process_group
 from evolvenet.engine.history import Event, History
 from evolvenet.engine.reporting import network_figure
+from evolvenet.engine.run_checks import warn
 
 LEAST = 1e-8
 """The least energy in a histogram, whose scale is logarithmic."""
@@ -32,10 +33,15 @@ def log_event(trainer: Trainer, event: Event, history: History) -> None:
     if event.measured_change is not None:
         values["evolve/measured_change"] = event.measured_change
     for logger in trainer.loggers:
-        logger.log_metrics(values, step=trainer.global_step)
         writer = next((WRITERS[cls.__name__] for cls in type(logger).__mro__ if cls.__name__ in WRITERS), None)
-        if writer is not None and process_group().rank == 0:
-            writer(logger, event, history, trainer.global_step)
+        try:
+            logger.log_metrics(values, step=trainer.global_step)
+            if writer is not None and process_group().rank == 0:
+                writer(logger, event, history, trainer.global_step)
+        except Exception as problem:  # noqa: BLE001  some refuse names that modules may have; the run goes on
+            warn(
+                f"The event at step {event.step} is not in the {type(logger).__name__}: {type(problem).__name__}: {problem}"
+            )
 
 
 def _to_tensorboard(logger: Any, event: Event, history: History, step: int) -> None:

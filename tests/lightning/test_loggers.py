@@ -53,3 +53,18 @@ def test_other_loggers_get_the_numbers(tmp_path):
     for name in history.initial.sizes:
         assert f"evolve/size/{name}" in text
     assert str(history.latest.parameters) in text
+
+
+class Refusing(CSVLogger):
+    """Takes no name with a dot, as some services do."""
+
+    def log_metrics(self, metrics, step=None):
+        if any("net." in name for name in metrics):
+            raise ValueError("no dots in names")
+        super().log_metrics(metrics, step)
+
+
+def test_a_logger_that_refuses_a_name_does_not_end_the_run(tmp_path, caplog):
+    history = run(tmp_path, Refusing(tmp_path, name="run", version=0))
+    assert history.latest.sizes["net.0"] < 16
+    assert "is not in the Refusing: ValueError: no dots in names" in caplog.text
