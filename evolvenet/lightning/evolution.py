@@ -176,7 +176,7 @@ class LightningEvolution(EvolutionStart):
             evolver.lowrank = replace(evolver.lowrank, whole=frozenset(name.rpartition(".")[0] for name in bare))
         with default_dtype(trainer), logging_muted(pl_module):
             event = evolver.step(at=trainer.global_step, progress=progress_of(trainer))
-        if evolver.lowrank is not None and event.changes:
+        if (evolver.lowrank is not None and event.changes) or event.removed_blocks:
             self._keep_record(pl_module)
         evolver.forget()
         self._stop_recording()

@@ -69,7 +69,8 @@ def run(folder: Path, policy: Any, resume: str | None = None, **options: Any) ->
         model(0 if resume is None else 1), arguments, train_dataset=rows, eval_dataset=rows, callbacks=[callback]
     )
     trainer.train(resume_from_checkpoint=resume)
-    return trainer.model, callback.history
+    trained: Any = trainer.model
+    return trained, callback.history
 
 
 def test_a_run_that_removed_blocks_resumes_bit_by_bit(tmp_path: Path) -> None:
