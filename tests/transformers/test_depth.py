@@ -78,8 +78,8 @@ def test_a_run_that_removed_blocks_resumes_bit_by_bit(tmp_path: Path) -> None:
     assert sum((event.removed_blocks for event in history.events), ()) == ("model.layers.1", "model.layers.2.mlp")
     assert (len(whole.model.layers), whole.config.num_hidden_layers) == (2, 2)
     again, resumed = run(tmp_path / "again", Drops(), str(tmp_path / "whole" / "checkpoint-4"))
-    assert isinstance(again.model.layers, RemainingLayers)
     assert [layer.self_attn.layer_idx for layer in again.model.layers] == [0, 1]
+    assert isinstance(again.model.layers, RemainingLayers)
     assert again.config.num_hidden_layers == 2
     first, second = whole.state_dict(), again.state_dict()
     assert list(first) == list(second)
