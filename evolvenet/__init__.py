@@ -19,6 +19,7 @@ from evolvenet.engine.functional import grow, prune, resize  # noqa: E402
 from evolvenet.engine.history import Event, History, WidthChange  # noqa: E402
 from evolvenet.engine.reporting import register_writer  # noqa: E402
 from evolvenet.engine.saving import load, save  # noqa: E402
+from evolvenet.engine.sharding import whole_parameters  # noqa: E402
 from evolvenet.engine.width_table import widths  # noqa: E402
 from evolvenet.errors import (  # noqa: E402
     EvolveNetError,
@@ -108,6 +109,7 @@ __all__ = [
     "save",
     "spectra",
     "trace",
+    "whole_parameters",
     "widths",
 ]
 

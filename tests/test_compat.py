@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.utils import prune
+from torch.utils.hooks import RemovableHandle
 
 from tests.helpers.paths import ROOT
 
@@ -21,6 +22,11 @@ IMPORTED = (
     "torch._C:_EnableTorchFunction",
     "torch._C:_current_autograd_node",
     "torch._dynamo:reset",
+    "torch.distributed._composable.contract:REGISTRY_KEY",
+    "torch.distributed._composable.contract:STATE_KEY",
+    "torch.distributed._composable_state:_module_state_mapping",
+    "torch.distributed.fsdp:FSDPModule._get_fsdp_state",
+    "torch.distributed.fsdp:FSDPModule._orig_cls_mro_index",
     "torch._ops:OpOverload",
     "torch.autograd:_engine_run_backward",
     "torch.nn.modules.batchnorm:_NormBase",
@@ -74,6 +80,23 @@ def _ddp_wrapper() -> nn.Module:
         torch.distributed.destroy_process_group()
 
 
+def _sharded() -> Any:
+    """The state that `fully_shard` keeps of a module."""
+    distributed, fsdp = map(pkgutil.resolve_name, ("torch.distributed", "torch.distributed.fsdp"))
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = pkgutil.resolve_name("torch.distributed.device_mesh:init_device_mesh")("cpu", (1,))
+        layer = nn.Linear(1, 1)
+        fsdp.fully_shard(layer, mesh=mesh)
+        return layer._get_fsdp_state()  # type: ignore[operator]
+    finally:
+        distributed.destroy_process_group()
+
+
+def _sharded_group() -> Any:
+    return _sharded()._fsdp_param_groups[0]
+
+
 def _with_hyperparameters() -> Any:
     lightning = pkgutil.resolve_name("lightning.pytorch")
 
@@ -105,6 +128,16 @@ OF_INSTANCES: dict[str, tuple[Callable[[], Any], type | tuple[type, ...]]] = {
     "torch.nn.Conv2d._conv_forward": (lambda: nn.Conv2d(1, 1, 1), Callable),  # type: ignore[dict-item]
     "torch.nn.Conv3d._conv_forward": (lambda: nn.Conv3d(1, 1, 1), Callable),  # type: ignore[dict-item]
     "torch.nn.parallel.DistributedDataParallel._comm_hooks": (_ddp_wrapper, list),
+    "FSDPState._fsdp_param_groups": (_sharded, list),
+    "FSDPState._auto_reshard_after_forward": (_sharded, bool),
+    "FSDPState._mp_policy": (_sharded, object),
+    "FSDPState._pre_forward_hook_handle": (_sharded, RemovableHandle),
+    "FSDPState._post_forward_hook_handle": (_sharded, RemovableHandle),
+    "FSDPState._states_to_forward_prefetch": (_sharded, list),
+    "FSDPState._states_to_backward_prefetch": (_sharded, list),
+    "FSDPParamGroup._module_to_pre_save_state_dict_hook_handle": (_sharded_group, dict),
+    "FSDPParamGroup._module_to_pre_load_state_dict_hook_handle": (_sharded_group, dict),
+    "FSDPParam._post_load_hook_handle": (lambda: _sharded_group().fsdp_params[0], RemovableHandle),
     "torch.optim.LBFGS._numel_cache": (_lbfgs, (int, type(None))),
     "torch.Tensor._version": (lambda: torch.zeros(1), int),
     "torch.Tensor._base": (lambda: torch.zeros(2)[:1], torch.Tensor),

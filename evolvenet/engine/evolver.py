@@ -42,6 +42,7 @@ from evolvenet.execution.inputs import first_samples
 from evolvenet.execution.step import Step
 from evolvenet.graph.current import check_current
 from evolvenet.graph.restriction import Patterns, Restriction
+from evolvenet.graph.whole import check_whole
 from evolvenet.graph.width_graph import WidthGraph
 from evolvenet.lowrank.layer_ranks import low_rank
 from evolvenet.measurement.calibration import LEAST, batches_needed, places_per_sample
@@ -190,7 +191,9 @@ class Evolver(EvolverCuts):
 
         Raises:
             RankMismatchError: if the processes that train the model do not agree on it.
+            UnsupportedStrategyError: if the model is sharded, see `evolvenet.whole_parameters`.
         """
+        check_whole(self.model)
         started = time.perf_counter()
         before = parameters(self.model)
         moment = self._observed if at is None else at

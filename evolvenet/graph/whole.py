@@ -16,8 +16,9 @@ _WRAPPERS = (
 )
 """(module, class in it, how it is called) of modules that keep parts or copies of the parameters inside of them."""
 REMEDY = (
-    "Change the widths first, in one process or under DDP, and shard afterwards: save the model (evolvenet.save), load it into "
-    "a freshly built one (evolvenet.load), and shard that."
+    "Under FSDP2 (fully_shard), enter evolvenet.whole_parameters(model, optimizers) on all ranks for it. Elsewhere change widths "
+    "first, in one process or under DDP, and shard afterwards: save the model (evolvenet.save), load it into a freshly built one "
+    "(evolvenet.load), and shard that."
 )
 
 

@@ -17,6 +17,7 @@ from evolvenet.engine.event_timer import EventState
 from evolvenet.engine.history import History
 from evolvenet.engine.replica_discovery import ReplicaDiscovery
 from evolvenet.engine.run_checks import warn
+from evolvenet.engine.sharding import whole_parameters
 from evolvenet.graph.format_version import checked_format
 from evolvenet.lightning.evolution import LightningEvolution
 from evolvenet.lightning.guard import StepGuard
@@ -29,6 +30,7 @@ from evolvenet.lightning.module import (
 )
 from evolvenet.lightning.recording import SubjectRecorder
 from evolvenet.lightning.run_length import length_problem, progress_of
+from evolvenet.lightning.sharded import check_shards, fit_before_load
 from evolvenet.lightning.trainer_parts import (
     check_strategy,
     default_dtype,
@@ -76,7 +78,7 @@ class WidthEvolution(LightningEvolution, Callback):
 
     Raises:
         PolicyError: for values out of range, or a policy without a method `propose`.
-        UnsupportedStrategyError: before training starts, under a strategy that shards parameters.
+        UnsupportedStrategyError: before training starts, under a strategy that shards parameters otherwise than FSDP2.
         RankMismatchError: during training, if the processes of a DDP run do not agree on the model.
 
     >>> from evolvenet import Threshold
@@ -98,10 +100,12 @@ class WidthEvolution(LightningEvolution, Callback):
         # Other callbacks may have copied the module before this one was asked.
         for module in (pl_module, *weight_averages(trainer, pl_module)):
             register_reshape_before_load(module)
+        fit_before_load(trainer.strategy, pl_module, self.state_key)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse names that are none of the module's, all of whose parts are there by now."""
         self.restriction.check(name for name, _ in pl_module.named_modules())
+        check_shards(pl_module, self.policy)
         self._has_trained = self._has_failed = False
 
     @deferred_signals("the start of the run")
@@ -154,13 +158,15 @@ class WidthEvolution(LightningEvolution, Callback):
             )
             self._replicas.load_state_dict(self._resumed.get("replicas", {}) if self._resumed else {})
         if self.evolver is None:
-            self._start_on_all_ranks(trainer, pl_module, lambda: self._known_subject(trainer, pl_module))
+            with whole_parameters(pl_module, optimizers_of(trainer, pl_module)):
+                self._start_on_all_ranks(trainer, pl_module, lambda: self._known_subject(trainer, pl_module))
         if boundary:
             self._judge(trainer, pl_module)
         self._timer.needed = self._batches_needed(trainer)
         self._timer.count_batch()
         if boundary and self._timer.state is EventState.DUE:
-            self._change_widths(trainer, pl_module)
+            with whole_parameters(pl_module, optimizers_of(trainer, pl_module)):
+                self._change_widths(trainer, pl_module)
         if boundary:
             epoch = trainer.current_epoch if batch_idx == 0 else None
             self._timer.check(trainer.global_step, progress_of(trainer), epoch)
@@ -185,7 +191,8 @@ class WidthEvolution(LightningEvolution, Callback):
             if self._recorder is not None and self._recorder.names:
                 self._batches.setdefault("training_step", (batch, batch_idx))
             if self._called_on_all_ranks(pl_module):
-                self._start_on_all_ranks(trainer, pl_module, lambda: self._recorded_subject(trainer, pl_module))
+                with whole_parameters(pl_module, optimizers_of(trainer, pl_module)):
+                    self._start_on_all_ranks(trainer, pl_module, lambda: self._recorded_subject(trainer, pl_module))
         self._trace_first_runs("training_step", batch, batch_idx)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -205,7 +212,11 @@ class WidthEvolution(LightningEvolution, Callback):
         self._judge(trainer, pl_module)
         self._remove_hooks()
         self.curves.end()
-        with default_dtype(trainer), logging_muted(pl_module):
+        with (
+            whole_parameters(pl_module, optimizers_of(trainer, pl_module)),
+            default_dtype(trainer),
+            logging_muted(pl_module),
+        ):
             announce_end(self.evolver, self._events_before)
         if self.evolver is None and not self._untraceable:
             warn(

@@ -18,6 +18,7 @@ from evolvenet.engine.distributed import process_group
 from evolvenet.engine.event_timer import EventTimer
 from evolvenet.engine.evolver import Evolver
 from evolvenet.engine.replica_widths import frozen_tensors
+from evolvenet.engine.sharding import is_sharded, whole_parameters
 from evolvenet.errors import RecordError
 from evolvenet.graph.serialization import check_fits, from_state_dict
 from evolvenet.graph.width_graph import WidthGraph
@@ -95,6 +96,8 @@ class LightningEvolution(EvolutionStart):
 
     def _trace_first_runs(self, name: str, batch: Any, index: int) -> None:
         """Go on with a new graph where the step has called a module that no trace had reached."""
+        if self._module is None or is_sharded(self._module):
+            return  # One rank alone cannot gather the parameters.
         graph = self._first_runs.graph_after(name, batch, index) if self._first_runs else None
         if graph is not None and self.evolver is not None:
             self.evolver.adopt(graph)
@@ -208,7 +211,7 @@ class LightningEvolution(EvolutionStart):
         if self._metric is None or self.evolver is None:
             return
         self.evolver.optimizers = optimizers_of(trainer, pl_module)
-        with default_dtype(trainer), logging_muted(pl_module):
+        with whole_parameters(pl_module, self.evolver.optimizers), default_dtype(trainer), logging_muted(pl_module):
             event = self.evolver.judge(self._metric, at=trainer.global_step)
         self._metric = None
         if event is not None:

@@ -8,19 +8,19 @@ from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.plugins import MixedPrecision
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy, Strategy
 from lightning.pytorch.strategies.single_xla import SingleDeviceXLAStrategy
 
 from evolvenet._compat.lightning import communication_state, forget_static_graph
 from evolvenet.engine.ddp_wrapper import forget_buckets
 from evolvenet.errors import PolicyError, UnsupportedStrategyError
 
-STRATEGIES = (SingleDeviceStrategy, SingleDeviceXLAStrategy, DDPStrategy)
-"""Strategies under which every process holds whole parameters. Their subclasses may not."""
+STRATEGIES = (SingleDeviceStrategy, SingleDeviceXLAStrategy, DDPStrategy, ModelParallelStrategy)
+"""Strategies under which every process holds whole parameters, or gathers them for an event. Their subclasses may not."""
 
 
 def check_strategy(strategy: Strategy) -> None:
-    """Check that the strategy keeps whole parameters on every process.
+    """Check that the strategy keeps whole parameters on every process, or can gather them.
 
     Raises:
         UnsupportedStrategyError: for any other.

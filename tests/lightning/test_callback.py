@@ -14,7 +14,7 @@ import lightning
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -230,7 +230,7 @@ def test_a_model_without_a_width_goes_on_with_a_warning_that_gives_the_reasons(
     assert "No width of Plain can be resized: net.0: " in caplog.text
 
 
-@pytest.mark.parametrize("kind", [FSDPStrategy, ModelParallelStrategy, DeepSpeedLike])
+@pytest.mark.parametrize("kind", [FSDPStrategy, DeepSpeedLike])
 def test_strategies_that_shard_are_refused_before_training(kind: type) -> None:
     """Lightning itself refuses some of them on a CPU, so the callback is asked directly."""
     strategy = object.__new__(kind)
