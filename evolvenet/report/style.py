@@ -18,7 +18,8 @@ p, figcaption { color: var(--soft); margin: .3rem 0 .8rem; font-size: .9rem; }
 .grid { display: grid; gap: .8rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 24rem), 1fr)); }
 .grid.small { grid-template-columns: repeat(auto-fill, minmax(min(100%, 15rem), 1fr)); }
 figure { margin: 0; background: var(--card); border-radius: .6rem; padding: .5rem; color: var(--ink); min-width: 0; }
-figure.network, figure.one { max-width: 44rem; }
+figure.network { max-width: 44rem; }
+figure.one { max-width: 30rem; }
 figure svg { display: block; width: 100%; height: auto; } svg text { font-family: system-ui, sans-serif !important; }
 figcaption { margin: .3rem .3rem 0; }
 img { max-width: 100%; background: #fff; border-radius: .6rem; }
