@@ -29,7 +29,7 @@ from evolvenet.lightning.module import (
     weight_averages,
 )
 from evolvenet.lightning.recording import SubjectRecorder
-from evolvenet.lightning.run_length import length_problem, progress_of
+from evolvenet.lightning.run_length import length_problem, progress_of, skipped_validation
 from evolvenet.lightning.sharded import check_shards, fit_before_load
 from evolvenet.lightning.trainer_parts import (
     check_strategy,
@@ -119,6 +119,8 @@ class WidthEvolution(LightningEvolution, Callback):
         self._events_before = len(self.history.events) if self.history else 0
         if self._resumed is None:
             warn(length_problem(trainer, pl_module, self.schedule))
+        else:
+            warn(skipped_validation(trainer, self._resumed))
         self._module, self._timer.batches_without_call = pl_module, 0
         if self.evolver is not None:
             self._continue_from(pl_module, self.evolver)

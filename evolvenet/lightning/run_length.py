@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Timer
@@ -47,6 +48,29 @@ def length_problem(trainer: Trainer, module: LightningModule, schedule: Schedule
     if problem is None and not any(True for _ in _shares(trainer)):
         return UNKNOWN_LENGTH.format(stop=schedule.stop)
     return problem
+
+
+def skipped_validation(trainer: Trainer, resumed: Mapping[str, Any]) -> str | None:
+    """Why the last cut is judged later than in the uninterrupted run; None if it is not.
+
+    A checkpoint that is saved right after a batch holds no result of the validation that follows the batch, and Lightning does
+    not run that validation after a resume.
+
+    Args:
+        trainer: that has read a checkpoint.
+        resumed: what the callback saved in it.
+    """
+    pending = resumed["evolver"].get("pending_cut") or {}
+    progress: Any = trainer.fit_loop.epoch_loop.batch_progress.current
+    done, every = progress.processed, trainer.val_check_batch
+    due = bool(done and every) and every != math.inf and done % int(every or 1) == 0
+    if not (due and trainer.enable_validation and pending.get("past") and resumed.get("metric") is None):
+        return None
+    return (
+        f"The checkpoint was saved after batch {done}, before the validation that follows it. Lightning does not run that one "
+        "after a resume, so the last cut is judged by the next validation, and the run may end otherwise than the uninterrupted one. "
+        "Resume from a checkpoint that was saved after a validation, or before the last batch, for the same decisions."
+    )
 
 
 def _shares(trainer: Trainer) -> Iterator[float]:
