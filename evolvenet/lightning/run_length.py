@@ -68,8 +68,9 @@ def skipped_validation(trainer: Trainer, resumed: Mapping[str, Any]) -> str | No
         return None
     return (
         f"The checkpoint was saved after batch {done}, before the validation that follows it. Lightning does not run that one "
-        "after a resume, so the last cut is judged by the next validation, and the run may end otherwise than the uninterrupted one. "
-        "Resume from a checkpoint that was saved after a validation, or before the last batch, for the same decisions."
+        "after a resume, so the last cut is judged by the next validation, and the run may end otherwise than the "
+        "uninterrupted one. Resume from a checkpoint that was saved after a validation, or before the last batch, for the same "
+        "decisions."
     )
 
 

@@ -133,9 +133,7 @@ def _width(name: str, group: Group, disorder: str | None, lines: Mapping[str, st
     frozen = None if reason is None else reason + lines.get(reason, "")
     mixed = None if group.mixed is None else group.mixed + lines.get(group.mixed, "")
     each, smallest = group.multiple, -(-group.smallest // group.multiple) * group.multiple
-    return Width(
-        name, len(group.members), frozen=frozen, mixed=mixed, smallest=smallest, step=each, multiple=each
-    )
+    return Width(name, len(group.members), frozen=frozen, mixed=mixed, smallest=smallest, step=each, multiple=each)
 
 
 def _groups(label_graph: LabelGraph, component: np.ndarray) -> list[Group]:
