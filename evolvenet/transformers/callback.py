@@ -44,7 +44,14 @@ except ModuleNotFoundError as error:
 from evolvenet.transformers.adapter_ranks import note_ranks, register_ranks_before_load
 from evolvenet.transformers.adapters import is_adapted
 from evolvenet.transformers.loss import LossStep, loss_and_logits, trace_with_loss
-from evolvenet.transformers.running import load_tensors, loaded_folder, resumed_folder, running_trainer, save_tensors
+from evolvenet.transformers.running import (
+    load_tensors,
+    loaded_folder,
+    metrics_of,
+    resumed_folder,
+    running_trainer,
+    save_tensors,
+)
 
 # Callbacks that are restored by transformers itself are built anew from JSON, which cannot hold a policy. Under a name
 # that is no callback's it leaves the entry alone, in the checkpoint and on the way back.
@@ -345,20 +352,6 @@ class WidthEvolutionCallback(EvolutionCallback, TrainerCallback):
             "note": {**saved["note"], "buffers": {}},
             "replaced": {path: dict(module.record()) for path, module in replacements(evolver.model).items()},
         }
-
-
-def metrics_of(logs: Mapping[str, Any]) -> dict[str, Any]:
-    """What is logged without where the run is and how fast.
-
-    >>> metrics_of({"loss": 0.5, "epoch": 1.0, "eval_samples_per_second": 9.0, "step": 3})
-    {'loss': 0.5}
-    """
-    others = ("epoch", "step", "total_flos")
-    return {
-        name: each
-        for name, each in logs.items()
-        if name not in others and not name.endswith(("runtime", "_per_second"))
-    }
 
 
 def _callback_states(state: TrainerState) -> dict[str, Any]:

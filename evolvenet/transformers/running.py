@@ -67,3 +67,17 @@ def _frames_of_trainers() -> Iterator[FrameType]:
         if isinstance(frame.f_locals.get("self"), Trainer):
             yield frame
         frame = frame.f_back
+
+
+def metrics_of(logs: Mapping[str, Any]) -> dict[str, Any]:
+    """What is logged without where the run is and how fast.
+
+    >>> metrics_of({"loss": 0.5, "epoch": 1.0, "eval_samples_per_second": 9.0, "step": 3})
+    {'loss': 0.5}
+    """
+    others = ("epoch", "step", "total_flos")
+    return {
+        name: each
+        for name, each in logs.items()
+        if name not in others and not name.endswith(("runtime", "_per_second"))
+    }
