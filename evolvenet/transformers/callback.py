@@ -51,6 +51,7 @@ from evolvenet.transformers.running import (
     resumed_folder,
     running_trainer,
     save_tensors,
+    unwrapped,
 )
 
 # Callbacks that are restored by transformers itself are built anew from JSON, which cannot hold a policy. Under a name
@@ -283,7 +284,7 @@ class WidthEvolutionCallback(EvolutionCallback, TrainerCallback):
                 graph = from_state_dict(self._resumed["graph"])
         outputs = None if isinstance(inputs, Step) else outputs
         self.evolver = Evolver(
-            model, _unwrapped(optimizer), self.policy, inputs, self.calibration_batches, self.seed, graph=graph,
+            model, unwrapped(optimizer), self.policy, inputs, self.calibration_batches, self.seed, graph=graph,
             network=self.network, fixed=self.fixed, multiple=self.multiple, outputs=outputs, after_change=self._after_change,
         )  # fmt: skip
         if self._resumed is not None:
@@ -397,9 +398,3 @@ def _refuse_several_devices(args: TrainingArguments) -> None:
             "each device (torchrun --nproc_per_node=2 train.py), or show the run one device (CUDA_VISIBLE_DEVICES=0). A model "
             "that has to be sharded can be afterwards: evolvenet.transformers.save_pretrained, from_pretrained, and shard."
         )
-
-
-def _unwrapped(optimizer: Optimizer) -> Optimizer:
-    """The optimizer inside of accelerate's wrappers."""
-    inner = getattr(optimizer, "optimizer", None)
-    return _unwrapped(inner) if isinstance(inner, Optimizer) else optimizer

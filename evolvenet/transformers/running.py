@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 from transformers import Trainer, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -81,3 +82,9 @@ def metrics_of(logs: Mapping[str, Any]) -> dict[str, Any]:
         for name, each in logs.items()
         if name not in others and not name.endswith(("runtime", "_per_second"))
     }
+
+
+def unwrapped(optimizer: Optimizer) -> Optimizer:
+    """The optimizer inside of accelerate's wrappers."""
+    inner = getattr(optimizer, "optimizer", None)
+    return unwrapped(inner) if isinstance(inner, Optimizer) else optimizer
