@@ -1,18 +1,22 @@
-"""Train one experiment: `python train.py`, `python train.py +experiment=mnist_resnet data.root=DIR evolve=none`."""
+"""Train one experiment: `python train.py`, `python train.py experiment=mnist_resnet data.root=DIR evolve=none`."""
 
 import evolvenet  # isort: skip  # noqa: F401  (first: it patches PyPI's torchvision, which Lightning imports)
+
+import sys
+from typing import Any
 
 import hydra
 import lightning
 import torch
 from omegaconf import DictConfig
 
+from experiments.training.jobs import plain_words
 from experiments.training.run import run_config
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="train")
-def main(config: DictConfig) -> float:
-    """Set threads and seed, then build and run what the configuration names; returns the validation accuracy."""
+def main(config: DictConfig) -> Any:
+    """Set threads and seed, then build and run what the configuration names; returns what a sweeper optimizes."""
     if config.threads:
         torch.set_num_threads(config.threads)
     lightning.seed_everything(config.seed, verbose=False)
@@ -20,4 +24,5 @@ def main(config: DictConfig) -> float:
 
 
 if __name__ == "__main__":
+    sys.argv = plain_words(sys.argv)
     main()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -139,13 +141,22 @@ class ImageData(lightning.LightningDataModule):
         val_size: images held out of the training split for validation.
         seed: of the held-out split, the order and the augmentation.
         augment: for training batches only; None for none.
+        classes: number of labels, which the network is built for.
+        channels: of an image.
     """
 
     def __init__(
-        self, batch_size: int = 128, val_size: int = 5000, seed: int = 0, augment: Augment | None = None
+        self,
+        batch_size: int = 128,
+        val_size: int = 5000,
+        seed: int = 0,
+        augment: Augment | None = None,
+        classes: int | None = None,
+        channels: int | None = None,
     ) -> None:
         super().__init__()
         self.batch_size, self.val_size, self.seed = batch_size, val_size, seed
+        self.classes, self.channels = classes, channels
         self.augment = augment or Augment()
         self.splits: dict[str, Split] = {}
         self.mean: list[float] = []
@@ -164,6 +175,7 @@ class ImageData(lightning.LightningDataModule):
         if self.splits:
             return
         whole, test = self.read()
+        self._check(whole, test)
         count = len(whole.labels)
         if not 1 <= self.val_size < count:
             raise DataError(f"Data: expected data.val_size between 1 and {count - 1}, got {self.val_size}.")
@@ -171,6 +183,18 @@ class ImageData(lightning.LightningDataModule):
         train, val = (Split(whole.images[i], whole.labels[i]) for i in (order[self.val_size :], order[: self.val_size]))
         self.mean, self.std = _moments(train.images)
         self.splits = {"train": train, "val": val, "test": test}
+
+    def _check(self, whole: Split, test: Split) -> None:
+        found = int(max(split.labels.max() for split in (whole, test))) + 1 if len(test.labels) else 0
+        if self.classes is not None and found > self.classes:
+            raise DataError(
+                f"Data: expected labels 0 … {self.classes - 1}, got up to {found - 1}. Set data.classes={found}."
+            )
+        if self.channels is not None and whole.images.shape[1] != self.channels:
+            raise DataError(
+                f"Data: expected images of {self.channels} channels, got {whole.images.shape[1]}. Set data.channels and a model "
+                "that takes them."
+            )
 
     @property
     def example(self) -> Tensor:
@@ -260,7 +284,7 @@ class FileData(ImageData):
         try:
             with np.load(path) as file:
                 return _split(file["x_train"], file["y_train"]), _split(file["x_test"], file["y_test"])
-        except (KeyError, ValueError, OSError) as error:
+        except (KeyError, ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
             raise DataError(
                 f"Data: expected {path} to hold x_train, y_train, x_test and y_test (uint8 images, Keras' layout), "
                 f"got: {error}. Delete the file to have it downloaded, or replace it."
@@ -292,11 +316,44 @@ class MnistData(FileData):
     torchvision_name = "MNIST"
 
 
+class FashionMnistData(FileData):
+    """60,000 and 10,000 pictures of clothes, 28 × 28 (Xiao et al. 2017)."""
+
+    name = "fashion_mnist"
+    torchvision_name = "FashionMNIST"
+
+
 class Cifar10Data(FileData):
     """50,000 and 10,000 photographs of ten kinds of thing, 32 × 32 in colour (Krizhevsky 2009)."""
 
     name = "cifar10"
     torchvision_name = "CIFAR10"
+
+
+class Cifar100Data(FileData):
+    """50,000 and 10,000 photographs of a hundred kinds of thing, 32 × 32 in colour (Krizhevsky 2009)."""
+
+    name = "cifar100"
+    torchvision_name = "CIFAR100"
+
+
+class NpzData(FileData):
+    """Any data set in a file of Keras' layout, see `FileData`.
+
+    Args:
+        path: of the file.
+        **options: see `ImageData`.
+    """
+
+    def __init__(self, path: str | Path, **options) -> None:
+        super().__init__(root=Path(path).expanduser().parent, **options)
+        self.path = Path(path).expanduser()
+
+    def read(self) -> tuple[Split, Split]:
+        """See `ImageData.read`."""
+        if not self.path.is_file():
+            raise DataError(f"Data: expected a file, got {self.path.absolute()}, where there is none. Set data.path.")
+        return self._from_npz(self.path)
 
 
 def _split(images: np.ndarray, labels: np.ndarray) -> Split:

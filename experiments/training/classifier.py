@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from torchmetrics.classification import MulticlassAccuracy
 
 
@@ -22,6 +22,8 @@ class Classifier(lightning.LightningModule):
     Args:
         model: images → logits `[N, classes]`.
         optimizer: parameters → optimizer; its learning rate is the highest of the run.
+        scheduler: optimizer, steps of the run → learning rate of each step, see `experiments.training.schedules`; None for the
+            cycles below.
         classes: number of classes.
         label_smoothing: share of the target spread over all classes (training only), 0 … 1.
         warmup: share of each cycle in which the learning rate rises, 0 … 1.
@@ -39,6 +41,7 @@ class Classifier(lightning.LightningModule):
         self,
         model: nn.Module,
         optimizer: Callable[[Iterable[nn.Parameter]], Optimizer],
+        scheduler: Callable[[Optimizer, int], LRScheduler] | None = None,
         classes: int = 10,
         label_smoothing: float = 0.0,
         warmup: float = 0.15,
@@ -57,7 +60,7 @@ class Classifier(lightning.LightningModule):
         self.soft, self.temperature = soft, temperature
         # A function and not a module: it is neither trained nor saved, nor taken for a replica of the network.
         self.teacher: Callable[[Tensor], Tensor] | None = None
-        self.optimizer, self.warmup = optimizer, warmup
+        self.optimizer, self.scheduler, self.warmup = optimizer, scheduler, warmup
         self.train_loss = nn.CrossEntropyLoss(label_smoothing=label_smoothing)
         self.loss = nn.CrossEntropyLoss()
         self.val_accuracy = MulticlassAccuracy(classes, average="micro")
@@ -113,6 +116,9 @@ class Classifier(lightning.LightningModule):
         The shape of a cycle is that of Smith and Topin (2018); the cycles are warm restarts (Loshchilov and Hutter 2017).
         """
         optimizer = self.optimizer(self.parameters())
+        if self.scheduler is not None:
+            chosen = self.scheduler(optimizer, int(self.trainer.estimated_stepping_batches))
+            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": chosen, "interval": "step"}}
         shape = Cycles(int(self.trainer.estimated_stepping_batches), self.cycles, self.warmup, self.heights)
         # LambdaLR saves no state of a function: a resumed run has the cycles of its own configuration, not the checkpoint's.
         schedule = LambdaLR(optimizer, lambda step: shape(step))

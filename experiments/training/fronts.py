@@ -14,7 +14,7 @@ from typing import Any
 
 from evolvenet.errors import EvolveNetError
 from experiments.pages import cell, markdown, span
-from experiments.training.run import RESULT, readable_errors
+from experiments.training.jobs import RESULT, readable_errors
 
 _HEAD = ["parameters", "validation, %", "test, %", "of each seed", "epoch", "minutes"]
 

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
+import logging
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import lightning
-from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from lightning.pytorch.callbacks import ModelCheckpoint
 from omegaconf import DictConfig, OmegaConf
@@ -21,7 +20,7 @@ from torch import Tensor, nn
 
 from evolvenet.engine.history import Event, History
 from evolvenet.engine.saving import load
-from evolvenet.errors import EvolveNetError, RecordError
+from evolvenet.errors import RecordError
 from evolvenet.lightning.callback import WidthEvolution
 from evolvenet.measurement.cost import macs
 from evolvenet.report import summary_table, write_report
@@ -29,11 +28,23 @@ from evolvenet.report.facts import run_facts
 from experiments.data.images import ImageData
 from experiments.training.classifier import Classifier
 from experiments.training.compression import Compression, compression_lines, compression_table
+from experiments.training.jobs import (
+    RESULT,
+    check_types,
+    finished,
+    in_sweep,
+    objectives,
+    readable_errors,
+    remember_failure,
+    remember_settings,
+    resume_command,
+    stopped_run,
+)
 from experiments.training.points import Points, draw_front, front_table, tested
 from experiments.training.progress import Progress
 from experiments.training.recorded_config import recorded_config
 
-RESULT = "result.json"
+log = logging.getLogger(__name__)
 
 # Each of these is right in general and does not matter here.
 _KNOWN_WARNINGS = (
@@ -63,37 +74,62 @@ class Curve(lightning.Callback):
         self.points.append((trainer.global_step, float(trainer.callback_metrics["val/acc"])))
 
 
-@contextlib.contextmanager
-def readable_errors() -> Iterator[None]:
-    """End with the message alone, without a traceback, on an `EvolveNetError`, which the user can fix.
+class Clock(lightning.Callback):
+    """Seconds of training, those before a run was stopped included."""
 
-    Raises:
-        SystemExit: in place of an `EvolveNetError`, also of one that Hydra wrapped while it built an object.
-    """
-    try:
-        yield
-    except (EvolveNetError, InstantiationException) as error:
-        cause: BaseException | None = error
-        while cause is not None and not isinstance(cause, EvolveNetError):
-            cause = cause.__cause__
-        if cause is None:
-            raise
-        raise SystemExit(f"error: {cause}") from None
+    def __init__(self) -> None:
+        self._before, self._began = 0.0, time.perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        """So far."""
+        return self._before + time.perf_counter() - self._began
+
+    def on_fit_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Start."""
+        self._began = time.perf_counter()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The seconds so far."""
+        return {"seconds": self.seconds}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Count on from those."""
+        self._before = state_dict["seconds"]
 
 
-def run_config(config: DictConfig) -> float:
-    """Build what a configuration names, and `run` it; ends with one line on an error of the user's.
+def run_config(config: DictConfig) -> Any:
+    """Build what a configuration names, and `run` it; ends with one line on an error.
+
+    In a sweep, a run that fails ends by itself, with its line, and one that has ended before with the same settings is skipped.
 
     Args:
         config: of `conf/train.yaml`.
 
     Returns:
-        The last validation accuracy.
+        The last validation accuracy, with the number of parameters where a sweeper has two directions; NaN of a failed run.
 
     Raises:
-        SystemExit: see `readable_errors`.
+        SystemExit: see `readable_errors`; not in a sweep.
     """
-    with readable_errors():
+    if in_sweep() and (found := finished(config)) is not None:
+        log.info("finished before, skipped: %s", config.output)
+        return objectives(found)
+    try:
+        return objectives(_run_config(config))
+    except SystemExit as ended:
+        if not in_sweep() or not isinstance(ended.code, str):
+            raise
+        remember_failure(Path(config.output), ended.code)
+        log.error("%s (run %s)", ended.code, config.output)
+        return objectives({"val_acc": float("nan"), "end": {"parameters": float("nan")}})
+
+
+def _run_config(config: DictConfig) -> dict[str, Any]:
+    # Alone, an error of the code keeps its traceback; in a sweep it is written into the folder, and the others run on.
+    with readable_errors(Path(config.output) if in_sweep() else None):
+        check_types(config)
+        callbacks = instantiate(config.callbacks)
         return run(
             config,
             data=instantiate(config.data),
@@ -101,7 +137,7 @@ def run_config(config: DictConfig) -> float:
             trainer=instantiate(config.trainer),
             evolution=instantiate(config.evolve),
             points=instantiate(config.points),
-            callbacks=instantiate(config.callbacks),
+            callbacks=[each for each in callbacks.values() if each is not None],
             compression=instantiate(config.compression),
         )
 
@@ -115,11 +151,12 @@ def run(
     points: Points | None = None,
     callbacks: Sequence[lightning.Callback] = (),
     compression: Compression | None = None,
-) -> float:
+) -> dict[str, Any]:
     """Train, test once, and leave `result.json`, `report.html` and `last.ckpt` in `config.output`.
 
     `last.ckpt` is written after every epoch. With `config.resume` set to it, or to a point's checkpoint, training continues as
-    if it had not stopped; only the time in the result counts from the resumption.
+    if it had not stopped; the time in the result is that of all parts. `auto` is the latest run of the same settings that was
+    stopped. Ctrl-C prints the command that goes on.
 
     Args:
         config: what the other arguments were built from; kept in the result file.
@@ -132,15 +169,12 @@ def run(
         compression: compares the trained network with compressed copies of it, None for none.
 
     Returns:
-        The last validation accuracy.
+        What `result.json` holds.
 
     Raises:
         RecordError: if `config.resume` is no file, or the checkpoint of another network.
     """
-    if config.resume and not Path(config.resume).is_file():
-        raise RecordError(
-            f"Resume: expected a run's last.ckpt or a point of it, got {config.resume}, where there is no file."
-        )
+    resumed = _resumed(config)
     for message in _KNOWN_WARNINGS:
         warnings.filterwarnings("ignore", message)
     output = Path(config.output)
@@ -148,12 +182,19 @@ def run(
     data.prepare_data()
     data.setup()
     start = _size(classifier.model, data.example)
-    curve = Curve()
+    remember_settings(config)
+    curve, clock = Curve(), Clock()
     latest = ModelCheckpoint(output, "last", save_on_train_epoch_end=True, enable_version_counter=False)
-    fitting = trainer(callbacks=[Progress(), curve, *callbacks, *filter(None, (points, evolution)), latest])
-    began = time.perf_counter()
-    fitting.fit(classifier, datamodule=data, ckpt_path=config.resume, weights_only=True)
-    measured: dict[str, Any] = {"seconds": time.perf_counter() - began, "steps": fitting.global_step}
+    fitting = trainer(callbacks=[Progress(), curve, clock, *callbacks, *filter(None, (points, evolution)), latest])
+    for logger in fitting.loggers:
+        logger.log_hyperparams(recorded_config(config))
+    try:
+        fitting.fit(classifier, datamodule=data, ckpt_path=resumed, weights_only=True)
+    except SystemExit:
+        if (command := resume_command(output)) is not None:
+            log.info("stopped; to go on: %s", command)
+        raise
+    measured: dict[str, Any] = {"seconds": clock.seconds, "steps": fitting.global_step}
     fitting.save_checkpoint(output / "last.ckpt")  # again: a policy may take its last cut back when training ends
     test = partial(_tested, fitting, classifier, data)
     front = tested(points.found, lambda path: test(_saved(classifier.model, config, path))) if points else []
@@ -166,7 +207,22 @@ def run(
         result["compression"] = compression(classifier.model, data)
     (output / RESULT).write_text(json.dumps(result, indent=1), encoding="utf-8")
     _present(result, history, output)
-    return float(result["val_acc"] or 0.0)
+    return result
+
+
+def _resumed(config: DictConfig) -> str | None:
+    """The checkpoint with which a run goes on, None for a new one."""
+    if config.resume == "auto":
+        found = stopped_run(config, [folder for name in ("outputs", "multirun") if (folder := Path(name)).is_dir()])
+        log.info(
+            "resume=auto: %s", f"going on with {found}" if found else "no stopped run of these settings, so a new one"
+        )
+        return None if found is None else str(found)
+    if config.resume and not Path(config.resume).is_file():
+        raise RecordError(
+            f"Resume: expected a run's last.ckpt or a point of it, or auto, got {config.resume}, where there is no file."
+        )
+    return config.resume
 
 
 def _tested(fitting: lightning.Trainer, classifier: Classifier, data: ImageData, model: nn.Module) -> float:

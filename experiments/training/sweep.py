@@ -1,4 +1,4 @@
-"""After a sweep (`python train.py -m ...`): one table of all its runs, best first, and a picture of their sizes."""
+"""After a sweep (`python train.py -m ...`): one table of all its runs, best first, and pictures of their sizes and accuracies."""
 
 from __future__ import annotations
 
@@ -15,20 +15,58 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 from omegaconf import DictConfig, OmegaConf
 
+from evolvenet.report.front import draw_front, on_front
 from experiments.pages import cell, markdown, span
 from experiments.training.fronts import fronts_table
+from experiments.training.jobs import FAILURE, RESULT
 
 
 class SweepTable(Callback):
-    """Writes `sweep.md` and `sweep.png` beside the runs' directories, and prints the table."""
+    """Writes `sweep.md`, `sweep.png` and `front.png` beside the runs' directories, and prints the table."""
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         """Called by Hydra once, after the last run."""
-        directory = Path(config.hydra.sweep.dir)
-        table = sweep_table(directory) + seeds_table(directory) + _front(directory)
-        (directory / "sweep.md").write_text(table, encoding="utf-8")
-        draw_sweep(directory).savefig(directory / "sweep.png", dpi=120)
-        print(f"\n{table}\ntable: {directory / 'sweep.md'}\npicture: {directory / 'sweep.png'}")
+        print(f"\n{tabulate(Path(config.hydra.sweep.dir))}")
+
+
+def tabulate(directory: Path) -> str:
+    """Write the table and the pictures of all runs below a folder into it; returns the table, and where they are.
+
+    Args:
+        directory: of a sweep, or of several.
+    """
+    if not _runs(directory):
+        return f"no run below {directory} has ended with a result{_failures(directory)}"
+    table = sweep_table(directory) + seeds_table(directory) + _front(directory)
+    (directory / "sweep.md").write_text(table, encoding="utf-8")
+    draw_sweep(directory).savefig(directory / "sweep.png", dpi=120)
+    draw_front(front_points(directory)).savefig(directory / "front.png", dpi=140)
+    places = f"table: {directory / 'sweep.md'}\npictures: {directory / 'sweep.png'}, {directory / 'front.png'}"
+    return f"{table}{_failures(directory)}\n{places}"
+
+
+def _failures(directory: Path) -> str:
+    """A line for each run that ended with an error and has no result."""
+    failed = [path for path in sorted(directory.rglob(FAILURE)) if not (path.parent / RESULT).is_file()]
+    lines = [f"failed: {path.parent.relative_to(directory)}: {_last_line(path)}" for path in failed]
+    return "".join(f"\n{line}" for line in lines) + ("\n" if lines else "")
+
+
+def _last_line(path: Path) -> str:
+    return next(iter(path.read_text(encoding="utf-8").strip().splitlines()[::-1]), "")
+
+
+def front_points(directory: Path) -> list[dict[str, Any]]:
+    """The network at the end of every run below a folder, named by the overrides that not all share; see `draw_front`."""
+    found = [
+        {
+            "run": own or name, "parameters": result["end"]["parameters"], "val_acc": result["val_acc"],
+            "test_acc": result["test_acc"],
+        }
+        for name, own, result in _runs(directory)
+    ]  # fmt: skip
+    chosen = on_front([(point["parameters"], point["val_acc"] or 0.0) for point in found])
+    return [{**point, "front": each} for point, each in zip(found, chosen, strict=True)]
 
 
 def _front(directory: Path) -> str:
@@ -104,16 +142,17 @@ def _groups(directory: Path) -> dict[str, list[dict[str, Any]]]:
 
 def _runs(directory: Path) -> list[tuple[str, str, dict[str, Any]]]:
     """For each run its folder's name, the overrides that not all runs share, and its result; best validation first."""
-    runs = [(path.parent, json.loads(path.read_text(encoding="utf-8"))) for path in directory.glob("*/result.json")]
+    runs = [(path.parent, json.loads(path.read_text(encoding="utf-8"))) for path in sorted(directory.rglob(RESULT))]
     runs.sort(key=lambda run: (-(run[1]["val_acc"] or 0.0), len(run[0].name), run[0].name))
     settings = {folder: _overrides(folder) for folder, _ in runs}
     shared = set.intersection(*map(set, settings.values())) if len(runs) > 1 else set()
     own = {folder: " ".join(each for each in settings[folder] if each not in shared) for folder in settings}
-    return [(folder.name, own[folder], result) for folder, result in runs]
+    return [(str(folder.relative_to(directory)), own[folder], result) for folder, result in runs]
 
 
 def _overrides(folder: Path) -> list[str]:
-    return [str(override) for override in OmegaConf.load(folder / ".hydra" / "overrides.yaml")]
+    path = folder / ".hydra" / "overrides.yaml"
+    return [str(override) for override in OmegaConf.load(path)] if path.is_file() else [folder.name]
 
 
 def _row(name: str, settings: str, result: Mapping[str, Any]) -> list[str]:

@@ -18,7 +18,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from evolvenet import Budget, Front, IndexMap, resize, trace
 from experiments.models.resnet import UnpaddedResNet
 from experiments.training.controls import ControlError
-from experiments.training.run import readable_errors
+from experiments.training.jobs import readable_errors
 from experiments.training.torch_pruning import TorchPruning, renew, sizes_of
 from tests.helpers.experiments import configuration
 

@@ -15,7 +15,7 @@ from evolvenet.engine.history import History
 from experiments.data.span_augment import SpanAugment
 from experiments.training import classifier, points
 from experiments.training.classifier import Classifier
-from experiments.training.run import readable_errors
+from experiments.training.jobs import readable_errors
 from experiments.training.sweep import draw_sweep, sweep_table
 from tests.helpers.experiments import configuration, train, write_numbered
 from tests.helpers.paths import CONF, ROOT

@@ -1,0 +1,144 @@
+"""Runs that fail, end, stop and go on: one line each, nothing done twice, nothing lost."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from experiments.training.jobs import finished, resume_command, stopped_run
+from experiments.training.sweep import front_points, tabulate
+from tests.helpers.experiments import configuration, train
+from tests.helpers.paths import ROOT
+
+SMALL = [
+    "model.widths=[4,4,4]", "model.hidden=8", "trainer.max_epochs=1", "trainer.limit_train_batches=2", "trainer.accelerator=cpu",
+    "logger=none",
+]  # fmt: skip
+
+
+def command(cwd: Path, *overrides: str) -> Any:
+    """What `train.py` does when it is typed."""
+    words = [sys.executable, str(ROOT / "train.py"), *overrides]
+    return subprocess.run(words, cwd=cwd, capture_output=True, text=True, timeout=300, check=False)
+
+
+def test_a_setting_of_the_wrong_type_is_one_line(tmp_path: Path) -> None:
+    done = command(tmp_path, "trainer.max_epochs=abc")
+    assert done.returncode == 1
+    assert done.stderr.strip() == "error: trainer.max_epochs: expected a number, such as 60, got 'abc'."
+    assert "Traceback" not in done.stdout
+
+
+@pytest.mark.skipif(torch.cuda.is_available() or torch.backends.mps.is_available(), reason="there is a GPU here")
+def test_a_missing_gpu_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match=r"^error: Trainer: No supported gpu backend found!$"):
+        train(tmp_path, ["trainer=gpu", *SMALL[:-2]])
+
+
+def test_a_truncated_file_and_a_full_disk_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = b"PK\x03\x04" + os.urandom(300)
+    (tmp_path / "mnist.npz").write_bytes(whole)
+    with pytest.raises(SystemExit, match=r"error: Data: expected .*mnist\.npz to hold"):
+        train(tmp_path, ["data=mnist", f"data.root={tmp_path}", "model.widths=[4,4,4]"])
+
+    def full(*unused: Any, **named: Any) -> None:
+        raise OSError(28, "No space left on device", "last.ckpt")
+
+    monkeypatch.setattr("lightning.Trainer.save_checkpoint", full)
+    with pytest.raises(SystemExit, match=r"error: last\.ckpt: the disk is full"):
+        train(tmp_path, SMALL)
+
+
+def test_a_failed_run_does_not_end_its_sweep_and_finished_runs_are_skipped(tmp_path: Path) -> None:
+    sweep = [
+        "-m",
+        "experiment=digits_both_threshold",
+        "model=digits_resnet",
+        "seed=0,1",
+        "evolve.policy.prune=7,0.02",
+        *SMALL,
+        "hydra.sweep.dir=sweep",
+    ]
+    first = command(tmp_path, *sweep)
+    assert first.returncode == 0, first.stderr
+    assert first.stdout.count("(run sweep/") == first.stdout.count("failed: ") == 2
+    results = sorted(path.parent.name for path in (tmp_path / "sweep").rglob("result.json"))
+    assert len(results) == 2
+    made = {path: path.stat().st_mtime_ns for path in (tmp_path / "sweep").rglob("result.json")}
+    again = command(tmp_path, *sweep)
+    assert again.returncode == 0, again.stderr
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "sweep").rglob("result.json")} == made
+    assert again.stdout.count("finished before, skipped") == 2
+    points = front_points(tmp_path)
+    assert {point["run"] for point in points} == {"seed=0", "seed=1"}
+    table = subprocess.run(
+        [sys.executable, "-m", "experiments.sweep", str(tmp_path)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert table.returncode == 0
+    assert table.stdout.count("failed: sweep/") == 2
+    assert (tmp_path / "front.png").stat().st_size > 5_000
+
+
+@pytest.mark.long
+def test_optuna_gets_accuracy_and_size(tmp_path: Path) -> None:
+    done = command(
+        tmp_path, "-m", "hydra/sweeper=accuracy_and_size", "hydra.sweeper.n_trials=2", *SMALL, "hydra.sweep.dir=sweep",
+        '+hydra.sweeper.params={evolve.policy.prune: "interval(0.01,0.3)"}',
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "sweep" / "optimization_results.yaml").is_file()
+    assert (
+        "values" in (tmp_path / "sweep" / "optimization_results.yaml").read_text()
+        or "solutions" in (tmp_path / "sweep" / "optimization_results.yaml").read_text()
+    )
+
+
+def test_resume_auto_finds_the_latest_stopped_run_of_the_same_settings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = [*SMALL, "trainer.max_epochs=2"]
+    whole = train(tmp_path / "outputs" / "a", words)
+    config = configuration(*words, output=tmp_path / "outputs" / "a" / "run")
+    assert finished(config) == whole
+    assert stopped_run(config, [Path("outputs")]) is None, "it has ended"
+    (tmp_path / "outputs" / "a" / "run" / "result.json").unlink()
+    other = configuration(*words, output=tmp_path / "outputs" / "b" / "run")
+    assert stopped_run(other, [Path("outputs")]) == Path("outputs/a/run/last.ckpt")
+    assert stopped_run(configuration(*words, "seed=1", output="x"), [Path("outputs")]) is None, "another seed"
+    assert resume_command(Path("outputs/a/run")) is not None
+    resumed = train(tmp_path / "outputs" / "b", [*words, "resume=auto"])
+    assert resumed["steps"] == whole["steps"]
+    assert resumed["seconds"] > whole["seconds"], "times add up"
+    assert resumed["val_acc"] == whole["val_acc"]
+
+
+def test_ctrl_c_prints_the_command_that_goes_on(tmp_path: Path) -> None:
+    words = [*SMALL, "trainer.max_epochs=500", "evolve=off", "hydra.run.dir=run"]
+    typed = [sys.executable, str(ROOT / "train.py"), *words]
+    running = subprocess.Popen(typed, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    waited = time.monotonic()
+    while not (tmp_path / "run" / "last.ckpt").is_file() and time.monotonic() - waited < 120:
+        time.sleep(0.05)
+    running.send_signal(signal.SIGINT)
+    shown, _ = running.communicate(timeout=120)
+    [line] = [line for line in shown.splitlines() if "to go on: " in line]
+    assert shlex.split(line.partition("to go on: ")[2])[2:] == [*words, f"resume={tmp_path / 'run' / 'last.ckpt'}"]
+    assert "Traceback" not in shown
+
+
+def test_a_folder_without_results_says_so(tmp_path: Path) -> None:
+    assert tabulate(tmp_path).startswith("no run below")
