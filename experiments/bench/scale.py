@@ -122,29 +122,32 @@ def _child(size: str, stage: str) -> None:
     print(json.dumps(found))
 
 
+def _row(size: str, stage: str, each: dict[str, Any], base: float | None) -> list[str]:
+    """A line of the table; `base` is what the model alone takes."""
+    above = None if base is None or stage == "trace without weights" else each["gib"] - base
+    return [
+        size,
+        stage,
+        f"{each['parameters'] / 1e6:,.0f} M",
+        "bfloat16" if size in HALF else "float32",
+        f"{each['weights']:.2f}",
+        f"{BATCHES.get(size, 8)}" if stage == "prune" else "–",
+        f"{each['cpu']:.0f}",
+        "–" if each["wall"] is None else f"{each['wall']:.0f}",
+        f"{each['gib']:.2f}",
+        "–" if above is None else f"{above:.2f}",
+        "–" if above is None else f"{above / each['weights']:.2f}",
+        each.get("commit", "–"),
+    ]
+
+
 def _page(known: dict[str, dict[str, dict[str, Any]]]) -> str:
-    rows = []
-    for size in [size for size in SIZES if size in known]:
-        base = known[size].get("build", {}).get("gib")
-        for stage in [stage for stage in STAGES if stage in known[size] and stage != "build"]:
-            each = known[size][stage]
-            above = None if base is None or stage == "trace without weights" else each["gib"] - base
-            rows.append(
-                [
-                    size,
-                    stage,
-                    f"{each['parameters'] / 1e6:,.0f} M",
-                    "bfloat16" if size in HALF else "float32",
-                    f"{each['weights']:.2f}",
-                    f"{BATCHES.get(size, 8)}" if stage == "prune" else "–",
-                    f"{each['cpu']:.0f}",
-                    "–" if each["wall"] is None else f"{each['wall']:.0f}",
-                    f"{each['gib']:.2f}",
-                    "–" if above is None else f"{above:.2f}",
-                    "–" if above is None else f"{above / each['weights']:.2f}",
-                    each.get("commit", "–"),
-                ]
-            )
+    rows = [
+        _row(size, stage, known[size][stage], known[size].get("build", {}).get("gib"))
+        for size in SIZES
+        for stage in STAGES
+        if stage != "build" and stage in known.get(size, {})
+    ]
     head = [
         "model", "stage", "parameters", "type", "weights, GiB", "batches", "CPU s", "wall s", "most resident, GiB",
         "above the model, GiB", "of the weights", "at",

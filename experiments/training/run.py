@@ -186,14 +186,7 @@ def run(
     curve, clock = Curve(), Clock()
     latest = ModelCheckpoint(output, "last", save_on_train_epoch_end=True, enable_version_counter=False)
     fitting = trainer(callbacks=[Progress(), curve, clock, *callbacks, *filter(None, (points, evolution)), latest])
-    for logger in fitting.loggers:
-        logger.log_hyperparams(recorded_config(config))
-    try:
-        fitting.fit(classifier, datamodule=data, ckpt_path=resumed, weights_only=True)
-    except SystemExit:
-        if (command := resume_command(output)) is not None:
-            log.info("stopped; to go on: %s", command)
-        raise
+    _fit(fitting, classifier, data, config, resumed)
     measured: dict[str, Any] = {"seconds": clock.seconds, "steps": fitting.global_step}
     fitting.save_checkpoint(output / "last.ckpt")  # again: a policy may take its last cut back when training ends
     test = partial(_tested, fitting, classifier, data)
@@ -208,6 +201,19 @@ def run(
     (output / RESULT).write_text(json.dumps(result, indent=1), encoding="utf-8")
     _present(result, history, output)
     return result
+
+
+def _fit(
+    fitting: lightning.Trainer, classifier: Classifier, data: ImageData, config: DictConfig, resumed: str | None
+) -> None:
+    for logger in fitting.loggers:
+        logger.log_hyperparams(recorded_config(config))
+    try:
+        fitting.fit(classifier, datamodule=data, ckpt_path=resumed, weights_only=True)
+    except SystemExit:  # what Lightning makes of Ctrl-C
+        if (command := resume_command(Path(config.output))) is not None:
+            log.info("stopped; to go on: %s", command)
+        raise
 
 
 def _resumed(config: DictConfig) -> str | None:

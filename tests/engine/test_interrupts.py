@@ -206,12 +206,15 @@ def test_what_is_done_once_is_done_or_not_done(name: str, times: int, tmp_path: 
     small, _ = fresh()
     evolvenet.prune(small, evolvenet.trace(small, torch.zeros(2, 4)), {"0": 6})
     evolvenet.save(small, tmp_path / "small.pt")
-    # The first time more is called, since nothing is cached.
-    for _ in range(2):
+
+    def changed_once() -> tuple[Any, int, Any]:
         model, optimizer = fresh()
         before = state(model, optimizer)
         total = calls_in(partial(change, model, optimizer, tmp_path / "small.pt"))
-        after = state(model, optimizer)
+        return before, total, state(model, optimizer)
+
+    changed_once()  # the first time more is called, since nothing is cached
+    before, total, after = changed_once()
     if name != "remove_blocks":
         assert not is_same(before, after)
     for _ in range(times):

@@ -45,9 +45,7 @@ def test_every_choice_composes(choice: str) -> None:
     assert configuration(*written(choice)).title
 
 
-@pytest.mark.parametrize(
-    ("one", "two"), itertools.combinations(("data", "optimizer", "scheduler", "logger"), 2)
-)
+@pytest.mark.parametrize(("one", "two"), itertools.combinations(("data", "optimizer", "scheduler", "logger"), 2))
 def test_choices_of_two_groups_compose_together(one: str, two: str) -> None:
     with initialize_config_dir(str(CONF), version_base="1.3"):
         for first, second in itertools.product(CHOICES[one], CHOICES[two]):
