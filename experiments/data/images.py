@@ -270,6 +270,8 @@ class FileData(ImageData):
 
     name = ""
     torchvision_name = ""
+    remedy = "Delete the file to have it downloaded, or replace it."
+    """What to do about a file that cannot be read."""
 
     def __init__(self, root: str | Path = "data", **options) -> None:
         super().__init__(**options)
@@ -287,7 +289,7 @@ class FileData(ImageData):
         except (KeyError, ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
             raise DataError(
                 f"Data: expected {path} to hold x_train, y_train, x_test and y_test (uint8 images, Keras' layout), "
-                f"got: {error}. Delete the file to have it downloaded, or replace it."
+                f"got: {error}. {self.remedy}"
             ) from error
 
     def _from_torchvision(self, path: Path) -> tuple[Split, Split]:
@@ -344,6 +346,8 @@ class NpzData(FileData):
         path: of the file.
         **options: see `ImageData`.
     """
+
+    remedy = "Replace the file, or set data.path to another one."
 
     def __init__(self, path: str | Path, **options) -> None:
         super().__init__(root=Path(path).expanduser().parent, **options)

@@ -28,6 +28,11 @@ FAILURE = "error.txt"
 LAST = "last.ckpt"
 UNRELATED = ("output", "resume", "threads")
 """Entries that two runs with the same result may have different."""
+TRAINER_NUMBERS = (
+    "max_epochs", "max_steps", "limit_train_batches", "limit_val_batches", "limit_test_batches", "gradient_clip_val",
+    "log_every_n_steps", "num_sanity_val_steps",
+)  # fmt: skip
+"""Arguments of Lightning's Trainer that are numbers alone: of `devices` it also takes texts, such as auto and "0,1"."""
 
 
 class SettingsError(EvolveNetError):
@@ -127,7 +132,7 @@ def check_types(config: DictConfig) -> None:
         config: as Hydra composed it.
 
     Raises:
-        SettingsError: if one is a text where the default is a number.
+        SettingsError: if one is a text where the default is a number; those of `trainer` that may be both, Lightning checks.
     """
     if not HydraConfig.initialized():
         return
@@ -140,6 +145,8 @@ def check_types(config: DictConfig) -> None:
         return
     for word in own.overrides.task:
         name, _, given = word.lstrip("+~").partition("=")
+        if name.startswith("trainer.") and name.removeprefix("trainer.") not in TRAINER_NUMBERS:
+            continue
         default, value = (_number_or_text(each, name) for each in (defaults, config))
         if isinstance(default, (int, float)) and isinstance(value, str):
             kind = "true or false" if isinstance(default, bool) else "a number"
@@ -213,8 +220,13 @@ def remember_settings(config: DictConfig) -> None:
 
 
 def resume_command(output: Path) -> str | None:
-    """What to type to go on with a run that was stopped; None where nothing was saved yet."""
+    """What to type to go on with a run that was stopped, or with its sweep; None where nothing was saved yet."""
     if not (output / LAST).is_file():
         return None
-    words = [word for word in sys.argv[1:] if not word.startswith("resume=")]
-    return shlex.join(["python", sys.argv[0], *words, f"resume={output / LAST}"])
+    words = [word for word in sys.argv[1:] if not word.startswith(("resume=", "hydra.sweep.dir="))]
+    more = [f"resume={output / LAST}"]
+    if in_sweep():
+        # One checkpoint would be resumed by every run of the sweep. In the same folder, finished runs are skipped, and each
+        # other one finds its own checkpoint.
+        more = [f"hydra.sweep.dir={HydraConfig.get().sweep.dir}", "resume=auto"]
+    return shlex.join(["python", sys.argv[0], *words, *more])

@@ -25,8 +25,15 @@ class SweepTable(Callback):
     """Writes `sweep.md`, `sweep.png` and `front.png` beside the runs' directories, and prints the table."""
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
-        """Called by Hydra once, after the last run."""
-        print(f"\n{tabulate(Path(config.hydra.sweep.dir))}")
+        """Called by Hydra once, after the last run.
+
+        Raises:
+            SystemExit: with status 1 if every run has failed, so that a script that started the sweep stops.
+        """
+        directory = Path(config.hydra.sweep.dir)
+        print(f"\n{tabulate(directory)}", flush=True)
+        if any(directory.rglob(FAILURE)) and not any(directory.rglob(RESULT)):
+            raise SystemExit(1)
 
 
 def tabulate(directory: Path) -> str:

@@ -8,12 +8,14 @@ import numpy as np
 import pytest
 import torch
 import torchvision
+from PIL import Image
 from torch import nn
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as images_of
 
 from evolvenet.errors import EvolveNetError
-from experiments.data.images import Augment, BatchLoader, Cifar10Data, DataError, DigitsData, MnistData, Split
+from experiments.data.folders import FolderData
+from experiments.data.images import Augment, BatchLoader, Cifar10Data, DataError, DigitsData, MnistData, NpzData, Split
 from tests.helpers.experiments import write_numbered
 
 
@@ -263,10 +265,33 @@ def test_a_file_of_another_layout_is_refused(tmp_path, arrays, named):
         MnistData(root=tmp_path).setup()
 
 
+def write_folders(root, **classes):
+    """A grey image for each class of each split, as bright as its name's first letter."""
+    for split, names in classes.items():
+        for name in names:
+            (root / split / name).mkdir(parents=True)
+            Image.new("L", (8, 8), ord(name[0])).save(root / split / name / "0.png")
+
+
+def test_classes_of_the_test_folder_have_the_labels_of_training(tmp_path):
+    write_folders(tmp_path, train=["ant", "bee", "cow"], test=["cow", "bee"])
+    train, test = FolderData(tmp_path, size=8).read()
+    for images, labels in (train, test):
+        assert images[:, 0, 0, 0].tolist() == [ord("abc"[label]) for label in labels.tolist()]
+
+
+def test_a_class_that_is_not_trained_is_refused(tmp_path):
+    write_folders(tmp_path, train=["ant", "cow"], val=["ant", "bee"])
+    with pytest.raises(DataError, match=r"in .*val, got bee too"):
+        FolderData(tmp_path, size=8).read()
+
+
 def test_a_file_that_is_no_npz_is_refused(tmp_path):
     (tmp_path / "mnist.npz").write_text("not an archive")
-    with pytest.raises(DataError, match=r"mnist\.npz"):
+    with pytest.raises(DataError, match=r"mnist\.npz.* Delete the file to have it downloaded"):
         MnistData(root=tmp_path).setup()
+    with pytest.raises(DataError, match=r"mnist\.npz.* Replace the file, or set data\.path"):
+        NpzData(tmp_path / "mnist.npz").setup()
 
 
 @pytest.mark.parametrize(("options", "named"), [({"val_size": 1437}, "val_size"), ({"batch_size": 1258}, "batch_size")])

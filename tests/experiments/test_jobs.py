@@ -9,20 +9,78 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from hydra import compose, initialize_config_dir
+from hydra.types import RunMode
+from omegaconf import OmegaConf
 
-from experiments.training.jobs import finished, resume_command, stopped_run
-from experiments.training.sweep import front_points, tabulate
+from experiments.training import jobs
+from experiments.training.jobs import SettingsError, check_types, finished, resume_command, stopped_run
+from experiments.training.sweep import SweepTable, front_points, tabulate
 from tests.helpers.experiments import configuration, train
-from tests.helpers.paths import ROOT
+from tests.helpers.paths import CONF, ROOT
 
 SMALL = [
     "model.widths=[4,4,4]", "model.hidden=8", "trainer.max_epochs=1", "trainer.limit_train_batches=2", "trainer.accelerator=cpu",
     "logger=none",
 ]  # fmt: skip
+
+
+def inside_hydra(monkeypatch: pytest.MonkeyPatch, *overrides: str, mode: RunMode = RunMode.RUN) -> None:
+    """Let `jobs` see a run with these overrides, in the sweep folder "there"."""
+    own = OmegaConf.create(
+        {
+            "runtime": {"choices": {"trainer": "default", "data": "digits"}}, "overrides": {"task": list(overrides)},
+            "job": {"config_name": "train"}, "sweep": {"dir": "there"}, "mode": mode,
+        }
+    )  # fmt: skip
+    monkeypatch.setattr(jobs, "HydraConfig", SimpleNamespace(initialized=lambda: True, get=lambda: own))
+
+
+@pytest.mark.parametrize(
+    ("word", "expected"),
+    [
+        ("trainer.devices=auto", None),
+        ('trainer.devices="0,1"', None),
+        ("trainer.max_epochs=abc", "trainer.max_epochs: expected a number, such as 60, got 'abc'"),
+        ("trainer.limit_train_batches=all", "trainer.limit_train_batches: expected a number"),
+        ("seed=one", "seed: expected a number"),
+    ],
+)
+def test_texts_are_refused_for_numbers_but_where_lightning_takes_both(
+    monkeypatch: pytest.MonkeyPatch, word: str, expected: str | None
+) -> None:
+    inside_hydra(monkeypatch, word)
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        if expected is None:
+            check_types(compose("train", [word]))
+            return
+        with pytest.raises(SettingsError, match=expected):
+            check_types(compose("train", [word]))
+
+
+def test_a_stopped_sweep_goes_on_as_a_whole_in_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The checkpoint of one run would be resumed by all of them."""
+    (tmp_path / "last.ckpt").touch()
+    monkeypatch.setattr(sys, "argv", ["train.py", "-m", "seed=0,1", "hydra.sweep.dir=there", "resume=auto"])
+    inside_hydra(monkeypatch, mode=RunMode.MULTIRUN)
+    assert resume_command(tmp_path) == "python train.py -m seed=0,1 hydra.sweep.dir=there resume=auto"
+    inside_hydra(monkeypatch)
+    assert str(resume_command(tmp_path)).endswith(f"resume={tmp_path / 'last.ckpt'}")
+
+
+def test_a_sweep_of_which_every_run_failed_ends_with_status_1(tmp_path: Path) -> None:
+    config = OmegaConf.create({"hydra": {"sweep": {"dir": str(tmp_path)}}})
+    SweepTable().on_multirun_end(config)
+    (tmp_path / "0").mkdir()
+    (tmp_path / "0" / "error.txt").write_text("error: something", encoding="utf-8")
+    with pytest.raises(SystemExit) as ended:
+        SweepTable().on_multirun_end(config)
+    assert ended.value.code == 1
 
 
 def command(cwd: Path, *overrides: str) -> Any:
