@@ -128,7 +128,7 @@ def test_a_failed_run_does_not_end_its_sweep_and_finished_runs_are_skipped(tmp_p
     ]
     first = command(tmp_path, *sweep)
     assert first.returncode == 0, first.stderr
-    assert first.stdout.count("(run sweep/") == first.stdout.count("failed: ") == 2
+    assert first.stdout.count(f"(run {tmp_path}/sweep/") == first.stdout.count("failed: ") == 2
     results = sorted(path.parent.name for path in (tmp_path / "sweep").rglob("result.json"))
     assert len(results) == 2
     made = {path: path.stat().st_mtime_ns for path in (tmp_path / "sweep").rglob("result.json")}
