@@ -134,7 +134,8 @@ class WidthGraph:
         aliases: other names of the same tensor object (tied weights) → the name used here.
         differentiates: whether the model's own code computes gradients, so that it only runs with autograd on.
         added: names of the tensors that ops only add to their units: biases, running means.
-        gates: names of the tensors that scale, gate or bound each unit by entries of its own: fixed kernels, grids of splines.
+        gates: names of the tensors that scale, gate or bound each unit by entries of its own: fixed kernels, grids of splines;
+            also those whose entry of each unit says which place of another tensor is picked for it.
         outputs: paths, or a function, of those outputs of the model that count, as given to `trace`; None for all.
         notes: what the last change did differently from what was asked for, a line each: `prune` names fits that it refused.
     """

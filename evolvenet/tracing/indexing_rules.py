@@ -16,6 +16,9 @@ from evolvenet.tracing.labels import DATA, Label, align, compress, varying
 from evolvenet.tracing.merging import merge
 from evolvenet.tracing.rules import Call, elementwise, movement, rule, tie_elements
 
+_MASKS = (torch.bool, torch.uint8)
+"""Types of an index that says of each place whether it is picked; others hold the numbers of places."""
+
 
 @rule("index", "index_select")
 def pick(call: Call) -> None:
@@ -43,17 +46,30 @@ def pick(call: Call) -> None:
 def _units_of_index(call: Call, picked: set[int]) -> list[Tensor]:
     """The units of an index `[units]` that picks along one dimension, in the place of that dimension; others are frozen.
 
-    A buffer with the number of each head picks the rows of what was computed for all heads.
+    A buffer with the number of each head picks the rows of what was computed for all heads. A mask that is computed from
+    units picks as many as it is true for, which are no units of its own. A tensor of the model whose entries are the index
+    is recorded as a gate: a new unit's entry has to be a place that there is, so it is that of another unit.
     """
-    indices = [index for index in call.tensors[1:] if call.label_of(index).layers]
-    single = len(picked) == 1 and len(call.tensors) == 2 and all(index.dim() == 1 for index in indices)
     found: list[Tensor] = []
-    for layer in (layer for index in indices for layer in call.label_of(index).layers):
-        if single:
-            found.append(layer.view([-1 if dim in picked else 1 for dim in range(call.out.dim())]))
-        else:
-            call.label_graph.freeze(layer, f"{call.location} picks by several indices at once")
+    for index in call.tensors[1:]:
+        reason, origin = _no_units_of_index(call, index, picked), call.label_of(index).origin
+        if reason is None and origin is not None:
+            call.label_graph.gates.add(origin)
+        for layer in call.label_of(index).layers:
+            if reason is None:
+                found.append(layer.view([-1 if dim in picked else 1 for dim in range(call.out.dim())]))
+            else:
+                call.label_graph.freeze(layer, f"{call.location} picks by {reason}")
     return found
+
+
+def _no_units_of_index(call: Call, index: Tensor, picked: set[int]) -> str | None:
+    """What an index is whose units are not those of what it picks; None if they are, one picked place for each."""
+    if index.dtype in _MASKS:
+        return "a mask that is computed from them"
+    if len(call.tensors) > 2 or len(picked) != 1:
+        return "several indices at once"
+    return None if index.dim() == 1 else f"an index of {index.dim()} dimensions"
 
 
 def _names_places(call: Call) -> bool:
@@ -84,7 +100,7 @@ def _indexable(shape: Sequence[int], picked: set[int]) -> list[int]:
 
 def _first_place(index: Tensor) -> Tensor:
     """An index of as many dimensions that picks one place; a mask picks along one dimension."""
-    mask = index.dtype in (torch.bool, torch.uint8)
+    mask = index.dtype in _MASKS
     return (
         torch.ones((1,) * index.dim(), dtype=index.dtype) if mask else index.new_zeros((1,) * index.dim(), device="cpu")
     )
@@ -97,7 +113,7 @@ def _picked(call: Call) -> set[int]:
     picked: set[int] = set()
     position = 0
     for index in call.args[1]:
-        covered = index.dim() if index is not None and index.dtype in (torch.bool, torch.uint8) else 1
+        covered = index.dim() if index is not None and index.dtype in _MASKS else 1
         if index is not None:
             picked |= set(range(position, position + covered))
         position += covered

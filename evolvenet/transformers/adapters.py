@@ -57,9 +57,7 @@ def save_adapted(
     Raises:
         RecordError: for adapters of another kind, or widths that are not known.
     """
-    others = {
-        name: config.peft_type for name, config in model.peft_config.items() if "LORA" not in str(config.peft_type)
-    }
+    others = {name: config.peft_type.value for name, config in model.peft_config.items() if config.peft_type != "LORA"}
     base = model.get_base_model()
     if others or not isinstance(base, PreTrainedModel):
         raise RecordError(

@@ -28,7 +28,7 @@ def number_alibi_heads(model: nn.Module) -> int:
     """Let whole heads of a model with ALiBi go, grow and be saved: `trace(model, …, heads=True)` finds them then.
 
     The model computes what it did. Do the same to a freshly built model before `evolvenet.load`;
-    `evolvenet.transformers.from_pretrained` does it by itself. A new head has the slope of the first one.
+    `evolvenet.transformers.from_pretrained` does it by itself. A new head has the slope of one that is there.
 
     Args:
         model: BLOOM, Falcon with `alibi=True`, MPT, or a model that holds one; it is changed in place, once.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -27,6 +28,8 @@ from evolvenet.surgery.width_record import RECORD_KEY, WidthRecord, remember, re
 from evolvenet.tracing.trace import trace
 from evolvenet.transformers.alibi import BUFFER, number_alibi_heads
 from evolvenet.transformers.configuration import builds, equal_configuration
+
+log = logging.getLogger("evolvenet")
 
 
 def save_model(
@@ -247,16 +250,20 @@ def _reshaping(
 
 
 def _leave_out_of_initialization(model: PreTrainedModel) -> None:
-    """Mark modules whose initialization does not take the present widths as initialized, as Whisper's encoder of an odd one.
+    """Mark modules whose initialization does not take the present widths as initialized.
 
-    Their weights are loaded, or the folder is refused. A module that has tensors which no file holds is not marked.
+    Whisper's encoder has no initialization for an odd width, Mamba's mixer one for the configured width alone. Their weights are
+    loaded, or the folder is refused. A module that has tensors which no file holds is not marked.
     """
     for path, module in model.named_modules():
         holders = [path, *(path[: end.start()] for end in reversed(list(re.finditer(r"\.", path)))), ""]
         owner = next(each for each in map(model.get_submodule, holders) if isinstance(each, PreTrainedModel))
         try:
             owner._init_weights(module)  # type: ignore[no-untyped-call]
-        except ValueError:
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # noqa: BLE001  each family initializes, and fails, in its own way
+            log.debug("%s is not initialized in its present widths: %s", path, error)
             saved = set(module.state_dict())
             if all(name in saved for name, _ in module.named_buffers(recurse=False)):
                 module._is_hf_initialized = True  # type: ignore[assignment]

@@ -32,12 +32,17 @@ def resumed_folder() -> Path | None:
 
 
 def loaded_folder() -> Path | None:
-    """The checkpoint that the running trainer loads into its model: the one that it resumes from, or the best at the end."""
-    for frame in _frames_of_trainers():
-        best = frame.f_locals["self"].state.best_model_checkpoint
-        if frame.f_code.co_name == "_load_best_model" and best is not None:
-            return Path(best)
-    return resumed_folder()
+    """The checkpoint that the running trainer is loading into its model: the one that it resumes from, or the best at the end.
+
+    None for everything else that is loaded during its run, as weights that a callback exchanges for their moving average.
+    """
+    frame = next(_frames_of_trainers(), None)
+    loading = None if frame is None else frame.f_code.co_name
+    if frame is None or loading not in ("_load_from_checkpoint", "_load_best_model"):
+        return None
+    best = frame.f_locals["self"].state.best_model_checkpoint
+    folder = best if loading == "_load_best_model" else frame.f_locals.get("resume_from_checkpoint")
+    return Path(folder) if isinstance(folder, str) else None
 
 
 def save_tensors(args: TrainingArguments, state: TrainerState, tensors: Mapping[str, Any]) -> None:

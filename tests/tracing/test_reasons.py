@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -39,3 +43,33 @@ def test_an_op_that_computes_other_numbers_is_named_with_its_line() -> None:
     frozen = str(graph.widths["0"].frozen)
     assert frozen.startswith("aten::div in 0 (Averaged) computes other values once units of zeros are added")
     assert frozen.endswith(": return super().forward(input) / len(self.weight)")
+
+
+class Indexed(nn.Module):
+    """A width whose gate picks by an index that is computed from it."""
+
+    def __init__(self, pick: Callable[[nn.Linear, Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.inner, self.gate, self.out, self.pick = nn.Linear(6, 8), nn.Parameter(torch.ones(8)), nn.Linear(8, 3), pick
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.inner(x) * self.gate) + self.pick(self.inner, self.gate, x).mean()
+
+
+@pytest.mark.parametrize(
+    ("pick", "reason"),
+    [
+        (lambda inner, gate, x: x.new_ones(8, 6)[gate > 0], "picks by a mask that is computed from them"),
+        (lambda inner, gate, x: inner(x)[:, gate > 0][:, :2], "picks them by an index"),
+        (lambda inner, gate, x: inner.weight[gate > 0] * gate[gate > 0][:, None], "picks them by an index"),
+        (lambda inner, gate, x: x.new_ones(8, 6)[gate.long()[None]], "picks by an index of 2 dimensions"),
+        (lambda inner, gate, x: x.new_ones(8, 8)[gate.long(), gate.long()], "picks by several indices at once"),
+    ],
+)
+def test_units_that_an_index_is_computed_from_are_frozen_with_what_the_index_is(pick: Any, reason: str) -> None:
+    torch.manual_seed(0)
+    model = Indexed(pick)
+    with torch.no_grad():
+        model.gate[::3] = 0.0
+    graph = trace(model, torch.ones(5, 6))
+    assert reason in str(graph.widths["inner"].frozen)

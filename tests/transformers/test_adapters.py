@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
+from peft import AdaLoraConfig, IA3Config, LoraConfig, PeftModel, RandLoraConfig, get_peft_model
 from torch import Tensor
 from transformers import BertConfig, BertForMaskedLM, BertForSequenceClassification
 
@@ -144,8 +144,16 @@ def test_heads_go_with_the_adapters_at_queries_and_values() -> None:
         assert torch.allclose(model(**words).logits, expected, atol=1e-5)
 
 
-def test_other_kinds_of_adapters_are_refused(tmp_path: Path) -> None:
-    model = get_peft_model(family("bert"), IA3Config(target_modules=LAYERS, feedforward_modules=["intermediate.dense"]))
-    with pytest.raises(RecordError, match=r"expected LoRA adapters .* got default of type .*IA3"):
+@pytest.mark.parametrize(
+    "config",
+    [
+        IA3Config(target_modules=LAYERS, feedforward_modules=["intermediate.dense"]),
+        AdaLoraConfig(target_modules=["query"], total_step=10),
+        RandLoraConfig(r=4, target_modules=["query"]),
+    ],
+)
+def test_other_kinds_of_adapters_are_refused(config: Any, tmp_path: Path) -> None:
+    model = get_peft_model(family("bert"), config)
+    with pytest.raises(RecordError, match=r"expected LoRA adapters .* got default of type (IA3|ADALORA|RANDLORA)"):
         save_pretrained(model, tmp_path)
     assert not list(tmp_path.iterdir())

@@ -81,3 +81,22 @@ def test_a_model_without_slopes_is_refused() -> None:
     sizes: dict[str, Any] = {"vocab_size": 20, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     with pytest.raises(evolvenet.EvolveNetError, match="slopes for its heads"):
         number_alibi_heads(BertModel(BertConfig(**sizes, intermediate_size=16)))
+
+
+def test_a_new_head_has_the_slope_of_one_that_is_there() -> None:
+    model = made("bloom")
+    number_alibi_heads(model)
+    graph = evolvenet.trace(model, {"input_ids": WORDS[:1]}, "logits", heads=True)
+    name, expected = "transformer.h.0.self_attention.query_key_value", {0.0, 1.0, 3.0}
+    graph = evolvenet.resize(model, graph, {name: evolvenet.IndexMap.keep([0, 1, 3], size=4)})
+    heads = model.transformer.h[0].self_attention
+    for change in (
+        lambda model: evolvenet.grow(model, graph, {name: 5}),
+        lambda model: evolvenet.resize(model, graph, {name: evolvenet.IndexMap.grow(3, 2)}),
+    ):
+        change(grown := copy.deepcopy(model))
+        numbers = grown.transformer.h[0].self_attention.alibi_heads.tolist()
+        assert numbers[:3] == [0, 1, 3]
+        assert len(numbers) == 5
+        assert set(numbers) == expected
+    assert heads.alibi_heads.tolist() == [0, 1, 3]

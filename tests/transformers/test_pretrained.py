@@ -245,3 +245,15 @@ def test_a_tensor_that_is_missing_is_not_made_up(tmp_path: Path) -> None:
 def test_only_models_of_the_transformers_library_are_saved_so(tmp_path: Path) -> None:
     with pytest.raises(RecordError, match="got a Linear"):
         save_pretrained(torch.nn.Linear(2, 2), tmp_path)
+
+
+def test_a_family_that_initializes_by_the_configured_width_comes_back_with_another(tmp_path: Path) -> None:
+    """Mamba copies its decays from a table of the configured width."""
+    torch.manual_seed(0)
+    config = transformers.MambaConfig(vocab_size=20, hidden_size=32, num_hidden_layers=2, state_size=8)
+    model, words = transformers.MambaForCausalLM(config).eval(), torch.randint(0, 20, (1, 8))
+    graph = evolvenet.trace(model, {"input_ids": words})
+    evolvenet.resize(model, graph, {"backbone.layers.0.mixer.in_proj": evolvenet.IndexMap.keep(range(63), size=64)})
+    save_pretrained(model, tmp_path)
+    with torch.no_grad():
+        assert torch.equal(from_pretrained(tmp_path)(words).logits, model(words).logits)
