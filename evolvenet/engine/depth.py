@@ -18,7 +18,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 import torch
@@ -280,6 +280,40 @@ def removes_blocks(policy: object) -> bool:
     return bool(getattr(policy, "depth", False)) and callable(getattr(policy, "block_loss", None))
 
 
+class _Costs:
+    """What a network costs in each of its states between removals, which its number of parameters tells from one another."""
+
+    def __init__(self, policy: Any, data: EventData) -> None:
+        self._data = data
+        self._kinds = {getattr(policy, "kind", getattr(policy, "cost", "params"))}
+        self._known: dict[tuple[str, int], float] = {}
+
+    def nothing(self, kind: str) -> float:
+        """0, as what is saved before any removal; the kind is one that the policy goes by."""
+        self._kinds.add(kind)
+        return 0.0
+
+    def keep(self) -> None:
+        """Measure the present state: later the network is in another one."""
+        for kind in self._kinds:
+            self._at(kind, parameters(self._data.model))
+
+    def saved(self, since: int, now: int, kind: str) -> float:
+        """The difference between two states; one that was not kept has to be the present one."""
+        return self._at(kind, since) - self._at(kind, now)
+
+    def _at(self, kind: str, count: int) -> float:
+        if (kind, count) not in self._known:
+            model, inputs, own = self._data.model, self._data.example_inputs, self._data.graph.differentiates
+            measure = {
+                "params": lambda: count,
+                "bytes": lambda: size_in_bytes(model),
+                "macs": lambda: macs(model, inputs, own),
+            }
+            self._known[kind, count] = measure.get(kind, lambda: latency(model, inputs, own))()
+        return self._known[kind, count]
+
+
 def removals_of_policy(
     policy: Any, context: PolicyContext, data: EventData, may_go: Callable[[str], bool]
 ) -> list[Removal]:
@@ -291,35 +325,29 @@ def removals_of_policy(
         data: of the event, with its batches.
         may_go: see `find_removals`.
     """
-    model, inputs = data.model, data.example_inputs
-
-    @cache
-    def cost(kind: str, count: int) -> float:
-        # `count` parameters tell one state of the model from another.
-        costs = {"params": lambda _: count, "bytes": size_in_bytes, "macs": lambda each: macs(each, inputs, own)}
-        return costs[kind](model) if kind in costs else latency(model, inputs, own)
-
-    own, lost, kept = data.graph.differentiates, [0.0], [parameters(model)]
-    first = kept[0]
+    model, costs, lost = data.model, _Costs(policy, data), [0.0]
+    first = parameters(model)
+    kept = [first]
 
     def limit(path: str) -> Accept:
         now = parameters(model)
 
         def accept(before: Sequence[Tensor], after: Sequence[Tensor]) -> bool:
             loss = output_error(before, after)
-            alone = partial(lambda since, kind: cost(kind, since) - cost(kind, now), kept[0])
-            together = partial(lambda since, kind: cost(kind, since) - cost(kind, now), first)
-            fits = loss - lost[0] <= policy.block_loss(context, path, alone) + ROUNDING**2
-            if fits and loss <= policy.block_loss(context, path, together) + ROUNDING**2:
+            alone, together = partial(costs.saved, kept[0], now), partial(costs.saved, first, now)
+            accepted = partial(costs.saved, first, kept[0])
+            fits = loss - lost[0] <= policy.block_loss(context, path, alone, accepted) + ROUNDING**2
+            if fits and loss <= policy.block_loss(context, path, together, costs.nothing) + ROUNDING**2:
                 lost[0], kept[0] = loss, now
+                costs.keep()
                 return True
             return False
 
         return accept
 
-    cost(getattr(policy, "kind", getattr(policy, "cost", "params")), first)
     # What it reads of the context is computed once, while the model is whole.
-    policy.block_loss(context, "", lambda kind: 0.0)
+    policy.block_loss(context, "", costs.nothing, costs.nothing)
+    costs.keep()
     return find_removals(model, first_batches(data.batches, SAMPLES), TRIED, limit, data.graph, may_go)
 
 

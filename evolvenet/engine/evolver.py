@@ -6,7 +6,6 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import partial
 from typing import Any, cast
 
 import torch
@@ -34,7 +33,7 @@ from evolvenet.engine.original_widths import OriginalWidths, at_first_sizes
 from evolvenet.engine.proposals import apply_proposals
 from evolvenet.engine.repetitions import Repetitions
 from evolvenet.engine.run_checks import fixed_by_optimizers, have_state, rank_changes_possible, unreachable, warn
-from evolvenet.engine.snapshot import PendingCut, Snapshot
+from evolvenet.engine.snapshot import PendingCut
 from evolvenet.engine.transaction import Transaction
 from evolvenet.errors import RankMismatchError, stage, stage_times
 from evolvenet.execution.chosen_outputs import Outputs, normalized
@@ -199,10 +198,8 @@ class Evolver(EvolverCuts):
         moment = self._observed if at is None else at
         group = process_group()
         self._check_optimizers()
-        # What an optimizer has in its state may differ between ranks.
-        self._failures.off = next((off for off in group.all_gather(self.off) if off is not None), None)
-        if self.off is not None:
-            return self._event(moment, (), before, 0.0, self.off)
+        if (off := self._agree_on_off(group)) is not None:
+            return self._event(moment, (), before, 0.0, off)
         check_agreement(
             group, "event, step and widths", f"event {self._past.count} at step {moment}, {self.graph.sizes}"
         )
@@ -321,8 +318,7 @@ class Evolver(EvolverCuts):
             with stage("replica update"):
                 copies = run_on_all_ranks(group, self._copies)
             with stage("snapshot"):
-                take = partial(Snapshot.of, self.model, self.graph, self.optimizers, copies)
-                past = run_on_all_ranks(group, take) if self._pending_cut else None
+                past = self._snapshot(group, copies) if self._pending_cut else None
                 self._original_before_cut = self.original
             with stage("output change"):
                 outputs = OutputChange.of(group, self.model, batches, self.graph)

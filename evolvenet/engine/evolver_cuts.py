@@ -9,6 +9,8 @@ from dataclasses import replace
 from functools import partial
 from typing import cast
 
+from torch import nn
+
 from evolvenet._compat.torch import reset_compiled_code
 from evolvenet.engine.depth import (
     Removal,
@@ -27,12 +29,14 @@ from evolvenet.engine.distributed import (
 )
 from evolvenet.engine.event_data import EventData
 from evolvenet.engine.evolver_state import EvolverState
+from evolvenet.engine.failure_policy import BLOCK_REMOVAL
 from evolvenet.engine.history import Event, changed
 from evolvenet.engine.snapshot import Snapshot, TrainingRun, roll_back
 from evolvenet.errors import RankMismatchError, stage
 from evolvenet.graph.width_graph import WidthGraph
 from evolvenet.measurement.cost import macs, parameters
 from evolvenet.signals import deferred_signals
+from evolvenet.surgery.width_record import remember_widths
 from evolvenet.tracing.unreached import trace_for_training
 
 
@@ -52,7 +56,7 @@ class EvolverCuts(EvolverState):
         group, started = process_group(), time.perf_counter()
         value = group.broadcast(value)
         cut, moment = self._pending_cut, self._observed if at is None else at
-        if cut is None or self.off is not None:
+        if cut is None or self._agree_on_off(group) is not None:
             return None
         try:
             with stage("judgement"):
@@ -68,13 +72,13 @@ class EvolverCuts(EvolverState):
         try:
             with stage("rollback"):
                 copies = run_on_all_ranks(group, self._copies)
-                take = partial(Snapshot.of, self.model, self.graph, self.optimizers, copies)
-                now = run_on_all_ranks(group, take)
-                roll_back(group, past, now, cast(TrainingRun, self), copies)
+                roll_back(group, past, self._snapshot(group, copies), cast(TrainingRun, self), copies)
             self.graph, self.original = past.graph, self._original_before_cut
             if past.names is not None:
                 self._load_names(past.names)
                 cut.rename(past.names["renamed"])
+            # The model's own was made after the cut.
+            remember_widths(self.model, self.graph, self.original.sizes)
         except RankMismatchError:
             raise
         except Exception as problem:  # noqa: BLE001  the cut then stays, and the run can go on
@@ -117,15 +121,15 @@ class EvolverCuts(EvolverState):
         return tuple(removal.path for removal in reversed(removals))
 
     def _remove_by_policy(self, group: ProcessGroup, moment: int, previous: float | None) -> tuple[str, ...]:
-        """Remove the blocks that a policy with `depth` gives up, all or nothing; a failure is warned of.
+        """Remove the blocks that a policy with `depth` gives up, all or nothing; a failure is warned of, widths may still change.
 
         Where the policy judges its changes, they are pending until then, and the widths stay in this event.
         """
         pending = self._pending_cut
-        if not removes_blocks(self.policy) or (pending and pending.snapshot):
+        if not removes_blocks(self.policy) or not self._failures.removes_blocks or (pending and pending.snapshot):
             return ()
         try:
-            with stage("block removal"):
+            with stage(BLOCK_REMOVAL):
                 batches, gradients = self._buffer.gather(group)
                 data = EventData(
                     self.model, self.graph, self.example_inputs, batches, gradients, self._past, previous, 0, None
@@ -137,15 +141,14 @@ class EvolverCuts(EvolverState):
                     return ()
                 past = None
                 if pending:
-                    copies = run_on_all_ranks(group, self._copies)
-                    take = partial(Snapshot.of, self.model, self.graph, self.optimizers, copies)
-                    past, self._original_before_cut = run_on_all_ranks(group, take), self.original
+                    past = self._snapshot(group, run_on_all_ranks(group, self._copies))
+                    self._original_before_cut = self.original
                 named, paths = self._named(), tuple(removal.path for removal in reversed(removals))
                 now = {before: new for new, before in self._remove(group, removals).items()}
         except RankMismatchError:
             raise
         except Exception as problem:  # noqa: BLE001  whatever it was, everything is as before and the run can go on
-            self._failures.explain(group, moment, problem)
+            self._failures.explain_blocks(group, moment, problem)
             return ()
         if pending and past:
             pending.record(replace(past, names={**named, "blocks": list(paths), "renamed": now}), paths)
@@ -165,11 +168,11 @@ class EvolverCuts(EvolverState):
                     apply_removal(model, removal, self.optimizers if model is self.model else (), undo)
             return trace_for_training(self.model, self.example_inputs, self._outputs)
 
-        named, known = self._named(), (self.graph, self.original, self.history.frozen)
+        named, known = self._named(), (self.graph, self.original, self.history.frozen, self._macs)
 
         def go_back() -> None:
             self._load_names(named)
-            self.graph, self.original, self.history.frozen = known
+            self.graph, self.original, self.history.frozen, self._macs = known
             # Wrappers that were renewed hold the parameters that have come back.
             self.after_change()
 
@@ -178,10 +181,23 @@ class EvolverCuts(EvolverState):
             graph = run_on_all_ranks(group, remove)
             run_on_all_ranks(group, self.after_change)
             names = self.adopt(graph, renaming(removals))
+            count = partial(macs, self.model, self.example_inputs, self.graph.differentiates)
+            self._macs = run_on_all_ranks(group, count)
             undo.pop_all()
-        self._macs = macs(self.model, self.example_inputs, self.graph.differentiates)
         reset_compiled_code()
         return names
+
+    def _snapshot(self, group: ProcessGroup, copies: Sequence[nn.Module]) -> Snapshot:
+        """The present state of the model, its copies and the optimizers; where one rank cannot take it, all ranks raise."""
+        return run_on_all_ranks(group, partial(Snapshot.of, self.model, self.graph, self.optimizers, copies))
+
+    def _agree_on_off(self, group: ProcessGroup) -> str | None:
+        """Why evolution is off on any rank, and so on all of them from now on; None while it is on.
+
+        What an optimizer has in its state may differ between ranks.
+        """
+        self._failures.off = next((off for off in group.all_gather(self.off) if off is not None), None)
+        return self.off
 
     def _may_go(self, path: str) -> bool:
         """Whether a block may be removed: what the user has fixed stays, and what is not trained."""

@@ -17,6 +17,9 @@ from evolvenet.policies.base import RESTS
 FAILURES = 2
 """Failures of one stage after which evolution is switched off for the rest of the run."""
 
+BLOCK_REMOVAL = "block removal"
+"""The stage that is switched off alone where it fails again."""
+
 log = logging.getLogger("evolvenet")
 
 
@@ -57,21 +60,44 @@ class FailurePolicy:
         Returns:
             Why nothing was changed.
         """
-        named = isinstance(problem, (SkippedEvent, SpectrumError))
-        passing = named or is_out_of_memory(problem)
-        stage, passing = group.broadcast((stage_of(problem) or "event", passing))
-        reason = str(problem) if named else f"{stage} failed: {problem or type(problem).__name__}"
-        log.debug("step %d: %s", moment, stage, exc_info=problem)
-        if not passing:
-            self.counts[stage] += 1
-            if self.counts[stage] >= FAILURES:
-                self.off = f"{reason}. It was not the first time, so widths stay as they are for the rest of the run."
-                if group.rank == 0:
-                    log.error("step %d: %s", moment, self.off)
-                return self.off
+        stage, reason = self._counted(group, moment, problem, stage_of(problem) or "event")
+        if stage is not None and self.counts[stage] >= FAILURES:
+            self.off = f"{reason}. It was not the first time, so widths stay as they are for the rest of the run."
+            if group.rank == 0:
+                log.error("step %d: %s", moment, self.off)
+            return self.off
         if group.rank == 0:
             log.warning("step %d: widths are left as they are: %s", moment, reason)
         return reason
+
+    @property
+    def removes_blocks(self) -> bool:
+        """Whether blocks are still removed at events."""
+        return self.counts[BLOCK_REMOVAL] < FAILURES
+
+    def explain_blocks(self, group: ProcessGroup, moment: int, problem: Exception) -> None:
+        """Warn that an event could not remove blocks; after the second time no later one tries. Widths change all the same.
+
+        Args:
+            group: see `explain`, like the next two.
+            moment: the optimizer step.
+            problem: what was raised.
+        """
+        _, reason = self._counted(group, moment, problem, BLOCK_REMOVAL)
+        until = "" if self.removes_blocks else " for the rest of the run, since it was not the first time"
+        if group.rank == 0:
+            log.warning("step %d: blocks are left as they are%s: %s", moment, until, reason)
+
+    def _counted(self, group: ProcessGroup, moment: int, problem: Exception, stage: str) -> tuple[str | None, str]:
+        """The stage in which rank 0 failed, None where that is not counted, and the reason."""
+        named = isinstance(problem, (SkippedEvent, SpectrumError))
+        stage, passing = group.broadcast((stage, named or is_out_of_memory(problem)))
+        reason = str(problem) if named else f"{stage} failed: {problem or type(problem).__name__}"
+        log.debug("step %d: %s", moment, stage, exc_info=problem)
+        if passing:
+            return None, reason
+        self.counts[stage] += 1
+        return stage, reason
 
     def resting(
         self, group: ProcessGroup, moment: int, problem: Exception, graph: WidthGraph, tried: Collection[str]

@@ -82,7 +82,7 @@ class EvolutionStart(EvolutionCallback):
         """Make the evolver on every rank, if `find` returns what is to be changed."""
         if self._untraceable:
             return
-        group = process_group()
+        group, resumed = process_group(), self._resumed
         try:
             subject = run_on_all_ranks(group, find)
             if all(group.all_gather(subject is not None)):
@@ -90,9 +90,10 @@ class EvolutionStart(EvolutionCallback):
                 subject = self._of_the_rank_that_calls_most(pl_module, subject)
                 run_on_all_ranks(group, lambda: self._start(trainer, pl_module, subject))
         except TraceError as problem:
-            self._untraceable = True
-            self._stop_recording()
+            # Also where another rank has failed, and this one has its evolver.
+            self._abandon_start(resumed)
             warn(f"Widths stay as they are in this run: {problem}")
+            return
         if self.evolver is not None:
             assert self._subject is not None
             with default_dtype(trainer), logging_muted(pl_module):
@@ -102,6 +103,18 @@ class EvolutionStart(EvolutionCallback):
             self._first_calls = []
             times = f"{self.schedule}, calibration_batches={self.calibration_batches}, seed={self.seed}"
             check_agreement(process_group(), "widths and times of events", f"{self.evolver.graph.sizes}, {times}")
+
+    def _abandon_start(self, resumed: dict[str, Any] | None) -> None:
+        """Leave the widths as they are in this run: nothing stays of an evolver, and of a resumed run its state."""
+        self._untraceable, self._resumed = True, resumed
+        self._stop_recording()
+        if self._first_runs is not None:
+            self._first_runs.close()
+        self._forget_record()
+        self.evolver = self._subject = self._first_runs = None
+        self._first_calls, self._averages = [], []
+        # No event may come due: the timer waits for a start again.
+        self._timer.load_state_dict(self._timer.state_dict())
 
     def _called_on_all_ranks(self, pl_module: LightningModule) -> bool:
         """Whether the training step has called a module on every rank, each on any of its batches so far."""
@@ -153,6 +166,10 @@ class EvolutionStart(EvolutionCallback):
 
     def _keep_record(self, pl_module: LightningModule) -> None:
         """Keep the module's record, and write it into its state dicts until the run ends."""
+        raise NotImplementedError
+
+    def _forget_record(self) -> None:
+        """State dicts of the module are written without a record again."""
         raise NotImplementedError
 
     def _subject_of_state(self, recorder: SubjectRecorder, state: Mapping[str, Any]) -> Subject:

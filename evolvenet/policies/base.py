@@ -123,13 +123,20 @@ class DepthPolicy(Protocol):
         """Whether blocks are removed at all."""
         ...
 
-    def block_loss(self, context: PolicyContext, path: str, saved: Callable[[str], float]) -> float:
-        """The largest Σ‖y' − y‖² / Σ‖y − mean‖² of the network's outputs that may be lost.
+    def block_loss(
+        self, context: PolicyContext, path: str, saved: Callable[[str], float], accepted: Callable[[str], float]
+    ) -> float:
+        """The largest Σ‖y' − y‖² / Σ‖y − mean‖² of the network's outputs that may be lost; −∞ where the block stays.
+
+        Called twice for a block: for what it alone loses and saves, and for all of the event together with it.
 
         Args:
-            context: of the event.
+            context: of the event; its costs are those before any removal.
             path: of the block.
-            saved: kind of cost ("params", "macs", "bytes", "latency") → what the network costs less.
+            saved: kind of cost ("params", "macs", "bytes", "latency") → what the network costs less without what is in
+                question, the block alone or all of the event.
+            accepted: kind of cost → what it costs less without the blocks that the event has given up before; 0 where all
+                of the event is in question.
         """
         ...
 

@@ -117,13 +117,19 @@ class Budget:
         """New sizes with which the network costs at most what it may now; {} once the budget holds."""
         return self.propose_from(context, context.costs.at(self.kind, context.initial), context.progress)
 
-    def block_loss(self, context: PolicyContext, path: str, saved: Callable[[str], float]) -> float:
+    def block_loss(
+        self, context: PolicyContext, path: str, saved: Callable[[str], float], accepted: Callable[[str], float]
+    ) -> float:
         """See `evolvenet.policies.base.DepthPolicy`."""
-        return self.block_loss_from(context, context.costs.at(self.kind, context.initial), context.progress)
+        start = context.costs.at(self.kind, context.initial)
+        return self.block_loss_from(context, start, context.progress, accepted)
 
-    def block_loss_from(self, context: PolicyContext, start: float, progress: float) -> float:
+    def block_loss_from(
+        self, context: PolicyContext, start: float, progress: float, accepted: Callable[[str], float]
+    ) -> float:
         """As `block_loss`, on the way from a network that cost `start`, of which a share `progress`, 0 … 1, is done."""
-        return NEGLIGIBLE if context.costs.at(self.kind, {}) > self.target(start, progress) else -math.inf
+        now = context.costs.at(self.kind, {}) - accepted(self.kind)
+        return NEGLIGIBLE if now > self.target(start, progress) else -math.inf
 
     def unreachable(self, context: PolicyContext) -> str | None:
         """Why no widths of a network cost so little, and what to do; None if some do."""

@@ -76,10 +76,12 @@ class Front:
         point, start, progress = self._now(context.costs.at(self.kind, context.initial), context.progress)
         return point.propose_from(context, start, progress)
 
-    def block_loss(self, context: PolicyContext, path: str, saved: Callable[[str], float]) -> float:
+    def block_loss(
+        self, context: PolicyContext, path: str, saved: Callable[[str], float], accepted: Callable[[str], float]
+    ) -> float:
         """See `evolvenet.policies.base.DepthPolicy`; of the budget in whose span this moment of the run lies."""
         point, start, progress = self._now(context.costs.at(self.kind, context.initial), context.progress)
-        return point.block_loss_from(context, start, progress) if point.depth else -math.inf
+        return point.block_loss_from(context, start, progress, accepted) if point.depth else -math.inf
 
     def unreachable(self, context: PolicyContext) -> str | None:
         """Why no widths of a network cost as little as one of the points, and what to do; None if some do."""

@@ -99,7 +99,9 @@ class Price:
                 found |= self._grown(context, known[name], curve)
         return found
 
-    def block_loss(self, context: PolicyContext, path: str, saved: Callable[[str], float]) -> float:
+    def block_loss(
+        self, context: PolicyContext, path: str, saved: Callable[[str], float], accepted: Callable[[str], float]
+    ) -> float:
         """See `evolvenet.policies.base.DepthPolicy`."""
         return min(self.most, self._charge(context, max(0.0, saved(self.kind))))
 

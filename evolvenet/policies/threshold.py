@@ -119,9 +119,11 @@ class Threshold:
             **self._growths(context, [name for name in saturated if self._grows(context)], saturation, found),
         }
 
-    def block_loss(self, context: PolicyContext, path: str, saved: Callable[[str], float]) -> float:
-        """See `evolvenet.policies.base.DepthPolicy`."""
-        return self.prune if context.previous is None or context.progress >= self.start else 0.0
+    def block_loss(
+        self, context: PolicyContext, path: str, saved: Callable[[str], float], accepted: Callable[[str], float]
+    ) -> float:
+        """See `evolvenet.policies.base.DepthPolicy`; before `start` not even what is zero, which may not be trained yet."""
+        return self.prune if context.previous is None or context.progress >= self.start else -math.inf
 
     def _grows(self, context: PolicyContext) -> bool:
         """Whether widths may grow at this event: at the first one in every `cooldown` of the run, until `settle`."""

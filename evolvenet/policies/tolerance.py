@@ -103,7 +103,9 @@ class Tolerance:
         budget = Budget(**target, by=0, growth=0, smallest=self.smallest, trials=self.trials, lowrank=self.lowrank)
         return budget.propose(context.only(free))
 
-    def block_loss(self, context: PolicyContext, path: str, saved: Callable[[str], float]) -> float:
+    def block_loss(
+        self, context: PolicyContext, path: str, saved: Callable[[str], float], accepted: Callable[[str], float]
+    ) -> float:
         """See `evolvenet.policies.base.DepthPolicy`."""
         state = self._state(context.state)
         free = state["free_from"].get(path, 0) <= state["events"]

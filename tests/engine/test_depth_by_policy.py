@@ -148,7 +148,7 @@ class Judge:
     def propose(self, context: Any) -> dict[str, Any]:
         return {}
 
-    def block_loss(self, context: Any, path: str, saved: Any) -> float:
+    def block_loss(self, context: Any, path: str, saved: Any, accepted: Any) -> float:
         return 0.01
 
     def record(self, state: Any, widths: Any) -> Any:

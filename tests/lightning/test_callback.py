@@ -139,7 +139,7 @@ def test_decisions_are_made_on_training_batches_only(tmp_path: Path, monkeypatch
     seen: list[float] = []
     observe = evolvenet.Evolver.observe
 
-    def watch(self: evolvenet.Evolver, batch: Any, gradients: Any = ()) -> None:
+    def watch(self: evolvenet.Evolver, batch: Any, gradients: Any = (), copy: bool = True) -> None:
         seen.append(float(batch.abs().max()))
         observe(self, batch, gradients)
 
