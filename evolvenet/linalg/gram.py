@@ -19,6 +19,7 @@ def gram(x: Tensor) -> Tensor:
     Args:
         x: `[..., rows, columns]`.
 
+    >>> import torch
     >>> gram(torch.tensor([[1.0, 2.0], [3.0, 4.0]])).tolist()
     [[10.0, 14.0], [14.0, 20.0]]
     """

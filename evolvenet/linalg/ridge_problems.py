@@ -112,11 +112,11 @@ class PrimalProblem:
         # One half after the other, into their places: all at once they would be in memory twice.
         for half, place in enumerate(places):
             inputs, residuals = x[..., place, :], r[..., place, :]
-            found.inputs[half] = inputs.sum(-2)
-            found.residuals[half] = residuals.sum(-2)
-            found.gram[half] = gram(inputs)
-            found.cross[half] = inputs.mT @ residuals
-            found.energies[half] = residuals.square().sum()
+            found.inputs[half] = in_float64(inputs.sum(-2))
+            found.residuals[half] = in_float64(residuals.sum(-2))
+            found.gram[half] = in_float64(gram(inputs))
+            found.cross[half] = in_float64(inputs.mT @ residuals)
+            found.energies[half] = in_float64(residuals.square().sum())
         return found
 
     def energy(self, halves: tuple[int, ...]) -> Tensor:

@@ -77,6 +77,7 @@ def reconstruct(
         The surgery with other values for the consumers' weights and biases.
 
     >>> from evolvenet.graph.index_map import IndexMap
+    >>> from evolvenet.surgery.resize_model import compile_surgery
     >>> from evolvenet.tracing.trace import trace
     >>> model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1))
     >>> model[0].weight.data = torch.tensor([[1.0, 0.0], [2.0, 0.0]])
