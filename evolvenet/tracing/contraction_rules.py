@@ -191,9 +191,8 @@ def contract(
                 for layers, each in ((label.layers, names), (other.layers, other_names))
             ]
             found = arrange(layer, names, every)
-            beside = [
-                arrange(p, other_names, every) for p in other.layers if {other_names[d] for d in varying(p)} & over
-            ]
+            heads = [(p, {other_names[d] for d in varying(p)}) for p in other.layers]
+            beside = [arrange(p, other_names, every) for p, own in heads if own & over and not own & summed]
             _tie(call, found, partners(found, *along), other, beside, {every[name] for name in summed})
             if not (label.origin or other.origin):
                 dims = {dim for dim, name in enumerate(names) if name in summed}
