@@ -138,22 +138,15 @@ def load(
     """
     path = Path(path)
     found = read(path, map_location, mmap)
-    with reading(str(path)):
-        return _loaded(model, found, path, example_inputs, outputs, mmap)
-
-
-def _loaded(
-    model: nn.Module, found: Any, path: Path, example_inputs: Any, outputs: Outputs | None, mmap: bool
-) -> nn.Module:
-    """The model with what a file holds, which `load` has read."""
     whole = _by_own_names(model, state_in(found, str(path)), path)
     undo = fit_file_replacements(model, whole, found, str(path))
     try:
         state, prefix = own_part(model, whole, str(path))
-        record, graph = find_record(found, prefix), None
-        if "graph" not in (record or {}):
-            graph = _traced(model, state, example_inputs, outputs, path)
-        known = WidthRecord.from_state_dict(record) if record is not None and "graph" in record else None
+        # Only what the file holds is the file's fault: errors of the model's own code stay what they are.
+        with reading(str(path)):
+            record = find_record(found, prefix)
+            known = WidthRecord.from_state_dict(record) if record is not None and "graph" in record else None
+        graph = _traced(model, state, example_inputs, outputs, path) if known is None else None
         load_state(model, state, record, graph, str(path), mmap)
     except BaseException as error:
         undo()

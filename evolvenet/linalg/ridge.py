@@ -26,8 +26,10 @@ RIDGES = (math.inf, 1.0, 1e-1, 1e-2, 1e-4, 1e-6, 1e-10)
 """λ, relative to the mean squared input. Of equal errors the first, largest one is selected; with ∞ only the offset is fitted."""
 
 PATIENCE = 2
-"""Ridges in a row that are no better than the best before them, after which smaller ones are not tried: beyond the best ridge
-the error rises. Where the host would have to wait for a device to know that, all are tried."""
+"""Ridges in a row that are no better than a finite one before them, after which smaller ones do not count: beyond the best
+ridge the error rises. On the CPU they are not tried; elsewhere the host would have to wait for the device to know that. Until a
+finite ridge has lowered the error they all count: where some inputs are much larger than those that matter, only small
+ones do."""
 
 
 def refit(
@@ -143,16 +145,16 @@ def fit_held_out(problem: Problem) -> Fit | None:
     trials = problem.sketched()
     least = trials.energy(ODD)
     found, selected = torch.zeros_like(least, dtype=torch.bool), torch.full_like(least, math.inf)
-    waits, worse = least.device.type != "cpu", 0
+    worse, stopped = torch.zeros_like(least), torch.zeros_like(found)
     for ridge in RIDGES:
         solution = trials.solve(EVEN, ridge)
         error = trials.error(solution, ODD)
-        better = ~solution.failed & (error < least)
+        better = ~solution.failed & (error < least) & ~stopped
         least, found, selected = torch.where(better, error, least), found | better, selected.masked_fill(better, ridge)
-        if not waits and math.isfinite(ridge):
-            worse = 0 if bool(better) else worse + 1
-            if worse == PATIENCE:
-                break
+        worse = torch.where(better | selected.isinf(), 0, worse + 1)
+        stopped = worse >= PATIENCE
+        if least.device.type == "cpu" and bool(stopped):
+            break
     solution = problem.solve(ALL, selected)
     improves = found & ~solution.failed
     for half in (EVEN, ODD):

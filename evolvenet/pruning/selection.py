@@ -119,7 +119,7 @@ def plan_prune(
     >>> {change.name: tuple(change.value.shape) for change in surgery.changes if "weight" in change.name}
     {'0.weight': (3, 2), '2.weight': (2, 3)}
     """
-    host = host or on_host(model)
+    host = on_host(model) if host is None else host
     maps, bases = chosen(host, graph, sizes, statistics)
     return plan_cut(model, graph, maps, statistics, bases, host)
 
@@ -157,7 +157,7 @@ def plan_cut(
     surgery = check_finite(compile_surgery(model, graph, maps, bases))
     if statistics is None:
         return surgery
-    host = host or on_host(model)
+    host = on_host(model) if host is None else host
     deltas: dict[str, Tensor] = {}
     add_refits(deltas, host, graph, maps, statistics, surgery.bases)
     return with_deltas(model, surgery, deltas, host)
@@ -328,10 +328,11 @@ def with_deltas(
 ) -> Surgery:
     """The surgery with `deltas`, of the old shapes and bases, added to the tensors before they are changed."""
     changes = {change.name: change for change in surgery.changes}
+    host = model if host is None else host
     for name, delta in deltas.items():
         tensor = model.get_parameter(name)
         change = changes.get(name) or TensorChange(tensor, name, {}, tensor.detach())
-        value = in_float64((host or model).get_parameter(name).detach(), "cpu") + delta.reshape(tensor.shape)
+        value = in_float64(host.get_parameter(name).detach(), "cpu") + delta.reshape(tensor.shape)
         for dim, basis in change.bases.items():
             value = along(value, basis.values, dim)
         for dim, index_map in change.axes.items():

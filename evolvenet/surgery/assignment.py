@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from evolvenet._compat.torch import tensor_tables
@@ -20,7 +21,8 @@ def assign(model: nn.Module, state: Mapping[str, Any], what: str = "What is load
 
     torch puts new parameters in the place of the old ones, which optimizers, hooks and tied weights would not know. Here the
     old ones get the new memory. Entries of another type or device than the model's tensors are converted first, which is a
-    copy. Tensors on the device "meta" can get no data: there the new parameters stay, in all places of the old ones.
+    copy; so is one that shares memory with the entry of another tensor, or in itself. Tensors on the device "meta" can get no
+    data: there the new parameters stay, in all places of the old ones.
 
     Args:
         model: of the shapes of the state.
@@ -31,7 +33,6 @@ def assign(model: nn.Module, state: Mapping[str, Any], what: str = "What is load
     Raises:
         RecordError: for a tensor that is still without data, as it is in no file.
 
-    >>> import torch
     >>> model, weight = nn.Linear(2, 3), torch.ones(3, 2)
     >>> known = model.weight
     >>> assign(model, {"weight": weight})
@@ -41,7 +42,7 @@ def assign(model: nn.Module, state: Mapping[str, Any], what: str = "What is load
     before = [(table, dict(table)) for module in model.modules() for table in tensor_tables(module)]
     own = {name: tensor for name, tensor in model.state_dict().items() if isinstance(tensor, Tensor)}
     alike = {name: _alike(value, own.get(name), copied) for name, value in state.items()}
-    model.load_state_dict(alike, strict=False, assign=True)
+    model.load_state_dict(alike | _unshared(model, alike), strict=False, assign=True)
     _put_back(before)
     for module in model.modules():
         refresh(module)
@@ -52,6 +53,36 @@ def assign(model: nn.Module, state: Mapping[str, Any], what: str = "What is load
                 "is in no state dict. Build the model on the CPU (load's mmap=True copies nothing either); models of the "
                 "transformers library are opened by evolvenet.transformers.from_pretrained."
             )
+
+
+def _unshared(model: nn.Module, state: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Copies of the entries that share memory with another one before them, or in themselves (an expanded tensor)."""
+    named = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
+    owners = {name: id(tensor) for name, tensor in named}
+    parts = {
+        name: range(value.data_ptr(), value.data_ptr() + _extent(value) * value.element_size())
+        for name, value in state.items()
+        if isinstance(value, Tensor) and name in owners and value.layout == torch.strided and value.numel()
+        if not value.is_meta
+    }
+    copies: dict[str, Tensor] = {}
+    end, owner = 0, 0
+    for name in sorted(parts, key=lambda name: parts[name].start):
+        if (parts[name].start < end and owners[name] != owner) or _overlaps_itself(state[name]):
+            copies[name] = state[name].clone()
+        else:
+            end, owner = max(end, parts[name].stop), owners[name]
+    return copies
+
+
+def _extent(tensor: Tensor) -> int:
+    """How many entries of memory a tensor reaches over."""
+    return 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+
+
+def _overlaps_itself(tensor: Tensor) -> bool:
+    repeated = any(size > 1 and stride == 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return repeated or _extent(tensor) < tensor.numel()
 
 
 def _put_back(before: Sequence[tuple[dict[str, Any], dict[str, Any]]]) -> None:

@@ -19,6 +19,7 @@ from evolvenet._compat.torch import (
 from evolvenet.errors import RecordError, ResizeError
 from evolvenet.graph.format_version import checked_format
 from evolvenet.graph.index_map import laid_out_as
+from evolvenet.graph.plain_data import reading
 from evolvenet.graph.renaming import in_child, in_parent
 from evolvenet.graph.width_graph import WidthGraph
 from evolvenet.signals import deferred_signals
@@ -98,17 +99,20 @@ def load_state(
     """
     copied = not assigned
     assigned |= any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
-    refuse_others(own_names(model), set(state) | tied_to(model, set(state)), what)
-    _refuse_types(model, state, what)
-    refuse_other_widths(model, state, record, what, graph)
-    if graph is not None and "graph" not in (record or {}):
-        shapes = {name: tuple(tensor.shape) for name, tensor in state.items() if isinstance(tensor, Tensor)}
-        record = {"numbers": scaled_numbers(model, graph, shapes), "buffers": {}}
-    elif graph is None and "graph" not in (record or {}):
-        refuse_numbers_in_doubt(model, _shapes_there(model, "", state), what)
-    restore = _snapshot(model, _shapes_there(model, "", state), assigned)
+    with reading(what):
+        refuse_others(own_names(model), set(state) | tied_to(model, set(state)), what)
+        _refuse_types(model, state, what)
+        refuse_other_widths(model, state, record, what, graph)
+        if graph is not None and "graph" not in (record or {}):
+            shapes = {name: tuple(tensor.shape) for name, tensor in state.items() if isinstance(tensor, Tensor)}
+            record = {"numbers": scaled_numbers(model, graph, shapes), "buffers": {}}
+        elif graph is None and "graph" not in (record or {}):
+            refuse_numbers_in_doubt(model, _shapes_there(model, "", state), what)
+        restore = _snapshot(model, _shapes_there(model, "", state), assigned)
     try:
-        fit_shapes(model, state, record=record)
+        with reading(what):
+            fit_shapes(model, state, record=record)
+        # What goes wrong from here on is not the file's fault: it is the model's code that loads it (`load_state_dict`).
         # A tied tensor may be in the file under one of its names; what is missing otherwise was refused above.
         if assigned:
             assign(model, state, what, copied=copied)
@@ -152,9 +156,14 @@ def _snapshot(model: nn.Module, planned: Mapping[Tensor, tuple[int, ...]], assig
 def _refuse_types(model: nn.Module, state: Mapping[str, Any], what: str) -> None:
     """Raise for entries that the model's tensors cannot hold as they are: of a type that holds more, or without data."""
     for name, own in model.state_dict().items():
-        there = state.get(name)
-        if not isinstance(own, Tensor) or not isinstance(there, Tensor):
+        if not isinstance(own, Tensor) or name not in state:
             continue
+        there = state[name]
+        if not isinstance(there, Tensor):
+            raise RecordError(
+                f"{what}: expected a tensor {name}, got {type(there).__name__}. The file may be damaged, or edited: use another "
+                "one."
+            )
         if torch.promote_types(own.dtype, there.dtype) != own.dtype:
             raise RecordError(
                 f"{what} does not fit this model's number types: expected {name} of {own.dtype} or a type that it holds "

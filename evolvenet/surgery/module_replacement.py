@@ -147,7 +147,7 @@ def exchange_modules(model: nn.Module, exchanged: Mapping[nn.Module, nn.Module],
             new.has_come(model, old, undo)
 
 
-def fit_replacements(model: nn.Module, records: Mapping[str, Record], names: Iterable[str]) -> None:
+def fit_replacements(model: nn.Module, records: Mapping[str, Record], names: Iterable[str]) -> Callable[[], None]:
     """Give a model the replacements of a checkpoint, and no others. Their values are undefined until it is loaded.
 
     Args:
@@ -155,6 +155,9 @@ def fit_replacements(model: nn.Module, records: Mapping[str, Record], names: Ite
         records: {path in the model: record}, from `find_replacements`.
         names: of the checkpoint's tensors, as the model names them. A replacement that is not recorded there is merged only
             if the checkpoint has the tensors of the module before it.
+
+    Returns:
+        What puts everything back: modules, and what else of the model was changed with them (`Replacement.has_come`).
 
     Raises:
         RecordError: if the model has no such module, or one that cannot be replaced like this; nothing has changed then.
@@ -175,7 +178,7 @@ def fit_replacements(model: nn.Module, records: Mapping[str, Record], names: Ite
             if not isinstance(module, Replacement):
                 built = _built(path, module, records[path])
                 exchange_modules(model, {} if built is module else {module: built}, undo)
-        undo.pop_all()
+        return undo.pop_all().close
 
 
 def _alike(own: Record, wanted: Record) -> bool:

@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import nn
 
-from evolvenet._compat.torch import child_table
 from evolvenet.errors import RecordError
+from evolvenet.graph.plain_data import reading
 from evolvenet.surgery.module_replacement import (
     behind,
     find_replacements,
@@ -98,25 +98,20 @@ def fit_file_replacements(model: nn.Module, state: Mapping[str, Any], found: Any
         what: the name of the file.
 
     Returns:
-        What puts the former modules back.
+        What puts everything back.
 
     Raises:
         RecordError: as `fit_replacements`; nothing has changed then.
     """
-    before = [(table, dict(table)) for table in map(child_table, model.modules())]
-    records, own = find_replacements(found), {name: module.record() for name, module in replacements(model).items()}
-    if records or own:
-        names = whole_names(own_names(model), own)
-        whole = dict.fromkeys(whole_names(state, records))
-        prefix = _own_prefix(names, whole, what, min(names, default=""))
-        if not prefix:
-            refuse_others(names, set(whole) | (tied_to(model, set(state)) & names), what)
-        inside = [name.removeprefix(prefix) for name in state if name.startswith(prefix)]
-        fit_replacements(model, behind(records, prefix), inside)
-
-    def undo() -> None:
-        for table, children in before:
-            table.clear()
-            table.update(children)
-
-    return undo
+    with reading(what):
+        records = find_replacements(found)
+    own = {name: module.record() for name, module in replacements(model).items()}
+    if not records and not own:
+        return lambda: None
+    names = whole_names(own_names(model), own)
+    whole = dict.fromkeys(whole_names(state, records))
+    prefix = _own_prefix(names, whole, what, min(names, default=""))
+    if not prefix:
+        refuse_others(names, set(whole) | (tied_to(model, set(state)) & names), what)
+    inside = [name.removeprefix(prefix) for name in state if name.startswith(prefix)]
+    return fit_replacements(model, behind(records, prefix), inside)

@@ -255,3 +255,18 @@ def test_what_is_only_tried_is_put_back() -> None:
     assert list(model.layers) == layers
     assert [layer.layer_idx for layer in layers] == [0, 1, 2]
     assert vars(model.config) == {"num_hidden_layers": 3, "layer_types": ["a", "b", "c"], "other": [1, 2]}
+
+
+def test_a_load_that_fails_puts_back_what_counts_the_layers(tmp_path: Path) -> None:
+    model, x = stack(), torch.randn(5, 4)
+    remove_blocks(model, x)
+    evolvenet.save(model, tmp_path / "short.pt", x)
+    other = stack()
+    for layer in other.layers:
+        layer.up = nn.Linear(4, 4).half()
+    layers, count = other.layers, vars(other.config).copy()
+    with pytest.raises(evolvenet.RecordError):
+        evolvenet.load(other, tmp_path / "short.pt")
+    assert other.layers is layers
+    assert [layer.layer_idx for layer in other.layers] == [0, 1, 2]
+    assert vars(other.config) == count

@@ -380,3 +380,13 @@ def test_a_width_that_is_frozen_by_now_may_have_its_first_size(tmp_path: Path) -
     remember(model, WidthRecord.of(model, replace(graph, widths=widths), original={"0": 8}))
     evolvenet.save(model, tmp_path / "frozen.pt")
     assert_same(evolvenet.load(mlp(), tmp_path / "frozen.pt"), model)
+
+
+def test_an_error_of_the_models_own_code_is_not_the_files(tmp_path: Path) -> None:
+    class Own(nn.Linear):
+        def load_state_dict(self, *arguments: Any, **options: Any) -> Any:
+            raise KeyError("own code")
+
+    evolvenet.save(nn.Linear(2, 2), tmp_path / "whole.pt")
+    with pytest.raises(KeyError, match="own code"):
+        evolvenet.load(Own(2, 2), tmp_path / "whole.pt")

@@ -210,3 +210,15 @@ def test_ridges_beyond_the_best_one_are_not_tried(monkeypatch: pytest.MonkeyPatc
     assert few is not None
     assert every is not None
     assert torch.equal(few[0], every[0])
+
+
+def test_a_small_ridge_is_found_where_large_ones_do_not_help() -> None:
+    made = torch.Generator().manual_seed(0)
+    x = torch.randn(400, 64, generator=made, dtype=FLOAT)
+    x[:, 48:] *= 100
+    true = torch.randn(1, 64, generator=made, dtype=FLOAT)
+    true[:, 48:] = 0
+    y = x @ true.mT + 0.1 * torch.randn(400, 1, generator=made, dtype=FLOAT)
+    found = refit(x, y, torch.zeros_like(true), torch.zeros(1, dtype=FLOAT), torch.arange(400) % 2 == 1)
+    assert found is not None
+    assert (y - x @ found[0].T - found[1]).square().mean() < 0.02

@@ -160,3 +160,21 @@ def test_a_fit_that_is_next_to_the_best_is_taken(half: float, taken: bool, monke
     model, graph, batches = case()
     monkeypatch.setattr(fitted_prune, "_errors", lambda *_: {1.0: 1.0, 0.5: half, 0.0: 2.0})
     assert (plan_fitted_prune(model, graph, SIZES, batches).graph.notes == ()) == taken
+
+
+def test_a_model_is_never_taken_for_true_or_false() -> None:
+    """A compiled module has no length, an empty container is falsy."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.enter, self.leave = nn.Linear(4, 8), nn.Linear(8, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.leave(self.enter(x).relu())
+
+    model: Any = torch.compile(Net(), backend="eager")
+    graph = evolvenet.trace(model, torch.randn(2, 4))
+    (name,) = graph.sizes
+    evolvenet.prune(model, graph, {name: 5}, [torch.randn(32, 4) for _ in range(4)])
+    assert model._orig_mod.enter.out_features == 5

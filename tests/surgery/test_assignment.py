@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -119,3 +120,27 @@ def test_a_buffer_that_is_in_no_file_is_named(tmp_path: Path) -> None:
     assert model.weight.is_meta
     again = evolvenet.load(Unsaved(), tmp_path / "whole.pt", mmap=True)
     assert torch.equal(again.get_buffer("scale"), torch.ones(3))
+
+
+def test_entries_that_share_memory_become_parameters_of_their_own(tmp_path: Path) -> None:
+    def build() -> nn.Sequential:
+        return nn.Sequential(*[nn.Linear(3, 3, bias=False) for _ in range(4)])
+
+    tied: Any = build()
+    block = torch.randn(5, 3)
+    tied[1].weight = tied[0].weight
+    state = {**tied.state_dict(), "2.weight": torch.randn(1, 3).expand(3, 3), "3.weight": block[:3]}
+    torch.save(state, tmp_path / "tied.pt")
+    apart: Any = evolvenet.load(build(), tmp_path / "tied.pt", mmap=True)
+    assert all(torch.equal(apart.get_parameter(name), value) for name, value in state.items())
+    with torch.no_grad():
+        apart[0].weight.zero_()
+        apart[2].weight[0] = 0
+    assert torch.equal(apart[1].weight, tied[1].weight)
+    assert torch.equal(apart[2].weight[1], state["2.weight"][1])
+    # What is tied in the model too stays one tensor, a part of the file.
+    again: Any = build()
+    again[1].weight = again[0].weight
+    evolvenet.load(again, tmp_path / "tied.pt", mmap=True)
+    assert again[1].weight is again[0].weight
+    assert any(again[0].weight.data_ptr() in part for part in mapped(tmp_path / "tied.pt"))
