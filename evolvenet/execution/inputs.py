@@ -5,8 +5,12 @@ The inputs of a model are one tensor, a tuple of arguments or a dict of keyword 
 
 from __future__ import annotations
 
+import copy
 import inspect
+from collections import UserDict
 from collections.abc import Sequence
+from dataclasses import fields, is_dataclass
+from functools import singledispatch
 from typing import Any
 
 import torch
@@ -73,13 +77,45 @@ def beside(model: nn.Module, inputs: Any) -> Any:
 def copied(inputs: Any) -> Any:
     """Inputs whose tensors are copies: the program that made them may write the next batch into the same memory.
 
+    Tensors in lists, tuples, dicts, `UserDict` (a `BatchEncoding` of the transformers library), dataclasses and classes that
+    are registered with `torch.utils._pytree` are copied, and so are these containers. Every other object is the same one.
+
     >>> buffer = torch.zeros(2)
     >>> kept = copied({"x": (buffer,)})
     >>> _ = buffer.fill_(1)
     >>> kept
     {'x': (tensor([0., 0.]),)}
     """
-    return tree_map_only(Tensor, lambda tensor: tensor.detach().clone().requires_grad_(tensor.requires_grad), inputs)
+    return tree_map_only(object, _copied_leaf, inputs)
+
+
+@singledispatch
+def _copied_leaf(leaf: Any) -> Any:
+    if not is_dataclass(leaf) or isinstance(leaf, type):
+        return leaf
+    kept = copy.copy(leaf)
+    for each in fields(leaf):
+        if hasattr(leaf, each.name):
+            # Past `frozen`, and without the checks of its constructor, which the values have passed.
+            object.__setattr__(kept, each.name, copied(getattr(leaf, each.name)))
+    return kept
+
+
+@_copied_leaf.register
+def _(leaf: Tensor) -> Tensor:
+    return leaf.detach().clone().requires_grad_(leaf.requires_grad)
+
+
+@_copied_leaf.register
+def _(leaf: PackedSequence) -> PackedSequence:
+    return PackedSequence(*map(copied, leaf))
+
+
+@_copied_leaf.register
+def _(leaf: UserDict) -> Any:  # type: ignore[type-arg]
+    kept = copy.copy(leaf)
+    kept.data = copied(dict(leaf.data))
+    return kept
 
 
 def cast_to_parameters(inputs: Any, model: nn.Module, kinds: Sequence[torch.dtype] = _REAL) -> Any:

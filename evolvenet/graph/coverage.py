@@ -13,10 +13,24 @@ if TYPE_CHECKING:
 OUTPUT = "is the model's output"
 """The reason of a width that the model returns."""
 OTHER_ORDER = "its units stand in another order"
-"""How the reason of a width begins of which an axis has the units in another order; that axis is not among its ties."""
+"""How the reason of a width begins of which an axis has the units in another order, see `other_order`."""
 
 TRIAL, NO_RULE = "a trial ", " has no rule"
 """What the reason of a width contains whose code is not understood: such a width is not given by the task."""
+
+
+def other_order(tensor: str, dim: int) -> str:
+    """The reason of a width whose units stand in another order on an axis, which is not among its ties."""
+    return f"{OTHER_ORDER} on axis {dim} of {tensor}"
+
+
+def tensor_in_other_order(reason: str | None) -> str | None:
+    """The tensor that `other_order` has written into a reason; None for all other reasons.
+
+    >>> tensor_in_other_order(other_order("attn.in_proj_weight", 0)), tensor_in_other_order("is the model's output")
+    ('attn.in_proj_weight', None)
+    """
+    return reason.rpartition(" of ")[2] if reason is not None and reason.startswith(OTHER_ORDER) else None
 
 
 def shares(graph: WidthGraph) -> dict[str, float]:

@@ -10,9 +10,10 @@ from torch import nn
 
 from evolvenet.errors import UnsupportedStrategyError
 
+_REPLICATED = "nn.DataParallel"
 _WRAPPERS = (
     ("torch.distributed.fsdp", "FullyShardedDataParallel", "FSDP1 (FullyShardedDataParallel)"),
-    ("torch.nn.parallel", "DataParallel", "nn.DataParallel"),
+    ("torch.nn.parallel", "DataParallel", _REPLICATED),
 )
 """(module, class in it, how it is called) of modules that keep parts or copies of the parameters inside of them."""
 REMEDY = (
@@ -51,6 +52,12 @@ def check_whole(model: nn.Module) -> None:
         UnsupportedStrategyError: if one is not; the message says what to do.
     """
     found = sharded_by(model)
+    if found is not None and found.startswith(_REPLICATED):
+        raise UnsupportedStrategyError(
+            f"Expected a model that runs on one device of each process, got {found}, which copies it to several devices "
+            "for every batch. Give its module (model.module); to train on several devices, start one process for each (torchrun) "
+            "with DistributedDataParallel."
+        )
     if found is not None:
         raise UnsupportedStrategyError(
             f"Expected a model whose parameters lie whole on this process, since their shapes change, got {found}. {REMEDY}"

@@ -19,6 +19,9 @@ from evolvenet.surgery.module_replacement import (
     whole_names,
 )
 
+_MADE_LATER = {"alibi_heads": "evolvenet.transformers.number_alibi_heads(model)"}
+"""{last part of the name of an entry: the call that makes it in a model}; the package of the call is optional."""
+
 
 def own_names(model: nn.Module) -> set[str]:
     """The names of the entries of a model's state dict."""
@@ -81,10 +84,12 @@ def refuse_others(own: set[str], state: set[str], what: str) -> None:
     """Raise unless a state dict has a model's own names and no others."""
     missing, unexpected = sorted(own - state), sorted(state - own)
     if missing or unexpected:
+        made_by = {_MADE_LATER.get(name.rpartition(".")[2]) for name in unexpected}
+        remedies = "".join(f"Call {call} on the model first. " for call in sorted(made_by - {None}, key=str))
         raise RecordError(
             f"{what} is of another model: expected entries that it lacks {missing[:5]}, and it has entries "
-            f"unknown here {unexpected[:5]} ({len(missing)} and {len(unexpected)} in all). Build the model as it was built "
-            "for that run; only its widths may differ."
+            f"unknown here {unexpected[:5]} ({len(missing)} and {len(unexpected)} in all). {remedies}Build the model as it was "
+            "built for that run; only its widths may differ."
         )
 
 

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from evolvenet.graph.coverage import OTHER_ORDER
+from evolvenet.graph.coverage import OTHER_ORDER, tensor_in_other_order
 from evolvenet.graph.naming import holder_of
 from evolvenet.graph.width_graph import Width
 from evolvenet.tracing.connected import connected
@@ -349,8 +349,8 @@ def _enclosing_module(width: Width) -> str:
     """Path of the module that holds a width's projections: its first producer if it is a fused one, else the parent."""
     first = (width.producers or width.ties)[0].module
     # In another order on its axis, units may stand after others in a weight that is no fused one.
-    reason = width.frozen or ""
-    in_order = not reason.startswith(OTHER_ORDER) or (bool(width.producers) and f" of {first}." not in reason)
+    shuffled = tensor_in_other_order(width.frozen)
+    in_order = shuffled is None or (bool(width.producers) and shuffled.rpartition(".")[0] != first)
     fused = in_order and any(tie.module == first and tie.start for tie in width.ties)
     return first if fused else holder_of(first)
 

@@ -14,7 +14,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from evolvenet.graph.block_kinds import ATTENTION, EMBEDDINGS, EXPERTS, OTHER, STREAM
-from evolvenet.graph.coverage import OTHER_ORDER
+from evolvenet.graph.coverage import other_order
 from evolvenet.graph.naming import named_tensors
 from evolvenet.graph.width_graph import CONSUMES, FOLLOWS, PRODUCES, Segment, Width, WidthGraph, assemble
 from evolvenet.tracing.labels import KERNEL, AxisIds, LabelGraph
@@ -225,7 +225,7 @@ def _segments(along: np.ndarray, groups: list[Group], axis: AxisIds, disordered:
             parts.append((group, length, repeat))
         else:
             length = repeat
-            disordered.setdefault(group, f"{OTHER_ORDER} on axis {axis.dim} of {axis.tensor}")
+            disordered.setdefault(group, other_order(axis.tensor, axis.dim))
             joined = parts.pop()[1] if parts and parts[-1][0] is None else 0
             parts.append((None, joined + length, 1))
         start += length

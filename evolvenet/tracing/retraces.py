@@ -40,7 +40,7 @@ def shared_by_heads(graph: WidthGraph, label_graph: LabelGraph) -> frozenset[str
         found |= {
             tie.tensor
             for tie in width.ties
-            if tie not in weights
+            if (tie.role == FOLLOWS or tie.tensor not in graph.trainable)
             and tie.module not in own
             and totals[tie.tensor, tie.dim] < most
             and totals[tie.tensor, tie.dim] not in whole

@@ -50,7 +50,7 @@ def number_alibi_heads(model: nn.Module) -> int:
     >>> model.h[0].self_attention.alibi_heads
     tensor([0., 2., 3.])
     """
-    found = [module for module in model.modules() if type(module) in BIASES and _has_slopes(module)]
+    found = [module for module in model.modules() if _biases_of(module) and _has_slopes(module)]
     if not found:
         names = ", ".join(kind.__name__ for kind in BIASES)
         raise TraceError(
@@ -72,10 +72,15 @@ def take_own_rows(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     samples = (args[0] if args else kwargs["hidden_states"]).shape[0]
     own = {
         name: take(kwargs[name], heads, samples)
-        for name, take in BIASES[type(module)].items()
+        for name, take in _biases_of(module).items()
         if kwargs.get(name) is not None
     }
     return args, {**kwargs, **own}
+
+
+def _biases_of(module: nn.Module) -> Mapping[str, Callable[[Tensor, Tensor, int], Tensor]]:
+    """The entry of a module's class in `BIASES`, or of the first class that it is derived from; {} if there is none."""
+    return next((BIASES[kind] for kind in type(module).__mro__ if kind in BIASES), {})
 
 
 def _has_slopes(module: nn.Module) -> bool:

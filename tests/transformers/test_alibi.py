@@ -19,8 +19,10 @@ from transformers import (
     MptConfig,
     MptForCausalLM,
 )
+from transformers.models.bloom.modeling_bloom import BloomAttention
 
 import evolvenet
+from evolvenet.errors import RecordError
 from evolvenet.transformers import from_pretrained, number_alibi_heads, save_pretrained
 
 SPECIAL: dict[str, Any] = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
@@ -100,3 +102,28 @@ def test_a_new_head_has_the_slope_of_one_that_is_there() -> None:
         assert len(numbers) == 5
         assert set(numbers) == expected
     assert heads.alibi_heads.tolist() == [0, 1, 3]
+
+
+class OwnAttention(BloomAttention):
+    """As a model of one's own derives it."""
+
+
+def test_an_attention_that_is_derived_from_one_with_slopes_has_them_too() -> None:
+    model = made("bloom")
+    expected = logits(model, **PADDED)
+    for block in model.transformer.h:
+        block.self_attention.__class__ = OwnAttention
+    assert number_alibi_heads(model) == 2
+    torch.testing.assert_close(logits(model, **PADDED), expected)
+
+
+def test_the_numbers_of_heads_in_a_file_are_named_with_the_call_that_makes_them(tmp_path: Path) -> None:
+    model = made("bloom")
+    number_alibi_heads(model)
+    evolvenet.save(model, tmp_path / "numbered.pt")
+    with pytest.raises(
+        RecordError, match=r"Call evolvenet\.transformers\.number_alibi_heads\(model\) on the model first"
+    ):
+        evolvenet.load(made("bloom"), tmp_path / "numbered.pt")
+    number_alibi_heads(other := made("bloom"))
+    evolvenet.load(other, tmp_path / "numbered.pt")
