@@ -27,11 +27,12 @@ class RunCurves:
 
     def __init__(self) -> None:
         self._values: dict[str, list[tuple[int, Any]]] = {}
-        self._before, self._began = 0.0, None
+        self._before = 0.0
+        self._began: float | None = None
 
     def begin(self) -> None:
         """The run begins, or goes on."""
-        self._began: float | None = time.perf_counter()
+        self._before, self._began = self.seconds, time.perf_counter()
 
     def end(self) -> None:
         """The run has ended."""
@@ -78,4 +79,4 @@ class RunCurves:
         self._values = {
             name: [(step, value) for step, value in curve] for name, curve in state.get("metrics", {}).items()
         }
-        self._before = state.get("seconds", 0.0)
+        self._before, self._began = state.get("seconds", 0.0), None

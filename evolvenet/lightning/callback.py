@@ -30,7 +30,7 @@ from evolvenet.lightning.module import (
 )
 from evolvenet.lightning.recording import SubjectRecorder
 from evolvenet.lightning.run_length import length_problem, progress_of, skipped_validation
-from evolvenet.lightning.sharded import check_shards, fit_before_load
+from evolvenet.lightning.sharded import check_shards, fit_before_load, no_longer_fit_before_load
 from evolvenet.lightning.trainer_parts import (
     check_strategy,
     default_dtype,
@@ -100,7 +100,7 @@ class WidthEvolution(LightningEvolution, Callback):
         # Other callbacks may have copied the module before this one was asked.
         for module in (pl_module, *weight_averages(trainer, pl_module)):
             register_reshape_before_load(module)
-        fit_before_load(trainer.strategy, pl_module, self.state_key)
+        fit_before_load(trainer.strategy, self.state_key)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse names that are none of the module's, all of whose parts are there by now."""
@@ -159,7 +159,7 @@ class WidthEvolution(LightningEvolution, Callback):
                 modules_to_search(trainer, pl_module), self.copies, partial(optimizers_of, trainer, pl_module)
             )
             self._replicas.load_state_dict(self._resumed.get("replicas", {}) if self._resumed else {})
-        if self.evolver is None:
+        if self.evolver is None and self._may_be_known:
             with whole_parameters(pl_module, optimizers_of(trainer, pl_module)):
                 self._start_on_all_ranks(trainer, pl_module, lambda: self._known_subject(trainer, pl_module))
         if boundary:
@@ -240,6 +240,11 @@ class WidthEvolution(LightningEvolution, Callback):
         """Leave no hook behind."""
         self._has_failed = True
         self._remove_hooks()
+        self.curves.end()
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Leave nothing in the strategy, which may get another module next."""
+        no_longer_fit_before_load(trainer.strategy)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Add the width record to the state dict where no hook does: before the first batch and after the run."""

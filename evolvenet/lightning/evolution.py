@@ -96,13 +96,14 @@ class LightningEvolution(EvolutionStart):
 
     def _trace_first_runs(self, name: str, batch: Any, index: int) -> None:
         """Go on with a new graph where the step has called a module that no trace had reached."""
-        if self._module is None or is_sharded(self._module):
+        if self._module is None or self._first_runs is None or not self._first_runs.any_called:
+            return
+        if is_sharded(self._module):
             return  # One rank alone cannot gather the parameters.
-        graph = self._first_runs.graph_after(name, batch, index) if self._first_runs else None
+        graph = self._first_runs.graph_after(name, batch, index)
         if graph is not None and self.evolver is not None:
             self.evolver.adopt(graph)
-            if self._module is not None:
-                self._keep_record(self._module)
+            self._keep_record(self._module)
 
     def _restore(self, problem: Exception) -> AbstractContextManager[None] | None:
         """All widths at their first sizes, where they have changed since.

@@ -32,6 +32,11 @@ class FirstRuns:
         self._module, self._subject, self._settle = module, subject, settle
         self._calls = self._watch(graph)
 
+    @property
+    def any_called(self) -> bool:
+        """Whether an unreached module has run since `graph_after` was called last."""
+        return bool(self._calls.called)
+
     def graph_after(self, name: str, batch: Any, index: int) -> WidthGraph | None:
         """The subject's graph where a step has just called an unreached module; None where it has not.
 

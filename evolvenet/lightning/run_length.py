@@ -61,9 +61,12 @@ def skipped_validation(trainer: Trainer, resumed: Mapping[str, Any]) -> str | No
         resumed: what the callback saved in it.
     """
     pending = resumed["evolver"].get("pending_cut") or {}
-    progress: Any = trainer.fit_loop.epoch_loop.batch_progress.current
-    done, every = progress.processed, trainer.val_check_batch
+    progress: Any = trainer.fit_loop.epoch_loop.batch_progress
+    epochs, every = trainer.check_val_every_n_epoch, trainer.val_check_batch
+    # Lightning counts the batches of the run where no epochs are given, and those of the present epoch where they are.
+    done = (progress.total if epochs is None else progress.current).processed
     due = bool(done and every) and every != math.inf and done % int(every or 1) == 0
+    due = due and (epochs is None or (trainer.current_epoch + 1) % epochs == 0)
     if not (due and trainer.enable_validation and pending.get("past") and resumed.get("metric") is None):
         return None
     return (

@@ -33,34 +33,48 @@ def check_shards(module: LightningModule, policy: Policy) -> None:
         )
 
 
-def fit_before_load(strategy: Strategy, module: LightningModule, key: str) -> None:
-    """Let the module have a checkpoint's widths before the strategy loads it into sharded parameters.
+def fit_before_load(strategy: Strategy, key: str) -> None:
+    """Let the strategy's module have a checkpoint's widths before it is loaded into sharded parameters.
 
     Args:
         strategy: the trainer's; others than `ModelParallelStrategy` load whole state dicts, for which hooks do that.
-        module: the trainer's.
         key: of the callback's state in checkpoints.
     """
     if isinstance(strategy, ModelParallelStrategy) and "load_checkpoint" not in vars(strategy):
-        vars(strategy)["load_checkpoint"] = _Fitting(strategy.load_checkpoint, strategy, module, key)
+        vars(strategy)["load_checkpoint"] = _Fitting(strategy.load_checkpoint, strategy, key)
+
+
+def no_longer_fit_before_load(strategy: Strategy) -> None:
+    """Undo `fit_before_load`."""
+    if isinstance(vars(strategy).get("load_checkpoint"), _Fitting):
+        del vars(strategy)["load_checkpoint"]
 
 
 class _Fitting:
-    def __init__(self, load: Callable[..., Any], strategy: Strategy, module: LightningModule, key: str) -> None:
-        self._load, self._strategy, self._module, self._key = load, strategy, module, key
+    def __init__(self, load: Callable[..., Any], strategy: Strategy, key: str) -> None:
+        self._load, self._strategy, self._key = load, strategy, key
 
     def __call__(self, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Any:
-        state = _callback_state(Path(self._strategy.broadcast(checkpoint_path)), self._key)
-        if state and "evolver" in state:
+        weights_only = args[0] if args else kwargs.get("weights_only")
+        state = _callback_state(Path(self._strategy.broadcast(checkpoint_path)), self._key, weights_only)
+        # Now: a strategy may serve one module after the other.
+        module = self._strategy.lightning_module
+        if state and "evolver" in state and module is not None:
             graph = from_state_dict(state["evolver"]["graph"])
             shapes = {name: torch.empty(shape, device="meta") for name, shape in graph.shapes.items()}
-            with whole_parameters(self._module, self._strategy.optimizers):
-                fit_shapes(self._module.get_submodule(state["root"]), shapes, record=state["evolver"]["note"])
+            with whole_parameters(module, self._strategy.optimizers):
+                fit_shapes(module.get_submodule(state["root"]), shapes, record=state["evolver"]["note"])
         return self._load(checkpoint_path, *args, **kwargs)
 
 
-def _callback_state(path: Path, key: str) -> Mapping[str, Any] | None:
-    """The callback's state in a checkpoint of one file, or in a folder of one file a rank and "meta.pt". Data alone is read."""
+def _callback_state(path: Path, key: str, weights_only: bool | None) -> Mapping[str, Any] | None:
+    """The callback's state in a checkpoint of one file, or in a folder of one file a rank and "meta.pt".
+
+    Args:
+        path: of the file or folder.
+        key: of the state.
+        weights_only: as the trainer was given it; with False a checkpoint may hold objects of any class beside the state.
+    """
     file = path / "meta.pt" if path.is_dir() else path
-    checkpoint = torch.load(file, map_location="cpu", weights_only=True, mmap=not path.is_dir())
+    checkpoint = torch.load(file, map_location="cpu", weights_only=weights_only, mmap=not path.is_dir())
     return checkpoint.get("callbacks", {}).get(key)

@@ -134,6 +134,12 @@ class EvolutionStart(EvolutionCallback):
             )
         return False
 
+    @property
+    def _may_be_known(self) -> bool:
+        """Whether there may be inputs to trace on before the first batch; the same on every rank."""
+        given = self.example_inputs is not None and not self._ignores_example
+        return not self._untraceable and (self._resumed is not None or given)
+
     def _known_subject(self, trainer: Trainer, pl_module: LightningModule) -> Subject | None:
         """What is to be changed, where inputs for it are known before the first batch."""
         if self._resumed is not None:
@@ -173,12 +179,23 @@ class EvolutionStart(EvolutionCallback):
         raise NotImplementedError
 
     def _subject_of_state(self, recorder: SubjectRecorder, state: Mapping[str, Any]) -> Subject:
-        """What an interrupted run or another rank has chosen, with inputs of the first batch that called a module."""
+        """What an interrupted run or another rank has chosen, with inputs of the first batch that called a module.
+
+        Raises:
+            TraceError: where no batch of this process has called it.
+        """
         first = {path: recorder.inputs(path)[0] for path in recorder.names}
         networks = {path: inputs for path, inputs in first.items() if path}
-        batch, _ = self._batches["training_step"]
-        found = {NETWORK: first.get(state["root"]), NETWORKS: networks, TRAINING_STEP: batch}
-        return resumed_subject(state, found[state["kind"]])
+        batch, _ = self._batches.get("training_step", (None, 0))
+        inputs = {NETWORK: first.get(state["root"]), NETWORKS: networks or None, TRAINING_STEP: batch}[state["kind"]]
+        if inputs is None:
+            raise TraceError(
+                f"Expected inputs of {state['root'] or 'the module'} ({state['kind']}), on which the interrupted run or another "
+                f"process has traced it, got calls of {', '.join(sorted(first)) or 'nothing'} alone in this process. Let the "
+                "training step call the same modules in the first batch of every process, or give "
+                "WidthEvolution(example_inputs=...)."
+            )
+        return resumed_subject(state, inputs)
 
     def _of_the_rank_that_calls_most(self, pl_module: LightningModule, subject: Subject) -> Subject:
         """The subject, or that of another rank, whose batch has called modules that this rank's has not."""
@@ -192,9 +209,13 @@ class EvolutionStart(EvolutionCallback):
         state = {**subject.state_dict(), "evolver": {"graph": to_state_dict(subject.graph)}}
         best = calls.index(max(calls))
         chosen = group.all_gather(state if group.rank == best else None)[best]
-        if called == max(calls) or self._recorder is None:
-            return subject  # Where the graphs differ all the same, `check_agreement` says so.
-        return self._subject_of_state(self._recorder, chosen)
+
+        def own() -> Subject:
+            if called == max(calls) or self._recorder is None:
+                return subject  # Where the graphs differ all the same, `check_agreement` says so.
+            return self._subject_of_state(self._recorder, chosen)
+
+        return run_on_all_ranks(group, own)
 
     def _start(self, trainer: Trainer, pl_module: LightningModule, subject: Subject) -> None:
         """Make the evolver of what was chosen."""

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from lightning.pytorch.callbacks import Callback, Timer
 from torch.utils.data import IterableDataset
 
 from evolvenet import Budget, PolicyError, Proposal, Threshold, WidthEvolution
+from evolvenet.lightning.run_length import skipped_validation
 from tests.helpers.policies import Fixed
 from tests.helpers.runs import Batches, User, batch, trainer
 
@@ -147,3 +149,19 @@ def test_a_missed_budget_is_named_at_the_end(tmp_path: Path, caplog: pytest.LogC
 def test_what_is_no_policy_is_refused_at_construction(policy: Any) -> None:
     with pytest.raises(PolicyError, match=r"Take for example policy=Threshold\("):
         WidthEvolution(policy)
+
+
+@pytest.mark.parametrize(
+    ("epochs", "epoch", "total", "current", "due"),
+    [(1, 0, 4, 4, True), (2, 0, 4, 4, False), (2, 1, 12, 4, True), (None, 1, 12, 2, True), (None, 1, 10, 4, False)],
+)
+def test_a_validation_is_said_to_be_skipped_only_where_lightning_would_have_had_one(
+    epochs: int | None, epoch: int, total: int, current: int, due: bool
+) -> None:
+    progress = SimpleNamespace(total=SimpleNamespace(processed=total), current=SimpleNamespace(processed=current))
+    loop = SimpleNamespace(epoch_loop=SimpleNamespace(batch_progress=progress))
+    fitting: Any = SimpleNamespace(
+        fit_loop=loop, val_check_batch=4, check_val_every_n_epoch=epochs, current_epoch=epoch, enable_validation=True
+    )
+    said = skipped_validation(fitting, {"evolver": {"pending_cut": {"past": "a snapshot"}}})
+    assert (said is not None) == due

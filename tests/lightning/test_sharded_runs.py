@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -11,9 +12,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 
-from evolvenet import Budget, Threshold, UnsupportedStrategyError, WidthEvolution
+from evolvenet import Budget, Threshold, UnsupportedStrategyError, WidthEvolution, trace
+from evolvenet.graph.serialization import to_state_dict
 from evolvenet.lightning.sharded import check_shards
 from tests.helpers.paths import HELPERS
 from tests.helpers.runs import Classifier
@@ -58,3 +61,32 @@ def test_policies_that_replace_modules_are_refused_for_sharded_ones(monkeypatch:
     monkeypatch.setattr("evolvenet.lightning.sharded.is_sharded", lambda module: True)
     with pytest.raises(UnsupportedStrategyError, match=r'neither lowrank=True .* strategy="ddp"'):
         check_shards(Classifier(), Budget(params=100, lowrank=True))
+
+
+def test_a_strategy_fits_the_module_that_it_has_and_reads_what_the_trainer_may(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class State:
+        """An object of the user's, which no reading of weights alone allows."""
+
+    monkeypatch.setattr(sys.modules[__name__], "State", State, raising=False)
+    State.__qualname__ = "State"
+    module, fitted, loaded = Classifier(), list[Any](), list[Any]()
+    strategy: Any = object.__new__(ModelParallelStrategy)
+    vars(strategy).update(_lightning_module=None, _optimizers=[])
+    monkeypatch.setattr(ModelParallelStrategy, "load_checkpoint", lambda self, *given, **options: loaded.append(given))
+    monkeypatch.setattr(ModelParallelStrategy, "broadcast", lambda self, given: given)
+    monkeypatch.setattr("evolvenet.lightning.sharded.fit_shapes", lambda root, *_, **__: fitted.append(root))
+    graph = to_state_dict(trace(module, torch.zeros(2, 6)))
+    evolution, callbacks = WidthEvolution(Threshold()), SimpleNamespace(strategy=strategy, callbacks=[])
+    evolution.setup(callbacks, Classifier(), "fit")  # type: ignore[arg-type]
+    strategy._lightning_module = module
+    state = {"evolver": {"graph": graph, "note": {}}, "root": ""}
+    torch.save({"callbacks": {evolution.state_key: state}, "user": State()}, path := tmp_path / "run.ckpt")
+    strategy.load_checkpoint(path, weights_only=False)
+    assert fitted == [module]
+    with pytest.raises(pickle.UnpicklingError):
+        strategy.load_checkpoint(path, weights_only=True)
+    evolution.teardown(callbacks, module, "fit")  # type: ignore[arg-type]
+    assert "load_checkpoint" not in vars(strategy)
+    assert len(loaded) == 1
