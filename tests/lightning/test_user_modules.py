@@ -259,9 +259,12 @@ def test_a_network_kept_in_eval_mode_evolves_on_training_batches(
 ) -> None:
     seen: list[float] = []
     observe = Evolver.observe
-    monkeypatch.setattr(
-        Evolver, "observe", lambda self, x, *g: (seen.append(float(x.abs().max())), observe(self, x, *g))[1]
-    )
+
+    def watched(self: Evolver, x: torch.Tensor, *more: Any, **options: Any) -> None:
+        seen.append(float(x.abs().max()))
+        observe(self, x, *more, **options)
+
+    monkeypatch.setattr(Evolver, "observe", watched)
     fit(tmp_path, model := InEval(), validation=Batches(2), val_check_interval=1, inference_mode=False)
     assert len(seen) >= 6
     assert max(seen) < 100
