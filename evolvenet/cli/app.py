@@ -44,6 +44,7 @@ Key = Annotated[str | None, typer.Option(help="Name of the samples in a file wit
 
 @app.command()
 def inspect(  # noqa: PLR0913  the options of the command
+    context: typer.Context,
     factory: Factory,
     arg: Arguments = [],  # noqa: B006  typer copies it
     input: Inputs = [],  # noqa: B006
@@ -64,6 +65,7 @@ def inspect(  # noqa: PLR0913  the options of the command
     from evolvenet.cli.inputs import batches
     from evolvenet.cli.inspection import inspection, inspection_table
 
+    _only_with_data(context, data)
     model, inputs = _network(factory, arg, input, checkpoint)
     chosen = data and batches(data, inputs, samples=samples, size=batch_size, scale=scale, key=key)
     found = inspection(model, inputs, chosen or None, heads)
@@ -92,13 +94,13 @@ def compress(  # noqa: PLR0913  the options of the command
     key: Key = None,
 ) -> None:
     """Make a network small enough for a limit, from a few unlabelled samples, and write it to a file."""
-    from evolvenet.cli.compression import compressed
+    from evolvenet.cli.compression import compressed, goal
     from evolvenet.cli.inputs import batches
 
-    given = {"parameters": parameters, "macs": macs, "bytes": bytes, "latency": latency}
+    wanted = goal({"parameters": parameters, "macs": macs, "bytes": bytes, "latency": latency}, out)
     model, inputs = _network(factory, arg, input, checkpoint)
     chosen = batches(data, inputs, samples=samples, size=batch_size, scale=scale, key=key)
-    done = compressed(model, inputs, chosen, given, out, lowrank=lowrank, multiple=multiple, fixed=fixed)
+    done = compressed(model, inputs, chosen, wanted, out, lowrank=lowrank, multiple=multiple, fixed=fixed)
     _show(done.data, as_json, lambda: Group(done.table, Text(f"written: {out}")))
 
 
@@ -133,14 +135,31 @@ def front(
     as_json: AsJson = False,
 ) -> None:
     """List the networks of several runs by size and accuracy, and mark those that no other one beats."""
+    from evolvenet.cli.outputs import check_file
     from evolvenet.cli.runs import points_of, points_table
 
+    if picture is not None:
+        check_file("--picture", picture, (".png", ".svg", ".pdf"))
     points = points_of(folders)
     if picture is not None:
         from evolvenet.report.front import draw_front
 
         draw_front(points).savefig(picture, dpi=140)
     _show(points, as_json, lambda: points_table(points))
+
+
+def _only_with_data(context: typer.Context, data: str | None) -> None:
+    """Refuse options about samples where there are none."""
+    sources = {name: context.get_parameter_source(name) for name in ("samples", "batch_size", "scale", "key")}
+    typed = [
+        f"--{name.replace('_', '-')}"
+        for name, source in sources.items()
+        if getattr(source, "name", "") == "COMMANDLINE"
+    ]
+    if typed and data is None:
+        raise CommandError(
+            f"inspect: expected --data with {', '.join(typed)}, got none. Without it, spectra are of the weights."
+        )
 
 
 def _network(factory: str, arguments: list[str], given: list[str], checkpoint: Path | None) -> tuple[Any, Any]:
@@ -164,13 +183,20 @@ def _show(found: Any, as_json: bool, table: Callable[[], Any]) -> None:
         Console().print(table())
 
 
+def _line(error: Exception) -> str:
+    if isinstance(error, EvolveNetError) or not isinstance(error, OSError) or not error.strerror:
+        return str(error)
+    if isinstance(error, FileNotFoundError):
+        return f"there is no file {error.filename}"
+    return f"{error.filename or 'a file'}: {error.strerror}"
+
+
 def main() -> None:
     """Run the command; an error of the user's is one line."""
     try:
         app()
-    except (EvolveNetError, FileNotFoundError) as error:
-        text = f"there is no file {error.filename}" if isinstance(error, FileNotFoundError) else str(error)
-        print(f"error: {' '.join(text.split())}", file=sys.stderr)
+    except (EvolveNetError, OSError) as error:
+        print(f"error: {' '.join(_line(error).split())}", file=sys.stderr)
         sys.exit(1)
 
 

@@ -11,6 +11,7 @@ from torch import nn
 
 from evolvenet.cli.errors import CommandError
 from evolvenet.cli.limits import limit
+from evolvenet.cli.outputs import check_file
 from evolvenet.engine.compress import compress
 from evolvenet.engine.compression import Compression
 from evolvenet.engine.saving import save
@@ -31,8 +32,42 @@ class Compressed:
     table: Any
 
 
+@dataclass(frozen=True)
+class Goal:
+    """A limit as it was typed.
+
+    Args:
+        kind: of cost: "parameters", "macs", "bytes" or "latency".
+        text: a share or a number.
+    """
+
+    kind: str
+    text: str
+
+
+def goal(limits: Mapping[str, str | None], out: Path) -> Goal:
+    """The one limit that was given.
+
+    Args:
+        limits: {kind of cost: limit as it was typed}, one of which is not None.
+        out: the file to be written.
+
+    Raises:
+        CommandError: for none or several limits, one that is no number, or a file that cannot be written.
+    """
+    given = [Goal(kind, text) for kind, text in limits.items() if text is not None]
+    if len(given) != 1:
+        known = ", ".join(f"--{kind}" for kind in limits)
+        raise CommandError(
+            f"compress: expected one of {known}, got {', '.join(f'--{each.kind}' for each in given) or 'none'}."
+        )
+    limit(given[0].kind, given[0].text, 1.0)
+    check_file("--out", out, list(WRITERS))
+    return given[0]
+
+
 def compressed(
-    model: nn.Module, inputs: Any, batches: Sequence[Any], limits: Mapping[str, str | None], out: Path, **options: Any
+    model: nn.Module, inputs: Any, batches: Sequence[Any], wanted: Goal, out: Path, **options: Any
 ) -> Compressed:
     """Compress a network in place and write it.
 
@@ -40,33 +75,22 @@ def compressed(
         model: the network.
         inputs: example inputs.
         batches: of inputs.
-        limits: {kind of cost: limit as it was typed}, one of which is not None.
+        wanted: the limit.
         out: the file.
         options: further arguments of `evolvenet.compress`.
 
     Raises:
-        CommandError: for none or several limits, or a file of another kind, before anything is computed.
         ResizeError: if the network cannot be made so small.
     """
-    given = {kind: text for kind, text in limits.items() if text is not None}
-    if len(given) != 1:
-        known = ", ".join(f"--{kind}" for kind in limits)
-        raise CommandError(
-            f"compress: expected one of {known}, got {', '.join(f'--{kind}' for kind in given) or 'none'}."
-        )
-    if out.suffix not in WRITERS:
-        raise CommandError(
-            f"--out {out}: expected a name that ends in {', '.join(WRITERS)}, got {out.suffix or 'no ending'}."
-        )
-    ((kind, text),) = given.items()
+    kind = wanted.kind
     present = {
         "parameters": lambda: parameters(model),
         "macs": lambda: macs(model, inputs),
         "bytes": lambda: size_in_bytes(model),
         "latency": lambda: latency(model, inputs),
     }
-    wanted = limit(kind, text, float(present[kind]()))
-    done = compress(model, inputs, batches, **{kind: wanted if kind == "latency" else int(wanted)}, **options)
+    most = limit(kind, wanted.text, float(present[kind]()))
+    done = compress(model, inputs, batches, **{kind: most if kind == "latency" else int(most)}, **options)
     save(model, out)
     return Compressed({**_plain(done, kind), "out": str(out)}, done)
 

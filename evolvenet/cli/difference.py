@@ -68,8 +68,9 @@ def difference_table(found: Mapping[str, Any], one: Path, two: Path) -> Group:
     """What `difference` returns, for a terminal."""
     table = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False)
     table.add_column("width" if found["what"] == "widths" else "tensor", overflow="fold")
+    # As text: rich would parse brackets in a plain string as styles.
     for path in (one, two):
-        table.add_column(path.name, justify="right")
+        table.add_column(Text(str(path) if one.name == two.name else path.name), justify="right", overflow="fold")
     table.add_column("change", justify="right")
     for name, (before, after) in found["changes"].items():
         table.add_row(Text(name), _text(before), _text(after), _ratio(before, after))

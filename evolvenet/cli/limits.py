@@ -45,4 +45,6 @@ def limit(kind: str, text: str, present: float) -> float:
         number = float(match.group(1).replace("_", "").replace(",", ""))
     except ValueError:
         raise CommandError(f"--{kind} {text}: expected a number, such as {EXAMPLES[kind]}.") from None
+    if unit != "%" and kind != "latency" and number * UNITS[unit] < 1:
+        raise CommandError(f"--{kind} {text}: expected a number from 1 on. For a share, type {100 * number:g}%.")
     return present * number / 100 if unit == "%" else number * UNITS[unit]

@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml  # comes with Lightning
 from rich.console import Group
 from rich.text import Text
 
 from evolvenet.cli.runs import result_of
 from evolvenet.engine.history import History
-from evolvenet.report import summary_rows, summary_table, write_report
+from evolvenet.report import summary_rows, summary_table
+from evolvenet.report.run_result import front_table, result_facts, result_title, write_result
 
 
 @dataclass(frozen=True)
@@ -39,14 +39,9 @@ def rewritten(folder: Path) -> RunReport:
         ReportError: if matplotlib is not installed.
     """
     result = result_of(folder)
-    history = History.from_dict(result["history"])
-    facts = {"test accuracy": f"{result['test_acc']:.2%}"} if result.get("test_acc") is not None else {}
-    title = result.get("title") or folder.resolve().name
-    curves = {"validation accuracy": result["curve"]} if result.get("curve") else {}
-    path = write_report(
-        history, folder, title, curves, facts, settings={"configuration": yaml.safe_dump(result.get("config", {}))},
-        threshold=result.get("threshold"), seconds=result.get("seconds"), made=result.get("made", {}),
-    )  # fmt: skip
+    history, title, facts = History.from_dict(result["history"]), result_title(result, folder), result_facts(result)
+    path = write_result(result, folder)
     rows = [dict(zip(("name", "start", "end", "change"), row, strict=True)) for row in summary_rows(history, facts)]
-    table = Group(summary_table(history, title, facts), Text(f"report: {path}"))
-    return RunReport({"report": str(path), "title": title, "summary": rows}, table)
+    front = result.get("front") or []
+    tables = [summary_table(history, title, facts), *([front_table(front)] if front else [])]
+    return RunReport({"report": str(path), "title": title, "summary": rows}, Group(*tables, Text(f"report: {path}")))

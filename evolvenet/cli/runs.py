@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml  # comes with Lightning
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
@@ -37,8 +39,54 @@ def result_of(folder: Path) -> dict[str, Any]:
     return found
 
 
+@dataclass(frozen=True)
+class FinishedRun:
+    """A run that has ended.
+
+    Args:
+        name: path of its folder below the one that was given.
+        settings: its overrides that not all of the runs share, of a single run all.
+        result: content of its `result.json`.
+    """
+
+    name: str
+    settings: str
+    result: dict[str, Any]
+
+
+def runs_below(folders: Sequence[Path]) -> list[FinishedRun]:
+    """All runs below some folders that have a result, in the order of their paths.
+
+    Raises:
+        CommandError: if a result cannot be read.
+    """
+    names: dict[Path, str] = {}
+    for folder in folders:
+        root = folder.resolve()
+        paths = [root] if (root / RESULT).is_file() else [path.parent for path in sorted(root.rglob(RESULT))]
+        for path in paths:
+            below = "" if path == root else path.relative_to(root).as_posix()
+            parts = [root.name] * (len(folders) > 1 or not below) + [below] * bool(below)
+            names.setdefault(path, "/".join(parts))
+    given = {path: _overrides(path) for path in names}
+    shared = set.intersection(*map(set, given.values())) if len(given) > 1 else set[str]()
+    own = {path: " ".join(word for word in words if word not in shared) for path, words in given.items()}
+    return [FinishedRun(name, own[path], result_of(path)) for path, name in names.items()]
+
+
+def _overrides(folder: Path) -> list[str]:
+    """What was typed for a run, as Hydra recorded it."""
+    try:
+        found = yaml.safe_load((folder / ".hydra" / "overrides.yaml").read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return []
+    return [str(word) for word in found] if isinstance(found, list) else []
+
+
 def points_of(folders: Sequence[Path]) -> list[dict[str, Any]]:
     """The networks of all runs below some folders, the smallest first: of a front every point, of another run its end.
+
+    Each is named by the overrides that not all runs share, or by its folder where there are none.
 
     Returns:
         [{"run", "parameters", "macs", "val_acc", "test_acc", "front"}]; "front" says whether no other network is as small and
@@ -47,18 +95,16 @@ def points_of(folders: Sequence[Path]) -> list[dict[str, Any]]:
     Raises:
         CommandError: if there is no run.
     """
-    found: list[dict[str, Any]] = []
-    for folder in folders:
-        paths = [folder / RESULT] if (folder / RESULT).is_file() else sorted(folder.rglob(RESULT))
-        for path in paths:
-            result = result_of(path.parent)
-            name = path.parent.name if path.parent != folder else folder.resolve().name
-            ends = result.get("front") or [{**result["end"], **{k: result.get(k) for k in ("val_acc", "test_acc")}}]
-            found += [{"run": name, "macs": None, **{k: end.get(k) for k in COLUMNS if k in end}} for end in ends]
+    runs, found = runs_below(folders), list[dict[str, Any]]()
+    for run in runs:
+        name = run.settings if run.settings and len(runs) > 1 else run.name
+        result = run.result
+        ends = result.get("front") or [{**result["end"], **{k: result.get(k) for k in ("val_acc", "test_acc")}}]
+        found += [{"run": name, **{column: end.get(column) for column in COLUMNS}} for end in ends]
     if not found:
         raise CommandError(f"{', '.join(map(str, folders))}: expected runs of train.py below, got no {RESULT} there.")
-    found.sort(key=lambda point: (point["parameters"], -(point.get("val_acc") or 0.0)))
-    chosen = on_front([(point["parameters"], point.get("val_acc") or 0.0) for point in found])
+    found.sort(key=lambda point: (point["parameters"], -(point["val_acc"] or 0.0)))
+    chosen = on_front([(point["parameters"], point["val_acc"] or 0.0) for point in found])
     return [{**point, "front": each} for point, each in zip(found, chosen, strict=True)]
 
 

@@ -1,4 +1,7 @@
-"""How a run was made, for its report: command, versions, commit and machine. Nothing of it names a user or a host."""
+"""How a run was made, for its report: command, versions, commit and machine.
+
+Of the command, the home and the working directory are written as `~` and `.`, and passwords and tokens are masked.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +21,8 @@ import torch
 SECRET = re.compile(r"(^|[_-])keys?$|apikey|token|passw|secret|credential", re.IGNORECASE)
 """Names of settings whose texts are not written."""
 MASK = "***"
+USER = re.compile(r"(?<=://)[^/@\s]+(?=@)")
+"""User and password of a URL."""
 PACKAGES = ("evolvenet", "torch", "lightning", "pytorch-lightning", "transformers", "timm", "numpy")
 """Packages whose versions are named, where they are imported."""
 
@@ -40,7 +45,7 @@ def recorded_command(arguments: Sequence[str]) -> str:
     "train.py '+logger.api_key=***' --hub-token '***' seed=1"
     """
     shown: list[str] = []
-    for argument in arguments:
+    for argument in map(without_user, arguments):
         name, equals, _ = argument.partition("=")
         before = shown[-1] if shown else ""
         if equals and SECRET.search(name.rpartition(".")[2]):
@@ -50,6 +55,22 @@ def recorded_command(arguments: Sequence[str]) -> str:
         else:
             shown.append(argument)
     return shlex.join(shown)
+
+
+def without_user(text: str) -> str:
+    """A text with the home and the working directory as `~` and `.`, and URLs without user and password.
+
+    >>> without_user("https://me:pass@host/x"), without_user(f"data.root={Path.cwd()}/data")
+    ('https://***@host/x', 'data.root=./data')
+    """
+    shown = USER.sub(MASK, text)
+    places = [(Path.cwd(), ".")]
+    with contextlib.suppress(RuntimeError):  # a process without a home
+        places.append((Path.home(), "~"))
+    for folder, short in places:
+        if folder != Path(folder.anchor):
+            shown = re.sub(rf"(?<![\w./~-]){re.escape(str(folder))}(?![\w.-])", short, shown)
+    return shown
 
 
 def _program(path: str) -> str:

@@ -12,9 +12,6 @@ from typing import Any
 
 import lightning
 import torch
-from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter
-from rich.table import Table
 from torch import Tensor, nn
 
 from evolvenet.measurement.cost import macs
@@ -134,43 +131,3 @@ def teacher(past: nn.Module, half: bool = False) -> Callable[[Tensor], Tensor]:
 def tested(points: Sequence[Point], test: Callable[[str], float]) -> list[dict[str, Any]]:
     """The points as plain data, each with its accuracy on the test split, measured once."""
     return [{**asdict(point), "test_acc": test(point.path)} for point in points]
-
-
-def front_table(points: Sequence[Mapping[str, Any]]) -> Table:
-    """The points, one a line, for a terminal."""
-    table = Table(title="The front", title_justify="left")
-    for heading in ("parameters", "MACs", "validation", "test", "errors of 10,000", "epoch", "minutes"):
-        table.add_column(heading, justify="right")
-    for point in points:
-        table.add_row(
-            f"{point['parameters']:,}", f"{point['macs']:,}", f"{point['val_acc']:.2%}", f"{point['test_acc']:.2%}",
-            f"{1e4 * (1 - point['test_acc']):.0f}", str(point["epoch"]), f"{point['seconds'] / 60:.1f}",
-        )  # fmt: skip
-    return table
-
-
-def draw_front(points: Sequence[Mapping[str, Any]]) -> Figure:
-    """Errors against parameters, both on log scales."""
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    panel = figure.subplots()
-    counts = [point["parameters"] for point in points]
-    for name, color in (("val_acc", "#7f8c8d"), ("test_acc", "#2c3e50")):
-        errors = [max(100 * (1 - point[name]), 1e-2) for point in points]
-        panel.plot(counts, errors, "o-", color=color, label={"val_acc": "validation", "test_acc": "test"}[name])
-    for point in points:
-        at = (point["parameters"], max(100 * (1 - point["test_acc"]), 1e-2))
-        panel.annotate(
-            f"{point['parameters']:,}\n{point['test_acc']:.2%}", at, (0, -8), textcoords="offset points", ha="center", va="top",
-        )  # fmt: skip
-    panel.set_xscale("log")
-    panel.set_yscale("log")
-    panel.margins(x=0.08, y=0.3)
-    panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
-    for set_formatter in (panel.yaxis.set_major_formatter, panel.yaxis.set_minor_formatter):
-        set_formatter(FuncFormatter(lambda value, _: f"{value:.2g}"))
-    panel.set_xlabel("parameters")
-    panel.set_ylabel("errors, %")
-    panel.grid(alpha=0.25, which="both")
-    panel.spines[["top", "right"]].set_visible(False)
-    panel.legend(frameon=False)
-    return figure

@@ -10,14 +10,15 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from omegaconf.resolvers import oc
 
-from evolvenet.report.facts import MASK, SECRET
+from evolvenet.report.facts import MASK, SECRET, without_user
 
 
 def recorded_config(config: DictConfig) -> Any:
     """The configuration as plain data, its interpolations resolved, but for those of environment variables.
 
     Variables of the environment stay as they are written, `${oc.env:WANDB_API_KEY}`: they hold secrets and paths of one machine.
-    Texts under names like `api_key`, `token`, `password` or `secret` are masked, unless they are such a variable.
+    Texts under names like `api_key`, `token`, `password` or `secret` are masked, unless they are such a variable; so are user and
+    password of URLs. The home and the working directory are written as `~` and `.`.
 
     >>> config = OmegaConf.create({"seed": 1, "same": "${seed}", "logger": {"api_key": "abc", "dir": "${oc.env:HOME}"}})
     >>> recorded_config(config)
@@ -50,4 +51,6 @@ def _masked(plain: Any, secret: bool = False) -> Any:
         return {key: _masked(value, secret or bool(SECRET.search(str(key)))) for key, value in plain.items()}
     if isinstance(plain, list):
         return [_masked(value, secret) for value in plain]
-    return MASK if secret and isinstance(plain, str) and not plain.startswith("${oc.env:") else plain
+    if not isinstance(plain, str):
+        return plain
+    return MASK if secret and not plain.startswith("${oc.env:") else without_user(plain)

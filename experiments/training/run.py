@@ -14,7 +14,7 @@ from typing import Any
 import lightning
 from hydra.utils import instantiate
 from lightning.pytorch.callbacks import ModelCheckpoint
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from rich.console import Console
 from torch import Tensor, nn
 
@@ -23,8 +23,9 @@ from evolvenet.engine.saving import load
 from evolvenet.errors import RecordError
 from evolvenet.lightning.callback import WidthEvolution
 from evolvenet.measurement.cost import macs
-from evolvenet.report import summary_table, write_report
+from evolvenet.report import summary_table
 from evolvenet.report.facts import run_facts
+from evolvenet.report.run_result import front_table, result_facts, write_result
 from experiments.data.images import ImageData
 from experiments.training.classifier import Classifier
 from experiments.training.compression import Compression, compression_lines, compression_table
@@ -40,7 +41,7 @@ from experiments.training.jobs import (
     resume_command,
     stopped_run,
 )
-from experiments.training.points import Points, draw_front, front_table, tested
+from experiments.training.points import Points, tested
 from experiments.training.progress import Progress
 from experiments.training.recorded_config import recorded_config
 
@@ -266,29 +267,14 @@ def _result(
 
 def _present(result: Mapping[str, Any], history: History, output: Path) -> None:
     front, rows = result["front"], result.get("compression", {}).get("rows", [])
-    facts = {
-        **{f"test accuracy at {point['parameters']:,}": f"{point['test_acc']:.2%}" for point in front[:-1]},
-        "test accuracy": f"{result['test_acc']:.2%}",
-        "time": f"{result['seconds']:.0f} s for {result['steps']:,} steps",
-        **{f"{row['network']} {row['state']}": _line(row) for row in rows if row["state"] == "+ epoch"},
-    }
-    pictures = {"The front": draw_front(front)} if front else {}
-    report = write_report(
-        history, output, result["title"], {"validation accuracy": result["curve"]}, facts, pictures,
-        settings={"configuration": OmegaConf.to_yaml(result["config"])}, threshold=result["threshold"], seconds=result["seconds"],
-        made=result["made"],
-    )  # fmt: skip
-    Console().print(summary_table(history, result["title"], facts))
+    report = write_result(result, output)
+    Console().print(summary_table(history, result["title"], result_facts(result)))
     if front:
         Console().print(front_table(front))
     if rows:
         Console().print(compression_table(rows))
         (output / "compression.md").write_text("\n".join(compression_lines([result["compression"]])), encoding="utf-8")
     print(f"report: {report}")
-
-
-def _line(row: Mapping[str, Any]) -> str:
-    return f"{row['accuracy']:.2%} with {row['parameters']:,}"
 
 
 def _size(model: nn.Module, example: Tensor) -> dict[str, int]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from operator import itemgetter
@@ -13,9 +12,10 @@ from typing import Any
 from hydra.experimental.callback import Callback
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
-from evolvenet.report.front import draw_front, on_front
+from evolvenet.cli.runs import points_of, runs_below
+from evolvenet.report.front import draw_front
 from experiments.pages import cell, markdown, span
 from experiments.training.fronts import fronts_table
 from experiments.training.jobs import FAILURE, RESULT
@@ -47,7 +47,7 @@ def tabulate(directory: Path) -> str:
     table = sweep_table(directory) + seeds_table(directory) + _front(directory)
     (directory / "sweep.md").write_text(table, encoding="utf-8")
     draw_sweep(directory).savefig(directory / "sweep.png", dpi=120)
-    draw_front(front_points(directory)).savefig(directory / "front.png", dpi=140)
+    draw_front(points_of([directory])).savefig(directory / "front.png", dpi=140)
     places = f"table: {directory / 'sweep.md'}\npictures: {directory / 'sweep.png'}, {directory / 'front.png'}"
     return f"{table}{_failures(directory)}\n{places}"
 
@@ -61,19 +61,6 @@ def _failures(directory: Path) -> str:
 
 def _last_line(path: Path) -> str:
     return next(iter(path.read_text(encoding="utf-8").strip().splitlines()[::-1]), "")
-
-
-def front_points(directory: Path) -> list[dict[str, Any]]:
-    """The network at the end of every run below a folder, named by the overrides that not all share; see `draw_front`."""
-    found = [
-        {
-            "run": own or name, "parameters": result["end"]["parameters"], "val_acc": result["val_acc"],
-            "test_acc": result["test_acc"],
-        }
-        for name, own, result in _runs(directory)
-    ]  # fmt: skip
-    chosen = on_front([(point["parameters"], point["val_acc"] or 0.0) for point in found])
-    return [{**point, "front": each} for point, each in zip(found, chosen, strict=True)]
 
 
 def _front(directory: Path) -> str:
@@ -149,17 +136,8 @@ def _groups(directory: Path) -> dict[str, list[dict[str, Any]]]:
 
 def _runs(directory: Path) -> list[tuple[str, str, dict[str, Any]]]:
     """For each run its folder's name, the overrides that not all runs share, and its result; best validation first."""
-    runs = [(path.parent, json.loads(path.read_text(encoding="utf-8"))) for path in sorted(directory.rglob(RESULT))]
-    runs.sort(key=lambda run: (-(run[1]["val_acc"] or 0.0), len(run[0].name), run[0].name))
-    settings = {folder: _overrides(folder) for folder, _ in runs}
-    shared = set.intersection(*map(set, settings.values())) if len(runs) > 1 else set()
-    own = {folder: " ".join(each for each in settings[folder] if each not in shared) for folder in settings}
-    return [(str(folder.relative_to(directory)), own[folder], result) for folder, result in runs]
-
-
-def _overrides(folder: Path) -> list[str]:
-    path = folder / ".hydra" / "overrides.yaml"
-    return [str(override) for override in OmegaConf.load(path)] if path.is_file() else [folder.name]
+    runs = [(run.name, run.settings, run.result) for run in runs_below([directory])]
+    return sorted(runs, key=lambda run: (-(run[2]["val_acc"] or 0.0), len(run[0]), run[0]))
 
 
 def _row(name: str, settings: str, result: Mapping[str, Any]) -> list[str]:

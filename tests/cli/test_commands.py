@@ -18,6 +18,7 @@ from torch import nn
 import evolvenet
 from evolvenet.cli.app import app, main
 from evolvenet.cli.objects import build
+from evolvenet.cli.runs import points_of
 from evolvenet.measurement.cost import parameters
 from tests.helpers.pages import shape
 from tests.helpers.paths import ROOT
@@ -146,6 +147,18 @@ def test_diff_names_widths_and_parameters(run: Any, tmp_path: Path, monkeypatch:
     assert "2 widths the same" in out
 
 
+def test_diff_shows_the_paths_of_files_of_one_name_as_they_are(
+    run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "120")
+    for place, size in enumerate((3, 4)):
+        (tmp_path / f"run[{place}]").mkdir()
+        torch.save(nn.Linear(size, 2).state_dict(), tmp_path / f"run[{place}]" / "a.pt")
+    _, out, _ = run("diff", "run[0]/a.pt", "run[1]/a.pt")
+    assert "run[0]/a.pt   run[1]/a.pt" in out
+
+
 def result(parameters: int, val: float, test: float) -> dict[str, Any]:
     """What a run of train.py leaves, as far as it is read."""
     history = evolvenet.History(evolvenet.Event(0, (), {"hidden": 8}, 900, 900, 800, 0.0), [])
@@ -185,6 +198,50 @@ def test_a_front_may_be_drawn_by_runs_named_one_by_one(runs: Path, run: Any) -> 
     assert "● small" in " ".join(out.split())
 
 
+def test_runs_are_named_by_the_overrides_that_not_all_share_and_fronts_give_every_point(runs: Path, run: Any) -> None:
+    for name in ("small", "worse", "large"):
+        (runs / name / ".hydra").mkdir()
+        words = json.dumps(["model=x", f"lr={name}"])
+        (runs / name / ".hydra" / "overrides.yaml").write_text(words, encoding="utf-8")
+    points = [{"parameters": count, "macs": 1, "val_acc": 0.9, "test_acc": 0.9} for count in (40, 300)]
+    (runs / "large" / "result.json").write_text(
+        json.dumps({**result(300, 0.9, 0.9), "front": points}), encoding="utf-8"
+    )
+    found = points_of([runs / "small", runs / "worse", runs / "large"])
+    assert [(point["run"], point["parameters"]) for point in found] == [
+        ("lr=large", 40), ("lr=small", 100), ("lr=worse", 200), ("lr=large", 300),
+    ]  # fmt: skip
+    # A run without recorded overrides has its folder's path.
+    assert {point["run"] for point in points_of([runs])} == {
+        "same", "model=x lr=large", "model=x lr=small", "model=x lr=worse",
+    }  # fmt: skip
+    assert {point["run"] for point in points_of([runs / "same", runs / "large"])} == {"same", "model=x lr=large"}
+    assert [point["run"] for point in points_of([runs / "small"])] == ["small"]
+
+
+def test_the_page_of_a_front_is_written_anew_with_all_that_it_had(runs: Path, run: Any) -> None:
+    point = {"parameters": 5000, "macs": 1, "val_acc": 0.9, "test_acc": 0.91, "epoch": 1, "seconds": 60.0}
+    row = {"network": "Tucker", "state": "+ epoch", "accuracy": 0.77, "parameters": 321}
+    whole = {
+        **result(700, 0.9, 0.92), "front": [point, {**point, "parameters": 700}], "seconds": 61.0, "steps": 1234,
+        "compression": {"rows": [row]}, "config": {"z": 1, "a": "ü"},
+    }  # fmt: skip
+    (runs / "small" / "result.json").write_text(json.dumps(whole), encoding="utf-8")
+    status, out, _ = run("report", str(runs / "small"))
+    page = (runs / "small" / "report.html").read_text(encoding="utf-8")
+    assert status == 0
+    for text in (
+        "The front",
+        "test accuracy at 5,000",
+        "91.00%",
+        "61 s for 1,234 steps",
+        "77.00% with 321",
+        "z: 1\na: ü",
+    ):
+        assert text in page, text
+    assert "errors of 10,000" in out
+
+
 def test_report_writes_the_page_of_a_run(runs: Path, run: Any) -> None:
     status, out, _ = run("report", str(runs / "small"))
     assert status == 0
@@ -208,7 +265,19 @@ def test_report_writes_the_page_of_a_run(runs: Path, run: Any) -> None:
         (("diff", "none.pt", "none.pt"), "there is no file none.pt"),
         (("report", "."), "which has no result.json|got one without result.json"),
         (("front", "."), "got no result.json there"),
+        (("front", ".", "--picture", "a.xyz"), "--picture a.xyz: expected a name that ends in .png, .svg, .pdf"),
+        (("front", ".", "--picture", "none/a.png"), "--picture none/a.png: expected a folder none"),
+        (("inspect", "mine.py:network", "--input", "1,8", "--batch-size", "64", "--key", "x"), "--data with --batch-size, --key"),
         (("compress", "mine.py:network", "--input", "1,8", "--data", "mine:batches", "--out", "a.pt"), "got none"),
+        (
+            ("compress", "no:thing", "--data", "no:thing", "--parameters", "9%", "--out", "none/a.pt"),
+            "--out none/a.pt: expected a folder none, got none there",
+        ),
+        (
+            ("compress", "no:thing", "--data", "no:thing", "--parameters", "0.5", "--out", "a.pt"),
+            "--parameters 0.5: expected a number from 1 on. For a share, type 50%",
+        ),
+        (("compress", "no:thing", "--data", "no:thing", "--latency", "3MB", "--out", "a.pt"), "--latency 3MB: expected"),
         (
             ("compress", "mine.py:network", "--input", "1,8", "--data", "mine:batches", "--parameters", "9%", "--out", "a.x"),
             "--out a.x: expected a name that ends in",

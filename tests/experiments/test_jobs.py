@@ -18,9 +18,10 @@ from hydra import compose, initialize_config_dir
 from hydra.types import RunMode
 from omegaconf import OmegaConf
 
+from evolvenet.cli.runs import points_of
 from experiments.training import jobs
 from experiments.training.jobs import SettingsError, check_types, finished, resume_command, stopped_run
-from experiments.training.sweep import SweepTable, front_points, tabulate
+from experiments.training.sweep import SweepTable, tabulate
 from tests.helpers.experiments import configuration, train
 from tests.helpers.paths import CONF, ROOT
 
@@ -136,7 +137,7 @@ def test_a_failed_run_does_not_end_its_sweep_and_finished_runs_are_skipped(tmp_p
     assert again.returncode == 0, again.stderr
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "sweep").rglob("result.json")} == made
     assert again.stdout.count("finished before, skipped") == 2
-    points = front_points(tmp_path)
+    points = points_of([tmp_path])
     assert {point["run"] for point in points} == {"seed=0", "seed=1"}
     table = subprocess.run(
         [sys.executable, "-m", "experiments.sweep", str(tmp_path)],

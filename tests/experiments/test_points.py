@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import nn
 
+from evolvenet.report.run_result import draw_errors, front_table
 from experiments.training.classifier import Classifier, Cycles
-from experiments.training.points import draw_front, front_table, frozen, span_ends, teacher
+from experiments.training.points import frozen, span_ends, teacher
 
 POINT = {
     "parameters": 5000,
@@ -70,6 +71,6 @@ def test_the_table_and_the_picture_show_every_point() -> None:
     table = front_table(points)
     assert table.row_count == 2
     assert list(table.columns[4].cells) == ["150", "300"]
-    panel = draw_front(points).axes[0]
+    panel = draw_errors(points).axes[0]
     assert [line.get_xdata().tolist() for line in panel.lines] == [[5000, 700]] * 2  # type: ignore[union-attr]
     assert [text.get_text() for text in panel.texts] == ["5,000\n98.50%", "700\n97.00%"]

@@ -1,6 +1,7 @@
 """What a result file says of a run's configuration holds no secret."""
 
 import json
+from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
@@ -37,6 +38,14 @@ def test_no_value_of_the_environment_and_no_secret_is_recorded(config):
     assert recorded["logger"]["api_key"] == "${oc.env:WANDB_API_KEY}"
     assert recorded["root"] == "${oc.env:UNSET_VARIABLE,data}"
     assert (recorded["same"], recorded["name"], recorded["max_tokens"]) == (3, "token of a name", 512)
+
+
+def test_folders_and_urls_name_no_user(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/alice")
+    config = OmegaConf.create(
+        {"root": "/home/alice/x", "url": ["https://alice:pw@host/x"], "output": f"{Path.cwd()}/o"}
+    )
+    assert recorded_config(config) == {"root": "~/x", "url": ["https://***@host/x"], "output": "./o"}
 
 
 def test_the_environment_is_read_again_afterwards(config):

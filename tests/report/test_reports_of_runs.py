@@ -87,3 +87,18 @@ def test_facts_name_no_secret_and_no_folder_of_the_machine(monkeypatch, tmp_path
     assert f"torch {torch.__version__.partition('+')[0]}" in facts["versions"]
     assert "cores" in facts["machine"]
     assert recorded_command(["a.py", "--token=x"]) == "a.py '--token=***'"
+
+
+def test_commands_name_no_user(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", "/home/alice")
+    monkeypatch.setenv("USERPROFILE", "/home/alice")
+    monkeypatch.chdir(tmp_path)
+    words = [
+        "data.root=/home/alice/x",
+        f"{tmp_path}/a,{tmp_path}",
+        "url=https://alice:pw@host/x",
+        "/home/alicex",
+        "/mnt/home/alice",
+    ]
+    shown = recorded_command(words)
+    assert shown == "'data.root=~/x' ./a,. 'url=https://***@host/x' /home/alicex /mnt/home/alice"
