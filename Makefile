@@ -21,7 +21,7 @@ $(VENV)/.installed: pyproject.toml
 train: install
 	$(BIN)/python train.py
 
-# Some minutes on 2 CPU cores. `worksteal` leaves neighbouring tests to one worker: what a module trains once is not trained twice.
+# Some minutes on 2 CPU cores. As root it installs Chromium by apt-get where there is no browser, see `browser`. `worksteal` leaves neighbouring tests to one worker: what a module trains once is not trained twice.
 test: install lint browser
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
@@ -44,7 +44,8 @@ $(OLDEST)/.installed: pyproject.toml
 		'torch==2.8.0' 'torchvision==0.23.0' 'lightning==2.6.0'
 	touch $@
 
-# A browser, in which a test opens the report of a run. The test takes any Chrome or Chromium that is there.
+# A browser, in which a test opens the report of a run. The test takes any Chrome or Chromium that is there. Run as root, this installs
+# Chromium on the machine by apt-get if there is none, the one thing that lies outside of $(VENV); other users get a warning.
 browser:
 	@command -v chromium chromium-browser google-chrome >/dev/null \
 		|| { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && apt-get update -qq \

@@ -47,7 +47,8 @@ def need(module: str) -> ModuleType | Any:
         return importlib.import_module(module)
     except ImportError as error:
         raise ReportError(
-            f"Report: {module.partition('.')[0]} is not installed ({error}). pip install 'evolvenet[report]'"
+            f"Report: {module.partition('.')[0]} is not installed ({error}). In a clone of EvolveNet: "
+            "pip install '.[report]'."
         ) from error
 
 

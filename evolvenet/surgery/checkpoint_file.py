@@ -162,7 +162,7 @@ def _safetensors() -> ModuleType:
     except ModuleNotFoundError as error:
         raise MissingPackageError(
             f"Files that end in .safetensors: expected the package safetensors, got {error}. Install it with pip install "
-            "'evolvenet[safetensors]', or use a name that ends in .pt."
+            "safetensors, or use a name that ends in .pt."
         ) from error
     return safetensors.torch
 

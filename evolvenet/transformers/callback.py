@@ -38,7 +38,7 @@ try:
 except ModuleNotFoundError as error:
     raise MissingPackageError(
         f"evolvenet.transformers: expected the transformers library, got {error}. Install it with pip install "
-        "'evolvenet[transformers]'."
+        "transformers accelerate."
     ) from error
 
 from evolvenet.transformers.adapter_ranks import note_ranks, register_ranks_before_load

@@ -38,6 +38,8 @@ SEQUENCES, WORDS = 4, 128
 BATCHES = {"1.3B": 3}
 """Batches that `prune` is given, of which one is held out; 8 where there is no other number."""
 VOCABULARY = 32_000
+GOALS = {("150M", "trace"): 10, ("150M", "prune"): 30}
+"""{(model, stage): CPU seconds that it was to take at most}."""
 SHARE = 0.75
 """Of the inner units of each block, that stay."""
 
@@ -166,9 +168,27 @@ def _page(known: dict[str, dict[str, dict[str, Any]]]) -> str:
         f"Not measured: {', '.join(missing) or 'nothing'}. CPU seconds are what the process computed; wall seconds are "
         "longer where other processes had the cores as well.",
     )
+    command = (
+        "`make bench-scale` (`python -m experiments.bench.scale`) writes this page; with `SIZE --stages STAGE` one line of it.",
+        *_goals(known),
+    )
+    head_notes = textwrap.fill(" ".join(command), 130, break_on_hyphens=False)
     notes = "\n\n".join(textwrap.fill(each, 130, break_on_hyphens=False) for each in paragraphs)
     table = "\n".join(markdown(head, rows, text=(0, 1, 3, 11)))
-    return f"# Language models of growing size\n\n{machine_line()}, one thread.\n\n{table}\n\n{notes}\n"
+    top = f"# Language models of growing size\n\n{head_notes}\n\n{machine_line()}, one thread."
+    return f"{top}\n\n{table}\n\n{notes}\n"
+
+
+def _goals(known: dict[str, dict[str, dict[str, Any]]]) -> list[str]:
+    """A sentence for each goal whose stage was measured."""
+    found = []
+    for (size, stage), most in GOALS.items():
+        if stage in known.get(size, {}):
+            seconds = known[size][stage]["cpu"]
+            found.append(
+                f"{stage} of {size}: goal {most} CPU s, now {seconds:.0f}{'' if seconds <= most else ' (missed)'}."
+            )
+    return found
 
 
 def _larger(known: dict[str, dict[str, dict[str, Any]]], size: str = "7B") -> str:

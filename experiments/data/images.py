@@ -247,7 +247,7 @@ class DigitsData(ImageData):
             from sklearn.datasets import load_digits
         except ImportError as error:
             raise DataError(
-                "Data: the digits come with scikit-learn, which is not installed. pip install 'evolvenet[experiments]'"
+                "Data: the digits come with scikit-learn, which is not installed. In a clone: pip install '.[experiments]'"
             ) from error
         pixels, labels = load_digits(return_X_y=True)
         images = np.rint(pixels.reshape(-1, 8, 8, 1) * (255 / 16)).astype(np.uint8)

@@ -37,12 +37,13 @@ def torchvision_model(name: str, classes: int, weights: str | None = None, **opt
 
     Args:
         name: such as "resnet18", see `torchvision.models.list_models(module=torchvision.models)`.
-        classes: number of logits; with weights, of the 1,000 classes that they know.
-        weights: name of trained weights, "DEFAULT" for the best, which torchvision downloads; None for random ones.
+        classes: number of logits.
+        weights: name of trained weights, "DEFAULT" for the best, which torchvision downloads; None for random ones. Where they
+            have another number of classes (1,000 of ImageNet), the last layer is a new one with random weights.
         **options: of the model.
 
     Raises:
-        ModelNameError: if there is no such model.
+        ModelNameError: if there is no such model, or its last layer cannot be replaced.
 
     >>> type(torchvision_model("resnet18", classes=10).network).__name__
     'ResNet'
@@ -53,7 +54,30 @@ def torchvision_model(name: str, classes: int, weights: str | None = None, **opt
             f"Model: expected a classifier of torchvision, got {name!r}. There are {', '.join(known)}."
         )
     given = {} if weights is not None else {"num_classes": classes}
-    return Coloured(torchvision.models.get_model(name, weights=weights, **given, **options))
+    network = torchvision.models.get_model(name, weights=weights, **given, **options)
+    return Coloured(network if weights is None else with_classes(network, classes))
+
+
+def with_classes(network: nn.Module, classes: int) -> nn.Module:
+    """A classifier whose last dense layer is a new one, unless it has as many logits already; changed in place.
+
+    Args:
+        network: of torchvision, where the last dense layer gives the logits.
+        classes: number of logits.
+
+    Raises:
+        ModelNameError: if it has no dense layer.
+    """
+    layers = {name: module for name, module in network.named_modules() if isinstance(module, nn.Linear)}
+    if not layers:
+        raise ModelNameError(
+            f"Model: expected a classifier with a dense layer at its end, whose logits could become {classes}, got "
+            f"{type(network).__name__} without one. Set model.weights=null, or take another model."
+        )
+    name, last = list(layers.items())[-1]
+    if last.out_features != classes:
+        network.set_submodule(name, nn.Linear(last.in_features, classes, bias=last.bias is not None))
+    return network
 
 
 def timm_model(name: str, classes: int, in_channels: int = 3, pretrained: bool = False, **options: Any) -> nn.Module:

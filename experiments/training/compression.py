@@ -171,7 +171,7 @@ def quantized(model: nn.Module, config: str) -> nn.Module:
     try:
         torchao = importlib.import_module("torchao.quantization")
     except ImportError as error:
-        raise MissingPackageError("8 bits need torchao: pip install 'evolvenet[experiments]'") from error
+        raise MissingPackageError("8 bits need torchao. In a clone: pip install '.[experiments]'") from error
     made = copy.deepcopy(model)
     torchao.quantize_(made, getattr(torchao, config)())
     return made

@@ -60,7 +60,7 @@ def test_a_missing_library_is_named_when_its_edge_is_asked_for() -> None:
         "except ModuleNotFoundError as error:\n print(error)\n"
     )
     remedy = "evolvenet.transformers: expected the transformers library, got No module named 'transformers'. Install it"
-    assert lines == [f"True {remedy} with pip install 'evolvenet[transformers]'.", "No module named 'lightning'"]
+    assert lines == [f"True {remedy} with pip install transformers accelerate.", "No module named 'lightning'"]
 
 
 def test_the_edges_come_when_asked_for() -> None:

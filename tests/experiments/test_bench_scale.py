@@ -18,6 +18,9 @@ def test_the_page_says_what_was_measured_what_follows_and_what_was_not() -> None
         "150M", "prune", "134 M", "float32", "0.50", "8", "40", "–", "1.90", "1.00", "2.00", "abc",
     ]  # fmt: skip
     text = " ".join(page.split())
+    assert "make bench-scale" in text
+    assert "prune of 150M: goal 30 CPU s, now 40 (missed)." in text
+    assert "trace of 150M" not in text
     assert "take 1.8 GiB (those of all widths 58 GiB)" in text
     assert "from the seconds of 150M" in text
     assert "Not measured: 150M trace, 150M trace without weights, 400M trace" in text

@@ -94,6 +94,30 @@ def test_every_optimizer_trains_with_every_scheduler(tmp_path: Any, optimizer: s
     assert (len(set(rates)) == 1) == (scheduler == "constant")
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["evolve=budget", "evolve.policy.params=null", "evolve.policy.macs=1e6"],
+        ["evolve=budget", "evolve.policy.params=null", "evolve.policy.bytes=4e6", "evolve.policy.lowrank=true"],
+        ["evolve=budget", "evolve.policy.params=null", "evolve.policy.latency=0.01"],
+        ["evolve=tolerance", "evolve.policy.lowrank=true", "evolve.policy.depth=true"],
+        ["evolve=price", "evolve.policy.lowrank=true", "evolve.policy.depth=true"],
+        ["evolve=threshold", "evolve.policy.depth=true"],
+    ],
+)
+def test_settings_of_policies_can_be_typed_without_a_plus(words: list[str]) -> None:
+    policy = instantiate(configuration(*words).evolve).policy
+    for word in words[1:]:
+        name, _, typed = word.removeprefix("evolve.policy.").partition("=")
+        expected = {"null": None, "true": True}[typed] if typed in ("null", "true") else float(typed)
+        assert getattr(policy, name) == expected
+
+
+@pytest.mark.parametrize("name", ["none", "off"])
+def test_a_run_without_evolving_has_two_names(name: str) -> None:
+    assert configuration(f"evolve={name}").evolve is None
+
+
 @pytest.mark.parametrize("evolve", ["budget", "front", "price", "threshold", "tolerance", "off"])
 def test_every_policy_runs(tmp_path: Any, evolve: str) -> None:
     eager = [] if evolve == "off" else EAGER[1:] if evolve == "tolerance" else EAGER

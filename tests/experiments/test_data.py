@@ -302,5 +302,5 @@ def test_sizes_larger_than_the_data_are_refused(options, named):
 
 def test_digits_without_scikit_learn_name_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
-    with pytest.raises(DataError, match=r"evolvenet\[experiments\]"):
+    with pytest.raises(DataError, match=r"'\.\[experiments\]'"):
         DigitsData().setup()

@@ -4,10 +4,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import torchvision
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 from experiments.models import resnet as models
+from experiments.models.named import ModelNameError, with_classes
 from experiments.models.resnet import BasicBlock, ResNet, UnpaddedBlock, UnpaddedResNet
 from experiments.training import classifier
 from tests.helpers.paths import CONF
@@ -31,6 +33,22 @@ def test_every_configured_model_maps_images_to_ten_logits(name, images, blocks, 
     assert model(torch.randn(images)).shape == (2, 10)
     assert len(model.blocks) == blocks
     assert parameters(model) >= at_least
+
+
+@pytest.mark.parametrize("name", ["shufflenet_v2_x0_5", "mobilenet_v3_small"])
+def test_trained_networks_get_a_last_layer_with_as_many_logits_as_classes(name):
+    network = torchvision.models.get_model(name).eval()
+    images, before = torch.randn(2, 3, 32, 32), {key: value.clone() for key, value in network.state_dict().items()}
+    assert with_classes(network, 1000)(images).shape == (2, 1000)
+    assert with_classes(network, 7)(images).shape == (2, 7)
+    changed = [key for key, value in network.state_dict().items() if value.shape != before[key].shape]
+    assert len(changed) == 2
+    assert all(torch.equal(value, before[key]) for key, value in network.state_dict().items() if key not in changed)
+
+
+def test_a_trained_network_without_a_dense_layer_is_refused():
+    with pytest.raises(ModelNameError, match="SqueezeNet without one"):
+        with_classes(torchvision.models.get_model("squeezenet1_1"), 7)
 
 
 def test_every_width_is_an_argument():

@@ -131,7 +131,7 @@ def test_a_run_without_events_or_metrics_is_reported(tmp_path):
 
 def test_a_missing_package_names_the_extra(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(ReportError, match=r"evolvenet\[report\]") as caught:
+    with pytest.raises(ReportError, match=r"'\.\[report\]'") as caught:
         write_report(history(), tmp_path, "run")
     assert isinstance(caught.value, EvolveNetError)
 
