@@ -211,7 +211,7 @@ def _fit(
         logger.log_hyperparams(recorded_config(config))
     try:
         fitting.fit(classifier, datamodule=data, ckpt_path=resumed, weights_only=True)
-    except SystemExit:  # what Lightning makes of Ctrl-C
+    except (SystemExit, KeyboardInterrupt):  # the first is what Lightning makes of Ctrl-C in its loops
         if (command := resume_command(Path(config.output))) is not None:
             log.info("stopped; to go on: %s", command)
         raise
