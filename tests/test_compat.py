@@ -108,6 +108,20 @@ def _with_hyperparameters() -> Any:
     return Net()
 
 
+def _bert() -> Any:
+    library = pkgutil.resolve_name("transformers")
+    sizes = {
+        "hidden_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 8,
+        "vocab_size": 9,
+    }
+    model = library.BertModel(library.BertConfig(**sizes))
+    model.init_weights()
+    return model
+
+
 OF_INSTANCES: dict[str, tuple[Callable[[], Any], type | tuple[type, ...]]] = {
     "torch.nn.Module._parameters": (lambda: nn.Linear(1, 1), dict),
     "torch.nn.Module._buffers": (lambda: nn.BatchNorm1d(1), dict),
@@ -148,6 +162,8 @@ OF_INSTANCES: dict[str, tuple[Callable[[], Any], type | tuple[type, ...]]] = {
     "torch.ops.aten.add.Tensor._schema": (lambda: torch.ops.aten.add.Tensor, torch.FunctionSchema),
     "lightning.pytorch.strategies.DDPStrategy._pl_static_graph_delay_done": (_ddp, bool),
     "lightning.pytorch.strategies.DDPStrategy._ddp_comm_state": (_ddp, type(None)),
+    "transformers.PreTrainedModel._init_weights": (_bert, Callable),  # type: ignore[dict-item]
+    "torch.nn.Module._is_hf_initialized": (lambda: _bert().embeddings, bool),
     "lightning.pytorch.LightningModule._trainer": (
         lambda: pkgutil.resolve_name("lightning.pytorch:LightningModule")(),
         type(None),

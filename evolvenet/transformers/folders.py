@@ -12,6 +12,7 @@ import torch
 import transformers
 from transformers import AutoConfig, PreTrainedModel
 
+from evolvenet._compat.initialization import initialize, mark_initialized
 from evolvenet._compat.torch import state_dict_metadata, with_metadata
 from evolvenet.engine.saving import refuse_unsaved_buffers, state_with_record, trace_main_outputs
 from evolvenet.errors import RecordError, TraceError
@@ -259,14 +260,14 @@ def _leave_out_of_initialization(model: PreTrainedModel) -> None:
         holders = [path, *(path[: end.start()] for end in reversed(list(re.finditer(r"\.", path)))), ""]
         owner = next(each for each in map(model.get_submodule, holders) if isinstance(each, PreTrainedModel))
         try:
-            owner._init_weights(module)  # type: ignore[no-untyped-call]
+            initialize(owner, module)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # noqa: BLE001  each family initializes, and fails, in its own way
             log.debug("%s is not initialized in its present widths: %s", path, error)
             saved = set(module.state_dict())
             if all(name in saved for name, _ in module.named_buffers(recurse=False)):
-                module._is_hf_initialized = True  # type: ignore[assignment]
+                mark_initialized(module)
 
 
 def _read(kind: type[PreTrainedModel], folder: Path, options: Mapping[str, Any]) -> tuple[Any, Mapping[str, Any]]:
