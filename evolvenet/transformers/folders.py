@@ -27,8 +27,8 @@ from evolvenet.surgery.module_replacement import Record, find_replacements, fit_
 from evolvenet.surgery.resize_model import scaled_numbers
 from evolvenet.surgery.width_record import RECORD_KEY, WidthRecord, remember, renamed_state, shapes_of
 from evolvenet.tracing.trace import trace
-from evolvenet.transformers.alibi import BUFFER, number_alibi_heads
-from evolvenet.transformers.configuration import builds, equal_configuration
+from evolvenet.transformers.alibi import has_all_heads, is_number, number_alibi_heads
+from evolvenet.transformers.configuration import Shapes, builds, equal_configuration
 
 log = logging.getLogger("evolvenet")
 
@@ -62,10 +62,17 @@ def save_model(
     state = _renamed(state_with_record(model, example_inputs, outputs), rename)
     shapes = shapes_of(model) if rename is None else _by_new_name(shapes_of(model), rename)
     inputs = dummy_inputs(model) if example_inputs is None else example_inputs
-    record = known_widths(state)
-    fits = builds(model, model.config, shapes)
-    config = model.config if fits and not _changed(record) else equal_configuration(model, state, shapes, inputs)
-    if config is None and record is None and not fits:
+    record, plain = known_widths(state), None
+    if rename is None and not find_replacements(state) and has_all_heads(model):
+        plain = _without_numbers(state), _without_numbers(shapes)
+    config = None if plain is None else _configuration(model, *plain, inputs, record)
+    if plain is not None and config is not None:
+        # A record would say of heads that they can go, which need their numbers for that.
+        (state, shapes), record = plain, None
+        options = {**options, "state_dict": state}
+    elif not any(map(is_number, shapes)):
+        config = _configuration(model, state, shapes, inputs, record)
+    if config is None and record is None:
         raise RecordError(
             f"The {type(model).__name__} has other widths than its configuration, expected a record of them, got none: it was "
             "copied or unpickled, or its weights were exchanged by other code. Give save_pretrained(example_inputs=...)."
@@ -80,6 +87,19 @@ def save_model(
     if record is not None or find_replacements(state):
         write_folder_record(folder, state)
     return config is not None
+
+
+def _configuration(
+    model: PreTrainedModel, state: Mapping[str, Any], shapes: Shapes, inputs: Any, record: Mapping[str, Any] | None
+) -> Any:
+    """The model's own configuration if it says the widths, or another one that does, or None."""
+    if builds(model, model.config, shapes) and not _changed(record):
+        return model.config
+    return equal_configuration(model, state, shapes, inputs)
+
+
+def _without_numbers(entries: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: entry for name, entry in entries.items() if not is_number(name)}
 
 
 def _renamed(state: Mapping[str, Any], rename: Rename | None) -> Mapping[str, Any]:
@@ -235,7 +255,7 @@ def _reshaping(
 
     def build(self: PreTrainedModel, *args: Any, **options: Any) -> None:
         kind.__init__(self, *args, **options)
-        if any(name.endswith(f".{BUFFER}") for name in shapes):
+        if any(map(is_number, shapes)):
             number_alibi_heads(self)
         fit_replacements(self, replaced, wanted)
         fit_shapes(self, wanted, record=numbers)

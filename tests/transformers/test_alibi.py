@@ -104,6 +104,38 @@ def test_a_new_head_has_the_slope_of_one_that_is_there() -> None:
     assert heads.alibi_heads.tolist() == [0, 1, 3]
 
 
+@pytest.mark.parametrize(("kind", "cut"), [*((kind, False) for kind in KINDS), ("falcon", True)])
+def test_with_all_heads_and_equal_layers_the_transformers_library_alone_loads_it(
+    kind: str, cut: bool, tmp_path: Path
+) -> None:
+    model = made(kind)
+    number_alibi_heads(model)
+    inputs = {"input_ids": WORDS[:1]}
+    if cut:
+        graph = evolvenet.trace(model, inputs, "logits", heads=True)
+        inner = {width.name: 96 for width in graph.resizable if width.size == 128}
+        assert len(inner) == 2
+        evolvenet.prune(model, graph, inner)
+    expected = logits(model, **PADDED)
+    assert save_pretrained(model, tmp_path, inputs)
+    assert not (tmp_path / "evolvenet.json").exists()
+    for again in (KINDS[kind][0].from_pretrained(tmp_path), from_pretrained(tmp_path)):
+        assert not any(name.endswith("alibi_heads") for name, _ in again.named_buffers())
+        torch.testing.assert_close(logits(again.double().eval(), **PADDED), expected)
+
+
+def test_without_the_last_head_in_all_layers_the_numbers_stay(tmp_path: Path) -> None:
+    """A configuration of three heads has other slopes."""
+    model, inputs = made("bloom"), {"input_ids": WORDS[:1]}
+    number_alibi_heads(model)
+    graph = evolvenet.trace(model, inputs, "logits", heads=True)
+    keep = evolvenet.IndexMap.keep([0, 1, 2], size=4)
+    evolvenet.resize(model, graph, {width.name: keep for width in graph.resizable if width.size == 4})
+    expected = logits(model, **PADDED)
+    assert not save_pretrained(model, tmp_path, inputs)
+    torch.testing.assert_close(logits(from_pretrained(tmp_path, dtype=torch.float64), **PADDED), expected)
+
+
 class OwnAttention(BloomAttention):
     """As a model of one's own derives it."""
 
