@@ -139,9 +139,9 @@ def test_decisions_are_made_on_training_batches_only(tmp_path: Path, monkeypatch
     seen: list[float] = []
     observe = evolvenet.Evolver.observe
 
-    def watch(self: evolvenet.Evolver, batch: Any, gradients: Any = (), copy: bool = True) -> None:
+    def watch(self: evolvenet.Evolver, batch: Any, *given: Any, **options: Any) -> None:
         seen.append(float(batch.abs().max()))
-        observe(self, batch, gradients)
+        observe(self, batch, *given, **options)
 
     monkeypatch.setattr(evolvenet.Evolver, "observe", watch)
 
