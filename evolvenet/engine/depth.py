@@ -34,10 +34,10 @@ from evolvenet.measurement.output_error import first_batches, output_error, outp
 from evolvenet.measurement.residual_blocks import Observed, observe_blocks
 from evolvenet.policies.base import PolicyContext
 from evolvenet.signals import deferred_signals
-from evolvenet.surgery.module_replacement import BUILDERS, Record, exchange_modules, replacements
+from evolvenet.surgery.module_replacement import BUILDERS, Record, exchange_modules, replacements, whole_in
 from evolvenet.surgery.optimizer_parameters import as_list, parameter_names, replace_parameters
 from evolvenet.surgery.remaining_layers import KIND as LAYERS
-from evolvenet.surgery.remaining_layers import PLACE, RemainingLayers
+from evolvenet.surgery.remaining_layers import PLACE, RemainingLayers, unclear_fields
 from evolvenet.surgery.removed_block import KIND as BLOCK
 from evolvenet.surgery.removed_block import NOTHING, PASSES, RemovedBlock
 from evolvenet.surgery.width_record import forget
@@ -242,7 +242,13 @@ def _has_to_stay(modules: Mapping[str, nn.Module], path: str, returns: str) -> b
             path,
         )
         return True
-    return returns != PASSES or not isinstance(modules[path.rpartition(".")[0]], nn.ModuleList)
+    layers = modules[path.rpartition(".")[0]]
+    if returns != PASSES or not isinstance(layers, nn.ModuleList):
+        return True
+    unclear = unclear_fields(modules[""], layers)
+    if unclear:
+        log.info("%s stays: the configuration's %s may count layers, how is not known", path, ", ".join(unclear))
+    return bool(unclear)
 
 
 def apply_removal(model: nn.Module, removal: Removal, optimizers: Sequence[Optimizer], undo: ExitStack) -> None:
@@ -362,9 +368,7 @@ def restore_blocks(model: nn.Module, records: Mapping[str, Record]) -> None:
     with ExitStack() as undo:
         for path, own in reversed(replacements(model).items()):
             if isinstance(own, kinds) and own.record() != records.get(path):
-                first = next(model.parameters(), None)
-                whole = own.whole().to(None if first is None else first.device).train(own.training)
-                exchange_modules(model, {own: whole}, undo)
+                exchange_modules(model, {own: whole_in(model, own)}, undo)
         for path in sorted(records, key=lambda path: path.count(".")):
             module = model.get_submodule(path)
             if records[path]["type"] in (BLOCK, LAYERS) and not isinstance(module, kinds):

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
+import torch
 from torch import nn
 
 from evolvenet._compat.torch import child_table, state_dict_metadata
@@ -147,6 +148,27 @@ def exchange_modules(model: nn.Module, exchanged: Mapping[nn.Module, nn.Module],
             new.has_come(model, old, undo)
 
 
+def whole_in(model: nn.Module, own: Replacement) -> nn.Module:
+    """`Replacement.whole`, its new modules in the replacement's mode, its new tensors on its device, or that of the model.
+
+    What was removed has no part in `model.to(...)`: a tensor of a type that the model has no more gets that of its others.
+    """
+    whole, present = own.whole(), set(own.modules())
+    for module in whole.modules():
+        if module not in present:
+            module.training = own.training
+    others = [*own.parameters(), *model.parameters()]
+    if others:
+        like, kinds, known = others[0], {each.dtype for each in others}, {id(each) for each in others}
+        with torch.no_grad():
+            for tensor in (*whole.parameters(), *whole.buffers()):
+                is_new = id(tensor) not in known and all(tensor is not each for each in own.buffers())
+                if is_new:
+                    stale = tensor.is_floating_point() and like.is_floating_point() and tensor.dtype not in kinds
+                    tensor.data = tensor.data.to(like.device, like.dtype if stale else tensor.dtype)
+    return whole
+
+
 def fit_replacements(model: nn.Module, records: Mapping[str, Record], names: Iterable[str]) -> Callable[[], None]:
     """Give a model the replacements of a checkpoint, and no others. Their values are undefined until it is loaded.
 
@@ -168,11 +190,7 @@ def fit_replacements(model: nn.Module, records: Mapping[str, Record], names: Ite
             wanted = records.get(path)
             unlike = own.record() != wanted if wanted else {f"{path}.{name}" for name in own.record()["whole"]} <= there
             if unlike and not (wanted and _alike(own.record(), wanted)):
-                whole, first = own.whole(), next(model.parameters(), None)
-                if first is not None and next(own.parameters(), None) is None:
-                    # What stands for a block without a tensor does not know where the model is.
-                    whole.to(first.device)
-                exchange_modules(model, {own: whole}, undo)
+                exchange_modules(model, {own: whole_in(model, own)}, undo)
         for path in sorted(records, key=lambda path: path.count(".")):
             module = _module_at(model, path)
             if not isinstance(module, Replacement):

@@ -10,6 +10,7 @@ configuration is brought up to date, so that plain `from_pretrained` builds the 
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -23,8 +24,13 @@ KIND = "remaining layers"
 PLACE = "layer_idx"
 """The attribute by which modules of the transformers library find their entry of the cache."""
 COUNTS = frozenset({"num_hidden_layers", "n_layer", "num_layers", "n_layers"})
-EACH_LAYER = frozenset({"layer_types", "mlp_layer_types"})
-"""Fields of the library's configurations: the number of layers, and lists with an entry for each."""
+"""Fields of the library's configurations: the number of layers."""
+EACH_LAYER = re.compile(r"(?!mtp_).*_types|layers_block_type|no_rope_layers|.*_per_layer")
+"""Names of its lists with an entry for each layer."""
+SOME_LAYERS = re.compile(r".*_(layers|layer_ids|indices|indexes)")
+"""Names of its lists of layers' numbers, which are not changed: no layer is taken out then."""
+NO_LAYERS = re.compile(r"_.*|architectures|.*_token_ids?|.*_sizes?")
+"""Names of its lists that have nothing to do with layers, however long they are."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,14 +105,15 @@ class RemainingLayers(Replacement, nn.ModuleList):
         known: Mapping[int, LeftLayer] = before.left if isinstance(before, RemainingLayers) else {}
         gone = [place for place, first in enumerate(first_places(len(before), known)) if first in self.left]
         firsts = first_places(len(before), known)
-        for config in _configurations(model):
+        for config in _configurations(model, self):
             for name, value in list(vars(config).items()):
                 if name in COUNTS and value == len(before):
                     _set(config, name, len(self), undo)
-                elif name in EACH_LAYER and isinstance(value, list) and len(value) == len(before):
+                elif _is_each(name, value, len(before)):
                     for place in gone:
                         self.left[firsts[place]].entries[name] = value[place]
-                    _set(config, name, [entry for place, entry in enumerate(value) if place not in gone], undo)
+                    kept = [entry for place, entry in enumerate(value) if place not in gone]
+                    _set(config, name, type(value)(kept), undo)
         _number(before, self, undo)
 
     def has_gone(self, model: nn.Module, after: nn.Module, undo: ExitStack) -> None:
@@ -115,14 +122,14 @@ class RemainingLayers(Replacement, nn.ModuleList):
         if isinstance(after, RemainingLayers):
             # It counts from this list on.
             return
-        for config in _configurations(model):
+        for config in _configurations(model, after):
             for name, value in list(vars(config).items()):
                 if name in COUNTS and value == len(self):
                     _set(config, name, len(after), undo)
-                elif name in EACH_LAYER and isinstance(value, list) and len(value) == len(self):
+                elif _is_each(name, value, len(self)):
                     entries = dict(zip(first_places(len(self), self.left), value, strict=True))
                     entries |= {place: each.entries.get(name) for place, each in self.left.items()}
-                    _set(config, name, [entries[place] for place in sorted(entries)], undo)
+                    _set(config, name, type(value)([entries[place] for place in sorted(entries)]), undo)
         _number(self, after, undo)
 
 
@@ -136,10 +143,42 @@ def first_places(count: int, left: Iterable[int]) -> list[int]:
     return [place for place in range(count + len(gone)) if place not in gone]
 
 
-def _configurations(model: nn.Module) -> Iterator[Any]:
-    yield from {
-        id(each): each for module in model.modules() if (each := getattr(module, "config", None)) is not None
-    }.values()
+def unclear_fields(model: nn.Module, layers: nn.ModuleList) -> list[str]:
+    """Names of lists in the configuration of some layers that may depend on their number, in a way that is not known."""
+    return sorted(
+        name
+        for config in _configurations(model, layers)
+        for name, value in vars(config).items()
+        if isinstance(value, list | tuple) and value and not _is_each(name, value, len(layers))
+        if SOME_LAYERS.fullmatch(name) or (len(value) == len(layers) and not NO_LAYERS.fullmatch(name))
+    )
+
+
+def is_without(module: nn.Module, record: Record) -> bool:
+    """Whether a list was built with as many layers as remain in the list of a record, by a configuration that counts them."""
+    return (
+        record["type"] == KIND
+        and isinstance(module, nn.ModuleList)
+        and not isinstance(module, Replacement)
+        and len(module) == record["first"] - len(record["left"])
+    )
+
+
+def _is_each(name: str, value: Any, count: int) -> bool:
+    return isinstance(value, list | tuple) and len(value) == count and EACH_LAYER.fullmatch(name) is not None
+
+
+def _configurations(model: nn.Module, layers: nn.Module) -> Iterator[Any]:
+    """Those that count the layers of a list: of the nearest module above it that has one. Others have layers of their own."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    found: dict[int, Any] = {}
+    for path in [path for path, module in modules.items() if module is layers]:
+        parts = path.split(".")
+        above = [modules[".".join(parts[:length])] for length in reversed(range(len(parts)))]
+        each = next((own for module in above if (own := getattr(module, "config", None)) is not None), None)
+        if each is not None:
+            found[id(each)] = each
+    yield from found.values()
 
 
 def _number(before: nn.ModuleList, after: nn.ModuleList, undo: ExitStack) -> None:
@@ -166,8 +205,7 @@ def _set(config: Any, name: str, value: Any, undo: ExitStack) -> None:
 def _build(module: nn.Module, record: Record) -> nn.Module:
     if not isinstance(module, nn.ModuleList):
         raise TypeError(f"expected a list of layers, got a {type(module).__name__}")
-    if len(module) == record["first"] - len(record["left"]):
-        # Built by a configuration that counts the layers that are left.
+    if is_without(module, record):
         return module
     if len(module) != record["first"]:
         raise ValueError(f"expected {record['first']} layers, got {len(module)}")

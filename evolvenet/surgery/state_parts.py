@@ -12,12 +12,14 @@ from torch import nn
 from evolvenet.errors import RecordError
 from evolvenet.graph.plain_data import reading
 from evolvenet.surgery.module_replacement import (
+    Record,
     behind,
     find_replacements,
     fit_replacements,
     replacements,
     whole_names,
 )
+from evolvenet.surgery.remaining_layers import is_without
 
 _MADE_LATER = {"alibi_heads": "evolvenet.transformers.number_alibi_heads(model)"}
 """{last part of the name of an entry: the call that makes it in a model}; the package of the call is optional."""
@@ -109,7 +111,7 @@ def fit_file_replacements(model: nn.Module, state: Mapping[str, Any], found: Any
         RecordError: as `fit_replacements`; nothing has changed then.
     """
     with reading(what):
-        records = find_replacements(found)
+        records = {path: each for path, each in find_replacements(found).items() if not _built_so(model, path, each)}
     own = {name: module.record() for name, module in replacements(model).items()}
     if not records and not own:
         return lambda: None
@@ -120,3 +122,8 @@ def fit_file_replacements(model: nn.Module, state: Mapping[str, Any], found: Any
         refuse_others(names, set(whole) | (tied_to(model, set(state)) & names), what)
     inside = [name.removeprefix(prefix) for name in state if name.startswith(prefix)]
     return fit_replacements(model, behind(records, prefix), inside)
+
+
+def _built_so(model: nn.Module, path: str, record: Record) -> bool:
+    """Whether the model was built with what a replacement of a file stands for, possibly behind a prefix there."""
+    return any(is_without(module, record) for own, module in model.named_modules() if f".{path}".endswith(f".{own}"))

@@ -270,3 +270,56 @@ def test_a_load_that_fails_puts_back_what_counts_the_layers(tmp_path: Path) -> N
     assert other.layers is layers
     assert [layer.layer_idx for layer in other.layers] == [0, 1, 2]
     assert vars(other.config) == count
+
+
+def test_layers_that_are_put_back_are_like_the_rest(tmp_path: Path) -> None:
+    model, x = stack().eval(), torch.randn(5, 4)
+    evolvenet.save(model, tmp_path / "whole.pt", x)
+    remove_blocks(model, x)
+    model.double().train()
+    evolvenet.load(model, tmp_path / "whole.pt")
+    assert all(module.training for module in model.modules())
+    assert {each.dtype for each in model.parameters()} == {torch.float64}
+    assert vars(model.config) == vars(stack().config)
+
+
+def test_a_file_without_a_layer_is_loaded_into_a_model_that_was_built_without_it(tmp_path: Path) -> None:
+    model, x = stack(), torch.randn(5, 4)
+    remove_blocks(model, x)
+    evolvenet.save(model, tmp_path / "short.pt", x)
+    torch.save(nn.Sequential(model).state_dict(), tmp_path / "inside.pt")
+    for file in ("short.pt", "inside.pt"):
+        short = stack()
+        del short.layers[2]
+        assert torch.equal(evolvenet.load(short, tmp_path / file)(x), model(x))
+
+
+class Two(nn.Module):
+    """Two lists of as many layers, each with a configuration."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.other = stack(), Stack()
+        self.config = SimpleNamespace(num_hidden_layers=3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.other(self.one(x))
+
+
+def test_only_the_configuration_of_the_list_counts_its_layers() -> None:
+    model = Two()
+    assert list(remove_blocks(model, torch.randn(5, 4))) == ["one.layers.1"]
+    counts = [each.config.num_hidden_layers for each in (model, model.one, model.other)]
+    assert counts == [3, 2, 3]
+
+
+def test_lists_for_each_layer_are_cut_and_where_one_is_not_understood_layers_stay() -> None:
+    model = stack()
+    model.config.no_rope_layers, model.config.eos_token_id = [1, 0, 1], [7, 8, 9]
+    remove_blocks(model, torch.randn(5, 4))
+    assert (model.config.no_rope_layers, model.config.eos_token_id) == ([1, 1], [7, 8, 9])
+    for name, value in (("scales", [1.0, 2.0, 3.0]), ("mlp_only_layers", [2])):
+        model = stack()
+        setattr(model.config, name, value)
+        assert "layers.1" not in remove_blocks(model, torch.randn(5, 4))
+        assert len(model.layers) == 3
