@@ -17,6 +17,8 @@ from evolvenet.cli.errors import CommandError
 from evolvenet.report.front import on_front
 
 RESULT = "result.json"
+UNRELATED = ("output=", "resume=", "threads=")
+"""What is typed for a run without changing its result: no part of its name."""
 
 
 def result_of(folder: Path) -> dict[str, Any]:
@@ -75,12 +77,13 @@ def runs_below(folders: Sequence[Path]) -> list[FinishedRun]:
 
 
 def _overrides(folder: Path) -> list[str]:
-    """What was typed for a run, as Hydra recorded it."""
+    """What was typed for a run, as Hydra recorded it, but for what does not change its result."""
     try:
         found = yaml.safe_load((folder / ".hydra" / "overrides.yaml").read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError):
         return []
-    return [str(word) for word in found] if isinstance(found, list) else []
+    words = [str(word) for word in found] if isinstance(found, list) else []
+    return [word for word in words if not word.lstrip("+").startswith(UNRELATED)]
 
 
 def points_of(folders: Sequence[Path]) -> list[dict[str, Any]]:

@@ -201,7 +201,7 @@ def test_a_front_may_be_drawn_by_runs_named_one_by_one(runs: Path, run: Any) -> 
 def test_runs_are_named_by_the_overrides_that_not_all_share_and_fronts_give_every_point(runs: Path, run: Any) -> None:
     for name in ("small", "worse", "large"):
         (runs / name / ".hydra").mkdir()
-        words = json.dumps(["model=x", f"lr={name}"])
+        words = json.dumps(["model=x", f"lr={name}", *["resume=auto"] * (name == "small")])
         (runs / name / ".hydra" / "overrides.yaml").write_text(words, encoding="utf-8")
     points = [{"parameters": count, "macs": 1, "val_acc": 0.9, "test_acc": 0.9} for count in (40, 300)]
     (runs / "large" / "result.json").write_text(
