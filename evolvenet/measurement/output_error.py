@@ -51,14 +51,23 @@ def outputs_on(
     torch.Size([5, 3])
     """
     gradients, outputs = (False, None) if graph is None else (graph.differentiates, graph.outputs)
-    each = [
-        [
-            real(tensor if most is None else _some_places(tensor, most // len(batches)))
+    share = None if most is None else most // len(batches)
+    each: list[list[Tensor]] = []
+    sampled: list[bool] = []
+    for batch in batches:
+        found = [
+            tensor
             for tensor in model_outputs(model, batch, gradients, outputs)
             if tensor.is_floating_point() or tensor.is_complex()
         ]
-        for batch in batches
-    ]
+        # The first batch decides for all, so that they can be put together: of a small last one all places are taken.
+        sampled = sampled or [share is not None and tensor.dim() > 1 and tensor.numel() > share for tensor in found]
+        each.append(
+            [
+                real(_some_places(tensor, share) if some and share is not None and tensor.dim() > 1 else tensor)
+                for tensor, some in zip(found, sampled, strict=True)
+            ]
+        )
     if len({tuple(tensor.shape[1:] if tensor.dim() else () for tensor in found) for found in each}) > 1:
         return each[0]
     return [
@@ -67,10 +76,10 @@ def outputs_on(
 
 
 def _some_places(tensor: Tensor, most: int) -> Tensor:
-    if tensor.dim() < 2 or tensor.numel() <= most:
-        return tensor
+    """`[places, entries]`: as many places as `most` numbers hold, taken evenly, two at least; all if there are no more."""
     rows = tensor.reshape(-1, tensor.shape[-1])
-    return rows[to_device(evenly(len(rows), max(2, most // tensor.shape[-1])), tensor.device)]
+    count = max(2, most // tensor.shape[-1])
+    return rows if len(rows) <= count else rows[to_device(evenly(len(rows), count), tensor.device)]
 
 
 def real(tensor: Tensor) -> Tensor:
@@ -79,7 +88,9 @@ def real(tensor: Tensor) -> Tensor:
 
 
 def output_error(whole: Sequence[Tensor], moved: Sequence[Tensor]) -> float:
-    """Σ‖moved − whole‖² / Σ‖whole − mean over the samples‖²; outputs that are themselves cut are left out.
+    """Σ‖moved − whole‖² / Σ‖whole − mean‖²; outputs that are themselves cut are left out.
+
+    The mean is that over all axes but the last one, whether or not `outputs_on` has taken some places of an output.
 
     Args:
         whole: outputs of the network before, from `outputs_on`.
@@ -90,7 +101,8 @@ def output_error(whole: Sequence[Tensor], moved: Sequence[Tensor]) -> float:
     """
     pairs = [(one, two) for one, two in zip(whole, moved, strict=True) if one.shape == two.shape]
     apart = [(one - two).square().sum() for one, two in pairs]
-    level = [(one - one.mean(0, keepdim=True)).square().sum() for one, _ in pairs if one.dim()]
+    rows = [one.reshape(-1, one.shape[-1]) if one.dim() > 1 else one for one, _ in pairs if one.dim()]
+    level = [(one - one.mean(0, keepdim=True)).square().sum() for one in rows]
     found = values_of([*apart, *level])
     apart, level = sum(found[: len(apart)]), sum(found[len(apart) :])
     return apart / max(level, torch.finfo(torch.float64).tiny)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from evolvenet._compat.torch import version_of
 from evolvenet.execution.isolation import isolated
 from evolvenet.execution.step import run_model
+from evolvenet.execution.surroundings import plain_surroundings
 from evolvenet.linalg.precision import in_float64
 from evolvenet.surgery.module_replacement import Replacement
 
@@ -42,7 +43,7 @@ def observe_blocks(model: nn.Module, inputs: Sequence[Any]) -> dict[str, Observe
     """{path: what it returned} of each module with parameters that returns a tensor of its input's shape, once a batch."""
     found: dict[str, Observed] = {}
     # Hooks that are there before would find what they have written taken back.
-    with isolated(model), _hooks(model, found):
+    with plain_surroundings(), isolated(model), _hooks(model, found):
         for batch in inputs:
             run_model(model, batch)
     return {path: each for path, each in found.items() if each.calls == len(inputs)}
@@ -76,9 +77,14 @@ def _given(args: Any, kwargs: Mapping[str, Any]) -> tuple[int | str, Tensor] | N
     return next(((key, each) for key, each in (*enumerate(args), *kwargs.items()) if isinstance(each, Tensor)), None)
 
 
+def _version(tensor: Tensor) -> int | None:
+    """None for a tensor made under inference mode: it does not count, and cannot be written to outside of that mode."""
+    return None if tensor.is_inference() else version_of(tensor)
+
+
 def _note_version(versions: dict[str, int | None], path: str, module: nn.Module, args: Any, kwargs: Any) -> None:
     given = _given(args, kwargs)
-    versions[path] = None if given is None else version_of(given[1])
+    versions[path] = None if given is None else _version(given[1])
 
 
 def _observe(
@@ -95,7 +101,7 @@ def _observe(
     main = result[0] if several else result
     if given is None or not isinstance(main, Tensor) or not main.is_floating_point():
         return
-    if versions[path] != version_of(given[1]):
+    if versions[path] != _version(given[1]):
         # It has written to its input, which is not what it was given any more.
         return
     argument, x = given

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -42,23 +43,32 @@ def restore_groups(
 
     Raises:
         OptimizerStateError: where a group holds parameters of no model, and not as many as then: copies of the weights that an
-            optimizer has made for itself.
+            optimizer has made for itself; where an optimizer has another number of groups. Nothing has changed then.
     """
     now = dict(model.named_parameters())
     own = parameter_names(model)
+    planned: list[tuple[Optimizer, dict[str, Any], list[Tensor], Sequence[str | None]]] = []
     for optimizer, groups in zip(optimizers, names, strict=False):
+        if len(groups) != len(optimizer.param_groups):
+            raise OptimizerStateError(
+                f"{type(optimizer).__name__}: expected {len(groups)} groups of parameters as before the cut, got "
+                f"{len(optimizer.param_groups)}. The cut stays. Add groups before the run, or after the event that judges a cut."
+            )
         for group, wanted in zip(optimizer.param_groups, groups, strict=True):
             if [own.get(parameter) for parameter in group["params"]] == list(wanted):
                 continue
             foreign = iter([each for each in group["params"] if each not in own and each not in gone])
-            made: list[Tensor | None] = [next(foreign, None) if name is None else now.get(name) for name in wanted]
-            if any(parameter is None for parameter in made):
+            made = [next(foreign, None) if name is None else now.get(name) for name in wanted]
+            found = [parameter for parameter in made if parameter is not None]
+            if len(found) < len(made):
                 raise OptimizerStateError(
                     f"{type(optimizer).__name__}: expected a group with {len(wanted)} parameters as before the cut, got one that "
                     "cannot be put together again from the model's. The cut stays."
                 )
-            for parameter in set(group["params"]) - set(made):
-                optimizer.state.pop(parameter, None)
-            group["params"][:] = made
-            if "param_names" in group:
-                group["param_names"][:] = list(wanted)
+            planned.append((optimizer, group, found, wanted))
+    for optimizer, group, found, wanted in planned:
+        for parameter in set(group["params"]) - set(found):
+            optimizer.state.pop(parameter, None)
+        group["params"][:] = found
+        if "param_names" in group:
+            group["param_names"][:] = list(wanted)

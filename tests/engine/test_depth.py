@@ -323,3 +323,10 @@ def test_lists_for_each_layer_are_cut_and_where_one_is_not_understood_layers_sta
         setattr(model.config, name, value)
         assert "layers.1" not in remove_blocks(model, torch.randn(5, 4))
         assert len(model.layers) == 3
+
+
+def test_blocks_are_observed_under_inference_mode() -> None:
+    with torch.inference_mode():
+        x = torch.randn(5, 4)
+        assert "layers.1" in observe_blocks(stack(), [x])
+    assert "layers.1" in observe_blocks(stack(), [x])

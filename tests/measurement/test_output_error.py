@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -32,3 +33,16 @@ def test_of_large_outputs_the_same_places_are_compared_of_every_batch() -> None:
         model.head.weight += 0.1 * torch.randn(50, 8)
     whole = output_error([rows], [outputs_on(model, batches, most=None)[0].reshape(-1, 50)])
     assert 0.5 < output_error([some], outputs_on(model, batches, most=2000)) / whole < 2
+
+
+def test_no_batch_is_left_out_where_some_places_are_taken_of_large_ones_only() -> None:
+    model = Words()
+    batches = [torch.randint(0, 30, (count, 20)) for count in (8, 8, 2)]
+    (some,) = outputs_on(model, batches, most=15000)
+    assert some.shape == (100 + 100 + 40, 50)
+
+
+def test_the_error_is_normalized_alike_with_all_and_with_some_places() -> None:
+    whole, moved = torch.randn(6, 20, 5) + torch.arange(20)[:, None], torch.randn(6, 20, 5)
+    rows = [each.reshape(-1, 5) for each in (whole, moved)]
+    assert output_error([whole], [moved]) == pytest.approx(output_error(rows[:1], rows[1:]))
