@@ -47,7 +47,7 @@ def restore_groups(
     """
     now = dict(model.named_parameters())
     own = parameter_names(model)
-    planned: list[tuple[Optimizer, dict[str, Any], list[Tensor], Sequence[str | None]]] = []
+    planned: list[tuple[Optimizer, dict[str, Any], Sequence[Tensor], Sequence[str | None]]] = []
     for optimizer, groups in zip(optimizers, names, strict=False):
         if len(groups) != len(optimizer.param_groups):
             raise OptimizerStateError(
