@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -80,14 +81,15 @@ def plan_fitted_prune(
         return _fitted(model, graph, sizes, listed, limits)[1]
     count = max(1, len(listed) // HELD_OUT)
     rest, tested = listed[:-count], first_batches(listed[-count:], TESTED)
-    bare, surgery = _fitted(model, graph, sizes, rest, limits)
-    errors = _errors(model, graph, bare, surgery, tested)
+    cut, surgery = _fitted(model, graph, sizes, rest, limits)
+    errors = _errors(model, graph, bare := cut(), surgery, tested)
     # Where no error is a number, they tell nothing.
     known = {share: error for share, error in errors.items() if math.isfinite(error)}
     better = not known or errors[1.0] <= MARGIN * min(known.values())
     share = 1.0 if better else min(known, key=lambda each: known[each])
     if share and not is_large(graph):
-        bare, surgery = _fitted(model, graph, sizes, listed, limits)
+        cut, surgery = _fitted(model, graph, sizes, listed, limits)
+        bare = surgery if share == 1 else cut()
     if share == 1:
         return surgery
     what = f"taken by {share:.0%}" if share else "refused"
@@ -121,17 +123,20 @@ def _errors(
 
 def _fitted(
     model: nn.Module, graph: WidthGraph, sizes: Mapping[str, int], batches: Any, limits: ReconstructionLimits
-) -> tuple[Surgery, Surgery]:
-    """The cut alone, and with the fit; they share the values of tensors that the fit leaves alone, if the model is large."""
+) -> tuple[Callable[[], Surgery], Surgery]:
+    """What computes the cut alone, and the cut with the fit.
+
+    They share the values of tensors that the fit leaves alone, if the model is large.
+    """
     names = [graph.widths[name].name for name, size in sizes.items() if size != graph.widths[name].size]
     if is_large(graph) and not isinstance(batches, Tensor):
         joined = concatenated(batches, limits)
         if joined is not None and samples_in(joined) == sum(map(samples_in, batches)):
             cut = plan_streamed(model, graph, sizes, joined, held_out_of(batches, joined), limits)
             if cut is not None:
-                return cut.bare, fit_to_targets(model, graph, cut.surgery, cut.recording)
+                return lambda: cut.bare, fit_to_targets(model, graph, cut.surgery, cut.recording)
     surgery = plan_prune(model, graph, sizes, collect(model, graph, batches, names))
-    bare = compile_surgery(model, graph, surgery.maps, surgery.bases)
+    bare = partial(compile_surgery, model, graph, surgery.maps, surgery.bases)
     return bare, reconstruct(model, graph, surgery, batches, limits)
 
 

@@ -172,7 +172,7 @@ def add_refits(
     bases: Mapping[str, BasisChange],
     without: Container[str] = (),
 ) -> None:
-    """Add the changes that make up for the removed units.
+    """Add the changes of the consumers that reconstruct the removed units from the kept ones.
 
     Args:
         deltas: {tensor: change so far, of the old shape}.
@@ -198,7 +198,7 @@ def _column_refits(
     basis: BasisChange | None,
     without: Container[str],
 ) -> Iterator[tuple[str, Tensor]]:
-    """(tensor's name, delta of the old shape) of each change that makes up for the removed units of one width."""
+    """(tensor's name, delta of the old shape) of each change that reconstructs the removed units of one width."""
     if basis is not None:
         yield from removed_means(model, graph, graph.widths[name], basis, index_map, statistics)
         return

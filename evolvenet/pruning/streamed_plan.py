@@ -70,8 +70,8 @@ def plan_streamed(
         limits: on the outputs that are recorded in the same run.
 
     Returns:
-        The changes. None if a consumer does not take as many places of every sample in as many calls as on the first one:
-        when it has run for the last time is not known then.
+        The cut and the recorded outputs. None if a consumer does not take as many places of every sample in as many calls as
+        on the first one: when it has run for the last time is not known then.
 
     Raises:
         ResizeError, SpectrumError: as `plan_prune`.
@@ -96,7 +96,7 @@ def plan_streamed(
 def _first_sample(
     model: nn.Module, graph: WidthGraph, sizes: Mapping[str, int], sample: Any, recorder: OutputRecorder
 ) -> tuple[Counter[Tie], Counter[Tie], WeightUses, frozenset[str]]:
-    """What a run on one sample tells.
+    """Counts and uses of the weights, from a run on one sample.
 
     Returns:
         How often each consumer of the widths runs, at how many places, what weights are used for, and which consumers will be
@@ -195,7 +195,7 @@ class _Plan:
             raise Finished
 
     def finish(self, name: str) -> None:
-        """Choose the units of a width and compute what makes up for the others; its moments are given up."""
+        """Choose the units of a width and reconstruct the others from them in its consumers; its moments are given up."""
         self.waiting[name] = 0
         ties, samples = self.graph.widths[name].consumers, len(self.held_out)
         self.late |= any(self._seen[tie] != samples * self.places[tie] for tie in ties)

@@ -22,7 +22,7 @@ class Drops:
     def propose(self, context: Any) -> dict[str, Any]:
         return {}
 
-    def block_loss(self, context: Any, path: str, saved: Any) -> float:
+    def block_loss(self, context: Any, path: str, saved: Any, accepted: Any) -> float:
         return 1e-3
 
 
