@@ -200,12 +200,14 @@ def _fitted(model: nn.Module, graph: WidthGraph, surgery: Surgery, recording: Re
 
 
 Solve = Callable[[WeightOp, Tensor, Tensor, Tensor | None, Tensor], Fit | None]
-"""(weight op, its columns, target outputs, bias, odd rows) → weight `[groups, out / groups, columns]` and bias, see
+"""(weight op, its columns, target outputs, bias, held-out rows) → weight `[groups, out / groups, columns]` and bias, see
 `refit_or_keep`; None leaves both as they are."""
 
 
-def _refit_to_present(op: WeightOp, columns: Tensor, targets: Tensor, bias: Tensor | None, odd: Tensor) -> Fit | None:
-    return refit_or_keep(columns, targets, op.matrix(), bias, odd)
+def _refit_to_present(
+    op: WeightOp, columns: Tensor, targets: Tensor, bias: Tensor | None, held_out: Tensor
+) -> Fit | None:
+    return refit_or_keep(columns, targets, op.matrix(), bias, held_out)
 
 
 class ConsumerFitter:
@@ -328,8 +330,8 @@ class ConsumerFitter:
             return None
         targets = outputs.reshape(len(outputs), op.groups, -1).movedim(1, 0)
         start = None if bias is None else (bias * target.share).reshape(op.groups, -1)
-        odd = self.held_out[target.rows_on_host * len(self.held_out) // target.positions]
-        found = self.solve(op, op.columns(target.rows), targets, start, odd)
+        held_out = self.held_out[target.rows_on_host * len(self.held_out) // target.positions]
+        found = self.solve(op, op.columns(target.rows), targets, start, held_out)
         if found is None:
             return None
         op.write_matrix(found.weight.to(op.weight))
