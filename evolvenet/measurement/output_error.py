@@ -51,7 +51,7 @@ def outputs_on(
     torch.Size([5, 3])
     """
     gradients, outputs = (False, None) if graph is None else (graph.differentiates, graph.outputs)
-    share = None if most is None else most // len(batches)
+    share = None if most is None else most // max(1, len(batches))
     each: list[list[Tensor]] = []
     sampled: list[bool] = []
     for batch in batches:
@@ -83,8 +83,11 @@ def _some_places(tensor: Tensor, most: int) -> Tensor:
 
 
 def real(tensor: Tensor) -> Tensor:
-    """A tensor in float64, a complex one as its real and imaginary parts, on one more axis."""
-    return in_float64(torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor)
+    """A tensor in float64, a complex one as its real and imaginary parts, as twice as many entries of its last axis."""
+    if not tensor.is_complex():
+        return in_float64(tensor)
+    parts = torch.view_as_real(tensor.resolve_conj())
+    return in_float64(parts.flatten(-2) if tensor.dim() > 1 else parts)
 
 
 def output_error(whole: Sequence[Tensor], moved: Sequence[Tensor]) -> float:
