@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,8 @@ from evolvenet.engine.distributed import ProcessGroup
 from evolvenet.graph.width_graph import WidthGraph
 from evolvenet.measurement.output_error import first_batches, output_error, outputs_on
 from evolvenet.measurement.width_statistics import WidthStatistics, ranks_and_energies
+
+log = logging.getLogger("evolvenet")
 
 POINTS = 24
 """Units of each width whose energies are kept of an event, evenly spaced from the first to the last."""
@@ -82,7 +85,8 @@ class OutputChange:
         try:
             first = first_batches(batches, SAMPLES) if group.size == 1 else []
             return cls(first, outputs_on(model, first, graph) if first else None)
-        except Exception:  # noqa: BLE001  the record lacks a number then, and the event goes on
+        except Exception as problem:
+            log.debug("how far the outputs move is not measured at this event", exc_info=problem)
             return cls((), None)
 
     def compared(
@@ -106,5 +110,6 @@ class OutputChange:
             return None
         try:
             return output_error(self.outputs, outputs_on(model, self.batches, graph))
-        except Exception:  # noqa: BLE001  as above; outputs that are no tensors of the same number any more, for one
+        except Exception as problem:
+            log.debug("how far the outputs have moved at this event is not known", exc_info=problem)
             return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -46,7 +47,7 @@ MAX_BATCHES_WITHOUT_CALL = 8
 
 
 @dataclass(eq=False, repr=False)
-class EvolutionStart(EvolutionCallback):
+class EvolutionStart(EvolutionCallback, ABC):
     """What is traced, and when. `LightningEvolution` is the only subclass.
 
     Args:
@@ -162,21 +163,21 @@ class EvolutionStart(EvolutionCallback):
         with default_dtype(trainer), logging_muted(pl_module):
             return choose_subject(pl_module, path, first, self._batches, self._settle, self.outputs)
 
+    @abstractmethod
     def _settle(self, root: nn.Module, graph: WidthGraph) -> WidthGraph:
         """The graph without widths that replicas and copies of the weights keep as they are."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _models_to_update(self) -> list[nn.Module]:
         """The replicas of the network that go through an event's changes."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _keep_record(self, pl_module: LightningModule) -> None:
         """Keep the module's record, and write it into its state dicts until the run ends."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _forget_record(self) -> None:
         """State dicts of the module are written without a record again."""
-        raise NotImplementedError
 
     def _subject_of_state(self, recorder: SubjectRecorder, state: Mapping[str, Any]) -> Subject:
         """What an interrupted run or another rank has chosen, with inputs of the first batch that called a module.

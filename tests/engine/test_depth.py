@@ -125,17 +125,21 @@ def test_an_evolver_goes_on_with_what_is_left_and_resumes(tmp_path: Path) -> Non
     assert second.step(progress=0.9).skipped is None
 
 
+def small_llama(**more: Any) -> Any:
+    """A decoder of two layers, or of other sizes."""
+    sizes: dict[str, Any] = {
+        "vocab_size": 40,
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+    }
+    return LlamaForCausalLM(LlamaConfig(**(sizes | more))).eval()
+
+
 def test_a_layer_leaves_a_decoder_with_its_place_in_the_cache(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=40,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-    )
-    model: Any = LlamaForCausalLM(config).eval()
+    model = small_llama(num_hidden_layers=3, num_key_value_heads=1)
     layer = model.model.layers[1]
     nn.init.zeros_(layer.self_attn.o_proj.weight)
     nn.init.zeros_(layer.mlp.down_proj.weight)
@@ -163,10 +167,7 @@ def test_a_layer_leaves_a_decoder_with_its_place_in_the_cache(tmp_path: Path) ->
 
 def test_without_a_layer_the_transformers_library_alone_loads_it(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2
-    )
-    model: Any = LlamaForCausalLM(config).eval()
+    model = small_llama()
     nn.init.zeros_(model.model.layers[0].self_attn.o_proj.weight)
     nn.init.zeros_(model.model.layers[0].mlp.down_proj.weight)
     words = {"input_ids": torch.randint(0, 40, (2, 7))}
@@ -178,20 +179,12 @@ def test_without_a_layer_the_transformers_library_alone_loads_it(tmp_path: Path)
 
 
 def test_lists_that_are_as_long_as_there_are_layers_by_chance_stay() -> None:
-    config = LlamaConfig(
-        vocab_size=32,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        eos_token_id=[1, 2],
-    )
-    model: Any = LlamaForCausalLM(config)
+    model = small_llama(eos_token_id=[1, 2])
     for projection in (model.model.layers[1].self_attn.o_proj, model.model.layers[1].mlp.down_proj):
         nn.init.zeros_(projection.weight)
     inputs = {"input_ids": torch.randint(0, 32, (2, 5))}
     assert list(evolvenet.remove_blocks(model, inputs)) == ["model.layers.1"]
-    assert (config.num_hidden_layers, config.eos_token_id) == (1, [1, 2])
+    assert (model.config.num_hidden_layers, model.config.eos_token_id) == (1, [1, 2])
 
 
 def test_a_block_that_writes_to_its_input_is_no_idle_one() -> None:
