@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +18,8 @@ from evolvenet.cli.errors import CommandError
 from evolvenet.report.front import on_front
 
 RESULT = "result.json"
-UNRELATED = ("output=", "resume=", "threads=")
-"""What is typed for a run without changing its result: no part of its name."""
+UNRELATED = ("output", "resume", "threads")
+"""Settings of a run that do not change its result: no part of its name."""
 
 
 def result_of(folder: Path) -> dict[str, Any]:
@@ -63,12 +64,14 @@ def runs_below(folders: Sequence[Path]) -> list[FinishedRun]:
         CommandError: if a result cannot be read.
     """
     names: dict[Path, str] = {}
-    for folder in folders:
-        root = folder.resolve()
+    roots = list(dict.fromkeys(folder.resolve() for folder in folders))
+    above = Path(os.path.commonpath(roots)) if len(roots) > 1 else None
+    for root in roots:
         paths = [root] if (root / RESULT).is_file() else [path.parent for path in sorted(root.rglob(RESULT))]
         for path in paths:
             below = "" if path == root else path.relative_to(root).as_posix()
-            parts = [root.name] * (len(folders) > 1 or not below) + [below] * bool(below)
+            outer = root.name if above is None or above == root else root.relative_to(above).as_posix()
+            parts = [outer] * (above is not None or not below) + [below] * bool(below)
             names.setdefault(path, "/".join(parts))
     given = {path: _overrides(path) for path in names}
     shared = set.intersection(*map(set, given.values())) if len(given) > 1 else set[str]()
@@ -83,7 +86,7 @@ def _overrides(folder: Path) -> list[str]:
     except (OSError, ValueError, yaml.YAMLError):
         return []
     words = [str(word) for word in found] if isinstance(found, list) else []
-    return [word for word in words if not word.lstrip("+").startswith(UNRELATED)]
+    return [word for word in words if word.lstrip("+").partition("=")[0] not in UNRELATED]
 
 
 def points_of(folders: Sequence[Path]) -> list[dict[str, Any]]:

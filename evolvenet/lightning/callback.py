@@ -241,6 +241,7 @@ class WidthEvolution(LightningEvolution, Callback):
         self._has_failed = True
         self._remove_hooks()
         self.curves.end()
+        no_longer_fit_before_load(trainer.strategy)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Leave nothing in the strategy, which may get another module next."""

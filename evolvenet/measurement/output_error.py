@@ -62,6 +62,9 @@ def outputs_on(
         ]
         # The first batch decides for all, so that they can be put together: of a small last one all places are taken.
         sampled = sampled or [share is not None and tensor.dim() > 1 and tensor.numel() > share for tensor in found]
+        if len(found) != len(sampled):
+            # An output for each sample, say: batches of other sizes have others.
+            return each[0]
         each.append(
             [
                 real(_some_places(tensor, share) if some and share is not None and tensor.dim() > 1 else tensor)
@@ -83,7 +86,7 @@ def _some_places(tensor: Tensor, most: int) -> Tensor:
 
 
 def real(tensor: Tensor) -> Tensor:
-    """A tensor in float64, a complex one as its real and imaginary parts, as twice as many entries of its last axis."""
+    """A tensor in float64; a complex one as its parts: twice as many entries of its last axis, a single axis gets one more."""
     if not tensor.is_complex():
         return in_float64(tensor)
     parts = torch.view_as_real(tensor.resolve_conj())

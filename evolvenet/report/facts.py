@@ -69,7 +69,7 @@ def without_user(text: str) -> str:
         places.append((Path.home(), "~"))
     for folder, short in places:
         if folder != Path(folder.anchor):
-            shown = re.sub(rf"(?<![\w./~-]){re.escape(str(folder))}(?![\w.-])", short, shown)
+            shown = re.sub(rf"(?:(?<![\w./~-])|(?<=://)){re.escape(str(folder))}(?![\w.-])", short, shown)
     return shown
 
 

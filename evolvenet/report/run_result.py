@@ -57,7 +57,7 @@ def result_facts(result: Mapping[str, Any]) -> dict[str, str]:
     facts = {f"test accuracy at {point['parameters']:,}": f"{point['test_acc']:.2%}" for point in front[:-1]}
     if result.get("test_acc") is not None:
         facts["test accuracy"] = f"{result['test_acc']:.2%}"
-    if result.get("seconds") is not None:
+    if result.get("seconds") is not None and result.get("steps") is not None:
         facts["time"] = f"{result['seconds']:.0f} s for {result['steps']:,} steps"
     compressed = {
         f"{row['network']} {row['state']}": f"{row['accuracy']:.2%} with {row['parameters']:,}"

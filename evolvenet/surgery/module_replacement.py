@@ -86,6 +86,12 @@ def find_replacements(found: Any) -> dict[str, Record]:
 
 def _without_format(record: Record) -> Record:
     checked = checked_format(record, "The file's record of a factorized layer")
+    kind, whole = checked.get("type"), checked.get("whole")
+    if not isinstance(kind, str) or not isinstance(whole, (list, tuple)) or not all(isinstance(n, str) for n in whole):
+        raise RecordError(
+            "The file's record of a replaced module cannot be read: expected its type and the names of the tensors before it, "
+            f"got {kind!r} and {whole!r}. The file may be damaged, or edited: use another checkpoint."
+        )
     return {name: value for name, value in checked.items() if name != FORMAT_KEY}
 
 
@@ -151,21 +157,27 @@ def exchange_modules(model: nn.Module, exchanged: Mapping[nn.Module, nn.Module],
 def whole_in(model: nn.Module, own: Replacement) -> nn.Module:
     """`Replacement.whole`, its new modules in the replacement's mode, its new tensors on its device, or that of the model.
 
-    What was removed has no part in `model.to(...)`: a tensor of a type that the model has no more gets that of its others.
+    What was removed has no part in `model.to(...)`: parameters of a type that the model has no more get that of its others, and
+    so do buffers of that type, unless the model keeps buffers of it.
     """
     whole, present = own.whole(), set(own.modules())
     for module in whole.modules():
         if module not in present:
             module.training = own.training
     others = [*own.parameters(), *model.parameters()]
-    if others:
-        like, kinds, known = others[0], {each.dtype for each in others}, {id(each) for each in others}
-        with torch.no_grad():
-            for tensor in (*whole.parameters(), *whole.buffers()):
-                is_new = id(tensor) not in known and all(tensor is not each for each in own.buffers())
-                if is_new:
-                    stale = tensor.is_floating_point() and like.is_floating_point() and tensor.dtype not in kinds
-                    tensor.data = tensor.data.to(like.device, like.dtype if stale else tensor.dtype)
+    if not others:
+        return whole
+    like, kinds, kept = others[0], {each.dtype for each in others}, {each.dtype for each in model.buffers()}
+    known = {id(each) for each in (*others, *own.buffers())}
+    parameters, buffers = (
+        [each for each in tensors if id(each) not in known] for tensors in (whole.parameters(), whole.buffers())
+    )
+    stale = {each.dtype for each in parameters if each.is_floating_point() and each.dtype not in kinds}
+    stale = stale if like.is_floating_point() else set[torch.dtype]()
+    with torch.no_grad():
+        for tensors, old in ((parameters, stale), (buffers, stale - kept)):
+            for tensor in tensors:
+                tensor.data = tensor.data.to(like.device, like.dtype if tensor.dtype in old else tensor.dtype)
     return whole
 
 
@@ -223,5 +235,5 @@ def _built(path: str, module: nn.Module, record: Record) -> nn.Module:
         )
     try:
         return builder(module, record)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, KeyError, IndexError) as error:
         raise RecordError(f"The checkpoint is of another model, at {path}: {error}") from error

@@ -61,7 +61,13 @@ class RemovedBlock(Replacement):
 
 
 def _build(block: nn.Module, record: Record) -> nn.Module:
-    return RemovedBlock(block, record["returns"], record["argument"], record["outputs"])
+    returns, argument, outputs = (record[name] for name in ("returns", "argument", "outputs"))
+    if returns not in (PASSES, NOTHING) or not isinstance(argument, (int, str)) or not isinstance(outputs, int):
+        raise ValueError(
+            f"expected what a removed block returns ({PASSES} or {NOTHING}), the name or place of its input and how many outputs "
+            f"it had, got {returns!r}, {argument!r} and {outputs!r}"
+        )
+    return RemovedBlock(block, returns, argument, outputs)
 
 
 BUILDERS[KIND] = _build

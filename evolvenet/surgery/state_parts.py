@@ -125,5 +125,8 @@ def fit_file_replacements(model: nn.Module, state: Mapping[str, Any], found: Any
 
 
 def _built_so(model: nn.Module, path: str, record: Record) -> bool:
-    """Whether the model was built with what a replacement of a file stands for, possibly behind a prefix there."""
-    return any(is_without(module, record) for own, module in model.named_modules() if f".{path}".endswith(f".{own}"))
+    """Whether the model was built with what a replacement of a file stands for; behind a prefix there if it has no such path."""
+    modules = dict(model.named_modules())
+    if path in modules:
+        return is_without(modules[path], record)
+    return any(is_without(module, record) for own, module in modules.items() if own and path.endswith(f".{own}"))

@@ -19,15 +19,13 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from evolvenet.cli.runs import RESULT, UNRELATED
 from evolvenet.errors import EvolveNetError
 from experiments.training.recorded_config import recorded_config
 
-RESULT = "result.json"
 FAILURE = "error.txt"
 """The whole traceback of a run that failed, in its folder."""
 LAST = "last.ckpt"
-UNRELATED = ("output", "resume", "threads")
-"""Entries that two runs with the same result may have different."""
 TRAINER_NUMBERS = (
     "max_epochs", "max_steps", "limit_train_batches", "limit_val_batches", "limit_test_batches", "gradient_clip_val",
     "log_every_n_steps", "num_sanity_val_steps",
@@ -178,7 +176,8 @@ def finished(config: DictConfig) -> dict[str, Any] | None:
         result = json.loads((Path(config.output) / RESULT).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    return result if _comparable(result.get("config")) == _comparable(recorded_config(config)) else None
+    same = _comparable(_config_of(Path(config.output))) == _comparable(recorded_config(config))
+    return result if same else None
 
 
 def _comparable(config: Any) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,12 +13,16 @@ from omegaconf.resolvers import oc
 from evolvenet.report.facts import MASK, SECRET, without_user
 
 
-def recorded_config(config: DictConfig) -> Any:
+def recorded_config(config: DictConfig, published: bool = False) -> Any:
     """The configuration as plain data, its interpolations resolved, but for those of environment variables.
 
     Variables of the environment stay as they are written, `${oc.env:WANDB_API_KEY}`: they hold secrets and paths of one machine.
-    Texts under names like `api_key`, `token`, `password` or `secret` are masked, unless they are such a variable; so are user and
-    password of URLs. The home and the working directory are written as `~` and `.`.
+    Texts under names like `api_key`, `token`, `password` or `secret` are masked, unless they are such a variable.
+
+    Args:
+        config: of a run.
+        published: whether it is for a page or a logger: users and passwords of URLs are masked too, and the home and the working
+            directory written as `~` and `.`. Two runs are compared by what is not changed so.
 
     >>> config = OmegaConf.create({"seed": 1, "same": "${seed}", "logger": {"api_key": "abc", "dir": "${oc.env:HOME}"}})
     >>> recorded_config(config)
@@ -29,7 +33,7 @@ def recorded_config(config: DictConfig) -> Any:
             plain = OmegaConf.to_container(config, resolve=True)
     except OmegaConfBaseException:  # an interpolation that computes with a variable's value
         plain = OmegaConf.to_container(config, resolve=False)
-    return _masked(plain)
+    return _masked(plain, without_user if published else str)
 
 
 @contextmanager
@@ -46,11 +50,11 @@ def _environment_unread() -> Iterator[None]:
         OmegaConf.register_new_resolver("oc.env", oc.env, replace=True)
 
 
-def _masked(plain: Any, secret: bool = False) -> Any:
+def _masked(plain: Any, text: Callable[[str], str], secret: bool = False) -> Any:
     if isinstance(plain, dict):
-        return {key: _masked(value, secret or bool(SECRET.search(str(key)))) for key, value in plain.items()}
+        return {key: _masked(value, text, secret or bool(SECRET.search(str(key)))) for key, value in plain.items()}
     if isinstance(plain, list):
-        return [_masked(value, secret) for value in plain]
+        return [_masked(value, text, secret) for value in plain]
     if not isinstance(plain, str):
         return plain
-    return MASK if secret and not plain.startswith("${oc.env:") else without_user(plain)
+    return MASK if secret and not plain.startswith("${oc.env:") else text(plain)

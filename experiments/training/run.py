@@ -208,7 +208,7 @@ def _fit(
     fitting: lightning.Trainer, classifier: Classifier, data: ImageData, config: DictConfig, resumed: str | None
 ) -> None:
     for logger in fitting.loggers:
-        logger.log_hyperparams(recorded_config(config))
+        logger.log_hyperparams(recorded_config(config, published=True))
     try:
         fitting.fit(classifier, datamodule=data, ckpt_path=resumed, weights_only=True)
     except (SystemExit, KeyboardInterrupt):  # the first is what Lightning makes of Ctrl-C in its loops
@@ -261,7 +261,7 @@ def _result(
         "curve": curve.points,
         "history": history.to_dict(),
         "made": run_facts(),
-        "config": recorded_config(config),
+        "config": recorded_config(config, published=True),
     }
 
 

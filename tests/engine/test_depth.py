@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +16,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 import evolvenet
 from evolvenet.engine.depth import energy_limit, find_removals, remove_blocks
 from evolvenet.measurement.residual_blocks import observe_blocks
-from evolvenet.surgery.removed_block import RemovedBlock
+from evolvenet.surgery.module_replacement import REPLACEMENT_KEY, exchange_modules, whole_in
+from evolvenet.surgery.removed_block import PASSES, RemovedBlock
 
 
 class Block(nn.Module):
@@ -274,6 +276,58 @@ def test_layers_that_are_put_back_are_like_the_rest(tmp_path: Path) -> None:
     assert all(module.training for module in model.modules())
     assert {each.dtype for each in model.parameters()} == {torch.float64}
     assert vars(model.config) == vars(stack().config)
+
+
+class WithBuffer(nn.Module):
+    """A residual block of bfloat16 parameters with a buffer in float32, as of a rotary embedding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(4, 4, dtype=torch.bfloat16)
+        self.register_buffer("frequency", torch.rand(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.inner((x * self.frequency).to(torch.bfloat16))
+
+
+def mixed() -> nn.Sequential:
+    """Two such blocks and a layer."""
+    return nn.Sequential(WithBuffer(), WithBuffer(), nn.Linear(4, 2, dtype=torch.bfloat16))
+
+
+def without_block(model: nn.Sequential) -> RemovedBlock:
+    """What stands for the second block, once it is in its place."""
+    removal = RemovedBlock(model[1], PASSES)
+    exchange_modules(model, {model[1]: removal}, ExitStack())
+    return removal
+
+
+def test_a_buffer_of_a_block_that_is_put_back_keeps_a_type_of_its_own() -> None:
+    model = mixed()
+    before = {name: tensor.dtype for name, tensor in model[1].state_dict().items()}
+    restored = whole_in(model, without_block(model))
+    assert {name: tensor.dtype for name, tensor in restored.state_dict().items()} == before
+
+
+def test_a_block_that_is_put_back_has_the_type_that_the_model_was_given_meanwhile() -> None:
+    model = mixed().float()
+    removal = without_block(model)
+    restored = whole_in(model.double(), removal)
+    assert {tensor.dtype for tensor in restored.state_dict().values()} == {torch.float64}
+
+
+@pytest.mark.parametrize(
+    "change", [{"whole": None}, {"whole": 5}, {"type": [1]}, {"type": "of no kind"}, {"returns": 3}]
+)
+def test_an_edited_record_of_a_block_is_refused(change: dict[str, Any], tmp_path: Path) -> None:
+    model = mixed()
+    without_block(model)
+    state: Any = model.state_dict()
+    [record] = [each[REPLACEMENT_KEY] for each in state._metadata.values() if REPLACEMENT_KEY in each]
+    record.update(change)
+    torch.save(state, tmp_path / "edited.pt")
+    with pytest.raises(evolvenet.RecordError):
+        evolvenet.load(mixed(), tmp_path / "edited.pt")
 
 
 def test_a_file_without_a_layer_is_loaded_into_a_model_that_was_built_without_it(tmp_path: Path) -> None:

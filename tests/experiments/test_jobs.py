@@ -193,3 +193,15 @@ def test_ctrl_c_prints_the_command_that_goes_on(tmp_path: Path) -> None:
 
 def test_a_folder_without_results_says_so(tmp_path: Path) -> None:
     assert tabulate(tmp_path).startswith("no run below")
+
+
+def test_runs_are_told_apart_by_their_own_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        monkeypatch.chdir(tmp_path / name)
+        config = configuration("data=mnist", f"data.root={tmp_path / 'a' / 'data'}", output=tmp_path / "run")
+        found.append(jobs._comparable(jobs.recorded_config(config)))
+    assert found[0] == found[1], "the same data, seen from two folders"
+    config = configuration("data=mnist", f"data.root={tmp_path / 'b' / 'data'}", output=tmp_path / "run")
+    assert jobs._comparable(jobs.recorded_config(config)) != found[0], "other data, under the same name there"

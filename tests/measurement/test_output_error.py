@@ -46,3 +46,17 @@ def test_the_error_is_normalized_alike_with_all_and_with_some_places() -> None:
     whole, moved = torch.randn(6, 20, 5) + torch.arange(20)[:, None], torch.randn(6, 20, 5)
     rows = [each.reshape(-1, 5) for each in (whole, moved)]
     assert output_error([whole], [moved]) == pytest.approx(output_error(rows[:1], rows[1:]))
+
+
+def test_of_as_many_outputs_as_samples_those_of_the_first_batch_are_compared() -> None:
+    class Each(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(3, 2)
+
+        def forward(self, x: Tensor) -> list[Tensor]:
+            return list(self.layer(x))
+
+    model, batches = Each(), [torch.randn(5, 3), torch.randn(2, 3)]
+    found = outputs_on(model, batches)
+    assert torch.equal(torch.stack(found), torch.stack(model(batches[0])).detach().double())
