@@ -11,6 +11,9 @@ import torch
 from torch import Tensor, nn
 
 import evolvenet
+from evolvenet.engine.distributed import process_group
+from evolvenet.engine.failure_policy import FailurePolicy
+from evolvenet.errors import stage
 
 
 class Block(nn.Module):
@@ -104,6 +107,17 @@ def test_a_removal_that_fails_again_is_switched_off_while_widths_go_on_changing(
     assert evolver.off is None
     found = [each.getMessage() for each in caplog.records if "blocks are left as they are" in each.getMessage()]
     assert [" for the rest of the run" in each for each in found] == [False, True]
+
+
+def test_failed_removals_do_not_count_as_failures_of_widths() -> None:
+    policy, group = FailurePolicy(), process_group()
+    with pytest.raises(RuntimeError) as caught, stage("surgery"):
+        raise RuntimeError("no room")
+    for moment in (1, 2):
+        policy.explain_blocks(group, moment, caught.value)
+    assert not policy.removes_blocks
+    policy.explain(group, 3, caught.value)
+    assert policy.off is None, "the first failure of widths"
 
 
 def test_a_removal_whose_cost_cannot_be_counted_is_taken_back(monkeypatch: pytest.MonkeyPatch) -> None:

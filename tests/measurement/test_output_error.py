@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from evolvenet.measurement.output_error import output_error, outputs_on
+from evolvenet.measurement.output_error import output_error, outputs_on, real
 
 
 class Words(nn.Module):
@@ -60,3 +60,20 @@ def test_of_as_many_outputs_as_samples_those_of_the_first_batch_are_compared() -
     model, batches = Each(), [torch.randn(5, 3), torch.randn(2, 3)]
     found = outputs_on(model, batches)
     assert torch.equal(torch.stack(found), torch.stack(model(batches[0])).detach().double())
+
+
+@pytest.mark.parametrize("shape", [(6,), (6, 5), (6, 4, 5)], ids=str)
+def test_complex_outputs_count_with_both_parts_of_every_entry(shape: tuple[int, ...]) -> None:
+    whole, moved = torch.randn(shape, dtype=torch.complex64) + 3 - 5j, torch.randn(shape, dtype=torch.complex64)
+    rows = whole.flatten(0, -2) if len(shape) > 1 else whole
+    expected = (moved - whole).abs().square().sum() / (rows - rows.mean(0)).abs().square().sum()
+    assert output_error([real(whole)], [real(moved)]) == pytest.approx(float(expected), rel=1e-4)
+
+
+def test_places_are_taken_evenly_from_the_first_to_the_last_of_every_batch() -> None:
+    batches = [torch.arange(300.0).reshape(100, 3) + start for start in (0, 1000, 2000)]
+    (some,) = outputs_on(nn.Identity(), batches, most=90)
+    assert some.shape == (30, 3)
+    for batch, places in zip(batches, some.split(10), strict=True):
+        taken = (places[:, 0] - batch[0, 0]) / 3
+        assert (taken // 10).tolist() == list(range(10)), "one of each tenth"

@@ -20,8 +20,9 @@ from transformers import (
     TrainingArguments,
 )
 
-from evolvenet import MissingPackageError, PolicyError, Threshold, Tolerance, UnsupportedStrategyError
+from evolvenet import MissingPackageError, PolicyError, RecordError, Threshold, Tolerance, UnsupportedStrategyError
 from evolvenet.engine.history import History
+from evolvenet.graph.format_version import FORMAT, FORMAT_KEY
 from evolvenet.transformers.callback import WidthEvolutionCallback
 from tests.helpers.policies import Fixed
 from tests.helpers.transformers_runs import HEADS, INNER, SIZES, STREAM, bert, evolution, sentences, trainer
@@ -282,3 +283,16 @@ def test_a_metric_that_is_not_evaluated_is_named(tmp_path: Path) -> None:
     run = trainer(tmp_path, bert(), callback, eval_strategy="steps", eval_steps=1)
     with pytest.raises(PolicyError, match=r"evaluate 'accuracy', by which cuts are judged, got .*eval_loss"):
         run.train()
+
+
+def test_a_checkpoint_of_a_newer_format_is_refused_before_anything_is_loaded(tmp_path: Path) -> None:
+    trainer(tmp_path, bert(), evolution(), max_steps=5, save_strategy="steps", save_steps=5).train()
+    path = tmp_path / "checkpoint-5" / "trainer_state.json"
+    state = json.loads(path.read_text())
+    state["stateful_callbacks"]["evolvenet"][FORMAT_KEY] = FORMAT + 1
+    path.write_text(json.dumps(state))
+    model, untouched = bert(seed=1), bert(seed=1)
+    run = trainer(tmp_path, model, evolution())
+    with pytest.raises(RecordError, match="WidthEvolutionCallback in the checkpoint is of format"):
+        run.train(resume_from_checkpoint=True)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), untouched.parameters(), strict=True))

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import Trainer
 
+from evolvenet._compat.torch import tree_leaves
 from evolvenet.transformers.callback import WidthEvolutionCallback
 from evolvenet.transformers.running import running_trainer
 from tests.helpers.transformers_runs import HEADS, INNER, STREAM, bert, evolution, trainer
@@ -158,3 +159,44 @@ def test_a_resumed_run_of_a_traced_loss_is_the_uninterrupted_one(tmp_path: Path)
 
 def test_outside_of_a_trainer_there_is_none() -> None:
     assert running_trainer() is None
+
+
+class Overwrites(Trainer):
+    """Clears each batch after its step, as a loader does that writes the next one into the same memory."""
+
+    overwrites = True
+
+    def prepare(self) -> None:
+        pass
+
+    def training_step(self, model: Any, inputs: Any, *rest: Any, **options: Any) -> Any:
+        words = inputs["input_ids"]
+        loss = super().training_step(model, inputs, *rest, **options)
+        if self.overwrites:
+            words.zero_()
+        return loss
+
+
+class OverwritesOfItsOwn(Overwrites):
+    """With a loss that does not call the model itself, so that batches are kept rather than its calls."""
+
+    def compute_loss(self, model: Any, inputs: Any, *rest: Any, **options: Any) -> Any:
+        logits = model.classifier(model.bert(input_ids=inputs["input_ids"]).last_hidden_state)
+        return functional.cross_entropy(logits.flatten(0, 1), inputs["labels"].flatten())
+
+
+@pytest.mark.parametrize("kind", [Overwrites, OverwritesOfItsOwn])
+def test_batches_that_are_kept_are_copies(
+    kind: type[Overwrites], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept: list[list[Tensor]] = []
+    for overwrites in (True, False):
+        monkeypatch.setattr(Overwrites, "overwrites", overwrites)
+        callback = evolution({})
+        run_with(tmp_path, kind, callback, max_steps=3)
+        assert callback.evolver is not None
+        kept.append(
+            [each for each in tree_leaves(callback.evolver.state_dict()["batches"]) if isinstance(each, Tensor)]
+        )
+    assert len(kept[0]) >= 3
+    assert all(torch.equal(one, other) for one, other in zip(*kept, strict=True))
