@@ -171,3 +171,13 @@ def test_the_price_is_per_thousand_of_the_given_kind(kind: str) -> None:
     policy = replace(CONSTANT, kind=kind, price=0.1)
     assert decide(policy, {"0": [(0, 2.02 * unit), (20, 0.0)]}) == {}
     assert sizes(decide(policy, {"0": [(0, 1.98 * unit), (20, 0.0)]})) == {"0": 15}
+
+
+@pytest.mark.parametrize(("saved", "most", "loss"), [(3000, 1.0, 0.3), (3000, 0.2, 0.2), (-5, 1.0, 0.0)])
+def test_a_block_may_lose_the_price_of_what_it_saves_and_no_more_than_the_most(
+    saved: float, most: float, loss: float
+) -> None:
+    policy = replace(CONSTANT, kind="macs", price=0.1, most=most)
+    context = PolicyContext(GRAPH, 0.5, GRAPH.sizes, measure=dict)
+    kinds = {"macs": saved, "params": 1e9}
+    assert policy.block_loss(context, "a.block", kinds.__getitem__, lambda _: 0.0) == pytest.approx(loss)

@@ -20,6 +20,7 @@ import evolvenet
 from evolvenet import Evolver, PolicyError, Tolerance, WidthEvolution
 from evolvenet.engine.snapshot import Snapshot
 from evolvenet.measurement.cost import parameters
+from evolvenet.policies.base import PolicyContext
 from tests.helpers.resuming import Randomness
 from tests.helpers.runs import Batches, Classifier, trainer
 
@@ -300,3 +301,23 @@ def test_a_resumed_run_judges_and_takes_back_as_the_uninterrupted_one(tmp_path: 
         assert [e.changes for e in callback.history.events] == [e.changes for e in other.history.events], step
         for (name, one), two in zip(whole.state_dict().items(), resumed.state_dict().values(), strict=True):
             assert torch.equal(one, two), (step, name)
+
+
+def test_a_block_may_lose_a_twentieth_of_the_share_while_nothing_is_judged_and_it_is_free() -> None:
+    policy = Tolerance(metric="acc", drop=0.0, share=0.4, validations=1, patience=2, depth=True)
+
+    def allowed(state: Any, path: str) -> float:
+        context = PolicyContext(None, 0.5, {}, state=state)  # type: ignore[arg-type]
+        return policy.block_loss(context, path, lambda _: 1.0, lambda _: 0.0)
+
+    assert allowed(None, "one") == -math.inf, "no validation yet"
+    state = policy.judge(None, 0.9).state
+    assert allowed(state, "one") == pytest.approx(0.02)
+    state = policy.record(state, ["one"])
+    assert allowed(state, "two") == -math.inf, "a cut is judged"
+    state = policy.judge(state, 0.5).state
+    assert (allowed(state, "one"), allowed(state, "two")) == (-math.inf, pytest.approx(0.01))
+    for _ in range(2):
+        assert allowed(state, "one") == -math.inf
+        state = policy.record(state, [])
+    assert allowed(state, "one") == pytest.approx(0.01)

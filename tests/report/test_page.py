@@ -11,6 +11,7 @@ from rich.console import Console
 from evolvenet.engine.history import Event, History, WidthChange
 from evolvenet.errors import EvolveNetError
 from evolvenet.report import ReportError, draw, summary_rows, summary_table, write_report
+from evolvenet.report.panels import PINK, draw_spectrum
 
 
 def event(step, changes, sizes, before, after, macs, skipped=None):
@@ -153,3 +154,42 @@ def test_any_name_of_a_module_is_shown_as_it_is(names, tmp_path):
     page = write_report(run, tmp_path, names[0], {names[1]: [(1, 0.5)]}, {names[1]: names[0]}).read_text("utf-8")
     assert all(html.escape(name) in page for name in names)
     assert "<b>&amp;" not in page
+
+
+def test_texts_from_outside_are_never_markup(tmp_path):
+    """Headings, settings, names of curves and of stages, and the reason of a skipped event."""
+    bad = "<i>'</i>"
+    skipped = Event(5, (), {"stem": 8}, 900, 900, 90, 0.1, f"skip{bad}", stages={f"stage{bad}": 0.05})
+    path = write_report(
+        History(event(0, (), {"stem": 8}, 900, 900, 90), [skipped]),
+        tmp_path,
+        "run",
+        {f"curve{bad}": [(1, 0.5)]},
+        pictures={f"picture{bad}": draw(history())},
+        settings={f"key{bad}": f"value{bad}"},
+        made={"command": f"made{bad}"},
+    )
+    page = path.read_text(encoding="utf-8")
+    for name in ("skip", "stage", "curve", "picture", "key", "value", "made"):
+        assert html.escape(f"{name}{bad}") in page, name
+    assert bad not in page
+
+
+def test_the_threshold_is_drawn_into_each_spectrum_at_the_units_that_reach_it(tmp_path):
+    measured = History(
+        event(0, (), {"stem": 4}, 900, 900, 90),
+        [
+            Event(1, (), {"stem": 4}, 900, 900, 90, 0.1, spectra={"stem": [3.0, 0.8, 0.1, 0.01]}),
+            Event(2, (), {"stem": 4}, 900, 900, 90, 0.1, spectra={"stem": [3.0, 0.8, 0.3, 0.25]}),
+        ],
+    )
+    figure = draw_spectrum(measured, "stem", threshold=0.2)
+    assert figure is not None
+    [dotted] = [line for line in figure.axes[0].lines if line.get_linestyle() == ":"]
+    assert points(dotted) == [[-0.5, 2], [0.5, 2], [0.5, 4], [1.5, 4]]
+    pages = [
+        write_report(measured, tmp_path / str(threshold), "run", threshold=threshold).read_text("utf-8")
+        for threshold in (None, 0.2)
+    ]
+    assert ["at least 0.2 of the mean energy" in page for page in pages] == [False, True]
+    assert [PINK in page for page in pages] == [False, True], "the line"
