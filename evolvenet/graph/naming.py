@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from torch import Tensor, nn
 
 from evolvenet._compat.torch import own_tensors
@@ -29,6 +31,18 @@ def holder_of(path: str) -> str:
     """
     parts = path.split(".")[:-1] if path.rpartition(".")[2] in WRAPPED else path.split(".")
     return ".".join(parts[:-1])
+
+
+def and_above(path: str) -> Iterator[str]:
+    """A module's path and those of the modules that hold it, the nearest first and the model last.
+
+    >>> list(and_above("blocks.0.fc"))
+    ['blocks.0.fc', 'blocks.0', 'blocks', '']
+    """
+    while path:
+        yield path
+        path = path.rpartition(".")[0]
+    yield ""
 
 
 def named_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str], frozenset[str]]:

@@ -18,6 +18,7 @@ from typing import Any
 
 from torch import nn
 
+from evolvenet.graph.naming import and_above
 from evolvenet.surgery.module_replacement import BUILDERS, Record, Replacement, names_when_whole
 
 KIND = "remaining layers"
@@ -173,9 +174,8 @@ def _configurations(model: nn.Module, layers: nn.Module) -> Iterator[Any]:
     modules = dict(model.named_modules(remove_duplicate=False))
     found: dict[int, Any] = {}
     for path in [path for path, module in modules.items() if module is layers]:
-        parts = path.split(".")
-        above = [modules[".".join(parts[:length])] for length in reversed(range(len(parts)))]
-        each = next((own for module in above if (own := getattr(module, "config", None)) is not None), None)
+        configs = (getattr(modules[above], "config", None) for above in and_above(path))
+        each = next((config for config in configs if config is not None), None)
         if each is not None:
             found[id(each)] = each
     yield from found.values()

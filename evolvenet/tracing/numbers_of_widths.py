@@ -13,6 +13,7 @@ from itertools import combinations
 
 from torch import nn
 
+from evolvenet.graph.naming import and_above
 from evolvenet.graph.width_graph import Width
 from evolvenet.surgery.numbers import attribute_of, numbers_in
 
@@ -124,7 +125,7 @@ def _likeliness(module: nn.Module, name: str) -> int:
 def _only_consuming(width: Width) -> frozenset[str]:
     """Paths of modules that hold consumers of a width and no producer."""
     made, used = (
-        {path for tie in ties for path in _ancestors(tie.module)} for ties in (width.producers, width.consumers)
+        {path for tie in ties for path in and_above(tie.module)} for ties in (width.producers, width.consumers)
     )
     return frozenset(used - made)
 
@@ -208,7 +209,7 @@ def _holds_tensors(module: nn.Module) -> bool:
 
 def _paths(model: nn.Module, width: Width) -> list[str]:
     """Modules with tensors of a width, those above, and those without tensors beside them, with all that they hold."""
-    above = dict.fromkeys(path for tie in width.ties for path in _ancestors(tie.module))
+    above = dict.fromkeys(path for tie in width.ties for path in and_above(tie.module))
     beside = [
         ".".join(filter(None, (path, name, below)))
         for path in above
@@ -226,10 +227,3 @@ def _other_lengths(model: nn.Module, path: str, totals: Mapping[tuple[str, int],
         for dim, length in enumerate(tensor.shape):
             (filled if totals.get((name, dim)) == length else other).add(length)
     return other - filled
-
-
-def _ancestors(path: str) -> Iterator[str]:
-    while path:
-        yield path
-        path = path.rpartition(".")[0]
-    yield ""

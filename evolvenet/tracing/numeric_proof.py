@@ -25,6 +25,7 @@ from evolvenet._compat.torch import storage_id, tensor_tables, tree_leaves, tree
 from evolvenet.errors import is_out_of_memory
 from evolvenet.execution.inputs import tensors_of
 from evolvenet.execution.isolation import isolated
+from evolvenet.graph.coverage import TRIAL
 from evolvenet.graph.exact_growth import COPY, ExactGrowth
 from evolvenet.graph.index_map import NEW_UNIT, IndexMap
 from evolvenet.graph.width_graph import Width, WidthGraph, Widths
@@ -238,7 +239,7 @@ class Comparison:
         """Why the outputs change with a width: the first op that computes other values."""
         permuted = self.failure(graph, [name], zeros=False)
         failure = permuted or self.failure(graph, [name])
-        if failure is None or failure == NOT_FINITE or failure.startswith("a trial"):
+        if failure is None or failure == NOT_FINITE or failure.startswith(TRIAL):
             return failure or TOGETHER
         sampled = Sampled(self.dtype)
         self.run(None, {}, sampled)

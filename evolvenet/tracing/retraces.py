@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 
+from evolvenet.graph.coverage import TRIAL
 from evolvenet.graph.width_graph import FOLLOWS, PRODUCES, Width, WidthGraph
 from evolvenet.tracing.labels import MET_DATA, LabelGraph
 
@@ -28,7 +29,7 @@ def shared_by_heads(graph: WidthGraph, label_graph: LabelGraph) -> frozenset[str
     places = {ids.shape[1] for ids in label_graph.grids.values()}
     found: set[str] = set()
     for width in graph.widths.values():
-        if width.frozen is None or not width.frozen.startswith("a trial"):
+        if width.frozen is None or not width.frozen.startswith(TRIAL):
             continue
         totals: dict[tuple[str, int], int] = defaultdict(int)
         for tie in width.ties:
@@ -61,7 +62,7 @@ def has_entries_of_heads(graph: WidthGraph, label_graph: LabelGraph, heads: bool
     rows = {len(ids) for ids in label_graph.grids.values()}
     # What has no label of its heads may be such a product, as the decays of Mamba-2 meet it.
     reasons = [(width.frozen, width.mixed) for width in graph.widths.values() if width.frozen]
-    stuck = any(MET_DATA in reason or (mixed and reason.startswith("a trial")) for reason, mixed in reasons)
+    stuck = any(MET_DATA in reason or (mixed and reason.startswith(TRIAL)) for reason, mixed in reasons)
     met = any(reason.endswith(MET_DATA) and len(ids) in rows for ids, reason in label_graph.frozen)
     failed = any(width.size in rows and _only_follows(width) for width in graph.widths.values())
     return ((stuck or heads) and met) or failed
@@ -69,5 +70,5 @@ def has_entries_of_heads(graph: WidthGraph, label_graph: LabelGraph, heads: bool
 
 def _only_follows(width: Width) -> bool:
     """Whether a width has failed its trials, and no weight produces or consumes its units."""
-    failed = width.frozen is not None and width.frozen.startswith("a trial")
+    failed = width.frozen is not None and width.frozen.startswith(TRIAL)
     return failed and all(tie.role == FOLLOWS for tie in width.ties)

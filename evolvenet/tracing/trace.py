@@ -36,7 +36,7 @@ from evolvenet.execution.isolation import isolated
 from evolvenet.execution.own_gradients import GradientsNeededError
 from evolvenet.execution.surroundings import autocast_devices, plain_surroundings
 from evolvenet.graph.block_kinds import ATTENTION, with_block_kinds
-from evolvenet.graph.coverage import OTHER_ORDER, OUTPUT
+from evolvenet.graph.coverage import OTHER_ORDER, OUTPUT, TRIAL
 from evolvenet.graph.naming import named_tensors
 from evolvenet.graph.whole import check_whole
 from evolvenet.graph.width_graph import Width, WidthGraph
@@ -209,7 +209,7 @@ def _verified(
 def _may_have_places(width: Width) -> bool:
     """Whether a width is frozen for a reason for which places of all heads may still change together."""
     reason = width.frozen or ""
-    return reason.startswith(OTHER_ORDER) or (width.mixed is not None and reason.startswith("a trial"))
+    return reason.startswith(OTHER_ORDER) or (width.mixed is not None and reason.startswith(TRIAL))
 
 
 def _parameters_in_heads(graph: WidthGraph) -> tuple[int, int]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from evolvenet.engine.saving import refuse_unsaved_buffers, state_with_record, t
 from evolvenet.errors import RecordError, TraceError
 from evolvenet.execution.chosen_outputs import Outputs
 from evolvenet.execution.dummy_inputs import dummy_inputs
+from evolvenet.graph.naming import and_above
 from evolvenet.graph.renaming import Rename
 from evolvenet.graph.serialization import to_state_dict
 from evolvenet.graph.sizes import sizes_from_shapes
@@ -277,8 +277,7 @@ def _leave_out_of_initialization(model: PreTrainedModel) -> None:
     loaded, or the folder is refused. A module that has tensors which no file holds is not marked.
     """
     for path, module in model.named_modules():
-        holders = [path, *(path[: end.start()] for end in reversed(list(re.finditer(r"\.", path)))), ""]
-        owner = next(each for each in map(model.get_submodule, holders) if isinstance(each, PreTrainedModel))
+        owner = next(each for each in map(model.get_submodule, and_above(path)) if isinstance(each, PreTrainedModel))
         try:
             initialize(owner, module)
         except torch.OutOfMemoryError:

@@ -284,6 +284,7 @@ class WithBuffer(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.inner = nn.Linear(4, 4, dtype=torch.bfloat16)
+        self.frequency: Tensor
         self.register_buffer("frequency", torch.rand(4))
 
     def forward(self, x: Tensor) -> Tensor:
