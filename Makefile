@@ -7,7 +7,7 @@ SHIPPED ?= .venv-shipped
 WORKERS ?= 2
 BIN := $(VENV)/bin
 
-.PHONY: train test test-all test-gpu test-oldest install browser lint clean coverage bench-event bench-trace bench-scale bench-gpu compare compare-install compare-lowrank compare-language compare-shipped compare-shipped-install docs figures
+.PHONY: train test test-all test-gpu test-oldest install browser lint clean coverage bench-event bench-trace bench-scale bench-gpu compare compare-install compare-lowrank compare-language compare-shipped compare-shipped-install compare-time docs figures
 
 install: $(VENV)/.installed
 
@@ -105,6 +105,11 @@ compare-lowrank: compare-install
 # LANGUAGE="--device cuda".
 compare-language: compare-install
 	$(COMPARE)/bin/python -m experiments.compare.language $(LANGUAGE)
+
+# Steps and seconds from trained networks to small ones, MNIST and CIFAR-10 from $EVOLVENET_DATA, else ./data, and a small GPT-2.
+# Resumes where it was stopped; hours on 2 CPU cores.
+compare-time: compare-install
+	$(COMPARE)/bin/python -m experiments.compare.time_to_accuracy --seeds 0 1 2
 
 # Trained networks that packages ship, in an environment of their own: some pin old versions of torch, so nothing that they ask for
 # is installed but what their networks need. MNIST from $EVOLVENET_DATA, else ./data.

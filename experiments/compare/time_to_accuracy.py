@@ -1,0 +1,243 @@
+"""Steps and seconds from a trained network to a small one nearly as good: `python -m experiments.compare.time_to_accuracy`.
+
+A network of a tenth of the parameters is made by `evolvenet.allocate` and `evolvenet.prune` and trained on; or its widths are
+trained from new weights. Both are tried with cycles of the learning rate of several lengths, the short ones first, until the
+accuracy that is watched is within a point of the uncut network's. Each result is one small JSON file, so a run can be stopped
+and resumed. The page `experiments/compare/time_to_accuracy.md` is written from those files; `make compare-time` does all.
+"""
+
+from __future__ import annotations
+
+import evolvenet  # isort: skip  # before torchvision, which it patches
+
+import argparse
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from experiments.compare import peers
+from experiments.compare.copies import copied
+from experiments.compare.time_to_accuracy_subjects import WAYS, Subject, subject
+from experiments.compare.time_to_accuracy_table import write_page
+from experiments.pages import add_data, commit, state, write_whole
+
+MARGINS = (1, 2, 3, 5)
+"""Points of accuracy below the uncut network; training ends where the first of them is reached."""
+OWN, EQUAL = "own", "equal"
+"""Widths by `evolvenet.allocate`, and the same share of each width."""
+CUT, SCRATCH = "cut", "scratch"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run what is missing and write the page."""
+    options = _options(arguments)
+    # Once, at the start: the sources may change during the run, which uses the modules loaded then.
+    options.made_of = {"state": state(), "commit": commit(), "threads": torch.get_num_threads()}
+    for name in options.only:
+        for seed in options.seeds:
+            study = Study(subject(name, seed, options.data, options.trained, options.tiny), options)
+            for kept in options.kept:
+                for widths in options.widths:
+                    for line in study.run(kept, widths):
+                        print(f"{name} seed {seed} {kept} % {widths} widths: {line}", flush=True)
+    write_page(options.page, options.cache)
+    print(f"page: {options.page}")
+
+
+def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m experiments.compare.time_to_accuracy", description=__doc__)
+    add_data(parser)
+    default = ("mnist", "cifar10", "gpt2")
+    parser.add_argument("--only", nargs="+", choices=tuple(WAYS), default=default, help="tasks")
+    parser.add_argument("--seeds", nargs="+", type=int, default=(0,), help="of the networks")
+    parser.add_argument("--kept", nargs="+", type=int, default=(10,), help="percent of the parameters that stay")
+    parser.add_argument("--widths", nargs="+", choices=(OWN, EQUAL), default=(OWN, EQUAL))
+    parser.add_argument("--starts", nargs="+", choices=(CUT, SCRATCH), default=(CUT, SCRATCH))
+    parser.add_argument("--longest", type=int, help="steps of the longest cycle (default: each task's own)")
+    parser.add_argument("--tiny", action="store_true", help="a language model of two layers, for trials")
+    parser.add_argument("--keep-old", action="store_true", help="keep results of an older state of the package")
+    parser.add_argument("--trained", type=Path, default=Path("outputs/compare"), help="folder of the uncut networks")
+    parser.add_argument("--cache", type=Path, default=Path("outputs/time_to_accuracy"), help="folder of the results")
+    parser.add_argument("--page", type=Path, default=Path(__file__).with_suffix(".md"), help="page to write")
+    return parser.parse_args(arguments)
+
+
+class Study:
+    """One trained network, made small in several ways.
+
+    Args:
+        of: the network with its task.
+        options: of the command line.
+    """
+
+    def __init__(self, of: Subject, options: argparse.Namespace) -> None:
+        self.subject, self.options = of, options
+        with cpu_seconds() as traced:
+            self.graph = evolvenet.trace(of.model, of.example, of.outputs, heads=of.heads)
+        self.trace_seconds = traced()
+        self.uncut = of.accuracy(of.model, "watched")
+
+    def run(self, kept: int, widths: str) -> Iterator[str]:
+        """Make the network small and train it, from both starts; results that are there are not made again."""
+        folder = self.options.cache / self.subject.name / f"seed{self.subject.seed}"
+        made = self._cut(kept, widths, folder)
+        yield f"{made['parameters']:,} parameters, cut in {made['seconds']} CPU s"
+        ways = self.subject.ways
+        longest = self.options.longest or max(ways.lengths)
+        for start in self.options.starts:
+            path = folder / f"{kept}-{widths}-{start}.json"
+            found = read(path, made) or {**made, "start": start, "climbs": []}
+            tried = {(climb["steps"], climb["rate"]) for climb in found["climbs"]}
+            for steps in (length for length in ways.lengths if length <= longest):
+                if any(str(MARGINS[0]) in climb["crossed"] for climb in found["climbs"]):
+                    break
+                for rate in ways.scratch if start == SCRATCH else ways.cut:
+                    if (steps, rate) not in tried:
+                        model = (
+                            self.scratch(made["sizes"]) if start == SCRATCH else self.cut_model(folder, kept, widths)
+                        )
+                        found["climbs"].append(self.climb(model, steps, rate, ways.warm[start == SCRATCH]))
+                        write_whole(path, json.dumps(found, indent=1))
+                        yield f"{start}: {_line(found['climbs'][-1])}"
+
+    def _cut(self, kept: int, widths: str, folder: Path) -> dict[str, Any]:
+        """What is known of the cut network, which lies in the folder then."""
+        path, weights = folder / f"{kept}-{widths}.json", folder / f"{kept}-{widths}.pt"
+        made_of = {"weights": self.subject.weights}
+        found = read(path, made_of)
+        if found and weights.exists() and (self.options.keep_old or found["state"] == self.options.made_of["state"]):
+            return found
+        for old in folder.glob(f"{kept}-{widths}-*.json"):
+            old.unlink()
+        torch.manual_seed(self.subject.seed)
+        model, batches, target = (
+            copied(self.subject.model),
+            self.subject.calibration(),
+            round(self.graph.parameters * kept / 100),
+        )
+        begin = time.perf_counter()
+        with cpu_seconds() as allocated:
+            own = widths == OWN
+            sizes = (
+                dict(evolvenet.allocate(model, self.graph, parameters=target, batches=batches))
+                if own
+                else peers.equal_sizes(self.graph, target)
+            )
+        with cpu_seconds() as pruned:
+            graph = evolvenet.prune(model, self.graph, sizes, batches=batches)
+        seconds = {"trace": self.trace_seconds, "allocate": allocated(), "prune": pruned()}
+        found = {
+            "task": self.subject.name,
+            "seed": self.subject.seed,
+            "kept": kept,
+            "widths": widths,
+            **made_of,
+            **self.options.made_of,
+            "uncut": {"watched": self.uncut, "judged": self.subject.accuracy(self.subject.model, "judged")},
+            "uncut_parameters": self.graph.parameters,
+            "parameters": graph.parameters,
+            "sizes": graph.sizes,
+            "seconds": {name: round(each, 2) for name, each in seconds.items()},
+            "wall": round(time.perf_counter() - begin, 2),
+        }
+        folder.mkdir(parents=True, exist_ok=True)
+        torch.save(model.state_dict(), weights)
+        write_whole(path, json.dumps(found, indent=1))
+        return found
+
+    def cut_model(self, folder: Path, kept: int, widths: str) -> nn.Module:
+        """The cut network."""
+        model = copied(self.subject.model)
+        evolvenet.load(model, folder / f"{kept}-{widths}.pt")
+        return model
+
+    def scratch(self, sizes: dict[str, int]) -> nn.Module:
+        """New weights in the given widths."""
+        torch.manual_seed(self.subject.seed + 100)
+        model = self.subject.fresh()
+        kept = {
+            name: evolvenet.IndexMap.keep(list(range(size)), size=self.graph.widths[name].size)
+            for name, size in sizes.items()
+        }
+        evolvenet.resize(model, self.graph, kept)
+        if not self.subject.heads:
+            # Scaled for the widths as they are now. The language model's do not depend on them.
+            for module in model.modules():
+                restart: Callable[[], None] | None = getattr(module, "reset_parameters", None)
+                if restart is not None:
+                    restart()
+        return model
+
+    def climb(self, model: nn.Module, steps: int, rate: float, warm: float) -> dict[str, Any]:
+        """Train until the accuracy that is watched is within the least margin, or for all the steps.
+
+        Args:
+            model: is trained in place.
+            steps: of the whole cycle.
+            rate: the largest learning rate.
+            warm: share of the steps in which it rises.
+
+        Returns:
+            "curve", the watched accuracy by step; "crossed", by margin: step, CPU seconds of the training steps until then and
+            accuracy on the judged part.
+        """
+        of, seconds = self.subject, 0.0
+        of.begin(model)
+        optimizer, batches = of.optimizer(model, rate), of.training(of.seed + 100)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps, pct_start=warm)
+        every, curve, crossed = max(1, steps // of.ways.watches), [], {}
+        for step in range(steps + 1):
+            if step % every == 0 or step == steps:
+                curve.append((step, of.accuracy(model, "watched")))
+                for margin in MARGINS:
+                    if str(margin) not in crossed and curve[-1][1] >= self.uncut - margin / 100:
+                        judged = of.accuracy(model, "judged")
+                        crossed[str(margin)] = {"step": step, "seconds": round(seconds, 2), "judged": judged}
+            if str(MARGINS[0]) in crossed or step == steps:
+                break
+            with cpu_seconds() as trained:
+                model.train()
+                optimizer.zero_grad()
+                of.loss(model, next(batches)).backward()
+                of.clip(model)
+                optimizer.step()
+                schedule.step()
+            seconds += trained()
+        done = curve[-1][0]
+        each = round(seconds / done, 5) if done else None
+        return {"steps": steps, "rate": rate, "seconds_a_step": each, "curve": curve, "crossed": crossed}
+
+
+@contextmanager
+def cpu_seconds() -> Iterator[Callable[[], float]]:
+    """Processor time of this process within the block, from a function that is called afterwards."""
+    begin, spent = time.process_time(), [0.0]
+    yield lambda: spent[0]
+    spent[0] = time.process_time() - begin
+
+
+def read(path: Path, made_of: dict[str, Any]) -> dict[str, Any] | None:
+    """A result, if it is there and of the same trained network, cut by the same code where that is given."""
+    if not path.exists():
+        return None
+    found = json.loads(path.read_text(encoding="utf-8"))
+    same = all(found.get(name) == made_of[name] for name in ("weights", "state") if name in made_of)
+    return found if same else None
+
+
+def _line(climb: dict[str, Any]) -> str:
+    reached = (
+        ", ".join(f"−{margin} at {each['step']}" for margin, each in climb["crossed"].items()) or "nothing reached"
+    )
+    best = max(accuracy for _, accuracy in climb["curve"])
+    return f"cycle of {climb['steps']} steps at {climb['rate']}: best {best:.2%}; {reached}"
+
+
+if __name__ == "__main__":
+    main()
