@@ -27,8 +27,6 @@ from experiments.compare.time_to_accuracy_subjects import WAYS, Subject, subject
 from experiments.compare.time_to_accuracy_table import write_page
 from experiments.pages import add_data, commit, state, write_whole
 
-MARGINS = (1, 2, 3, 5)
-"""Points of accuracy below the uncut network; training ends where the first of them is reached."""
 OWN, EQUAL = "own", "equal"
 """Widths by `evolvenet.allocate`, and the same share of each width."""
 CUT, SCRATCH = "cut", "scratch"
@@ -95,7 +93,7 @@ class Study:
             found = read(path, made) or {**made, "start": start, "climbs": []}
             tried = {(climb["steps"], climb["rate"]) for climb in found["climbs"]}
             for steps in (length for length in ways.lengths if length <= longest):
-                if any(str(MARGINS[0]) in climb["crossed"] for climb in found["climbs"]):
+                if any(str(ways.margins[0]) in climb["crossed"] for climb in found["climbs"]):
                     break
                 for rate in ways.scratch if start == SCRATCH else ways.cut:
                     if (steps, rate) not in tried:
@@ -195,11 +193,11 @@ class Study:
         for step in range(steps + 1):
             if step % every == 0 or step == steps:
                 curve.append((step, of.accuracy(model, "watched")))
-                for margin in MARGINS:
+                for margin in of.ways.margins:
                     if str(margin) not in crossed and curve[-1][1] >= self.uncut - margin / 100:
                         judged = of.accuracy(model, "judged")
                         crossed[str(margin)] = {"step": step, "seconds": round(seconds, 2), "judged": judged}
-            if str(MARGINS[0]) in crossed or step == steps:
+            if str(of.ways.margins[0]) in crossed or step == steps:
                 break
             with cpu_seconds() as trained:
                 model.train()

@@ -29,6 +29,7 @@ class Ways:
         scratch: those that are tried from scratch.
         warm: share of the steps in which the rate rises, after a cut and from scratch.
         watches: how often the accuracy is watched in a cycle.
+        margins: points of accuracy below the uncut network, ascending; training ends where the first is reached.
     """
 
     lengths: Sequence[int]
@@ -36,6 +37,7 @@ class Ways:
     scratch: Sequence[float]
     warm: tuple[float, float] = (0.05, 0.3)
     watches: int = 10
+    margins: Sequence[float] = (1, 2, 3, 5)
 
 
 class Subject(ABC):
@@ -224,7 +226,7 @@ SHORT = replace(FULL, steps=600)
 """The language model is trained for fewer steps here than in `experiments.compare.language`."""
 
 WAYS = {
-    "mnist": Ways((50, 75, 100, 150, 200, 300, 400, 600, 900), (1e-3, 3e-3), (3e-3, 1e-2)),
+    "mnist": Ways((50, 100, 200, 400, 800), (1e-3, 3e-3), (3e-3, 1e-2), margins=(0.2, 0.5, 1, 2)),
     "cifar10": Ways((200, 400, 800, 1600, 3200, 6400), (1e-3, 3e-3), (3e-3, 1e-2)),
     "gpt2": Ways((100, 200, 400, 800, 1600, 3200), (2e-3, 5e-3), (2e-3, 5e-3), warm=(0.05, 0.1)),
     "digits": Ways((10, 20), (3e-3,), (1e-2,), watches=5),

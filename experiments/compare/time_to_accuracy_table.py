@@ -13,7 +13,7 @@ from typing import Any
 from experiments.pages import cell, commit, machine_line, markdown, write_whole
 
 GOAL = 10
-"""Times fewer steps after a cut than from scratch, within the least margin."""
+"""Times fewer steps after a cut than from scratch, within a point."""
 WIDTHS = {"own": "widths by `allocate`", "equal": "equal widths"}
 STARTS = {"cut": "cut, then trained on", "scratch": "from scratch"}
 
@@ -25,7 +25,7 @@ learning rate, and both with cycles of several lengths and two largest learning 
 there. **Steps** are the fewest of all those cycles; where a cycle gets there before its end, up to there.
 
 - The accuracy is watched ten times in a cycle, on the even half of the test images (of GPT-2: next characters of validation
-  text), which no network was trained on and by which nothing else was chosen; training ends where it is within 1 point.
+  text), which no network was trained on and by which nothing else was chosen; training ends where the least margin is reached.
   **Judged**: on the other half (test text), at that moment, minus the uncut network's there, in points.
 - **CPU seconds**: processor time of the training steps; watching is not counted. **With the cut**: plus tracing, `allocate` and
   `prune`. Of a machine that other processes shared, so take ratios, not seconds.
@@ -69,19 +69,21 @@ def _section(task: str, kept: int, widths: str, starts: dict[str, list[dict[str,
         f"seeds {', '.join(str(each['seed']) for each in one)}; {first['threads']} thread(s), at git {commits}. "
         f"CPU seconds of the cut: {', '.join(f'{name} {each:.1f}' for name, each in cost.items())}."
     )
-    margins = sorted({int(m) for runs in starts.values() for run in runs for c in run["climbs"] for m in c["crossed"]})
+    margins = sorted(
+        {float(m) for runs in starts.values() for run in runs for c in run["climbs"] for m in c["crossed"]}
+    )
     rows = [_row(start, starts[start], margin) for margin in margins for start in STARTS if start in starts]
     titles = ["within", "start", "steps of each seed", "CPU s", "with the cut", "that is, in steps", "judged, points"]
     lines = [head, "", about, "", *markdown(titles, rows, text=(0, 1, 2))]
     return [*lines, "", *_verdicts(starts, margins)]
 
 
-def _row(start: str, runs: Sequence[dict[str, Any]], margin: int) -> list[str]:
+def _row(start: str, runs: Sequence[dict[str, Any]], margin: float) -> list[str]:
     best = [(run, first_crossing(run, margin)) for run in runs]
     reached = [(run, each) for run, each in best if each is not None]
     longest = max(climb["steps"] for run in runs for climb in run["climbs"])
     steps = " ".join("–" if each is None else f"{each['step']:,}" for _, each in best)
-    title = [f"{margin} point{'s' if margin > 1 else ''}", STARTS[start], steps]
+    title = [f"{margin:g} point{'s' if margin != 1 else ''}", STARTS[start], steps]
     if len(reached) < len(best):
         title[-1] += f" (longest cycle {longest:,})"
     if not reached:
@@ -94,9 +96,9 @@ def _row(start: str, runs: Sequence[dict[str, Any]], margin: int) -> list[str]:
     return [*title, *figures, f"{fmean(judged):+.2f}"]
 
 
-def first_crossing(run: dict[str, Any], margin: int) -> dict[str, Any] | None:
+def first_crossing(run: dict[str, Any], margin: float) -> dict[str, Any] | None:
     """The crossing of a margin with the fewest steps, of all cycles of a run; None if none got there."""
-    found = [climb["crossed"][str(margin)] for climb in run["climbs"] if str(margin) in climb["crossed"]]
+    found = [climb["crossed"][f"{margin:g}"] for climb in run["climbs"] if f"{margin:g}" in climb["crossed"]]
     return min(found, key=lambda each: each["step"]) if found else None
 
 
@@ -106,7 +108,7 @@ def seconds_a_step(run: dict[str, Any]) -> float:
     return fmean(known) if known else math.inf
 
 
-def _verdicts(starts: dict[str, list[dict[str, Any]]], margins: Sequence[int]) -> list[str]:
+def _verdicts(starts: dict[str, list[dict[str, Any]]], margins: Sequence[float]) -> list[str]:
     """Steps from scratch over steps after the cut, by margin."""
     if set(starts) != set(STARTS):
         return []
@@ -121,6 +123,7 @@ def _verdicts(starts: dict[str, list[dict[str, Any]]], margins: Sequence[int]) -
         ratio = "from scratch it is not reached" if lacking else ratio
         met = lacking or before >= GOAL * after
         lines.append(
-            f"- within {margin}: {ratio}" + (f" (goal {GOAL}): {'met' if met else '**missed**'}" if margin == 1 else "")
+            f"- within {margin:g}: {ratio}"
+            + (f" (goal {GOAL}): {'met' if met else '**missed**'}" if margin == 1 else "")
         )
     return lines
