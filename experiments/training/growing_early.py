@@ -271,8 +271,8 @@ def table(found: Mapping[str, Sequence[Run]]) -> list[str]:
 
 
 EXPLANATION = f"""\
-MNIST without augmentation, AdamW in one cycle of the learning rate. {HELD_OUT:,} training images are held out for validation, by
-which the settings were chosen; the test split is looked at once, at the end of each run. **Whole run**: processor time of training
+MNIST without augmentation, AdamW in one cycle of its rate. {HELD_OUT:,} training images are held out for validation, by
+which settings were chosen; the test split is looked at once, at the end of each run. **Whole run**: processor time of training
 steps and events, as a share of the wide network's. **Until the wide one's accuracy**: the same until the first validation (of
 twenty in a run) that is no worse than the wide network's last one with the same seed; of each seed, – for never."""
 
