@@ -97,9 +97,8 @@ class Study:
                     break
                 for rate in ways.scratch if start == SCRATCH else ways.cut:
                     if (steps, rate) not in tried:
-                        model = (
-                            self.scratch(made["sizes"]) if start == SCRATCH else self.cut_model(folder, kept, widths)
-                        )
+                        weights = folder / f"{kept}-{widths}.pt"
+                        model = self.scratch(made["sizes"]) if start == SCRATCH else self.cut(made["sizes"], weights)
                         found["climbs"].append(self.climb(model, steps, rate, ways.warm[start == SCRATCH]))
                         write_whole(path, json.dumps(found, indent=1))
                         yield f"{start}: {_line(found['climbs'][-1])}"
@@ -149,27 +148,29 @@ class Study:
         write_whole(path, json.dumps(found, indent=1))
         return found
 
-    def cut_model(self, folder: Path, kept: int, widths: str) -> nn.Module:
-        """The cut network."""
-        model = copied(self.subject.model)
-        evolvenet.load(model, folder / f"{kept}-{widths}.pt")
+    def cut(self, sizes: dict[str, int], weights: Path) -> nn.Module:
+        """The cut network, from the file of its weights."""
+        model = self.narrowed(copied(self.subject.model), sizes)
+        model.load_state_dict(torch.load(weights, weights_only=True))
         return model
 
     def scratch(self, sizes: dict[str, int]) -> nn.Module:
         """New weights in the given widths."""
         torch.manual_seed(self.subject.seed + 100)
-        model = self.subject.fresh()
-        kept = {
-            name: evolvenet.IndexMap.keep(list(range(size)), size=self.graph.widths[name].size)
-            for name, size in sizes.items()
-        }
-        evolvenet.resize(model, self.graph, kept)
+        model = self.narrowed(self.subject.fresh(), sizes)
         if not self.subject.heads:
             # Scaled for the widths as they are now. The language model's do not depend on them.
             for module in model.modules():
                 restart: Callable[[], None] | None = getattr(module, "reset_parameters", None)
                 if restart is not None:
                     restart()
+        return model
+
+    def narrowed(self, model: nn.Module, sizes: dict[str, int]) -> nn.Module:
+        """The model with the first units of each width alone."""
+        widths = self.graph.widths
+        kept = {name: evolvenet.IndexMap.keep(range(size), size=widths[name].size) for name, size in sizes.items()}
+        evolvenet.resize(model, self.graph, kept)
         return model
 
     def climb(self, model: nn.Module, steps: int, rate: float, warm: float) -> dict[str, Any]:

@@ -55,7 +55,7 @@ def test_new_weights_have_the_widths_and_share_nothing_with_the_cut_network(fold
     options = compare._options(["--trained", str(folder / "trained"), "--cache", str(folder / "cache")])
     study = compare.Study(subject("digits", 0, Path(), folder / "trained"), options)
     sizes = results(folder)["cut"]["sizes"]
-    cut, fresh = study.cut_model(folder / "cache/digits/seed0", 30, "equal"), study.scratch(sizes)
+    cut, fresh = study.cut(sizes, folder / "cache/digits/seed0/30-equal.pt"), study.scratch(sizes)
     assert parameters(cut) == parameters(fresh) == results(folder)["cut"]["parameters"]
     pairs = zip(cut.parameters(), fresh.parameters(), strict=True)
     assert not any(torch.equal(one, other) for one, other in pairs if one.dim() > 1)
