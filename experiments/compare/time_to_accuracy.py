@@ -95,7 +95,7 @@ class Study:
             for steps in (length for length in ways.lengths if length <= longest):
                 if any(str(ways.margins[0]) in climb["crossed"] for climb in found["climbs"]):
                     break
-                for rate in ways.scratch if start == SCRATCH else ways.cut:
+                for rate in promising(found["climbs"], ways.scratch if start == SCRATCH else ways.cut):
                     if (steps, rate) not in tried:
                         weights = folder / f"{kept}-{widths}.pt"
                         model = self.scratch(made["sizes"]) if start == SCRATCH else self.cut(made["sizes"], weights)
@@ -211,6 +211,20 @@ class Study:
         done = curve[-1][0]
         each = round(seconds / done, 5) if done else None
         return {"steps": steps, "rate": rate, "seconds_a_step": each, "curve": curve, "crossed": crossed}
+
+
+def promising(climbs: Sequence[dict[str, Any]], rates: Sequence[float]) -> Sequence[float]:
+    """All rates for the two shortest cycles; for longer ones that alone which was best in the second.
+
+    >>> tried = [{"steps": steps, "rate": rate, "curve": [(0, rate * steps)]} for steps in (10, 20) for rate in (0.1, 0.01)]
+    >>> promising(tried[:2], (0.1, 0.01)), promising(tried, (0.1, 0.01))
+    ((0.1, 0.01), (0.1,))
+    """
+    lengths = sorted({climb["steps"] for climb in climbs})
+    second = [climb for climb in climbs if len(lengths) > 1 and climb["steps"] == lengths[1]]
+    if len(second) < len(rates):
+        return rates
+    return (max(second, key=lambda climb: max(accuracy for _, accuracy in climb["curve"]))["rate"],)
 
 
 @contextmanager

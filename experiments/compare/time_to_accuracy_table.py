@@ -21,8 +21,9 @@ EXPLANATION = """\
 A trained network is cut to a part of its parameters by `evolvenet.prune` with unlabelled training samples (1,024 images, 256
 sequences) and trained on; or the same widths are trained from new weights. **How long until it is within so many points of the
 uncut network?** Both are trained with the optimizer, the batches and the augmentation of the uncut network, in one cycle of the
-learning rate, and both with cycles of several lengths and two largest learning rates each, the short ones first, until one gets
-there. **Steps** are the fewest of all those cycles; where a cycle gets there before its end, up to there.
+learning rate, and both with cycles of several lengths, the short ones first, until one gets there; the two shortest with two
+largest learning rates each, the longer ones with that which was better in the second. **Steps** are the fewest of all those
+cycles; where a cycle gets there before its end, up to there.
 
 - The accuracy is watched ten times in a cycle, on the even half of the test images (of GPT-2: next characters of validation
   text), which no network was trained on and by which nothing else was chosen; training ends where the least margin is reached.

@@ -140,7 +140,7 @@ class Data:
     test: tuple[Tensor, Tensor]
 
     @classmethod
-    def of(cls, train: Split, test: Split, held_out: int = HELD_OUT) -> Data:
+    def of(cls, train: Split, test: Split, held_out: int) -> Data:
         """The last training images are held out."""
         kept = Split(train.images[:-held_out], train.labels[:-held_out])
         validation = normalised(train.images[-held_out:]), train.labels[-held_out:]
@@ -320,7 +320,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         EXPLANATION,
         "",
     ]
-    data = Data.of(*MnistData(root=options.data).read())
+    data = Data.of(*MnistData(root=options.data).read(), HELD_OUT)
     for name in options.only:
         found: dict[str, list[Run]] = {}
         for seed in range(options.seeds):
