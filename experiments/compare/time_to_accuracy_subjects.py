@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils import convert_conv2d_weight_memory_format
 
-from experiments.compare.language_networks import FULL, TINY, Setting, Text, Uncut, build, drawn, loss_of, windows
+from experiments.compare.language_networks import TINY, Setting, Text, Uncut, build, drawn, loss_of, windows
 from experiments.compare.networks import TaskData, tasks, uncut
 from experiments.data.images import BatchLoader
 
@@ -160,7 +160,7 @@ class Images(Subject):
 
 
 class Characters(Subject):
-    """The GPT-2 of `experiments.compare.language`: right answers are the next characters.
+    """A GPT-2 of two layers on the text of `experiments.compare.language`: right answers are the next characters.
 
     Validation text is watched, test text is looked at once a network, where it has reached the accuracy.
 
@@ -222,8 +222,8 @@ class Characters(Subject):
         return float(torch.cat(chosen).double().mean())
 
 
-SHORT = replace(FULL, steps=600)
-"""The language model is trained for fewer steps here than in `experiments.compare.language`."""
+SMALL = Setting(2, 64, 4, 64, steps=1000, judged=1024)
+"""The language model is smaller here than in `experiments.compare.language`, and trained for fewer steps."""
 
 WAYS = {
     "mnist": Ways((50, 100, 200, 400, 800), (1e-3, 3e-3), (3e-3, 1e-2), margins=(0.2, 0.5, 1, 2)),
@@ -249,5 +249,5 @@ def subject(name: str, seed: int, data: Path, trained: Path, tiny: bool = False)
     """
     folder = trained / name / f"seed{seed}"
     if name == "gpt2":
-        return Characters(Text.read(trained / "text.txt"), TINY if tiny else SHORT, seed, folder, WAYS[name])
+        return Characters(Text.read(trained / "text.txt"), TINY if tiny else SMALL, seed, folder, WAYS[name])
     return Images(TaskData.open(tasks()[name], data), seed, folder, WAYS[name])
