@@ -120,12 +120,10 @@ class Study:
         )
         begin = time.perf_counter()
         with cpu_seconds() as allocated:
-            own = widths == OWN
-            sizes = (
-                dict(evolvenet.allocate(model, self.graph, parameters=target, batches=batches))
-                if own
-                else peers.equal_sizes(self.graph, target)
-            )
+            if widths == OWN:
+                sizes = dict(evolvenet.allocate(model, self.graph, parameters=target, batches=batches))
+            else:
+                sizes = peers.equal_sizes(self.graph, target)
         with cpu_seconds() as pruned:
             graph = evolvenet.prune(model, self.graph, sizes, batches=batches)
         seconds = {"trace": self.trace_seconds, "allocate": allocated(), "prune": pruned()}
