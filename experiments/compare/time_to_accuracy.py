@@ -141,9 +141,8 @@ class Study:
             "seconds": {name: round(each, 2) for name, each in seconds.items()},
             "wall": round(time.perf_counter() - begin, 2),
         }
-        folder.mkdir(parents=True, exist_ok=True)
-        torch.save(model.state_dict(), weights)
         write_whole(path, json.dumps(found, indent=1))
+        torch.save(model.state_dict(), weights)
         return found
 
     def cut(self, sizes: dict[str, int], weights: Path) -> nn.Module:
