@@ -49,6 +49,7 @@ from evolvenet.policies.price import Price  # noqa: E402
 from evolvenet.policies.threshold import Threshold  # noqa: E402
 from evolvenet.policies.tolerance import Tolerance  # noqa: E402
 from evolvenet.pruning.allocation import allocate  # noqa: E402
+from evolvenet.surgery.state_parts import register_made_later  # noqa: E402
 from evolvenet.tracing.trace import trace  # noqa: E402
 
 if TYPE_CHECKING:
@@ -113,6 +114,9 @@ __all__ = [
     "widths",
 ]
 
+
+# The package of the call needs transformers, which whoever reads such a file may not have imported yet.
+register_made_later("alibi_heads", "evolvenet.transformers.number_alibi_heads(model)")
 
 # Matplotlib may not be installed, and takes long to import.
 register_writer(

@@ -83,7 +83,13 @@ class EvolverCuts(EvolverState):
             raise
         except Exception as problem:  # noqa: BLE001  the cut then stays, and the run can go on
             skipped, blocks = self._failures.explain(group, moment, problem), ()
-        self._macs = macs(self.model, self.example_inputs, self.graph.differentiates)
+        try:
+            with stage("cost count"):
+                self._macs = run_on_all_ranks(group, self._count_macs)
+        except RankMismatchError:
+            raise
+        except Exception as problem:  # noqa: BLE001  the cut is undone, and only the record lacks the new count
+            self._failures.explain_count(group, moment, problem)
         # Where blocks have come back, a name may have been that of another width.
         changes = changed(sizes, {} if blocks else self.history.sizes(self.graph), dict.fromkeys(sizes, reason))
         seconds = time.perf_counter() - started
@@ -181,11 +187,13 @@ class EvolverCuts(EvolverState):
             graph = run_on_all_ranks(group, remove)
             run_on_all_ranks(group, self.after_change)
             names = self.adopt(graph, renaming(removals))
-            count = partial(macs, self.model, self.example_inputs, self.graph.differentiates)
-            self._macs = run_on_all_ranks(group, count)
+            self._macs = run_on_all_ranks(group, self._count_macs)
             undo.pop_all()
         reset_compiled_code()
         return names
+
+    def _count_macs(self) -> int:
+        return macs(self.model, self.example_inputs, self.graph.differentiates)
 
     def _snapshot(self, group: ProcessGroup, copies: Sequence[nn.Module]) -> Snapshot:
         """The present state of the model, its copies and the optimizers; where one rank cannot take it, all ranks raise."""

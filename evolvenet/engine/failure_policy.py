@@ -88,6 +88,13 @@ class FailurePolicy:
         if group.rank == 0:
             log.warning("step %d: blocks are left as they are%s: %s", moment, until, reason)
 
+    def explain_count(self, group: ProcessGroup, moment: int, problem: Exception) -> None:
+        """Warn that multiply-accumulates could not be counted, so that the last count stays; nothing else depends on it."""
+        log.debug("step %d: the count of multiply-accumulates failed", moment, exc_info=problem)
+        if group.rank == 0:
+            reason = str(problem) or type(problem).__name__
+            log.warning("step %d: multiply-accumulates are recorded as last counted: %s", moment, reason)
+
     def _counted(self, group: ProcessGroup, moment: int, problem: Exception, stage: str) -> tuple[str | None, str]:
         """The stage in which rank 0 failed, None where that is not counted, and the reason."""
         named = isinstance(problem, (SkippedEvent, SpectrumError))

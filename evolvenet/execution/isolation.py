@@ -87,6 +87,7 @@ def isolated(
                 vars(module)["forward"] = MethodType(nn.BatchNorm2d.forward, module)
         if shadows:
             _install_shadows(modules, device, copied)
+        _make_writable(modules)
         model.eval()
         stack.enter_context(torch.set_grad_enabled(gradients))
         yield
@@ -149,6 +150,16 @@ def _install_shadows(modules: list[nn.Module], device: torch.device | str | None
                     # One shadow for each tensor, so that tied parameters stay tied.
                     table[name] = shadows.setdefault(id(tensor), _shadow(tensor, device, copied))
         refresh(module)
+
+
+def _make_writable(modules: list[nn.Module]) -> None:
+    """Copies in the place of tensors made under inference mode, parameters aside: outside of it nothing may write to them."""
+    copies: dict[int, Tensor] = {}
+    for module in modules:
+        for table in (vars(module), tensor_tables(module)[1]):
+            for name, tensor in table.items():
+                if isinstance(tensor, Tensor) and tensor.is_inference():
+                    table[name] = copies.setdefault(id(tensor), tensor.clone())
 
 
 def _refuse_scripted(modules: list[nn.Module]) -> None:

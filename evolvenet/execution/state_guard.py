@@ -47,6 +47,7 @@ class SavedState:
         self._containers: list[tuple[Any, Any]] = []
         self._cells: list[tuple[CellType, Any]] = []
         self._tensors: list[tuple[Tensor, int, Tensor]] = []
+        self._inference: list[tuple[Tensor, Tensor]] = []
         modules = list(model.modules())
         for buffer in model.buffers() if with_buffers else ():
             self._save_tensor(buffer)
@@ -73,6 +74,10 @@ class SavedState:
             if version_of(tensor) != version:
                 with torch.no_grad():
                     tensor.copy_(value)
+        with torch.inference_mode():
+            for tensor, value in self._inference:
+                if not tensor.is_meta and not torch.equal(tensor, value):
+                    tensor.copy_(value)
 
     def _save(self, thing: Any, depth: int = 2) -> None:
         """Save a module or other object, a container or a tensor; containers are followed `depth` deep."""
@@ -96,9 +101,13 @@ class SavedState:
             self._save_entries((value for name, value in thing.__dict__.items() if name not in tables), depth)
 
     def _save_tensor(self, tensor: Tensor) -> None:
-        # One made under inference mode cannot be written to outside of it, and has no version.
-        if id(tensor) not in self._seen and not tensor.is_inference():
-            self._mark_seen(tensor)
+        if id(tensor) in self._seen:
+            return
+        self._mark_seen(tensor)
+        if tensor.is_inference():
+            # It has no version, and outside of that mode an op that writes to it raises when it has already written.
+            self._inference.append((tensor, tensor.detach().clone()))
+        else:
             self._tensors.append((tensor, version_of(tensor), tensor.detach().clone()))
 
     def _save_entries(self, values: Iterable[Any], depth: int) -> None:

@@ -19,7 +19,7 @@ from evolvenet.execution.sampling import samples_in
 from evolvenet.graph.width_graph import WidthGraph
 from evolvenet.measurement.activation_moments import collect
 from evolvenet.measurement.output_error import first_batches, output_error, outputs_on
-from evolvenet.pruning.reconstruction import fit_to_targets, reconstruct
+from evolvenet.pruning.reconstruction import reconstruct
 from evolvenet.pruning.reconstruction_batch import (
     LARGE_LIMITS,
     ONE_SHOT_LIMITS,
@@ -29,7 +29,7 @@ from evolvenet.pruning.reconstruction_batch import (
     is_large,
 )
 from evolvenet.pruning.selection import plan_prune
-from evolvenet.pruning.streamed_plan import plan_streamed
+from evolvenet.pruning.streamed_plan import fit_streamed
 from evolvenet.surgery.resize_model import Surgery, compile_surgery, install
 
 log = logging.getLogger("evolvenet")
@@ -132,9 +132,10 @@ def _fitted(
     if is_large(graph) and not isinstance(batches, Tensor):
         joined = concatenated(batches, limits)
         if joined is not None and samples_in(joined) == sum(map(samples_in, batches)):
-            cut = plan_streamed(model, graph, sizes, joined, held_out_of(batches, joined), limits)
-            if cut is not None:
-                return lambda: cut.bare, fit_to_targets(model, graph, cut.surgery, cut.recording)
+            streamed = fit_streamed(model, graph, sizes, joined, held_out_of(batches, joined), limits)
+            if streamed is not None:
+                cut, fitted = streamed
+                return lambda: cut, fitted
     surgery = plan_prune(model, graph, sizes, collect(model, graph, batches, names))
     bare = partial(compile_surgery, model, graph, surgery.maps, surgery.bases)
     return bare, reconstruct(model, graph, surgery, batches, limits)

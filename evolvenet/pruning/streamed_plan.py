@@ -25,7 +25,7 @@ from evolvenet.graph.index_map import IndexMap
 from evolvenet.graph.width_graph import Tie, WidthGraph
 from evolvenet.measurement.activation_moments import ActivationMoments, Halves, gather, halves_on_host
 from evolvenet.measurement.weight_uses import UseRecorder, WeightUses
-from evolvenet.pruning.reconstruction import Recording
+from evolvenet.pruning.reconstruction import Recording, fit_to_targets
 from evolvenet.pruning.reconstruction_batch import ReconstructionLimits
 from evolvenet.pruning.recorded_outputs import OutputRecorder, consumers_of, recorded
 from evolvenet.pruning.selection import add_refits, chosen, with_deltas
@@ -41,11 +41,51 @@ class StreamedCut:
         bare: the cut.
         surgery: the same, with refits of those consumers that are not fitted to their outputs.
         recording: the outputs, for `fit_to_targets`.
+        deferred: the consumers without a refit.
     """
 
     bare: Surgery
     surgery: Surgery
     recording: Recording
+    deferred: frozenset[str]
+
+
+ROUNDS = 2
+"""Plans before one in which every consumer is refitted to the moments, see `fit_streamed`."""
+
+
+def fit_streamed(
+    model: nn.Module,
+    graph: WidthGraph,
+    sizes: Mapping[str, int],
+    batch: Any,
+    held_out: Tensor,
+    limits: ReconstructionLimits,
+) -> tuple[Surgery, Surgery] | None:
+    """The cut of `plan_streamed`, and the same with the fit to the outputs.
+
+    A consumer that this fit leaves as it was cut would have no refit to the moments either. Where there is one, all is planned
+    and fitted once more with its refit, since the consumers after it are fitted to what it puts out. The arguments are those
+    of `plan_streamed`.
+
+    Returns:
+        Both, or None as `plan_streamed`.
+
+    Raises:
+        ResizeError, SpectrumError: as `plan_prune`.
+    """
+    refitted = frozenset[str]()
+    for last in (False,) * ROUNDS + (True,):
+        cut = plan_streamed(model, graph, sizes, batch, held_out, limits, None if last else refitted)
+        if cut is None:
+            return None
+        fitted = fit_to_targets(model, graph, cut.surgery, cut.recording)
+        values = {change.name: change.value for change in cut.bare.changes}
+        left = {change.name for change in fitted.changes if change.value is values.get(change.name)} & cut.deferred
+        if not left:
+            break
+        refitted |= left
+    return cut.bare, fitted
 
 
 def plan_streamed(
@@ -55,6 +95,7 @@ def plan_streamed(
     batch: Any,
     held_out: Tensor,
     limits: ReconstructionLimits,
+    refitted: frozenset[str] | None = frozenset(),
 ) -> StreamedCut | None:
     """`plan_prune` with the moments of one batch, of which only those of one width are in memory.
 
@@ -68,6 +109,7 @@ def plan_streamed(
         batch: inputs of the model: all samples.
         held_out: `[samples]` booleans, see `evolvenet.execution.sampling.held_out`.
         limits: on the outputs that are recorded in the same run.
+        refitted: consumers that are refitted to the moments although they are fitted to their outputs afterwards; None for all.
 
     Returns:
         The cut and the recorded outputs. None if a consumer does not take as many places of every sample in as many calls as
@@ -78,7 +120,8 @@ def plan_streamed(
     """
     cut = [graph.widths[name].name for name, size in sizes.items() if size != graph.widths[name].size]
     recorder = OutputRecorder(consumers_of(graph, cut), limits)
-    calls, places, uses, fitted = _first_sample(model, graph, sizes, first_samples(batch, 1), recorder)
+    calls, places, uses, found = _first_sample(model, graph, sizes, first_samples(batch, 1), recorder)
+    fitted = frozenset[str]() if refitted is None else found - refitted
     plan = _Plan(model, graph, sizes, uses, held_out, calls, places, fitted)
     for name, waiting in plan.waiting.items():
         if not waiting:
@@ -90,7 +133,8 @@ def plan_streamed(
     if plan.late:
         return None
     bare = check_finite(compile_surgery(model, graph, plan.maps, plan.bases))
-    return StreamedCut(bare, with_deltas(model, bare, plan.deltas), Recording(batch, targets, held_out, choices))
+    recording = Recording(batch, targets, held_out, choices)
+    return StreamedCut(bare, with_deltas(model, bare, plan.deltas), recording, fitted)
 
 
 def _first_sample(
@@ -143,7 +187,7 @@ class _Plan:
         held_out: `[samples]` booleans.
         calls: how often each consumer runs.
         places: at how many places of one sample.
-        fitted: consumers that are fitted to their outputs afterwards.
+        fitted: consumers that are not refitted here, as they are fitted to their outputs afterwards.
 
     Attributes:
         waiting: {width: how many calls of its consumers are still to come}; of those that are finished 0.

@@ -21,8 +21,17 @@ from evolvenet.surgery.module_replacement import (
 )
 from evolvenet.surgery.remaining_layers import is_without
 
-_MADE_LATER = {"alibi_heads": "evolvenet.transformers.number_alibi_heads(model)"}
-"""{last part of the name of an entry: the call that makes it in a model}; the package of the call is optional."""
+_made_later: dict[str, str] = {}
+
+
+def register_made_later(entry: str, call: str) -> None:
+    """Entries of a state dict that a freshly built model lacks until something has been called on it.
+
+    Args:
+        entry: the last part of their names.
+        call: what makes them, as in code; a message about a file that has them says so.
+    """
+    _made_later[entry] = call
 
 
 def own_names(model: nn.Module) -> set[str]:
@@ -86,7 +95,7 @@ def refuse_others(own: set[str], state: set[str], what: str) -> None:
     """Raise unless a state dict has a model's own names and no others."""
     missing, unexpected = sorted(own - state), sorted(state - own)
     if missing or unexpected:
-        made_by = {_MADE_LATER.get(name.rpartition(".")[2]) for name in unexpected}
+        made_by = {_made_later.get(name.rpartition(".")[2]) for name in unexpected}
         remedies = "".join(f"Call {call} on the model first. " for call in sorted(made_by - {None}, key=str))
         raise RecordError(
             f"{what} is of another model: expected entries that it lacks {missing[:5]}, and it has entries "

@@ -124,6 +124,38 @@ def test_recurrent_modules_run_on_their_shadows() -> None:
     assert torch.equal(model(x)[0], expected)
 
 
+class Counts(nn.Module):
+    """Counts its calls in a buffer, in an attribute and in a list, which all may have been made under inference mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("in_buffer", torch.zeros(2))
+        self.as_attribute, self.inside = torch.zeros(2), [torch.zeros(2)]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.in_buffer += 1
+        self.as_attribute += 1
+        return x + self.in_buffer + self.as_attribute
+
+    def counts(self) -> list[float]:
+        return [float(each.sum()) for each in (self.in_buffer, self.as_attribute, self.inside[0])]
+
+
+@pytest.mark.parametrize("shadows", [True, False])
+def test_tensors_made_under_inference_mode_are_written_to_inside_and_restored(shadows: bool) -> None:
+    with torch.inference_mode():
+        model = Counts()
+        model(torch.zeros(2))
+    kept = model.get_buffer("in_buffer")
+    with isolated(model, shadows=shadows):
+        assert model(torch.zeros(2)).tolist() == [4.0, 4.0]
+        with pytest.raises(RuntimeError, match="Inplace update to inference tensor"):
+            model.inside[0].add_(1)
+    assert model.counts() == [2.0, 2.0, 0.0], "the op has written before it raised"
+    assert model.get_buffer("in_buffer") is kept
+    assert kept.is_inference()
+
+
 def test_a_model_with_a_lock_is_isolated_without_a_deep_copy() -> None:
     """A lock cannot be."""
     model = networks.Locked()

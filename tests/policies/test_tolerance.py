@@ -18,6 +18,8 @@ from torch import Tensor, nn
 
 import evolvenet
 from evolvenet import Evolver, PolicyError, Tolerance, WidthEvolution
+from evolvenet.engine import evolver_cuts
+from evolvenet.engine.distributed import SingleProcess
 from evolvenet.engine.snapshot import Snapshot
 from evolvenet.measurement.cost import parameters
 from evolvenet.policies.base import PolicyContext
@@ -96,6 +98,30 @@ def test_a_cut_that_costs_too_much_is_taken_back_bit_for_bit(make: Any, options:
     assert loop.optimizer.param_groups[0]["lr"] == 3e-3
     assert loop.evolver.history.events[-1] is back
     loop.train()  # And it can be trained on.
+
+
+def test_where_macs_cannot_be_counted_after_a_rollback_all_ranks_go_on_and_warn(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fails(*given: Any) -> int:
+        raise ValueError("no count here")
+
+    loop = Loop(Tolerance(metric="acc", drop=0.01, share=0.4, validations=1))
+    loop.train()
+    loop.evolver.judge(0.9)
+    sizes, cut = loop.evolver.graph.sizes, loop.evolver.step()
+    monkeypatch.setattr(evolver_cuts, "macs", fails)
+    agreed: list[str | None] = []
+    gather = SingleProcess.all_gather
+    monkeypatch.setattr(SingleProcess, "all_gather", lambda group, value: agreed.append(value) or gather(group, value))
+    back = loop.evolver.judge(0.85)
+    assert back is not None
+    assert loop.evolver.graph.sizes == sizes
+    assert back.skipped is None
+    assert back.macs == cut.macs
+    assert "ValueError: no count here" in agreed, "what failed on one rank is known to the others"
+    assert "multiply-accumulates are recorded as last counted: no count here" in caplog.text
+    assert loop.evolver.off is None
 
 
 def test_a_cut_within_the_tolerance_stays_and_the_best_is_that_of_kept_networks() -> None:

@@ -12,11 +12,11 @@ import evolvenet
 from evolvenet.execution.sampling import held_out
 from evolvenet.measurement.activation_moments import collect
 from evolvenet.measurement.output_error import output_error, outputs_on
-from evolvenet.pruning import fitted_prune, reconstruction_batch
+from evolvenet.pruning import fitted_prune, reconstruction, reconstruction_batch
 from evolvenet.pruning.reconstruction import fit_to_targets, reconstruct
 from evolvenet.pruning.reconstruction_batch import ONE_SHOT_LIMITS
 from evolvenet.pruning.selection import plan_prune
-from evolvenet.pruning.streamed_plan import plan_streamed
+from evolvenet.pruning.streamed_plan import fit_streamed, plan_streamed
 from evolvenet.surgery.resize_model import Surgery
 from evolvenet.tracing.trace import trace
 from tests.helpers.small_models import convnet, images, mlp
@@ -100,3 +100,32 @@ def test_a_large_model_is_pruned_as_a_small_one_is(monkeypatch: pytest.MonkeyPat
         assert plan.graph.sizes == after.sizes
         errors.append(output_error(whole, outputs_on(model, batches, after)))
     assert errors[1] == pytest.approx(errors[0], rel=1e-6)
+
+
+@pytest.mark.parametrize("failing", [{18}, {3}, {18, 3}], ids=str)
+def test_a_consumer_whose_fit_fails_keeps_the_refit_to_the_moments(
+    failing: set[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The others are fitted to what it puts out with that."""
+    model, batch = cases()["mlp"]
+    graph, held = trace(model, batch[:1]), held_out([len(batch)])
+    sizes = {width.name: 18 for width in graph.resizable}
+    fit = reconstruction.refit_or_keep
+    rows = {18: "2.weight", 3: "4.weight"}
+    monkeypatch.setattr(
+        reconstruction, "refit_or_keep", lambda x, y, weight, *rest: (
+            None if weight.shape[-2] in failing else fit(x, y, weight, *rest)
+        )
+    )  # fmt: skip
+    found = fit_streamed(model, graph, sizes, batch, held, ONE_SHOT_LIMITS)
+    assert found is not None
+    bare, fitted = map(values_of, found)
+    whole = values_of(plan_prune(model, graph, sizes, collect(model, graph, [batch])))
+    for size, name in rows.items():
+        same = torch.allclose(fitted[name], whole[name], rtol=1e-5, atol=1e-7)
+        assert same == (size in failing)
+        assert not torch.equal(fitted[name], bare[name])
+    start = plan_streamed(model, graph, sizes, batch, held, ONE_SHOT_LIMITS, frozenset(rows[size] for size in failing))
+    assert start is not None
+    again = values_of(fit_to_targets(model, graph, start.surgery, start.recording))
+    assert_same(fitted, again, set())
