@@ -68,6 +68,7 @@ def reconstruct(
     ridge least squares, shrunk towards the surgery's values, see `linalg.ridge.refit`; the mean goes into the bias, or
     into the running mean of a batch norm right after it. The ridge is selected on every second batch, or on the second
     half of a single one, after fits on the others; a consumer whose error no ridge lowers keeps the surgery's values.
+    Where a ReLU and nothing else takes the outputs or the sum, `limits.rounds` more fits go by what it passes on.
 
     Args:
         model: the model, uncut.

@@ -46,8 +46,8 @@ class ReconstructionLimits:
         return max(16, min(self.rows, fitting))
 
 
-ONE_SHOT_LIMITS = ReconstructionLimits(samples=1024, entries=8_000_000, rows=8192, multiplications=4e10)
-"""For a single cut: a thousand images were enough on MNIST."""
+ONE_SHOT_LIMITS = ReconstructionLimits(samples=1024, entries=8_000_000, rows=8192, multiplications=4e10, rounds=3)
+"""For a single cut: a thousand images were enough on MNIST, and after three rounds little is gained."""
 
 LARGE_LIMITS = ReconstructionLimits(samples=1024, entries=8_000_000, rows=16_384, multiplications=1e12)
 """For a single cut of a large model: its layers have thousands of columns, and need more rows than that."""

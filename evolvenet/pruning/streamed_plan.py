@@ -132,7 +132,7 @@ def plan_streamed(
     if plan.late:
         return None
     bare = check_finite(compile_surgery(model, graph, plan.maps, plan.bases))
-    recording = Recording(batch, targets, held_out, choices)
+    recording = Recording(batch, targets, held_out, choices, rounds=limits.rounds)
     return StreamedCut(bare, with_deltas(model, bare, plan.deltas), recording, fitted)
 
 
