@@ -115,8 +115,9 @@ __all__ = [
 ]
 
 
-# The package of the call needs transformers, which whoever reads such a file may not have imported yet.
+# The package of the calls needs transformers, which whoever reads such a file may not have imported yet.
 register_made_later("alibi_heads", "evolvenet.transformers.number_alibi_heads(model)")
+register_made_later("position_channels", "evolvenet.transformers.number_position_channels(model)")
 
 # Matplotlib may not be installed, and takes long to import.
 register_writer(

@@ -114,14 +114,20 @@ def op_by_op(mode: AbstractContextManager[Any] | None = None, *, fused: bool = T
 
 
 def model_outputs(
-    model: nn.Module, inputs: Any, gradients: bool = False, outputs: ChosenOutputs = None
+    model: nn.Module,
+    inputs: Any,
+    gradients: bool = False,
+    outputs: ChosenOutputs = None,
+    mode: AbstractContextManager[Any] | None = None,
 ) -> list[Tensor]:
     """Every tensor among a model's outputs that count, from an `isolated`, uncompiled run, with autograd on if `gradients`.
+
+    `mode` is a dispatch mode around the run.
 
     >>> model_outputs(nn.Linear(2, 3), torch.zeros(4, 2))[0].shape
     torch.Size([4, 3])
     """
-    with isolated(model, gradients=gradients), op_by_op():
+    with isolated(model, gradients=gradients), op_by_op(mode):
         if outputs is not None:
             return [tensor.detach() for tensor in tensors_of(run_model(model, with_chosen_outputs(inputs, outputs)))]
         return [tensor.detach() for tensor in network_outputs(model, inputs)]

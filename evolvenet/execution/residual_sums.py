@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from evolvenet._compat.torch import UNSAFE_VIEW, schema_of
+from evolvenet._compat.torch import UNSAFE_VIEW, schema_of, tree_leaves
 from evolvenet.execution.weight_ops import WeightOp, WeightOpMode
 
 aten = torch.ops.aten
@@ -25,6 +25,13 @@ SUMS = frozenset({aten.add.Tensor, aten.add_.Tensor})
 DIFFERENCES = frozenset({aten.sub.Tensor, aten.sub_.Tensor, aten.rsub.Tensor})
 NORMS = frozenset({aten.native_batch_norm.default, aten.cudnn_batch_norm.default, aten.miopen_batch_norm.default})
 """What a batch norm is on the CPU and others, on NVIDIA's GPUs, on AMD's; their first eight arguments are the same."""
+
+RECTIFIERS = frozenset({aten.relu.default, aten.relu_.default})
+"""Ops of whose argument nothing counts where it is negative."""
+
+OnUse = Callable[[WeightOp, "TrackedOutput | None", bool], None]
+"""Takes a weight op whose followed output another op takes, that output, or None for the sum that it ends in, and whether the
+other op is a rectifier."""
 
 OnBias = Callable[[WeightOp, str, Tensor | None, int], None]
 """Takes a weight op, the name of the vector with which its output is shifted, by how much `[out]`, and the sign.
@@ -89,6 +96,7 @@ class ResidualSumMode(WeightOpMode):
         on_sum: called before each such sum.
         on_bias: called for a weight op without a bias whose output has a vector added or subtracted by a later op. Gets
             what `OnBias` says.
+        on_use: called before each op that takes an output that is followed or a reported sum, if it is not followed through it.
     """
 
     def __init__(
@@ -98,13 +106,16 @@ class ResidualSumMode(WeightOpMode):
         after: Callable[[WeightOp, Tensor], None] | None = None,
         on_sum: SumCallback | None = None,
         on_bias: OnBias | None = None,
+        on_use: OnUse | None = None,
     ) -> None:
         super().__init__(model, before, after)
-        self.on_sum, self.on_bias = on_sum, on_bias
-        self._tracked = WeakTensorKeyDictionary()
+        self.on_sum, self.on_bias, self.on_use = on_sum, on_bias, on_use
+        self._tracked, self._sums = WeakTensorKeyDictionary(), WeakTensorKeyDictionary()
+        self._summed: WeightOp | None = None
 
     def on_output(self, op: WeightOp, out: Tensor, recompute: partial[Tensor]) -> None:
         """Start to track the output of a weight op."""
+        self._report_uses(recompute.args, rectified=False)
         if op.weight_first:
             return
         ones = torch.ones(len(op.weight), dtype=out.dtype, device=out.device)
@@ -112,22 +123,42 @@ class ResidualSumMode(WeightOpMode):
 
     def run_other_op(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Run an op; its result is tracked if it adds a bias, or the op is in `TRACKED_OPS` and its argument is tracked."""
+        self._summed = None
         biased = self._report_sum(*args) if func in SUMS and not kwargs else None
         if func in DIFFERENCES and not kwargs:
             # rsub(a, b) is b − a.
             biased = self._report_difference(*(args if func != aten.rsub.Tensor else args[::-1]))
         transform = TRACKED_OPS.get(func)
         before = self._tracked.get(args[0]) if transform and isinstance(args[0], Tensor) else None
+        if before is None and biased is None:
+            self._report_uses((args, kwargs), rectified=func in RECTIFIERS)
         out = func(*args) if biased else super().run_other_op(func, args, kwargs)
         after = transform(before, out, *args) if transform and before else biased
+        if before is not None and after is None:
+            self._report_uses(args, rectified=False)
         if schema_of(func).is_mutable:
             for tensor in args:
                 if isinstance(tensor, Tensor):
                     self._tracked.pop(tensor, None)
+                    self._sums.pop(tensor, None)
+        if self._summed is not None:
+            self._sums[out] = self._summed
         if after is not None:
             self._report_running_mean(func, after, args)
             self._tracked[out[0] if isinstance(out, tuple) else out] = after
         return out
+
+    def _report_uses(self, args: Any, *, rectified: bool) -> None:
+        """Call `on_use` for the followed outputs among an op's arguments, but for the one that it reports as summed."""
+        if self.on_use is None:
+            return
+        for leaf in tree_leaves(args):
+            if isinstance(leaf, Tensor):
+                output, summed = self._tracked.get(leaf), self._sums.get(leaf)
+                if output is not None and output.op is not self._summed:
+                    self.on_use(output.op, output, rectified)
+                elif summed is not None:
+                    self.on_use(summed, None, rectified)
 
     def _report_running_mean(self, func: Any, output: TrackedOutput, args: Any) -> None:
         """Call `on_bias` for a batch norm directly after a weight op without a bias."""
@@ -146,7 +177,9 @@ class ResidualSumMode(WeightOpMode):
             if bias is not None:
                 return self._with_bias(output, bias, other.reshape(-1), 1)
         if known and one.shape == two.shape and self.on_sum is not None:
-            self.on_sum(*max(known, key=lambda entry: entry[0].op.matrix().shape[-1]))
+            chosen = max(known, key=lambda entry: entry[0].op.matrix().shape[-1])
+            self._summed = chosen[0].op
+            self.on_sum(*chosen)
         return None
 
     def _report_difference(self, minuend: Any, subtrahend: Any) -> TrackedOutput | None:

@@ -15,7 +15,7 @@ from evolvenet.lowrank.fit import Extent, Observations
 from evolvenet.lowrank.plan import Choice, Request, possible, spectra
 from evolvenet.lowrank.rank_choice import Energy, Spectrum
 from evolvenet.measurement.cost import macs, parameters, size_in_bytes
-from evolvenet.pruning.allocation import convex, fit_to_cost
+from evolvenet.pruning.marginal_analysis import convex, fit_to_cost
 
 GRID = tuple(1 - 10 ** (-6 + 0.1 * step) for step in range(60))
 """Shares of energy whose ranks are compared, from 0.999999 down to 0.2."""

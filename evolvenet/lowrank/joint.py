@@ -11,7 +11,8 @@ from evolvenet.lowrank.base import LayerShape, Ranks
 from evolvenet.lowrank.budget import Option, chain_cost, whole_cost
 from evolvenet.lowrank.fit import Extent
 from evolvenet.measurement.cost import Costs
-from evolvenet.pruning.allocation import convex, fit_to_cost, possible_sizes
+from evolvenet.pruning.allocation import possible_sizes
+from evolvenet.pruning.marginal_analysis import convex, fit_to_cost
 from evolvenet.pruning.trials import Curve, filled
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -36,7 +37,11 @@ MOST = 2**23
 
 
 def outputs_on(
-    model: nn.Module, batches: Sequence[Any], graph: WidthGraph | None = None, most: int | None = MOST
+    model: nn.Module,
+    batches: Sequence[Any],
+    graph: WidthGraph | None = None,
+    most: int | None = MOST,
+    mode: Callable[[Any], AbstractContextManager[Any]] | None = None,
 ) -> list[Tensor]:
     """Every output tensor of the model that counts in float64, concatenated over the batches where their shapes allow that.
 
@@ -46,6 +51,7 @@ def outputs_on(
         graph: of the model: whether it runs with autograd on (`differentiates`), and which outputs count (`outputs`).
         most: numbers of each tensor, see `MOST`; of a larger one some places are taken evenly, always the same ones, with all
             entries of its last axis: `[places, entries]`. None for all.
+        mode: batch → a dispatch mode around the run on it, such as `OpCache.on`.
 
     >>> outputs_on(nn.Linear(2, 3), [torch.zeros(4, 2), torch.zeros(1, 2)])[0].shape
     torch.Size([5, 3])
@@ -57,7 +63,7 @@ def outputs_on(
     for batch in batches:
         found = [
             tensor
-            for tensor in model_outputs(model, batch, gradients, outputs)
+            for tensor in model_outputs(model, batch, gradients, outputs, None if mode is None else mode(batch))
             if tensor.is_floating_point() or tensor.is_complex()
         ]
         # The first batch decides for all, so that they can be put together: of a small last one all places are taken.
@@ -91,6 +97,24 @@ def real(tensor: Tensor) -> Tensor:
         return in_float64(tensor)
     parts = torch.view_as_real(tensor.resolve_conj())
     return in_float64(parts.flatten(-2) if tensor.dim() > 1 else parts)
+
+
+def output_divergence(whole: Sequence[Tensor], moved: Sequence[Tensor]) -> float:
+    """KL(p ‖ q) in nats, of the probabilities p and q that a softmax over the last axis makes of the outputs before and after.
+
+    The mean over all other axes; of several outputs, the sum. Outputs that are themselves cut are left out.
+
+    Args:
+        whole: logits of the network before, from `outputs_on`.
+        moved: its logits after a change.
+
+    >>> output_divergence([torch.zeros(1, 2)], [torch.tensor([[0.0, 2.0]])])
+    0.433...
+    """
+    pairs = [(one, two) for one, two in zip(whole, moved, strict=True) if one.shape == two.shape and one.dim()]
+    each = [(one.log_softmax(-1), two.log_softmax(-1)) for one, two in pairs]
+    found = [(one.exp() * (one - two)).sum(-1).mean() for one, two in each]
+    return max(0.0, sum(values_of(found)))
 
 
 def output_error(whole: Sequence[Tensor], moved: Sequence[Tensor]) -> float:

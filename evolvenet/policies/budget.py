@@ -13,7 +13,8 @@ from evolvenet.linalg.spectrum import effective_rank
 from evolvenet.measurement.cost import Costs
 from evolvenet.measurement.width_statistics import WidthStatistics
 from evolvenet.policies.base import NEGLIGIBLE, PolicyContext, Proposal, check_fields, fewest_units, lowest
-from evolvenet.pruning.allocation import convex, energy_curve, fit_to_cost, loss_at
+from evolvenet.pruning.allocation import energy_curve
+from evolvenet.pruning.marginal_analysis import convex, fit_to_cost, loss_at
 from evolvenet.pruning.trials import Curve, smallest
 
 KINDS = ("params", "macs", "bytes", "latency")

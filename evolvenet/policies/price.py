@@ -11,7 +11,7 @@ from evolvenet.measurement.cost import Costs
 from evolvenet.measurement.width_statistics import WidthStatistics
 from evolvenet.policies.base import PolicyContext, Proposal, check_fields, enlarged, lowest
 from evolvenet.policies.budget import KINDS
-from evolvenet.pruning.allocation import convex, loss_at
+from evolvenet.pruning.marginal_analysis import convex, loss_at
 from evolvenet.pruning.trials import Curve, smallest
 
 THOUSAND = 1000

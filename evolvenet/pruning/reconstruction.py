@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Collection, Iterable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,6 +22,7 @@ from evolvenet.errors import concerning
 from evolvenet.execution.choices import Choices
 from evolvenet.execution.early_stop import Finished, run_until_finished, without_cache
 from evolvenet.execution.isolation import isolated, op_by_op
+from evolvenet.execution.op_cache import OpCache
 from evolvenet.execution.residual_sums import ResidualSumMode, TrackedOutput
 from evolvenet.execution.weight_ops import NormedWeight, WeightOp
 from evolvenet.graph.naming import named_tensors
@@ -36,6 +38,7 @@ from evolvenet.pruning.reconstruction_batch import (
     is_large,
 )
 from evolvenet.pruning.recorded_outputs import OutputRecorder, consumers_of, recorded
+from evolvenet.pruning.rectified import Kink, rectified_fit
 from evolvenet.pruning.target import Target
 from evolvenet.surgery.basis_change import along
 from evolvenet.surgery.resize_model import Surgery, TensorChange, install
@@ -65,6 +68,7 @@ def reconstruct(
     ridge least squares, shrunk towards the surgery's values, see `linalg.ridge.refit`; the mean goes into the bias, or
     into the running mean of a batch norm right after it. The ridge is selected on every second batch, or on the second
     half of a single one, after fits on the others; a consumer whose error no ridge lowers keeps the surgery's values.
+    Where a ReLU and nothing else takes the outputs or the sum, `limits.rounds` more fits go by what it passes on.
 
     Args:
         model: the model, uncut.
@@ -104,12 +108,16 @@ class Recording:
         targets: {consumer: its outputs on the batch in the uncut model}.
         held_out: `[samples]` booleans.
         choices: of the model's routers on the batch.
+        cache: of results of the model's ops on the batch, if several cuts are fitted to it.
+        rounds: of the fits of outputs that a rectifier takes.
     """
 
     batch: Any
     targets: dict[str, list[Target]]
     held_out: Tensor
     choices: Choices
+    cache: OpCache | None = None
+    rounds: int = 0
 
     def copy(self) -> Recording:
         """The same with lists of its own, as a fit empties them."""
@@ -117,7 +125,12 @@ class Recording:
 
 
 def record(
-    model: nn.Module, graph: WidthGraph, names: Collection[str], batches: Iterable[Any], limits: ReconstructionLimits
+    model: nn.Module,
+    graph: WidthGraph,
+    names: Collection[str],
+    batches: Iterable[Any],
+    limits: ReconstructionLimits,
+    cache: OpCache | None = None,
 ) -> Recording | None:
     """What the consumers of some widths are fitted to after a cut of these widths, for `fit_to_targets`.
 
@@ -127,6 +140,7 @@ def record(
         names: of the widths.
         batches: as for `reconstruct`.
         limits: as for `reconstruct`.
+        cache: of results of the model's ops, for models that need no autograd.
 
     Returns:
         None without a batch or a consumer.
@@ -136,13 +150,13 @@ def record(
     if batch is None or not consumers:
         return None
     try:
-        targets = recorded(model, batch, OutputRecorder(consumers, limits), own, choices := Choices())
+        targets = recorded(model, batch, OutputRecorder(consumers, limits), own, choices := Choices(), cache=cache)
     except Exception as problem:
         # A training step may count on the size of its batches, as one with a queue of former outputs does.
         log.debug("The model does not run on several batches as one: it is fitted on the first", exc_info=problem)
         batch = listed[0]
-        targets = recorded(model, batch, OutputRecorder(consumers, limits), own, choices := Choices())
-    return Recording(batch, targets, held_out_of(listed, batch), choices)
+        targets = recorded(model, batch, OutputRecorder(consumers, limits), own, choices := Choices(), cache=cache)
+    return Recording(batch, targets, held_out_of(listed, batch), choices, cache, limits.rounds)
 
 
 def fit_to_targets(model: nn.Module, graph: WidthGraph, surgery: Surgery, recording: Recording) -> Surgery:
@@ -190,12 +204,14 @@ def _fitted(model: nn.Module, graph: WidthGraph, surgery: Surgery, recording: Re
         ]
         install(model, replace(surgery, changes=tuple(cut)))
         fitter = ConsumerFitter(targets, changes, recording.held_out, shadows)
-        fitter.ends_run = True
+        fitter.ends_run, fitter.rounds = True, recording.rounds
         mode = ResidualSumMode(model, fitter.run, None, fitter.sum)
         mode.follows_norms, fitter.normed, mode.choices, fitter.choices = True, mode.normed, choices, choices
         choices.replay()
-        with isolated(model, gradients=graph.differentiates), op_by_op(mode):
-            run_until_finished(model, without_cache(model, recording.batch))
+        batch, cache = without_cache(model, recording.batch), recording.cache
+        again = nullcontext() if cache is None else cache.on(model, batch, changes, copies=True)
+        with isolated(model, gradients=graph.differentiates), again, op_by_op(mode):
+            run_until_finished(model, batch)
         return {name: shadows[name].detach() for name in fitter.fitted()}
 
 
@@ -227,6 +243,7 @@ class ConsumerFitter:
             into direction and length.
         choices: of the routers, replayed in the run of the cut model; without them no stacked weight is fitted.
         ends_run: whether `Finished` is raised after the last fit.
+        rounds: of the fits of outputs that a rectifier takes, see `evolvenet.pruning.rectified`.
     """
 
     def __init__(
@@ -243,7 +260,7 @@ class ConsumerFitter:
         self._improved: dict[str, list[Tensor]] = {}
         self.normed: Mapping[str, NormedWeight] = {}
         self.choices: Choices | None = None
-        self.ends_run = False
+        self.ends_run, self.rounds = False, 0
         self._at_sum: dict[WeightOp, Target] = {}
 
     def fitted(self) -> set[str]:
@@ -261,7 +278,7 @@ class ConsumerFitter:
                 self._at_sum[op] = target
             else:
                 with concerning((op.tensor, op.axis)):
-                    self._fit(op, target, self._kept_outputs(op, target))
+                    self._fit(op, target, self._kept_outputs(op, target, target.outputs), self._kept_kink(op, target))
         self._end_run()
 
     def _end_run(self) -> None:
@@ -291,28 +308,39 @@ class ConsumerFitter:
             self._end_run()
 
     def _fit_at_sum(self, target: Target, output: TrackedOutput, own: Tensor, other: Tensor) -> None:
-        summed = self._kept_outputs(output.op, target)
+        summed = self._kept_outputs(output.op, target, target.outputs)
         if summed.shape[1] != len(output.op.weight):
             return
         # A unit that the norm after it scales by 0 contributes nothing to the sum: it keeps its outputs.
         off = output.scale.abs() < 1e-6 * output.scale.abs().max()
-        residual = summed - output.values_at(own, target.rows) - output.values_at(other, target.rows)
-        step = residual.masked_fill(off, 0) / output.scale.masked_fill(off, 1)
+        present_sum = output.values_at(own, target.rows) + output.values_at(other, target.rows)
+        scale = output.scale.masked_fill(off, 1)
+        step = (summed - present_sum).masked_fill(off, 0) / scale
         present = output.op.products_at(output.recompute(), target.rows).movedim(0, 1).flatten(1)
         if target.bias is not None and target.bias_sign:
             present = present + target.share * self.shadows[target.bias[0]].reshape(-1)
-        if (found := self._fit(output.op, target, present + step)) is not None:
+        kink = Kink(present - present_sum / scale, scale.masked_fill(off, 0)) if target.rectified else None
+        if (found := self._fit(output.op, target, present + step, kink)) is not None:
             offset, improved = found
             again = output.recomputed(own, offset if target.bias_sign else 0.0)
             own.copy_(torch.where(improved, again, own))
 
-    def _kept_outputs(self, op: WeightOp, target: Target) -> Tensor:
-        """The target outputs of the units that the cut model still has, in their new basis."""
+    def _kept_kink(self, op: WeightOp, target: Target) -> Kink | None:
+        """Where the rectifier of the outputs that are left begins to pass them on."""
+        change = self.changes.get(op.tensor)
+        mixed = change is not None and target.output_axis in change.bases
+        if not target.rectified or target.floor is None or target.slope is None or mixed:
+            return None
+        floor, slope = (self._kept_outputs(op, target, each.unsqueeze(0)) for each in (target.floor, target.slope))
+        return Kink(floor, slope)
+
+    def _kept_outputs(self, op: WeightOp, target: Target, outputs: Tensor) -> Tensor:
+        """Of outputs `[rows, out]` those of the units that the cut model still has, in their new basis."""
         change = self.changes.get(op.tensor)
         kept = change.axes.get(target.output_axis) if change else None
         if change is None or kept is None:
-            return target.outputs
-        outputs, basis = target.outputs, change.bases.get(target.output_axis)
+            return outputs
+        basis = change.bases.get(target.output_axis)
         if basis is not None:
             # An op that multiplies with a part of the weight has outputs of a part of the units: they cannot be mixed.
             whole = (target.start, target.length) == (0, kept.size)
@@ -322,7 +350,9 @@ class ConsumerFitter:
         own = [index - target.start for index in kept.indices if ends[0] <= index < ends[1]]
         return outputs[:, index_tensor(own, outputs.device)]
 
-    def _fit(self, op: WeightOp, target: Target, outputs: Tensor) -> tuple[Tensor, Tensor] | None:
+    def _fit(
+        self, op: WeightOp, target: Target, outputs: Tensor, kink: Kink | None = None
+    ) -> tuple[Tensor, Tensor] | None:
         """Fit the weight and the bias in place; the change of the bias `[out]` and whether they improve, or None if they stay."""
         # A bias that is added by itself may have the shape of an image's channels.
         bias = self.shadows[target.bias[0]] if target.bias_sign and target.bias else op.bias
@@ -331,9 +361,16 @@ class ConsumerFitter:
         targets = outputs.reshape(len(outputs), op.groups, -1).movedim(1, 0)
         start = None if bias is None else (bias * target.share).reshape(op.groups, -1)
         held_out = self.held_out[target.rows_on_host * len(self.held_out) // target.positions]
-        found = self.solve(op, op.columns(target.rows), targets, start, held_out)
+        columns = op.columns(target.rows)
+        found = self.solve(op, columns, targets, start, held_out)
         if found is None:
             return None
+        if kink is not None and self.rounds:
+
+            def solve(moved: Tensor) -> Fit | None:
+                return self.solve(op, columns, moved, start, held_out)
+
+            found = rectified_fit(solve, found, columns, targets, kink, self.rounds)
         op.write_matrix(found.weight.to(op.weight))
         self._add_improved(op.tensor, found.improves)
         if op.tensor in self.normed:

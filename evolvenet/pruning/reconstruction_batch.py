@@ -25,12 +25,14 @@ class ReconstructionLimits:
             in memory.
         rows: most output positions (samples × positions) that one consumer is fitted on.
         multiplications: most multiplications for the Gram matrix of one consumer's inputs.
+        rounds: fits after the first one of outputs that a rectifier takes, see `evolvenet.pruning.rectified`.
     """
 
     samples: int
     entries: int
     rows: int
     multiplications: float
+    rounds: int = 0
 
     def rows_for(self, columns: int) -> int:
         """Output positions to fit a matrix of so many columns on.
@@ -44,8 +46,8 @@ class ReconstructionLimits:
         return max(16, min(self.rows, fitting))
 
 
-ONE_SHOT_LIMITS = ReconstructionLimits(samples=1024, entries=8_000_000, rows=8192, multiplications=4e10)
-"""For a single cut: a thousand images were enough on MNIST."""
+ONE_SHOT_LIMITS = ReconstructionLimits(samples=1024, entries=8_000_000, rows=8192, multiplications=4e10, rounds=3)
+"""For a single cut: a thousand images were enough on MNIST, and after three rounds little is gained."""
 
 LARGE_LIMITS = ReconstructionLimits(samples=1024, entries=8_000_000, rows=16_384, multiplications=1e12)
 """For a single cut of a large model: its layers have thousands of columns, and need more rows than that."""
@@ -78,7 +80,9 @@ def concatenated(batches: Iterable[Any], limits: ReconstructionLimits) -> Any:
     shapes = [[leaf.shape[1:] for leaf in each] for each in leaves] if alike else []
     if not alike or any(shape != shapes[0] for shape in shapes):
         return _limited(listed[0], limits)
-    return _limited(tree_unflatten([torch.cat(parts) for parts in zip(*leaves, strict=True)], flat[0][1]), limits)
+    # A single batch stays the tensor that it is.
+    joined = leaves[0] if len(leaves) == 1 else [torch.cat(parts) for parts in zip(*leaves, strict=True)]
+    return _limited(tree_unflatten(joined, flat[0][1]), limits)
 
 
 def held_out_of(batches: Sequence[Any], joined: Any) -> Tensor:

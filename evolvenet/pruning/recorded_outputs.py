@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
@@ -15,6 +16,7 @@ from evolvenet.errors import concerning
 from evolvenet.execution.choices import Choices
 from evolvenet.execution.early_stop import run_until_finished, without_cache, without_logits
 from evolvenet.execution.isolation import isolated, op_by_op
+from evolvenet.execution.op_cache import OpCache
 from evolvenet.execution.residual_sums import ResidualSumMode, TrackedOutput
 from evolvenet.execution.sampling import evenly
 from evolvenet.execution.weight_ops import WeightOp, output_positions
@@ -49,6 +51,7 @@ class OutputRecorder:
         self.bias_uses: Counter[tuple[str, int]] = Counter()
         # Weak, or every consumer's input would stay in memory until the end of the pass.
         self._index: WeakKeyDictionary[WeightOp, tuple[str, int]] = WeakKeyDictionary()
+        self._added: WeakKeyDictionary[WeightOp, Tensor] = WeakKeyDictionary()
 
     def record(self, op: WeightOp, out: Tensor) -> None:
         """Record the outputs of a weight op."""
@@ -88,7 +91,26 @@ class OutputRecorder:
             if target.bias is None:
                 target = replace(target, bias=(name, 0), bias_sign=sign, is_mean=values is None)
                 outputs = target.outputs if values is None else target.outputs + values
+                if values is not None:
+                    self._added[op] = values
                 self.targets[tensor][index] = replace(target, outputs=outputs)
+
+    def use(self, op: WeightOp, output: TrackedOutput | None, rectified: bool) -> None:
+        """See `ResidualSumMode`."""
+        if op not in self._index:
+            return
+        tensor, index = self._index[op]
+        target = self.targets[tensor][index]
+        if not rectified or target.rectified is not None:
+            # What is used twice may be needed where it is negative.
+            target = replace(target, rectified=False)
+        elif output is None or output.op.weight_first:
+            target = replace(target, rectified=target.summed)
+        elif not target.summed:
+            # The bias of an op of its own is in the outputs, and in the shift.
+            apart = self._added.get(op, 0)
+            target = replace(target, rectified=True, floor=apart - output.shift / output.scale, slope=output.scale)
+        self.targets[tensor][index] = target
 
     def usable(self, other_uses: set[str]) -> dict[str, list[Target]]:
         """The targets of weights that nothing else uses, and no entry of which is used twice."""
@@ -113,6 +135,7 @@ def recorded(
     gradients: bool,
     choices: Choices | None = None,
     before: Callable[[WeightOp], None] | None = None,
+    cache: OpCache | None = None,
 ) -> dict[str, list[Target]]:
     """What consumers put out on a batch, as far as they can be fitted to it.
 
@@ -123,6 +146,7 @@ def recorded(
         gradients: whether autograd is on.
         choices: those of routers are recorded there.
         before: called with each weight op before it runs, but for those of weight norm; it may raise `Finished`.
+        cache: of results of the model's ops; not with `gradients`.
     """
 
     def add(op: WeightOp) -> None:
@@ -130,10 +154,11 @@ def recorded(
         if before is not None and op.tensor not in mode.normed:
             before(op)
 
-    mode = ResidualSumMode(model, add, recorder.record, recorder.sum, recorder.bias)
+    mode = ResidualSumMode(model, add, recorder.record, recorder.sum, recorder.bias, recorder.use)
     mode.follows_norms, mode.choices = True, choices
     tensors, _, _ = named_tensors(model)
     batch = without_cache(model, without_logits(model, batch, [tensors[name] for name in recorder.consumers]))
-    with isolated(model, gradients=gradients), op_by_op(mode):
+    again = nullcontext() if cache is None else cache.on(model, batch, ())
+    with isolated(model, gradients=gradients), again, op_by_op(mode):
         run_until_finished(model, batch)
     return recorder.usable(mode.other_uses)

@@ -74,18 +74,17 @@ def fit_streamed(
     Raises:
         ResizeError, SpectrumError: as `plan_prune`.
     """
-    refitted = frozenset[str]()
-    for last in (False,) * ROUNDS + (True,):
-        cut = plan_streamed(model, graph, sizes, batch, held_out, limits, None if last else refitted)
+    refitted, rounds = frozenset[str](), 0
+    while True:
+        cut = plan_streamed(model, graph, sizes, batch, held_out, limits, refitted if rounds < ROUNDS else None)
         if cut is None:
             return None
         fitted = fit_to_targets(model, graph, cut.surgery, cut.recording)
         values = {change.name: change.value for change in cut.bare.changes}
         left = {change.name for change in fitted.changes if change.value is values.get(change.name)} & cut.deferred
         if not left:
-            break
-        refitted |= left
-    return cut.bare, fitted
+            return cut.bare, fitted
+        refitted, rounds = refitted | left, rounds + 1
 
 
 def plan_streamed(
@@ -133,7 +132,7 @@ def plan_streamed(
     if plan.late:
         return None
     bare = check_finite(compile_surgery(model, graph, plan.maps, plan.bases))
-    recording = Recording(batch, targets, held_out, choices)
+    recording = Recording(batch, targets, held_out, choices, rounds=limits.rounds)
     return StreamedCut(bare, with_deltas(model, bare, plan.deltas), recording, fitted)
 
 

@@ -25,6 +25,10 @@ class Target:
         bias_sign: of a bias that an op of its own adds (1) or subtracts (−1), 0 for one of the same op; `outputs` are with it.
         is_mean: whether it is a running mean, sign −1, which is not subtracted from them.
         group: of a stack of weights, which of them it is; None for a weight of its own.
+        rectified: whether the outputs, or the sum, go into nothing but a rectifier; None where nothing is known of that.
+        floor: `[out]`, the outputs from which on the rectifier passes them on: below, or above where `slope` is negative, it puts
+            out 0. None for a sum, of which that is known at the sum only.
+        slope: `[out]`, by which the outputs are multiplied before the rectifier.
     """
 
     start: int
@@ -40,6 +44,9 @@ class Target:
     bias_sign: int = 0
     is_mean: bool = False
     group: int | None = None
+    rectified: bool | None = None
+    floor: Tensor | None = None
+    slope: Tensor | None = None
 
     @property
     def output_axis(self) -> int:

@@ -1,9 +1,8 @@
-"""Trials: each width alone is cut to some sizes, and the error of the network's outputs is measured."""
+"""Trials: each width alone is cut to some sizes, and what the network loses by that is measured."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -13,11 +12,9 @@ from evolvenet.errors import concerning
 from evolvenet.graph.width_graph import Width, WidthGraph
 from evolvenet.measurement.activation_moments import collect
 from evolvenet.measurement.host_model import on_host
-from evolvenet.measurement.output_error import first_batches, output_error, outputs_on
-from evolvenet.pruning.reconstruction import fit_to_targets, record
-from evolvenet.pruning.reconstruction_batch import TRAINING_LIMITS
+from evolvenet.pruning.reconstruction import fit_to_targets
 from evolvenet.pruning.selection import plan_prune
-from evolvenet.surgery.resize_model import install
+from evolvenet.pruning.trial_data import Loss, TrialData
 
 Curve = Sequence[tuple[int, float]]
 """The loss of a width at some sizes, as (size, loss) by size, from 0 or its smallest up to its present size, loss 0."""
@@ -41,39 +38,35 @@ def trial_curves(
     batches: Sequence[Any],
     shares: Sequence[float] = SHARES,
     samples: int = SAMPLES,
+    loss: Loss = "outputs",
 ) -> dict[str, Curve]:
-    """The relative error of the model's outputs when one width alone is cut and its consumers reconstructed. The model is kept.
+    """What the model loses when one width alone is cut and its consumers reconstructed. The model is kept.
 
     Args:
         model: the model of the graph.
         graph: its widths.
-        batches: inputs of the model.
+        batches: inputs of the model; with a function as the loss, pairs of inputs and labels.
         shares: of a width's units that are tried, 0 … 1, descending.
         samples: most samples of the batches that a trial runs on.
+        loss: of the outputs, see `TrialData`.
 
     Raises:
+        PolicyError: see `TrialData`.
         SpectrumError, TraceError: as `collect`.
     """
-    host, few = on_host(model), first_batches(batches, samples)
-    whole = outputs_on(model, few, graph)
-    limits = replace(TRAINING_LIMITS, samples=samples)
-    found: dict[str, Curve] = {}
+    host, data = on_host(model), TrialData.of(model, graph, batches, samples, loss)
+    whole, found = data.measured(), dict[str, Curve]()
     for widths in _together(graph.resizable):
-        statistics = collect(model, graph, batches, [width.name for width in widths])
+        statistics = collect(model, graph, data.all, [width.name for width in widths])
         for width in widths:
             points = [(width.size, 0.0)]
             with concerning(width.name):
-                recording = record(model, graph, [width.name], few, limits)
+                recording = data.recording([width.name])
                 for size in _trial_sizes(width, shares):
                     surgery = plan_prune(model, graph, {width.name: size}, statistics, host)
                     if recording is not None:
                         surgery = fit_to_targets(model, graph, surgery, recording.copy())
-                    undo = install(model, surgery)
-                    try:
-                        moved = outputs_on(model, few, graph)
-                    finally:
-                        undo()
-                    points.append((size, max(output_error(whole, moved), points[-1][1])))
+                    points.append((size, max(data.lost(whole, surgery), points[-1][1])))
             # Below the smallest trial: more than all that was seen.
             found[width.name] = [(0, 10 * points[-1][1] + 1), *reversed(points)]
     return found

@@ -7,13 +7,11 @@ all heads by them. The buffer is resized with the heads, and saved with the weig
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 from transformers.models.bloom.modeling_bloom import BloomAttention
 from transformers.models.falcon.modeling_falcon import FalconAttention
 from transformers.models.mpt.modeling_mpt import MptAttention
@@ -68,25 +66,6 @@ def number_alibi_heads(model: nn.Module) -> int:
             module.register_buffer(BUFFER, torch.arange(heads, dtype=weight.dtype, device=weight.device))
             module.register_forward_pre_hook(take_own_rows, with_kwargs=True)
     return len(found)
-
-
-def has_all_heads(model: PreTrainedModel) -> bool:
-    """Whether a model has numbers of its heads, and they are those that its configuration builds: they say nothing then."""
-    own = {name: buffer for name, buffer in model.named_buffers() if is_number(name)}
-    if not own:
-        return False
-    with torch.device("meta"):
-        built = type(model)(copy.deepcopy(model.config))
-    number_alibi_heads(built)
-    first = {name: len(buffer) for name, buffer in built.named_buffers() if is_number(name)}
-    return first == {name: len(buffer) for name, buffer in own.items()} and all(
-        buffer.tolist() == list(range(len(buffer))) for buffer in own.values()
-    )
-
-
-def is_number(name: str) -> bool:
-    """Whether a name is that of a buffer with the numbers of heads."""
-    return name.rpartition(".")[2] == BUFFER
 
 
 def take_own_rows(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -27,8 +27,8 @@ from evolvenet.surgery.module_replacement import Record, find_replacements, fit_
 from evolvenet.surgery.resize_model import scaled_numbers
 from evolvenet.surgery.width_record import RECORD_KEY, WidthRecord, remember, renamed_state, shapes_of
 from evolvenet.tracing.trace import trace
-from evolvenet.transformers.alibi import has_all_heads, is_number, number_alibi_heads
 from evolvenet.transformers.configuration import Shapes, builds, equal_configuration
+from evolvenet.transformers.unit_numbers import has_all_units, is_number, number_as
 
 log = logging.getLogger("evolvenet")
 
@@ -63,7 +63,7 @@ def save_model(
     shapes = shapes_of(model) if rename is None else _by_new_name(shapes_of(model), rename)
     inputs = dummy_inputs(model) if example_inputs is None else example_inputs
     record, plain = known_widths(state), None
-    if rename is None and not find_replacements(state) and has_all_heads(model):
+    if rename is None and not find_replacements(state) and has_all_units(model):
         plain = _without_numbers(state), _without_numbers(shapes)
     config = None if plain is None else _configuration(model, *plain, inputs, record)
     if plain is not None and config is not None:
@@ -255,8 +255,7 @@ def _reshaping(
 
     def build(self: PreTrainedModel, *args: Any, **options: Any) -> None:
         kind.__init__(self, *args, **options)
-        if any(map(is_number, shapes)):
-            number_alibi_heads(self)
+        number_as(self, shapes)
         fit_replacements(self, replaced, wanted)
         fit_shapes(self, wanted, record=numbers)
         _leave_out_of_initialization(self)

@@ -34,7 +34,7 @@ class AveragedPoints(Points):
     def __init__(
         self, spans: Sequence[float], directory: str | Path, teacher_spans: Sequence[float] | None = None
     ) -> None:
-        super().__init__(spans, directory)
+        super().__init__(spans, directory, teachers=[None] * len(spans))  # no point teaches, averages do
         self.teacher_spans = spans if teacher_spans is None else teacher_spans
         self._means: list[Tensor] = []
         self._steps = 0
@@ -60,11 +60,12 @@ class AveragedPoints(Points):
     def _update_teacher(self, trainer: lightning.Trainer, pl_module: Classifier) -> None:
         if self._ends_teacher_span(trainer) and trainer.current_epoch + 1 != trainer.max_epochs:
             loader = trainer.datamodule.train_dataloader()  # pyright: ignore[reportAttributeAccessIssue]
-            self._set_teacher(pl_module, averaged(pl_module.model, self._means, islice(loader, BATCHES)))
+            self._keep_teacher(pl_module, 0, averaged(pl_module.model, self._means, islice(loader, BATCHES)))
 
-    def _set_teacher(self, pl_module: Classifier, past: nn.Module) -> None:
-        super()._set_teacher(pl_module, past)
-        pl_module.teacher = teacher(past, half=pl_module.bf16_above is not None)
+    def _keep_teacher(self, pl_module: Classifier, place: int, past: nn.Module) -> None:
+        """The latest average replaces the one before and teaches at once; there is no choice by span."""
+        super()._keep_teacher(pl_module, place, past)
+        pl_module.teacher = self._outputs[place] = teacher(past, half=pl_module.bf16_above is not None)
 
     def _ends_teacher_span(self, trainer: lightning.Trainer) -> bool:
         """Whether this epoch is the last of a teacher span, so that the average of its weights becomes the teacher."""

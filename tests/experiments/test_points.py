@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,7 +12,7 @@ from torch import nn
 
 from evolvenet.report.run_result import draw_errors, front_table
 from experiments.training.classifier import Classifier, Cycles
-from experiments.training.points import frozen, span_ends, teacher
+from experiments.training.points import Points, PointsError, frozen, span_ends, teacher
 
 POINT = {
     "parameters": 5000,
@@ -53,6 +55,46 @@ def test_the_distillation_loss_has_its_weight() -> None:
     soft = (logs[1].exp() * (logs[1] - logs[0])).sum(1).mean() * 4
     torch.testing.assert_close(classifier.training_step((x, y), 0), 0.75 * hard + 0.25 * soft)
     assert "teacher" not in str(list(classifier.state_dict()))
+
+
+def test_each_span_has_its_teacher_and_those_that_are_done_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Points, "_save", lambda *args: None)
+    points, x, expected, taught, kept = Points([1] * 4, "", [None, 0, 1, 0]), torch.randn(5, 4), [], [], []
+    classifier = Classifier(nn.Linear(4, 3), torch.optim.SGD, classes=3)
+    for epoch in range(4):
+        now: Any = SimpleNamespace(current_epoch=epoch, max_epochs=4)
+        points.on_train_epoch_start(now, classifier)
+        taught.append(None if classifier.teacher is None else classifier.teacher(x))
+        nn.init.normal_(classifier.model.get_parameter("weight"))
+        expected.append(classifier.model(x))
+        points.on_train_epoch_end(now, classifier)
+        kept.append(list(points.state_dict()["teachers"]))
+    assert taught[0] is None
+    for got, place in zip(taught[1:], (0, 1, 0), strict=True):
+        torch.testing.assert_close(got, expected[place])
+    assert kept == [[0], [0, 1], [0, 1], [0]], "a checkpoint holds the teachers that are left"
+
+
+@pytest.mark.parametrize("teachers", [[None, 0], [None, 1, 0], [0, 0, 0], [None, -1, 0]])
+def test_a_teacher_is_of_an_earlier_span(teachers: list[int | None]) -> None:
+    with pytest.raises(PointsError, match="each of 3 spans"):
+        Points([1, 1, 1], "", teachers)
+
+
+def test_a_teacher_that_no_checkpoint_holds_is_read_from_its_point(tmp_path: Path) -> None:
+    classifier, other = (Classifier(nn.Linear(4, 3), torch.optim.SGD, classes=3) for _ in range(2))
+    path = tmp_path / "0-15.ckpt"
+    resumed = {"found": [{**POINT, "path": str(path)}], "seconds": 0.0, "teachers": {}}
+    points, now = Points([1, 1], tmp_path, [None, 0]), SimpleNamespace(current_epoch=1, max_epochs=2)
+    points.load_state_dict(resumed)
+    with pytest.raises(PointsError, match=r"there is no .*0-15\.ckpt"):
+        points.on_train_start(now, classifier)  # type: ignore[arg-type]
+    torch.save({"state_dict": other.state_dict()}, path)
+    points.on_train_start(now, classifier)  # type: ignore[arg-type]
+    points.on_train_epoch_start(now, classifier)  # type: ignore[arg-type]
+    assert classifier.teacher is not None
+    x = torch.randn(5, 4)
+    torch.testing.assert_close(classifier.teacher(x), other(x))
 
 
 def test_each_cycle_rises_and_falls() -> None:

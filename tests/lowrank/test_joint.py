@@ -21,7 +21,8 @@ from evolvenet.lowrank.sensitivity import output_losses
 from evolvenet.measurement.cost import Costs, macs, parameters
 from evolvenet.measurement.output_error import output_error, outputs_on
 from evolvenet.measurement.width_spectra import measure
-from evolvenet.pruning.allocation import energy_curve, loss_at
+from evolvenet.pruning.allocation import energy_curve
+from evolvenet.pruning.marginal_analysis import loss_at
 
 
 def dense() -> nn.Module:

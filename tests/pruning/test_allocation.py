@@ -16,14 +16,8 @@ from torch import nn
 import evolvenet
 from evolvenet.errors import PolicyError, ResizeError, TraceError
 from evolvenet.graph.restriction import freeze
-from evolvenet.pruning.allocation import (
-    allocate,
-    allocate_by,
-    convex,
-    energy_curve,
-    fit_to_cost,
-    loss_at,
-)
+from evolvenet.pruning.allocation import allocate, allocate_by, energy_curve
+from evolvenet.pruning.marginal_analysis import convex, fit_to_cost, loss_at
 from evolvenet.pruning.trials import Curve, smallest, trial_curves
 from evolvenet.tracing.trace import trace
 from tests.helpers.cases import CASES, FLOAT, Case, distance, graph_of, outputs

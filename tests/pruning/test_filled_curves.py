@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from evolvenet.pruning.allocation import convex, fit_to_cost, loss_at
+from evolvenet.pruning.marginal_analysis import convex, fit_to_cost, loss_at
 from evolvenet.pruning.trials import filled
 
 LOSSES = st.lists(st.floats(1e-6, 10), min_size=1, max_size=6)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from evolvenet.measurement.activation_moments import ActivationMoments, collect
 from evolvenet.measurement.output_error import output_error, outputs_on
 from evolvenet.pruning import trials
 from evolvenet.pruning.reconstruction import reconstruct
+from evolvenet.pruning.reconstruction_batch import TRAINING_LIMITS
 from evolvenet.pruning.selection import plan_prune
 from evolvenet.surgery.resize_model import install
 from evolvenet.tracing.trace import trace
@@ -41,7 +43,7 @@ def test_a_loss_is_that_of_a_cut_and_a_reconstruction_by_itself() -> None:
     model, batch = mlp(6, 12, 10, 3), torch.randn(60, 6, dtype=torch.float64)
     graph = trace(model, batch)
     curves = trials.trial_curves(model, graph, [batch], shares=(0.75, 0.5))
-    limits, before = trials.replace(trials.TRAINING_LIMITS, samples=trials.SAMPLES), outputs_on(model, [batch])
+    limits, before = replace(TRAINING_LIMITS, samples=trials.SAMPLES), outputs_on(model, [batch])
     for size, loss in curves["2"][1:-1]:
         surgery = plan_prune(model, graph, {"2": size}, collect(model, graph, [batch], ["2"]))
         undo = install(model, reconstruct(model, graph, surgery, [batch], limits))

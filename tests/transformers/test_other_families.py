@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from torch import Tensor
 
 import evolvenet
 from evolvenet import WidthGraph
+from evolvenet.transformers import from_pretrained, number_position_channels, save_pretrained
 from tests.helpers.cases import shuffled
 from tests.helpers.transformers_families import IMAGES, SIZES
 
@@ -139,6 +141,47 @@ def test_what_can_change_permutes_exactly_and_is_cut(build: Any, outputs: str | 
 def test_positions_of_detr_are_data_as_wide_as_its_stream() -> None:
     model, inputs = detr()
     assert "position_embeddings" in frozen_of(evolvenet.trace(model.eval(), inputs, "logits"), "stream")
+
+
+def numbered_detr() -> tuple[Any, dict[str, Tensor]]:
+    model, inputs = detr()
+    with torch.no_grad():
+        plain = model.eval()(**inputs).logits
+        assert number_position_channels(model) == number_position_channels(model) == 1
+        assert torch.equal(model(**inputs).logits, plain)
+    return model, inputs
+
+
+def test_units_of_detrs_stream_keep_their_positions(tmp_path: Path) -> None:
+    """Where they have numbers, the encoder's stream goes with its positions; the folder and the file hold the numbers."""
+    model, graph = changed(numbered_detr, "logits")
+    assert graph.widths["model.input_projection"].frozen is None
+    assert {tie.tensor for tie in graph.widths["model.input_projection"].ties} >= {
+        "model.position_embedding.position_channels",
+        "model.encoder.layers.0.self_attn.q_proj.weight",
+    }
+    numbers = model.model.position_embedding.position_channels
+    assert len(numbers) == 31
+    assert len(set(numbers.tolist())) == 31
+    pixels = torch.randn(2, 3, 48, 32)
+    with torch.no_grad():
+        expected = model(pixels).logits
+        assert not save_pretrained(model, tmp_path, {"pixel_values": pixels}, "logits")
+        assert torch.equal(from_pretrained(tmp_path).eval()(pixels).logits, expected)
+        evolvenet.save(model, tmp_path / "model.pt")
+        again, _ = detr()
+        with pytest.raises(
+            evolvenet.RecordError, match=r"Call evolvenet\.transformers\.number_position_channels\(model\)"
+        ):
+            evolvenet.load(again, tmp_path / "model.pt")
+        number_position_channels(again)
+        evolvenet.load(again, tmp_path / "model.pt")
+        assert torch.equal(again.eval()(pixels).logits, expected)
+
+
+def test_a_model_without_computed_positions_is_refused() -> None:
+    with pytest.raises(evolvenet.TraceError, match="computes positions of its stream"):
+        number_position_channels(torch.nn.Linear(2, 2))
 
 
 @pytest.mark.long

@@ -39,7 +39,7 @@ class Family:
         generates: whether words are generated with it.
         heads: how many an attention has.
         groups: how many heads of keys and values an attention has, where queries share them.
-        numbered: whether its heads, which have slopes, get numbers (`evolvenet.transformers.number_alibi_heads`).
+        numbered: what of it gets numbers, so that it can go: the function of `evolvenet.transformers`, "" for nothing.
     """
 
     model: str
@@ -51,15 +51,15 @@ class Family:
     generates: bool = False
     heads: tuple[int, ...] = (HEADS_EACH,)
     groups: tuple[int, ...] = (GROUPS_EACH,)
-    numbered: bool = False
+    numbered: str = ""
 
     def make(self) -> nn.Module:
-        """The model, with the library's random weights; heads with slopes have their numbers."""
+        """The model, with the library's random weights; what needs numbers has them."""
         library = importlib.import_module("transformers")
         config = self.config() if callable(self.config) else getattr(library, self.config)(**self.options)
         model = getattr(library, self.model)(config)
         if self.numbered:
-            importlib.import_module("evolvenet.transformers").number_alibi_heads(model)
+            getattr(importlib.import_module("evolvenet.transformers"), self.numbered)(model)
         return model
 
 

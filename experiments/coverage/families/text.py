@@ -76,7 +76,7 @@ DECODERS: dict[str, Family] = {
         {"vocab_size": WORDS, "hidden_size": WIDTH, "n_layer": 2, "n_head": HEADS_EACH, **SPECIAL},
         ALL,
         generates=True,
-        numbered=True,
+        numbered="number_alibi_heads",
     ),
     "opt": _decoder("OPT", ALL, ffn_dim=INNER, word_embed_proj_dim=WIDTH),
     "falcon": _decoder("Falcon", (FFN, HEADS, PLACES, STREAM), multi_query=True, parallel_attn=True, bias=False),

@@ -112,7 +112,9 @@ IMAGES: dict[str, Family] = {
         "ConvNextV2ForImageClassification", "ConvNextV2Config", {**PYRAMID, "num_labels": 10}, (FFN, STREAM),
         inputs=images(64),
     ),
-    "detr": Family("DetrForObjectDetection", partial(_detr), kinds=ALL, inputs=images(64)),
+    "detr": Family(
+        "DetrForObjectDetection", partial(_detr), kinds=ALL, inputs=images(64), numbered="number_position_channels"
+    ),
     "sam": Family("SamModel", partial(_sam), kinds=ALL, output="pred_masks", inputs=_image_and_point),
 }  # fmt: skip
 """Images alone, or with a point to segment."""

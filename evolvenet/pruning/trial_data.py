@@ -1,0 +1,163 @@
+"""What trials run on, and what a cut loses there: the error of the outputs, their divergence, or the loss of a task."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Collection, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from evolvenet.errors import PolicyError
+from evolvenet.execution.isolation import model_outputs
+from evolvenet.execution.op_cache import OpCache
+from evolvenet.execution.sampling import samples_in
+from evolvenet.graph.width_graph import WidthGraph
+from evolvenet.measurement.output_error import first_batches, output_divergence, output_error, outputs_on
+from evolvenet.pruning.reconstruction import Recording, record
+from evolvenet.pruning.reconstruction_batch import TRAINING_LIMITS, ReconstructionLimits, concatenated, held_out_of
+from evolvenet.surgery.resize_model import Surgery, install
+
+log = logging.getLogger("evolvenet")
+
+Loss = Literal["outputs", "kl"] | Callable[[Any, Any], Any]
+"""What a cut loses: "outputs" for the relative error of the outputs, see `output_error`; "kl" for the divergence of the classes'
+probabilities, see `output_divergence`; or a function (outputs, labels) → loss, one number, the mean over the samples. Outputs
+are one tensor, or a list where the model has several."""
+
+MEASURES: dict[Any, Callable[[Sequence[Tensor], Sequence[Tensor]], float]] = {
+    "outputs": output_error,
+    "kl": output_divergence,
+}
+
+
+@dataclass(frozen=True, eq=False)
+class TrialData:
+    """The samples of all trials of one model.
+
+    Args:
+        model: uncut between the trials.
+        graph: its widths.
+        all: every batch of inputs.
+        fitted: those that consumers are fitted on, as one where they can be.
+        held_out: of its samples; None for what `record` makes of the batches.
+        judged: the batches that the loss is measured on; with a function as the loss, with labels.
+        limits: on the data of the fits.
+        loss: see `Loss`.
+        cache: of results of the model's ops, so that those before the first one that a cut reaches run once for all trials;
+            None where results belong to one run.
+    """
+
+    model: nn.Module
+    graph: WidthGraph
+    all: Sequence[Any]
+    fitted: Sequence[Any]
+    held_out: Tensor | None
+    judged: Sequence[Any]
+    limits: ReconstructionLimits
+    loss: Loss
+    cache: OpCache | None
+
+    @classmethod
+    def of(cls, model: nn.Module, graph: WidthGraph, batches: Sequence[Any], samples: int, loss: Loss) -> TrialData:
+        """Some samples of the batches.
+
+        Raises:
+            PolicyError: for an unknown loss, or a function as the loss and a batch that is no pair of inputs and labels.
+        """
+        if callable(loss):
+            _check_pairs(batches)
+        elif loss not in MEASURES:
+            raise PolicyError(f'Expected loss to be "outputs", "kl" or a function of outputs and labels, got {loss!r}.')
+        few, limits = first_batches(batches, samples), replace(TRAINING_LIMITS, samples=samples)
+        inputs = partial(_inputs, loss)
+        joined = concatenated(few, limits)
+        # With autograd on, results belong to the graph of one run.
+        found = cls(
+            model,
+            graph,
+            [inputs(batch) for batch in batches],
+            [inputs(batch) for batch in few],
+            None,
+            few,
+            limits,
+            loss,
+            None if graph.differentiates else OpCache(),
+        )
+        if joined is None:
+            return found
+        if samples_in(joined) == sum(map(samples_in, few)) and len(few) > 1:
+            try:
+                outputs_on(model, [inputs(joined)], graph)
+            except Exception as problem:
+                # A training step may count on the size of its batches.
+                log.debug("The model does not run on several batches as one", exc_info=problem)
+                return replace(found, cache=None)
+        whole = samples_in(joined) == sum(map(samples_in, few))
+        return replace(
+            found,
+            fitted=[inputs(joined)],
+            held_out=held_out_of([inputs(batch) for batch in few], inputs(joined)),
+            judged=[joined] if whole else few,
+        )
+
+    def recording(self, names: Sequence[str]) -> Recording | None:
+        """What the consumers of some widths are fitted to."""
+        found = record(self.model, self.graph, names, self.fitted, self.limits, self.cache)
+        return found if found is None or self.held_out is None else replace(found, held_out=self.held_out)
+
+    def measured(self, changed: Collection[str] = ()) -> list[Tensor]:
+        """The outputs of the model as it is, or its loss on each batch `[2, batches]`, with the numbers of samples.
+
+        Args:
+            changed: names of tensors with other values than those of the uncut model.
+        """
+        if not callable(self.loss):
+            return outputs_on(self.model, self.judged, self.graph, mode=self._around(changed))
+        around, losses = self._around(changed), list[float]()
+        for inputs, labels in self.judged:
+            mode = None if around is None else around(inputs)
+            outputs = model_outputs(self.model, inputs, self.graph.differentiates, self.graph.outputs, mode)
+            losses.append(float(self.loss(outputs[0] if len(outputs) == 1 else outputs, labels)))
+        counts = [float(samples_in(inputs)) for inputs, _ in self.judged]
+        return [torch.tensor([losses, counts], dtype=torch.float64, device="cpu")]
+
+    def lost(self, whole: Sequence[Tensor], surgery: Surgery) -> float:
+        """What a surgery loses, which is undone; 0 where it makes the loss less.
+
+        Args:
+            whole: of the uncut model, from `measured`.
+            surgery: of the model.
+        """
+        undo = install(self.model, surgery)
+        try:
+            moved = self.measured([change.name for change in surgery.changes])
+        finally:
+            undo()
+        if not callable(self.loss):
+            return MEASURES[self.loss](whole, moved)
+        before, after = (float(each[0] @ each[1] / each[1].sum()) for (each,) in (whole, moved))
+        return max(0.0, after - before)
+
+    def _around(self, changed: Collection[str]) -> Callable[[Any], AbstractContextManager[None]] | None:
+        cache, model = self.cache, self.model
+        return None if cache is None else lambda batch: cache.on(model, batch, changed)
+
+
+def _inputs(loss: Loss, batch: Any) -> Any:
+    """Without the labels, if there are some."""
+    return batch[0] if callable(loss) else batch
+
+
+def _check_pairs(batches: Sequence[Any]) -> None:
+    for number, batch in enumerate(batches):
+        if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+            got = f"a tuple of {len(batch)}" if isinstance(batch, (tuple, list)) else f"a {type(batch).__name__}"
+            raise PolicyError(
+                f"Batch {number}: expected a pair of inputs and labels, as loss is a function of outputs and labels, got {got}. "
+                'Give labels, or take loss="outputs".'
+            )
