@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from experiments.data.images import BatchLoader, MnistData, Split
-from experiments.models.resnet import ResNet
 from experiments.pages import add_data, cell, commit, machine_line, markdown, span, write_whole
 
 HELD_OUT = 5000
@@ -43,12 +42,6 @@ def dense(sizes: Sequence[int]) -> nn.Module:
     return nn.Sequential(nn.Flatten(), nn.Linear(784, a), nn.ReLU(), nn.Linear(a, b), nn.ReLU(), nn.Linear(b, 10))
 
 
-def resnet(sizes: Sequence[int]) -> nn.Module:
-    """The network of `experiments.compare.networks` for MNIST with other widths; the last one is of the hidden layer."""
-    *widths, hidden = sizes
-    return ResNet(1, 10, widths, (2, 2, 2), (1, 2, 2), stem_stride=2, hidden=hidden)
-
-
 @dataclass(frozen=True)
 class Plan:
     """A network, and how long and in which way it is trained.
@@ -59,14 +52,15 @@ class Plan:
         wide: widths of the network that it is to reach.
         most: parameters to which it grows.
         last: parameters at the end.
-        steps: optimizer steps of every run but the short one.
+        steps: optimizer steps of the wide and of the narrow network.
+        grown_steps: of the growing run, and of the widths that it ends with.
         spans: of growing and of being cut, in any unit.
         until: share of each span at which its budget holds.
         rate: largest learning rate of the one cycle; of AdamW.
+        grown_rate: of the growing run, and of the widths that it ends with.
         batch: images a training batch.
         events: how often widths may change.
         watches: how often the validation accuracy is taken.
-        normalise: uint8 images → input.
     """
 
     build: Callable[[Sequence[int]], nn.Module]
@@ -75,9 +69,11 @@ class Plan:
     most: int
     last: int
     steps: int
-    spans: tuple[float, float] = (0.6, 0.4)
-    until: tuple[float, float] = (0.4, 0.5)
+    grown_steps: int
+    spans: tuple[float, float] = (0.7, 0.3)
+    until: tuple[float, float] = (0.2, 0.3)
     rate: float = 3e-3
+    grown_rate: float = 3e-3
     batch: int = 128
     events: int = 20
     watches: int = 20
@@ -91,8 +87,9 @@ class Plan:
 
 
 PLANS = {
-    "dense": Plan(dense, (32, 32), (512, 512), most=150_000, last=100_000, steps=2000),
-    "resnet": Plan(resnet, (6, 12, 24, 16), (24, 48, 96, 64), most=120_000, last=60_000, steps=400, batch=256),
+    "dense": Plan(
+        dense, (32, 32), (512, 512), most=118_282, last=100_000, steps=2000, grown_steps=3400, grown_rate=6e-3
+    ),
 }
 """By name."""
 
@@ -186,7 +183,9 @@ def trained(model: nn.Module, plan: Plan, data: Data, seed: int, policy: evolven
     )
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, plan.rate, total_steps=plan.steps)
     begin = time.process_time()
-    evolver = policy and evolvenet.Evolver(model, optimizer, policy, data.validation[0][:2], seed=seed)
+    evolver = policy and evolvenet.Evolver(
+        model, optimizer, policy, data.validation[0][:2], seed=seed, new_units="paired"
+    )
     seconds += time.process_time() - begin
     run.parameters.append((0, sum(each.numel() for each in model.parameters())))
     for step in range(1, plan.steps + 1):
@@ -230,10 +229,11 @@ def runs(plan: Plan, data: Data, seed: int, rows: Sequence[str]) -> Iterator[tup
     for row in rows:
         torch.manual_seed(seed)
         model = plan.build(plan.wide if row in (WIDE, HALF) else plan.narrow)
-        of = replace(plan, steps=plan.steps // 2) if row == HALF else plan
+        of = replace(plan, steps=plan.grown_steps, rate=plan.grown_rate) if row == GROWN else plan
+        of = replace(plan, steps=plan.steps // 2) if row == HALF else of
         yield row, trained(model, of, data, seed, plan.policy if row == GROWN else None)
         if row == GROWN:
-            yield FINAL, trained(renewed(model, seed), plan, data, seed)
+            yield FINAL, trained(renewed(model, seed), of, data, seed)
 
 
 def table(found: Mapping[str, Sequence[Run]]) -> list[str]:
@@ -289,7 +289,8 @@ def section(name: str, plan: Plan, found: Mapping[str, Sequence[Run]]) -> list[s
     return [
         f"## {name}",
         "",
-        f"Widths {tuple(plan.narrow)} and {tuple(plan.wide)}, {plan.steps:,} steps of {plan.batch} images, rate {plan.rate:g}, "
+        f"Widths {tuple(plan.narrow)} and {tuple(plan.wide)}, {plan.steps:,} steps of {plan.batch} images, rate {plan.rate:g} "
+        f"(growing: {plan.grown_steps:,}, {plan.grown_rate:g}), "
         f"{len(wide)} seeds; the wide run takes {fmean(run.seconds for run in wide):.0f} CPU s. Policy: `{plan.policy}`, "
         f"{plan.events} events. Parameters (step) of the first seed: {way}. Events take {events:.0%} of the growing run.".replace(
             "%", " %", 1

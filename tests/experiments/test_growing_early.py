@@ -29,7 +29,7 @@ from experiments.training.growing_early import (
     table,
 )
 
-SHORT = Plan(dense, (4, 4), (64, 64), most=20_000, last=9_000, steps=20, batch=32, events=10, watches=4)
+SHORT = Plan(dense, (4, 4), (64, 64), most=20_000, last=9_000, steps=20, grown_steps=30, batch=32, events=10, watches=4)
 
 
 @pytest.fixture
@@ -47,7 +47,7 @@ def test_a_narrow_start_grows_is_cut_and_its_widths_are_trained_anew(split: Spli
     assert sizes[0] == found[NARROW].parameters[0][1] < sizes[-1] <= SHORT.last < max(sizes) <= SHORT.most
     assert sizes.index(max(sizes)) < len(sizes) - 1
     assert found[FINAL].parameters == [(0, sizes[-1])]
-    assert [found[row].curve[-1][0] for row in found] == [20, 10, 20, 20, 20]
+    assert [found[row].curve[-1][0] for row in found] == [20, 10, 20, 30, 30]
     assert 0 < found[GROWN].event_seconds < found[GROWN].seconds
 
 
@@ -68,7 +68,7 @@ def test_times_are_shares_of_the_wide_run_of_the_same_seed() -> None:
 
 
 def test_the_page_has_every_row(split: Split, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(growing_early.PLANS, "dense", replace(SHORT, steps=6, events=3))
+    monkeypatch.setitem(growing_early.PLANS, "dense", replace(SHORT, steps=6, grown_steps=6, events=3))
     monkeypatch.setattr(growing_early, "HELD_OUT", 60)
     images, labels = split.images[:, 0].numpy(), split.labels.numpy()
     np.savez(tmp_path / "mnist.npz", x_train=images, y_train=labels, x_test=images, y_test=labels)
