@@ -226,7 +226,7 @@ SMALL = Setting(2, 64, 4, 64, steps=1000, judged=1024)
 """The language model is smaller here than in `experiments.compare.language`, and trained for fewer steps."""
 
 WAYS = {
-    "mnist": Ways((50, 100, 200, 400, 800), (1e-3, 3e-3), (3e-3, 1e-2), margins=(0.2, 0.5, 1, 2)),
+    "mnist": Ways((50, 100, 200, 400, 800), (3e-4, 1e-3), (3e-3, 1e-2), margins=(0.2, 0.5, 1, 2)),
     "cifar10": Ways((200, 400, 800, 1600, 3200, 6400), (1e-3, 3e-3), (3e-3, 1e-2), margins=(1, 2, 3, 5, 10)),
     "gpt2": Ways((100, 200, 400, 800, 1600), (2e-3, 5e-3), (2e-3, 5e-3), (0.05, 0.1), margins=(1, 2, 3, 5, 10)),
     "digits": Ways((10, 20), (3e-3,), (1e-2,), watches=5),
