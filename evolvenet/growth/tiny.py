@@ -147,7 +147,7 @@ def measure_bottleneck(growth: Growth, method: str) -> Bottleneck:
 
 
 def record_gradients(
-    growth: Growth, names: Collection[str], pairs: Sequence[tuple[Any, Any]], rows: int = ROWS
+    growth: Growth, names: Collection[str], pairs: Sequence[tuple[Any, Any]], rows: int | None = None
 ) -> tuple[dict[str, OpRecorder], WeightUses]:
     """Run the loss and its backward pass, and record inputs and output gradients of the products with some weights.
 
@@ -155,7 +155,7 @@ def record_gradients(
         growth: of the model, whose tensors are shadows now.
         names: of the weights.
         pairs: (inputs, targets) of each batch.
-        rows: most output positions of one layer.
+        rows: most output positions of one layer; None for `ROWS`.
 
     Returns:
         {weight: its recorder}, and how the weights are used; only those with `axes` are weights of plain products alone.
@@ -164,7 +164,7 @@ def record_gradients(
         ResizeError, SpectrumError: for batches or a loss that cannot be used, or NaN in them.
     """
     uses = UseRecorder(growth.model)
-    seen = {name: OpRecorder(name, max(2, rows // len(pairs))) for name in names}
+    seen = {name: OpRecorder(name, max(2, (ROWS if rows is None else rows) // len(pairs))) for name in names}
     shadows, _, _ = named_tensors(growth.model)
     weights = [shadows[name].requires_grad_() for name in seen]
     for inputs, targets in pairs if weights else ():
