@@ -284,9 +284,8 @@ class WidthEvolutionCallback(EvolutionCallback, TrainerCallback):
                 graph = from_state_dict(self._resumed["graph"])
         self.evolver = Evolver(
             model, unwrapped(optimizer), self.policy, inputs, self.calibration_batches, self.seed, graph=graph,
-            network=self.network, fixed=self.fixed, multiple=self.multiple,
+            network=self.network, fixed=self.fixed, multiple=self.multiple, new_units=self.new_units, update=self.update,
             outputs=None if isinstance(inputs, Step) else outputs, after_change=self._after_change,
-            new_units=self.new_units, update=self.update,
         )  # fmt: skip
         if self._resumed is not None:
             self.evolver.load_state_dict(self._resumed)
