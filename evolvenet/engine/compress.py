@@ -77,6 +77,7 @@ def compress(  # noqa: PLR0913  one name for each cost
     outputs: Outputs | None = None,
     steps: int = 0,
     augment: Augment | None = None,
+    features: Sequence[str] = (),
 ) -> Compression:
     """Make a network as small as is required, in place, all or nothing, with the least change of its outputs.
 
@@ -104,6 +105,7 @@ def compress(  # noqa: PLR0913  one name for each cost
         outputs: as for `trace`: what the error is measured on, too.
         steps: of gradient descent at the end. 200 are worth most of what more of them are.
         augment: see `evolvenet.polish`. A copy of the uncut network is kept for it until the end.
+        features: the same.
 
     Returns:
         What was tried and done; `print` it.
@@ -123,7 +125,7 @@ def compress(  # noqa: PLR0913  one name for each cost
     # Over 40 lines: the signature, whose arguments are listed one a line.
     given = {"params": parameters, "macs": macs, "bytes": bytes, "latency": latency}
     goal = Goal.of({kind: limit for kind, limit in given.items() if limit is not None}, example_inputs)
-    listed, descent = _listed(batches), Descent(steps, augment=augment)
+    listed, descent = _listed(batches), Descent(steps, augment=augment, features=tuple(features))
     graph = Restriction(fixed=fixed, multiple=multiple).apply(trace(model, example_inputs, outputs))
     before = goal.cost(model)
     if before <= goal.limit:
@@ -139,7 +141,7 @@ def compress(  # noqa: PLR0913  one name for each cost
         with deferred_signals("an attempt"), ExitStack() as undo:
             found[name] = search.tried(name, sizes, fitting, partial(_error, whole, judging), undo), sizes
     chosen, sizes = _best(goal, list(found.values()))
-    lesson = imitation(model, listed, graph.outputs, augment) if steps else None
+    lesson = imitation(model, listed, graph.outputs, augment is not None or bool(features)) if steps else None
     with ExitStack() as undo:
         with deferred_signals("the compression"):
             # What decides whether the steps help is not used before them.

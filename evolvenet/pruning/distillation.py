@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from evolvenet.execution.chosen_outputs import Outputs, counted_outputs, normali
 from evolvenet.execution.isolation import isolated, model_outputs, op_by_op, random_streams_kept
 from evolvenet.linalg.host_transfers import values_of
 from evolvenet.measurement.output_error import output_error, real
+from evolvenet.pruning.distillation_features import FeatureMaps, feature_names, recorded
 from evolvenet.pruning.distillation_samples import (
     LARGEST,
     Augment,
@@ -41,6 +43,10 @@ TRIES = 3
 """Learning rates that are tried, at most."""
 TOO_LARGE = 4.0
 """A rate is given up if, after a quarter of the steps, the error is more than so many times that at the start."""
+FEATURES = 0.5
+"""Weight of the features' error, beside 1 for that of the outputs."""
+FITTED = 4
+"""Minibatches that the maps of features are fitted on first."""
 WARM = 0.1
 """Share of the steps in which the learning rate rises."""
 
@@ -78,6 +84,7 @@ def polish(  # noqa: PLR0913  public: each is one setting
     rate: float = 1e-2,
     batch_size: int = 64,
     augment: Augment | None = None,
+    features: Sequence[str] = (),
     outputs: Outputs | None = None,
     seed: int = 0,
 ) -> Polish:
@@ -105,12 +112,15 @@ def polish(  # noqa: PLR0913  public: each is one setting
             depend on the others, inputs are no tensors), a step takes a batch as it is.
         augment: inputs of a step → changed inputs: shifted or mirrored images, for instance. The outputs to reach are what
             the teacher puts out for the changed inputs, so it has to be a network.
+        features: names or patterns of modules ("blocks.*") whose outputs are imitated too, through linear maps from their
+            channels to the teacher's, which are trained along. Needs a network as teacher.
         outputs: as for `trace`.
         seed: of the order of the samples. `augment` draws from torch's, NumPy's and Python's generators as they are.
 
     Raises:
         DistillationError: if no parameter requires gradients; for teacher's outputs that do not fit the batches or the model;
-            for changed inputs without a network as teacher; for steps, rate or batch size out of range. Nothing has changed.
+            for changed inputs or features without a network as teacher, or modules that have none; for steps, rate or batch
+            size out of range. Nothing has changed.
         TraceError: if there is no batch.
 
     >>> from evolvenet import prune, trace
@@ -124,12 +134,12 @@ def polish(  # noqa: PLR0913  public: each is one setting
     (True, True)
     """
     # Over 40 lines: the signature, whose arguments are listed one a line.
-    if augment is not None and not isinstance(teacher, nn.Module):
+    if (augment is not None or features) and not isinstance(teacher, nn.Module):
         raise DistillationError(
-            "Polish: expected a network as teacher, since `augment` changes the inputs, got outputs for the inputs as they are. "
+            "Polish: expected a network as teacher, for changed inputs and for features, got outputs for the inputs as they are. "
             "Give a copy of the network before the cut, copy.deepcopy(model)."
         )
-    settings = Descent(steps, rate, batch_size, augment, seed)
+    settings = Descent(steps, rate, batch_size, augment, tuple(features), seed)
     with torch.inference_mode(False), torch.no_grad():
         return distil(model, *with_targets(teacher, list(batches), normalized(outputs)), settings)
 
@@ -143,6 +153,7 @@ class Descent:
         rate: the largest one.
         size: samples a step.
         augment: changes the inputs.
+        features: names or patterns of modules.
         seed: of the order of the samples.
 
     Raises:
@@ -153,6 +164,7 @@ class Descent:
     rate: float = 1e-2
     size: int = 64
     augment: Augment | None = None
+    features: tuple[str, ...] = ()
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -190,6 +202,7 @@ class _Run:
         fitting: pairs to train on.
         judging: pairs that decide, their outputs there.
         settings: of the steps.
+        names: of modules whose features are compared.
         apart: whether samples to train on are drawn from a single pair.
         scale: what the squared error of one number is divided by.
     """
@@ -200,6 +213,7 @@ class _Run:
     fitting: Sequence[Pair]
     judging: Sequence[Pair]
     settings: Descent
+    names: Sequence[str]
     apart: bool
     scale: float
 
@@ -218,6 +232,11 @@ class _Run:
             if room > 0:
                 judged.append((inputs, teacher.targets(inputs, targets)))
                 room -= sum(tensor.numel() for tensor in judged[-1][1])
+        names = (
+            feature_names(model, teacher.model, settings.features)
+            if teacher.model is not None and settings.features
+            else []
+        )
         expected = [tuple(tensor.shape) for tensor in judged[0][1]]
         outputs = floating(model_outputs(model, judged[0][0], differentiates, teacher.outputs))
         if (got := [tuple(tensor.shape) for tensor in outputs]) != expected:
@@ -225,7 +244,9 @@ class _Run:
                 f"Polish: expected outputs of the shapes that the teacher's have, {expected}, got {got}. "
                 "Name those that the cut has left as they were by outputs=."
             )
-        return cls(model, teacher, differentiates, fitting, judged, settings, whole is not None, _variance(judged))
+        return cls(
+            model, teacher, differentiates, fitting, judged, settings, names, whole is not None, _variance(judged)
+        )
 
     def best(self) -> Polish:
         """Train at the first of some rates that makes the error less; if there is none, the weights stay."""
@@ -263,20 +284,22 @@ class _Run:
         Returns:
             How many were taken, and the error after them.
         """
-        # A step of a thousandth of a weight is lost in 16 bits: those are held in float32 meanwhile.
-        held = [each.float() if each.dtype in (torch.bfloat16, torch.float16) else each for each in weights]
         steps, size = self.settings.steps, self.settings.size if self.apart else None
         drawn = minibatches(self.fitting, size, self.settings.seed)
+        maps = self._maps(drawn)
+        trained = [*weights, *maps.weights]
+        # A step of a thousandth of a weight is lost in 16 bits: those are held in float32 meanwhile.
+        held = [each.float() if each.dtype in (torch.bfloat16, torch.float16) else each for each in trained]
         adam = torch.optim.Adam(held, lr=rate)
         for step in range(steps):
             warm = min(1.0, (step + 1) / max(1.0, WARM * steps))
             adam.param_groups[0]["lr"] = rate * warm * (1 + math.cos(math.pi * step / steps)) / 2
-            gradients = self._gradients(weights, *next(drawn))
+            gradients = self._gradients(trained, maps, *next(drawn))
             with deferred_signals("a step"):
                 for each, gradient in zip(held, gradients, strict=True):
                     each.grad = None if gradient is None else gradient.to(each.dtype)
                 adam.step()
-                _write(weights, held)
+                _write(trained, held)
             if step + 1 == steps // 4 and not (error := self.error()) <= most:
                 return step + 1, error
         return steps, self.error()
@@ -294,22 +317,38 @@ class _Run:
         ]
         return output_error([one for one, _ in pairs], [two for _, two in pairs])
 
+    def _maps(self, drawn: Iterator[Pair]) -> FeatureMaps:
+        """Between the features of the two networks as they are; none if none are asked for."""
+        if not self.names:
+            return FeatureMaps({})
+        sides: tuple[list[Mapping[str, Tensor]], list[Mapping[str, Tensor]]] = [], []
+        for inputs, _ in islice(drawn, FITTED):
+            for model, found in zip((self.model, self.teacher.model), sides, strict=True):
+                side = Teacher(model, self.teacher.outputs, self.differentiates or self.teacher.differentiates)
+                found.append(side.with_features(inputs, self.names)[1])
+        joined = [
+            {name: torch.cat([each[name] for each in found if name in each]) for name in found[0]} for found in sides
+        ]
+        return FeatureMaps.of(*joined)
+
     def _gradients(
-        self, weights: Sequence[nn.Parameter], inputs: Any, targets: list[Tensor]
+        self, weights: Sequence[Tensor], maps: FeatureMaps, inputs: Any, targets: list[Tensor]
     ) -> Sequence[Tensor | None]:
         """Of the loss on a minibatch."""
         if self.settings.augment is not None:
             inputs, targets = self.settings.augment(inputs), []
+        theirs: Mapping[str, Tensor] = {}
+        if self.names:
+            targets, theirs = self.teacher.with_features(inputs, self.names)
         targets = self.teacher.targets(inputs, targets)
-        with isolated(self.model, gradients=True), op_by_op():
+        with isolated(self.model, gradients=True), op_by_op(), recorded(self.model, self.names) as mine:
             found = floating(counted_outputs(self.model, inputs, self.teacher.outputs))
             # Squares and sums of 16 bits would overflow.
-            wide = [
-                (one if one.dtype == torch.float64 else one.float(), two)
-                for one, two in zip(found, targets, strict=True)
-            ]
-            apart = [(one - two).square().sum() for one, two in wide]
+            wide = [one if one.dtype == torch.float64 else one.float() for one in found]
+            apart = [(one - two).square().sum() for one, two in zip(wide, targets, strict=True)]
             loss = sum(apart[1:], apart[0]) / (self.scale * sum(each.numel() for each in targets))
+            if self.names:
+                loss = loss + FEATURES * maps.loss(mine, theirs)
             if not loss.requires_grad:
                 raise DistillationError(
                     "Polish: expected outputs that depend on parameters that require gradients, got others."
@@ -328,7 +367,7 @@ def _variance(pairs: Sequence[Pair]) -> float:
     return (apart or energy) / sum(row.numel() for row in rows) or 1.0
 
 
-def _write(weights: Sequence[nn.Parameter], values: Sequence[Tensor]) -> None:
+def _write(weights: Sequence[Tensor], values: Sequence[Tensor]) -> None:
     for weight, value in zip(weights, values, strict=True):
         if weight is not value:
             weight.copy_(value)

@@ -13,14 +13,15 @@ from torch import Tensor, nn
 
 from evolvenet._compat.torch import tree_map_only
 from evolvenet.errors import DistillationError, TraceError
-from evolvenet.execution.chosen_outputs import chosen
+from evolvenet.execution.chosen_outputs import chosen, counted_outputs
 from evolvenet.execution.inputs import first_samples, tensors_of
-from evolvenet.execution.isolation import model_outputs
+from evolvenet.execution.isolation import isolated, model_outputs, op_by_op
 from evolvenet.execution.own_gradients import GradientsNeededError, own_gradients
 from evolvenet.execution.sampling import samples_in
 from evolvenet.graph.width_graph import ChosenOutputs
 from evolvenet.linalg.host_transfers import to_device
 from evolvenet.measurement.output_error import output_error, real
+from evolvenet.pruning.distillation_features import recorded
 from evolvenet.pruning.reconstruction_batch import joined
 
 log = logging.getLogger("evolvenet")
@@ -59,6 +60,13 @@ class Teacher:
         """Its outputs for some inputs."""
         assert self.model is not None
         return floating(model_outputs(self.model, inputs, self.differentiates, self.outputs))
+
+    def with_features(self, inputs: Any, names: Sequence[str]) -> tuple[list[Tensor], dict[str, Tensor]]:
+        """Its outputs for some inputs, and those of modules inside of it."""
+        assert self.model is not None
+        with isolated(self.model, gradients=self.differentiates), op_by_op(), recorded(self.model, names) as seen:
+            found = floating(counted_outputs(self.model, inputs, self.outputs))
+        return [each.detach() for each in found], {name: each.detach() for name, each in seen.items()}
 
     def targets(self, inputs: Any, targets: list[Tensor]) -> list[Tensor]:
         """Those of a pair, computed if they are not there."""
@@ -112,7 +120,7 @@ def with_targets(
 
 
 def imitation(
-    model: nn.Module, batches: Sequence[Any], outputs: ChosenOutputs, augment: Augment | None
+    model: nn.Module, batches: Sequence[Any], outputs: ChosenOutputs, runs: bool
 ) -> tuple[Teacher, list[Pair]]:
     """What a network is to imitate after it was changed in place: its outputs, and a copy of it where these are not enough.
 
@@ -120,20 +128,20 @@ def imitation(
         model: as it is to be imitated.
         batches: its inputs.
         outputs: those that count.
-        augment: changes inputs, on which only a copy has outputs.
+        runs: whether it is to be run afterwards, for changed inputs or its features.
 
     Raises:
         DistillationError: if it cannot be copied.
     """
     teacher, pairs = with_targets(model, batches, outputs)
-    if augment is None and pairs[0][1]:
+    if not runs and pairs[0][1]:
         return replace(teacher, model=None), pairs
     try:
         return replace(teacher, model=copy.deepcopy(model)), pairs
     except Exception as error:
         raise DistillationError(
             f"Expected a network that copy.deepcopy copies, as its outputs are needed after it has changed, got {error!r}. "
-            "Take fewer samples and no `augment`, or no steps."
+            "Take fewer samples, no `augment` and no `features`, or no steps."
         ) from error
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import evolvenet
 from evolvenet.errors import DistillationError, TraceError
 from evolvenet.lowrank.factorize import factorize
-from evolvenet.pruning import distillation, distillation_samples
+from evolvenet.pruning import distillation, distillation_features, distillation_samples
 from tests.helpers.states import State
 
 Change = Callable[[Any], Any]
@@ -303,3 +303,65 @@ def test_ctrl_c_between_two_steps_ends_it() -> None:
         evolvenet.polish(model, teacher, samples(), steps=9, augment=pressed)
     assert before.differences(model) == []
     assert distillation.TRIES == 3
+
+
+class Images(nn.Module):
+    """Of two stages, each with a feature that can be compared."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.stage, self.flat, self.dense = nn.Conv2d(1, width, 3), nn.Flatten(), nn.Linear(width * 4, width)
+        self.head = nn.Linear(width, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.dense(torch.tanh(self.flat(self.stage(x))))))
+
+
+def test_maps_of_features_fit_best_and_are_trained_along() -> None:
+    torch.manual_seed(0)
+    teacher, model = Images(6), Images(3)
+    x = torch.randn(400, 1, 4, 4)
+    names = distillation_features.feature_names(model, teacher, ["stage", "d*"])
+    assert names == ["stage", "dense"]
+    seen: list[dict[str, Tensor]] = []
+    for net in (model, teacher):
+        with torch.no_grad(), distillation_features.recorded(net, names) as found:
+            net(x)
+        seen.append(found)
+    maps = distillation_features.FeatureMaps.of(*seen)
+    assert [tuple(each.shape) for each in maps.weights] == [(6, 4), (6, 4)]
+    errors = []
+    for name in names:
+        one, two = (each[name].double().movedim(1, -1).flatten(0, -2) for each in seen)
+        one = torch.cat([one, torch.ones(len(one), 1)], 1)
+        rest = two - one @ torch.linalg.lstsq(one, two).solution
+        errors.append(float(rest.square().mean() / (two - two.mean(0)).square().mean()))
+    assert float(maps.loss(*seen).detach()) == pytest.approx(sum(errors) / 2, rel=1e-3)
+    start = copy.deepcopy(model)
+    done = evolvenet.polish(model, teacher, list(x.split(50)), steps=60, features=["stage", "dense"])
+    assert done.kept
+    after: list[dict[str, Tensor]] = []
+    for net in (model, teacher):
+        with torch.no_grad(), distillation_features.recorded(net, names) as found:
+            net(x)
+        after.append(found)
+    alone = copy.deepcopy(start)
+    evolvenet.polish(alone, teacher, list(x.split(50)), steps=60)
+    with torch.no_grad(), distillation_features.recorded(alone, names) as found:
+        alone(x)
+    fit = distillation_features.FeatureMaps.of
+    assert float(fit(*after).loss(*after)) < float(fit(found, after[1]).loss(found, after[1]))
+
+
+def test_features_that_cannot_be_compared_are_refused() -> None:
+    teacher, model = Images(6), Images(3)
+    batches = [torch.randn(16, 1, 4, 4)]
+    with pytest.raises(DistillationError, match="expected the name of a module that both networks have"):
+        evolvenet.polish(model, teacher, batches, steps=1, features=["no*"])
+    with pytest.raises(DistillationError, match="expected a network as teacher"):
+        evolvenet.polish(model, returned(teacher, batches), batches, features=["stage"])
+    theirs = {"stage": torch.zeros(16, 6, 2, 2)}
+    with pytest.raises(DistillationError, match="differ in their channels alone"):
+        distillation_features.FeatureMaps.of({"stage": torch.zeros(16, 3, 5, 5)}, theirs)
+    with pytest.raises(DistillationError, match="Leave it out"):
+        distillation_features.FeatureMaps.of({}, theirs)
