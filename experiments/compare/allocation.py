@@ -101,11 +101,13 @@ class Method:
         title: for the page.
         loss: of the trials that the sizes are by; None for equal widths.
         rounds: of the fits of outputs that a rectifier takes.
+        joint: rounds of `allocate`.
     """
 
     title: str
     loss: str | None
     rounds: int = ONE_SHOT_LIMITS.rounds
+    joint: int = 0
 
 
 METHODS = {
@@ -114,6 +116,7 @@ METHODS = {
     "outputs": Method('`loss="outputs"`', "outputs"),
     "outputs0": Method('`loss="outputs"`, fitted without rounds', "outputs", 0),
     "kl": Method('`loss="kl"`', "kl"),
+    "joint": Method('`loss="outputs", rounds=2`', "outputs", joint=2),
     "task": Method("`loss=cross_entropy`, with labels", "task"),
 }
 
@@ -127,31 +130,39 @@ def run(data: TaskData, seed: int, options: argparse.Namespace) -> Iterator[Reco
         method = METHODS[name]
         for ratio in options.ratios:
             path = folder / f"allocation-{ratio}-{name}.json"
-            made_of = {"weights": trained["weights"], "state": options.state}
+            made_of = {"weights": trained["weights"], "state": options.state, "commit": options.commit}
             if is_current(path, made_of, keep_old=options.keep_old, after="test" if options.test else None):
                 continue
-            by = method.loss or "equal"
-            found[by] = found.get(by) or _sizes(network, method.loss)
-            record = {"method": name, "ratio": ratio, "seconds": round(found[by][1], 1), **made_of}
-            record |= measured(network, found[by][0], method.rounds, ratio, options.test)
+            by = f"{method.loss or 'equal'} {method.joint}"
+            found[by] = found.get(by) or _sizes(network, method)
+            start = time.process_time()
+            sizes = found[by][0](round((1 - ratio / 100) * network.graph.parameters))
+            seconds = found[by][1] or time.process_time() - start
+            record = {"method": name, "ratio": ratio, "seconds": round(seconds, 1), **made_of}
+            record |= measured(network, sizes, method.rounds, options.test)
             write_whole(path, json.dumps(record, indent=1))
             yield record
 
 
-def _sizes(network: Network, loss: str | None) -> tuple[Sizes, float]:
-    if loss is None:
+def _sizes(network: Network, method: Method) -> tuple[Sizes, float]:
+    """The sizes, and the seconds of one core that the trials for all numbers of parameters took."""
+    if method.loss is None:
         return partial(peers.equal_sizes, network.graph), 0.0
-    found, seconds = network.allocation(loss)
+    if method.joint:
+        allocate = partial(
+            evolvenet.allocate, network.model, network.graph, batches=network.images, rounds=method.joint
+        )
+        return lambda parameters: dict(allocate(parameters)), 0.0
+    found, seconds = network.allocation(method.loss)
     return lambda parameters: dict(found.at(parameters)), seconds
 
 
-def measured(network: Network, sizes: Sizes, rounds: int, ratio: int, test: bool) -> dict[str, Any]:
+def measured(network: Network, sizes: peers.Sizes, rounds: int, test: bool) -> dict[str, Any]:
     """Cut a copy of the network, and measure its accuracies."""
     model = copied(network.model)
-    chosen = sizes(round((1 - ratio / 100) * network.graph.parameters))
     start = time.process_time()
     limits = replace(ONE_SHOT_LIMITS, rounds=rounds)
-    surgery = plan_fitted_prune(model, network.graph, chosen, network.images, limits)
+    surgery = plan_fitted_prune(model, network.graph, sizes, network.images, limits)
     install(model, surgery)
     found: dict[str, Any] = {"prune_seconds": round(time.process_time() - start, 1)}
     found |= {"parameters": surgery.graph.parameters, "sizes": dict(surgery.graph.sizes)}
@@ -162,8 +173,7 @@ def measured(network: Network, sizes: Sizes, rounds: int, ratio: int, test: bool
 ABOUT = """\
 # How widths are chosen and fitted
 
-Written by `make compare-allocation` (`python -m experiments.compare.allocation`) {machine}, git {commit}, package in
-state {state}.
+Written by `make compare-allocation` (`python -m experiments.compare.allocation`) {machine}.
 
 Accuracy in %, mean ± standard deviation (of a sample) over n trained networks, one shot from 1,024 training images without
 labels (with them where it says so). Columns: share of the parameters removed. **Validation**: 5,000 other training images, on
@@ -173,7 +183,7 @@ which settings are chosen. **Test**: the test split.
 
 def page(options: argparse.Namespace) -> str:
     """The results of all networks that are there."""
-    lines = [ABOUT.format(machine=machine_line(), commit=commit(), state=options.state)]
+    lines = [ABOUT.format(machine=machine_line())]
     for name in tasks():
         networks, results = read(options.cache / name, METHODS, lambda record: (record["method"], record["ratio"]))
         ratios = sorted({ratio for _, ratio in results})
@@ -197,7 +207,8 @@ def page(options: argparse.Namespace) -> str:
                     cells = [cell([record[split] for record in each if split in record]) for each in of_ratios]
                     rows.append([about.title, *cells])
             lines += [*markdown([split, *(f"{ratio} %" for ratio in ratios)], rows), ""]
-        lines += [*_seconds(results), ""]
+        commits = sorted({record["commit"] for each in results.values() for record in each.values()})
+        lines += [*_seconds(results), "", f"Results of the commits {', '.join(commits)}.", ""]
     return "\n".join(lines)
 
 
@@ -223,7 +234,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--cache", type=Path, default=Path("outputs/compare"), help="folder of the JSON files")
     parser.add_argument("--table", type=Path, default=Path(__file__).with_suffix(".md"), help="page to write")
     options = parser.parse_args(arguments)
-    options.state = state()
+    # Once, at the start: the sources may change during the run, which uses the modules loaded then.
+    options.state, options.commit = state(), commit()
     for name in options.only or [name for name, task in tasks().items() if task.default]:
         data = TaskData.open(tasks()[name], options.data)
         for seed in options.seeds:
