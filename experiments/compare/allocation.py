@@ -216,7 +216,8 @@ def _seconds(results: dict[tuple[str, int], dict[int, Record]]) -> list[str]:
     """What the trials cost."""
     found: dict[str, list[float]] = {}
     for (method, _), each in results.items():
-        found.setdefault(method, []).extend(record["seconds"] for record in each.values() if record["seconds"])
+        if METHODS[method].loss is not None:
+            found.setdefault(method, []).extend(record["seconds"] for record in each.values())
     parts = [f"{METHODS[name].title} {min(each):.1f} … {max(each):.1f}" for name, each in found.items() if each]
     return [f"Seconds of one core for `allocate`: {'; '.join(parts)}."] if parts else []
 
