@@ -7,7 +7,7 @@ SHIPPED ?= .venv-shipped
 WORKERS ?= 2
 BIN := $(VENV)/bin
 
-.PHONY: train test test-all test-gpu test-oldest install browser lint clean coverage bench-event bench-trace bench-scale bench-gpu compare compare-install compare-lowrank compare-language compare-shipped compare-shipped-install compare-time docs figures
+.PHONY: train test test-all test-gpu test-oldest install browser lint clean coverage bench-event bench-trace bench-scale bench-gpu compare compare-install compare-allocation compare-lowrank compare-few-samples compare-language compare-shipped compare-shipped-install compare-time docs figures
 
 install: $(VENV)/.installed
 
@@ -97,9 +97,17 @@ compare: compare-install
 	$(COMPARE)/bin/python -m experiments.compare.state --data "$${EVOLVENET_DATA:-data}" --out experiments/compare/state.md
 	$(COMPARE)/bin/python -m experiments.compare.factor_state --data "$${EVOLVENET_DATA:-data}"
 
+# How widths are chosen and fitted: three networks each of MNIST and CIFAR-10, the test split once. Resumes where it was stopped.
+compare-allocation: install
+	$(BIN)/python -m experiments.compare.allocation --test
+
 # Widths, ranks and both, on four networks of three seeds each. Resumes where it was stopped; hours on 2 CPU cores.
 compare-lowrank: compare-install
 	$(COMPARE)/bin/python -m experiments.compare.lowrank
+
+# Small networks from trained ones with few images and no labels. Resumes where it was stopped; hours on 2 CPU cores.
+compare-few-samples: compare-install
+	$(COMPARE)/bin/python -m experiments.compare.few_samples
 
 # Character models of the transformers library, six networks; resumes where it was stopped. Hours on 2 CPU cores, minutes with
 # LANGUAGE="--device cuda".

@@ -22,6 +22,7 @@ from evolvenet.engine.saving import load, save  # noqa: E402
 from evolvenet.engine.sharding import whole_parameters  # noqa: E402
 from evolvenet.engine.width_table import widths  # noqa: E402
 from evolvenet.errors import (  # noqa: E402
+    DistillationError,
     EvolveNetError,
     FactorizationError,
     IndexMapError,
@@ -49,6 +50,7 @@ from evolvenet.policies.price import Price  # noqa: E402
 from evolvenet.policies.threshold import Threshold  # noqa: E402
 from evolvenet.policies.tolerance import Tolerance  # noqa: E402
 from evolvenet.pruning.allocation import allocate  # noqa: E402
+from evolvenet.pruning.distillation import Polish, polish  # noqa: E402
 from evolvenet.surgery.state_parts import register_made_later  # noqa: E402
 from evolvenet.tracing.trace import trace  # noqa: E402
 
@@ -67,6 +69,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Budget",
     "Compression",
+    "DistillationError",
     "Event",
     "EvolveNetError",
     "Evolver",
@@ -80,6 +83,7 @@ __all__ = [
     "OptimizerStateError",
     "Policy",
     "PolicyError",
+    "Polish",
     "Price",
     "Proposal",
     "RecordError",
@@ -103,6 +107,7 @@ __all__ = [
     "load",
     "merge",
     "output_spectra",
+    "polish",
     "prune",
     "remove_blocks",
     "renew_ddp",

@@ -42,6 +42,10 @@ class FactorizationError(EvolveNetError, ValueError):
     """A layer cannot be factorized as requested, or the request is malformed."""
 
 
+class DistillationError(EvolveNetError, ValueError):
+    """Outputs of a teacher do not fit the samples or the network, or there is nothing to train."""
+
+
 class PolicyError(EvolveNetError, ValueError):
     """A policy was configured with values outside their range."""
 

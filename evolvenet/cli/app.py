@@ -87,6 +87,7 @@ def compress(  # noqa: PLR0913  the options of the command
     lowrank: Annotated[bool, typer.Option(help="Whether layers may be factorized.")] = True,
     multiple: Annotated[int, typer.Option(help="Of which the units of a width that is cut are a multiple.", min=1)] = 1,
     fixed: Annotated[list[str], typer.Option(help="Pattern of widths that keep their size. May be repeated.")] = [],  # noqa: B006
+    steps: Annotated[int, typer.Option(help="Steps of training towards the uncut network's outputs.", min=0)] = 0,
     as_json: AsJson = False,
     samples: Samples = 1024,
     batch_size: BatchSize = 64,
@@ -100,7 +101,7 @@ def compress(  # noqa: PLR0913  the options of the command
     wanted = goal({"parameters": parameters, "macs": macs, "bytes": bytes, "latency": latency}, out)
     model, inputs = _network(factory, arg, input, checkpoint)
     chosen = batches(data, inputs, samples=samples, size=batch_size, scale=scale, key=key)
-    done = compressed(model, inputs, chosen, wanted, out, lowrank=lowrank, multiple=multiple, fixed=fixed)
+    done = compressed(model, inputs, chosen, wanted, out, lowrank=lowrank, multiple=multiple, fixed=fixed, steps=steps)
     _show(done.data, as_json, lambda: Group(done.table, Text(f"written: {out}")))
 
 

@@ -105,4 +105,5 @@ def _plain(done: Compression, kind: str) -> dict[str, Any]:
         "chosen": done.chosen.name,
         "widths": {name: list(sizes) for name, sizes in done.sizes.items()},
         "attempts": [vars(attempt) for attempt in done.attempts],
+        "polished": None if done.polished is None else vars(done.polished),
     }

@@ -31,6 +31,9 @@ from evolvenet.measurement.activation_moments import collect
 from evolvenet.measurement.cost import Costs, latency, macs, parameters, size_in_bytes
 from evolvenet.measurement.output_error import output_error, outputs_on
 from evolvenet.pruning.allocation import allocate_to
+from evolvenet.pruning.distillation import Descent, distil
+from evolvenet.pruning.distillation_samples import HELD_OUT as JUDGED
+from evolvenet.pruning.distillation_samples import Augment, imitation
 from evolvenet.pruning.reconstruction import reconstruct
 from evolvenet.pruning.selection import plan_prune
 from evolvenet.pruning.trials import Curve, trial_curves
@@ -72,13 +75,17 @@ def compress(  # noqa: PLR0913  one name for each cost
     fixed: Patterns = (),
     multiple: int = 1,
     outputs: Outputs | None = None,
+    steps: int = 0,
+    augment: Augment | None = None,
+    features: Sequence[str] = (),
 ) -> Compression:
     """Make a network as small as is required, in place, all or nothing, with the least change of its outputs.
 
     Several ways are tried, and the one with the least measured error of the network's outputs is taken: cuts of widths alone;
     factors of ranks alone; both, by loss per cost over both; and widths part of the way, ranks for the rest. Each is fitted on
     unlabelled samples and judged on others, a quarter of the batches; the best one is then done again with all batches.
-    Nothing is trained, and no label is needed. A few hundred samples are enough, in four batches or more.
+    No label is needed. A few hundred samples are enough, in four batches or more. Nothing is trained without `steps`; with
+    some, the result is trained on the same samples to put out what the uncut network did, see `evolvenet.polish`.
 
     Args:
         model: any module. Its parameters and buffers are resized in place; layers are replaced by chains where a lower rank is
@@ -96,6 +103,9 @@ def compress(  # noqa: PLR0913  one name for each cost
         fixed: names or patterns of widths that keep their size, or of modules that produce them.
         multiple: of which the channels of every width that is cut are a multiple.
         outputs: as for `trace`: what the error is measured on, too.
+        steps: of gradient descent at the end. 200 are worth most of what more of them are.
+        augment: see `evolvenet.polish`. A copy of the uncut network is kept for it until the end.
+        features: the same.
 
     Returns:
         What was tried and done; `print` it.
@@ -104,6 +114,7 @@ def compress(  # noqa: PLR0913  one name for each cost
         ResizeError: if the network cannot be made so small, or for none or several costs. Nothing has changed then.
         TraceError: if the model does not run on the inputs, or there is no batch.
         SpectrumError: for NaN or infinite weights or inputs.
+        DistillationError: if steps are asked for and no parameter requires gradients, or the network cannot be copied.
 
     >>> _ = torch.manual_seed(0)
     >>> model = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
@@ -114,7 +125,7 @@ def compress(  # noqa: PLR0913  one name for each cost
     # Over 40 lines: the signature, whose arguments are listed one a line.
     given = {"params": parameters, "macs": macs, "bytes": bytes, "latency": latency}
     goal = Goal.of({kind: limit for kind, limit in given.items() if limit is not None}, example_inputs)
-    listed = _listed(batches)
+    listed, descent = _listed(batches), Descent(steps, augment=augment, features=tuple(features))
     graph = Restriction(fixed=fixed, multiple=multiple).apply(trace(model, example_inputs, outputs))
     before = goal.cost(model)
     if before <= goal.limit:
@@ -130,14 +141,23 @@ def compress(  # noqa: PLR0913  one name for each cost
         with deferred_signals("an attempt"), ExitStack() as undo:
             found[name] = search.tried(name, sizes, fitting, partial(_error, whole, judging), undo), sizes
     chosen, sizes = _best(goal, list(found.values()))
-    with deferred_signals("the compression"), ExitStack() as undo:
-        cut, layers = search.execute(chosen.name, sizes, listed, as_list(optimizers), undo)
-        after = trace(model, example_inputs, outputs) if layers is not None and layers.before > layers.after else cut
+    lesson = imitation(model, listed, graph.outputs, augment is not None or bool(features)) if steps else None
+    with ExitStack() as undo:
+        with deferred_signals("the compression"):
+            # What decides whether the steps help is not used before them.
+            known = listed[: -max(1, len(listed) // JUDGED)] if steps and len(listed) > 1 else listed
+            cut, layers = search.execute(chosen.name, sizes, known, as_list(optimizers), undo)
+            after = (
+                trace(model, example_inputs, outputs) if layers is not None and layers.before > layers.after else cut
+            )
+        polished = None if lesson is None else distil(model, *lesson, descent)
         undo.pop_all()
     remember_widths(model, after, graph.sizes)
     changed = {name: (size, sizes[name]) for name, size in graph.sizes.items() if sizes[name] != size}
     attempts = tuple(attempt for attempt, _ in found.values())
-    return Compression(goal.kind, goal.limit, before, goal.cost(model), attempts, chosen, changed, layers, after)
+    return Compression(
+        goal.kind, goal.limit, before, goal.cost(model), attempts, chosen, changed, layers, after, polished
+    )
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from evolvenet.graph.width_graph import WidthGraph
 from evolvenet.lowrank.report import Factorization
+from evolvenet.pruning.distillation import Polish
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -57,6 +58,7 @@ class Compression:
         sizes: {width: (size before, size now)} of those that were cut.
         layers: what became of each layer that could have been factorized; None where ranks were not in question.
         graph: the widths and ranks of the network as it is now.
+        polished: what the steps of gradient descent at the end have done; None where there were none.
     """
 
     kind: str
@@ -68,10 +70,11 @@ class Compression:
     sizes: Mapping[str, tuple[int, int]]
     layers: Factorization | None
     graph: WidthGraph = field(repr=False)
+    polished: Polish | None = None
 
     @property
     def error(self) -> float:
-        """Relative squared error of the network's outputs, see `Attempt`."""
+        """Relative squared error of the network's outputs before `polished`, see `Attempt`."""
         assert self.chosen.error is not None
         return self.chosen.error
 
@@ -85,7 +88,8 @@ class Compression:
 
     def _caption(self) -> str:
         before, after = amount(self.kind, self.before), amount(self.kind, self.after)
-        return f"{before} → {after} {UNITS[self.kind]}, output error {self.error:.2g}"
+        end = "" if self.polished is None else f"\n{self.polished}"
+        return f"{before} → {after} {UNITS[self.kind]}, output error {self.error:.2g}{end}"
 
     def __str__(self) -> str:
         """The attempts, one line each, and what was reached."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -260,17 +261,18 @@ def broadcast_surgery(
         return decide()
     made: list[Surgery] = []
 
-    def plain() -> tuple[Mapping[str, Any], Mapping[str, BasisChange], Mapping[str, Tensor]]:
+    def plain() -> tuple[Mapping[str, Any], Mapping[str, BasisChange], Mapping[str, Tensor], bool]:
         made.append(decide())
         maps = {name: (index_map.indices, index_map.size) for name, index_map in made[0].maps.items()}
-        return maps, made[0].bases, {change.name: change.value.cpu() for change in made[0].changes}
+        values = {change.name: change.value.cpu() for change in made[0].changes}
+        return maps, made[0].bases, values, made[0].updated
 
-    maps, bases, values = run_on_rank_0(group, plain)
+    maps, bases, values, updated = run_on_rank_0(group, plain)
 
     def own() -> Surgery:
         if made:
             return made[0]
         surgery = compile_surgery(model, graph, {name: IndexMap.of(*entry) for name, entry in maps.items()}, bases)
-        return with_values(model, surgery, values)
+        return replace(with_values(model, surgery, values), updated=updated)
 
     return run_on_all_ranks(group, own)

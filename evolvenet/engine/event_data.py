@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import nn
 
-from evolvenet.errors import stage
+from evolvenet.errors import is_out_of_memory, stage
+from evolvenet.execution.step import returned_loss
 from evolvenet.graph.width_graph import WidthGraph
 from evolvenet.growth.loss_test import Gradients, evidence
-from evolvenet.growth.plan import plan_growth
+from evolvenet.growth.plan import NewUnits, plan_growth
 from evolvenet.lowrank.fit import Observations
 from evolvenet.lowrank.layer_ranks import LayerRanks, LowRank, costs_of
 from evolvenet.lowrank.rank_statistics import observe_whole, rank_statistics, rank_trials
@@ -27,6 +29,8 @@ from evolvenet.pruning.reconstruction_batch import TRAINING_LIMITS
 from evolvenet.pruning.selection import plan_prune
 from evolvenet.pruning.trials import SHARES, Curve, trial_curves
 from evolvenet.surgery.resize_model import Surgery
+
+log = logging.getLogger("evolvenet")
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,6 +47,7 @@ class EventData:
         previous: share of the run that was done at the event before, 0 at the first one; None where the run's length is unknown.
         seed: of the run; new units draw from `seed` + the event's number.
         lowrank: how layers may be factorized; None where ranks are not in question.
+        new_units: how they start.
     """
 
     model: nn.Module
@@ -54,6 +59,7 @@ class EventData:
     previous: float | None
     seed: int
     lowrank: LowRank | None = None
+    new_units: NewUnits = field(default_factory=NewUnits)
 
     @cached_property
     def ranks(self) -> LayerRanks | None:
@@ -136,7 +142,18 @@ class EventData:
             sizes: {width: size}.
         """
         with stage("growth"):
-            return plan_growth(self.model, graph, sizes, generator=self.generator())
+            if self.new_units.needs_loss:
+                try:
+                    return plan_growth(
+                        self.model, graph, sizes, self.new_units.method, self.generator(),
+                        [(batch, None) for batch in self.batches], returned_loss, self.new_units.update,
+                    )  # fmt: skip
+                except Exception as problem:
+                    if is_out_of_memory(problem):
+                        raise
+                    log.warning("New units start as 'orthogonal' and no weight is updated: %s", problem)
+            method = "orthogonal" if self.new_units.needs_loss else self.new_units.method
+            return plan_growth(self.model, graph, sizes, method, self.generator())
 
     def generator(self) -> torch.Generator:
         """The source of the new units' random directions."""

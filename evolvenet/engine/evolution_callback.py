@@ -14,6 +14,7 @@ from evolvenet.engine.run_curves import RunCurves
 from evolvenet.errors import PolicyError
 from evolvenet.execution.chosen_outputs import Outputs
 from evolvenet.graph.restriction import Patterns, Restriction
+from evolvenet.growth.plan import NewUnits
 from evolvenet.measurement.calibration import LEAST
 from evolvenet.policies.base import Policy, judged_metric
 from evolvenet.policies.schedule import Schedule
@@ -40,10 +41,14 @@ class EvolutionCallback(Reported):
         outputs: which outputs of the network count, as for `evolvenet.trace`: those that predictions use. In training the loss
             decides which widths may change; this is for a network that is traced by itself, on `example_inputs` or because its
             training step cannot be.
+        new_units: how they start, see the `method` of `evolvenet.grow`; "gradmax" and "tiny" need the loss that the training step
+            returns. Where it does not run beside training they are "orthogonal", with a warning.
+        update: whether the weights around new units then move so that the loss of the event's batches falls, see
+            `evolvenet.grow`; needs the loss as well. The function changes then.
 
     Raises:
-        PolicyError: for values out of range, a policy without a method `propose`, or, before training starts or on its first
-            batch, a name that matches nothing.
+        PolicyError: for values out of range, an unknown `new_units`, a policy without a method `propose`, or, before training
+            starts or on its first batch, a name that matches nothing.
     """
 
     policy: Policy
@@ -58,6 +63,8 @@ class EvolutionCallback(Reported):
     fixed: Patterns = ()
     multiple: int = 1
     outputs: Outputs | None = None
+    new_units: str = "orthogonal"
+    update: bool = False
 
     def __post_init__(self) -> None:
         if self.calibration_batches is not None and self.calibration_batches < 1:
@@ -65,6 +72,7 @@ class EvolutionCallback(Reported):
                 f"{type(self).__name__}: expected calibration_batches of 1 or more, got {self.calibration_batches}."
             )
         self._judged_metric = judged_metric(self.policy)
+        self._new_units = NewUnits(self.new_units, self.update)
         self.schedule = Schedule(self.every_n_epochs, self.every_n_steps, self.start_step, self.stop)
         self.restriction = Restriction(self.network, self.fixed, self.multiple)
         self.evolver: Evolver | None = None

@@ -43,6 +43,7 @@ from evolvenet.graph.current import check_current
 from evolvenet.graph.restriction import Patterns, Restriction
 from evolvenet.graph.whole import check_whole
 from evolvenet.graph.width_graph import WidthGraph
+from evolvenet.growth.plan import NewUnits
 from evolvenet.lowrank.layer_ranks import low_rank
 from evolvenet.measurement.calibration import LEAST, batches_needed, places_per_sample
 from evolvenet.measurement.cost import macs, parameters
@@ -83,10 +84,15 @@ class Evolver(EvolverCuts):
         multiple: of which the channels of a width that changes are a multiple.
         path: of the model in a larger module, by whose names `network` and `fixed` may go.
         outputs: which of the model's outputs count, as for `trace`; with `step`, of what that returns.
+        new_units: how they start, see the `method` of `grow`; "gradmax" and "tiny" need the loss, from `step` or a model that
+            returns its own as `loss`. Without it new units are "orthogonal", with a warning.
+        update: whether the weights around new units then move so that the loss of the observed batches falls, see `grow`; needs
+            the loss as well.
 
     Raises:
         TraceError: if the model does not run on the example inputs, or nothing in it can be resized.
-        PolicyError: for a policy without a method `propose`, or a name in `network` or `fixed` that matches nothing.
+        PolicyError: for a policy without a method `propose`, an unknown `new_units`, or a name in `network` or `fixed` that
+            matches nothing.
 
     >>> from evolvenet import Threshold
     >>> model = nn.Sequential(nn.Linear(4, 64), nn.ReLU(), nn.Linear(64, 2))
@@ -118,6 +124,8 @@ class Evolver(EvolverCuts):
         multiple: int = 1,
         path: str = "",
         outputs: Outputs | None = None,
+        new_units: str = "orthogonal",
+        update: bool = False,
     ) -> None:
         # Over 40 lines: the signature, whose arguments are listed one a line.
         self._pending_cut = PendingCut(cast(JudgingPolicy, policy)) if judged_metric(policy) is not None else None
@@ -129,7 +137,7 @@ class Evolver(EvolverCuts):
         self.example_inputs = tree_map_only(Tensor, torch.clone, first_samples(example_inputs, 2))
         self.copies, self.after_change = copies, after_change
         self._restriction = self._restriction_given = Restriction(network, fixed, multiple)
-        self._path = path
+        self._path, self._new_units = path, NewUnits(new_units, update)
         self._outputs = normalized(outputs)
         self.graph = self._restricted(graph or trace_for_training(model, self.example_inputs, outputs))
         self.original = self._original_before_cut = OriginalWidths.of(self.graph)
@@ -303,8 +311,9 @@ class Evolver(EvolverCuts):
             batches, gradients = self._buffer.gather(group)
         inputs = self.example_inputs
         data = EventData(
-            self.model, self.graph, inputs, batches, gradients, self._past, previous, self._seed, self.lowrank
-        )
+            self.model, self.graph, inputs, batches, gradients, self._past, previous, self._seed, self.lowrank,
+            self._new_units,
+        )  # fmt: skip
         initial = self.history.initial.sizes
         measures, proposals = run_on_rank_0(group, lambda: decide(self.policy, data, initial, self._pending_cut))
         known = {name: each.energies for name, each in measures.items() if name in self.graph.widths}

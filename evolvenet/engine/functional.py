@@ -20,7 +20,7 @@ from evolvenet.pruning.fitted_prune import plan_fitted_prune
 from evolvenet.pruning.selection import plan_prune
 from evolvenet.signals import deferred_signals
 from evolvenet.surgery.optimizer_parameters import as_list
-from evolvenet.surgery.optimizer_state import apply_state, compile_states, validate_state
+from evolvenet.surgery.optimizer_state import apply_state, compile_states, validate_state, weighing_new_gradients
 from evolvenet.surgery.optimizer_tensors import with_inner
 from evolvenet.surgery.resize_model import Surgery, compile_surgery, install
 from evolvenet.surgery.width_record import remember_widths
@@ -87,7 +87,7 @@ def prune(
     return commit(model, plan_fitted_prune(model, graph, sizes, batches), optimizers)
 
 
-def grow(
+def grow(  # noqa: PLR0913  public: each is one choice of a growth
     model: nn.Module,
     graph: WidthGraph,
     sizes: Mapping[str, int],
@@ -96,8 +96,9 @@ def grow(
     generator: torch.Generator | None = None,
     batches: Iterable[Any] | None = None,
     loss: Loss | None = None,
+    update: bool = False,
 ) -> WidthGraph:
-    """Widen widths without changing what the model computes.
+    """Widen widths without changing what the model computes, or, with `update`, so that the loss falls at once.
 
     Args:
         model: the traced model.
@@ -109,7 +110,11 @@ def grow(
         generator: source of the new units' random directions.
         batches: model inputs, for "orthogonal" and "paired" where the rows already span everything; with a loss, pairs of
             (model inputs, targets).
-        loss: (model output, targets) → a scalar; "gradmax" and "tiny" need it and batches.
+        loss: (model output, targets) → a scalar; "gradmax", "tiny" and `update` need it and batches.
+        update: whether the weights that produce or consume the widths then move, layer by layer, along TINY's least-squares
+            step, as far as a line search says. This changes what the model computes on purpose; the mean loss of the batches,
+            in eval mode, is never higher than before. Adam's estimates are carried and soon outweighed by new gradients, as
+            after a fitted cut. See `evolvenet.growth.weight_update.update_weights`.
 
     Returns:
         The graph of the changed model.
@@ -120,7 +125,7 @@ def grow(
             and lacks.
     """
     check_current(model, graph)
-    return commit(model, plan_growth(model, graph, sizes, method, generator, batches, loss), optimizers)
+    return commit(model, plan_growth(model, graph, sizes, method, generator, batches, loss, update), optimizers)
 
 
 @deferred_signals("the change of widths")
@@ -149,6 +154,7 @@ def apply(model: nn.Module, surgery: Surgery, optimizers: Sequence[Optimizer], u
     """
     with stage("optimizer state"), torch.inference_mode(False):
         plans = compile_states(optimizers, surgery.changes)
+        plans = [weighing_new_gradients(plan) for plan in plans] if surgery.updated else plans
     undo.callback(install(model, surgery))
     for plan in plans:
         undo.callback(apply_state, apply_state(plan))

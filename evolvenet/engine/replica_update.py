@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from evolvenet.execution.inputs import cast_to_parameters
+from evolvenet.graph.index_map import NEW_UNIT
 from evolvenet.graph.naming import named_tensors
 from evolvenet.graph.width_graph import WidthGraph
 from evolvenet.measurement.activation_moments import collect
@@ -25,7 +26,8 @@ def plan_replica_update(copy: nn.Module, graph: WidthGraph, surgery: Surgery, ba
 
     The same units are removed and added; ranks get the same change of basis before. The consumers of a removed unit are fitted
     to the copy's own outputs before the cut, since the model's fit is for other weights. New units have the model's values:
-    their fan-out is zero in both. Under a norm they are those of the copy's own weights, see `surgery.norm_expansion`.
+    their fan-out is zero in both; in the copy alone, if the growth has moved the model's present weights. Under a norm they
+    are those of the copy's own weights, see `surgery.norm_expansion`.
 
     Args:
         copy: a model with the same tensor names and shapes as the graph's.
@@ -56,6 +58,8 @@ def plan_replica_update(copy: nn.Module, graph: WidthGraph, surgery: Surgery, ba
     own = compile_surgery(copy, graph, surgery.maps)
     values = {change.name: change.value for change in surgery.changes}
     with_new = replace(own, changes=tuple(_with_model_values(change, values[change.name]) for change in own.changes))
+    if surgery.updated:
+        with_new = _without_fan_out(graph, with_new)
     # What keeps the function of the copy under its norms follows from its own weights.
     return expand_norms(copy, graph, with_new, columns=False)
 
@@ -70,6 +74,20 @@ def without_shared_tensors(surgery: Surgery, model: nn.Module) -> Surgery:
     tensors, _, _ = named_tensors(model)
     own = tuple(change for change in surgery.changes if change.tensor is not tensors.get(change.name))
     return replace(surgery, changes=own)
+
+
+def _without_fan_out(graph: WidthGraph, surgery: Surgery) -> Surgery:
+    """A growth whose new units no consumer reads: 0 in the new columns."""
+    consumed = {(tie.tensor, tie.dim) for name in surgery.maps for tie in graph.widths[name].consumers}
+    changes: list[TensorChange] = []
+    for change in surgery.changes:
+        value = change.value.clone()
+        for dim, index_map in change.axes.items():
+            if (change.name, dim) in consumed:
+                new = [place for place, index in enumerate(index_map.indices) if index == NEW_UNIT]
+                value.index_fill_(dim, torch.tensor(new, dtype=torch.int64, device=value.device), 0)
+        changes.append(replace(change, value=value))
+    return replace(surgery, changes=tuple(changes))
 
 
 def _with_model_values(change: TensorChange, model_value: torch.Tensor) -> TensorChange:

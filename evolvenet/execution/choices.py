@@ -41,6 +41,11 @@ class Choices:
         self.same = True
         self._waiting: list[tuple[torch.Size, Tensor]] | None = None
 
+    @property
+    def none(self) -> bool:
+        """Whether no router has chosen anything."""
+        return not self._recorded
+
     def replay(self) -> None:
         """Return from here on what was recorded, in the same order."""
         self._waiting = list(self._recorded)

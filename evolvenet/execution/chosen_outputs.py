@@ -13,7 +13,8 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from evolvenet.errors import OutputNameError
-from evolvenet.execution.step import InTurn, Step, run_model
+from evolvenet.execution.inputs import tensors_of
+from evolvenet.execution.step import InTurn, Step, network_outputs, run_model
 from evolvenet.graph.width_graph import ChosenOutputs, OutputFunction
 
 Outputs = str | Sequence[str] | OutputFunction
@@ -89,6 +90,17 @@ def with_chosen_outputs(inputs: Any, outputs: ChosenOutputs) -> Any:
     if isinstance(inputs, InTurn):
         return InTurn(tuple(with_chosen_outputs(each, outputs) for each in inputs.each))
     return Step(_RunAndChoose(outputs), inputs)
+
+
+def counted_outputs(model: nn.Module, inputs: Any, outputs: ChosenOutputs = None) -> list[Tensor]:
+    """Every tensor among the outputs that count, from a run of the model as it is, which autograd may record.
+
+    >>> counted_outputs(nn.LSTM(2, 3), Tensor([[1.0, 2.0]]), ("1.0",))[0].requires_grad
+    True
+    """
+    if outputs is None:
+        return network_outputs(model, inputs)
+    return tensors_of(run_model(model, with_chosen_outputs(inputs, outputs)))
 
 
 @dataclass(frozen=True)

@@ -21,10 +21,8 @@ from torch.nn.parameter import is_lazy
 
 from evolvenet._compat.torch import tensor_tables
 from evolvenet.errors import TraceError
-from evolvenet.execution.chosen_outputs import with_chosen_outputs
-from evolvenet.execution.inputs import tensors_of
+from evolvenet.execution.chosen_outputs import counted_outputs
 from evolvenet.execution.state_guard import SavedState
-from evolvenet.execution.step import network_outputs, run_model
 from evolvenet.graph.width_graph import ChosenOutputs
 from evolvenet.linalg.full_precision import full_precision
 from evolvenet.signals import deferred_signals
@@ -78,9 +76,7 @@ def isolated(
         if gradients:
             stack.enter_context(torch.inference_mode(False))
         stack.callback(SavedState(model, with_buffers=not shadows).restore)
-        stack.callback(random.setstate, random.getstate())
-        stack.callback(np.random.set_state, np.random.get_state())
-        stack.enter_context(_random_streams_kept(model))
+        stack.enter_context(random_streams_kept(model))
         for module in modules:
             if type(module).forward is nn.SyncBatchNorm.forward:
                 # Its processes would wait for each other in training mode; what it computes is a batch norm.
@@ -128,16 +124,16 @@ def model_outputs(
     torch.Size([4, 3])
     """
     with isolated(model, gradients=gradients), op_by_op(mode):
-        if outputs is not None:
-            return [tensor.detach() for tensor in tensors_of(run_model(model, with_chosen_outputs(inputs, outputs)))]
-        return [tensor.detach() for tensor in network_outputs(model, inputs)]
+        return [tensor.detach() for tensor in counted_outputs(model, inputs, outputs)]
 
 
 @contextmanager
-def _random_streams_kept(model: nn.Module) -> Iterator[None]:
-    """On leaving, the generators of the CPU and of every device that the model's tensors are on are in the same states."""
+def random_streams_kept(model: nn.Module) -> Iterator[None]:
+    """On leaving, the generators of Python, NumPy, the CPU and every device of the model's tensors are in the same states."""
     places = {tensor.device for tensor in (*model.parameters(), *model.buffers())}
     with torch.random.fork_rng(devices=[]), ExitStack() as stack:
+        stack.callback(random.setstate, random.getstate())
+        stack.callback(np.random.set_state, np.random.get_state())
         for place in sorted(places, key=str):
             backend: Any = getattr(torch, place.type, None)
             if place.type != "cpu" and hasattr(backend, "get_rng_state"):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
 from evolvenet._compat.torch import register_pytree_node
+from evolvenet.errors import TraceError
 from evolvenet.execution.collectives import without_collectives
 from evolvenet.execution.inputs import arguments, tensors_of
 
@@ -91,6 +92,27 @@ def run_model(model: nn.Module, inputs: Any, device: str | None = None) -> Any:
             (step,) = args
             return step.function(model, step.batch)
         return model(*args, **kwargs)
+
+
+def returned_loss(returned: Any, _targets: Any = None) -> Tensor:
+    """The loss in what a training step, or a model that computes its own, has returned.
+
+    Args:
+        returned: the loss itself, or a mapping with it as "loss", or an object with it as `loss`.
+
+    Raises:
+        TraceError: if there is none.
+
+    >>> returned_loss({"loss": Tensor([2.0]).sum(), "logits": Tensor([1.0, 2.0])})
+    tensor(2.)
+    """
+    found = returned.get("loss") if isinstance(returned, Mapping) else getattr(returned, "loss", returned)
+    if not isinstance(found, Tensor) or found.numel() != 1:
+        raise TraceError(
+            "Expected the training step to return its loss, a tensor with one number or a mapping with one as 'loss', got "
+            f"{type(returned).__name__}. Return it, or give Evolver(step=...) a function of the batch that does."
+        )
+    return found
 
 
 def network_outputs(model: nn.Module, inputs: Any) -> list[Tensor]:

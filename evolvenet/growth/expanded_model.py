@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -147,6 +147,27 @@ class Growth:
         Raises:
             ResizeError: if it is no scalar, or has no gradient.
         """
+        value = self._one_number(inputs, targets)
+        if not value.requires_grad:
+            raise ResizeError(
+                "Grow: the loss has no gradient: something between the weights and the loss is detached, or runs under "
+                "no_grad. Methods that use the gradient need it; 'orthogonal' and 'paired' do not."
+            )
+        return value.sum()
+
+    def mean_loss(self, pairs: Sequence[tuple[Any, Any]]) -> float:
+        """The mean of the batches' losses, each with the same random numbers; batches count equally.
+
+        Raises:
+            ResizeError: if a loss is no scalar.
+        """
+        values: list[float] = []
+        for inputs, targets in pairs:
+            with isolated(self.model, gradients=self.graph.differentiates):
+                values.append(float(self._one_number(inputs, targets)))
+        return math.fsum(values) / len(values)
+
+    def _one_number(self, inputs: Any, targets: Any) -> Tensor:
         assert self.loss is not None, "pairs() refuses a growth without a loss"
         value = self.loss(run_model(self.model, inputs), targets)
         if not isinstance(value, Tensor) or value.numel() != 1:
@@ -155,12 +176,7 @@ class Growth:
                 f"Grow: expected loss(model_output, targets) to be a tensor with one number, got {got}. "
                 "The model runs in eval mode; take the mean over the batch."
             )
-        if not value.requires_grad:
-            raise ResizeError(
-                "Grow: the loss has no gradient: something between the weights and the loss is detached, or runs under "
-                "no_grad. Methods that use the gradient need it; 'orthogonal' and 'paired' do not."
-            )
-        return value.sum()
+        return value
 
     def of(self, counts: Mapping[str, int]) -> Growth:
         """The same growth with other numbers of new units, {width: count}; widths with none are left out."""
@@ -243,11 +259,26 @@ def expanded(growth: Growth, directions: Entries) -> Iterator[Mapping[str, Tenso
     Yields:
         {name: shadow} of the tensors with a new shape.
     """
-    with isolated(growth.model, shadows=True, gradients=True):
-        shadows, _, _ = named_tensors(growth.model)
-        placed = fill_new_units(growth, directions)
+    with installed(growth.model, lambda: fill_new_units(growth, directions)) as shadows:
+        yield shadows
+
+
+@contextmanager
+def installed(model: nn.Module, plan: Callable[[], Surgery]) -> Iterator[Mapping[str, Tensor]]:
+    """The model after a surgery, on shadows of its tensors, in eval mode with gradients; on leaving it is as it was.
+
+    Args:
+        model: the model.
+        plan: the surgery, made inside; its values are the shadows' memory.
+
+    Yields:
+        {name: shadow} of the tensors that the surgery changes.
+    """
+    with isolated(model, shadows=True, gradients=True):
+        shadows, _, _ = named_tensors(model)
+        placed = plan()
         changes = tuple(replace(change, tensor=shadows[change.name]) for change in placed.changes)
-        install(growth.model, replace(placed, changes=changes))
+        install(model, replace(placed, changes=changes))
         yield {change.name: change.tensor for change in changes}
 
 

@@ -4,21 +4,54 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from evolvenet.errors import ResizeError, TraceError
+from evolvenet.errors import PolicyError, ResizeError, TraceError
 from evolvenet.graph.exact_growth import COPY, ExactGrowth
 from evolvenet.graph.index_map import IndexMap
 from evolvenet.graph.naming import tensor_named
 from evolvenet.graph.width_graph import Width, WidthGraph
 from evolvenet.growth.expanded_model import Growth, Loss, fill_new_units
 from evolvenet.growth.initializers import METHODS
+from evolvenet.growth.weight_update import update_weights
 from evolvenet.surgery.resize_model import Surgery, check_finite, compile_surgery
 
 log = logging.getLogger("evolvenet")
+
+WITH_LOSS = frozenset({"gradmax", "tiny"})
+"""The methods that need batches and a loss."""
+
+
+@dataclass(frozen=True)
+class NewUnits:
+    """How the new units of a run start.
+
+    Args:
+        method: see `plan_growth`.
+        update: whether the weights around them then move so that the loss falls.
+
+    Raises:
+        PolicyError: for an unknown method.
+
+    >>> NewUnits("tiny").needs_loss, NewUnits("paired").needs_loss
+    (True, False)
+    """
+
+    method: str = "orthogonal"
+    update: bool = False
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise PolicyError(f"Expected new_units to be one of {', '.join(sorted(METHODS))}, got {self.method!r}.")
+
+    @property
+    def needs_loss(self) -> bool:
+        """Whether the training loss is needed."""
+        return self.update or self.method in WITH_LOSS
 
 
 def plan_growth(
@@ -29,8 +62,9 @@ def plan_growth(
     generator: torch.Generator | None = None,
     batches: Iterable[Any] | None = None,
     loss: Loss | None = None,
+    update: bool = False,
 ) -> Surgery:
-    """Add units so that the network computes the same function (but for "random"). Nothing is changed yet.
+    """Add units so that the network computes the same function (but for "random" and `update`). Nothing is changed yet.
 
     New units come last. Their rows in every producer follow the method, with the mean norm of the existing rows; what
     is added to them (biases, running means) is 0, what scales them (norm weights, running variances) the mean magnitude
@@ -57,7 +91,8 @@ def plan_growth(
         generator: where the random numbers come from, a CPU generator; None for PyTorch's global one.
         batches: model inputs, as for `prune`; with a loss, pairs of (model inputs, targets). "gradmax" and "tiny" run
             the model and its backward pass over all of them 21 times: a few batches are enough.
-        loss: (model output, targets) → a scalar, the model in eval mode; "gradmax" and "tiny" need it.
+        loss: (model output, targets) → a scalar, the model in eval mode; "gradmax", "tiny" and `update` need it.
+        update: whether the weights around the new units then move so that the loss falls, see `update_weights`.
 
     Returns:
         The changes, for `apply_surgery`.
@@ -87,7 +122,8 @@ def plan_growth(
             maps[width.name] = IndexMap.grow(width.size, size - width.size)
     surgery = check_finite(compile_surgery(model, graph, maps))
     growth = Growth(model, graph, surgery, generator, _gathered(batches), loss)
-    return fill_new_units(growth, METHODS[method](growth))
+    filled = fill_new_units(growth, METHODS[method](growth))
+    return update_weights(growth, filled) if update and maps else filled
 
 
 def _gathered(batches: Iterable[Any] | None) -> tuple[Any, ...] | None:

@@ -6,9 +6,10 @@ fixing them optimally", TMLR 2024.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,7 +24,7 @@ from evolvenet.graph.width_graph import CONSUMES, PRODUCES, Tie
 from evolvenet.growth.expanded_model import Growth, finite
 from evolvenet.linalg.precision import in_float64
 from evolvenet.linalg.ridge import refit
-from evolvenet.measurement.weight_uses import UseRecorder
+from evolvenet.measurement.weight_uses import UseRecorder, WeightUses
 
 ROWS = 4096
 """Most output positions (samples × positions) of one layer from which moments and updates are computed."""
@@ -131,35 +132,59 @@ def measure_bottleneck(growth: Growth, method: str) -> Bottleneck:
     producers, consumers = (
         [tie for width in growth.widths for tie in growth.matrices(width, role)] for role in (PRODUCES, CONSUMES)
     )
-    pairs, uses = growth.pairs(method), UseRecorder(growth.model)
-    seen = {tie.tensor: _OpRecorder(tie.tensor, max(2, ROWS // len(pairs))) for tie in (*producers, *consumers)}
+    pairs = growth.pairs(method)
     with isolated(growth.model, shadows=True, gradients=True):
-        shadows, _, _ = named_tensors(growth.model)
-        weights = [shadows[name].requires_grad_() for name in seen]
-        for inputs, targets in pairs if weights else ():
-            samples = samples_in(inputs)
-
-            def record(op: WeightOp, out: Tensor, samples: int = samples) -> OnGradient:
-                uses.add_op(op)
-                return seen[op.tensor].record(op, out, samples)
-
-            mode = ProductMode(growth.model, seen, record, uses.add_bias)
-            with op_by_op(mode):
-                value = growth.value(inputs, targets)
-            uses.add_other_uses(mode.other_uses)
-            torch.autograd.grad(value, weights, allow_unused=True)
-    found = uses.found(growth.graph)
-    axes = {name: axis for name, axis in found.axes.items() if name in seen and seen[name].usable}
-    scales = {tie: Scale.of(seen[tie.tensor].second()) for tie in producers if axes.get(tie.tensor) == 1 - tie.dim}
+        seen, found = record_gradients(growth, [tie.tensor for tie in (*producers, *consumers)], pairs)
+    scales = {
+        tie: Scale.of(seen[tie.tensor].second()) for tie in producers if found.axes.get(tie.tensor) == 1 - tie.dim
+    }
     updates = {
         tie.tensor: seen[tie.tensor].update(tie.dim, biased=tie.tensor in found.biases)
         for tie in consumers
-        if axes.get(tie.tensor) == tie.dim
+        if found.axes.get(tie.tensor) == tie.dim
     }
     return Bottleneck(scales, {name: update for name, update in updates.items() if update is not None})
 
 
-class _OpRecorder:
+def record_gradients(
+    growth: Growth, names: Collection[str], pairs: Sequence[tuple[Any, Any]], rows: int | None = None
+) -> tuple[dict[str, OpRecorder], WeightUses]:
+    """Run the loss and its backward pass, and record inputs and output gradients of the products with some weights.
+
+    Args:
+        growth: of the model, whose tensors are shadows now.
+        names: of the weights.
+        pairs: (inputs, targets) of each batch.
+        rows: most output positions of one layer; None for `ROWS`.
+
+    Returns:
+        {weight: its recorder}, and how the weights are used; only those with `axes` are weights of plain products alone.
+
+    Raises:
+        ResizeError, SpectrumError: for batches or a loss that cannot be used, or NaN in them.
+    """
+    uses = UseRecorder(growth.model)
+    seen = {name: OpRecorder(name, max(2, (ROWS if rows is None else rows) // len(pairs))) for name in names}
+    shadows, _, _ = named_tensors(growth.model)
+    weights = [shadows[name].requires_grad_() for name in seen]
+    for inputs, targets in pairs if weights else ():
+        samples = samples_in(inputs)
+
+        def record(op: WeightOp, out: Tensor, samples: int = samples) -> OnGradient:
+            uses.add_op(op)
+            return seen[op.tensor].record(op, out, samples)
+
+        mode = ProductMode(growth.model, seen, record, uses.add_bias)
+        with op_by_op(mode):
+            value = growth.value(inputs, targets)
+        uses.add_other_uses(mode.other_uses)
+        torch.autograd.grad(value, weights, allow_unused=True)
+    found = uses.found(growth.graph)
+    axes = {name: axis for name, axis in found.axes.items() if name in seen and seen[name].usable}
+    return seen, WeightUses(found.biases, axes)
+
+
+class OpRecorder:
     """Records inputs and output gradients of the products with one weight, at evenly sampled positions of the outputs.
 
     Attributes:

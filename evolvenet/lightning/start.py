@@ -161,7 +161,9 @@ class EvolutionStart(EvolutionCallback, ABC):
         first = {path: self._recorder.inputs(path)[0] for path in self._recorder.names}
         path = find_network(pl_module, self._recorder.names, optimizers_of(trainer, pl_module))
         with default_dtype(trainer), logging_muted(pl_module):
-            return choose_subject(pl_module, path, first, self._batches, self._settle, self.outputs)
+            return choose_subject(
+                pl_module, path, first, self._batches, self._settle, self.outputs, self._new_units.needs_loss
+            )
 
     @abstractmethod
     def _settle(self, root: nn.Module, graph: WidthGraph) -> WidthGraph:
@@ -232,7 +234,7 @@ class EvolutionStart(EvolutionCallback, ABC):
                 root, optimizers_of(trainer, pl_module), self.policy, subject.inputs, self.calibration_batches, self.seed,
                 self._models_to_update, after_change=partial(rebuild_ddp, trainer.strategy, pl_module),
                 graph=subject.graph, network=self.network, fixed=self.fixed, multiple=self.multiple, path=subject.path,
-                outputs=self.outputs if subject.kind == NETWORK else None,
+                outputs=self.outputs if subject.kind == NETWORK else None, new_units=self.new_units, update=self.update,
             )  # fmt: skip
         warn_of_unreached(subject.graph)
         if not self.evolver.graph.resizable:

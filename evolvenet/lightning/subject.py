@@ -114,6 +114,7 @@ def choose_subject(
     batches: Mapping[str, tuple[Any, int]],
     settle: Settle,
     outputs: Outputs | None = None,
+    with_loss: bool = False,
 ) -> Subject:
     """The one network of a module if its own graph says all about it, else the training step, else its networks.
 
@@ -128,6 +129,7 @@ def choose_subject(
         batches: {"training_step": its first batch and that batch's index, "validation_step": as far as it is known}.
         settle: see `Settle`.
         outputs: those of the network that count, as for `trace`.
+        with_loss: whether the training step is preferred, since it returns the loss.
 
     Raises:
         TraceError: if neither the steps nor any network can be traced.
@@ -149,7 +151,7 @@ def choose_subject(
         return Subject("", step, settle(module, trace(module, first_samples(step, SAMPLES))), step)
     if whole is None or alone is None:
         return whole or alone  # type: ignore[return-value]
-    return _reconciled(module, alone, whole) or whole
+    return whole if with_loss else _reconciled(module, alone, whole) or whole
 
 
 def _trace_steps(module: LightningModule, batches: Mapping[str, tuple[Any, int]], settle: Settle) -> Subject | None:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from evolvenet.execution.isolation import isolated
+from evolvenet.execution.isolation import isolated, model_outputs
+from evolvenet.execution.op_cache import OpCache
 from evolvenet.graph.naming import named_tensors
 from evolvenet.graph.width_graph import WidthGraph
 from evolvenet.linalg.precision import in_float64
@@ -83,7 +84,17 @@ def output_losses(
         graph: of the model, see `outputs_on`.
     """
     few = first_batches(batches, SAMPLES)
-    whole = outputs_on(model, few, graph)
+    own, counted = (False, None) if graph is None else (graph.differentiates, graph.outputs)
+    # With autograd on, results belong to the graph of one run.
+    cache = None if own else OpCache()
+
+    def outputs_with(changed: Collection[str]) -> list[Tensor]:
+        def run(batch: Any) -> list[Tensor]:
+            return model_outputs(model, batch, own, counted, None if cache is None else cache.on(model, batch, changed))
+
+        return outputs_on(model, few, graph, run=run)
+
+    whole = outputs_with(())
     found: dict[tuple[str, str], list[Point]] = {}
     with isolated(model, shadows=True):
         shadows, _, _ = named_tensors(model)
@@ -92,8 +103,8 @@ def output_losses(
             for kind in () if isinstance(kinds, str) else kinds:
                 points = found.setdefault((request.target.name, kind.name), [])
                 for choice, lost in _trials(request, kind, seen):
-                    with in_place(choice, seen, shadows):
-                        error = output_error(whole, outputs_on(model, few, graph))
+                    with in_place(choice, seen, shadows) as changed:
+                        error = output_error(whole, outputs_with(changed))
                     if math.isfinite(error) and error > (points[-1][1] if points else 0.0):
                         points.append((lost, error))
     return OutputLoss(found)
@@ -113,8 +124,8 @@ def _trials(request: Request, kind: Kind, seen: Observations) -> Iterator[tuple[
 
 
 @contextmanager
-def in_place(choice: Choice, seen: Observations, shadows: Mapping[str, Tensor]) -> Generator[None]:
-    """The product of a layer's factors in the place of its weight, and what takes up the change of the mean."""
+def in_place(choice: Choice, seen: Observations, shadows: Mapping[str, Tensor]) -> Generator[Collection[str]]:
+    """The product of a layer's factors in the place of its weight, and what takes up the change of the mean: their names."""
     target, name = choice.target, seen.names[choice.target.name]
     assert choice.kind is not None
     factors = decomposed(choice, seen.moments.get(target.name))
@@ -131,7 +142,7 @@ def in_place(choice: Choice, seen: Observations, shadows: Mapping[str, Tensor]) 
     kept = {each: shadows[each].detach().clone() for each in changed}
     try:
         _write(shadows, changed)
-        yield
+        yield changed.keys()
     finally:
         _write(shadows, kept)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -41,7 +40,7 @@ def outputs_on(
     batches: Sequence[Any],
     graph: WidthGraph | None = None,
     most: int | None = MOST,
-    mode: Callable[[Any], AbstractContextManager[Any]] | None = None,
+    run: Callable[[Any], Sequence[Tensor]] | None = None,
 ) -> list[Tensor]:
     """Every output tensor of the model that counts in float64, concatenated over the batches where their shapes allow that.
 
@@ -51,7 +50,7 @@ def outputs_on(
         graph: of the model: whether it runs with autograd on (`differentiates`), and which outputs count (`outputs`).
         most: numbers of each tensor, see `MOST`; of a larger one some places are taken evenly, always the same ones, with all
             entries of its last axis: `[places, entries]`. None for all.
-        mode: batch → a dispatch mode around the run on it, such as `OpCache.on`.
+        run: batch → its outputs, in the place of `model_outputs`.
 
     >>> outputs_on(nn.Linear(2, 3), [torch.zeros(4, 2), torch.zeros(1, 2)])[0].shape
     torch.Size([5, 3])
@@ -63,7 +62,7 @@ def outputs_on(
     for batch in batches:
         found = [
             tensor
-            for tensor in model_outputs(model, batch, gradients, outputs, None if mode is None else mode(batch))
+            for tensor in (model_outputs(model, batch, gradients, outputs) if run is None else run(batch))
             if tensor.is_floating_point() or tensor.is_complex()
         ]
         # The first batch decides for all, so that they can be put together: of a small last one all places are taken.

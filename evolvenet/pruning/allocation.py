@@ -14,6 +14,7 @@ from evolvenet.graph.restriction import Restriction
 from evolvenet.graph.width_graph import Width, WidthGraph
 from evolvenet.linalg.spectrum import Values, energy_shares
 from evolvenet.pruning.equal_shares import equal_shares, live_units
+from evolvenet.pruning.joint_rounds import joint_loss, refined
 from evolvenet.pruning.marginal_analysis import convex, fit_to_cost, loss_at
 from evolvenet.pruning.trial_data import Loss
 from evolvenet.pruning.trials import SAMPLES, SHARES, Curve, filled, smallest, trial_curves
@@ -72,6 +73,7 @@ def allocate(  # noqa: PLR0913  each is a choice of its own
     samples: int = SAMPLES,
     shares: Sequence[float] = SHARES,
     loss: Loss = "outputs",
+    rounds: int = 0,
 ) -> Allocation:
     """Sizes with which the model has at most so many parameters, cut where the loss per parameter saved is least.
 
@@ -95,12 +97,15 @@ def allocate(  # noqa: PLR0913  each is a choice of its own
         loss: "outputs" for the relative error. "kl" where the outputs are logits, for the mean over the samples of KL(p ‖ p') in
             nats, of the probabilities before and after the cut. A function (outputs, labels) → one number, such as
             `torch.nn.functional.cross_entropy`, for what that rises by: then each batch is a pair of inputs and labels.
+        rounds: in which the sizes are found anew from the losses of cuts of all widths at once, see
+            `evolvenet.pruning.joint_rounds`. Each takes two such cuts for every width. The result's `at` knows nothing of them.
 
     Returns:
         {width: new size} of every resizable width, for `prune`; its method `at` gives the sizes for another target.
 
     Raises:
-        PolicyError: for another value of `uniform` or `loss`, a multiple below 1, or batches without labels for a function.
+        PolicyError: for another value of `uniform` or `loss`, a multiple below 1, batches without labels for a
+            function, or rounds without batches.
         ResizeError: if the model cannot be made so small, or the graph was made before the last change of widths.
         SpectrumError, TraceError: as `collect`.
 
@@ -114,9 +119,32 @@ def allocate(  # noqa: PLR0913  each is a choice of its own
     {'0': 6, '2': 6}
     """
     check_current(model, graph)
-    curves = {} if batches is None else trial_curves(model, graph, list(batches), shares, samples, loss)
+    if rounds and batches is None:
+        raise PolicyError(
+            f"Allocate: expected batches for {rounds} rounds, got none. Give some inputs of the model, or rounds=0."
+        )
+    listed = [] if batches is None else list(batches)
+    curves = {} if batches is None else trial_curves(model, graph, listed, shares, samples, loss)
     units = live_units(model, graph) if batches is None else {}
-    return Allocation({}, graph, curves, units).at(parameters, uniform, multiple)
+    found = Allocation({}, graph, curves, units).at(parameters, uniform, multiple)
+    if not rounds:
+        return found
+    restricted = Restriction(multiple=multiple).apply(graph)
+    groups = {names[0]: names for names in equal_layers(restricted, uniform)}
+    lost = joint_loss(model, graph, listed, samples, loss)
+
+    def each(sizes: Mapping[str, int]) -> dict[str, int]:
+        return {**found, **{name: size for first, size in sizes.items() for name in groups[first]}}
+
+    sizes = refined(
+        {first: found[first] for first in groups},
+        common_sizes(restricted, groups),
+        lambda chosen: lost(each(chosen)),
+        lambda chosen: graph.proposed_parameters(each(chosen)),
+        parameters,
+        rounds,
+    )
+    return Allocation(each(sizes), graph, curves, units)
 
 
 def _by_equal_shares(

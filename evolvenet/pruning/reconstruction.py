@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from evolvenet._compat.torch import unseen_by_modes
 from evolvenet.errors import concerning
 from evolvenet.execution.choices import Choices
 from evolvenet.execution.early_stop import Finished, run_until_finished, without_cache
@@ -44,6 +45,8 @@ from evolvenet.surgery.basis_change import along
 from evolvenet.surgery.resize_model import Surgery, TensorChange, install
 
 log = logging.getLogger("evolvenet")
+
+Run = Callable[[nn.Module, Any], None]
 
 SMALL = 65_536
 """Entries of a tensor of a large model that is copied even if nothing writes to it, as every vector is."""
@@ -159,7 +162,9 @@ def record(
     return Recording(batch, targets, held_out_of(listed, batch), choices, cache, limits.rounds)
 
 
-def fit_to_targets(model: nn.Module, graph: WidthGraph, surgery: Surgery, recording: Recording) -> Surgery:
+def fit_to_targets(
+    model: nn.Module, graph: WidthGraph, surgery: Surgery, recording: Recording, run: Run = run_until_finished
+) -> Surgery:
     """`reconstruct` for outputs that are recorded already.
 
     Args:
@@ -167,10 +172,11 @@ def fit_to_targets(model: nn.Module, graph: WidthGraph, surgery: Surgery, record
         graph: its widths.
         surgery: the cut.
         recording: its targets are emptied, so that each is in memory until its fit.
+        run: runs the cut model on the batch; another one than this is not ended after the last fit.
     """
     if not recording.targets:
         return surgery
-    fitted = _fitted(model, graph, surgery, recording)
+    fitted = _fitted(model, graph, surgery, recording, run)
     changes = {change.name: change for change in surgery.changes}
     tensors, _, _ = named_tensors(model)
     for name, value in fitted.items():
@@ -180,8 +186,8 @@ def fit_to_targets(model: nn.Module, graph: WidthGraph, surgery: Surgery, record
     return replace(surgery, changes=tuple(changes.values()))
 
 
-def _fitted(model: nn.Module, graph: WidthGraph, surgery: Surgery, recording: Recording) -> dict[str, Tensor]:
-    """{tensor: its fitted value}, from a run of the cut model that ends with the last fit."""
+def _fitted(model: nn.Module, graph: WidthGraph, surgery: Surgery, recording: Recording, run: Run) -> dict[str, Tensor]:
+    """{tensor: its fitted value}, from a run of the cut model."""
     targets, choices = recording.targets, recording.choices
     changes = {change.name: change for change in surgery.changes}
     large = is_large(graph)
@@ -204,14 +210,14 @@ def _fitted(model: nn.Module, graph: WidthGraph, surgery: Surgery, recording: Re
         ]
         install(model, replace(surgery, changes=tuple(cut)))
         fitter = ConsumerFitter(targets, changes, recording.held_out, shadows)
-        fitter.ends_run, fitter.rounds = True, recording.rounds
+        fitter.ends_run, fitter.rounds = run is run_until_finished, recording.rounds
         mode = ResidualSumMode(model, fitter.run, None, fitter.sum)
         mode.follows_norms, fitter.normed, mode.choices, fitter.choices = True, mode.normed, choices, choices
         choices.replay()
         batch, cache = without_cache(model, recording.batch), recording.cache
-        again = nullcontext() if cache is None else cache.on(model, batch, changes, copies=True)
+        again = nullcontext() if cache is None else cache.on(model, batch, changes.keys() | written, copies=True)
         with isolated(model, gradients=graph.differentiates), again, op_by_op(mode):
-            run_until_finished(model, batch)
+            run(model, batch)
         return {name: shadows[name].detach() for name in fitter.fitted()}
 
 
@@ -361,16 +367,15 @@ class ConsumerFitter:
         targets = outputs.reshape(len(outputs), op.groups, -1).movedim(1, 0)
         start = None if bias is None else (bias * target.share).reshape(op.groups, -1)
         held_out = self.held_out[target.rows_on_host * len(self.held_out) // target.positions]
-        columns = op.columns(target.rows)
-        found = self.solve(op, columns, targets, start, held_out)
+        # The modes around the run are for the model's ops.
+        with unseen_by_modes():
+            columns = op.columns(target.rows)
+            found = self.solve(op, columns, targets, start, held_out)
+            if found is not None and kink is not None and self.rounds:
+                again = lambda moved: self.solve(op, columns, moved, start, held_out)  # noqa: E731
+                found = rectified_fit(again, found, columns, targets, kink, self.rounds)
         if found is None:
             return None
-        if kink is not None and self.rounds:
-
-            def solve(moved: Tensor) -> Fit | None:
-                return self.solve(op, columns, moved, start, held_out)
-
-            found = rectified_fit(solve, found, columns, targets, kink, self.rounds)
         op.write_matrix(found.weight.to(op.weight))
         self._add_improved(op.tensor, found.improves)
         if op.tensor in self.normed:

@@ -70,6 +70,16 @@ def concatenated(batches: Iterable[Any], limits: ReconstructionLimits) -> Any:
     listed = list(batches)
     if not listed:
         return None
+    one = joined(listed)
+    return _limited(listed[0] if one is None else one, limits)
+
+
+def joined(listed: Sequence[Any]) -> Any:
+    """The batches as one; None where their leaves are not all tensors with the samples on their first axis.
+
+    >>> joined([{"x": torch.zeros(4, 2)}, {"x": torch.zeros(1, 2)}])["x"].shape, joined([{"x": torch.zeros(4, 2), "n": 3}])
+    (torch.Size([5, 2]), None)
+    """
     flat = [tree_flatten(batch) for batch in listed]
     leaves = [each[0] for each in flat]
     sizes = [{len(leaf) for leaf in each if isinstance(leaf, Tensor) and leaf.dim()} for each in leaves]
@@ -79,10 +89,10 @@ def concatenated(batches: Iterable[Any], limits: ReconstructionLimits) -> Any:
     )
     shapes = [[leaf.shape[1:] for leaf in each] for each in leaves] if alike else []
     if not alike or any(shape != shapes[0] for shape in shapes):
-        return _limited(listed[0], limits)
+        return None
     # A single batch stays the tensor that it is.
-    joined = leaves[0] if len(leaves) == 1 else [torch.cat(parts) for parts in zip(*leaves, strict=True)]
-    return _limited(tree_unflatten(joined, flat[0][1]), limits)
+    whole = leaves[0] if len(leaves) == 1 else [torch.cat(parts) for parts in zip(*leaves, strict=True)]
+    return tree_unflatten(whole, flat[0][1])
 
 
 def held_out_of(batches: Sequence[Any], joined: Any) -> Tensor:

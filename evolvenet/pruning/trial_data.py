@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Collection, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
@@ -12,13 +11,15 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from evolvenet._compat.torch import tree_leaves
 from evolvenet.errors import PolicyError
+from evolvenet.execution.chosen_outputs import counted_outputs
 from evolvenet.execution.isolation import model_outputs
 from evolvenet.execution.op_cache import OpCache
 from evolvenet.execution.sampling import samples_in
 from evolvenet.graph.width_graph import WidthGraph
 from evolvenet.measurement.output_error import first_batches, output_divergence, output_error, outputs_on
-from evolvenet.pruning.reconstruction import Recording, record
+from evolvenet.pruning.reconstruction import Recording, fit_to_targets, record
 from evolvenet.pruning.reconstruction_batch import TRAINING_LIMITS, ReconstructionLimits, concatenated, held_out_of
 from evolvenet.surgery.resize_model import Surgery, install
 
@@ -110,42 +111,75 @@ class TrialData:
         found = record(self.model, self.graph, names, self.fitted, self.limits, self.cache)
         return found if found is None or self.held_out is None else replace(found, held_out=self.held_out)
 
-    def measured(self, changed: Collection[str] = ()) -> list[Tensor]:
-        """The outputs of the model as it is, or its loss on each batch `[2, batches]`, with the numbers of samples.
+    def measured(self, run: Run | None = None) -> list[Tensor]:
+        """The outputs of the model; with a function as the loss `[2, batches]`, its value on each and the number of samples.
 
         Args:
-            changed: names of tensors with other values than those of the uncut model.
+            run: inputs → outputs; None for those of the uncut model.
         """
+        run = run or self._run(())
         if not callable(self.loss):
-            return outputs_on(self.model, self.judged, self.graph, mode=self._around(changed))
-        around, losses = self._around(changed), list[float]()
+            return outputs_on(self.model, self.judged, self.graph, run=run)
+        losses = list[float]()
         for inputs, labels in self.judged:
-            mode = None if around is None else around(inputs)
-            outputs = model_outputs(self.model, inputs, self.graph.differentiates, self.graph.outputs, mode)
+            outputs = run(inputs)
             losses.append(float(self.loss(outputs[0] if len(outputs) == 1 else outputs, labels)))
         counts = [float(samples_in(inputs)) for inputs, _ in self.judged]
         return [torch.tensor([losses, counts], dtype=torch.float64, device="cpu")]
 
-    def lost(self, whole: Sequence[Tensor], surgery: Surgery) -> float:
-        """What a surgery loses, which is undone; 0 where it makes the loss less.
+    def lost(self, whole: Sequence[Tensor], surgery: Surgery, recording: Recording | None) -> float:
+        """What a surgery with the fit of its consumers loses; 0 where it makes the loss less. The model is left as it was.
 
         Args:
             whole: of the uncut model, from `measured`.
             surgery: of the model.
+            recording: to fit to.
         """
-        undo = install(self.model, surgery)
-        try:
-            moved = self.measured([change.name for change in surgery.changes])
-        finally:
-            undo()
+        moved = self._moved(surgery, recording)
         if not callable(self.loss):
             return MEASURES[self.loss](whole, moved)
         before, after = (float(each[0] @ each[1] / each[1].sum()) for (each,) in (whole, moved))
         return max(0.0, after - before)
 
-    def _around(self, changed: Collection[str]) -> Callable[[Any], AbstractContextManager[None]] | None:
-        cache, model = self.cache, self.model
-        return None if cache is None else lambda batch: cache.on(model, batch, changed)
+    def _moved(self, surgery: Surgery, recording: Recording | None) -> list[Tensor]:
+        """`measured` after a surgery and the fit: in the run of the fit itself, if its samples are those that are judged."""
+        fit = None if recording is None or not recording.targets else recording.copy()
+        if fit is not None and fit.choices.none and self._judges(fit.batch):
+            found = list[Tensor]()
+
+            def run(model: nn.Module, batch: Any) -> None:
+                found.extend(each.detach() for each in counted_outputs(model, fit.batch, self.graph.outputs))
+
+            fit_to_targets(self.model, self.graph, surgery, fit, run)
+            return self.measured(lambda inputs: found)
+        if fit is not None:
+            surgery = fit_to_targets(self.model, self.graph, surgery, fit)
+        undo = install(self.model, surgery)
+        try:
+            return self.measured(self._run([change.name for change in surgery.changes]))
+        finally:
+            undo()
+
+    def _judges(self, batch: Any) -> bool:
+        """Whether this batch is all that the loss is measured on."""
+        (ones, others) = (tree_leaves(each) for each in (batch, _inputs(self.loss, self.judged[0])))
+        return len(self.judged) == 1 and len(ones) == len(others) and all(map(_is_same, ones, others))
+
+    def _run(self, changed: Collection[str]) -> Run:
+        def run(inputs: Any) -> list[Tensor]:
+            mode = None if self.cache is None else self.cache.on(self.model, inputs, changed)
+            return model_outputs(self.model, inputs, self.graph.differentiates, self.graph.outputs, mode)
+
+        return run
+
+
+Run = Callable[[Any], list[Tensor]]
+
+
+def _is_same(one: Any, other: Any) -> bool:
+    if not isinstance(one, Tensor) or not isinstance(other, Tensor):
+        return one is other
+    return one.data_ptr() == other.data_ptr() and (one.shape, one.stride()) == (other.shape, other.stride())
 
 
 def _inputs(loss: Loss, batch: Any) -> Any:

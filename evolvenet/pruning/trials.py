@@ -12,7 +12,6 @@ from evolvenet.errors import concerning
 from evolvenet.graph.width_graph import Width, WidthGraph
 from evolvenet.measurement.activation_moments import collect
 from evolvenet.measurement.host_model import on_host
-from evolvenet.pruning.reconstruction import fit_to_targets
 from evolvenet.pruning.selection import plan_prune
 from evolvenet.pruning.trial_data import Loss, TrialData
 
@@ -64,9 +63,7 @@ def trial_curves(
                 recording = data.recording([width.name])
                 for size in _trial_sizes(width, shares):
                     surgery = plan_prune(model, graph, {width.name: size}, statistics, host)
-                    if recording is not None:
-                        surgery = fit_to_targets(model, graph, surgery, recording.copy())
-                    points.append((size, max(data.lost(whole, surgery), points[-1][1])))
+                    points.append((size, max(data.lost(whole, surgery, recording), points[-1][1])))
             # Below the smallest trial: more than all that was seen.
             found[width.name] = [(0, 10 * points[-1][1] + 1), *reversed(points)]
     return found

@@ -88,7 +88,8 @@ def compile_state(optimizer: Optimizer, changes: Sequence[Change]) -> StatePlan:
     of the producers becomes g_kept + Mᵀ·g_removed: gradients grow from layer to layer towards the input, and the sliced second
     moments are too small for them. So after a cut with a refit, and only then, Adam and AdamW keep their estimates and reduce
     their step count to 1/(1 − β₁), the memory of the first moment (10 at β₁ = 0.9): new gradients soon outweigh the old ones.
-    The effect on training is measured in experiments/compare/state.md.
+    The effect on training is measured in experiments/compare/state.md. A growth that has moved present weights
+    (`grow(…, update=True)`) does the same, see `weighing_new_gradients`.
 
     Args:
         optimizer: any `torch.optim.Optimizer`; parameters without state yet, or not its own, are passed over.
@@ -169,9 +170,17 @@ def _on_parameters(changes: Sequence[Change]) -> dict[Tensor, tuple[Tensor, Tens
 @compile_state.register(AdamW)
 def _(optimizer: Adam, changes: Sequence[Change]) -> StatePlan:
     plan = _compiled(optimizer, changes)
-    if not plan.states or not _is_refitted_cut(changes):
+    return weighing_new_gradients(plan) if plan.states and _is_refitted_cut(changes) else plan
+
+
+def weighing_new_gradients(plan: StatePlan) -> StatePlan:
+    """The plan with Adam's and AdamW's step counts reduced, their estimates kept; see `compile_state`. Others as they are.
+
+    For surgeries after which gradients are not what they were: refitted cuts, and growths whose present weights have moved.
+    """
+    if not isinstance(plan.optimizer, (Adam, AdamW)):
         return plan
-    groups = {parameter: group for group in optimizer.param_groups for parameter in group["params"]}
+    groups = {parameter: group for group in plan.optimizer.param_groups for parameter in group["params"]}
     return replace(
         plan,
         states={parameter: _with_fewer_steps(state, groups[parameter]) for parameter, state in plan.states.items()},

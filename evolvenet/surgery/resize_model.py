@@ -64,7 +64,8 @@ class AttributeChange:
 class Surgery:
     """All new values of tensors and attributes after a change of widths, and the graph after it.
 
-    `maps` and `bases` are by width; a basis changes before the units are mapped.
+    `maps` and `bases` are by width; a basis changes before the units are mapped. `updated` says that a growth has also moved
+    the weights of present units, so that the loss falls.
     """
 
     changes: tuple[TensorChange, ...]
@@ -72,6 +73,7 @@ class Surgery:
     maps: Mapping[str, IndexMap]
     graph: WidthGraph
     bases: Mapping[str, BasisChange] = field(default_factory=dict[str, BasisChange])
+    updated: bool = False
 
 
 def compile_surgery(

@@ -282,10 +282,10 @@ class WidthEvolutionCallback(EvolutionCallback, TrainerCallback):
             else:
                 inputs = step if self._resumed.get("follows_loss") else inputs
                 graph = from_state_dict(self._resumed["graph"])
-        outputs = None if isinstance(inputs, Step) else outputs
         self.evolver = Evolver(
             model, unwrapped(optimizer), self.policy, inputs, self.calibration_batches, self.seed, graph=graph,
-            network=self.network, fixed=self.fixed, multiple=self.multiple, outputs=outputs, after_change=self._after_change,
+            network=self.network, fixed=self.fixed, multiple=self.multiple, new_units=self.new_units, update=self.update,
+            outputs=None if isinstance(inputs, Step) else outputs, after_change=self._after_change,
         )  # fmt: skip
         if self._resumed is not None:
             self.evolver.load_state_dict(self._resumed)

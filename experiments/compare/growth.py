@@ -10,6 +10,7 @@ import evolvenet  # isort: skip  # before torchvision, which it patches
 
 import argparse
 import copy
+import shlex
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ from evolvenet.growth.initializers import METHODS
 from experiments.compare.gromo import Pairs, gromo_tiny, installed, version
 from experiments.data.images import MnistData, Split
 from experiments.models.resnet import ResNet
-from experiments.pages import add_data, add_seeds, machine_line, markdown, write_whole
+from experiments.pages import add_data, add_seeds, commit, machine_line, markdown, write_whole
 
 BATCH = 128
 LATER = (100, 1000)
@@ -87,6 +88,7 @@ class Row:
         data: whether it is given the calibration batches.
         keeps: whether it keeps the function, so that the loss right after equals the loss right before.
         fresh: whether AdamW starts without state, as it must for gromo, whose parameters are new.
+        update: whether the weights around the new units move too.
     """
 
     title: str
@@ -94,6 +96,7 @@ class Row:
     data: bool = False
     keeps: bool = True
     fresh: bool = False
+    update: bool = False
 
 
 GROMO = "gromo"
@@ -106,6 +109,9 @@ ROWS = (
     Row("gradmax", "gradmax", data=True),
     Row("tiny", "tiny", data=True),
     Row("random (changes the function)", "random", keeps=False),
+    Row("paired, update (changes the function)", "paired", data=True, keeps=False, update=True),
+    Row("tiny, update (changes the function)", "tiny", data=True, keeps=False, update=True),
+    Row("tiny, update, fresh AdamW (changes the function)", "tiny", data=True, keeps=False, update=True, fresh=True),
     Row("gromo's TINY (changes the function)", GROMO, data=True, keeps=False, fresh=True),
 )
 assert {row.method for row in ROWS} == {None, GROMO, *METHODS}
@@ -213,6 +219,7 @@ def grow_and_train(subject: Subject, row: Row, start: Trained, data: Images) -> 
             generator=torch.Generator().manual_seed(seed),
             batches=pairs if row.data else None,
             loss=functional.cross_entropy if row.data else None,
+            update=row.update,
         )
     seconds = time.perf_counter() - began
     losses.append(data.loss(model))
@@ -224,9 +231,11 @@ def grow_and_train(subject: Subject, row: Row, start: Trained, data: Images) -> 
     return Outcome(tuple(losses), seconds, sum(parameter.numel() for parameter in model.parameters()))
 
 
-def run(subject: Subject, data: Images, seeds: int, epochs: float) -> dict[str, list[Outcome]]:
-    """Results of every method on networks of one kind: {row's title: an outcome for each seed}."""
-    rows = [row for row in ROWS if row.method != GROMO or (installed() and subject.name == "dense")]
+def run(
+    subject: Subject, data: Images, seeds: int, epochs: float, rows: Sequence[Row] = ROWS
+) -> dict[str, list[Outcome]]:
+    """Results of some methods on networks of one kind: {row's title: an outcome for each seed}; the first is the control."""
+    rows = [row for row in rows if row.method != GROMO or (installed() and subject.name == "dense")]
     found: dict[str, list[Outcome]] = {row.title: [] for row in rows}
     for seed in range(seeds):
         start = Trained.of(subject, data, seed, epochs)
@@ -262,7 +271,7 @@ def kept(found: Mapping[str, Sequence[Outcome]]) -> str:
 
 
 ABOUT = """\
-Written by `python -m experiments.compare.growth{options}` {machine}.
+Written by `python -m experiments.compare.growth{options}` {machine}, package at {commit}.
 
 Mean cross-entropy on the first {measured:,} training images of MNIST in eval mode, mean ± standard deviation (of a sample)
 over n = {seeds} networks, each trained for {epochs:g} epoch(s) with AdamW, batches of {batch}, constant learning rate, then
@@ -272,6 +281,7 @@ widened once by each method and trained on with the same batches, learning rate 
   new units of a layer whose rows already span everything are random.
 - **no growth**: the control, trained on; also with fresh optimizer state, as gromo's layers have new parameters.
 - **− no growth**: the difference from the control of the same network; negative is better.
+- **update**: `grow(…, update=True)`, the weights around the new units move along TINY's least-squares step, with a line search.
 - **gromo's TINY**: gromo {gromo}, `GrowingMLP` with the same weights, layer by layer `compute_optimal_updates` and a line search
   of its scaling factor on those batches. It also updates the old weights, so it does not keep the function, and AdamW
   starts without state.
@@ -281,8 +291,9 @@ widened once by each method and trained on with the same batches, learning rate 
 def write(path: Path, results: Mapping[Subject, Mapping[str, Sequence[Outcome]]], options: argparse.Namespace) -> None:
     """The page with all tables."""
     page = ABOUT.format(
-        options=f" --seeds {options.seeds} --epochs {options.epochs:g}",
+        options=f" --seeds {options.seeds} --epochs {options.epochs:g}{_chosen(options)}",
         machine=machine_line(),
+        commit=commit(),
         measured=MEASURED,
         seeds=options.seeds,
         epochs=options.epochs,
@@ -298,6 +309,12 @@ def write(path: Path, results: Mapping[Subject, Mapping[str, Sequence[Outcome]]]
     write_whole(path, "\n".join(lines) + "\n")
 
 
+def _chosen(options: argparse.Namespace) -> str:
+    """The options that choose networks and rows, as they were given."""
+    given = (("subjects", options.subjects), ("rows", options.rows))
+    return "".join(f" --{name} {shlex.join(each)}" for name, each in given if each)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run all and write the page."""
     parser = argparse.ArgumentParser(prog="python -m experiments.compare.growth", description=__doc__)
@@ -305,10 +322,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".md"), help="page to write")
     add_seeds(parser, default=5)
     parser.add_argument("--epochs", type=float, default=1.0, help="training before the growth")
+    names, titles = [subject.name for subject in SUBJECTS], [row.title for row in ROWS]
+    parser.add_argument("--subjects", nargs="+", choices=names, help="networks; all by default")
+    parser.add_argument("--rows", nargs="+", choices=titles[1:], help="rows beside the control; all by default")
     options = parser.parse_args(arguments)
+    rows = [row for row in ROWS if row.title in (titles[0], *(options.rows or titles))]
     split, results = MnistData(root=options.data).read()[0], {}
-    for subject in SUBJECTS:
-        results[subject] = run(subject, Images(split, subject.prepare), options.seeds, options.epochs)
+    for subject in (each for each in SUBJECTS if each.name in (options.subjects or names)):
+        results[subject] = run(subject, Images(split, subject.prepare), options.seeds, options.epochs, rows)
         print("\n".join([subject.name, *table(results[subject]), kept(results[subject])]), flush=True)
     write(options.out, results, options)
     print(f"page: {options.out}")

@@ -89,11 +89,11 @@ class Outcome:
     seconds: float
 
 
-def ours(method: str, added: int, fresh: bool = False) -> Change:
+def ours(method: str, added: int, fresh: bool = False, update: bool = False) -> Change:
     """Growth by EvolveNet, with the optimizer's state carried, or with a fresh optimizer as gromo needs it."""
 
     def change(model: nn.Module, optimizer: AdamW, pairs: Pairs, seed: int) -> tuple[nn.Module, AdamW]:
-        graph, needs_loss = evolvenet.trace(model, pairs[0][0][:2]), method in ("gradmax", "tiny")
+        graph, needs_loss = evolvenet.trace(model, pairs[0][0][:2]), update or method in ("gradmax", "tiny")
         evolvenet.grow(
             model,
             graph,
@@ -103,6 +103,7 @@ def ours(method: str, added: int, fresh: bool = False) -> Change:
             generator=torch.Generator().manual_seed(seed),
             batches=pairs if needs_loss else None,
             loss=functional.cross_entropy if needs_loss else None,
+            update=update,
         )
         return model, fresh_optimizer(model, optimizer) if fresh else optimizer
 
@@ -132,6 +133,9 @@ def rows(schedule: Schedule) -> list[Row]:
         Row("final widths from the start", None, whole=True),
         *(Row(f"EvolveNet, {method}", ours(method, schedule.added)) for method in METHODS),
         Row("EvolveNet, paired, fresh AdamW", ours("paired", schedule.added, fresh=True)),
+        Row("EvolveNet, paired, update", ours("paired", schedule.added, update=True)),
+        Row("EvolveNet, tiny, update", ours("tiny", schedule.added, update=True)),
+        Row("EvolveNet, tiny, update, fresh AdamW", ours("tiny", schedule.added, fresh=True, update=True)),
     ]
     return [*found, Row("gromo's TINY", gromo(schedule.added))] if installed() else found
 

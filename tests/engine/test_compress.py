@@ -19,6 +19,8 @@ from evolvenet.lowrank.layers import FactoredLayer
 from evolvenet.measurement import cost as cost_module
 from evolvenet.measurement.cost import macs, parameters, size_in_bytes
 from evolvenet.measurement.output_error import output_error, outputs_on
+from tests.helpers.small_models import mlp
+from tests.helpers.states import State
 
 COSTS: dict[str, Callable[[nn.Module], float]] = {
     "parameters": parameters,
@@ -124,6 +126,43 @@ def test_a_fresh_network_takes_up_what_was_saved(model: nn.Module, ending: str, 
     evolvenet.save(model, tmp_path / f"small.{ending}")
     fresh = evolvenet.load(Residual().eval(), tmp_path / f"small.{ending}")
     assert torch.equal(fresh(images(3)), model(images(3)))
+
+
+def test_steps_bring_the_outputs_nearer_to_those_of_the_uncut_network() -> None:
+    torch.manual_seed(0)
+    model = mlp(6, 24, 24, 3).float()
+    plain, mirroring = copy.deepcopy(model), copy.deepcopy(model)
+    batches = [torch.randn(32, 6) for _ in range(8)]
+    fresh = torch.randn(256, 6)
+    whole = {sign: outputs_on(model, [sign * fresh]) for sign in (1, -1)}
+    options: dict[str, Any] = {"parameters": 100, "lowrank": False}
+    assert evolvenet.compress(plain, batches[0], batches, **options).polished is None
+    done = evolvenet.compress(model, batches[0], batches, **options, steps=100)
+    assert done.polished is not None
+    assert done.polished.kept
+    assert str(done).endswith(f"\n{done.polished}")
+    assert parameters(model) == parameters(plain) == done.after
+    before = output_error(whole[1], outputs_on(plain, [fresh]))
+    assert output_error(whole[1], outputs_on(model, [fresh])) < 0.8 * before
+    evolvenet.compress(mirroring, batches[0], batches, **options, steps=100, augment=lambda inputs: -inputs)
+    before = output_error(whole[-1], outputs_on(plain, [-fresh]))
+    assert output_error(whole[-1], outputs_on(mirroring, [-fresh])) < 0.8 * before
+
+
+def test_a_failure_in_the_steps_leaves_the_uncut_network(model: nn.Module) -> None:
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(images(4)).square().mean().backward()
+    optimizer.step()
+    state = State.of(model, [optimizer])
+
+    def failing(inputs: Tensor) -> Tensor:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        evolvenet.compress(
+            model, images(2), BATCHES, parameters=800, lowrank=False, optimizers=optimizer, steps=2, augment=failing
+        )
+    assert state.differences(model, [optimizer]) == []
 
 
 def test_restrictions_hold(model: nn.Module) -> None:

@@ -46,6 +46,20 @@ def test_the_page_has_a_line_for_every_method_and_the_loss_is_kept(
     assert str(tmp_path) not in text
 
 
+def test_some_networks_and_rows_alone_are_named_in_the_command(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compare_growth, "SUBJECTS", [replace(each, calibration=(2, 32)) for each in SUBJECTS])
+    monkeypatch.setattr(compare_growth, "LATER", (1, 2))
+    page = tmp_path / "page.md"
+    chosen = ["--subjects", "dense", "--rows", "paired, update (changes the function)"]
+    main(["--data", str(data), "--out", str(page), "--seeds", "2", *chosen])
+    text = page.read_text("utf-8")
+    assert "--subjects dense --rows 'paired, update (changes the function)'`" in text
+    titles = [line.split(" | ")[0] for line in text.splitlines() if line.startswith("| ")]
+    assert titles == ["| new units", "| ---", "| no growth", "| paired, update (changes the function)"]
+
+
 def test_one_seed_has_no_deviation(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["--data", str(data), "--seeds", "1"])

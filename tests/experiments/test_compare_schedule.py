@@ -59,7 +59,7 @@ def test_the_page_has_a_line_for_every_row(split: Split, tmp_path: Path, monkeyp
     lines = [line.split(" | ")[:2] for line in text.splitlines() if line.startswith("| ")][2:]
     small, large = 785 * 2 + 3 * 2 + 3 * 10, 785 * 8 + 9 * 8 + 9 * 10
     assert lines[:2] == [["| never grown", f"{small:,}"], ["| final widths from the start", f"{large:,}"]]
-    names = *METHODS, "paired, fresh AdamW"
+    names = *METHODS, "paired, fresh AdamW", "paired, update", "tiny, update", "tiny, update, fresh AdamW"
     assert lines[2:] == [[f"| EvolveNet, {name}", f"{large:,}"] for name in names]
     assert "784-2-2-10" in text
     assert "gromo (not installed)" in text
