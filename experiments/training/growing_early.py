@@ -87,9 +87,7 @@ class Plan:
 
 
 PLANS = {
-    "dense": Plan(
-        dense, (32, 32), (512, 512), most=118_282, last=100_000, steps=2000, grown_steps=3400, grown_rate=6e-3
-    ),
+    "dense": Plan(dense, (32, 32), (512, 512), most=118_282, last=100_000, steps=2000, grown_steps=3600),
 }
 """By name."""
 
