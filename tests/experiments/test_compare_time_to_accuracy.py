@@ -121,3 +121,4 @@ def test_the_page_counts_the_cut_and_judges_the_goal(tmp_path: Path, scratch: in
     assert verdict in page
     assert "| 1 point | cut, then trained on | 17 | 1.7 | 6.7 | 67 | -5.00 |" in page
     assert ("**missed**" in page) == (scratch == 169)
+    assert "| from scratch | 0 | 200 | 0.1 | 10.00 | 10.00 | 0 |" in page
