@@ -18,6 +18,8 @@ from evolvenet.linalg.host_transfers import to_device
 
 ROWS = 8192
 """Most places of a feature that its map is fitted on."""
+STEP_ROWS = 2048
+"""Most places of a feature that a step compares."""
 RIDGE = 1e-4
 """Added to the diagonal of the fit, as a share of its mean."""
 
@@ -132,9 +134,7 @@ def _fitted(name: str, one: Tensor | None, two: Tensor | None) -> _Map:
         )
     # Channels stand on the second axis of images, on the last one of everything else.
     axis = axes[0] if axes else 1 if one.dim() > 3 else one.dim() - 1
-    rows = [_rows(tensor.detach(), axis).double() for tensor in (one, two)]
-    places = to_device(evenly(len(rows[0]), ROWS), one.device)
-    start, goal = rows[0][places], rows[1][places]
+    start, goal = (_rows(tensor.detach(), axis, ROWS).double() for tensor in (one, two))
     start = torch.cat([start, start.new_ones(len(start), 1)], dim=1)
     gram = start.T @ start
     gram.diagonal().add_(RIDGE * float(gram.diagonal().mean()) + torch.finfo(torch.float64).tiny)
@@ -143,7 +143,11 @@ def _fitted(name: str, one: Tensor | None, two: Tensor | None) -> _Map:
     return _Map(axis, weight.to(torch.promote_types(one.dtype, torch.float32)).contiguous().requires_grad_(), scale)
 
 
-def _rows(features: Tensor, axis: int) -> Tensor:
-    """`[places, channels]`, in 32 bits at least."""
-    wide = features.to(torch.promote_types(features.dtype, torch.float32))
-    return wide.movedim(axis, -1).flatten(0, -2)
+def _rows(features: Tensor, axis: int, most: int = STEP_ROWS) -> Tensor:
+    """`[places, channels]`, in 32 bits at least: as many places of each sample as `most` allows for all, taken evenly."""
+    samples = features.movedim(axis, 1)
+    places = samples.flatten(2) if samples.dim() > 2 else samples[:, :, None]
+    count = max(1, most // max(1, len(places)))
+    if count < places.shape[2]:
+        places = places[:, :, to_device(evenly(places.shape[2], count), places.device)]
+    return places.movedim(1, -1).flatten(0, 1).to(torch.promote_types(features.dtype, torch.float32))
