@@ -26,7 +26,7 @@ largest learning rates each, the longer ones with that which was better in the s
 cycles; where a cycle gets there before its end, up to there.
 
 - The accuracy is watched ten times in a cycle, on the even half of the test images (of GPT-2: next characters of validation
-  text), which no network was trained on and by which nothing else was chosen; training ends where the least margin is reached.
+  text), which no network was trained on; it chooses between the rates, and training ends where the least margin is reached.
   **Judged**: on the other half (test text), at that moment, minus the uncut network's there, in points.
 - **CPU seconds**: processor time of the training steps; watching is not counted. **With the cut**: plus tracing, `allocate` and
   `prune`. Of a machine that other processes shared, so take ratios, not seconds.
