@@ -2,6 +2,10 @@
 
 A character model of the standard library's source. It is trained, cut to half of its parameters with a few batches (the
 layers that consume what has gone are refitted), and trained on with the same optimizer, whose state has followed.
+
+On 2026-11-27, commit 45111b4, seed 0, on one core (48 seconds of it), it printed
+
+    619,648 → 309,706 parameters; loss 1.776, 1.781, 1.561
 """
 
 from __future__ import annotations
