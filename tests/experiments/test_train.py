@@ -172,7 +172,7 @@ def test_a_front_that_was_stopped_goes_on_where_it_was(tmp_path, data, experimen
     """The same points, weights and curve as without the stop; the teacher was a network of other widths."""
     spans = {"mnist_resnet": "spans=[1,1,1,1,1]", "cifar_resnet": "spans=[1,2,2]"}[experiment]
     more = {
-        "mnist_resnet": ["points.teachers=[null,0,0,1,2]", "classifier.soft=0.5"],
+        "mnist_resnet": ["points.teachers=[null,0,0,1,2]", "classifier.soft=0.5", "model.silu=true"],
         "cifar_resnet": ["cycles=[3,2]"],
     }[experiment]
     cut = "evolve.policy.points.1={_target_:evolvenet.Budget,params:900,by:0.1,growth:0}"
