@@ -2,6 +2,11 @@
 
 The loop is the one of timm's train.py without its data pipeline: optimizer factory, scheduler, moving average of the weights.
 EvolveNet's are the policy, the evolver, `observe` and `step`; the moving average follows, since it is named in `copies`.
+
+On 2026-11-27, commit 45111b4, seed 0, on one core (30 seconds of it) that other programs used too, so that the times are rough
+ones, it printed
+
+    25.2 → 9.7 ms a batch; 91.6% of the other digits right
 """
 
 from __future__ import annotations
