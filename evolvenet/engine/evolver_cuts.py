@@ -132,7 +132,7 @@ class EvolverCuts(EvolverState):
         Where the policy judges its changes, they are pending until then, and the widths stay in this event.
         """
         pending = self._pending_cut
-        if not removes_blocks(self.policy) or not self._failures.removes_blocks or (pending and pending.snapshot):
+        if not removes_blocks(self.policy) or not self._failures.may_remove_blocks or (pending and pending.snapshot):
             return ()
         try:
             with stage(BLOCK_REMOVAL):
