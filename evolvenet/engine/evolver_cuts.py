@@ -53,6 +53,7 @@ class EvolverCuts(EvolverState):
         Returns:
             The event, where a cut was taken back.
         """
+        # Over 40 lines: each step of a rollback is named as a stage, with what follows where it fails.
         group, started = process_group(), time.perf_counter()
         value = group.broadcast(value)
         cut, moment = self._pending_cut, self._observed if at is None else at

@@ -161,16 +161,18 @@ def timeless(front):
     return [{key: value for key, value in point.items() if key not in ("seconds", "path")} for point in front]
 
 
-@pytest.mark.parametrize(
-    ("experiment", "kept", "left"),
-    [
-        ("mnist_resnet", "0-*.ckpt", 4),
-        ("cifar_resnet", "last.ckpt", 3),
-        pytest.param("mnist_resnet", "last.ckpt", 3, marks=pytest.mark.long),
-    ],
-)
+STOPPED = [
+    ("mnist_resnet", "0-*.ckpt", 4),
+    ("cifar_resnet", "last.ckpt", 3),
+    pytest.param("mnist_resnet", "last.ckpt", 3, marks=pytest.mark.long),
+]
+"""An experiment, from which checkpoint it is resumed, and the epochs that are left."""
+
+
+@pytest.mark.parametrize(("experiment", "kept", "left"), STOPPED)
 def test_a_front_that_was_stopped_goes_on_where_it_was(tmp_path, data, experiment, kept, left, monkeypatch):
     """The same points, weights and curve as without the stop; the teacher was a network of other widths."""
+    # Over 40 lines: a run, one that is stopped, one that goes on, and all that has to be equal in them.
     spans = {"mnist_resnet": "spans=[1,1,1,1,1]", "cifar_resnet": "spans=[1,2,2]"}[experiment]
     more = {
         "mnist_resnet": ["points.teachers=[null,0,0,1,2]", "classifier.soft=0.5", "model.silu=true"],
