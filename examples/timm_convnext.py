@@ -2,6 +2,11 @@
 
 The loop is the one of timm's train.py without its data pipeline: optimizer factory, scheduler, moving average of the weights.
 EvolveNet's are the policy, the evolver, `observe` and `step`; the moving average follows, since it is named in `copies`.
+
+On 2026-11-27, commit 45111b4, seed 0, on one core (30 seconds of it) that other programs used too, so that the times are rough
+ones, it printed
+
+    25.2 → 9.7 ms a batch; 91.6% of the other digits right
 """
 
 from __future__ import annotations
@@ -44,7 +49,7 @@ def seconds(model: nn.Module, images: Tensor) -> float:
 
 def build(tiny: bool) -> Any:
     """A ConvNeXt for small images."""
-    dims = (8, 16, 24, 32) if tiny else (40, 80, 160, 320)
+    dims = (8, 16, 24, 32) if tiny else (24, 48, 96, 192)
     return ConvNeXt(depths=(1, 1, 2, 1), dims=dims, num_classes=10, patch_size=2)
 
 
@@ -60,7 +65,7 @@ def main(tiny: bool = False, share: float = 0.6, policy: evolvenet.Policy | None
         The model and its moving average.
     """
     torch.manual_seed(0)
-    model, epochs, size = build(tiny), 3 if tiny else 12, 64
+    model, epochs, size = build(tiny), 3 if tiny else 10, 64
     optimizer = create_optimizer_v2(model, opt="adamw", lr=2e-3, weight_decay=0.05)
     scheduler, epochs = create_scheduler_v2(optimizer, sched="cosine", num_epochs=epochs, warmup_epochs=1)
     assert scheduler is not None

@@ -169,6 +169,10 @@ OF_INSTANCES: dict[str, tuple[Callable[[], Any], type | tuple[type, ...]]] = {
         type(None),
     ),
     "lightning.pytorch.LightningModule._hparams_name": (_with_hyperparameters, (str, type(None))),
+    "lightning.pytorch.callbacks.ModelSummary._max_depth": (
+        lambda: pkgutil.resolve_name("lightning.pytorch.callbacks:ModelSummary")(),
+        int,
+    ),
     "lightning.pytorch.Trainer.fit_loop.epoch_loop._batches_that_stepped": (_epoch_loop, int),
 }
 """{attribute: (what makes an object that has it, the type of its value)}."""

@@ -18,6 +18,7 @@ import evolvenet
 from tests.helpers.pages import blocks, shape
 from tests.helpers.paths import ROOT
 
+END = "── end of a block"
 IMPORT_ALL = """
 import importlib, pkgutil, evolvenet
 for module in pkgutil.walk_packages(evolvenet.__path__, "evolvenet."):
@@ -70,14 +71,15 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "env" / "bin" / "python"
 
 
-def test_the_readme_runs_with_the_core_dependencies_alone(environment: Path, tmp_path: Path) -> None:
-    for code, printed in blocks(ROOT / "README.md"):
-        (tmp_path / "block.py").write_text(code)
-        assert shape(run(environment, "-I", tmp_path / "block.py")) == shape(printed)
-
-
-def test_every_module_but_the_optional_edges_imports_with_the_core_dependencies_alone(environment: Path) -> None:
-    run(environment, "-I", "-c", IMPORT_ALL)
+def test_the_readme_runs_and_every_module_but_the_optional_edges_imports_with_the_core_dependencies_alone(
+    environment: Path, tmp_path: Path
+) -> None:
+    """In one process, since importing torch and Lightning takes seconds."""
+    pages = blocks(ROOT / "README.md")
+    lines = [f"exec({code!r}, {{'__name__': 'block'}})\nprint({END!r})" for code, _ in pages]
+    (tmp_path / "blocks.py").write_text("\n".join([*lines, IMPORT_ALL]))
+    found = run(environment, "-I", tmp_path / "blocks.py").split(f"{END}\n")
+    assert [shape(each) for each in found[:-1]] == [shape(printed) for _, printed in pages]
 
 
 def test_an_undeclared_package_is_not_there(environment: Path) -> None:

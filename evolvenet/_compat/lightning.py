@@ -6,6 +6,7 @@ Imported by `evolvenet.lightning` only: importing it imports Lightning. `tests/t
 from __future__ import annotations
 
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelSummary
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
 
@@ -25,6 +26,11 @@ def forget_static_graph(strategy: DDPStrategy) -> None:
 def communication_state(strategy: DDPStrategy) -> object | None:
     """What the strategy's communication hook keeps."""
     return strategy._ddp_comm_state
+
+
+def summary_depth(summary: ModelSummary) -> int:
+    """How deep a summary lists modules: 0 for not at all, -1 for all."""
+    return summary._max_depth
 
 
 def batches_stepped(trainer: Trainer) -> int:

@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from evolvenet.cli.errors import CommandError
+from evolvenet.report.facts import without_secret
 from evolvenet.report.front import on_front
 
 RESULT = "result.json"
@@ -80,13 +81,13 @@ def runs_below(folders: Sequence[Path]) -> list[FinishedRun]:
 
 
 def _overrides(folder: Path) -> list[str]:
-    """What was typed for a run, as Hydra recorded it, but for what does not change its result."""
+    """What was typed for a run, as Hydra recorded it, without secrets and what does not change its result."""
     try:
         found = yaml.safe_load((folder / ".hydra" / "overrides.yaml").read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError):
         return []
     words = [str(word) for word in found] if isinstance(found, list) else []
-    return [word for word in words if word.lstrip("+").partition("=")[0] not in UNRELATED]
+    return [without_secret(word) for word in words if word.lstrip("+").partition("=")[0] not in UNRELATED]
 
 
 def points_of(folders: Sequence[Path]) -> list[dict[str, Any]]:

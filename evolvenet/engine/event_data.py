@@ -24,8 +24,9 @@ from evolvenet.measurement.host_model import on_host
 from evolvenet.measurement.past_events import PastEvents
 from evolvenet.measurement.width_statistics import WidthStatistics, width_statistics
 from evolvenet.policies.base import PolicyContext
-from evolvenet.pruning.reconstruction import reconstruct
+from evolvenet.pruning.reconstruction import fit_to_targets
 from evolvenet.pruning.reconstruction_batch import TRAINING_LIMITS
+from evolvenet.pruning.recording import record
 from evolvenet.pruning.selection import plan_prune
 from evolvenet.pruning.trials import SHARES, Curve, trial_curves
 from evolvenet.surgery.resize_model import Surgery
@@ -127,12 +128,20 @@ class EventData:
         return found
 
     def plan_pruning(self, sizes: Mapping[str, int]) -> Surgery:
-        """The surgery that prunes widths to smaller sizes, their consumers fitted to the outputs that they had."""
+        """The surgery that prunes widths to smaller sizes, their consumers fitted to the outputs that they had.
+
+        Those are not refitted to the moments before: of an MNIST ResNet cut to 90, 70 and 50 % of its units the outputs were
+        then no nearer to what they were.
+        """
         moments = self.moments
-        with stage("unit selection"):
-            surgery = plan_prune(self.model, self.graph, sizes, moments, self.host)
+        cut = [name for name, size in sizes.items() if size < self.graph.widths[name].size]
         with stage("reconstruction"):
-            return reconstruct(self.model, self.graph, surgery, self.batches, TRAINING_LIMITS)
+            recording = record(self.model, self.graph, cut, self.batches, TRAINING_LIMITS)
+        with stage("unit selection"):
+            fitted = frozenset[str]() if recording is None else recording.fitted
+            surgery = plan_prune(self.model, self.graph, sizes, moments, self.host, fitted)
+        with stage("reconstruction"):
+            return surgery if recording is None else fit_to_targets(self.model, self.graph, surgery, recording)
 
     def plan_growth(self, graph: WidthGraph, sizes: Mapping[str, int]) -> Surgery:
         """The surgery that grows widths to larger sizes.

@@ -41,6 +41,9 @@ class EventTimer:
     ...     states.append(timer.state.name)
     >>> states
     ['IDLE', 'IDLE', 'IDLE', 'IDLE', 'GATHERING', 'GATHERING', 'IDLE']
+    >>> timer.stop()
+    >>> timer.state.name
+    'WAITING'
     """
 
     def __init__(self, schedule: Schedule, needed: int = 0) -> None:
@@ -72,6 +75,10 @@ class EventTimer:
     def start(self) -> None:
         """The first inputs are known, and the network is traced."""
         self._started = True
+
+    def stop(self) -> None:
+        """No event may come due until `start` is called: the timer is WAITING. What it has counted stays."""
+        self._started = False
 
     def check(self, step: int, progress: float, epoch: int | None = None) -> None:
         """Let an event come due if the schedule has one here, and none is due yet.
@@ -105,7 +112,7 @@ class EventTimer:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore the counts; the timer is WAITING until `start` is called."""
-        self._started = False
+        self.stop()
         self._due_since = state.get("due_since")
         self._batches = state.get("batches", 0)
         self._step = state.get("seen_step")

@@ -53,6 +53,7 @@ class EvolverCuts(EvolverState):
         Returns:
             The event, where a cut was taken back.
         """
+        # Over 40 lines: each step of a rollback is named as a stage, with what follows where it fails.
         group, started = process_group(), time.perf_counter()
         value = group.broadcast(value)
         cut, moment = self._pending_cut, self._observed if at is None else at
@@ -132,7 +133,7 @@ class EvolverCuts(EvolverState):
         Where the policy judges its changes, they are pending until then, and the widths stay in this event.
         """
         pending = self._pending_cut
-        if not removes_blocks(self.policy) or not self._failures.removes_blocks or (pending and pending.snapshot):
+        if not removes_blocks(self.policy) or not self._failures.may_remove_blocks or (pending and pending.snapshot):
             return ()
         try:
             with stage(BLOCK_REMOVAL):

@@ -71,7 +71,7 @@ class FailurePolicy:
         return reason
 
     @property
-    def removes_blocks(self) -> bool:
+    def may_remove_blocks(self) -> bool:
         """Whether blocks are still removed at events."""
         return self.counts[BLOCK_REMOVAL] < FAILURES
 
@@ -84,7 +84,7 @@ class FailurePolicy:
             problem: what was raised.
         """
         _, reason = self._counted(group, moment, problem, BLOCK_REMOVAL)
-        until = "" if self.removes_blocks else " for the rest of the run, since it was not the first time"
+        until = "" if self.may_remove_blocks else " for the rest of the run, since it was not the first time"
         if group.rank == 0:
             log.warning("step %d: blocks are left as they are%s: %s", moment, until, reason)
 

@@ -14,8 +14,9 @@ from evolvenet.graph.index_map import NEW_UNIT
 from evolvenet.graph.naming import named_tensors
 from evolvenet.graph.width_graph import WidthGraph
 from evolvenet.measurement.activation_moments import collect
-from evolvenet.pruning.reconstruction import reconstruct
+from evolvenet.pruning.reconstruction import fit_to_targets
 from evolvenet.pruning.reconstruction_batch import TRAINING_LIMITS
+from evolvenet.pruning.recording import record
 from evolvenet.pruning.selection import plan_cut
 from evolvenet.surgery.norm_expansion import expand_norms
 from evolvenet.surgery.resize_model import Surgery, TensorChange, compile_surgery, moved
@@ -52,9 +53,9 @@ def plan_replica_update(copy: nn.Module, graph: WidthGraph, surgery: Surgery, ba
     """
     # An average that was made before the model got its precision has another one.
     batches = [cast_to_parameters(batch, copy) for batch in batches]
-    if any(index_map.removed for index_map in surgery.maps.values()):
-        cut = plan_cut(copy, graph, surgery.maps, collect(copy, graph, batches), surgery.bases)
-        return reconstruct(copy, graph, cut, batches, TRAINING_LIMITS)
+    removed = [name for name, index_map in surgery.maps.items() if index_map.removed]
+    if removed:
+        return _plan_copys_cut(copy, graph, surgery, removed, batches)
     own = compile_surgery(copy, graph, surgery.maps)
     values = {change.name: change.value for change in surgery.changes}
     with_new = replace(own, changes=tuple(_with_model_values(change, values[change.name]) for change in own.changes))
@@ -62,6 +63,22 @@ def plan_replica_update(copy: nn.Module, graph: WidthGraph, surgery: Surgery, ba
         with_new = _without_fan_out(graph, with_new)
     # What keeps the function of the copy under its norms follows from its own weights.
     return expand_norms(copy, graph, with_new, columns=False)
+
+
+def _plan_copys_cut(
+    copy: nn.Module, graph: WidthGraph, surgery: Surgery, removed: Sequence[str], batches: Sequence[Any]
+) -> Surgery:
+    """As `EventData.plan_pruning` for units that are chosen; moments are gathered for consumers that they refit alone."""
+    recording = record(copy, graph, removed, batches, TRAINING_LIMITS)
+    fitted = frozenset[str]() if recording is None else recording.fitted
+    measured = [
+        name
+        for name in removed
+        if name in surgery.bases or any(tie.tensor not in fitted for tie in graph.widths[name].consumers)
+    ]
+    statistics = collect(copy, graph, batches, measured) if measured else None
+    cut = plan_cut(copy, graph, surgery.maps, statistics, surgery.bases, without=fitted)
+    return cut if recording is None else fit_to_targets(copy, graph, cut, recording)
 
 
 def without_shared_tensors(surgery: Surgery, model: nn.Module) -> Surgery:

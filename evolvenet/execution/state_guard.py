@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterable
 from functools import partial
+from operator import is_
 from types import BuiltinFunctionType, CellType, FunctionType, MethodType, ModuleType
 from typing import Any
 
@@ -62,7 +63,7 @@ class SavedState:
     def restore(self) -> None:
         """Write back what has changed since."""
         for container, entries in self._containers:
-            if _identities(container) == _identities(entries):
+            if _is_same(container, entries):
                 continue
             container.clear()
             (container.extend if isinstance(container, (list, deque)) else container.update)(entries)
@@ -81,17 +82,23 @@ class SavedState:
 
     def _save(self, thing: Any, depth: int = 2) -> None:
         """Save a module or other object, a container or a tensor; containers are followed `depth` deep."""
-        if id(thing) in self._seen or isinstance(thing, _NO_STATE):
+        if id(thing) in self._seen:
             return
-        if isinstance(thing, Tensor):
-            if not isinstance(thing, nn.Parameter) and thing.numel() <= _LARGEST:
-                self._save_tensor(thing)
-        elif type(thing) in _CONTAINERS:
+        if type(thing) in _CONTAINERS:
             self._mark_seen(thing)
+            if not thing:
+                # Most containers of a module are its hooks', and empty.
+                self._containers.append((thing, ()))
+                return
             # Their own copy(): copy.copy goes through pickling, a third of a trial's time for a deep model.
             self._containers.append((thing, thing.copy()))
             if depth:
                 self._save_entries(thing.values() if isinstance(thing, dict) else thing, depth - 1)
+        elif isinstance(thing, Tensor):
+            if not isinstance(thing, nn.Parameter) and thing.numel() <= _LARGEST:
+                self._save_tensor(thing)
+        elif isinstance(thing, _NO_STATE):
+            return
         elif isinstance(getattr(thing, "__dict__", None), dict):
             self._mark_seen(thing)
             self._containers.append((thing.__dict__, dict(thing.__dict__)))
@@ -147,6 +154,8 @@ def _is_filled(cell: CellType) -> bool:
     return True
 
 
-def _identities(container: Any) -> list[int]:
-    entries = (*container, *container.values()) if isinstance(container, dict) else container
-    return [id(entry) for entry in entries]
+def _is_same(container: Any, entries: Any) -> bool:
+    """Whether a container holds the same objects in the same order."""
+    if len(container) != len(entries) or not all(map(is_, container, entries)):
+        return False
+    return not isinstance(container, dict) or not entries or all(map(is_, container.values(), entries.values()))

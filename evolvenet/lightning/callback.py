@@ -28,6 +28,7 @@ from evolvenet.lightning.module import (
     optimizers_of,
     weight_averages,
 )
+from evolvenet.lightning.module_summary import ModulesBefore
 from evolvenet.lightning.recording import SubjectRecorder
 from evolvenet.lightning.run_length import length_problem, progress_of, skipped_validation
 from evolvenet.lightning.sharded import check_shards, fit_before_load, no_longer_fit_before_load
@@ -57,8 +58,10 @@ class WidthEvolution(LightningEvolution, Callback):
     run needs to go on as if nothing had happened, bit for bit.
 
     `logging.getLogger("evolvenet")` gets one line an event and a table at the end of the fit, both at level INFO, and each
-    changed width with its reason at DEBUG. They appear on stderr as Lightning's own messages do, unless that logger or the
-    root logger has been set up otherwise; `logging.getLogger("evolvenet").setLevel("WARNING")` leaves the warnings alone.
+    changed width with its reason at DEBUG. Where the trainer has a `ModelSummary`, as by default, a table of its modules with
+    parameters and widths before → after follows at the end. They appear on stderr as Lightning's own messages do, unless that
+    logger or the root logger has been set up otherwise; `logging.getLogger("evolvenet").setLevel("WARNING")` leaves the
+    warnings alone.
     The progress bar has the parameters as `params`. "evolve/parameters" and "evolve/macs" go to the trainer's loggers, and
     so do, after each event, "evolve/size/…", "evolve/effective_rank/…" and "evolve/kept_energy/…" of every width.
 
@@ -107,6 +110,7 @@ class WidthEvolution(LightningEvolution, Callback):
         self.restriction.check(name for name, _ in pl_module.named_modules())
         check_shards(pl_module, self.policy)
         self._has_trained = self._has_failed = False
+        self._modules_before = ModulesBefore.of(trainer, pl_module)
 
     @deferred_signals("the start of the run")
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -220,6 +224,7 @@ class WidthEvolution(LightningEvolution, Callback):
             logging_muted(pl_module),
         ):
             announce_end(self.evolver, self._events_before)
+            self._announce_modules(pl_module)
         if self.evolver is None and not self._untraceable:
             warn(
                 "All widths are as they were: the training step has called no module in this run. Call the network as a module "

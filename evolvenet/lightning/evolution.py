@@ -189,6 +189,20 @@ class LightningEvolution(EvolutionStart):
         self._timer.finish()
         log_event(trainer, event, evolver.history)
 
+    def _announce_modules(self, pl_module: LightningModule) -> None:
+        """Log the modules before and after this fit, see `ModulesBefore.announce`."""
+        if self.evolver is None or self._subject is None or process_group().rank:
+            return
+        history = self.evolver.history
+        first = [history.initial, *history.events][self._events_before].sizes
+        above = f"{self._subject.path}." if self._subject.path else ""
+        sizes = {
+            f"{above}{name}": (first.get(name, size), size)
+            for name, size in history.latest.sizes.items()
+            if name not in history.ranks
+        }
+        self._modules_before.announce(pl_module, sizes)
+
     def _shown(self) -> dict[str, str]:
         """What the progress bar shows."""
         return {"params": short_number(self.evolver.history.latest.parameters)} if self.evolver else {}

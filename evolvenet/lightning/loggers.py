@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -45,14 +47,58 @@ def log_event(trainer: Trainer, event: Event, history: History) -> None:
 
 
 def _to_tensorboard(logger: Any, event: Event, history: History, step: int) -> None:
-    """A histogram of each spectrum, log10 of the energies as multiples of their mean, and the drawing if widths changed."""
-    for name, energies in event.spectra.items():
-        found = np.array([math.log10(max(energy, LEAST)) for energy in energies])
+    """A histogram of each spectrum, and the drawing if widths changed."""
+    for name, found in _spectra(event).items():
         logger.experiment.add_histogram(f"evolve/spectrum/{name}", found, step)
     figure = network_figure(history) if event.changes else None
     if figure is not None:
         logger.experiment.add_figure("evolve/network", figure, step)
 
 
-WRITERS: Mapping[str, Callable[[Any, Event, History, int], None]] = {"TensorBoardLogger": _to_tensorboard}
-"""{class of a logger, by name, since its package may not be installed: what it is sent besides numbers}."""
+def _to_wandb(logger: Any, event: Event, history: History, step: int) -> None:
+    """A histogram of each spectrum, and the drawing as an image if widths changed."""
+    wandb = import_module("wandb")
+    shown = {f"evolve/spectrum/{name}": wandb.Histogram(found) for name, found in _spectra(event).items()}
+    figure = network_figure(history) if event.changes else None
+    if figure is not None:
+        shown["evolve/network"] = wandb.Image(_pixels(figure))
+    if shown:
+        logger.log_metrics(shown, step)
+
+
+def _to_mlflow(logger: Any, event: Event, history: History, step: int) -> None:
+    """The spectra as a file of JSON, since MLflow has no histograms, and the drawing as an image if widths changed."""
+    place = f"step_{step:08}"
+    if event.spectra:
+        found = {name: values.round(3).tolist() for name, values in _spectra(event).items()}
+        logger.experiment.log_dict(logger.run_id, found, f"evolve/spectra/{place}.json")
+    figure = network_figure(history) if event.changes else None
+    if figure is not None:
+        logger.experiment.log_figure(logger.run_id, figure, f"evolve/network/{place}.png")
+
+
+def _spectra(event: Event) -> dict[str, np.ndarray[Any, Any]]:
+    """{width: log10 of each unit's energy as a multiple of their mean}."""
+    return {
+        name: np.array([math.log10(max(energy, LEAST)) for energy in energies])
+        for name, energies in event.spectra.items()
+    }
+
+
+def _pixels(figure: Any) -> np.ndarray[Any, Any]:
+    """A drawing as `[height, width, 3]`, 0 … 255."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="rgba", dpi=figure.dpi)
+    width, height = figure.canvas.get_width_height()
+    return np.frombuffer(buffer.getvalue(), np.uint8).reshape(height, width, 4)[..., :3]
+
+
+WRITERS: dict[str, Callable[[Any, Event, History, int], None]] = {
+    "TensorBoardLogger": _to_tensorboard,
+    "WandbLogger": _to_wandb,
+    "MLFlowLogger": _to_mlflow,
+}
+"""{class of a logger, by name, since its package may not be installed: what it is sent besides numbers}.
+
+Others get the numbers. A function of (logger, event, history, optimizer step) under the name of a logger's class adds one.
+"""

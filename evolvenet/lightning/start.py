@@ -27,6 +27,7 @@ from evolvenet.graph.width_graph import WidthGraph
 from evolvenet.lightning.first_runs import FirstRuns
 from evolvenet.lightning.loggers import log_event
 from evolvenet.lightning.module import find_network, logging_muted, optimizers_of, weight_averages
+from evolvenet.lightning.module_summary import ModulesBefore
 from evolvenet.lightning.recording import SubjectRecorder
 from evolvenet.lightning.subject import (
     NETWORK,
@@ -75,6 +76,7 @@ class EvolutionStart(EvolutionCallback, ABC):
         self._has_trained = self._has_failed = False
         self._optimizer_norms: list[dict[str, float]] = []
         self._events_before = 0
+        self._modules_before = ModulesBefore()
         self._record_handle: RemovableHandle | None = None
 
     def _start_on_all_ranks(
@@ -114,8 +116,7 @@ class EvolutionStart(EvolutionCallback, ABC):
         self._forget_record()
         self.evolver = self._subject = self._first_runs = None
         self._first_calls, self._averages = [], []
-        # No event may come due: the timer waits for a start again.
-        self._timer.load_state_dict(self._timer.state_dict())
+        self._timer.stop()
 
     def _called_on_all_ranks(self, pl_module: LightningModule) -> bool:
         """Whether the training step has called a module on every rank, each on any of its batches so far."""

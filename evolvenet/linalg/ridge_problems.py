@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -27,14 +28,60 @@ class Solution:
     """A fit on some of the samples.
 
     Args:
-        coefficients: S, `[out, columns]`; in the dual form A of S = Aᵀ·X, `[rows, out]`.
+        coefficients: S, `[out, columns]`; in the dual form A of S = Aᵀ·X, `[rows of its halves, out]`.
         offset: o, `[out]`; zeros where the problem has none.
         failed: whether the ridge is too small for the rounding of the matrix, one boolean; the others mean nothing then.
+        shift: λ·e, one for each group; 0 where the coefficients are.
+        halves: of the samples, that it is fitted on.
     """
 
     coefficients: Tensor
     offset: Tensor
     failed: Tensor
+    shift: Tensor
+    halves: tuple[int, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class System:
+    """The equations (G + λ·e)·A = R of a problem on some of the samples, to be solved for several λ; e = trace(G) / columns.
+
+    Args:
+        halves: of the samples.
+        matrix: G, about the mean where the problem has an offset. It is the system's own: each solution overwrites its diagonal.
+        right: R, likewise.
+        columns: of the inputs.
+        mean: by which the offset is less: of the inputs, `[columns]`; in the dual form of their products, `[rows]`.
+        level: mean of the residuals, `[out]`.
+    """
+
+    halves: tuple[int, ...]
+    matrix: Tensor
+    right: Tensor
+    columns: int
+    mean: Tensor
+    level: Tensor
+
+    @cached_property
+    def _diagonal(self) -> Tensor:
+        return self.matrix.diagonal(dim1=-2, dim2=-1).clone()
+
+    def solve(self, ridge: float | Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """A, whether λ is too small for the rounding of the matrix, and λ·e; zeros for an infinite λ, or without any energy."""
+        if isinstance(ridge, float) and math.isinf(ridge):
+            none = torch.zeros((), dtype=torch.bool, device=self.right.device)
+            return torch.zeros_like(self.right), none, self.right.new_zeros(self.right.shape[:-2])
+        energy = self._diagonal.sum(-1) / self.columns
+        zero = ~(energy > 0).any()
+        if isinstance(ridge, Tensor):
+            zero = zero | ridge.isinf()
+        # The inputs of one group may be all zero: any shift keeps its matrix invertible.
+        energy = torch.where(energy > 0, energy, energy.max())
+        shift = (ridge * energy).masked_fill(zero, 0.0)
+        # Without any energy the shift could be anything but 0.
+        self.matrix.diagonal(dim1=-2, dim2=-1).copy_(self._diagonal + shift.masked_fill(zero, 1.0).unsqueeze(-1))
+        factor, failed = torch.linalg.cholesky_ex(self.matrix)
+        return torch.cholesky_solve(self.right, factor).masked_fill_(zero, 0.0), (failed != 0).any() & ~zero, shift
 
 
 class Problem(Protocol):
@@ -49,12 +96,20 @@ class Problem(Protocol):
         """‖R‖² over the halves: the error of the solution 0; one float64."""
         ...
 
-    def solve(self, halves: tuple[int, ...], ridge: float | Tensor) -> Solution:
-        """The solution on the halves; the ridge may be one number on the device."""
+    def system(self, halves: tuple[int, ...]) -> System:
+        """The equations on the halves."""
+        ...
+
+    def solve(self, system: System, ridge: float | Tensor) -> Solution:
+        """The solution on the halves of the system; the ridge may be one number on the device."""
         ...
 
     def error(self, solution: Solution, halves: tuple[int, ...]) -> Tensor:
         """‖X·Sᵀ + o − R‖² over the halves; one float64."""
+        ...
+
+    def own_error(self, system: System, solution: Solution) -> Tensor:
+        """`error` over the halves of the solution's own system, without a product: there R − G·A is λ·e·A."""
         ...
 
     def primal(self, solution: Solution) -> Tensor:
@@ -101,7 +156,7 @@ class PrimalProblem:
 
         columns, out = x.shape[-1], r.shape[-1]
         found = cls(
-            count=(len(places[0]), len(places[1])),
+            count=_counts(odd),
             centred=centred,
             inputs=sums(columns),
             residuals=sums(out),
@@ -123,17 +178,24 @@ class PrimalProblem:
         """See `Problem`."""
         return _over(self.energies, halves)
 
-    def solve(self, halves: tuple[int, ...], ridge: float | Tensor) -> Solution:
-        """By the normal equations about the mean, (XᵀX + λ·e)·Sᵀ = XᵀR."""
+    def system(self, halves: tuple[int, ...]) -> System:
+        """The normal equations about the mean, (XᵀX + λ·e)·Sᵀ = XᵀR."""
         count = sum(self.count[half] for half in halves)
         mean, level = _over(self.inputs, halves) / count, _over(self.residuals, halves) / count
         gram, cross = _over(self.gram, halves), _over(self.cross, halves)
         if self.centred:
             gram = gram - count * mean.unsqueeze(-1) * mean.unsqueeze(-2)
             cross = cross - count * mean.unsqueeze(-1) * level.unsqueeze(-2)
-        solved, failed = _solve(gram, cross, ridge, gram.shape[-1])
-        offset = level - (solved.mT @ mean.unsqueeze(-1)).squeeze(-1)
-        return Solution(solved.mT, offset if self.centred else torch.zeros_like(offset), failed)
+        # That of one half is the problem's.
+        return System(
+            halves, gram if self.centred or halves == ALL else gram.clone(), cross, gram.shape[-1], mean, level
+        )
+
+    def solve(self, system: System, ridge: float | Tensor) -> Solution:
+        """See `Problem`."""
+        solved, failed, shift = system.solve(ridge)
+        offset = system.level - (solved.mT @ system.mean.unsqueeze(-1)).squeeze(-1)
+        return Solution(solved.mT, offset if self.centred else torch.zeros_like(offset), failed, shift, system.halves)
 
     def error(self, solution: Solution, halves: tuple[int, ...]) -> Tensor:
         """See `Problem`; from the sums, so the rounding is that of ‖R‖²."""
@@ -147,6 +209,15 @@ class PrimalProblem:
             explained = 2 * (by_step * self.cross[half].mT).sum() + 2 * (by_offset * self.residuals[half]).sum()
             total = total + (squares + mixed - explained)
         return total
+
+    def own_error(self, system: System, solution: Solution) -> Tensor:
+        """See `Problem`; ‖R‖² − ⟨S, RᵀX⟩ − λ·e·‖S‖², about the means where there is an offset."""
+        step, level = solution.coefficients, system.level
+        by_step, by_level = (each if self.metric is None else self.metric @ each for each in (step, level))
+        explained = (by_step * system.right.mT).sum() + (solution.shift[..., None, None] * by_step * step).sum()
+        if self.centred:
+            explained = explained + sum(self.count[half] for half in system.halves) * (by_level * level).sum()
+        return self.energy(system.halves) - explained
 
     def primal(self, solution: Solution) -> Tensor:
         """See `Problem`."""
@@ -170,14 +241,14 @@ class DualProblem:
     (XXᵀ + λ·e)·A = R.
 
     Args:
-        places: indices of the rows of each half.
+        count: rows of each half; those of the even one are the first.
         centred: whether there is an offset.
         inputs: X, `[rows, columns]`.
         residuals: R, `[rows, out]`.
         products: XXᵀ, `[rows, rows]`.
     """
 
-    places: tuple[Tensor, ...]
+    count: tuple[int, ...]
     centred: bool
     inputs: Tensor
     residuals: Tensor
@@ -186,47 +257,52 @@ class DualProblem:
     @classmethod
     def from_rows(cls, x: Tensor, r: Tensor, odd: Tensor, *, centred: bool) -> DualProblem:
         """As `PrimalProblem.from_rows`."""
-        products = in_float64(x @ x.mT)
-        return cls(_places(odd, products.device), centred, x, in_float64(r), products)
+        count = _counts(odd)
+        if bool(odd[: count[0]].any()):
+            order = to_device(odd.cpu().argsort(stable=True), x.device)
+            x, r = x[..., order, :], r[..., order, :]
+        return cls(count, centred, x, in_float64(r), in_float64(gram(x.mT)))
 
-    @property
-    def count(self) -> tuple[int, ...]:
-        """Samples of each half."""
-        return tuple(len(place) for place in self.places)
-
-    def _rows(self, halves: tuple[int, ...]) -> Tensor:
-        return torch.arange(sum(self.count), device=self.products.device) if halves == ALL else self.places[halves[0]]
+    def _rows(self, halves: tuple[int, ...]) -> slice:
+        return slice(self.count[0] if halves == ODD else 0, self.count[0] if halves == EVEN else sum(self.count))
 
     def energy(self, halves: tuple[int, ...]) -> Tensor:
         """See `Problem`."""
         return self.residuals[..., self._rows(halves), :].square().sum()
 
-    def solve(self, halves: tuple[int, ...], ridge: float | Tensor) -> Solution:
-        """See `Problem`; λ is relative to the mean squared input, as in the primal form."""
+    def system(self, halves: tuple[int, ...]) -> System:
+        """XXᵀ and R about the mean; λ is relative to the mean squared input, as in the primal form."""
         rows = self._rows(halves)
-        from_rows = self.products[..., rows, :]
-        among, residuals = from_rows[..., :, rows], self.residuals[..., rows, :]
-        level = residuals.mean(-2)
+        among, residuals = self.products[..., rows, rows], self.residuals[..., rows, :]
+        level, mean = residuals.mean(-2), among.mean(-2)
         if self.centred:
             residuals = residuals - level.unsqueeze(-2)
-            among = among - among.mean(-2, keepdim=True)
-            among = among - among.mean(-1, keepdim=True)
-        solved, failed = _solve(among, residuals, ridge, self.inputs.shape[-1])
-        coefficients = torch.zeros_like(self.residuals)
-        coefficients[..., rows, :] = solved
-        fitted = from_rows @ coefficients
-        offset = level - fitted.mean(-2) if self.centred else torch.zeros_like(level)
-        return Solution(coefficients, offset, failed)
+            among = among - mean.unsqueeze(-2)
+            among -= among.mean(-1, keepdim=True)
+        else:
+            among = among.clone()
+        return System(halves, among, residuals, self.inputs.shape[-1], mean, level)
+
+    def solve(self, system: System, ridge: float | Tensor) -> Solution:
+        """See `Problem`."""
+        solved, failed, shift = system.solve(ridge)
+        offset = system.level - (solved.mT @ system.mean.unsqueeze(-1)).squeeze(-1)
+        return Solution(solved, offset if self.centred else torch.zeros_like(offset), failed, shift, system.halves)
 
     def error(self, solution: Solution, halves: tuple[int, ...]) -> Tensor:
         """See `Problem`."""
         rows = self._rows(halves)
-        fitted = self.products[..., rows, :] @ solution.coefficients + solution.offset.unsqueeze(-2)
-        return (self.residuals[..., rows, :] - fitted).square().sum()
+        fitted = self.products[..., rows, self._rows(solution.halves)] @ solution.coefficients
+        return (self.residuals[..., rows, :] - fitted.add_(solution.offset.unsqueeze(-2))).square_().sum()
+
+    def own_error(self, system: System, solution: Solution) -> Tensor:
+        """See `Problem`."""
+        shift = solution.shift[..., None, None]
+        return torch.where(shift > 0, shift * solution.coefficients, system.right).square_().sum()
 
     def primal(self, solution: Solution) -> Tensor:
         """See `Problem`."""
-        return in_float64(solution.coefficients.mT.to(self.inputs) @ self.inputs)
+        return in_float64(solution.coefficients.mT.to(self.inputs) @ self.inputs[..., self._rows(solution.halves), :])
 
     def sketched(self) -> DualProblem:
         """See `Problem`."""
@@ -247,29 +323,22 @@ def _mixtures(residuals: Tensor) -> Tensor | None:
     return (2 * bits - 1).to(residuals.dtype) / math.sqrt(MIXTURES)
 
 
-def _solve(gram: Tensor, right: Tensor, ridge: float | Tensor, columns: int) -> tuple[Tensor, Tensor]:
-    """(gram + λ·e)⁻¹ · right with e = trace / columns, and whether λ is too small for the rounding of the matrix.
-
-    Zeros for an infinite λ, and where there is no energy.
-    """
-    if isinstance(ridge, float) and math.isinf(ridge):
-        return torch.zeros_like(right), torch.zeros((), dtype=torch.bool, device=right.device)
-    energy = gram.diagonal(dim1=-2, dim2=-1).sum(-1) / columns
-    zero = ~(energy > 0).any()
-    if isinstance(ridge, Tensor):
-        zero = zero | ridge.isinf()
-    # The inputs of one group may be all zero: any shift keeps its matrix invertible.
-    energy = torch.where(energy > 0, energy, energy.max())
-    shifted = gram.clone()
-    shifted.diagonal(dim1=-2, dim2=-1).add_(ridge * energy.unsqueeze(-1))
-    factor, failed = torch.linalg.cholesky_ex(shifted)
-    return torch.cholesky_solve(right, factor).masked_fill_(zero, 0.0), (failed != 0).any() & ~zero
-
-
-def _places(odd: Tensor, device: torch.device) -> tuple[Tensor, ...]:
-    """The indices of the even and of the odd rows, without a wait where `odd` is on the CPU."""
+def _places(odd: Tensor, device: torch.device) -> tuple[slice | Tensor, ...]:
+    """The even and the odd rows, without a wait where `odd` is on the CPU; slices where they are, so that nothing is copied."""
+    found: list[slice | Tensor] = []
     odd = odd.cpu()
-    return tuple(to_device(half.nonzero().flatten(), device) for half in (~odd, odd))
+    for half in (~odd, odd):
+        places = half.nonzero().flatten()
+        start, count = int(places[0]) if len(places) else 0, len(places)
+        alone = bool(half[start : start + count].all())
+        found.append(slice(start, start + count) if alone else to_device(places, device))
+    return tuple(found)
+
+
+def _counts(odd: Tensor) -> tuple[int, int]:
+    """The number of even rows and that of odd ones."""
+    held_out = int(odd.sum())
+    return len(odd) - held_out, held_out
 
 
 def _over(sums: Tensor, halves: tuple[int, ...]) -> Tensor:

@@ -9,10 +9,9 @@ very deep convolutional networks for classification and detection", TPAMI 38(10)
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,28 +22,23 @@ from evolvenet.errors import concerning
 from evolvenet.execution.choices import Choices
 from evolvenet.execution.early_stop import Finished, run_until_finished, without_cache
 from evolvenet.execution.isolation import isolated, op_by_op
-from evolvenet.execution.op_cache import OpCache
 from evolvenet.execution.residual_sums import ResidualSumMode, TrackedOutput
 from evolvenet.execution.weight_ops import NormedWeight, WeightOp
 from evolvenet.graph.naming import named_tensors
 from evolvenet.graph.width_graph import WidthGraph
 from evolvenet.linalg.host_transfers import index_tensor, values_of
 from evolvenet.linalg.precision import in_float64
-from evolvenet.linalg.ridge import Fit, refit_or_keep
+from evolvenet.linalg.ridge import Fit, refit_or_keep, refit_residuals
 from evolvenet.pruning.reconstruction_batch import (
     ONE_SHOT_LIMITS,
     ReconstructionLimits,
-    concatenated,
-    held_out_of,
     is_large,
 )
-from evolvenet.pruning.recorded_outputs import OutputRecorder, consumers_of, recorded
+from evolvenet.pruning.recording import Recording, record
 from evolvenet.pruning.rectified import Kink, rectified_fit
 from evolvenet.pruning.target import Target
 from evolvenet.surgery.basis_change import along
 from evolvenet.surgery.resize_model import Surgery, TensorChange, install
-
-log = logging.getLogger("evolvenet")
 
 Run = Callable[[nn.Module, Any], None]
 
@@ -102,66 +96,6 @@ def reconstruct(
     return surgery if recording is None else fit_to_targets(model, graph, surgery, recording)
 
 
-@dataclass(frozen=True, eq=False)
-class Recording:
-    """What consumers are fitted to.
-
-    Args:
-        batch: inputs of the model, one batch.
-        targets: {consumer: its outputs on the batch in the uncut model}.
-        held_out: `[samples]` booleans.
-        choices: of the model's routers on the batch.
-        cache: of results of the model's ops on the batch, if several cuts are fitted to it.
-        rounds: of the fits of outputs that a rectifier takes.
-    """
-
-    batch: Any
-    targets: dict[str, list[Target]]
-    held_out: Tensor
-    choices: Choices
-    cache: OpCache | None = None
-    rounds: int = 0
-
-    def copy(self) -> Recording:
-        """The same with lists of its own, as a fit empties them."""
-        return replace(self, targets={name: list(each) for name, each in self.targets.items()})
-
-
-def record(
-    model: nn.Module,
-    graph: WidthGraph,
-    names: Collection[str],
-    batches: Iterable[Any],
-    limits: ReconstructionLimits,
-    cache: OpCache | None = None,
-) -> Recording | None:
-    """What the consumers of some widths are fitted to after a cut of these widths, for `fit_to_targets`.
-
-    Args:
-        model: the model, uncut.
-        graph: its widths.
-        names: of the widths.
-        batches: as for `reconstruct`.
-        limits: as for `reconstruct`.
-        cache: of results of the model's ops, for models that need no autograd.
-
-    Returns:
-        None without a batch or a consumer.
-    """
-    listed, own = list(batches), graph.differentiates
-    batch, consumers = concatenated(listed, limits), consumers_of(graph, names)
-    if batch is None or not consumers:
-        return None
-    try:
-        targets = recorded(model, batch, OutputRecorder(consumers, limits), own, choices := Choices(), cache=cache)
-    except Exception as problem:
-        # A training step may count on the size of its batches, as one with a queue of former outputs does.
-        log.debug("The model does not run on several batches as one: it is fitted on the first", exc_info=problem)
-        batch = listed[0]
-        targets = recorded(model, batch, OutputRecorder(consumers, limits), own, choices := Choices(), cache=cache)
-    return Recording(batch, targets, held_out_of(listed, batch), choices, cache, limits.rounds)
-
-
 def fit_to_targets(
     model: nn.Module, graph: WidthGraph, surgery: Surgery, recording: Recording, run: Run = run_until_finished
 ) -> Surgery:
@@ -199,7 +133,7 @@ def _fitted(model: nn.Module, graph: WidthGraph, surgery: Surgery, recording: Re
         shared = large and name not in written and tensor.numel() > max(SMALL, *tensor.shape)
         return tensor if shared else tensor.clone()
 
-    with isolated(model, shadows=True, copied=not large):
+    with isolated(model, shadows=True, copied=not large, gradients=graph.differentiates):
         shadows, _, _ = named_tensors(model)
         if large:
             for name in shadows.keys() - changes.keys():
@@ -216,20 +150,13 @@ def _fitted(model: nn.Module, graph: WidthGraph, surgery: Surgery, recording: Re
         choices.replay()
         batch, cache = without_cache(model, recording.batch), recording.cache
         again = nullcontext() if cache is None else cache.on(model, batch, changes.keys() | written, copies=True)
-        with isolated(model, gradients=graph.differentiates), again, op_by_op(mode):
+        with again, op_by_op(mode):
             run(model, batch)
         return {name: shadows[name].detach() for name in fitter.fitted()}
 
 
-Solve = Callable[[WeightOp, Tensor, Tensor, Tensor | None, Tensor], Fit | None]
-"""(weight op, its columns, target outputs, bias, held-out rows) → weight `[groups, out / groups, columns]` and bias, see
-`refit_or_keep`; None leaves both as they are."""
-
-
-def _refit_to_present(
-    op: WeightOp, columns: Tensor, targets: Tensor, bias: Tensor | None, held_out: Tensor
-) -> Fit | None:
-    return refit_or_keep(columns, targets, op.matrix(), bias, held_out)
+Solve = Callable[[WeightOp, Tensor, Tensor, Tensor | None, Tensor], Fit]
+"""(weight op, its columns, target outputs, bias, held-out rows) → weight `[groups, out / groups, columns]` and bias."""
 
 
 class ConsumerFitter:
@@ -260,7 +187,7 @@ class ConsumerFitter:
         shadows: Mapping[str, Tensor],
         solve: Solve | None = None,
     ) -> None:
-        self.solve = solve or _refit_to_present
+        self.solve = solve
         self.targets = targets
         self.changes, self.held_out, self.shadows = changes, held_out, shadows
         self._improved: dict[str, list[Tensor]] = {}
@@ -322,11 +249,15 @@ class ConsumerFitter:
         present_sum = output.values_at(own, target.rows) + output.values_at(other, target.rows)
         scale = output.scale.masked_fill(off, 1)
         step = (summed - present_sum).masked_fill(off, 0) / scale
-        present = output.op.products_at(output.recompute(), target.rows).movedim(0, 1).flatten(1)
-        if target.bias is not None and target.bias_sign:
-            present = present + target.share * self.shadows[target.bias[0]].reshape(-1)
-        kink = Kink(present - present_sum / scale, scale.masked_fill(off, 0)) if target.rectified else None
-        if (found := self._fit(output.op, target, present + step, kink)) is not None:
+        if target.rectified and self.rounds:
+            present = output.op.products_at(output.recompute(), target.rows).movedim(0, 1).flatten(1)
+            if target.bias is not None and target.bias_sign:
+                present = present + target.share * self.shadows[target.bias[0]].reshape(-1)
+            kink = Kink(present - present_sum / scale, scale.masked_fill(off, 0))
+            found = self._fit(output.op, target, present + step, kink)
+        else:
+            found = self._fit(output.op, target, step, beside_present=True)
+        if found is not None:
             offset, improved = found
             again = output.recomputed(own, offset if target.bias_sign else 0.0)
             own.copy_(torch.where(improved, again, own))
@@ -357,9 +288,17 @@ class ConsumerFitter:
         return outputs[:, index_tensor(own, outputs.device)]
 
     def _fit(
-        self, op: WeightOp, target: Target, outputs: Tensor, kink: Kink | None = None
+        self, op: WeightOp, target: Target, outputs: Tensor, kink: Kink | None = None, *, beside_present: bool = False
     ) -> tuple[Tensor, Tensor] | None:
-        """Fit the weight and the bias in place; the change of the bias `[out]` and whether they improve, or None if they stay."""
+        """Fit the weight and the bias in place; the change of the bias `[out]` and whether they improve, or None if they stay.
+
+        Args:
+            op: the weight op.
+            target: what it is fitted to.
+            outputs: `[rows, out]`, to be reached.
+            kink: of a rectifier of the outputs.
+            beside_present: whether `outputs` are the differences from the present ones.
+        """
         # A bias that is added by itself may have the shape of an image's channels.
         bias = self.shadows[target.bias[0]] if target.bias_sign and target.bias else op.bias
         if outputs.shape[1] != len(op.weight) or (bias is None) != (target.bias is None):
@@ -370,10 +309,14 @@ class ConsumerFitter:
         # The modes around the run are for the model's ops.
         with unseen_by_modes():
             columns = op.columns(target.rows)
-            found = self.solve(op, columns, targets, start, held_out)
+            if beside_present and self.solve is not None:
+                kind = torch.promote_types(columns.dtype, torch.float32)
+                present = columns.to(kind) @ op.matrix().to(kind).mT
+                targets = targets + (present if start is None else present + start.unsqueeze(-2))
+            solve = lambda moved: self._solved(op, columns, moved, start, held_out, beside_present)  # noqa: E731
+            found = solve(targets)
             if found is not None and kink is not None and self.rounds:
-                again = lambda moved: self.solve(op, columns, moved, start, held_out)  # noqa: E731
-                found = rectified_fit(again, found, columns, targets, kink, self.rounds)
+                found = rectified_fit(solve, found, columns, targets, kink, self.rounds)
         if found is None:
             return None
         op.write_matrix(found.weight.to(op.weight))
@@ -386,6 +329,14 @@ class ConsumerFitter:
             bias.copy_(in_float64(bias, change.device) + (change * (target.bias_sign or 1)).reshape(bias.shape))
             self._add_improved(target.bias[0], found.improves)
         return change.to(op.weight), found.improves.to(op.weight.device)
+
+    def _solved(
+        self, op: WeightOp, columns: Tensor, targets: Tensor, start: Tensor | None, held_out: Tensor, residuals: bool
+    ) -> Fit | None:
+        """The fit of an op to targets, or to residuals."""
+        if self.solve is not None:
+            return self.solve(op, columns, targets, start, held_out)
+        return (refit_residuals if residuals else refit_or_keep)(columns, targets, op.matrix(), start, held_out)
 
     def _add_improved(self, name: str, improves: Tensor) -> None:
         self._improved.setdefault(name, []).append(improves)

@@ -88,6 +88,7 @@ def plan_prune(
     sizes: Mapping[str, int],
     statistics: ActivationMoments | None = None,
     host: nn.Module | None = None,
+    without: Container[str] = (),
 ) -> Surgery:
     """Choose units, cut them out, and refit the measured consumers. Nothing is changed yet.
 
@@ -103,6 +104,7 @@ def plan_prune(
         sizes: {width: new size}, each at most the present size.
         statistics: None for a bare cut, or from `collect`.
         host: the model's weights on the CPU, if they have been transferred there, see `on_host`.
+        without: consumers that are not refitted, as they will be fitted to their outputs.
 
     Returns:
         The changes, for `apply_surgery`.
@@ -121,7 +123,7 @@ def plan_prune(
     """
     host = on_host(model) if host is None else host
     maps, bases = chosen(host, graph, sizes, statistics)
-    return plan_cut(model, graph, maps, statistics, bases, host)
+    return plan_cut(model, graph, maps, statistics, bases, host, without)
 
 
 def chosen(
@@ -139,6 +141,7 @@ def plan_cut(
     statistics: ActivationMoments | None = None,
     bases: Mapping[str, BasisChange] | None = None,
     host: nn.Module | None = None,
+    without: Container[str] = (),
 ) -> Surgery:
     """`plan_prune` for units that are already chosen.
 
@@ -149,6 +152,7 @@ def plan_cut(
         statistics: None for a bare cut, or from `collect`.
         bases: {rank: its rotation before the cut}, from `rank_bases`.
         host: the model's weights on the CPU, see `plan_prune`.
+        without: see `plan_prune`.
 
     Raises:
         ResizeError: for an unknown or frozen width, or a map of another size.
@@ -159,7 +163,7 @@ def plan_cut(
         return surgery
     host = on_host(model) if host is None else host
     deltas: dict[str, Tensor] = {}
-    add_refits(deltas, host, graph, maps, statistics, surgery.bases)
+    add_refits(deltas, host, graph, maps, statistics, surgery.bases, without)
     return with_deltas(model, surgery, deltas, host)
 
 

@@ -25,9 +25,10 @@ from evolvenet.graph.index_map import IndexMap
 from evolvenet.graph.width_graph import Tie, WidthGraph
 from evolvenet.measurement.activation_moments import ActivationMoments, Halves, gather, halves_on_host
 from evolvenet.measurement.weight_uses import UseRecorder, WeightUses
-from evolvenet.pruning.reconstruction import Recording, fit_to_targets
+from evolvenet.pruning.reconstruction import fit_to_targets
 from evolvenet.pruning.reconstruction_batch import ReconstructionLimits
 from evolvenet.pruning.recorded_outputs import OutputRecorder, consumers_of, recorded
+from evolvenet.pruning.recording import Recording
 from evolvenet.pruning.selection import add_refits, chosen, with_deltas
 from evolvenet.surgery.basis_change import BasisChange
 from evolvenet.surgery.resize_model import Surgery, check_finite, compile_surgery

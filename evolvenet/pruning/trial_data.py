@@ -19,8 +19,9 @@ from evolvenet.execution.op_cache import OpCache
 from evolvenet.execution.sampling import samples_in
 from evolvenet.graph.width_graph import WidthGraph
 from evolvenet.measurement.output_error import first_batches, output_divergence, output_error, outputs_on
-from evolvenet.pruning.reconstruction import Recording, fit_to_targets, record
+from evolvenet.pruning.reconstruction import fit_to_targets
 from evolvenet.pruning.reconstruction_batch import TRAINING_LIMITS, ReconstructionLimits, concatenated, held_out_of
+from evolvenet.pruning.recording import Recording, record
 from evolvenet.surgery.resize_model import Surgery, install
 
 log = logging.getLogger("evolvenet")

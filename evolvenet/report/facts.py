@@ -20,6 +20,8 @@ import torch
 
 SECRET = re.compile(r"(^|[_-])keys?$|apikey|token|passw|secret|credential", re.IGNORECASE)
 """Names of settings whose texts are not written."""
+ENTRY = re.compile(r"([\w.-]+)['\"]?\s*:\s*")
+"""The name of an entry in a dict on a command line, Hydra's `{a: 1, b: 2}` or JSON."""
 MASK = "***"
 USER = re.compile(r"(?<=://)[^/@\s]+(?=@)")
 """User and password of a URL."""
@@ -43,18 +45,52 @@ def recorded_command(arguments: Sequence[str]) -> str:
 
     >>> recorded_command(["train.py", "+logger.api_key=abc", "--hub-token", "xyz", "seed=1"])
     "train.py '+logger.api_key=***' --hub-token '***' seed=1"
+    >>> recorded_command(["train.py", "+logger={project: x, api_key: abc, offline: true}"])
+    "train.py '+logger={project: x, api_key: ***, offline: true}'"
     """
     shown: list[str] = []
     for argument in map(without_user, arguments):
-        name, equals, _ = argument.partition("=")
         before = shown[-1] if shown else ""
-        if equals and SECRET.search(name.rpartition(".")[2]):
-            shown.append(f"{name}={MASK}")
-        elif before.startswith("--") and "=" not in before and SECRET.search(before.rpartition(".")[2]):
+        if before.startswith("--") and "=" not in before and SECRET.search(before.rpartition(".")[2]):
             shown.append(MASK)
         else:
-            shown.append(argument)
+            shown.append(without_secret(argument))
     return shlex.join(shown)
+
+
+def without_secret(text: str) -> str:
+    """A setting, `name=value`, with its value masked if the name is that of a secret; in a dict, the values of such entries.
+
+    >>> without_secret("+logger.api_key=abc"), without_secret("+logger={api_key: abc, tags: [a, b]}"), without_secret("seed=1")
+    ('+logger.api_key=***', '+logger={api_key: ***, tags: [a, b]}', 'seed=1')
+    """
+    name, equals, _ = text.partition("=")
+    if equals and SECRET.search(name.rpartition(".")[2]):
+        return f"{name}={MASK}"
+    if "{" not in text:
+        return text
+    shown, at = "", 0
+    for entry in ENTRY.finditer(text):
+        if entry.start() >= at and SECRET.search(entry[1].rpartition(".")[2]):
+            shown += text[at : entry.end()] + MASK
+            at = _end_of_value(text, entry.end())
+    return shown + text[at:]
+
+
+def _end_of_value(text: str, at: int) -> int:
+    """Where a value that begins somewhere in a dict ends: at the next comma or bracket that is not within it."""
+    depth, quote = 0, ""
+    for place in range(at, len(text)):
+        sign = text[place]
+        if quote or sign in "'\"":
+            quote = "" if sign == quote and text[place - 1] != "\\" else quote or sign
+        elif sign in "{[(":
+            depth += 1
+        elif not depth and sign in ",}])":
+            return place
+        elif sign in "}])":
+            depth -= 1
+    return len(text)
 
 
 def without_user(text: str) -> str:

@@ -54,20 +54,61 @@ def draw_front(points: Sequence[Mapping[str, Any]]) -> Figure:
             name = "chosen by validation accuracy" if chosen else "the others"
             costs, accuracies = zip(*sorted(own), strict=True)
             panel.plot(costs, accuracies, "o-" if chosen else "o", color=color, markersize=5, label=name)
-    panel.set_xscale("log")
     panel.margins(x=0.15, y=0.15)
-    panel.xaxis.set_major_formatter(need("matplotlib.ticker").FuncFormatter(lambda value, _: f"{value:,.0f}"))
-    panel.xaxis.set_minor_formatter(need("matplotlib.ticker").NullFormatter())
-    panel.set_xlabel("parameters")
+    parameters_axis(panel)
     panel.set_ylabel(f"{'test' if measured == 'test_acc' else 'validation'} accuracy, %")
-    panel.grid(alpha=0.25, which="both")
-    panel.spines[["top", "right"]].set_visible(False)
     panel.legend(frameon=False, loc="lower right")
     labels = [
         (f"{p['run']}: {p['parameters']:,}, {value:.2f} %", p["parameters"], value) for p, value in shown if p["front"]
     ]
     place_labels(panel, labels)
     return figure
+
+
+def draw_errors(points: Sequence[Mapping[str, Any]]) -> Figure:
+    """Errors of the points of one run against parameters, both on log scales.
+
+    Args:
+        points: of a run's `result.json`: "parameters", "val_acc", "test_acc".
+
+    Raises:
+        ReportError: if matplotlib is not installed.
+    """
+    figure: Figure = need("matplotlib.figure").Figure(figsize=(10, 4), layout="constrained")
+    panel = figure.subplots()
+    counts = [point["parameters"] for point in points]
+    for name, color in (("val_acc", "#7f8c8d"), ("test_acc", "#2c3e50")):
+        errors = [_errors(point[name]) for point in points]
+        panel.plot(counts, errors, "o-", color=color, label={"val_acc": "validation", "test_acc": "test"}[name])
+    panel.set_yscale("log")
+    panel.margins(x=0.15, y=0.3)
+    for set_formatter in (panel.yaxis.set_major_formatter, panel.yaxis.set_minor_formatter):
+        set_formatter(need("matplotlib.ticker").FuncFormatter(lambda value, _: f"{value:.2g}"))
+    parameters_axis(panel)
+    panel.set_ylabel("errors, %")
+    panel.legend(frameon=False)
+    labels = [
+        (f"{point['parameters']:,}, {point['test_acc']:.2%}", point["parameters"], _errors(point["test_acc"]))
+        for point in points
+    ]
+    place_labels(panel, labels)
+    return figure
+
+
+def parameters_axis(panel: Axes) -> None:
+    """Numbers of parameters on the x axis, on a log scale, over a grid."""
+    ticker = need("matplotlib.ticker")
+    panel.set_xscale("log")
+    panel.xaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    panel.xaxis.set_minor_formatter(ticker.NullFormatter())
+    panel.set_xlabel("parameters")
+    panel.grid(alpha=0.25, which="both")
+    panel.spines[["top", "right"]].set_visible(False)
+
+
+def _errors(accuracy: float) -> float:
+    """In percent; a log scale has no zero."""
+    return max(100 * (1 - accuracy), 1e-2)
 
 
 def place_labels(panel: Axes, labels: Sequence[tuple[str, float, float]]) -> None:

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml  # comes with Lightning
 from rich.table import Table
 
 from evolvenet.engine.history import History
+from evolvenet.report.front import draw_errors
 from evolvenet.report.page import write_report
-from evolvenet.report.svg import need
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 
 def write_result(result: Mapping[str, Any], folder: Path) -> Path:
@@ -78,35 +75,3 @@ def front_table(points: Sequence[Mapping[str, Any]]) -> Table:
             f"{1e4 * (1 - point['test_acc']):.0f}", str(point["epoch"]), f"{point['seconds'] / 60:.1f}",
         )  # fmt: skip
     return table
-
-
-def draw_errors(points: Sequence[Mapping[str, Any]]) -> Figure:
-    """Errors of the points of one run against parameters, both on log scales.
-
-    Raises:
-        ReportError: if matplotlib is not installed.
-    """
-    figure: Figure = need("matplotlib.figure").Figure(figsize=(10, 4), layout="constrained")
-    panel = figure.subplots()
-    counts = [point["parameters"] for point in points]
-    for name, color in (("val_acc", "#7f8c8d"), ("test_acc", "#2c3e50")):
-        errors = [max(100 * (1 - point[name]), 1e-2) for point in points]
-        panel.plot(counts, errors, "o-", color=color, label={"val_acc": "validation", "test_acc": "test"}[name])
-    for point in points:
-        at = (point["parameters"], max(100 * (1 - point["test_acc"]), 1e-2))
-        panel.annotate(
-            f"{point['parameters']:,}\n{point['test_acc']:.2%}", at, (0, -8), textcoords="offset points", ha="center", va="top",
-        )  # fmt: skip
-    formatter = need("matplotlib.ticker").FuncFormatter
-    panel.set_xscale("log")
-    panel.set_yscale("log")
-    panel.margins(x=0.08, y=0.3)
-    panel.xaxis.set_major_formatter(formatter(lambda value, _: f"{value:,.0f}"))
-    for set_formatter in (panel.yaxis.set_major_formatter, panel.yaxis.set_minor_formatter):
-        set_formatter(formatter(lambda value, _: f"{value:.2g}"))
-    panel.set_xlabel("parameters")
-    panel.set_ylabel("errors, %")
-    panel.grid(alpha=0.25, which="both")
-    panel.spines[["top", "right"]].set_visible(False)
-    panel.legend(frameon=False)
-    return figure

@@ -106,11 +106,10 @@ class RemainingLayers(Replacement, nn.ModuleList):
         known: Mapping[int, LeftLayer] = before.left if isinstance(before, RemainingLayers) else {}
         gone = [place for place, first in enumerate(first_places(len(before), known)) if first in self.left]
         firsts = first_places(len(before), known)
+        _count(model, self, len(before), len(self), undo)
         for config in _configurations(model, self):
             for name, value in list(vars(config).items()):
-                if name in COUNTS and value == len(before):
-                    _set(config, name, len(self), undo)
-                elif _is_each(name, value, len(before)):
+                if _is_each(name, value, len(before)):
                     for place in gone:
                         self.left[firsts[place]].entries[name] = value[place]
                     kept = [entry for place, entry in enumerate(value) if place not in gone]
@@ -123,11 +122,10 @@ class RemainingLayers(Replacement, nn.ModuleList):
         if isinstance(after, RemainingLayers):
             # It counts from this list on.
             return
+        _count(model, after, len(self), len(after), undo)
         for config in _configurations(model, after):
             for name, value in list(vars(config).items()):
-                if name in COUNTS and value == len(self):
-                    _set(config, name, len(after), undo)
-                elif _is_each(name, value, len(self)):
+                if _is_each(name, value, len(self)):
                     entries = dict(zip(first_places(len(self), self.left), value, strict=True))
                     entries |= {place: each.entries.get(name) for place, each in self.left.items()}
                     _set(config, name, type(value)([entries[place] for place in sorted(entries)]), undo)
@@ -170,15 +168,34 @@ def _is_each(name: str, value: Any, count: int) -> bool:
 
 
 def _configurations(model: nn.Module, layers: nn.Module) -> Iterator[Any]:
-    """Those that count the layers of a list: of the nearest module above it that has one. Others have layers of their own."""
+    """Those that describe the layers of a list: of the nearest module above it that has one. Others have layers of their own."""
+    yield from {id(configs[0]): configs[0] for _, configs in _all_above(model, layers) if configs}.values()
+
+
+def _all_above(model: nn.Module, layers: nn.Module) -> Iterator[tuple[str, list[Any]]]:
+    """(path of a list, different configurations of the modules above it, the nearest one first)."""
     modules = dict(model.named_modules(remove_duplicate=False))
-    found: dict[int, Any] = {}
     for path in [path for path, module in modules.items() if module is layers]:
         configs = (getattr(modules[above], "config", None) for above in and_above(path))
-        each = next((config for config in configs if config is not None), None)
-        if each is not None:
-            found[id(each)] = each
-    yield from found.values()
+        yield path, list({id(config): config for config in configs if config is not None}.values())
+
+
+def _count(model: nn.Module, layers: nn.Module, before: int, now: int, undo: ExitStack) -> None:
+    """Configurations count the layers of a list anew: the nearest one, and those above of which it may be a copy.
+
+    T5's encoder and decoder have copies of the model's configuration, and count their layers as `num_layers` there. Above, the
+    decoder's are `num_decoder_layers`: where a field has the name of a part on the path, it alone counts.
+    """
+    for path, configs in _all_above(model, layers):
+        own = {each for part in path.split(".") for each in (f"{part}_layers", f"num_{part}_layers")}
+        for config in configs:
+            if type(config) is not type(configs[0]):
+                continue
+            named = own & vars(config).keys()
+            copied = config is configs[0] and config is not configs[-1]
+            for name in COUNTS | named if copied or not named else named:
+                if vars(config).get(name) == before:
+                    _set(config, name, now, undo)
 
 
 def _number(before: nn.ModuleList, after: nn.ModuleList, undo: ExitStack) -> None:

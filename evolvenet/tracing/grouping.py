@@ -195,10 +195,15 @@ def _reasons(entries: Sequence[tuple[Tensor, str]], component: np.ndarray) -> di
 
 
 def _mixes_units(rows: Tensor, reason: str, component: np.ndarray) -> bool:
-    """Whether an op that mixes what stands in each row mixes units, and not only the places inside each of several units."""
-    units = component[rows.numpy()]
-    each_one = bool((rows >= 0).all()) and bool((units == units[:, :1]).all())
-    return not each_one or len(np.unique(units[:, 0])) < 2
+    """Whether an op that mixes what stands in each row mixes units, and not only the places inside each of several units.
+
+    Places of data beside those of a unit, as all heads of multi-head latent attention share some of their keys, are no units.
+    """
+    known = rows.numpy() >= 0
+    units = np.where(known, component[rows.numpy()], -1)
+    own = units.max(1, keepdims=True)
+    each_one = bool((rows >= -1).all()) and bool(((units == own) | ~known).all())
+    return not each_one or len(np.unique(own[own >= 0])) < 2
 
 
 def _segments(along: np.ndarray, groups: list[Group], axis: AxisIds, disordered: dict[int, str]) -> AxisRuns:

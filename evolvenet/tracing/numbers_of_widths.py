@@ -28,7 +28,7 @@ input_size num_hiddens q_lora_rank kv_lora_rank num_experts num_local_experts n_
 _HEAD_SIZES = """head_dim attention_head_size key_value_proj_dim d_kv dim_head head_size dim_per_head d_head key_dim val_dim
 head_width v_head_dim qk_nope_head_dim qk_head_dim kv_dim rotary_ndims rotary_dim"""
 _HEAD_COUNTS = """num_heads n_heads num_attention_heads nhead heads n_head num_key_value_heads num_kv_heads n_kv_heads
-n_groups"""
+n_groups num_group n_group"""
 ATTRIBUTE_NAMES: Mapping[str, frozenset[str]] = {
     PLAIN: frozenset(_SIZES.split()),
     SLICE: frozenset(_SIZES.split() + _HEAD_SIZES.split()),

@@ -98,7 +98,7 @@ def _selected(call: Call) -> bool:
     axis = dim % source.dim()
     units = _along(call, source, axis)
     if units is None:
-        return False
+        return call.op == "aten::topk" and _selected_in_groups(call, source, axis)
     count = call.argument("k", 1)
     call.label_graph.mark_competing(units, f"{call.location} works along its units")
     call.label_graph.fewest.append((units, count))
@@ -110,6 +110,21 @@ def _selected(call: Call) -> bool:
     for out in call.outputs:
         call.label_output(out, kept)
     _number(call, call.outputs[-1:], units)
+    return True
+
+
+def _selected_in_groups(call: Call, source: Tensor, axis: int) -> bool:
+    """`topk` inside each row of a grid of groups × experts: they compete inside a group alone, which can go as a whole."""
+    label = call.label_of(source)
+    found = [layer for layer in label.layers if axis in varying(layer)]
+    if len(found) != 1 or len(varying(found[0])) != 2 or bool((found[0] < 0).any()):
+        return False
+    call.label_graph.tie_rows(found[0], {axis})
+    call.label_graph.mark_kind(found[0], EXPERTS)
+    call.mark_changed(source)
+    groups = [layer.narrow(axis, 0, 1) if axis in varying(layer) else layer for layer in label.layers]
+    for out in call.outputs:
+        call.label_output(out, groups)
     return True
 
 

@@ -12,7 +12,7 @@ import copy
 import logging
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -49,7 +49,7 @@ def builds(model: PreTrainedModel, config: Any, shapes: Shapes) -> bool:
         config: of that class.
         shapes: {name: shape} of all parameters and buffers.
     """
-    return _distance(shapes, _shapes_of_built(type(model), config)) == 0
+    return _distance(shapes, shapes_of_built(type(model), config)) == 0
 
 
 def equal_configuration(model: PreTrainedModel, state: Mapping[str, Any], shapes: Shapes, inputs: Any) -> Any:
@@ -66,7 +66,7 @@ def equal_configuration(model: PreTrainedModel, state: Mapping[str, Any], shapes
     """
     if inputs is None or not all(each.in_configuration for each in replacements(model).values()):
         return None
-    if not _alike_as_before(_shapes_of_built(type(model), model.config), shapes):
+    if not _alike_as_before(shapes_of_built(type(model), model.config), shapes):
         return None
     return _Search(model, state, shapes, inputs).run()
 
@@ -96,7 +96,7 @@ class _Search:
         if distance == 0:
             return config if _same_outputs(self.model, self.state, config, self.inputs) else None
         nearer: list[tuple[float, int, Any]] = []
-        built = _shapes_of_built(type(self.model), config)
+        built = shapes_of_built(type(self.model), config)
         for number, values in enumerate(_candidates(config, _changes(built, self.wanted))):
             other = _with(config, values)
             key = str(other and other.to_dict())
@@ -112,14 +112,24 @@ class _Search:
 
     def _distance(self, config: Any) -> float:
         self.left -= 1
-        return _distance(self.wanted, _shapes_of_built(type(self.model), config))
+        return _distance(self.wanted, shapes_of_built(type(self.model), config))
 
 
-def _shapes_of_built(kind: type[PreTrainedModel], config: Any) -> Shapes:
-    """The shapes of a model with that configuration; none if it cannot be built."""
+def shapes_of_built(
+    kind: type[PreTrainedModel], config: Any, change: Callable[[PreTrainedModel], object] = lambda _: None
+) -> Shapes:
+    """The shapes of a model with that configuration; none if it cannot be built.
+
+    Args:
+        kind: of the model.
+        config: is left as it is.
+        change: what is done to the model that is built, without values, before its shapes are read.
+    """
     try:
         with torch.device("meta"):
-            return shapes_of(kind(copy.deepcopy(config)))
+            built = kind(copy.deepcopy(config))
+            change(built)
+            return shapes_of(built)
     except Exception as error:  # noqa: BLE001  a configuration that does not work is an answer
         log.debug("No model has this configuration: %s", error)
         return {}

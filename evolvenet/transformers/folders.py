@@ -48,7 +48,7 @@ def save_model(
         folder: is made if it is not there.
         example_inputs: to trace it on if its widths are not known, and to compare outputs on; None for made-up ones.
         outputs: as for `evolvenet.trace`.
-        options: of `model.save_pretrained`.
+        options: of `model.save_pretrained`; a `state_dict` among them is written in place of the model's own.
         rename: from the names of its tensors and modules to those in the file; None for what is left out. Its outputs have to
             be those of the model in the file.
 
@@ -56,10 +56,14 @@ def save_model(
         Whether the transformers library alone loads the folder.
 
     Raises:
-        RecordError: if its widths are not known.
+        RecordError: if its widths are not known, or the given `state_dict` is not that of the model.
     """
+    state = state_with_record(model, example_inputs, outputs)
+    given = options.get("state_dict")
+    if given is not None:
+        options = {**options, "state_dict": _checked(model, state, given, rename)}
     folder.mkdir(parents=True, exist_ok=True)
-    state = _renamed(state_with_record(model, example_inputs, outputs), rename)
+    state = _renamed(state, rename)
     shapes = shapes_of(model) if rename is None else _by_new_name(shapes_of(model), rename)
     inputs = dummy_inputs(model) if example_inputs is None else example_inputs
     record, plain = known_widths(state), None
@@ -69,14 +73,11 @@ def save_model(
     if plain is not None and config is not None:
         # A record would say of heads that they can go, which need their numbers for that.
         (state, shapes), record = plain, None
-        options = {**options, "state_dict": state}
+        options = {**options, "state_dict": state if given is None else _without_numbers(given)}
     elif not any(map(is_number, shapes)):
         config = _configuration(model, state, shapes, inputs, record)
     if config is None and record is None:
-        raise RecordError(
-            f"The {type(model).__name__} has other widths than its configuration, expected a record of them, got none: it was "
-            "copied or unpickled, or its weights were exchanged by other code. Give save_pretrained(example_inputs=...)."
-        )
+        raise _unknown_widths(model, shapes)
     (folder / FOLDER_RECORD).unlink(missing_ok=True)
     own = model.config
     try:
@@ -87,6 +88,40 @@ def save_model(
     if record is not None or find_replacements(state):
         write_folder_record(folder, state)
     return config is not None
+
+
+def _unknown_widths(model: PreTrainedModel, shapes: Shapes) -> RecordError:
+    differs = "numbers of its units, which no" if any(map(is_number, shapes)) else "other widths than its"
+    return RecordError(
+        f"The {type(model).__name__} has {differs} configuration says, expected a record of its widths, got none: they were "
+        "never traced, it was copied or unpickled, or its weights were exchanged by other code. Give "
+        "save_pretrained(example_inputs=...)."
+    )
+
+
+def _checked(model: PreTrainedModel, state: Mapping[str, Any], given: Any, rename: Rename | None) -> dict[str, Any]:
+    """A copy of a given state dict, since the transformers library takes tied tensors out of the one that it writes.
+
+    Raises:
+        RecordError: naming those that differ, and for a model with adapters, whose base has other names in its file.
+    """
+    if rename is not None:
+        raise RecordError(
+            "save_pretrained(state_dict=...): expected a model without adapters, got one with adapters of PEFT, whose base is "
+            "written under other names. Load the state dict into the model, and save without it."
+        )
+    shapes, others = (
+        {name: tuple(each.shape) for name, each in entries.items() if isinstance(each, torch.Tensor)}
+        for entries in (state, given)
+    )
+    wrong = sorted(name for name, shape in others.items() if shapes.get(name) != shape)
+    if wrong:
+        raise RecordError(
+            f"save_pretrained(state_dict=...): expected the tensors of the {type(model).__name__}, {wrong[0]} of shape "
+            f"{shapes.get(wrong[0], 'none')}, got {others[wrong[0]]}{f', and {len(wrong) - 1} more' if wrong[1:] else ''}. Give "
+            "the state dict of the model as it is now."
+        )
+    return dict(given)
 
 
 def _configuration(

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 
-import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from evolvenet.transformers import alibi, positions
+from evolvenet.transformers.configuration import shapes_of_built
 
 NUMBERED: Mapping[str, Callable[[nn.Module], int]] = {
     alibi.BUFFER: alibi.number_alibi_heads,
@@ -41,12 +41,9 @@ def number_as(model: nn.Module, names: Iterable[str]) -> None:
 def has_all_units(model: PreTrainedModel) -> bool:
     """Whether a model has such buffers, and they are those that its configuration builds: they say nothing then."""
     own = {name: buffer for name, buffer in model.named_buffers() if is_number(name)}
-    if not own:
+    if not own or not all(buffer.tolist() == list(range(len(buffer))) for buffer in own.values()):
         return False
-    with torch.device("meta"):
-        built = type(model)(copy.deepcopy(model.config))
-    number_as(built, own)
-    first = {name: len(buffer) for name, buffer in built.named_buffers() if is_number(name)}
-    return first == {name: len(buffer) for name, buffer in own.items()} and all(
-        buffer.tolist() == list(range(len(buffer))) for buffer in own.values()
-    )
+    built = shapes_of_built(type(model), model.config, partial(number_as, names=own))
+    return {name: shape for name, shape in built.items() if is_number(name)} == {
+        name: tuple(buffer.shape) for name, buffer in own.items()
+    }

@@ -11,13 +11,14 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 import evolvenet
 from evolvenet.surgery.norm_expansion import COLUMNS
@@ -32,12 +33,23 @@ AT = 1 / 3
 FFN, STREAM = (48, 192), (24, 48)
 """Units of each feed-forward layer, and of the stream, before and after."""
 
-Start = Callable[[Any, evolvenet.WidthGraph, dict[str, int], torch.optim.Optimizer], None]
-"""(model, its widths, {width: new size}, optimizer): grows the model."""
+CALIBRATION = 8, 32
+"""Batches, and training sequences in each, for starts that use the loss."""
+
+Pairs = Sequence[tuple[Any, Tensor]]
+"""(inputs, characters) of each batch."""
+
+Start = Callable[[Any, evolvenet.WidthGraph, dict[str, int], torch.optim.Optimizer, Pairs], None]
+"""(model, its widths, {width: new size}, optimizer, batches for starts that use the loss): grows the model."""
 
 
 def grown(
-    method: str = "orthogonal", *, columns: float | None = None, fresh: bool = False, zero_up: bool = False
+    method: str = "orthogonal",
+    *,
+    columns: float | None = None,
+    fresh: bool = False,
+    zero_up: bool = False,
+    update: bool = False,
 ) -> Start:
     """A growth by `evolvenet.grow`, with changes to what its new units start with.
 
@@ -46,11 +58,19 @@ def grown(
         columns: norm of new columns of a stream, in mean norms of the present ones; None for that of `grow`.
         fresh: whether second moments of the optimizer start at 0 for new units instead of the mean of the others.
         zero_up: whether new units get 0 from `up_proj` and random columns, instead of random rows and columns of 0.
+        update: whether the weights around the new units move so that the loss falls.
     """
 
-    def grow(model: Any, graph: evolvenet.WidthGraph, sizes: dict[str, int], optimizer: torch.optim.Optimizer) -> None:
+    def grow(
+        model: Any,
+        graph: evolvenet.WidthGraph,
+        sizes: dict[str, int],
+        optimizer: torch.optim.Optimizer,
+        pairs: Pairs,
+    ) -> None:
         before = {name: graph.widths[name] for name in sizes}
-        after = evolvenet.grow(model, graph, sizes, method, optimizers=optimizer)
+        data: dict[str, Any] = {"batches": pairs, "loss": next_character_loss, "update": True} if update else {}
+        after = evolvenet.grow(model, graph, sizes, method, optimizers=optimizer, **data)
         for name, width in before.items():
             for tie in after.widths[name].ties:
                 parameter: Tensor = model.get_parameter(tie.tensor)
@@ -75,6 +95,8 @@ STARTS: dict[str, tuple[str, Start | None, bool]] = {
     "paired (equal rows, opposite columns)": ("FFN", grown("paired"), False),
     "paired, second moments of 0": ("FFN", grown("paired", fresh=True), False),
     "paired, learning rate warmed up again": ("FFN", grown("paired"), True),
+    "paired, update (changes the function)": ("FFN", grown("paired", update=True), False),
+    "tiny, update (changes the function)": ("FFN", grown("tiny", update=True), False),
     "0 from up_proj, random columns": ("FFN", grown(zero_up=True), False),
     "zeros, random columns of 0.3 times the mean norm": ("stream", grown(columns=0.3), False),
     "zeros, random columns of the mean norm": ("stream", grown(columns=1.0), False),
@@ -83,6 +105,19 @@ STARTS: dict[str, tuple[str, Start | None, bool]] = {
     "zeros, random columns of 4 times the mean norm": ("stream", grown(columns=4.0), False),
 }
 """Kind of units, how they start, and whether the learning rate rises from 0 in the tenth of the steps that follow."""
+
+
+def next_character_loss(output: Any, sequences: Tensor) -> Tensor:
+    """Mean cross-entropy of each character but the first, in nats."""
+    return functional.cross_entropy(output.logits[:, :-1].flatten(0, 1).float(), sequences[:, 1:].flatten())
+
+
+def calibration(text: Text, setting: Setting, seed: int) -> Pairs:
+    """Batches of training sequences."""
+    count, size = CALIBRATION
+    generator = torch.Generator().manual_seed(1000 + seed)
+    drawn_parts = [drawn(text.train, setting.context, size, generator) for _ in range(count)]
+    return [({"input_ids": part}, part) for part in drawn_parts]
 
 
 def network(kind: str, large: bool, setting: Setting) -> nn.Module:
@@ -113,8 +148,8 @@ def trained(kind: str, large: bool, start: Start | None, warm: bool, seed: int, 
     for step in range(setting.steps):
         if step == at and start is not None:
             graph = traced(kind, setting)
-            size = FFN[1] if kind == "FFN" else STREAM[1]
-            start(model, graph, {width.name: size for width in graph.resizable if width.kind == kind}, optimizer)
+            size, pairs = (FFN if kind == "FFN" else STREAM)[1], calibration(text, setting, seed)
+            start(model, graph, {width.name: size for width in graph.resizable if width.kind == kind}, optimizer, pairs)
         model.train()
         optimizer.zero_grad()
         loss_of(model, drawn(text.train, setting.context, setting.batch, generator)).backward()

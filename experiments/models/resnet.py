@@ -89,6 +89,15 @@ class ResNet(nn.Module):
         return self.head(torch.relu(self.hidden(features.mean(dim=(2, 3)))))
 
 
+def activated(x: Tensor, negative_slope: float, silu: bool) -> Tensor:
+    """SiLU of `x`, or its leaky ReLU.
+
+    >>> activated(torch.tensor([-1.0, 2.0]), negative_slope=0.5, silu=False)
+    tensor([-0.5000,  2.0000])
+    """
+    return functional.silu(x) if silu else functional.leaky_relu(x, negative_slope)
+
+
 class UnpaddedBlock(nn.Module):
     """Twice a 3 × 3 convolution of each channel by itself, a 1 × 1 and a norm, plus the cropped input; then ReLU.
 
@@ -98,11 +107,12 @@ class UnpaddedBlock(nn.Module):
         width: channels in and out.
         inside: channels between.
         negative_slope: of the leaky ReLUs (Maas et al. 2013), inside and at the end; 0 makes them ReLUs.
+        silu: SiLUs (Elfwing et al. 2018) in place of them.
     """
 
-    def __init__(self, width: int, inside: int, negative_slope: float = 0.0) -> None:
+    def __init__(self, width: int, inside: int, negative_slope: float = 0.0, silu: bool = False) -> None:
         super().__init__()
-        self.negative_slope = negative_slope
+        self.negative_slope, self.silu = negative_slope, silu
         self.depthwise1 = nn.Conv2d(width, width, 3, groups=width, bias=False)
         self.pointwise1 = nn.Conv2d(width, inside, 1, bias=False)
         self.norm1 = nn.BatchNorm2d(inside)
@@ -112,10 +122,10 @@ class UnpaddedBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`[N, width, H, W]` → `[N, width, H − 4, W − 4]`."""
-        inside = functional.leaky_relu(self.norm1(self.pointwise1(self.depthwise1(x))), self.negative_slope)
+        inside = activated(self.norm1(self.pointwise1(self.depthwise1(x))), self.negative_slope, self.silu)
         outside = self.norm2(self.pointwise2(self.depthwise2(inside)))
         # Not a slice: its gradient would lose `channels_last`, which slows the backward pass.
-        return functional.leaky_relu(outside + functional.pad(x, CROPPED), self.negative_slope)
+        return activated(outside + functional.pad(x, CROPPED), self.negative_slope, self.silu)
 
 
 class UnpaddedResNet(nn.Module):
@@ -129,6 +139,7 @@ class UnpaddedResNet(nn.Module):
         width: channels of the stem and between the blocks.
         inside: channels inside of each block.
         negative_slope: of all leaky ReLUs; 0 makes them ReLUs.
+        silu: SiLUs in place of them.
 
     >>> UnpaddedResNet(width=8, inside=(8, 8))(torch.zeros(2, 1, 28, 28)).shape
     torch.Size([2, 10])
@@ -141,17 +152,18 @@ class UnpaddedResNet(nn.Module):
         width: int = 256,
         inside: Sequence[int] = (1024, 1024),
         negative_slope: float = 0.0,
+        silu: bool = False,
     ) -> None:
         super().__init__()
-        self.negative_slope = negative_slope
+        self.negative_slope, self.silu = negative_slope, silu
         self.stem = nn.Conv2d(in_channels, width, 3, bias=False)
         self.pool = nn.MaxPool2d(2)
         self.norm = nn.BatchNorm2d(width)
-        self.blocks = nn.Sequential(*(UnpaddedBlock(width, count, negative_slope) for count in inside))
+        self.blocks = nn.Sequential(*(UnpaddedBlock(width, count, negative_slope, silu) for count in inside))
         self.head = nn.Linear(width, classes)
 
     def forward(self, images: Tensor) -> Tensor:
         """`[N, in_channels, H, W]` → logits `[N, classes]`."""
         features = self.norm(self.pool(self.stem(images)))
-        features = self.blocks(functional.leaky_relu(features, self.negative_slope))
+        features = self.blocks(activated(features, self.negative_slope, self.silu))
         return self.head(features.mean(dim=(2, 3)))

@@ -80,6 +80,19 @@ def readable_errors(output: Path | None = None) -> Iterator[None]:
         raise SystemExit(f"error: {known or _written(error, output)}") from None
 
 
+@contextlib.contextmanager
+def own_tracked_run() -> Iterator[None]:
+    """End the run of Weights & Biases that has begun in the body, if any: in a sweep, the next would be written into it."""
+    code = 1
+    try:
+        yield
+        code = 0
+    finally:
+        wandb = sys.modules.get("wandb")
+        if wandb is not None and wandb.run is not None:
+            wandb.finish(exit_code=code)
+
+
 def remember_failure(output: Path, line: str) -> None:
     """Write why a run failed into its folder, below the traceback that may be there."""
     with contextlib.suppress(OSError):

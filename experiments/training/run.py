@@ -35,6 +35,7 @@ from experiments.training.jobs import (
     finished,
     in_sweep,
     objectives,
+    own_tracked_run,
     readable_errors,
     remember_failure,
     remember_settings,
@@ -128,7 +129,7 @@ def run_config(config: DictConfig) -> Any:
 
 def _run_config(config: DictConfig) -> dict[str, Any]:
     # Alone, an error of the code keeps its traceback; in a sweep it is written into the folder, and the others run on.
-    with readable_errors(Path(config.output) if in_sweep() else None):
+    with readable_errors(Path(config.output) if in_sweep() else None), own_tracked_run():
         check_types(config)
         callbacks = instantiate(config.callbacks)
         return run(

@@ -218,6 +218,10 @@ def test_runs_are_named_by_the_overrides_that_not_all_share_and_fronts_give_ever
     }  # fmt: skip
     assert {point["run"] for point in points_of([runs / "same", runs / "large"])} == {"same", "model=x lr=large"}
     assert [point["run"] for point in points_of([runs / "small"])] == ["small"]
+    words = json.dumps(["lr=small", "+logger={api_key: s3cret, project: x}", "+token=s3cret"])
+    (runs / "small" / ".hydra" / "overrides.yaml").write_text(words, encoding="utf-8")
+    names = {point["run"] for point in points_of([runs / "small", runs / "worse"])}
+    assert names == {"lr=small +logger={api_key: ***, project: x} +token=***", "model=x lr=worse"}
 
 
 def test_the_page_of_a_front_is_written_anew_with_all_that_it_had(runs: Path, run: Any) -> None:

@@ -103,7 +103,7 @@ def test_a_removal_that_fails_again_is_switched_off_while_widths_go_on_changing(
         assert (event.skipped, event.removed_blocks) == (None, ())
         again = run(evolvenet.Threshold(depth=True, prune=0.3), evolver.model)
         again.load_state_dict(evolver.state_dict())
-        assert again._failures.removes_blocks == (progress < 0.5)
+        assert again._failures.may_remove_blocks == (progress < 0.5)
     assert evolver.off is None
     found = [each.getMessage() for each in caplog.records if "blocks are left as they are" in each.getMessage()]
     assert [" for the rest of the run" in each for each in found] == [False, True]
@@ -115,7 +115,7 @@ def test_failed_removals_do_not_count_as_failures_of_widths() -> None:
         raise RuntimeError("no room")
     for moment in (1, 2):
         policy.explain_blocks(group, moment, caught.value)
-    assert not policy.removes_blocks
+    assert not policy.may_remove_blocks
     policy.explain(group, 3, caught.value)
     assert policy.off is None, "the first failure of widths"
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from transformers import BertForTokenClassification
 
 from evolvenet import Budget
 from examples import halve_gpt, shrink_bert, timm_convnext
@@ -14,6 +15,8 @@ def test_bert_shrinks_while_it_is_fine_tuned(tmp_path: Path) -> None:
     whole = sum(parameter.numel() for parameter in shrink_bert.build(tiny=True).parameters())
     small = shrink_bert.main(tmp_path, tiny=True)
     assert sum(parameter.numel() for parameter in small.parameters()) <= 0.76 * whole
+    alone = BertForTokenClassification.from_pretrained(tmp_path / "small")
+    assert [tuple(one.shape) for one in alone.parameters()] == [tuple(two.shape) for two in small.parameters()]
 
 
 def test_a_gpt_is_halved_and_goes_on() -> None:

@@ -19,7 +19,7 @@ def test_the_share_of_the_gap_is_between_the_two_networks_from_scratch() -> None
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("name", STARTS)
+@pytest.mark.parametrize("name", [name for name in STARTS if "changes the function" not in name])
 def test_every_start_keeps_the_outputs(name: str) -> None:
     kind, start, _ = STARTS[name]
     torch.manual_seed(0)
@@ -33,6 +33,7 @@ def test_every_start_keeps_the_outputs(name: str) -> None:
         graph,
         {w.name: 2 * w.size for w in graph.resizable if w.kind == kind},
         torch.optim.AdamW(model.parameters()),
+        [],
     )
     with torch.no_grad():
         assert torch.allclose(model(input_ids=words).logits, before, atol=1e-4)

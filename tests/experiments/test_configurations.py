@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from importlib import import_module
 from typing import Any
 
 import lightning
@@ -64,8 +65,13 @@ def test_launchers_and_the_sweeper_compose(launcher: str) -> None:
     assert get_class(config.hydra.sweeper._target_)
 
 
-@pytest.mark.parametrize("optimizer", CHOICES["optimizer"])
-@pytest.mark.parametrize("scheduler", CHOICES["scheduler"])
+@pytest.mark.parametrize(
+    ("optimizer", "scheduler"),
+    [
+        pytest.param(one, two, marks=[] if one == "adamw" or two == "one_cycle" else pytest.mark.long)
+        for one, two in itertools.product(CHOICES["optimizer"], CHOICES["scheduler"])
+    ],
+)
 def test_every_optimizer_trains_with_every_scheduler(tmp_path: Any, optimizer: str, scheduler: str) -> None:
     words = [
         f"optimizer={optimizer}",
@@ -127,13 +133,27 @@ def test_every_policy_runs(tmp_path: Any, evolve: str) -> None:
     assert all(event["skipped"] is None for event in result["history"]["events"])
 
 
-@pytest.mark.parametrize("callbacks", ["early_stopping", "ema", "learning_rate"])
-def test_callbacks_take_part(tmp_path: Any, callbacks: str) -> None:
-    result = train(tmp_path, [f"callbacks={callbacks}", "logger=csv", *SMALL, *TINY, *EAGER, "trainer.accelerator=cpu"])
+@pytest.mark.parametrize(
+    ("callbacks", "logger", "left"),
+    [
+        ("early_stopping", ["logger=wandb", "logger.offline=true"], "wandb/*/*.wandb"),
+        ("ema", ["logger=mlflow"], "mlflow/*/artifacts/evolve/network/*.png"),
+        ("learning_rate", ["logger=csv"], "csv/metrics.csv"),
+    ],
+)
+def test_callbacks_and_loggers_take_part(
+    tmp_path: Any, monkeypatch: Any, callbacks: str, logger: list[str], left: str
+) -> None:
+    # All three are written to by the loggers.
+    for name, value in (("WANDB_MODE", "offline"), ("MLFLOW_DISABLE_TELEMETRY", "true"), ("MLFLOW_TRACKING_URI", "")):
+        monkeypatch.setenv(name, value)
+    result = train(tmp_path, [f"callbacks={callbacks}", *logger, *SMALL, *TINY, *EAGER, "trainer.accelerator=cpu"])
     assert result["steps"] == 4
-    logged = (tmp_path / "run" / "csv" / "metrics.csv").read_text()
-    assert ("lr-AdamW" in logged) == (callbacks == "learning_rate")
-    assert "seed: 0" in (tmp_path / "run" / "csv" / "hparams.yaml").read_text()
+    assert list((tmp_path / "run").glob(left))
+    assert import_module("wandb").run is None, "the next run of a sweep would be written into it"
+    if logger == ["logger=csv"]:
+        assert "lr-AdamW" in (tmp_path / "run" / "csv" / "metrics.csv").read_text()
+        assert "seed: 0" in (tmp_path / "run" / "csv" / "hparams.yaml").read_text()
 
 
 @pytest.mark.parametrize("model", ["torchvision:squeezenet1_1", "timm:test_vit"])

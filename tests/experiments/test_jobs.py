@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import signal
@@ -21,7 +22,7 @@ from omegaconf import OmegaConf
 from evolvenet.cli.runs import points_of
 from experiments.training import jobs
 from experiments.training.jobs import SettingsError, check_types, finished, resume_command, stopped_run
-from experiments.training.sweep import SweepTable, tabulate
+from experiments.training.sweep import SweepTable, draw_sweep, sweep_table, tabulate
 from tests.helpers.experiments import configuration, train
 from tests.helpers.paths import CONF, ROOT
 
@@ -132,6 +133,16 @@ def test_a_failed_run_does_not_end_its_sweep_and_finished_runs_are_skipped(tmp_p
     assert first.stdout.count(f"(run {tmp_path}/sweep/") == first.stdout.count("failed: ") == 2
     results = sorted(path.parent.name for path in (tmp_path / "sweep").rglob("result.json"))
     assert len(results) == 2
+    table = (tmp_path / "sweep" / "sweep.md").read_text("utf-8")
+    assert table in first.stdout
+    assert table.startswith(sweep_table(tmp_path / "sweep"))
+    assert table.count("| seed=") == 2
+    assert "trainer.max_epochs" not in table
+    assert "Warning" not in first.stdout + first.stderr
+    assert (tmp_path / "sweep" / "sweep.png").stat().st_size > 10_000
+    ends = [json.loads(path.read_text())["end"]["parameters"] for path in (tmp_path / "sweep").rglob("result.json")]
+    drawn = [list(line.get_ydata())[-1] for line in draw_sweep(tmp_path / "sweep").axes[0].lines]  # pyright: ignore
+    assert sorted(drawn) == sorted(ends)
     made = {path: path.stat().st_mtime_ns for path in (tmp_path / "sweep").rglob("result.json")}
     again = command(tmp_path, *sweep)
     assert again.returncode == 0, again.stderr

@@ -94,6 +94,19 @@ def test_the_slope_is_that_of_every_relu_of_the_unpadded_network():
     torch.testing.assert_close(seen[0], model.norm(model.pool(model.stem(images))))
 
 
+def test_all_activations_of_the_unpadded_network_can_be_silus(monkeypatch):
+    seen, honest = [], torch.nn.functional.silu
+    monkeypatch.setattr(torch.nn.functional, "silu", lambda x: seen.append(x) or honest(x))
+    monkeypatch.setattr(torch.nn.functional, "leaky_relu", None)
+    model = UnpaddedResNet(width=4, inside=(5, 6), silu=True).eval()
+    torch.nn.init.zeros_(model.blocks[0].norm2.weight)
+    images = torch.randn(3, 1, 28, 28)
+    model(images)
+    assert [x.shape[1] for x in seen] == [4, 5, 4, 6, 4], "the stem's, then two a block: inside and at the end"
+    stem = honest(model.norm(model.pool(model.stem(images))))
+    torch.testing.assert_close(seen[2], stem[:, :, 2:-2, 2:-2], msg="the block's branch is 0")
+
+
 def test_stages_of_different_number_are_refused():
     with pytest.raises(ValueError, match="3, 2 and 3"):
         ResNet(blocks=(2, 2))

@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from evolvenet.report.run_result import draw_errors, front_table
+from evolvenet.report.front import draw_errors
+from evolvenet.report.run_result import front_table
 from experiments.training.classifier import Classifier, Cycles
 from experiments.training.points import Points, PointsError, frozen, span_ends, teacher
 
@@ -115,4 +116,4 @@ def test_the_table_and_the_picture_show_every_point() -> None:
     assert list(table.columns[4].cells) == ["150", "300"]
     panel = draw_errors(points).axes[0]
     assert [line.get_xdata().tolist() for line in panel.lines] == [[5000, 700]] * 2  # type: ignore[union-attr]
-    assert [text.get_text() for text in panel.texts] == ["5,000\n98.50%", "700\n97.00%"]
+    assert [text.get_text() for text in panel.texts] == ["5,000, 98.50%", "700, 97.00%"]

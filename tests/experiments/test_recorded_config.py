@@ -1,11 +1,13 @@
 """What a result file says of a run's configuration holds no secret."""
 
 import json
+import shlex
 from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
 
+from evolvenet.report.facts import recorded_command
 from experiments.training.recorded_config import recorded_config
 
 
@@ -38,6 +40,23 @@ def test_no_value_of_the_environment_and_no_secret_is_recorded(config):
     assert recorded["logger"]["api_key"] == "${oc.env:WANDB_API_KEY}"
     assert recorded["root"] == "${oc.env:UNSET_VARIABLE,data}"
     assert (recorded["same"], recorded["name"], recorded["max_tokens"]) == (3, "token of a name", 512)
+
+
+@pytest.mark.parametrize(
+    ("typed", "shown"),
+    [
+        ("+logger={project: x, api_key: s3cret}", "+logger={project: x, api_key: ***}"),
+        ("+logger={api_key:s3cret,project:x}", "+logger={api_key:***,project:x}"),
+        ("+a={b: {Password: 's3, c}ret', c: 1}, d: [s]}", "+a={b: {Password: ***, c: 1}, d: [s]}"),
+        ('--config={"db": {"access_token": "s3\\"cr,et"}, "n": 1}', '--config={"db": {"access_token": ***}, "n": 1}'),
+        ("+a={secrets: {one: s3cret, two: [s3cret]}, kept: 1}", "+a={secrets: ***, kept: 1}"),
+        ("+a={url: 'http://x/y', name: monkey}", "+a={url: 'http://x/y', name: monkey}"),
+        ("+a=[{token: s3cret}, {token: s3cret}]", "+a=[{token: ***}, {token: ***}]"),
+        ("+a={api_key: s3cret", "+a={api_key: ***"),
+    ],
+)
+def test_secrets_in_a_dict_on_the_command_line_are_masked(typed, shown):
+    assert shlex.split(recorded_command(["train.py", typed])) == ["train.py", shown]
 
 
 def test_folders_and_urls_name_no_user(monkeypatch):

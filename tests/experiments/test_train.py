@@ -1,8 +1,6 @@
 """Every experiment in `conf/experiment`, run through what `train.py` does, on a few batches."""
 
-import json
 import logging
-import subprocess
 import sys
 
 import lightning
@@ -16,9 +14,8 @@ from experiments.data.span_augment import SpanAugment
 from experiments.training import classifier, points
 from experiments.training.classifier import Classifier
 from experiments.training.jobs import readable_errors
-from experiments.training.sweep import draw_sweep, sweep_table
 from tests.helpers.experiments import configuration, train, write_numbered
-from tests.helpers.paths import CONF, ROOT
+from tests.helpers.paths import CONF
 
 # What evolving runs are compared with, and low rank after training: no widths change. Each is run by a test of its own.
 CONTROLS = ("_scratch", "_uniform", "_torch_pruning", "_lenet")
@@ -164,15 +161,21 @@ def timeless(front):
     return [{key: value for key, value in point.items() if key not in ("seconds", "path")} for point in front]
 
 
-@pytest.mark.parametrize(
-    ("experiment", "kept", "left"),
-    [("mnist_resnet", "last.ckpt", 3), ("mnist_resnet", "0-*.ckpt", 4), ("cifar_resnet", "last.ckpt", 3)],
-)
+STOPPED = [
+    ("mnist_resnet", "0-*.ckpt", 4),
+    ("cifar_resnet", "last.ckpt", 3),
+    pytest.param("mnist_resnet", "last.ckpt", 3, marks=pytest.mark.long),
+]
+"""An experiment, from which checkpoint it is resumed, and the epochs that are left."""
+
+
+@pytest.mark.parametrize(("experiment", "kept", "left"), STOPPED)
 def test_a_front_that_was_stopped_goes_on_where_it_was(tmp_path, data, experiment, kept, left, monkeypatch):
     """The same points, weights and curve as without the stop; the teacher was a network of other widths."""
+    # Over 40 lines: a run, one that is stopped, one that goes on, and all that has to be equal in them.
     spans = {"mnist_resnet": "spans=[1,1,1,1,1]", "cifar_resnet": "spans=[1,2,2]"}[experiment]
     more = {
-        "mnist_resnet": ["points.teachers=[null,0,0,1,2]", "classifier.soft=0.5"],
+        "mnist_resnet": ["points.teachers=[null,0,0,1,2]", "classifier.soft=0.5", "model.silu=true"],
         "cifar_resnet": ["cycles=[3,2]"],
     }[experiment]
     cut = "evolve.policy.points.1={_target_:evolvenet.Budget,params:900,by:0.1,growth:0}"
@@ -263,42 +266,3 @@ def test_bad_settings_end_with_one_line(tmp_path, overrides, message):
 def test_other_errors_keep_their_traceback():
     with pytest.raises(ZeroDivisionError), readable_errors():
         _ = 1 / 0
-
-
-def command(cwd, *overrides):
-    return subprocess.run(
-        [sys.executable, str(ROOT / "train.py"), *overrides], cwd=cwd, capture_output=True, text=True, timeout=300
-    )
-
-
-def test_a_command_without_data_ends_with_one_line(tmp_path):
-    (tmp_path / "mnist.npz").write_text("no archive")
-    done = command(tmp_path, "+experiment=mnist_resnet", f"data.root={tmp_path}")
-    assert done.returncode == 1
-    assert "Traceback" not in done.stderr + done.stdout
-    assert done.stderr.strip().startswith("error: Data: ")
-    assert "\n" not in done.stderr.strip()
-
-
-def test_a_sweep_leaves_a_result_for_each_run_and_one_table(tmp_path, data):
-    done = command(
-        tmp_path, "-m", "+experiment=mnist_threshold", "evolve.policy.prune=0.005,0.02", "evolve.policy.grow=0.9",
-        "trainer.limit_train_batches=2", "trainer.max_epochs=1", "model.widths=[4,4,4]", "evolve.every_n_steps=1",
-        "evolve.start_step=1", *data,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    [directory] = (tmp_path / "multirun").glob("*/*")
-    results = [json.loads((directory / number / "result.json").read_text()) for number in ("0", "1")]
-    assert [result["config"]["evolve"]["policy"]["prune"] for result in results] == [0.005, 0.02]
-    table = sweep_table(directory)
-    assert (directory / "sweep.md").read_text() == table
-    assert table in done.stdout
-    assert table.count("| evolve.policy.prune=") == 2
-    assert (directory / "sweep.png").stat().st_size > 10_000
-    lines = draw_sweep(directory).axes[0].lines
-    ends = {result["config"]["evolve"]["policy"]["prune"]: result["end"]["parameters"] for result in results}
-    assert {str(line.get_label()).split(":")[0]: list(line.get_ydata())[-1] for line in lines} == {  # pyright: ignore
-        f"evolve.policy.prune={prune}": count for prune, count in ends.items()
-    }
-    assert "trainer.max_epochs" not in table
-    assert "Warning" not in done.stdout + done.stderr

@@ -221,9 +221,9 @@ def test_killed_at_the_worst_moments(
 
 
 def test_killed_after_every_save(forks: Forks, wholes: Wholes, tmp_path: Path) -> None:
-    """Each child makes one step, the first after a resume, also those between which an event becomes due."""
-    run = Run(forks, wholes, tmp_path / "run", KEEPERS[0], SHORT)
-    for step in range(1, SHORT * STEPS + 1):
+    """Each child makes one step, the first after a resume, also where an event becomes due, and an epoch ends."""
+    run = Run(forks, wholes, tmp_path / "run", KEEPERS[0], epochs := 2)
+    for step in range(1, epochs * STEPS + 1):
         assert run.resume(trap=("after the name", 1))["status"] == -signal.SIGKILL
         assert run.newest == step
     assert run.resume()["status"] == 0

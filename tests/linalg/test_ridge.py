@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -11,11 +12,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from evolvenet.linalg.ridge import PATIENCE, RIDGES, refit, solve_held_out
-from evolvenet.linalg.ridge_problems import ALL, EVEN, ODD, DualProblem, PrimalProblem, Solution
+from evolvenet.linalg.ridge_problems import ALL, EVEN, ODD, DualProblem, PrimalProblem, Solution, System
 from tests.helpers.cases import FLOAT
 
 ALTERNATE = torch.arange(20) % 2 == 1
 """Which of twenty rows are odd."""
+
+
+def solved(problem: PrimalProblem | DualProblem, halves: tuple[int, ...], ridge: float) -> Solution:
+    """The solution on some halves of the samples."""
+    return problem.solve(problem.system(halves), ridge)
 
 
 @given(st.integers(1, 6), st.integers(1, 4), st.booleans(), st.integers(0, 999))
@@ -57,7 +63,7 @@ def test_primal_and_dual_form_give_one_solution(rows: int, columns: int, ridge: 
     odd = torch.arange(rows) % 2 == 1
     primal, dual = (form.from_rows(x, r, odd, centred=bias) for form in (PrimalProblem, DualProblem))
     assert primal.count == dual.count
-    one, two = primal.solve(EVEN, ridge), dual.solve(EVEN, ridge)
+    one, two = solved(primal, EVEN, ridge), solved(dual, EVEN, ridge)
     assert bool(one.failed) == bool(two.failed)
     if one.failed:
         assert rows <= 2
@@ -69,13 +75,29 @@ def test_primal_and_dual_form_give_one_solution(rows: int, columns: int, ridge: 
         error, energy = float(left.square().sum()), float(r[:, chosen].square().sum())
         assert float(primal.error(one, halves)) == pytest.approx(error, rel=1e-6, abs=1e-9)
         assert float(dual.error(two, halves)) == pytest.approx(error, rel=1e-6, abs=1e-9)
+        if halves == EVEN:
+            assert float(primal.own_error(primal.system(EVEN), one)) == pytest.approx(error, rel=1e-6, abs=1e-9)
+            assert float(dual.own_error(dual.system(EVEN), two)) == pytest.approx(error, rel=1e-6, abs=1e-9)
         assert float(primal.energy(halves)) == pytest.approx(energy)
         assert float(dual.energy(halves)) == pytest.approx(energy)
 
 
+@pytest.mark.parametrize("form", [PrimalProblem, DualProblem])
+@pytest.mark.parametrize("centred", [True, False])
+def test_a_system_is_solved_for_one_ridge_after_another(form: type[PrimalProblem | DualProblem], centred: bool) -> None:
+    x, r = torch.randn(20, 4, dtype=FLOAT), torch.randn(20, 2, dtype=FLOAT)
+    problem = form.from_rows(x, r, ALTERNATE, centred=centred)
+    one, both = problem.system(EVEN), problem.system(ALL)
+    for ridge in (1.0, math.inf, 1e-4, 0.1):
+        for system in (one, both):
+            torch.testing.assert_close(
+                problem.solve(system, ridge).coefficients, solved(problem, system.halves, ridge).coefficients
+            )
+
+
 def test_the_solution_is_that_of_the_ridge_problem() -> None:
     x, r = torch.randn(30, 5, dtype=FLOAT), torch.randn(30, 2, dtype=FLOAT)
-    solution = PrimalProblem.from_rows(x, r, torch.arange(30) % 2 == 1, centred=False).solve(ALL, 0.1)
+    solution = solved(PrimalProblem.from_rows(x, r, torch.arange(30) % 2 == 1, centred=False), ALL, 0.1)
     penalty = (0.1 * x.square().sum() / 5).sqrt() * torch.eye(5, dtype=FLOAT)
     wide, right = torch.cat([x, penalty]), torch.cat([r, torch.zeros(5, 2, dtype=FLOAT)])
     torch.testing.assert_close(solution.coefficients, torch.linalg.lstsq(wide, right).solution.T)
@@ -91,9 +113,10 @@ def test_a_metric_weighs_the_errors(seed: int, bias: bool) -> None:
     problem = PrimalProblem.from_rows(x, r, odd, centred=bias)
     energies = torch.stack([plain.energy(half) for half in (EVEN, ODD)])
     problem = replace(problem, energies=energies, metric=columns @ columns.T)
-    one, two = plain.solve(EVEN, 0.1), problem.solve(EVEN, 0.1)
+    one, two = solved(plain, EVEN, 0.1), solved(problem, EVEN, 0.1)
     torch.testing.assert_close(one.coefficients, columns.T @ two.coefficients)
     assert float(problem.error(two, ODD)) == pytest.approx(float(plain.error(one, ODD)))
+    assert float(problem.own_error(problem.system(EVEN), two)) == pytest.approx(float(plain.error(one, EVEN)))
 
 
 def test_a_matrix_too_rough_for_the_ridge_has_no_solution() -> None:
@@ -101,8 +124,8 @@ def test_a_matrix_too_rough_for_the_ridge_has_no_solution() -> None:
         torch.randn(20, 2).double(), torch.randn(20, 1).double(), ALTERNATE, centred=False
     )
     rough = replace(problem, gram=torch.diag(torch.tensor([1.0, -1e-6], dtype=FLOAT)).expand(2, 2, 2))
-    assert rough.solve(EVEN, 1e-10).failed
-    assert not rough.solve(EVEN, 1e-3).failed
+    assert solved(rough, EVEN, 1e-10).failed
+    assert not solved(rough, EVEN, 1e-3).failed
 
 
 @pytest.mark.parametrize("form", [PrimalProblem, DualProblem])
@@ -164,7 +187,7 @@ def test_of_many_outputs_a_few_mixtures_select_the_ridge(form: type[PrimalProble
     problem = form.from_rows(x, y, odd, centred=True)
     few = problem.sketched()
     for ridge in (1.0, 1e-2, 1e-6):
-        errors = [float(each.error(each.solve(EVEN, ridge), ODD)) for each in (problem, few)]
+        errors = [float(each.error(solved(each, EVEN, ridge), ODD)) for each in (problem, few)]
         assert errors[1] == pytest.approx(errors[0], rel=0.1)
     found = solve_held_out(problem)
     assert found is not None
@@ -183,33 +206,33 @@ def test_mixtures_weigh_outputs_as_their_metric_does() -> None:
     few = problem.sketched()
     assert few.cross.shape[-1] == 128
     # Of the same mixtures at each ridge, what one ridge gains over another is as far off as that gain is large.
-    gains = [float(each.energy(ODD) - each.error(each.solve(EVEN, 1e-2), ODD)) for each in (problem, few)]
+    gains = [float(each.energy(ODD) - each.error(solved(each, EVEN, 1e-2), ODD)) for each in (problem, few)]
     assert gains[1] == pytest.approx(gains[0], rel=0.2)
 
 
-def test_ridges_beyond_the_best_one_are_not_tried(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of noisy samples a large ridge is best; the solution is that of all ridges."""
+@pytest.mark.parametrize("form", [PrimalProblem, DualProblem])
+@pytest.mark.parametrize("noise", [0.0, 1e-3, 0.3, 3.0, 30.0])
+def test_the_ridge_of_the_least_error_is_found_without_a_trial_of_all(
+    form: type[PrimalProblem | DualProblem], noise: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The noisier the samples, the larger it is; to a thousandth of the error."""
     made = torch.Generator().manual_seed(0)
-    x, noise = (torch.randn(40, width, generator=made, dtype=FLOAT) for width in (15, 3))
-    problem = PrimalProblem.from_rows(x, x[:, :3] + 3 * noise, ALTERNATE.repeat(2), centred=False)
+    x, added = (torch.randn(40, width, generator=made, dtype=FLOAT) for width in (15, 3))
+    x = x * torch.logspace(0, -3, 15, dtype=FLOAT)
+    problem = form.from_rows(x, x[:, :3] + noise * added, ALTERNATE.repeat(2), centred=False)
+    errors = {ridge: float(problem.error(solved(problem, EVEN, ridge), ODD)) for ridge in RIDGES}
     tried: list[float] = []
-    solve = PrimalProblem.solve
+    solve = form.solve
 
-    def recorded(self: PrimalProblem, halves: tuple[int, ...], ridge: float | torch.Tensor) -> Solution:
+    def recorded(self: Any, system: System, ridge: float | torch.Tensor) -> Solution:
         tried.append(float(ridge))
-        return solve(self, halves, ridge)
+        return solve(self, system, ridge)
 
-    monkeypatch.setattr(PrimalProblem, "solve", recorded)
-    few = solve_held_out(problem)
+    monkeypatch.setattr(form, "solve", recorded)
+    solve_held_out(problem)
     *trials, best = tried
-    assert len(trials) < len(RIDGES)
-    assert trials[-1 - PATIENCE] == best
-    monkeypatch.setattr("evolvenet.linalg.ridge.PATIENCE", len(RIDGES))
-    every = solve_held_out(problem)
-    assert tried[-1] == best
-    assert few is not None
-    assert every is not None
-    assert torch.equal(few[0], every[0])
+    assert len(trials) < len(RIDGES) or best <= RIDGES[-1 - PATIENCE] or best == math.inf
+    assert errors[best] == pytest.approx(min(errors.values()), rel=1e-3, abs=1e-9)
 
 
 def test_a_small_ridge_is_found_where_large_ones_do_not_help() -> None:

@@ -21,7 +21,7 @@ from evolvenet.pruning.fitted_prune import plan_fitted_prune
 from evolvenet.pruning.reconstruction import reconstruct
 from evolvenet.surgery.resize_model import Surgery, compile_surgery, install
 from evolvenet.tracing.trace import trace
-from tests.helpers.small_models import mlp
+from tests.helpers.small_models import convnet, mlp, mobile
 
 SIZES = {"0": 12, "2": 12}
 
@@ -178,3 +178,27 @@ def test_a_model_is_never_taken_for_true_or_false() -> None:
     (name,) = graph.sizes
     evolvenet.prune(model, graph, {name: 5}, [torch.randn(32, 4) for _ in range(4)])
     assert model._orig_mod.enter.out_features == 5
+
+
+def photos(count: int, seed: int) -> Tensor:
+    """Smooth noise `[count, 3, 12, 12]`."""
+    noise = torch.randn(count, 3, 4, 4, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return nn.functional.interpolate(noise, size=12, mode="bicubic")
+
+
+@pytest.mark.parametrize("make", [convnet, mobile])
+@pytest.mark.parametrize("share", [0.9, 0.7])
+def test_fits_to_crops_of_three_photos_are_no_worse_than_the_bare_cut_on_others(
+    make: Callable[[], Any], share: float
+) -> None:
+    """Each batch has crops of each photo, so that those that are held out tell little of other photos."""
+    torch.manual_seed(0)
+    model, few = make(), photos(3, 1)
+    places = torch.randint(0, 7, (48, 2)).tolist()
+    crops = torch.stack([few[k % 3, :, y : y + 6, x : x + 6] for k, (y, x) in enumerate(places)])
+    graph = trace(model, crops[:2])
+    sizes = {width.name: width.rounded(int(share * width.size)) for width in graph.resizable}
+    found = plan_fitted_prune(model, graph, sizes, list(crops.split(12)))
+    others = [photos(64, 2)[:, :, 3:9, 3:9]]
+    assert found.graph.parameters < graph.parameters
+    assert error(model, found, others) <= error(model, compile_surgery(model, graph, found.maps), others)

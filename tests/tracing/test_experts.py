@@ -210,3 +210,20 @@ def test_experts_are_cut_where_the_router_sends_other_samples_to_those_that_stay
     )
     assert graph.sizes["blocks.0.router"] == 3
     assert bool(outputs(model).isfinite().all())
+
+
+def test_groups_of_experts_go_whole_where_the_router_selects_groups_first() -> None:
+    torch.manual_seed(0)
+    model, x = PickedExperts("groups").double(), torch.randn(20, 4, dtype=torch.float64)
+    graph = trace(model, x)
+    width = graph.widths["router"]
+    assert (width.size, width.frozen, width.smallest) == (3, None, 2)
+    assert {(tie.tensor, tie.repeat) for tie in width.ties} == {(f"router.{n}", 2) for n in ("weight", "bias")} | {
+        ("weight", 2)
+    }
+    with torch.no_grad():
+        model.router.bias[2:4] = -99  # this group is never selected
+        expected = model(x)
+        evolvenet.resize(model, graph, {"router": IndexMap.keep([0, 2], size=3)})
+        assert far(model(x), expected) < 1e-12
+    assert (model.n_groups, model.router.out_features) == (2, 4)

@@ -136,3 +136,24 @@ def test_places_of_a_constant_tie_nothing_and_take_the_units_that_they_meet() ->
     assert component[units[1:3]].tolist() == component[others].tolist()
     assert len(set(component)) == 4
     assert [frozen.tolist() for frozen, _ in label_graph.frozen] == [[0]]
+
+
+class Stacked(nn.Module):
+    """Recurrent layers, in one module or in one each, and a dense layer."""
+
+    def __init__(self, *layers: nn.LSTM) -> None:
+        super().__init__()
+        self.layers, self.out = nn.ModuleList(layers), nn.Linear(5, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x, _ = layer(x)
+        return self.out(x)
+
+
+def test_layers_of_one_lstm_have_one_size_and_layers_in_modules_of_their_own_one_each() -> None:
+    one = trace(Stacked(nn.LSTM(3, 5, num_layers=2)), torch.zeros(2, 1, 3))
+    assert one.sizes == {"layers.0": 5}
+    assert {tie.tensor for tie in one.widths["layers.0"].ties} >= {"layers.0.weight_hh_l0", "layers.0.weight_hh_l1"}
+    two = trace(Stacked(nn.LSTM(3, 5), nn.LSTM(5, 5)), torch.zeros(2, 1, 3))
+    assert two.sizes == {"layers.0": 5, "layers.1": 5}

@@ -24,6 +24,7 @@ from transformers.models.bloom.modeling_bloom import BloomAttention
 import evolvenet
 from evolvenet.errors import RecordError
 from evolvenet.transformers import from_pretrained, number_alibi_heads, save_pretrained
+from evolvenet.transformers.unit_numbers import has_all_units
 
 SPECIAL: dict[str, Any] = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 KINDS = {
@@ -159,3 +160,42 @@ def test_the_numbers_of_heads_in_a_file_are_named_with_the_call_that_makes_them(
         evolvenet.load(made("bloom"), tmp_path / "numbered.pt")
     number_alibi_heads(other := made("bloom"))
     evolvenet.load(other, tmp_path / "numbered.pt")
+
+
+def test_a_configuration_that_builds_no_model_any_more_is_not_that_of_all_heads(tmp_path: Path) -> None:
+    model, inputs = made("bloom"), {"input_ids": WORDS[:1]}
+    number_alibi_heads(model)
+    expected = logits(model, **PADDED)
+    model.config.n_head = 5
+    assert not has_all_units(model), "32 is no multiple of 5"
+    assert not save_pretrained(model, tmp_path, inputs)
+    model.config.n_head = 4
+    torch.testing.assert_close(logits(model, **PADDED), expected)
+
+
+def test_heads_that_no_configuration_says_are_named_where_their_widths_are_not_known(tmp_path: Path) -> None:
+    model = made("bloom")
+    number_alibi_heads(model)
+    for module in model.modules():
+        if hasattr(module, "alibi_heads"):
+            module.alibi_heads = module.alibi_heads.flip(0)
+    with pytest.raises(RecordError, match="has numbers of its units, which no configuration says, expected a record"):
+        save_pretrained(model, tmp_path / "unknown")
+    assert not save_pretrained(model, tmp_path / "known", {"input_ids": WORDS[:1]})
+
+
+def test_a_given_state_dict_of_a_model_with_numbered_heads_is_the_one_in_the_file(tmp_path: Path) -> None:
+    model, inputs = made("bloom"), {"input_ids": WORDS[:1]}
+    number_alibi_heads(model)
+    graph = evolvenet.trace(model, inputs, "logits", heads=True)
+    average = {name: value / (1 if name.endswith("alibi_heads") else 2) for name, value in model.state_dict().items()}
+    assert save_pretrained(model, tmp_path / "plain", inputs, state_dict=average)
+    found = from_pretrained(tmp_path / "plain", dtype=torch.float64).state_dict()
+    assert all(torch.equal(value, average[name]) for name, value in found.items())
+    first = next(width.name for width in graph.resizable if width.kind == "attention")
+    evolvenet.resize(model, graph, {first: evolvenet.IndexMap.of([3, 1], 4)})
+    average = {name: value.clone() for name, value in model.state_dict().items()}
+    average["transformer.ln_f.bias"] += 1
+    assert not save_pretrained(model, tmp_path / "numbered", inputs, state_dict=average)
+    found = from_pretrained(tmp_path / "numbered", dtype=torch.float64).state_dict()
+    assert all(torch.equal(value, average[name]) for name, value in found.items())

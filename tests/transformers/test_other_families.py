@@ -185,12 +185,24 @@ def test_a_model_without_computed_positions_is_refused() -> None:
 
 
 @pytest.mark.long
-def test_experts_in_groups_stay_and_their_inner_width_goes() -> None:
+def test_groups_of_experts_go_whole() -> None:
+    """A router that never selects a group computes the same without it; two groups must remain, as it selects two."""
+    torch.manual_seed(0)
     model, inputs = deepseek_in_groups()
-    graph = evolvenet.trace(model.eval(), inputs)
-    assert "topk" in frozen_of(graph, "experts")
-    assert ".py:" in frozen_of(graph, "experts")
-    assert graph.widths["model.layers.0.mlp.experts"].frozen is None
+    model.eval()
+    moe, name = model.model.layers[0].mlp, "model.layers.0.mlp.gate"
+    graph = evolvenet.trace(model, inputs, "logits")
+    width = graph.widths[name]
+    assert (width.size, width.frozen, width.smallest, width.kind) == (4, None, 2, "experts")
+    assert {(tie.tensor.rpartition("mlp.")[2], tie.repeat) for tie in width.ties} == {
+        ("gate.weight", 2), ("gate.e_score_correction_bias", 2), ("experts.gate_up_proj", 2), ("experts.down_proj", 2),
+    }  # fmt: skip
+    with torch.no_grad():
+        moe.gate.e_score_correction_bias[4:6] = -9  # those of the group that goes
+        expected = model(**inputs).logits
+        evolvenet.resize(model, graph, {name: evolvenet.IndexMap.keep([0, 1, 3], size=4)})
+        assert (moe.gate.num_group, moe.gate.num_experts, moe.experts.num_experts) == (3, 6, 6)
+        torch.testing.assert_close(model(**inputs).logits, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_groups_of_heads_of_a_state_space_model_go_whole() -> None:
@@ -216,3 +228,36 @@ def test_groups_of_heads_of_a_state_space_model_go_whole() -> None:
         assert torch.equal(
             words, model.generate(inputs["input_ids"], max_new_tokens=4, do_sample=False, use_cache=False)
         )
+
+
+def latent() -> tuple[Any, dict[str, Tensor]]:
+    """DeepSeek-V2: all heads share the keys' complex places, which a rotary embedding turns."""
+    torch.manual_seed(0)
+    config = transformers.DeepseekV2Config(**{
+        **SIZES, "num_hidden_layers": 1, "num_key_value_heads": 4, "q_lora_rank": None, "kv_lora_rank": 16,
+        "qk_rope_head_dim": 4, "qk_nope_head_dim": 6, "v_head_dim": 8, "n_routed_experts": 4, "num_experts_per_tok": 2,
+        "moe_intermediate_size": 24, "n_shared_experts": 1, "first_k_dense_replace": 1,
+    })  # fmt: skip
+    model: Any = transformers.DeepseekV2ForCausalLM(config).double().eval()
+    return model, {"input_ids": torch.randint(3, WORDS, (1, 9))}
+
+
+def test_heads_with_latent_keys_go_and_come() -> None:
+    model, inputs = latent()
+    name = "model.layers.0.self_attn.q_proj"
+    graph = evolvenet.trace(model, inputs, "logits", heads=True)
+    assert (graph.sizes[name], graph.widths[name].mixed) == (4, None)
+    attention = model.model.layers[0].self_attn
+    with torch.no_grad():
+        plain = model(**inputs).logits
+        graph = evolvenet.grow(model, graph, {name: 5})
+        assert attention.q_proj.out_features == 50
+        torch.testing.assert_close(model(**inputs).logits, plain, rtol=1e-10, atol=1e-10)
+        attention.o_proj.weight[:, 8:16] = 0  # the consumer's columns of the head that goes
+        expected = model(**inputs).logits
+        evolvenet.resize(model, graph, {name: evolvenet.IndexMap.keep([0, 2, 3, 4], size=5)})
+        torch.testing.assert_close(model(**inputs).logits, expected, rtol=1e-10, atol=1e-10)
+        evolvenet.resize(model, graph.with_sizes({name: 4}), {name: evolvenet.IndexMap.keep([2, 0], size=4)})
+        options: dict[str, Any] = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
+        with_cache, without = (model.generate(inputs["input_ids"], **options, use_cache=each) for each in (True, False))
+        assert torch.equal(with_cache, without)

@@ -257,3 +257,11 @@ def test_a_family_that_initializes_by_the_configured_width_comes_back_with_anoth
     save_pretrained(model, tmp_path)
     with torch.no_grad():
         assert torch.equal(from_pretrained(tmp_path)(words).logits, model(words).logits)
+
+
+def test_a_given_state_dict_of_another_model_is_refused(tmp_path):
+    model = cut("bert")
+    other = family("bert").state_dict()
+    with pytest.raises(RecordError, match=r"expected the tensors of the BertForMaskedLM, \S+ of shape .* and \d+ more"):
+        save_pretrained(model, tmp_path / "folder", state_dict=other)
+    assert not (tmp_path / "folder").exists()

@@ -91,13 +91,14 @@ class PickedExperts(nn.Module):
 
     Args:
         way: "index": `weight[places]`; "one": the best alone, by `argmax`; "embedding": the matrices looked up as rows of a
-            table; "scatter" and "one_hot": all experts run, and shares of 0 for those that are not selected; "code": as "index",
-            and the places are computed with; "output": as "index", and the places are an output.
+            table; "groups": as "index", of the two groups of two experts whose sums are largest; "scatter" and "one_hot": all
+            experts run, and shares of 0 for those that are not selected; "code": as "index", and the places are computed with;
+            "output": as "index", and the places are an output.
     """
 
     def __init__(self, way: str, size: int = 5, experts: int = 6, most: int = 2) -> None:
         super().__init__()
-        self.way, self.most, self.number = way, most, experts
+        self.way, self.most, self.number, self.n_groups = way, most, experts, experts // 2
         self.first = nn.Linear(4, size)
         self.router = nn.Linear(size, experts)
         self.weight = nn.Parameter(torch.randn(experts, size, size))
@@ -106,6 +107,11 @@ class PickedExperts(nn.Module):
     def forward(self, x: Tensor) -> Any:
         h = self.first(x).tanh()
         shares = self.router(h).softmax(-1)
+        if self.way == "groups":
+            grid = shares.view(len(shares), self.n_groups, -1)
+            best = grid.topk(2, -1)[0].sum(-1).topk(2, -1)[1]
+            mask = torch.zeros_like(grid[..., 0]).scatter(1, best, 1)
+            shares = shares.masked_fill(mask.unsqueeze(-1).expand_as(grid).reshape(shares.shape) == 0, 0.0)
         if self.way == "one":
             places = shares.argmax(-1, keepdim=True)
             values = shares.gather(-1, places).ceil()
