@@ -84,7 +84,7 @@ def state_of(page: str) -> PageState:
         FileNotFoundError: if there is no such page.
     """
     text = (ROOT / page).read_text("utf-8")
-    states = sorted(_known(text), key=lambda commit: int(_git("show", "-s", "--format=%ct", commit)))
+    states = sorted(_known(text), key=lambda commit: int(_git("rev-list", "--count", commit)))
     named = bool(states)
     if not named and (made := MADE.search(text)):
         states = _git("log", "--format=%h", f"-S{made[0]}", "--", page).split()[:1]
