@@ -6,10 +6,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
-from evolvenet.measurement.activation_moments import Moments
-from evolvenet.pruning.selection import predict_removed
+from evolvenet.measurement.activation_moments import Moments, collect
+from evolvenet.pruning.selection import plan_prune, predict_removed
+from evolvenet.surgery.resize_model import compile_surgery
+from evolvenet.tracing.trace import trace
 
 
 def random_halves(count: int, size: int, rank: int, seed: int, constant: bool = False) -> tuple[Tensor, Tensor]:
@@ -97,3 +99,19 @@ def test_dead_units_leave_the_mean_to_the_bias(mean: float) -> None:
     assert found is not None
     assert found[0].item() == 0
     assert found[1].item() == 4
+
+
+def test_consumers_that_are_fitted_to_their_outputs_are_cut_alone() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 6), nn.ReLU(), nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 2))
+    x = torch.randn(64, 3)
+    graph = trace(model, x[:2])
+    statistics = collect(model, graph, [x])
+    sizes = {"0": 4, "2": 3}
+    whole = plan_prune(model, graph, sizes, statistics)
+    part = plan_prune(model, graph, sizes, statistics, without={"2.weight"})
+    bare = compile_surgery(model, graph, whole.maps)
+    values = [{change.name: change.value for change in each.changes} for each in (whole, part, bare)]
+    assert torch.equal(values[1]["2.weight"], values[2]["2.weight"])
+    assert torch.equal(values[1]["4.weight"], values[0]["4.weight"])
+    assert not torch.equal(values[0]["2.weight"], values[2]["2.weight"])
