@@ -19,13 +19,6 @@ from tests.helpers.zoo.runs import Run, first_calls, fit, parameters, resumed
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*does not have many workers", "ignore:.*number of training batches")
 
-OFTEN = (
-    "diffusion with ema", "gan with two optimizers", "vq-vae", "byol", "unet with deep supervision", "lstm forecaster",
-    "mixture of experts", "dqn", "ewc", "neural ode", "lora", "message passing", "actor-critic",
-)  # fmt: skip
-"""Modules with copies, buffers or several optimizers of their own, and one of each kind: they resume and export every time."""
-SOME = [pytest.param(name, marks=[] if name in OFTEN else pytest.mark.long) for name in ZOO]
-
 
 @pytest.fixture(scope="module", params=ZOO)
 def run(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Run:
@@ -49,12 +42,10 @@ def test_each_network_is_cut_or_says_why_not(run: Run) -> None:
     assert entry.cut or entry.stays or entry.skipped
 
 
-@pytest.mark.parametrize("run", SOME, indirect=True)
 def test_a_resumed_run_is_the_uninterrupted_one_to_the_last_bit(run: Run) -> None:
     assert_same(resumed(run).state, run.state)
 
 
-@pytest.mark.parametrize("run", SOME, indirect=True)
 def test_what_is_left_exports_and_computes_the_same(run: Run) -> None:
     batch = next(iter(run.module.train_dataloader()))
     with first_calls(run.module) as calls, without_effects(run.module):
