@@ -84,6 +84,7 @@ def state_of(page: str) -> PageState:
         FileNotFoundError: if there is no such page.
     """
     text = (ROOT / page).read_text("utf-8")
+    # By the number of commits up to each: two may be of one second.
     states = sorted(_known(text), key=lambda commit: int(_git("rev-list", "--count", commit)))
     named = bool(states)
     if not named and (made := MADE.search(text)):
