@@ -130,8 +130,8 @@ class EventData:
     def plan_pruning(self, sizes: Mapping[str, int]) -> Surgery:
         """The surgery that prunes widths to smaller sizes, their consumers fitted to the outputs that they had.
 
-        Those are not refitted to the moments before: of an MNIST ResNet cut to 90, 70 and 50 % of its units the outputs were
-        then no nearer to what they were.
+        They are not refitted to the moments first. With that, the outputs of ResNets trained on MNIST and cut to 90, 70 and 50 %
+        of their units were no nearer to what they were.
         """
         moments = self.moments
         cut = [name for name, size in sizes.items() if size < self.graph.widths[name].size]
