@@ -99,7 +99,8 @@ def test_all_activations_of_the_unpadded_network_can_be_silus(monkeypatch):
     monkeypatch.setattr(torch.nn.functional, "silu", lambda x: seen.append(x) or honest(x))
     monkeypatch.setattr(torch.nn.functional, "leaky_relu", None)
     model = UnpaddedResNet(width=4, inside=(5, 6), silu=True).eval()
-    torch.nn.init.zeros_(model.blocks[0].norm2.weight)
+    with torch.no_grad():
+        model.get_parameter("blocks.0.norm2.weight").zero_()
     images = torch.randn(3, 1, 28, 28)
     model(images)
     assert [x.shape[1] for x in seen] == [4, 5, 4, 6, 4], "the stem's, then two a block: inside and at the end"
