@@ -33,7 +33,10 @@ class EqualLayers(evolvenet.Budget):
         alike: dict[str, list[str]] = {}
         for name in present:
             alike.setdefault(re.sub(r"\d+", "*", name), []).append(name)
-        means = {name: sum(map(sizes.get, names)) // len(names) for names in alike.values() for name in names}
+        widths = context.graph.widths
+        means = {
+            n: widths[n].rounded(sum(map(sizes.get, names)) // len(names)) for names in alike.values() for n in names
+        }
         return {
             name: evolvenet.Proposal(size, "the mean of all layers")
             for name, size in means.items()
@@ -73,7 +76,10 @@ def main(folder: Path, tiny: bool = False) -> Any:
     whole = sum(parameter.numel() for parameter in model.parameters())
     data = sentences(64 if tiny else 2048, model.config.vocab_size)
     shrinking = evolvenet.transformers.WidthEvolutionCallback(
-        policy=EqualLayers(params=int(0.75 * whole), by=0.6), every_n_steps=2 if tiny else 20, stop=0.8
+        policy=EqualLayers(params=int(0.75 * whole), by=0.6),
+        every_n_steps=2 if tiny else 20,
+        stop=0.8,
+        multiple=model.config.num_attention_heads,  # of which a BERT's hidden size has to be a multiple
     )
     arguments = TrainingArguments(
         str(folder), max_steps=8 if tiny else 300, per_device_train_batch_size=16, learning_rate=1e-3, use_cpu=True,

@@ -120,7 +120,6 @@ class WidthEvolution(LightningEvolution, Callback):
         if self._optimizer_norms:
             warn(not_restored(trainer.optimizers, self._optimizer_norms))
             self._optimizer_norms = []
-        self._events_before = len(self.history.events) if self.history else 0
         if self._resumed is None:
             warn(length_problem(trainer, pl_module, self.schedule))
         else:
@@ -128,6 +127,7 @@ class WidthEvolution(LightningEvolution, Callback):
         self._module, self._timer.batches_without_call = pl_module, 0
         if self.evolver is not None:
             self._continue_from(pl_module, self.evolver)
+        self._events_before = len(self.history.events) if self.history else 0
         self._recorder = SubjectRecorder(pl_module, self._most_batches)
         self._batches.pop("training_step", None)
         self._replicas = None

@@ -216,7 +216,7 @@ class LightningEvolution(EvolutionStart):
         self._forget_record()
         self._cleanup.callback(StepGuard(trainer.strategy, self._restore).remove)
         self._cleanup.enter_context(shown_in_progress_bar(trainer, self._shown))
-        self.evolver, self._ignores_example = None, True
+        self.evolver, self._ignores_example, self._events_before = None, True, 0
         self._recorder = SubjectRecorder(pl_module, self._most_batches)
         self._batches.pop("training_step", None)
         self._timer = EventTimer(self.schedule)

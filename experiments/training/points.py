@@ -109,7 +109,8 @@ class Points(lightning.Callback):
         left = self._left(trainer)
         for place in set(self._states) - set(left):
             del self._states[place], self._outputs[place]
-        pl_module.teacher = None if left[0] is None else self._outputs[left[0]]
+        # In a run of fewer epochs than spans, a span that has no epoch leaves no network.
+        pl_module.teacher = None if left[0] is None else self._outputs.get(left[0])
 
     def _left(self, trainer: lightning.Trainer) -> list[int | None]:
         """The teachers of the present span and of those after it."""

@@ -140,7 +140,7 @@ def test_ranks_meet_as_often_where_memory_runs_out_on_one_of_them(monkeypatch: p
     graph = evolvenet.trace(model, torch.zeros(2, 6))
     surgery = plan_prune(model, graph, {"0": 12})
     maps = {name: (each.indices, each.size) for name, each in surgery.maps.items()}
-    plan = ((maps, surgery.bases, {change.name: change.value for change in surgery.changes}), None)
+    plan = ((maps, surgery.bases, {change.name: change.value for change in surgery.changes}, False), None)
     with monkeypatch.context() as patched:
         patched.setattr(distributed, "compile_surgery", raising(torch.OutOfMemoryError("CUDA out of memory")))
         failing_rank: Any = Other(1, [plan, None])
