@@ -17,6 +17,7 @@ from evolvenet.engine.compression import UNITS, Attempt, Compression, amount
 from evolvenet.engine.functional import apply
 from evolvenet.errors import EvolveNetError, ResizeError, TraceError
 from evolvenet.execution.chosen_outputs import Outputs
+from evolvenet.execution.sampling import samples_in
 from evolvenet.graph.restriction import Patterns, Restriction
 from evolvenet.graph.width_graph import WidthGraph
 from evolvenet.lowrank.attention import split_attentions
@@ -29,11 +30,11 @@ from evolvenet.lowrank.report import Factorization
 from evolvenet.lowrank.sensitivity import OutputLoss, output_losses
 from evolvenet.measurement.activation_moments import collect
 from evolvenet.measurement.cost import Costs, latency, macs, parameters, size_in_bytes
-from evolvenet.measurement.output_error import output_error, outputs_on
+from evolvenet.measurement.output_error import first_batches, output_error, outputs_on
 from evolvenet.pruning.allocation import allocate_to
 from evolvenet.pruning.distillation import Descent, distil
 from evolvenet.pruning.distillation_samples import HELD_OUT as JUDGED
-from evolvenet.pruning.distillation_samples import Augment, imitation
+from evolvenet.pruning.distillation_samples import Augment, Pair, imitation, joined
 from evolvenet.pruning.reconstruction import reconstruct
 from evolvenet.pruning.selection import plan_prune
 from evolvenet.pruning.trials import Curve, trial_curves
@@ -60,6 +61,8 @@ HELD_OUT = 0.25
 """Share of the batches that nothing is fitted on while attempts are compared."""
 
 
+# Tensors of inference mode could not be trained on, and factors are new tensors.
+@torch.inference_mode(False)
 @torch.no_grad()
 def compress(  # noqa: PLR0913  one name for each cost
     model: nn.Module,
@@ -145,7 +148,7 @@ def compress(  # noqa: PLR0913  one name for each cost
     with ExitStack() as undo:
         with deferred_signals("the compression"):
             # What decides whether the steps help is not used before them.
-            known = listed[: -max(1, len(listed) // JUDGED)] if steps and len(listed) > 1 else listed
+            known = _before_judged(listed, lesson[1]) if lesson is not None else listed
             cut, layers = search.execute(chosen.name, sizes, known, as_list(optimizers), undo)
             after = (
                 trace(model, example_inputs, outputs) if layers is not None and layers.before > layers.after else cut
@@ -158,6 +161,14 @@ def compress(  # noqa: PLR0913  one name for each cost
     return Compression(
         goal.kind, goal.limit, before, goal.cost(model), attempts, chosen, changed, layers, after, polished
     )
+
+
+def _before_judged(batches: Sequence[Any], pairs: Sequence[Pair]) -> Sequence[Any]:
+    """The batches without what `distil` judges on: the last samples where all can be one batch, else the last batches."""
+    total = sum(map(samples_in, batches))
+    if joined(pairs) is not None and total > 1:
+        return first_batches(batches, total - max(1, total // JUDGED))
+    return batches[: -max(1, len(batches) // JUDGED)] if len(batches) > 1 else batches
 
 
 @dataclass(frozen=True)

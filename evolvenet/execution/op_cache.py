@@ -72,7 +72,13 @@ class OpCache:
         """
         tensors, _, _ = named_tensors(model)
         names = {name: place for name, tensor in tensors.items() if (place := _place(tensor)) is not None}
-        known = {place: self.number(("tensor", name)) for name, place in names.items() if name not in self._written}
+        # Several tensors may lie in one storage: slices of one that was loaded, say. Copies of them lie in storages of their own.
+        sharing: dict[int, list[str]] = {}
+        for name, place in names.items():
+            sharing.setdefault(place, []).append(name)
+        known = {
+            place: self.number(("tensor", *each)) for place, each in sharing.items() if not self._written & {*each}
+        }
         for name in changed:
             known.pop(names.get(name, 0), None)
         for leaf in tree_leaves(batch):

@@ -115,7 +115,7 @@ class ResidualSumMode(WeightOpMode):
 
     def on_output(self, op: WeightOp, out: Tensor, recompute: partial[Tensor]) -> None:
         """Start to track the output of a weight op."""
-        self._report_uses(recompute.args, rectified=False)
+        self.report_uses(recompute.args, rectified=False)
         if op.weight_first:
             return
         ones = torch.ones(len(op.weight), dtype=out.dtype, device=out.device)
@@ -131,11 +131,11 @@ class ResidualSumMode(WeightOpMode):
         transform = TRACKED_OPS.get(func)
         before = self._tracked.get(args[0]) if transform and isinstance(args[0], Tensor) else None
         if before is None and biased is None:
-            self._report_uses((args, kwargs), rectified=func in RECTIFIERS)
+            self.report_uses((args, kwargs), rectified=func in RECTIFIERS)
         out = func(*args) if biased else super().run_other_op(func, args, kwargs)
         after = transform(before, out, *args) if transform and before else biased
         if before is not None and after is None:
-            self._report_uses(args, rectified=False)
+            self.report_uses(args, rectified=False)
         if schema_of(func).is_mutable:
             for tensor in args:
                 if isinstance(tensor, Tensor):
@@ -148,7 +148,7 @@ class ResidualSumMode(WeightOpMode):
             self._tracked[out[0] if isinstance(out, tuple) else out] = after
         return out
 
-    def _report_uses(self, args: Any, *, rectified: bool) -> None:
+    def report_uses(self, args: Any, *, rectified: bool) -> None:
         """Call `on_use` for the followed outputs among an op's arguments, but for the one that it reports as summed."""
         if self.on_use is None:
             return

@@ -98,7 +98,7 @@ def modules_table(before: Mapping[str, int], module: nn.Module, depth: int, size
         row = path, types.get(path, "gone"), _change(before.get(path, 0), now.get(path, 0)), widths + several
         # As text: rich would parse brackets in a plain string as styles.
         table.add_row(*map(Text, row))
-    console = Console(file=io.StringIO(), color_system=None)
+    console = Console(file=io.StringIO(), color_system=None, width=10_000)  # lines are as long as their content
     with console.capture() as capture:
         console.print(table)
     return "\n".join(each.rstrip() for each in capture.get().strip("\n").splitlines())

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 
 from evolvenet.errors import DistillationError
 from evolvenet.execution.chosen_outputs import Outputs, counted_outputs, normalized
+from evolvenet.execution.inputs import copied
 from evolvenet.execution.isolation import isolated, model_outputs, op_by_op, random_streams_kept
 from evolvenet.linalg.host_transfers import values_of
-from evolvenet.measurement.output_error import output_error, real
+from evolvenet.measurement.output_error import real
 from evolvenet.pruning.distillation_features import FeatureMaps, feature_names, recorded
 from evolvenet.pruning.distillation_samples import (
     LARGEST,
@@ -58,7 +59,8 @@ class Polish:
     Args:
         steps: of gradient descent that were taken, those at rates that were given up included.
         rate: the last learning rate that was tried.
-        before: error of the outputs on samples that were held out, Σ‖y′ − y‖² / Σ‖y − mean‖²; of all samples if there is one.
+        before: error of the outputs on samples that were held out, over the variance of
+            the outputs to reach; of all samples if there is one.
         after: the same after the steps.
         kept: whether the weights after the steps were kept: they were if that error was less. Else they are those from before.
     """
@@ -245,7 +247,15 @@ class _Run:
                 "Name those that the cut has left as they were by outputs=."
             )
         return cls(
-            model, teacher, differentiates, fitting, judged, settings, names, whole is not None, _variance(judged)
+            model,
+            teacher,
+            differentiates,
+            fitting,
+            judged,
+            settings,
+            names,
+            whole is not None,
+            _variance(judged),
         )
 
     def best(self) -> Polish:
@@ -297,7 +307,7 @@ class _Run:
             gradients = self._gradients(trained, maps, *next(drawn))
             with deferred_signals("a step"):
                 for each, gradient in zip(held, gradients, strict=True):
-                    each.grad = None if gradient is None else gradient.to(each.dtype)
+                    each.grad = None if gradient is None else gradient.to_dense().to(each.dtype)
                 adam.step()
                 _write(trained, held)
             if step + 1 == steps // 4 and not (error := self.error()) <= most:
@@ -315,7 +325,8 @@ class _Run:
                 strict=True,
             )
         ]
-        return output_error([one for one, _ in pairs], [two for _, two in pairs])
+        apart = sum(values_of([(one.double() - two.double()).square().sum() for one, two in pairs]))
+        return apart / (self.scale * sum(one.numel() for one, _ in pairs))
 
     def _maps(self, drawn: Iterator[Pair]) -> FeatureMaps:
         """Between the features of the two networks as they are; none if none are asked for."""
@@ -327,7 +338,14 @@ class _Run:
                 side = Teacher(model, self.teacher.outputs, self.differentiates or self.teacher.differentiates)
                 found.append(side.with_features(inputs, self.names)[1])
         joined = [
-            {name: torch.cat([each[name] for each in found if name in each]) for name in found[0]} for found in sides
+            # Of one length: where batches have several, the steps see the others.
+            {
+                name: torch.cat(
+                    [each[name] for each in found if name in each and each[name].shape[1:] == one.shape[1:]]
+                )
+                for name, one in found[0].items()
+            }
+            for found in sides
         ]
         return FeatureMaps.of(*joined)
 
@@ -336,7 +354,7 @@ class _Run:
     ) -> Sequence[Tensor | None]:
         """Of the loss on a minibatch."""
         if self.settings.augment is not None:
-            inputs, targets = self.settings.augment(inputs), []
+            inputs, targets = self.settings.augment(copied(inputs)), []
         theirs: Mapping[str, Tensor] = {}
         if self.names:
             targets, theirs = self.teacher.with_features(inputs, self.names)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
@@ -14,11 +14,12 @@ from torch import Tensor, nn
 
 from evolvenet.errors import concerning
 from evolvenet.execution.choices import Choices
-from evolvenet.execution.early_stop import run_until_finished, without_cache, without_logits
+from evolvenet.execution.early_stop import Finished, without_cache, without_logits
 from evolvenet.execution.isolation import isolated, op_by_op
 from evolvenet.execution.op_cache import OpCache
 from evolvenet.execution.residual_sums import ResidualSumMode, TrackedOutput
 from evolvenet.execution.sampling import evenly
+from evolvenet.execution.step import run_model
 from evolvenet.execution.weight_ops import WeightOp, output_positions
 from evolvenet.graph.naming import named_tensors
 from evolvenet.graph.width_graph import FOLLOWS, WidthGraph
@@ -159,6 +160,7 @@ def recorded(
     tensors, _, _ = named_tensors(model)
     batch = without_cache(model, without_logits(model, batch, [tensors[name] for name in recorder.consumers]))
     again = nullcontext() if cache is None else cache.on(model, batch, ())
-    with isolated(model, gradients=gradients), again, op_by_op(mode):
-        run_until_finished(model, batch)
+    with isolated(model, gradients=gradients), again, op_by_op(mode), suppress(Finished):
+        # What is returned is used by others, who may need it where it is negative.
+        mode.report_uses(run_model(model, batch), rectified=False)
     return recorder.usable(mode.other_uses)

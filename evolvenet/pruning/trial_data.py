@@ -75,7 +75,8 @@ class TrialData:
             _check_pairs(batches)
         elif loss not in MEASURES:
             raise PolicyError(f'Expected loss to be "outputs", "kl" or a function of outputs and labels, got {loss!r}.')
-        few, limits = first_batches(batches, samples), replace(TRAINING_LIMITS, samples=samples)
+        few = _whole_batches(batches, samples) if _labels_apart(loss, batches) else first_batches(batches, samples)
+        limits = replace(TRAINING_LIMITS, samples=max(samples, sum(map(samples_in, few))))
         inputs = partial(_inputs, loss)
         joined = concatenated(few, limits)
         # With autograd on, results belong to the graph of one run.
@@ -123,7 +124,8 @@ class TrialData:
             return outputs_on(self.model, self.judged, self.graph, run=run)
         losses = list[float]()
         for inputs, labels in self.judged:
-            outputs = run(inputs)
+            # The loss may write to them, and they are the cache's.
+            outputs = [each.clone() for each in run(inputs)]
             losses.append(float(self.loss(outputs[0] if len(outputs) == 1 else outputs, labels)))
         counts = [float(samples_in(inputs)) for inputs, _ in self.judged]
         return [torch.tensor([losses, counts], dtype=torch.float64, device="cpu")]
@@ -186,6 +188,26 @@ def _is_same(one: Any, other: Any) -> bool:
 def _inputs(loss: Loss, batch: Any) -> Any:
     """Without the labels, if there are some."""
     return batch[0] if callable(loss) else batch
+
+
+def _labels_apart(loss: Loss, batches: Sequence[Any]) -> bool:
+    """Whether labels have another number of entries than their batch has samples, words in one row say: they cannot be cut."""
+    return callable(loss) and any(
+        isinstance(leaf, Tensor) and leaf.dim() > 0 and len(leaf) != samples_in(inputs)
+        for inputs, labels in batches
+        for leaf in tree_leaves(labels)
+    )
+
+
+def _whole_batches(batches: Sequence[Any], samples: int) -> list[Any]:
+    """As many batches as hold so many samples, none of them cut."""
+    found, held = [], 0
+    for batch in batches:
+        if held >= samples:
+            break
+        found.append(batch)
+        held += samples_in(batch[0])
+    return found
 
 
 def _check_pairs(batches: Sequence[Any]) -> None:

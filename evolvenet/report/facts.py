@@ -18,10 +18,12 @@ from pathlib import Path
 
 import torch
 
-SECRET = re.compile(r"(^|[_-])keys?$|apikey|token|passw|secret|credential", re.IGNORECASE)
+SECRET = re.compile(
+    r"(^|[_-]|access)keys?$|apikey|token(?!iz|s$)|passw|^pwd$|secret|credential|^auth(orization)?$", re.IGNORECASE
+)
 """Names of settings whose texts are not written."""
-ENTRY = re.compile(r"([\w.-]+)['\"]?\s*:\s*")
-"""The name of an entry in a dict on a command line, Hydra's `{a: 1, b: 2}` or JSON."""
+ENTRY = re.compile(r"([\w.-]+)['\"]?\s*[:=]\s*")
+"""The name of an entry on a command line: in a dict, Hydra's `{a: 1, b: 2}` or JSON, in a list, or in a URL's `?a=1`."""
 MASK = "***"
 USER = re.compile(r"(?<=://)[^/@\s]+(?=@)")
 """User and password of a URL."""
@@ -67,7 +69,7 @@ def without_secret(text: str) -> str:
     name, equals, _ = text.partition("=")
     if equals and SECRET.search(name.rpartition(".")[2]):
         return f"{name}={MASK}"
-    if "{" not in text:
+    if not any(sign in text for sign in "{[(?"):
         return text
     shown, at = "", 0
     for entry in ENTRY.finditer(text):
@@ -86,7 +88,7 @@ def _end_of_value(text: str, at: int) -> int:
             quote = "" if sign == quote and text[place - 1] != "\\" else quote or sign
         elif sign in "{[(":
             depth += 1
-        elif not depth and sign in ",}])":
+        elif not depth and sign in ",}])" and text[place - 1] != "\\":
             return place
         elif sign in "}])":
             depth -= 1

@@ -193,9 +193,24 @@ def _count(model: nn.Module, layers: nn.Module, before: int, now: int, undo: Exi
                 continue
             named = own & vars(config).keys()
             copied = config is configs[0] and config is not configs[-1]
+            if config is not configs[0] and not named and _copies(model, config) > 1:
+                # It counts those of several parts with one number, and the others keep theirs.
+                continue
             for name in COUNTS | named if copied or not named else named:
                 if vars(config).get(name) == before:
                     _set(config, name, now, undo)
+
+
+def _copies(model: nn.Module, config: Any) -> int:
+    """How many parts right below the modules of a configuration have a copy of it, for whose layers it has no field."""
+    return sum(
+        type(own := getattr(child, "config", None)) is type(config)
+        and own is not config
+        and not {f"{name}_layers", f"num_{name}_layers"} & vars(config).keys()
+        for above in model.modules()
+        if getattr(above, "config", None) is config
+        for name, child in above.named_children()
+    )
 
 
 def _number(before: nn.ModuleList, after: nn.ModuleList, undo: ExitStack) -> None:

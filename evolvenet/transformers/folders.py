@@ -121,6 +121,13 @@ def _checked(model: PreTrainedModel, state: Mapping[str, Any], given: Any, renam
             f"{shapes.get(wrong[0], 'none')}, got {others[wrong[0]]}{f', and {len(wrong) - 1} more' if wrong[1:] else ''}. Give "
             "the state dict of the model as it is now."
         )
+    tied = {state[name].data_ptr() for name in others}
+    missing = sorted(name for name in shapes.keys() - others.keys() if state[name].data_ptr() not in tied)
+    if missing:
+        raise RecordError(
+            f"save_pretrained(state_dict=...): expected all tensors of the {type(model).__name__}, got none for {missing[0]}"
+            f"{f', and {len(missing) - 1} more' if missing[1:] else ''}. Give the state dict of the model as it is now."
+        )
     return dict(given)
 
 

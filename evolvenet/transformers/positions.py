@@ -20,10 +20,14 @@ from evolvenet.errors import TraceError
 BUFFER = "position_channels"
 """Name of the buffer of each module: the channels that the stream's units had at first, `[units]`, as floating-point numbers."""
 CHANNELS: dict[type[nn.Module], Callable[[Any], int]] = {
-    DetrSinePositionEmbedding: lambda module: 2 * module.num_position_features,
+    # The size of one half has had two names.
+    DetrSinePositionEmbedding: lambda module: 2 * (vars(module).get("num_position_features") or module.embedding_dim),
     TableTransformerSinePositionEmbedding: lambda module: 2 * module.embedding_dim,
 }
 """{type of a module that returns positions of images, `[samples, channels, height, width]`: its number of channels}."""
+
+LARGEST = {torch.bfloat16: 256, torch.float16: 2048}
+"""{type: the largest number up to which it holds every whole one}, of the types in which that is less than channels may be."""
 
 
 def number_position_channels(model: nn.Module) -> int:
@@ -39,15 +43,11 @@ def number_position_channels(model: nn.Module) -> int:
         The number of modules whose channels have numbers now.
 
     Raises:
-        TraceError: if the model has no such module.
+        TraceError: if the model has no such module; in a forward pass, if the numbers are in a type that cannot count them.
 
     >>> module = DetrSinePositionEmbedding(4)
-    >>> number_position_channels(module)
-    1
-    >>> shape, whole = torch.Size([1, 8, 2, 3]), module(torch.Size([1, 8, 2, 3]), "cpu", torch.float32)
-    >>> module.position_channels = torch.tensor([0.0, 5.0])
-    >>> torch.equal(module(shape, "cpu", torch.float32), whole[:, [0, 5]])
-    True
+    >>> number_position_channels(module), module.position_channels.tolist()
+    (1, [0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0])
     """
     found = [module for module in model.modules() if _channels_of(module)]
     if not found:
@@ -73,4 +73,10 @@ def _channels_of(module: nn.Module) -> int:
 
 def take_own_channels(module: Any, args: Any, output: Tensor) -> Tensor:
     """A hook after the forward pass: of the channels of all units those of the present ones."""
-    return output[:, getattr(module, BUFFER).long()]
+    numbers = getattr(module, BUFFER)
+    if (last := _channels_of(module) - 1) > (most := LARGEST.get(numbers.dtype, last)):
+        raise TraceError(
+            f"number_position_channels: expected numbers up to {last} in {BUFFER}, got {numbers.dtype}, exact up to {most} "
+            "alone. Keep the model in float32."
+        )
+    return output[:, numbers.long()]

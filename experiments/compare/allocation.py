@@ -192,6 +192,7 @@ FOUND = """\
   long, and is off by default.
 - Tried on one network and left out, as validation did not gain: units chosen by the exact decrease of the error of what their
   consumers put out, in the place of pivoted Cholesky; four times as many rows for each fit.
+- What the tables lack (divergence, labels, `rounds=2`, other ratios) was tried on prototypes, whose results were not kept.
 """
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import shlex
 import sys
@@ -22,6 +23,8 @@ from omegaconf.errors import OmegaConfBaseException
 from evolvenet.cli.runs import RESULT, UNRELATED
 from evolvenet.errors import EvolveNetError
 from experiments.training.recorded_config import recorded_config
+
+log = logging.getLogger("evolvenet")
 
 FAILURE = "error.txt"
 """The whole traceback of a run that failed, in its folder."""
@@ -83,14 +86,17 @@ def readable_errors(output: Path | None = None) -> Iterator[None]:
 @contextlib.contextmanager
 def own_tracked_run() -> Iterator[None]:
     """End the run of Weights & Biases that has begun in the body, if any: in a sweep, the next would be written into it."""
-    code = 1
+    before, code = getattr(sys.modules.get("wandb"), "run", None), 1
     try:
         yield
         code = 0
     finally:
         wandb = sys.modules.get("wandb")
-        if wandb is not None and wandb.run is not None:
-            wandb.finish(exit_code=code)
+        if wandb is not None and wandb.run is not None and wandb.run is not before:
+            try:
+                wandb.finish(exit_code=code)
+            except Exception as problem:  # noqa: BLE001  a run that has ended keeps its result, a failed one its error
+                log.warning("The run of Weights & Biases was not ended: %s: %s", type(problem).__name__, problem)
 
 
 def remember_failure(output: Path, line: str) -> None:

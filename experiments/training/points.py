@@ -99,8 +99,11 @@ class Points(lightning.Callback):
             past.load_state_dict(state)
             self._keep_teacher(pl_module, place, past)
         self._resumed = {}
-        for place, point in enumerate(self.found):
-            if place not in self._states and place in self._left(trainer):
+        points, left = {point.epoch: point for point in self.found}, self._left(trainer)
+        for place, end in enumerate(span_ends(self.spans, trainer.max_epochs or 0)):
+            # Spans that end in the same epoch share its point, and one without an epoch has none.
+            point = points.get(end)
+            if point is not None and place not in self._states and place in left:
                 self._keep_teacher(pl_module, place, _read(point.path, pl_module.model))
 
     def on_train_epoch_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:

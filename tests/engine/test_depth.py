@@ -342,17 +342,13 @@ def test_a_file_without_a_layer_is_loaded_into_a_model_that_was_built_without_it
         assert torch.equal(evolvenet.load(short, tmp_path / file)(x), model(x))
 
 
-class Whole(SimpleNamespace):
-    """A configuration of both, of a type of its own: of one type, as T5's are, those of the parts are copies of it."""
-
-
 class Two(nn.Module):
     """Two lists of as many layers, each with a configuration."""
 
     def __init__(self) -> None:
         super().__init__()
         self.one, self.other = stack(), Stack()
-        self.config = Whole(num_hidden_layers=3)
+        self.config = SimpleNamespace(num_hidden_layers=3)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.other(self.one(x))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shlex
@@ -216,3 +217,19 @@ def test_runs_are_told_apart_by_their_own_folders(tmp_path: Path, monkeypatch: p
     assert found[0] == found[1], "the same data, seen from two folders"
     config = configuration("data=mnist", f"data.root={tmp_path / 'b' / 'data'}", output=tmp_path / "run")
     assert jobs._comparable(jobs.recorded_config(config)) != found[0], "other data, under the same name there"
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_tracker_that_cannot_end_its_run_neither_ends_a_job_nor_hides_why_it_failed(fails, monkeypatch, caplog):
+    def finish(exit_code: int) -> None:
+        raise ConnectionError("no server")
+
+    tracker = SimpleNamespace(run=None, finish=finish)
+    monkeypatch.setitem(sys.modules, "wandb", tracker)
+    with pytest.raises(ValueError, match="the cause") if fails else contextlib.nullcontext(), jobs.own_tracked_run():
+        tracker.run = object()
+        if fails:
+            raise ValueError("the cause")
+    assert "was not ended: ConnectionError: no server" in caplog.text
+    with jobs.own_tracked_run():
+        """One that was there before is not ended."""

@@ -85,7 +85,7 @@ def test_a_teacher_is_of_an_earlier_span(teachers: list[int | None]) -> None:
 def test_a_teacher_that_no_checkpoint_holds_is_read_from_its_point(tmp_path: Path) -> None:
     classifier, other = (Classifier(nn.Linear(4, 3), torch.optim.SGD, classes=3) for _ in range(2))
     path = tmp_path / "0-15.ckpt"
-    resumed = {"found": [{**POINT, "path": str(path)}], "seconds": 0.0, "teachers": {}}
+    resumed = {"found": [{**POINT, "epoch": 1, "path": str(path)}], "seconds": 0.0, "teachers": {}}
     points, now = Points([1, 1], tmp_path, [None, 0]), SimpleNamespace(current_epoch=1, max_epochs=2)
     points.load_state_dict(resumed)
     with pytest.raises(PointsError, match=r"there is no .*0-15\.ckpt"):
@@ -96,6 +96,16 @@ def test_a_teacher_that_no_checkpoint_holds_is_read_from_its_point(tmp_path: Pat
     assert classifier.teacher is not None
     x = torch.randn(5, 4)
     torch.testing.assert_close(classifier.teacher(x), other(x))
+
+
+def test_a_resumed_front_of_few_epochs_has_no_teacher_where_the_whole_run_has_none(tmp_path: Path) -> None:
+    """The first of four spans has no epoch of two, and the point after the first epoch is that of the second one."""
+    classifier = Classifier(nn.Linear(4, 3), torch.optim.SGD, classes=3)
+    points, now = Points([1, 1, 1, 1], tmp_path), SimpleNamespace(current_epoch=1, max_epochs=2)
+    points.load_state_dict({"found": [{**POINT, "epoch": 1}], "seconds": 0.0, "teachers": {}})
+    points.on_train_start(now, classifier)  # type: ignore[arg-type]
+    points.on_train_epoch_start(now, classifier)  # type: ignore[arg-type]
+    assert classifier.teacher is None
 
 
 def test_each_cycle_rises_and_falls() -> None:

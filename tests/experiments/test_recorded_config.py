@@ -46,6 +46,12 @@ def test_no_value_of_the_environment_and_no_secret_is_recorded(config):
     ("typed", "shown"),
     [
         ("+logger={project: x, api_key: s3cret}", "+logger={project: x, api_key: ***}"),
+        ("+l={api_key: a\\,s3cret, b: 1}", "+l={api_key: ***, b: 1}"),
+        ("logger.url=https://h/x?token=s3cret", "logger.url=https://h/x?token=***"),
+        ("+l=[api_key=s3cret]", "+l=[api_key=***]"),
+        ("+l={wandb: dict(accessKey=s3cret, n: 1)}", "+l={wandb: dict(accessKey=***, n: 1)}"),
+        ("+headers=[Authorization: Bearer s3cret]", "+headers=[Authorization: ***]"),
+        ("data.max_tokens=256", "data.max_tokens=256"),
         ("+logger={api_key:s3cret,project:x}", "+logger={api_key:***,project:x}"),
         ("+a={b: {Password: 's3, c}ret', c: 1}, d: [s]}", "+a={b: {Password: ***, c: 1}, d: [s]}"),
         ('--config={"db": {"access_token": "s3\\"cr,et"}, "n": 1}', '--config={"db": {"access_token": ***}, "n": 1}'),

@@ -30,6 +30,25 @@ def data(*shape: int) -> Tensor:
     return torch.randn(*shape, dtype=FLOAT, generator=torch.Generator().manual_seed(0))
 
 
+class Returned(nn.Module):
+    """The outputs of its second layer are returned, and rectified for a third one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.third = nn.Linear(6, 8), nn.Linear(8, 5), nn.Linear(5, 2)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        y = self.second(torch.tanh(self.first(x)))
+        return y, self.third(y.relu())
+
+
+def test_what_is_returned_is_needed_where_it_is_negative() -> None:
+    model, x = used(Returned()), data(20, 6)
+    recorder = OutputRecorder(frozenset({"second.weight"}), ONE_SHOT_LIMITS)
+    (target,) = recorded(model, x, recorder, False, Choices())["second.weight"]
+    assert target.rectified is False
+
+
 @pytest.mark.parametrize("groups", [1, 2])
 def test_rounds_lower_the_error_of_the_rectified_outputs(groups: int) -> None:
     x, whole = data(groups, 200, 9), data(groups, 5, 9)

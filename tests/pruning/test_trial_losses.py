@@ -99,3 +99,52 @@ def test_an_unknown_loss_and_batches_without_labels_are_refused() -> None:
         evolvenet.allocate(model, graph, 50, [x], loss="accuracy")  # type: ignore[arg-type]
     with pytest.raises(PolicyError, match=r"Batch 1: expected a pair of inputs and labels, .* got a Tensor"):
         evolvenet.allocate(model, graph, 50, [(x, x), x], loss=functional.mse_loss)
+
+
+class TwoSums(nn.Module):
+    """Two layers side by side, their weights slices of one tensor or not."""
+
+    def __init__(self, shared: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.inp, self.q, self.v = nn.Linear(6, 12), nn.Linear(12, 8, bias=False), nn.Linear(12, 8, bias=False)
+        self.one, self.two = nn.Linear(8, 3), nn.Linear(8, 3)
+        if shared:
+            both = torch.cat([self.q.weight, self.v.weight]).detach()
+            self.q.weight, self.v.weight = nn.Parameter(both[:8]), nn.Parameter(both[8:])
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.inp(x).tanh()
+        return self.one(self.q(h).tanh()) + self.two(self.v(h).tanh())
+
+
+def test_weights_that_are_slices_of_one_tensor_are_told_apart() -> None:
+    x = torch.randn(60, 6, generator=torch.Generator().manual_seed(1))
+    apart, shared = (
+        trial_curves(model, trace(model, x[:2]), [x], shares=(0.5, 0.25)) for model in (TwoSums(False), TwoSums(True))
+    )
+    assert shared == apart
+
+
+def test_a_loss_may_write_to_the_outputs() -> None:
+    model, pairs = (
+        mlp(6, 16, 16, 3),
+        [(torch.randn(40, 6, dtype=torch.float64), torch.randn(40, 3, dtype=torch.float64))],
+    )
+    graph = trace(model, pairs[0][0][:2])
+    one, other = (
+        trial_curves(model, graph, pairs, shares=(0.5, 0.25), loss=loss)
+        for loss in (lambda o, y: (o - y).square().mean(), lambda o, y: o.sub_(y).square().mean())
+    )
+    assert one == other
+
+
+def test_labels_of_all_places_in_one_row_are_not_cut() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 12), nn.Tanh(), nn.Linear(12, 9))
+    pairs = [(torch.randint(9, (30, 5)), torch.randint(9, (150,))) for _ in range(3)]
+    graph = trace(model, pairs[0][0][:2])
+    found = trial_curves(
+        model, graph, pairs, shares=(0.5,), samples=40, loss=lambda o, y: functional.cross_entropy(o.flatten(0, 1), y)
+    )
+    assert "1" in found

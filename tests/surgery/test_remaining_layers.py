@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
+from copy import deepcopy
 from typing import Any
 
 import pytest
+from torch import nn
 from transformers import BartConfig, BartModel, T5Config, T5Model
 
 from evolvenet.surgery.module_replacement import exchange_modules
@@ -52,3 +54,15 @@ def test_the_model_is_built_shorter_by_its_own_configuration(make: Any, part: st
             back.pop_all()
     after = {id(each.config): dict(vars(each.config)) for each in model.modules() if hasattr(each, "config")}
     assert after == before
+
+
+def test_one_number_for_the_layers_of_two_parts_stays() -> None:
+    config = T5Config(**PAIRS, d_kv=4, d_ff=8, num_heads=2, num_layers=3, num_decoder_layers=3)
+    model = nn.Module()
+    model.config = config  # type: ignore[assignment]
+    model.one, model.two = (T5Model(deepcopy(config)).encoder for _ in range(2))
+    layers = model.get_submodule("one.block")
+    with ExitStack() as undo:
+        exchange_modules(model, {layers: RemainingLayers.without(layers, [1])}, undo)  # type: ignore[arg-type]
+        counts = [each.config.num_layers for each in (model, model.one, model.two)]  # type: ignore[union-attr]
+    assert counts == [3, 2, 3]

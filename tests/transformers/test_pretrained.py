@@ -265,3 +265,11 @@ def test_a_given_state_dict_of_another_model_is_refused(tmp_path):
     with pytest.raises(RecordError, match=r"expected the tensors of the BertForMaskedLM, \S+ of shape .* and \d+ more"):
         save_pretrained(model, tmp_path / "folder", state_dict=other)
     assert not (tmp_path / "folder").exists()
+
+
+def test_a_given_state_dict_that_lacks_tensors_is_refused(tmp_path):
+    model = cut("bert")
+    state = {name: each for name, each in model.state_dict().items() if "layer.1" not in name}
+    with pytest.raises(RecordError, match="expected all tensors of the BertForMaskedLM, got none for"):
+        save_pretrained(model, tmp_path / "folder", state_dict=state)
+    assert not (tmp_path / "folder").exists()
