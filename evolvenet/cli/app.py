@@ -66,7 +66,7 @@ def inspect(  # noqa: PLR0913  the options of the command
     from evolvenet.cli.inspection import inspection, inspection_table
 
     _only_with_data(context, data)
-    model, inputs = _network(factory, arg, input, checkpoint)
+    model, inputs = _network(factory, arg, input, checkpoint, data, key)
     chosen = data and batches(data, inputs, samples=samples, size=batch_size, scale=scale, key=key)
     found = inspection(model, inputs, chosen or None, heads)
     _show(found, as_json, lambda: inspection_table(found, 0 if everything else 30))
@@ -99,7 +99,7 @@ def compress(  # noqa: PLR0913  the options of the command
     from evolvenet.cli.inputs import batches
 
     wanted = goal({"parameters": parameters, "macs": macs, "bytes": bytes, "latency": latency}, out)
-    model, inputs = _network(factory, arg, input, checkpoint)
+    model, inputs = _network(factory, arg, input, checkpoint, data, key)
     chosen = batches(data, inputs, samples=samples, size=batch_size, scale=scale, key=key)
     done = compressed(model, inputs, chosen, wanted, out, lowrank=lowrank, multiple=multiple, fixed=fixed, steps=steps)
     _show(done.data, as_json, lambda: Group(done.table, Text(f"written: {out}")))
@@ -163,7 +163,9 @@ def _only_with_data(context: typer.Context, data: str | None) -> None:
         )
 
 
-def _network(factory: str, arguments: list[str], given: list[str], checkpoint: Path | None) -> tuple[Any, Any]:
+def _network(
+    factory: str, arguments: list[str], given: list[str], checkpoint: Path | None, data: str | None, key: str | None
+) -> tuple[Any, Any]:
     from evolvenet.cli.inputs import example_inputs
     from evolvenet.cli.objects import build
     from evolvenet.engine.saving import load
@@ -171,7 +173,7 @@ def _network(factory: str, arguments: list[str], given: list[str], checkpoint: P
     # What a factory draws is the same at every call of the command.
     torch.manual_seed(0)
     model = build(factory, arguments).eval()
-    inputs = example_inputs(model, given)
+    inputs = example_inputs(model, given, data, key)
     if checkpoint is not None:
         load(model, checkpoint, example_inputs=inputs)
     return model, inputs

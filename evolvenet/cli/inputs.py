@@ -21,14 +21,17 @@ KEYS = ("x", "inputs", "images", "input_ids", "data")
 """Names under which a file's samples are looked for."""
 
 
-def example_inputs(model: nn.Module, given: Sequence[str]) -> Any:
+def example_inputs(model: nn.Module, given: Sequence[str], data: str | None = None, key: str | None = None) -> Any:
     """Inputs to run a network on.
 
     Args:
         model: the network.
         given: `SHAPE`, `SHAPE:TYPE` or `SHAPE:TYPE:BOUND` for each argument, with `name=` before it for one by keyword.
             Numbers are drawn from a normal distribution, integers from 0 … BOUND − 1 (0 and 1 by default). Without any,
-            `example_input_array` of a LightningModule, or inputs made up for a model of the transformers library.
+            `example_input_array` of a LightningModule, or inputs made up for a model of the transformers library; else the
+            first sample of the data, if these are a file of floating-point numbers.
+        data: see `batches`.
+        key: of the samples in a file with several arrays.
 
     Raises:
         CommandError: if none are given and none can be made.
@@ -45,6 +48,10 @@ def example_inputs(model: nn.Module, given: Sequence[str]) -> Any:
         return made[0][1] if len(made) == 1 else tuple(tensor for _, tensor in made)
     own = getattr(model, "example_input_array", None)
     found = own if own is not None else dummy_inputs(model)
+    if found is None and data is not None and Path(data).is_file():
+        first = _of_file(Path(data), key, None)[:1]
+        # Whole numbers may be words, or pixels that the network takes as fractions.
+        found = first if first.is_floating_point() else None
     if found is None:
         raise CommandError(f"--input: {INPUT}, got none, and a {type(model).__name__} does not say what it takes.")
     return found
@@ -108,7 +115,7 @@ def _first(inputs: Any) -> Tensor:
     return leaves[0]
 
 
-def _of_file(path: Path, key: str | None, example: Tensor) -> Tensor:
+def _of_file(path: Path, key: str | None, example: Tensor | None) -> Tensor:
     if not path.is_file():
         raise CommandError(f"--data {path}: expected a file, or module:name, got no such file.")
     if path.suffix in (".npy", ".npz"):
@@ -125,7 +132,8 @@ def _of_file(path: Path, key: str | None, example: Tensor) -> Tensor:
         found = read(path)
     if isinstance(found, dict):
         names = [key] if key else [name for name in (*KEYS, *found) if name in found]
-        fitting = (name for name in names if name in found and tuple(found[name].shape[1:]) == tuple(example.shape[1:]))
+        shape = None if example is None else tuple(example.shape[1:])
+        fitting = (name for name in names if name in found and shape in (None, tuple(found[name].shape[1:])))
         name = next(fitting, names[0] if names else None)
         if name not in found:
             raise CommandError(f"--data {path}: expected an array {key!r}, got {', '.join(map(str, found)) or 'none'}.")

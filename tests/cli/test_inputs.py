@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from evolvenet.cli.inputs import batches
+from evolvenet.cli.errors import CommandError
+from evolvenet.cli.inputs import batches, example_inputs
 
 LABELLED = """
 import torch
@@ -68,3 +69,15 @@ def test_labels_behind_the_inputs_are_dropped(name: str, inputs: Any, shapes: An
             assert {name: tuple(each.shape) for name, each in batch.items()} == shapes
         else:
             assert [tuple(each.shape) for each in ([batch] if isinstance(batch, Tensor) else batch)] == shapes
+
+
+def test_without_an_input_the_first_sample_of_a_file_is_one_unless_it_is_of_whole_numbers() -> None:
+    samples = np.arange(30, dtype=np.float32).reshape(10, 3)
+    np.savez("x.npz", labels=samples[:, 0], x=samples)
+    np.save("words.npy", samples.astype(np.int64))
+    model = torch.nn.Linear(3, 2)
+    assert torch.equal(example_inputs(model, [], "x.npz"), torch.tensor([[0.0, 1.0, 2.0]]))
+    assert example_inputs(model, ["1,3"], "x.npz").shape == (1, 3)
+    for data in ("words.npy", "absent.npy", None):
+        with pytest.raises(CommandError, match="--input"):
+            example_inputs(model, [], data)
