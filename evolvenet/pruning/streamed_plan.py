@@ -63,7 +63,7 @@ def fit_streamed(
 
     A consumer that this fit leaves as it was cut would have no refit to the moments either. Where there is one, all is planned
     and fitted once more with its refit, since the consumers after it are fitted to what it puts out. It is not done for all
-    consumers from the beginning: on a model of 1.3 billion parameters refits take several times as long as all the rest. The
+    consumers from the beginning: refits of layers with thousands of columns take longer than all the rest. The
     arguments are those of `plan_streamed`.
 
     Returns:

@@ -231,5 +231,7 @@ def test_a_tracker_that_cannot_end_its_run_neither_ends_a_job_nor_hides_why_it_f
         if fails:
             raise ValueError("the cause")
     assert "was not ended: ConnectionError: no server" in caplog.text
+    caplog.clear()
     with jobs.own_tracked_run():
         """One that was there before is not ended."""
+    assert caplog.text == ""

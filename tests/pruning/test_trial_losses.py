@@ -127,10 +127,9 @@ def test_weights_that_are_slices_of_one_tensor_are_told_apart() -> None:
 
 
 def test_a_loss_may_write_to_the_outputs() -> None:
-    model, pairs = (
-        mlp(6, 16, 16, 3),
-        [(torch.randn(40, 6, dtype=torch.float64), torch.randn(40, 3, dtype=torch.float64))],
-    )
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 32), nn.Tanh(), nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 1))
+    pairs = [(torch.randn(64, 8), torch.randn(64, 1)) for _ in range(4)]
     graph = trace(model, pairs[0][0][:2])
     one, other = (
         trial_curves(model, graph, pairs, shares=(0.5, 0.25), loss=loss)
