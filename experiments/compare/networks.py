@@ -23,6 +23,9 @@ from experiments.pages import write_whole
 CALIBRATION = 1024
 """Training images that methods with data measure on; BatchNorm is re-estimated on the same ones."""
 
+NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+"""Whose running statistics are re-estimated."""
+
 
 @dataclass(frozen=True)
 class Task:
@@ -196,17 +199,19 @@ def uncut(data: TaskData, seed: int, folder: Path) -> tuple[nn.Module, dict[str,
     return model, found
 
 
-def reestimate(model: nn.Module, batches: Iterable[Tensor]) -> None:
+def reestimate(model: nn.Module, batches: Iterable[Any]) -> None:
     """Re-estimate BatchNorm's running statistics as the plain mean over batches; leaves the model in eval mode."""
-    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    norms = [module for module in model.modules() if isinstance(module, NORMS)]
     momenta = [norm.momentum for norm in norms]
+    model.eval()
     for norm in norms:
         norm.reset_running_stats()
         norm.momentum = None
-    model.train()
+        # By itself: dropout would change what the others see.
+        norm.train()
     with torch.no_grad():
         for batch in batches:
-            model(batch)
+            _ = model(**batch) if isinstance(batch, dict) else model(batch)
     model.eval()
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum

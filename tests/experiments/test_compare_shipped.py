@@ -10,8 +10,12 @@ import torch
 from torch import nn
 
 from experiments.compare import shipped as compare
-from experiments.compare.shipped_networks import Fingerprint, Subject, crops, near, neighbours, outputs
+from experiments.compare.networks import reestimate
+from experiments.compare.shipped_molecules import Fingerprint
+from experiments.compare.shipped_networks import PARTS, Subject, crops, near, neighbours, outputs, parts
 from experiments.compare.shipped_sounds import tones, voices
+from experiments.compare.shipped_table import ROWS, write_page
+from experiments.pages import write_whole
 
 NAME, BROKEN = "torch", "pip"
 """Distributions that are installed, whose versions the page gives."""
@@ -19,13 +23,14 @@ NAME, BROKEN = "torch", "pip"
 
 def small(_: Path) -> Subject:
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 4))
+    model = nn.Sequential(nn.Linear(8, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Linear(32, 4)).eval()
     inputs = torch.randn(64, 8)
     labels = outputs(model, inputs).argmax(1)
-    batches = list(torch.randn(128, 8).split(32))
-    return Subject(
-        model, batches, lambda net: float(outputs(net, inputs).argmax(1).eq(labels).double().mean()), "labels"
-    )
+
+    def score(net: nn.Module) -> float:
+        return float(outputs(net, inputs).argmax(1).eq(labels).double().mean())
+
+    return Subject(model, parts(torch.randn(128, 8)), score, "labels", {"steps": 20}, second=("the same", score))
 
 
 def broken(_: Path) -> Subject:
@@ -58,13 +63,42 @@ def test_results_are_within_the_limit_shown_and_kept(tmp_path: Path) -> None:
     paths = sorted((tmp_path / "cache" / NAME).glob("*.json"))
     records = [json.loads(path.read_text("utf-8")) for path in paths]
     assert [record["method"] for record in records] == ["tp", "widths"]
-    assert all(record["left"] <= 0.5 and record["uncut"] == 1 for record in records)
-    for record, label in zip(records, ("Torch-Pruning's magnitude", "**ours, widths**"), strict=True):
-        assert f"| {label} | {100 * record['score']:.1f} |" in page
+    assert all(record["left"] <= 0.5 and record["uncut"] == [1, 1] for record in records)
+    rows = [row for record in records for row in ROWS if row[1] == record["method"] and row[2] in record]
+    assert len(rows) == 5
+    for label, kind, stage in rows:
+        (record,) = (record for record in records if record["method"] == kind)
+        assert page.count(f"| {label} | {100 * record[stage][0]:.1f} |") == 2
     assert "Not run: OSError: no weights" in page
     before = [path.stat().st_mtime_ns for path in paths]
     run(tmp_path)
     assert [path.stat().st_mtime_ns for path in paths] == before
+
+
+def test_ours_is_the_row_with_the_least_error_on_inputs_held_out(tmp_path: Path) -> None:
+    polish = {"before": 0.2, "after": 0.1, "kept": True}
+    known = {"name": NAME, "uncut": [1.0], "level": 50, "version": "1", "parameters": 8, "coverage": 1, "trace": 0}
+    known |= {"task": "t", "inputs": 8, "samples": 8, "settings": {}, "second": None, "commit": "c", "seconds": 1}
+    one = {**known, "method": "widths", "cut": [0.5], "polished": [0.7], "polish": polish, "seconds_to_polish": 1}
+    two = {**one, "method": "both", "cut": [0.9], "polished": [0.8], "polish": {**polish, "after": 0.15}}
+    for record in (one, two):
+        write_whole(tmp_path / NAME / f"50-{record['method']}.json", json.dumps(record))
+    write_page(tmp_path / "page.md", tmp_path, (NAME,))
+    assert f"| {NAME} | 70.0 | widths, polished |" in (tmp_path / "page.md").read_text("utf-8")
+
+
+def test_statistics_of_norms_are_the_means_over_batches_without_dropout() -> None:
+    model = nn.Sequential(nn.Dropout(0.5), nn.BatchNorm1d(3))
+    batches = [torch.randn(16, 3) for _ in range(4)]
+    reestimate(model, [{"input": batch} for batch in batches])
+    found = dict(model[1].named_buffers())
+    assert torch.allclose(found["running_mean"], torch.stack(batches).mean((0, 1)), atol=1e-6)
+    assert torch.allclose(found["running_var"], torch.stack([batch.var(0) for batch in batches]).mean(0), atol=1e-6)
+
+
+def test_inputs_stand_in_parts() -> None:
+    assert [len(part) for part in parts(torch.zeros(20, 2))] == [3, 3, 3, 3, 2, 2, 2, 2]
+    assert PARTS == 8
 
 
 def test_tones_have_the_pitch_that_they_say() -> None:
