@@ -55,7 +55,7 @@ LEVELS = (30, 50, 70)
 """Percent of the parameters that are removed."""
 
 POLISH = {"steps": 200, "rate": 1e-2}
-"""Arguments of `evolvenet.polish`, where a network has no other ones. Cuts that nothing was fitted to take this rate everywhere."""
+"""Arguments of `evolvenet.polish`, where a network has no other ones. Cuts that nothing was fitted to always take this rate."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -30,8 +30,9 @@ measure of the task on real data. **Ours** measures on inputs without labels; ho
 the allocation ran, stands with each. **Torch-Pruning**: units by `GroupMagnitudeImportance(p=2)`, computed by its formula on the
 graph's widths, one share of all widths; where the network has BatchNorm, its statistics are then re-estimated on the same inputs.
 **Polished**: after that, `evolvenet.polish` towards the outputs of the uncut network, on the same inputs without labels, with the
-same settings for each row of a network, Torch-Pruning's always at the rate 0.01. Cuts see seven eighths of the inputs; the last eighth decides whether the polished
-weights are kept. The inputs of the score are others.
+same settings for each row of a network; Torch-Pruning's always at the rate 0.01, as what is far from the function takes large
+steps. Cuts see seven eighths of the inputs; the last eighth decides whether the polished weights are kept. The inputs of the
+score are others.
 
 In the first table, **ours** is one row of those below: the one with the least error of the outputs on that last eighth, so that
 the score does not choose. One run each, seed 0; processor seconds of one thread."""
