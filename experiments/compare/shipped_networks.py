@@ -120,7 +120,7 @@ def torchcrepe(_: Path) -> Subject:
         return near(10 * 2 ** (cents / 1200), pitch)
 
     task = "pitch within half a semitone, tones made here"
-    return Subject(model.eval(), parts(frames(1024, 0)[0]), score, task, {"steps": 800})
+    return Subject(model.eval(), parts(frames(1024, 0)[0]), score, task, {"steps": 800, "batch_size": 32})
 
 
 def pesto(_: Path) -> Subject:
@@ -138,7 +138,7 @@ def pesto(_: Path) -> Subject:
         return float(((outputs(network, inputs).argmax(1) - before).abs() <= 1).double().mean())
 
     task = "same pitch as the uncut network within a third of a semitone, tones made here"
-    return Subject(whole.encoder, parts(frames(48, 0)[:1024]), score, task)
+    return Subject(whole.encoder, parts(frames(48, 0)[:1024]), score, task, {"steps": 50})
 
 
 def torchfcpe(_: Path) -> Subject:
@@ -188,7 +188,7 @@ def resemblyzer(_: Path) -> Subject:
     task = "nearest neighbour is of the same speaker, 20 voices made here"
     second = f"cosine of an embedding and the uncut network's of the same sound (of two speakers' sounds: {others:.3f})"
     return Subject(
-        model, parts(spectrograms(40, 0)[0]), score, task, {"steps": 150, "batch_size": 16}, 48, second=(second, alike)
+        model, parts(spectrograms(24, 0)[0]), score, task, {"steps": 60, "batch_size": 16}, 24, second=(second, alike)
     )
 
 
@@ -280,7 +280,7 @@ def crops(size: int, count: int, seed: int) -> Tensor:
     return (torch.cat(found) - 127.5) / 128
 
 
-def face_network(name: str, size: int, steps: int) -> Callable[[Path], Subject]:
+def face_network(name: str, size: int, steps: int, batch: int) -> Callable[[Path], Subject]:
     """A stage of MTCNN of facenet-pytorch."""
 
     def build(_: Path) -> Subject:
@@ -293,7 +293,9 @@ def face_network(name: str, size: int, steps: int) -> Callable[[Path], Subject]:
             return float((1 - apart / (before - before.mean(0)).square().sum(0)).clamp(0, 1).mean())
 
         task = "share of the outputs' variance that is the same as the uncut network's, crops of photographs"
-        return Subject(model, parts(crops(size, 4096, 0)), score, task, {"steps": steps, "rate": 2e-4})
+        return Subject(
+            model, parts(crops(size, 4096, 0)), score, task, {"steps": steps, "rate": 2e-4, "batch_size": batch}
+        )
 
     return build
 
