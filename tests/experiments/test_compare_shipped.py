@@ -11,7 +11,7 @@ from torch import nn
 
 from experiments.compare import shipped as compare
 from experiments.compare.networks import reestimate
-from experiments.compare.shipped_molecules import Fingerprint
+from experiments.compare.shipped_molecules import FCC, Crystal, Fingerprint, crystals
 from experiments.compare.shipped_networks import PARTS, Subject, crops, near, neighbours, outputs, parts
 from experiments.compare.shipped_sounds import tones, voices
 from experiments.compare.shipped_table import ROWS, write_page
@@ -119,6 +119,18 @@ def test_scores_are_those_of_the_plain_formulas() -> None:
     assert near(torch.tensor([440.0, 450.0, 460.0, 220.0]), torch.tensor([440.0])) == 0.5
     vectors = torch.tensor([[1.0, 0.0], [0.9, 0.1], [0.0, 1.0], [0.1, 2.0]])
     assert neighbours(vectors).tolist() == [1, 0, 3, 2]
+
+
+def test_an_atom_of_rock_salt_has_six_neighbours_of_the_other_kind_and_twelve_of_its_own() -> None:
+    matrix = 5.6 * torch.tensor(FCC).double()
+    salt = Crystal((11, 17), torch.tensor([[0.0] * 3, [0.5] * 3]).double().numpy(), matrix.numpy())
+    one, two, images, far = (torch.as_tensor(each) for each in salt.get_neighbor_list(r=4))
+    assert [int(((one == 0) & (two == kind)).sum()) for kind in (1, 0)] == [6, 12]
+    places = torch.as_tensor(salt.frac_coords)
+    assert torch.allclose(((places[two] + images - places[one]) @ matrix).norm(dim=1), far)
+    assert sorted(set(far.round(decimals=3).tolist())) == [2.8, 3.96]
+    assert [site.specie.Z for site in salt] == [11, 17]
+    assert all((a.matrix == b.matrix).all() for a, b in zip(crystals(3, 0), crystals(3, 0), strict=True))
 
 
 def test_a_fingerprint_is_the_first_tokens_output() -> None:
