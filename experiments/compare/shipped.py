@@ -44,8 +44,8 @@ SUBJECTS: dict[str, Callable[[Path], Subject]] = {
     "torchcrepe (tiny)": torchcrepe,
     "pesto-pitch": pesto,
     "silero-vad": silero_vad,
-    "facenet-pytorch RNet": face_network("RNet", 24, 2000, 64),
-    "facenet-pytorch ONet": face_network("ONet", 48, 400, 32),
+    "facenet-pytorch RNet": face_network("RNet", 24, 4096, 2000, 64),
+    "facenet-pytorch ONet": face_network("ONet", 48, 1536, 400, 32),
     "resemblyzer": resemblyzer,
     "rxnfp": rxnfp,
     "torchfcpe": torchfcpe,
@@ -112,6 +112,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--samples", type=int, help="inputs that an allocation's trials run on (default: each network's own)"
     )
+    parser.add_argument(
+        "--unpolished", nargs="+", choices=tuple(METHODS), default=(), help="methods to leave after the cut"
+    )
     parser.add_argument("--keep-old", action="store_true", help="keep results of an older state of the package")
     parser.add_argument("--cache", type=Path, default=Path("outputs/compare_shipped"), help="folder of the JSON files")
     parser.add_argument("--page", type=Path, default=Path(__file__).with_suffix(".md"), help="page to write")
@@ -140,14 +143,18 @@ def run(name: str, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     for kind, level in missing:
         found = {**known, **options.made_of, "method": kind, "level": level}
         try:
-            found |= cut(kind, level)
+            found |= cut(kind, level, kind not in options.unpolished)
         except Exception as error:  # noqa: BLE001  as above
             found |= {"failed": _named(error)}
         yield _saved(folder / f"{level}-{kind}.json", found)
 
 
-def opened(name: str, data: Path, samples: int | None) -> tuple[dict[str, Any], Callable[[str, int], dict[str, Any]]]:
-    """A network: what is known of it, and a function that makes a copy smaller (method, percent) and measures it."""
+Cut = Callable[[str, int, bool], dict[str, Any]]
+"""(method, percent, whether to polish) → what was measured of a copy that was made smaller."""
+
+
+def opened(name: str, data: Path, samples: int | None) -> tuple[dict[str, Any], Cut]:
+    """A network: what is known of it, and a function that makes a copy smaller and measures it."""
     torch.manual_seed(0)
     subject = SUBJECTS[name](data)
     samples = samples or subject.trials
@@ -172,14 +179,15 @@ def opened(name: str, data: Path, samples: int | None) -> tuple[dict[str, Any], 
         target = round(0.9 * graph.parameters)
         return evolvenet.allocate(subject.model, graph, target, subject.calibration[:-1], samples=samples)
 
-    def cut(kind: str, level: int) -> dict[str, Any]:
+    def cut(kind: str, level: int, polish: bool) -> dict[str, Any]:
         target = round((1 - level / 100) * graph.parameters)
-        return measured(Case(subject, copied(subject.model), graph, lambda most: allocation().at(most), target), kind)
+        case = Case(subject, copied(subject.model), graph, lambda most: allocation().at(most), target)
+        return measured(case, kind, polish)
 
     return known, cut
 
 
-def measured(case: Case, kind: str) -> dict[str, Any]:
+def measured(case: Case, kind: str, polish: bool) -> dict[str, Any]:
     """Cut a network and polish it, and measure after each; seconds are those of processor time."""
     torch.manual_seed(0)
     subject, model, begin = case.subject, case.model, time.process_time()
@@ -188,6 +196,8 @@ def measured(case: Case, kind: str) -> dict[str, Any]:
     if kind == "tp" and any(isinstance(module, NORMS) for module in model.modules()):
         reestimate(model, subject.calibration)
         found["reestimated"] = scores(subject, model)
+    if not polish:
+        return found
     begin = time.process_time()
     settings = {**POLISH, **subject.polish}
     if kind == "tp":
@@ -226,7 +236,8 @@ def _is_current(path: Path, options: argparse.Namespace) -> bool:
     if not path.exists():
         return False
     found = json.loads(path.read_text(encoding="utf-8"))
-    return options.keep_old or found["state"] == options.made_of["state"]
+    whole = "polished" in found or "failed" in found or found["method"] in options.unpolished
+    return whole and (options.keep_old or found["state"] == options.made_of["state"])
 
 
 def _line(found: Mapping[str, Any]) -> str:
@@ -236,10 +247,15 @@ def _line(found: Mapping[str, Any]) -> str:
     stages = ", ".join(
         f"{stage} {found[stage][0]:.2%}" for stage in ("cut", "reestimated", "polished") if stage in found
     )
-    return head + (
-        f"{stages} of {found['uncut'][0]:.2%}, {found['left']:.1%} of {found['parameters']:,} parameters, "
-        f"{found['seconds']} and {found['seconds_to_polish']} s; output error {found['polish']['before']:.3g} → "
-        f"{found['polish']['after']:.3g} at {found['polish']['rate']:g}"
+    line = (
+        head + f"{stages} of {found['uncut'][0]:.2%}, {found['left']:.1%} of {found['parameters']:,} parameters, "
+        f"{found['seconds']} s"
+    )
+    if "polish" not in found:
+        return line
+    polish = found["polish"]
+    return line + (
+        f" and {found['seconds_to_polish']} s; output error {polish['before']:.3g} → {polish['after']:.3g} at {polish['rate']:g}"
     )
 
 

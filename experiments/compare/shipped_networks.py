@@ -280,7 +280,7 @@ def crops(size: int, count: int, seed: int) -> Tensor:
     return (torch.cat(found) - 127.5) / 128
 
 
-def face_network(name: str, size: int, steps: int, batch: int) -> Callable[[Path], Subject]:
+def face_network(name: str, size: int, count: int, steps: int, batch: int) -> Callable[[Path], Subject]:
     """A stage of MTCNN of facenet-pytorch."""
 
     def build(_: Path) -> Subject:
@@ -294,7 +294,7 @@ def face_network(name: str, size: int, steps: int, batch: int) -> Callable[[Path
 
         task = "share of the outputs' variance that is the same as the uncut network's, crops of photographs"
         return Subject(
-            model, parts(crops(size, 4096, 0)), score, task, {"steps": steps, "rate": 2e-4, "batch_size": batch}
+            model, parts(crops(size, count, 0)), score, task, {"steps": steps, "rate": 2e-4, "batch_size": batch}
         )
 
     return build

@@ -88,7 +88,7 @@ def _chosen(results: Sequence[Mapping[str, Any]], level: int) -> tuple[str, floa
     found = []
     for label, kind, stage in ROWS:
         record = _of(results, kind, level)
-        if kind != "tp" and record is not None and stage in record:
+        if kind != "tp" and record is not None and stage in record and "polish" in record:
             polish = record["polish"]
             error = polish["after"] if stage == "polished" and polish["kept"] else polish["before"]
             found.append((error, label.strip("*").removeprefix("ours, "), _kept(results, kind, level, stage)))
