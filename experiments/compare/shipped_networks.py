@@ -120,7 +120,7 @@ def torchcrepe(_: Path) -> Subject:
         return near(10 * 2 ** (cents / 1200), pitch)
 
     task = "pitch within half a semitone, tones made here"
-    return Subject(model.eval(), parts(frames(1024, 0)[0]), score, task, {"steps": 800, "batch_size": 32})
+    return Subject(model.eval(), parts(frames(640, 0)[0]), score, task, {"steps": 600, "batch_size": 32})
 
 
 def pesto(_: Path) -> Subject:
@@ -239,7 +239,7 @@ def silero_vad(_: Path) -> Subject:
 
     share = float(before.double().mean())
     task = f"same decision as the uncut network ({share:.0%} speech), voices made here"
-    return Subject(model, parts(cut(0, 256)), score, task, {"steps": 1000, "batch_size": 16})
+    return Subject(model, parts(cut(0, 256)), score, task, {"steps": 600, "batch_size": 16})
 
 
 # Pictures
