@@ -188,7 +188,7 @@ def resemblyzer(_: Path) -> Subject:
     task = "nearest neighbour is of the same speaker, 20 voices made here"
     second = f"cosine of an embedding and the uncut network's of the same sound (of two speakers' sounds: {others:.3f})"
     return Subject(
-        model, parts(spectrograms(24, 0)[0]), score, task, {"steps": 60, "batch_size": 16}, 24, second=(second, alike)
+        model, parts(spectrograms(80, 0)[0]), score, task, {"steps": 600, "batch_size": 32}, 256, second=(second, alike)
     )
 
 
