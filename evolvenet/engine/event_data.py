@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.optim import Optimizer
 
 from evolvenet.errors import is_out_of_memory, stage
 from evolvenet.execution.step import returned_loss
@@ -49,6 +50,7 @@ class EventData:
         seed: of the run; new units draw from `seed` + the event's number.
         lowrank: how layers may be factorized; None where ranks are not in question.
         new_units: how they start.
+        optimizers: that train the model.
     """
 
     model: nn.Module
@@ -61,6 +63,7 @@ class EventData:
     seed: int
     lowrank: LowRank | None = None
     new_units: NewUnits = field(default_factory=NewUnits)
+    optimizers: Sequence[Optimizer] = ()
 
     @cached_property
     def ranks(self) -> LayerRanks | None:
@@ -155,14 +158,14 @@ class EventData:
                 try:
                     return plan_growth(
                         self.model, graph, sizes, self.new_units.method, self.generator(),
-                        [(batch, None) for batch in self.batches], returned_loss, self.new_units.update,
+                        [(batch, None) for batch in self.batches], returned_loss, self.new_units.update, self.optimizers,
                     )  # fmt: skip
                 except Exception as problem:
                     if is_out_of_memory(problem):
                         raise
-                    log.warning("New units start as 'orthogonal' and no weight is updated: %s", problem)
-            method = "orthogonal" if self.new_units.needs_loss else self.new_units.method
-            return plan_growth(self.model, graph, sizes, method, self.generator())
+                    other = self.new_units.without_loss.method
+                    log.warning("New units start as %r and no weight is updated: %s", other, problem)
+            return plan_growth(self.model, graph, sizes, self.new_units.without_loss.method, self.generator())
 
     def generator(self) -> torch.Generator:
         """The source of the new units' random directions."""
