@@ -19,6 +19,7 @@ from evolvenet.errors import DistillationError
 from evolvenet.execution.chosen_outputs import Outputs, counted_outputs, normalized
 from evolvenet.execution.inputs import copied
 from evolvenet.execution.isolation import isolated, model_outputs, op_by_op, random_streams_kept
+from evolvenet.execution.surroundings import autocast_without_cache
 from evolvenet.linalg.host_transfers import values_of
 from evolvenet.measurement.output_error import real
 from evolvenet.pruning.distillation_features import FeatureMaps, feature_names, recorded
@@ -108,7 +109,8 @@ def polish(  # noqa: PLR0913  public: each is one setting
             memory. It is left as it was.
         batches: inputs of the model. The samples that the cut was fitted on will do; best it was fitted on all but the last
             eighth of them, as those are the ones held out: an error that it was fitted to is hard to beat.
-        steps: of gradient descent, for each rate that is tried.
+        steps: of gradient descent, for each rate that is tried. Under `torch.autocast` both networks run in 16 bits, which takes
+            half of the time where a processor computes in them; weights and their steps stay in theirs.
         rate: largest learning rate.
         batch_size: samples a step, drawn from all batches. Where these cannot be put together or taken apart (a sample's outputs
             depend on the others, inputs are no tensors), a step takes a batch as it is.
@@ -189,7 +191,7 @@ def distil(model: nn.Module, teacher: Teacher, pairs: Sequence[Pair], settings: 
     Raises:
         DistillationError: see `polish`.
     """
-    with torch.inference_mode(False), torch.no_grad(), random_streams_kept(model):
+    with torch.inference_mode(False), torch.no_grad(), random_streams_kept(model), autocast_without_cache():
         return _Run.of(model, teacher, pairs, settings).best()
 
 
