@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -30,6 +30,7 @@ class Recording:
         choices: of the model's routers on the batch.
         cache: of results of the model's ops on the batch, if several cuts are fitted to it.
         rounds: of the fits of outputs that a rectifier takes.
+        fallbacks: {tensor: its value in the cut model} for the consumers whose fit lowers no error, and their biases.
     """
 
     batch: Any
@@ -38,6 +39,7 @@ class Recording:
     choices: Choices
     cache: OpCache | None = None
     rounds: int = 0
+    fallbacks: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def fitted(self) -> frozenset[str]:
