@@ -30,7 +30,7 @@ def run(path: Path) -> None:
 
 
 def results(path: Path) -> dict[str, dict]:
-    names = "cut", "scratch"
+    names = "cut", "polished", "scratch"
     return {name: json.loads((path / f"cache/digits/seed0/30-equal-{name}.json").read_text("utf-8")) for name in names}
 
 
@@ -40,7 +40,11 @@ def parameters(model: torch.nn.Module) -> int:
 
 def test_both_starts_have_the_same_widths_and_curves_that_end_at_the_first_crossing(folder: Path) -> None:
     found = results(folder)
-    assert found["cut"]["sizes"] == found["scratch"]["sizes"]
+    assert found["cut"]["sizes"] == found["scratch"]["sizes"] == found["polished"]["sizes"]
+    # 20 steps, for each rate that was tried.
+    assert found["polished"]["polish_steps"] >= 20
+    assert found["polished"]["seconds"].keys() - found["cut"]["seconds"].keys() == {"polish"}
+    assert found["polished"]["climbs"][0]["curve"][0] != found["cut"]["climbs"][0]["curve"][0]
     for record in found.values():
         for climb in record["climbs"]:
             assert climb["curve"][0][0] == 0
@@ -122,3 +126,16 @@ def test_the_page_counts_the_cut_and_judges_the_goal(tmp_path: Path, scratch: in
     assert "| 1 point | cut, then trained on | 17 | 1.7 | 6.7 | 67 | -5.00 |" in page
     assert ("**missed**" in page) == (scratch == 169)
     assert "| from scratch | 0 | 200 | 0.1 | 10.00 | 10.00 | 0 |" in page
+
+
+def test_steps_of_the_polish_are_said_beside_those_with_labels(tmp_path: Path) -> None:
+    place = tmp_path / "cache/digits/seed0"
+    place.mkdir(parents=True)
+    polished = {**record("polished", [(200, {"1": 10})]), "polish_steps": 40}
+    for start, found in (("polished", polished), ("scratch", record("scratch", [(200, {"1": 170})]))):
+        (place / f"10-own-{start}.json").write_text(json.dumps(found), encoding="utf-8")
+    write_page(tmp_path / "page.md", tmp_path / "cache")
+    page = (tmp_path / "page.md").read_text("utf-8")
+    assert "within 1: 17.0 times fewer steps (goal 10): met; with the 40 steps of the polish" in page
+    assert "which see no label, 50 steps, 3.4 times fewer" in page
+    assert "| 1 point | cut, polished, then trained on | 10 | 1.0 | 6.0 |" in page
