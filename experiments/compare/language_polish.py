@@ -121,7 +121,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for kind in options.only:
         for seed in options.seeds if options.seeds is not None else setting.seeds:
             folder = options.cache / kind / f"seed{seed}"
-            study = Polished(Uncut.of(kind, seed, text, setting, folder, "cpu"))
+            uncut = Uncut.of(kind, seed, text, setting, folder, "cpu")
+            study = Polished(uncut, settings={**POLISH, "steps": options.polish_steps})
             for record in run(study, folder, options, made_of):
                 print(kind, f"seed {seed}", json.dumps(record), flush=True)
     write_page(options.page, options.cache)
@@ -134,6 +135,9 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--levels", nargs="+", type=int, choices=LEVELS, default=LEVELS, help="percent removed")
     parser.add_argument("--methods", nargs="+", choices=tuple(METHODS), default=tuple(METHODS))
     parser.add_argument("--steps", type=int, default=FULL.steps, help="of the training of an uncut network")
+    parser.add_argument(
+        "--polish-steps", type=int, default=POLISH["steps"], help="of each polish (default %(default)s)"
+    )
     parser.add_argument(
         "--text", type=Path, help="file of the text (default: text.txt in the cache, made if not there)"
     )
