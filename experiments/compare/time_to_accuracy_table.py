@@ -76,7 +76,7 @@ def _section(task: str, kept: int, widths: str, starts: dict[str, list[dict[str,
     margins = sorted(
         {float(m) for runs in starts.values() for run in runs for c in run["climbs"] for m in c["crossed"]}
     )
-    rows = [_row(start, starts[start], margin) for margin in margins for start in STARTS if start in starts]
+    rows = [_row(start, starts, margin) for margin in margins for start in STARTS if start in starts]
     titles = ["within", "start", "steps of each seed", "CPU s", "with the cut", "that is, in steps", "judged, points"]
     lines = [head, "", about, ""]
     if rows:
@@ -102,7 +102,8 @@ def _best(climb: dict[str, Any]) -> list[str]:
     return [f"{100 * climb['curve'][0][1]:.2f}", f"{100 * accuracy:.2f}", f"{step:,}"]
 
 
-def _row(start: str, runs: Sequence[dict[str, Any]], margin: float) -> list[str]:
+def _row(start: str, starts: dict[str, list[dict[str, Any]]], margin: float) -> list[str]:
+    runs = starts[start]
     best = [(run, first_crossing(run, margin)) for run in runs]
     reached = [(run, each) for run, each in best if each is not None]
     longest = max(climb["steps"] for run in runs for climb in run["climbs"])
@@ -114,7 +115,8 @@ def _row(start: str, runs: Sequence[dict[str, Any]], margin: float) -> list[str]
         return [*title, "", "", "", ""]
     cuts = [sum(run["seconds"].values()) if start != "scratch" else 0.0 for run, _ in reached]
     whole = [each["seconds"] + cut for (_, each), cut in zip(reached, cuts, strict=True)]
-    equal = [total / seconds_a_step(run) for (run, _), total in zip(reached, whole, strict=True)]
+    each_step = seconds_a_step([run for found in starts.values() for run in found])
+    equal = [total / each_step for total in whole]
     judged = [100 * (each["judged"] - run["uncut"]["judged"]) for run, each in reached]
     figures = [f"{fmean(each['seconds'] for _, each in reached):.1f}", f"{fmean(whole):.1f}", f"{fmean(equal):,.0f}"]
     return [*title, *figures, f"{fmean(judged):+.2f}"]
@@ -126,9 +128,12 @@ def first_crossing(run: dict[str, Any], margin: float) -> dict[str, Any] | None:
     return min(found, key=lambda each: each["step"]) if found else None
 
 
-def seconds_a_step(run: dict[str, Any]) -> float:
-    """Processor time of a training step of the small network, mean over all cycles that had any; infinite if none had."""
-    known = [climb["seconds_a_step"] for climb in run["climbs"] if climb["seconds_a_step"]]
+def seconds_a_step(runs: Sequence[dict[str, Any]]) -> float:
+    """Processor time of a training step of the small network, mean over all cycles that had any; infinite if none had.
+
+    From all starts: one that is near enough at once has no steps of its own.
+    """
+    known = [climb["seconds_a_step"] for run in runs for climb in run["climbs"] if climb["seconds_a_step"]]
     return fmean(known) if known else math.inf
 
 

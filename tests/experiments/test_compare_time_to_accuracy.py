@@ -131,11 +131,13 @@ def test_the_page_counts_the_cut_and_judges_the_goal(tmp_path: Path, scratch: in
 def test_steps_of_the_polish_are_said_beside_those_with_labels(tmp_path: Path) -> None:
     place = tmp_path / "cache/digits/seed0"
     place.mkdir(parents=True)
-    polished = {**record("polished", [(200, {"1": 10})]), "polish_steps": 40}
+    polished = {**record("polished", [(200, {"1": 0})]), "polish_steps": 40}
+    polished["climbs"][0]["seconds_a_step"] = None
     for start, found in (("polished", polished), ("scratch", record("scratch", [(200, {"1": 170})]))):
         (place / f"10-own-{start}.json").write_text(json.dumps(found), encoding="utf-8")
     write_page(tmp_path / "page.md", tmp_path / "cache")
     page = (tmp_path / "page.md").read_text("utf-8")
-    assert "within 1: 17.0 times fewer steps (goal 10): met; with the 40 steps of the polish" in page
-    assert "which see no label, 50 steps, 3.4 times fewer" in page
-    assert "| 1 point | cut, polished, then trained on | 10 | 1.0 | 6.0 |" in page
+    assert "within 1: 0 steps against 170 (goal 10): met; with the 40 steps of the polish" in page
+    assert "which see no label, 40 steps, 4.2 times fewer" in page
+    # 5 seconds of the cut are 50 steps of the same widths from scratch.
+    assert "| 1 point | cut, polished, then trained on | 0 | 0.0 | 5.0 | 50 |" in page
