@@ -19,7 +19,7 @@ from evolvenet.pruning.reconstruction_batch import ONE_SHOT_LIMITS
 from evolvenet.pruning.recorded_outputs import recorded
 from evolvenet.pruning.selection import plan_prune
 from evolvenet.pruning.streamed_plan import fit_streamed, plan_streamed
-from evolvenet.surgery.resize_model import Surgery
+from evolvenet.surgery.resize_model import Surgery, compile_surgery
 from evolvenet.tracing.trace import trace
 from tests.helpers.small_models import convnet, images, mlp
 from tests.helpers.states import State
@@ -102,6 +102,25 @@ def test_a_large_model_is_pruned_as_a_small_one_is(monkeypatch: pytest.MonkeyPat
         assert plan.graph.sizes == after.sizes
         errors.append(output_error(whole, outputs_on(model, batches, after)))
     assert errors[1] == pytest.approx(errors[0], rel=1e-6)
+
+
+def test_where_no_consumer_of_a_large_model_could_be_fitted_no_outputs_are_compared(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(reconstruction_batch, "LARGE", 0)
+    model, x = cases()["mlp"]
+    graph, runs = trace(model, x[:1]), list[Any]()
+    monkeypatch.setattr(fitted_prune, "outputs_on", lambda *given: runs.append(given) or outputs_on(*given))
+    sizes = {width.name: 18 for width in graph.resizable}
+    for fails in (False, True):
+        if fails:
+            monkeypatch.setattr(reconstruction, "refit_or_keep", lambda *_: None)
+            monkeypatch.setattr(streamed_plan, "refit_columns", lambda *_: ())
+        surgery = fitted_prune.plan_fitted_prune(model, graph, sizes, x.split(20))
+        bare = values_of(compile_surgery(model, graph, surgery.maps, surgery.bases))
+        assert not fails or all(torch.equal(value, bare[name]) for name, value in values_of(surgery).items())
+        assert (not runs) == fails
+        runs.clear()
 
 
 @pytest.mark.parametrize("failing", [{18}, {3}, {18, 3}], ids=str)
