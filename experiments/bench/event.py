@@ -72,9 +72,6 @@ SUBJECTS = {
         lambda: ResNet(1, 10, (24, 48, 96), stem_stride=2, hidden=64), (1, 28, 28), 256, 10, 2
     ),
     "resnet50": Subject(lambda: torchvision.models.resnet50(), (3, 224, 224), 16, 1000, 2),
-    "vit_b_16 of 2 blocks": Subject(
-        lambda: torchvision.models.VisionTransformer(224, 16, 2, 12, 768, 3072), (3, 224, 224), 16, 1000, 2
-    ),
     "vit_b_16": Subject(lambda: torchvision.models.vit_b_16(), (3, 224, 224), 16, 1000, 2),
 }
 
