@@ -17,7 +17,6 @@ from evolvenet.engine.compression import UNITS, Attempt, Compression, amount
 from evolvenet.engine.functional import apply
 from evolvenet.errors import EvolveNetError, ResizeError, TraceError
 from evolvenet.execution.chosen_outputs import Outputs
-from evolvenet.execution.sampling import samples_in
 from evolvenet.graph.restriction import Patterns, Restriction
 from evolvenet.graph.width_graph import WidthGraph
 from evolvenet.lowrank.attention import split_attentions
@@ -30,11 +29,10 @@ from evolvenet.lowrank.report import Factorization
 from evolvenet.lowrank.sensitivity import OutputLoss, output_losses
 from evolvenet.measurement.activation_moments import collect
 from evolvenet.measurement.cost import Costs, latency, macs, parameters, size_in_bytes
-from evolvenet.measurement.output_error import first_batches, output_error, outputs_on
+from evolvenet.measurement.output_error import MEASURES, OutputMeasure, outputs_on
 from evolvenet.pruning.allocation import allocate_to
 from evolvenet.pruning.distillation import Descent, distil
-from evolvenet.pruning.distillation_samples import HELD_OUT as JUDGED
-from evolvenet.pruning.distillation_samples import Augment, Pair, imitation, joined
+from evolvenet.pruning.distillation_samples import Augment, before_judged, imitation
 from evolvenet.pruning.reconstruction import reconstruct
 from evolvenet.pruning.selection import plan_prune
 from evolvenet.pruning.trials import Curve, trial_curves
@@ -81,6 +79,7 @@ def compress(  # noqa: PLR0913  one name for each cost
     steps: int = 0,
     augment: Augment | None = None,
     features: Sequence[str] = (),
+    loss: OutputMeasure = "outputs",
 ) -> Compression:
     """Make a network as small as is required, in place, all or nothing, with the least change of its outputs.
 
@@ -109,6 +108,8 @@ def compress(  # noqa: PLR0913  one name for each cost
         steps: of gradient descent at the end. 200 are worth most of what more of them are.
         augment: see `evolvenet.polish`. A copy of the uncut network is kept for it until the end.
         features: the same.
+        loss: "outputs" for the relative error of the outputs; "kl" where they are logits, for the divergence of the predicted
+            probabilities. By it widths and ranks are chosen, attempts compared and steps taken.
 
     Returns:
         What was tried and done; `print` it.
@@ -117,7 +118,8 @@ def compress(  # noqa: PLR0913  one name for each cost
         ResizeError: if the network cannot be made so small, or for none or several costs. Nothing has changed then.
         TraceError: if the model does not run on the inputs, or there is no batch.
         SpectrumError: for NaN or infinite weights or inputs.
-        DistillationError: if steps are asked for and no parameter requires gradients, or the network cannot be copied.
+        DistillationError: for another loss; if steps are asked for and no parameter requires gradients, or the network cannot be
+            copied.
 
     >>> _ = torch.manual_seed(0)
     >>> model = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
@@ -128,7 +130,7 @@ def compress(  # noqa: PLR0913  one name for each cost
     # Over 40 lines: the signature, whose arguments are listed one a line.
     given = {"params": parameters, "macs": macs, "bytes": bytes, "latency": latency}
     goal = Goal.of({kind: limit for kind, limit in given.items() if limit is not None}, example_inputs)
-    listed, descent = _listed(batches), Descent(steps, augment=augment, features=tuple(features))
+    listed, descent = _listed(batches), Descent(steps, augment=augment, features=tuple(features), loss=loss)
     graph = Restriction(fixed=fixed, multiple=multiple).apply(trace(model, example_inputs, outputs))
     before = goal.cost(model)
     if before <= goal.limit:
@@ -137,18 +139,22 @@ def compress(  # noqa: PLR0913  one name for each cost
             f"{amount(goal.kind, goal.limit)}. It meets the limit already."
         )
     fitting, judging = held_out(listed)
-    search = Search.of(model, graph, goal, fitting, lowrank)
+    search = Search.of(model, graph, goal, fitting, lowrank, loss)
     whole = outputs_on(model, judging, graph)
+
+    def error(model: nn.Module, graph: WidthGraph) -> float:
+        return MEASURES[loss](whole, outputs_on(model, judging, graph))
+
     found: dict[str, tuple[Attempt, Mapping[str, int]]] = {}
     for name, sizes in search.candidates():
         with deferred_signals("an attempt"), ExitStack() as undo:
-            found[name] = search.tried(name, sizes, fitting, partial(_error, whole, judging), undo), sizes
+            found[name] = search.tried(name, sizes, fitting, error, undo), sizes
     chosen, sizes = _best(goal, list(found.values()))
     lesson = imitation(model, listed, graph.outputs, augment is not None or bool(features)) if steps else None
     with ExitStack() as undo:
         with deferred_signals("the compression"):
             # What decides whether the steps help is not used before them.
-            known = _before_judged(listed, lesson[1]) if lesson is not None else listed
+            known = before_judged(listed, lesson[1]) if lesson is not None else listed
             cut, layers = search.execute(chosen.name, sizes, known, as_list(optimizers), undo)
             after = (
                 trace(model, example_inputs, outputs) if layers is not None and layers.before > layers.after else cut
@@ -159,16 +165,8 @@ def compress(  # noqa: PLR0913  one name for each cost
     changed = {name: (size, sizes[name]) for name, size in graph.sizes.items() if sizes[name] != size}
     attempts = tuple(attempt for attempt, _ in found.values())
     return Compression(
-        goal.kind, goal.limit, before, goal.cost(model), attempts, chosen, changed, layers, after, polished
+        goal.kind, goal.limit, before, goal.cost(model), attempts, chosen, changed, layers, after, polished, loss
     )
-
-
-def _before_judged(batches: Sequence[Any], pairs: Sequence[Pair]) -> Sequence[Any]:
-    """The batches without what `distil` judges on: the last samples where all can be one batch, else the last batches."""
-    total = sum(map(samples_in, batches))
-    if joined(pairs) is not None and total > 1:
-        return first_batches(batches, total - max(1, total // JUDGED))
-    return batches[: -max(1, len(batches) // JUDGED)] if len(batches) > 1 else batches
 
 
 @dataclass(frozen=True)
@@ -244,9 +242,17 @@ class Search:
     layers: Mapping[str, LayerInGraph]
 
     @classmethod
-    def of(cls, model: nn.Module, graph: WidthGraph, goal: Goal, batches: Sequence[Any], lowrank: bool) -> Search:
+    def of(
+        cls,
+        model: nn.Module,
+        graph: WidthGraph,
+        goal: Goal,
+        batches: Sequence[Any],
+        lowrank: bool,
+        measure: OutputMeasure,
+    ) -> Search:
         """Measure the losses: trial cuts of single widths, trial factors of single layers."""
-        costs, curves = Costs.of(model, graph, goal.example_inputs), trial_curves(model, graph, batches)
+        costs, curves = Costs.of(model, graph, goal.example_inputs), trial_curves(model, graph, batches, loss=measure)
         if not lowrank:
             return cls(model, graph, goal, costs, curves, None, {}, {})
         with deferred_signals("the search of layers"), ExitStack() as undo:
@@ -256,7 +262,7 @@ class Search:
             if not asked:
                 return cls(model, graph, goal, costs, curves, None, {}, {})
             seen = observe(model, [request.target for request in asked.values()], batches)
-            loss = output_losses(model, requests, seen, batches, graph)
+            loss = output_losses(model, requests, seen, batches, graph, measure)
             # A sum of measured times of layers would be too rough to share a limit between widths and ranks.
             shared = {} if goal.kind == "latency" else asked
             options = {
@@ -373,10 +379,6 @@ def _listed(batches: Iterable[Any]) -> list[Any]:
     if not listed:
         raise TraceError("Batches: expected at least one batch of model inputs, got none.")
     return listed
-
-
-def _error(whole: Sequence[Tensor], batches: Sequence[Any], model: nn.Module, graph: WidthGraph) -> float:
-    return output_error(whole, outputs_on(model, batches, graph))
 
 
 def _best(goal: Goal, found: Sequence[tuple[Attempt, Mapping[str, int]]]) -> tuple[Attempt, Mapping[str, int]]:

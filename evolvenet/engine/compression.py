@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING
 
 from evolvenet.graph.width_graph import WidthGraph
 from evolvenet.lowrank.report import Factorization
+from evolvenet.measurement.output_error import OutputMeasure
 from evolvenet.pruning.distillation import Polish
+from evolvenet.pruning.distillation_losses import UNITS as MEASURED
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -34,7 +36,7 @@ class Attempt:
         name: which: "widths", "widths and ranks", "ranks", or "widths to …, then ranks".
         cost: of the network with it; None if it failed.
         error: Σ‖y′ − y‖² / Σ‖y − mean‖² of the network's outputs on samples that nothing was fitted on; of all samples where
-            there is a single batch. None if it failed or did not reach the cost.
+            there is a single batch. Where the loss is "kl" their divergence, nats. None if it failed or did not reach the cost.
         reason: why it did not come into question; None if it did.
     """
 
@@ -59,6 +61,7 @@ class Compression:
         layers: what became of each layer that could have been factorized; None where ranks were not in question.
         graph: the widths and ranks of the network as it is now.
         polished: what the steps of gradient descent at the end have done; None where there were none.
+        loss: what errors are, see `compress`.
     """
 
     kind: str
@@ -71,10 +74,11 @@ class Compression:
     layers: Factorization | None
     graph: WidthGraph = field(repr=False)
     polished: Polish | None = None
+    loss: OutputMeasure = "outputs"
 
     @property
     def error(self) -> float:
-        """Relative squared error of the network's outputs before `polished`, see `Attempt`."""
+        """Relative squared error of the network's outputs before `polished`, or their divergence, see `Attempt`."""
         assert self.chosen.error is not None
         return self.chosen.error
 
@@ -89,7 +93,8 @@ class Compression:
     def _caption(self) -> str:
         before, after = amount(self.kind, self.before), amount(self.kind, self.after)
         end = "" if self.polished is None else f"\n{self.polished}"
-        return f"{before} → {after} {UNITS[self.kind]}, output error {self.error:.2g}{end}"
+        name, unit = MEASURED[self.loss]
+        return f"{before} → {after} {UNITS[self.kind]}, {name} {self.error:.2g}{unit}{end}"
 
     def __str__(self) -> str:
         """The attempts, one line each, and what was reached."""
@@ -104,7 +109,7 @@ class Compression:
         table = Table(box=SIMPLE_HEAD, pad_edge=False, caption=self._caption(), caption_justify="left")
         table.add_column("attempt")
         table.add_column(UNITS[self.kind].removeprefix("of "), justify="right", no_wrap=True)
-        table.add_column("output error")
+        table.add_column(MEASURED[self.loss][0])
         for row, each in zip(self._rows(), self.attempts, strict=True):
             table.add_row(*row, style="bold" if each is self.chosen else "dim" if each.error is None else "")
         return table

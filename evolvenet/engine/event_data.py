@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.optim import Optimizer
 
 from evolvenet.errors import is_out_of_memory, stage
 from evolvenet.execution.step import returned_loss
@@ -26,10 +27,14 @@ from evolvenet.measurement.width_statistics import WidthStatistics, width_statis
 from evolvenet.policies.base import PolicyContext
 from evolvenet.pruning.reconstruction import fit_to_targets
 from evolvenet.pruning.reconstruction_batch import TRAINING_LIMITS
-from evolvenet.pruning.recording import record
+from evolvenet.pruning.recorded_outputs import OutputsBeside
+from evolvenet.pruning.recording import record, record_beside, recording_of
 from evolvenet.pruning.selection import plan_prune
 from evolvenet.pruning.trials import SHARES, Curve, trial_curves
 from evolvenet.surgery.resize_model import Surgery
+
+KEPT = 2**28
+"""Most bytes of outputs that are recorded before it is known which widths are cut."""
 
 log = logging.getLogger("evolvenet")
 
@@ -49,6 +54,7 @@ class EventData:
         seed: of the run; new units draw from `seed` + the event's number.
         lowrank: how layers may be factorized; None where ranks are not in question.
         new_units: how they start.
+        optimizers: that train the model.
     """
 
     model: nn.Module
@@ -61,6 +67,7 @@ class EventData:
     seed: int
     lowrank: LowRank | None = None
     new_units: NewUnits = field(default_factory=NewUnits)
+    optimizers: Sequence[Optimizer] = ()
 
     @cached_property
     def ranks(self) -> LayerRanks | None:
@@ -77,7 +84,12 @@ class EventData:
     def moments(self) -> ActivationMoments:
         """Second moments of what the consumers of every width take in, from one forward pass a batch."""
         with stage("statistics"):
-            return collect(self.model, self.graph, self.batches)
+            return collect(self.model, self.graph, self.batches, beside=self.outputs)
+
+    @cached_property
+    def outputs(self) -> OutputsBeside | None:
+        """The outputs of all consumers, from the same run as the moments; None where a cut records those of other samples."""
+        return record_beside(self.graph, self.batches, TRAINING_LIMITS, KEPT)
 
     @cached_property
     def host(self) -> nn.Module:
@@ -136,7 +148,10 @@ class EventData:
         moments = self.moments
         cut = [name for name, size in sizes.items() if size < self.graph.widths[name].size]
         with stage("reconstruction"):
-            recording = record(self.model, self.graph, cut, self.batches, TRAINING_LIMITS)
+            if self.outputs is None:
+                recording = record(self.model, self.graph, cut, self.batches, TRAINING_LIMITS)
+            else:
+                recording = recording_of(self.outputs, self.graph, cut, self.batches, TRAINING_LIMITS)
         with stage("unit selection"):
             fitted = frozenset[str]() if recording is None else recording.fitted
             surgery = plan_prune(self.model, self.graph, sizes, moments, self.host, fitted)
@@ -155,14 +170,14 @@ class EventData:
                 try:
                     return plan_growth(
                         self.model, graph, sizes, self.new_units.method, self.generator(),
-                        [(batch, None) for batch in self.batches], returned_loss, self.new_units.update,
+                        [(batch, None) for batch in self.batches], returned_loss, self.new_units.update, self.optimizers,
                     )  # fmt: skip
                 except Exception as problem:
                     if is_out_of_memory(problem):
                         raise
-                    log.warning("New units start as 'orthogonal' and no weight is updated: %s", problem)
-            method = "orthogonal" if self.new_units.needs_loss else self.new_units.method
-            return plan_growth(self.model, graph, sizes, method, self.generator())
+                    other = self.new_units.without_loss.method
+                    log.warning("New units start as %r and no weight is updated: %s", other, problem)
+            return plan_growth(self.model, graph, sizes, self.new_units.without_loss.method, self.generator())
 
     def generator(self) -> torch.Generator:
         """The source of the new units' random directions."""

@@ -42,9 +42,10 @@ class EvolutionCallback(Reported):
             decides which widths may change; this is for a network that is traced by itself, on `example_inputs` or because its
             training step cannot be.
         new_units: how they start, see the `method` of `evolvenet.grow`; "gradmax" and "tiny" need the loss that the training step
-            returns. Where it does not run beside training they are "orthogonal", with a warning.
+            returns. Where it does not run beside training they are "orthogonal", with a warning at the start of the run.
         update: whether the weights around new units then move so that the loss of the event's batches falls, see
-            `evolvenet.grow`; needs the loss as well. The function changes then.
+            `evolvenet.grow`; needs the loss as well, and moves only what the optimizers hold. The function changes then. Without
+            a loss nothing moves, with the same warning.
 
     Raises:
         PolicyError: for values out of range, an unknown `new_units`, a policy without a method `propose`, or, before training

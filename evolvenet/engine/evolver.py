@@ -32,7 +32,14 @@ from evolvenet.engine.invariants import ModelReference, check_resizable, validat
 from evolvenet.engine.original_widths import OriginalWidths, at_first_sizes
 from evolvenet.engine.proposals import apply_proposals
 from evolvenet.engine.repetitions import Repetitions
-from evolvenet.engine.run_checks import fixed_by_optimizers, have_state, rank_changes_possible, unreachable, warn
+from evolvenet.engine.run_checks import (
+    fixed_by_optimizers,
+    have_state,
+    rank_changes_possible,
+    unreachable,
+    warn,
+    without_loss,
+)
 from evolvenet.engine.snapshot import PendingCut
 from evolvenet.engine.transaction import Transaction
 from evolvenet.errors import RankMismatchError, stage, stage_times
@@ -85,9 +92,9 @@ class Evolver(EvolverCuts):
         path: of the model in a larger module, by whose names `network` and `fixed` may go.
         outputs: which of the model's outputs count, as for `trace`; with `step`, of what that returns.
         new_units: how they start, see the `method` of `grow`; "gradmax" and "tiny" need the loss, from `step` or a model that
-            returns its own as `loss`. Without it new units are "orthogonal", with a warning.
+            returns its own as `loss`. Without it new units are "orthogonal", with a warning when the evolver is made.
         update: whether the weights around new units then move so that the loss of the observed batches falls, see `grow`; needs
-            the loss as well.
+            the loss as well, and moves only what the optimizer holds.
 
     Raises:
         TraceError: if the model does not run on the example inputs, or nothing in it can be resized.
@@ -152,6 +159,7 @@ class Evolver(EvolverCuts):
         self._buffer = BatchBuffer(example_inputs, calibration_batches or LEAST)
         self._past, self._failures = PastEvents(), FailurePolicy()
         self._check_optimizers()
+        warn(without_loss(self._new_units, model, self.example_inputs))
         warn(unreachable(policy, model, self.graph, self.example_inputs, self.lowrank))
 
     def observe(self, batch: Any, gradients: Sequence[Tensor | None] = (), copy: bool = True) -> None:
@@ -312,7 +320,7 @@ class Evolver(EvolverCuts):
         inputs = self.example_inputs
         data = EventData(
             self.model, self.graph, inputs, batches, gradients, self._past, previous, self._seed, self.lowrank,
-            self._new_units,
+            self._new_units, self.optimizers,
         )  # fmt: skip
         initial = self.history.initial.sizes
         measures, proposals = run_on_rank_0(group, lambda: decide(self.policy, data, initial, self._pending_cut))

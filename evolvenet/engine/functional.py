@@ -112,7 +112,8 @@ def grow(  # noqa: PLR0913  public: each is one choice of a growth
             (model inputs, targets).
         loss: (model output, targets) → a scalar; "gradmax", "tiny" and `update` need it and batches.
         update: whether the weights that produce or consume the widths then move, layer by layer, along TINY's least-squares
-            step, as far as a line search says. This changes what the model computes on purpose; the mean loss of the batches,
+            step, as far as a line search says; only weights that the optimizers hold, or all that require gradients where
+            there is no optimizer. This changes what the model computes on purpose; the mean loss of the batches,
             in eval mode, is never higher than before. Adam's estimates are carried and soon outweighed by new gradients, as
             after a fitted cut. See `evolvenet.growth.weight_update.update_weights`.
 
@@ -125,7 +126,9 @@ def grow(  # noqa: PLR0913  public: each is one choice of a growth
             and lacks.
     """
     check_current(model, graph)
-    return commit(model, plan_growth(model, graph, sizes, method, generator, batches, loss, update), optimizers)
+    optimizers = as_list(optimizers)
+    surgery = plan_growth(model, graph, sizes, method, generator, batches, loss, update, optimizers)
+    return commit(model, surgery, optimizers)
 
 
 @deferred_signals("the change of widths")

@@ -11,8 +11,11 @@ from torch import nn
 from torch.optim import Optimizer
 
 from evolvenet.engine.distributed import process_group
-from evolvenet.errors import OptimizerStateError
+from evolvenet.errors import OptimizerStateError, TraceError
+from evolvenet.execution.isolation import isolated
+from evolvenet.execution.step import returned_loss, run_model
 from evolvenet.graph.width_graph import WidthGraph
+from evolvenet.growth.plan import NewUnits
 from evolvenet.lowrank.layer_ranks import LowRank, costs_of
 from evolvenet.policies.base import Policy, PolicyContext
 from evolvenet.policies.schedule import Schedule
@@ -101,6 +104,31 @@ def unreachable(
         lowrank: how layers may be factorized; None where ranks are not in question.
     """
     return _told(policy, "unreachable", model, graph, example_inputs, graph.sizes, lowrank)
+
+
+def without_loss(new_units: NewUnits, model: nn.Module, inputs: Any) -> str | None:
+    """What becomes of a way in which new units start that needs the loss, where there is none; None where nothing does.
+
+    Args:
+        new_units: how they are to start.
+        model: is run once on the inputs where they need the loss, and left as it was.
+        inputs: of the model, or a `Step`.
+    """
+    if not new_units.needs_loss:
+        return None
+    try:
+        with isolated(model):
+            returned = run_model(model, inputs)
+    except Exception as problem:
+        log.debug("%s does not run for its loss", type(model).__name__, exc_info=problem)
+        return None
+    try:
+        returned_loss(returned)
+    except TraceError as problem:
+        given = f"new_units={new_units.method!r}" + (", update=True" if new_units.update else "")
+        other = new_units.without_loss.method
+        return f"{given} needs the loss: new units start as {other!r} and no weight is updated. {problem}"
+    return None
 
 
 def fixed_by_optimizers(optimizers: Sequence[Optimizer], model: nn.Module) -> str | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,9 +22,14 @@ from evolvenet.graph.width_graph import WidthGraph
 from evolvenet.signals import deferred_signals
 from evolvenet.surgery.checkpoint import find_record, load_state
 from evolvenet.surgery.checkpoint_file import read, state_in, write
+from evolvenet.surgery.module_handlers import attributes, shape_sources
+from evolvenet.surgery.numbers import attribute_of
+from evolvenet.surgery.resize_model import scaled_numbers
 from evolvenet.surgery.state_parts import fit_file_replacements, own_names, own_part, tied_to
 from evolvenet.surgery.width_record import RECORD_KEY, WidthRecord, record_of, remember, shapes_of
 from evolvenet.tracing.trace import trace
+
+log = logging.getLogger("evolvenet")
 
 MAIN_OUTPUTS = (
     ("logits",),
@@ -96,6 +103,7 @@ def load(
     example_inputs: Any = None,
     outputs: Outputs | None = None,
     mmap: bool = False,
+    heads: bool | None = None,
 ) -> nn.Module:
     """Reshape a freshly built model to a checkpoint's widths and load its weights, all or nothing.
 
@@ -119,6 +127,9 @@ def load(
             and what is not used is not read. Training on changes the memory, not the file; the file must not be
             written to while the model is in use (`save` writes another one in its place). A model that was built on the device
             "meta" then has no memory of its own.
+        heads: as for `trace`, where the model is traced: what it was when the widths were changed. Half of the heads have the
+            shapes of heads of half the size. By default what `trace` takes by default if it can have the shapes of the file,
+            else whole heads of the model's size, else smaller heads; with a warning where that is not the only reading.
 
     Returns:
         The same model.
@@ -146,7 +157,7 @@ def load(
         with reading(str(path)):
             record = find_record(found, prefix)
             known = WidthRecord.from_state_dict(record) if record is not None and "graph" in record else None
-        graph = _traced(model, state, example_inputs, outputs, path) if known is None else None
+        graph = _traced(model, state, example_inputs, outputs, heads, path) if known is None else None
         load_state(model, state, record, graph, str(path), mmap)
     except BaseException as error:
         undo()
@@ -182,7 +193,12 @@ def _by_own_names(model: nn.Module, state: Mapping[str, Any], path: Path) -> Map
 
 
 def _traced(
-    model: nn.Module, state: Mapping[str, Any], example_inputs: Any, outputs: Outputs | None, path: Path
+    model: nn.Module,
+    state: Mapping[str, Any],
+    example_inputs: Any,
+    outputs: Outputs | None,
+    heads: bool | None,
+    path: Path,
 ) -> WidthGraph | None:
     """The widths of a model where no record tells them and there are inputs to trace it on: given ones, or made-up ones.
 
@@ -199,7 +215,7 @@ def _traced(
         return None
     shapes = {name: tuple(tensor.shape) for name, tensor in state.items() if isinstance(tensor, Tensor)}
     try:
-        graph = _graph_of_shapes(model, inputs, outputs, shapes)
+        graph = graph_of_shapes(model, inputs, outputs, shapes, heads)
     except TraceError as error:
         if example_inputs is not None:
             raise
@@ -211,25 +227,79 @@ def _traced(
     return graph
 
 
-def _graph_of_shapes(
-    model: nn.Module, inputs: Any, outputs: Outputs | None, shapes: Mapping[str, tuple[int, ...]]
+def graph_of_shapes(
+    model: nn.Module,
+    inputs: Any,
+    outputs: Outputs | None,
+    shapes: Mapping[str, tuple[int, ...]],
+    heads: bool | None = None,
 ) -> WidthGraph:
-    """The widths that can have the shapes of a file: by default, else with places of heads or whole heads; else the default ones.
+    """The widths that can have the shapes of a file, for files without a record.
+
+    The widths by default if they can, else those with whole heads, else those with places of all heads; the default ones where
+    none can. Half of the heads have the shapes of heads of half the size: where other widths than those that are returned have
+    these shapes too, and the model's own numbers (`num_heads`) would be others with them, a warning says so.
+
+    Args:
+        model: as it is built.
+        inputs: as for `trace`.
+        outputs: as for `trace`; None for those of `trace_main_outputs`.
+        shapes: {tensor name: shape} in the file.
+        heads: as for `trace`; None for whatever can have the shapes.
 
     Raises:
         TraceError: as `trace`.
     """
-    graphs: list[WidthGraph] = []
-    for heads in (None, False, True):
-        if outputs is not None:
-            graphs.append(trace(model, inputs, outputs, heads=heads))
-        else:
-            graphs.append(trace_main_outputs(model, inputs, heads))
-        if not sizes_from_shapes(graphs[-1], shapes)[1]:
-            return graphs[-1]
-        if not any(width.kind == ATTENTION for width in graphs[0].widths.values()):
+
+    def traced(heads: bool | None) -> WidthGraph:
+        if outputs is None:
+            return trace_main_outputs(model, inputs, heads)
+        return trace(model, inputs, outputs, heads=heads)
+
+    def fits(graph: WidthGraph) -> bool:
+        return not sizes_from_shapes(graph, shapes)[1]
+
+    first = traced(heads)
+    if heads is not None or (fits(first) and not _reaches_heads(first, shapes)):
+        return first
+    graphs = [(each, graph) for each, graph in ((None, first), *((h, traced(h)) for h in (True, False))) if fits(graph)]
+    if not graphs:
+        return first
+    (by, best), *others = graphs
+    found = _own_numbers(model, best, shapes)
+    for each, graph in others:
+        differ = found.items() ^ _own_numbers(model, graph, shapes).items()
+        if differ:
+            path, name = min(differ)[0]
+            log.warning(
+                "The shapes in the file are those of whole heads that are gone, and those of smaller heads as well: %s of %s is "
+                "%s with trace(heads=%s), as is assumed, another number with heads=%s. Give load(heads=...) what the model was "
+                "traced with before it was cut, or write the file with evolvenet.save, which says it.",
+                name, path or "the model", found.get((path, name), "as built"), by, each,
+            )  # fmt: skip
             break
-    return graphs[0]
+    return best
+
+
+def _own_numbers(
+    model: nn.Module, graph: WidthGraph, shapes: Mapping[str, tuple[int, ...]]
+) -> dict[tuple[str, str], int]:
+    """{(module path, name): value in the file} of the numbers that the shapes of the module's own tensors do not say."""
+    found: dict[tuple[str, str], int] = {}
+    for path, name, value in scaled_numbers(model, graph, shapes):
+        module = model.get_submodule(path)
+        own = {key: tuple(tensor.shape) for key, tensor in shape_sources(module).items()}
+        if not own or attribute_of(name) not in attributes(module, own):
+            found[path, name] = value
+    return found
+
+
+def _reaches_heads(graph: WidthGraph, shapes: Mapping[str, tuple[int, ...]]) -> bool:
+    """Whether a width has changed that belongs to an attention, or whose units have several places on one axis (in each head)."""
+    sizes, _ = sizes_from_shapes(graph, shapes)
+    changed = [width for width in graph.widths.values() if sizes[width.name] != width.size]
+    axes = [Counter((tie.tensor, tie.dim) for tie in width.ties) for width in changed]
+    return any(width.kind == ATTENTION for width in changed) or any(max(each.values(), default=0) > 1 for each in axes)
 
 
 def trace_main_outputs(model: nn.Module, inputs: Any, heads: bool | None = None) -> WidthGraph:

@@ -50,7 +50,8 @@ def dummy_inputs(model: nn.Module) -> dict[str, Tensor] | None:
 def _words(config: Any, random: torch.Generator) -> Tensor:
     text = getattr(config, "text_config", config)
     words = torch.randint(min(3, text.vocab_size - 1), text.vocab_size, (1, WORDS), generator=random, device="cpu")
-    if isinstance(end := getattr(text, "eos_token_id", None), int):
+    # A configuration of few words may keep the library's number of the end, which is none of them.
+    if isinstance(end := getattr(text, "eos_token_id", None), int) and 0 <= end < text.vocab_size:
         words[:, -1] = end  # a text model may find the end of a text by it
     return words
 

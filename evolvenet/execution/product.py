@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from torch import Tensor
 from torch.nn import functional
+
+from evolvenet.linalg.host_transfers import index_tensor
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,11 @@ class Geometry:
     dilation: tuple[int, ...]
     spread: tuple[int, ...]
     groups: int = 1
+
+    @property
+    def is_pointwise(self) -> bool:
+        """Whether each output place takes one input place, and none is padded."""
+        return {*self.kernel, *self.spread} <= {1} and not any((*self.before, *self.after))
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,8 +93,7 @@ class WeightOp:
         if self.geometry is None:
             return self.inputs[rows]
         space = self.inputs.shape[2:].numel()
-        at = _coordinates(rows % space, self.inputs.shape[2:])
-        chosen = self.inputs.movedim(1, -1)[(rows // space, *at)]
+        chosen = self.inputs.flatten(2)[rows // space, :, rows % space]
         return chosen.reshape(len(rows) * self.groups, -1)
 
     @property
@@ -99,8 +106,7 @@ class WeightOp:
         """Multiplications of each weight entry: one per output position; per input position for transposed products."""
         if self.geometry is None or self.axis == 0:
             return self.input_positions
-        patches = _patches(self.inputs, self.geometry)
-        return patches.shape[0] * patches.shape[2 : 2 + len(self.geometry.kernel)].numel()
+        return len(self.inputs) * math.prod(_output_space(self.inputs, self.geometry))
 
     def columns(self, rows: Tensor) -> Tensor:
         """The unfolded input (im2col) at some output positions: `[groups, len(rows), columns]`.
@@ -110,11 +116,23 @@ class WeightOp:
         """
         if self.geometry is None:
             return self.inputs[rows][None]
-        patches = _patches(self.inputs, self.geometry)
-        space = patches.shape[2 : 2 + len(self.geometry.kernel)]
-        at = _coordinates(rows % space.numel(), space)
-        chosen = patches.movedim(1, 1 + len(space))[(rows // space.numel(), *at)]
-        return chosen.reshape(len(rows), self.groups, -1).movedim(1, 0)
+        geometry, space = self.geometry, _output_space(self.inputs, self.geometry)
+        places = math.prod(space)
+        at = _coordinates(rows % places, space)
+        if geometry.is_pointwise:
+            within = _place(at, geometry.stride, self.inputs.shape[2:])
+            chosen = self.inputs.flatten(2)[rows // places, :, within]
+            return chosen.reshape(len(rows), self.groups, -1).movedim(1, 0)
+        # Channels last, so that those of a place are copied at once.
+        padded = _padded(self.inputs, geometry)
+        extents = padded.shape[1:-1]
+        first = rows // places * math.prod(extents) + _place(at, geometry.stride, extents)
+        offsets = [0]
+        for size, dilation, kernel in zip(extents, geometry.dilation, geometry.kernel, strict=True):
+            offsets = [offset * size + k * dilation for offset in offsets for k in range(kernel)]
+        wanted = first.unsqueeze(1) + index_tensor(offsets, rows.device)
+        chosen = padded.flatten(0, -2).index_select(0, wanted.flatten()).reshape(len(rows), len(offsets), -1)
+        return chosen.movedim(-1, 1).reshape(len(rows), self.groups, -1).movedim(1, 0)
 
     @property
     def flipped_dims(self) -> tuple[int, ...]:
@@ -167,26 +185,33 @@ def _coordinates(places: Tensor, shape: Sequence[int]) -> tuple[Tensor, ...]:
     return tuple(reversed(found))
 
 
-def _patches(x: Tensor, geometry: Geometry) -> Tensor:
-    """`[N, channels, output space…, kernel…]`, a view of the padded input, so that only selected positions are copied."""
+def _place(at: Sequence[Tensor], stride: Sequence[int], extents: Sequence[int]) -> Tensor:
+    """The number of the place at `stride` times some coordinates in a grid of these extents."""
+    found = at[0] * stride[0]
+    for axis in range(1, len(extents)):
+        found = found * extents[axis] + at[axis] * stride[axis]
+    return found
+
+
+def _padded(x: Tensor, geometry: Geometry) -> Tensor:
+    """The input with what a convolution adds to it, `[N, space…, channels]`."""
     if any(step > 1 for step in geometry.spread):
         extents = [(size - 1) * step + 1 for size, step in zip(x.shape[2:], geometry.spread, strict=True)]
         wide = x.new_zeros(*x.shape[:2], *extents)
         wide[(slice(None), slice(None), *(slice(None, None, step) for step in geometry.spread))] = x
         x = wide
     sides = zip(reversed(geometry.before), reversed(geometry.after), strict=True)
-    padded = functional.pad(x, [amount for side in sides for amount in side]).contiguous()
-    axes = list(zip(padded.shape[2:], geometry.kernel, geometry.stride, geometry.dilation, strict=True))
-    counts = [(size - dilation * (kernel - 1) - 1) // stride + 1 for size, kernel, stride, dilation in axes]
-    steps = padded.stride()
-    return padded.as_strided(
-        (*x.shape[:2], *counts, *geometry.kernel),
-        (
-            *steps[:2],
-            *(step * stride for step, (_, _, stride, _) in zip(steps[2:], axes, strict=True)),
-            *(step * dilation for step, (_, _, _, dilation) in zip(steps[2:], axes, strict=True)),
-        ),
-    )
+    return functional.pad(x.movedim(1, -1), [0, 0, *(amount for side in sides for amount in side)]).contiguous()
+
+
+def _output_space(x: Tensor, geometry: Geometry) -> tuple[int, ...]:
+    """Places of the output of a convolution along each spatial axis."""
+    found: list[int] = []
+    for axis, size in enumerate(x.shape[2:]):
+        padded = (size - 1) * geometry.spread[axis] + 1 + geometry.before[axis] + geometry.after[axis]
+        covered = geometry.dilation[axis] * (geometry.kernel[axis] - 1) + 1
+        found.append((padded - covered) // geometry.stride[axis] + 1)
+    return tuple(found)
 
 
 class NormedWeight(NamedTuple):

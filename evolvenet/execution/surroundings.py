@@ -42,6 +42,28 @@ def plain_surroundings(*, autocast: bool = False) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def autocast_without_cache() -> Iterator[None]:
+    """Autocast, where the caller has it on, casts a weight whenever it is used; casts from before are forgotten on leaving.
+
+    PyTorch keeps the cast of each weight until the outermost autocast ends. Weights that are changed inside of it would go
+    on with their old values, and those that were used without gradients first would get none.
+
+    >>> weight = torch.nn.Parameter(torch.ones(1, 1))
+    >>> with torch.autocast("cpu", torch.bfloat16), autocast_without_cache():
+    ...     with torch.no_grad():
+    ...         _ = torch.ones(1, 1) @ weight
+    ...         _ = weight.fill_(2)
+    ...     torch.ones(1, 1) @ weight
+    tensor([[2.]], dtype=torch.bfloat16, grad_fn=<MmBackward0>)
+    """
+    with ExitStack() as stack:
+        for device in autocast_devices():
+            stack.enter_context(torch.autocast(device, torch.get_autocast_dtype(device), cache_enabled=False))
+            stack.callback(torch.clear_autocast_cache)
+        yield
+
+
 def autocast_devices() -> list[str]:
     """The kinds of devices for which autocast is on.
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from evolvenet.errors import PolicyError, ResizeError, TraceError
 from evolvenet.graph.exact_growth import COPY, ExactGrowth
@@ -53,8 +54,19 @@ class NewUnits:
         """Whether the training loss is needed."""
         return self.update or self.method in WITH_LOSS
 
+    @property
+    def without_loss(self) -> NewUnits:
+        """How they start where there is no loss: by the same method if it needs none, without updates.
 
-def plan_growth(
+        >>> NewUnits("paired", update=True).without_loss
+        NewUnits(method='paired', update=False)
+        >>> NewUnits("tiny").without_loss
+        NewUnits(method='orthogonal', update=False)
+        """
+        return NewUnits("orthogonal" if self.method in WITH_LOSS else self.method)
+
+
+def plan_growth(  # noqa: PLR0913  each is one choice of a growth
     model: nn.Module,
     graph: WidthGraph,
     sizes: Mapping[str, int],
@@ -63,6 +75,7 @@ def plan_growth(
     batches: Iterable[Any] | None = None,
     loss: Loss | None = None,
     update: bool = False,
+    optimizers: Sequence[Optimizer] = (),
 ) -> Surgery:
     """Add units so that the network computes the same function (but for "random" and `update`). Nothing is changed yet.
 
@@ -93,6 +106,7 @@ def plan_growth(
             the model and its backward pass over all of them 21 times: a few batches are enough.
         loss: (model output, targets) → a scalar, the model in eval mode; "gradmax", "tiny" and `update` need it.
         update: whether the weights around the new units then move so that the loss falls, see `update_weights`.
+        optimizers: that train the model: `update` moves only weights that they hold, or all where there are none.
 
     Returns:
         The changes, for `apply_surgery`.
@@ -123,7 +137,7 @@ def plan_growth(
     surgery = check_finite(compile_surgery(model, graph, maps))
     growth = Growth(model, graph, surgery, generator, _gathered(batches), loss)
     filled = fill_new_units(growth, METHODS[method](growth))
-    return update_weights(growth, filled) if update and maps else filled
+    return update_weights(growth, filled, optimizers) if update and maps else filled
 
 
 def _gathered(batches: Iterable[Any] | None) -> tuple[Any, ...] | None:

@@ -14,7 +14,8 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from evolvenet.execution.differentiable_ops import ProductMode
 from evolvenet.execution.isolation import op_by_op
@@ -23,6 +24,7 @@ from evolvenet.graph.naming import named_tensors
 from evolvenet.graph.width_graph import CONSUMES, PRODUCES
 from evolvenet.growth.expanded_model import INITIAL_NORM, Growth, installed
 from evolvenet.growth.tiny import ROWS, record_gradients
+from evolvenet.surgery.optimizer_tensors import with_inner
 from evolvenet.surgery.resize_model import Surgery, with_values
 
 log = logging.getLogger("evolvenet")
@@ -43,7 +45,7 @@ HALVINGS, DOUBLINGS = 6, 12
 """Most halvings of a first step that does not lower the loss, and doublings of one that does."""
 
 
-def update_weights(growth: Growth, surgery: Surgery) -> Surgery:
+def update_weights(growth: Growth, surgery: Surgery, optimizers: Sequence[Optimizer] = ()) -> Surgery:
     """Move the weights that produce or consume the growing widths so that the loss falls; the function changes.
 
     In the order in which the expanded model runs them, each weight moves along its least-squares step: with X the inputs of
@@ -53,11 +55,13 @@ def update_weights(growth: Growth, surgery: Surgery) -> Surgery:
     finite, no weight moves.
 
     The model runs in eval mode: statistics of batch norms and dropout are not those of training. Weights that are not
-    trained, shared, in grouped or transposed convolutions, or used in other ways than in products stay.
+    trained, shared, in grouped or transposed convolutions, or used in other ways than in products stay. What is trained
+    are the parameters with `requires_grad` that the optimizers hold; without optimizers, all that require gradients.
 
     Args:
         growth: with batches and a loss, its model before the growth.
         surgery: the growth, its new units filled.
+        optimizers: that train the model.
 
     Returns:
         The surgery with other values of these weights and their biases.
@@ -68,8 +72,7 @@ def update_weights(growth: Growth, surgery: Surgery) -> Surgery:
     pairs = growth.pairs("update")
     held = pairs[HELD_OUT - 1 :: HELD_OUT] or pairs[-1:]
     fitted = [pair for pair in pairs if not any(pair is other for other in held)] or pairs
-    tensors, _, _ = named_tensors(growth.model)
-    trained = {name for name, tensor in tensors.items() if tensor.requires_grad}
+    trained = _trained(growth.model, optimizers)
     copies = tuple(replace(change, value=change.value.clone()) for change in surgery.changes)
     with installed(growth.model, lambda: replace(surgery, changes=copies)), op_by_op():
         shadows, _, _ = named_tensors(growth.model)
@@ -86,6 +89,13 @@ def update_weights(growth: Growth, surgery: Surgery) -> Surgery:
         moved = {name: shadows[name].detach().clone() for name in mover.moved}
     values = {change.name: change.value for change in surgery.changes}
     return replace(with_values(growth.model, surgery, {**values, **moved}), updated=bool(moved))
+
+
+def _trained(model: nn.Module, optimizers: Sequence[Optimizer]) -> set[str]:
+    """Names of the tensors that require gradients and that an optimizer holds, where there is one."""
+    held = {weight for each in with_inner(optimizers) for group in each.param_groups for weight in group["params"]}
+    tensors, _, _ = named_tensors(model)
+    return {name for name, each in tensors.items() if each.requires_grad and (each in held or not optimizers)}
 
 
 def _in_order(growth: Growth, pair: tuple[Any, Any], trained: set[str]) -> list[str]:

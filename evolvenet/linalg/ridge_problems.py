@@ -116,6 +116,10 @@ class Problem(Protocol):
         """S, `[out, columns]` float64."""
         ...
 
+    def zeros(self) -> Tensor:
+        """S = 0, `[out, columns]` float64."""
+        ...
+
     def sketched(self) -> Problem:
         """The problem itself, or with few random mixtures of many outputs, whose errors are nearly as large."""
         ...
@@ -223,6 +227,10 @@ class PrimalProblem:
         """See `Problem`."""
         return solution.coefficients
 
+    def zeros(self) -> Tensor:
+        """See `Problem`."""
+        return torch.zeros_like(self.cross[0].mT)
+
     def sketched(self) -> PrimalProblem:
         """See `Problem`; the energies are those of all outputs, as the others are unbiased estimates."""
         if (mixtures := _mixtures(self.residuals)) is None:
@@ -303,6 +311,11 @@ class DualProblem:
     def primal(self, solution: Solution) -> Tensor:
         """See `Problem`."""
         return in_float64(solution.coefficients.mT.to(self.inputs) @ self.inputs[..., self._rows(solution.halves), :])
+
+    def zeros(self) -> Tensor:
+        """See `Problem`."""
+        out, columns = self.residuals.shape[-1], self.inputs.shape[-1]
+        return self.residuals.new_zeros(*self.residuals.shape[:-2], out, columns)
 
     def sketched(self) -> DualProblem:
         """See `Problem`."""

@@ -24,14 +24,14 @@ from evolvenet.lowrank.fit import Observations
 from evolvenet.lowrank.layers import written
 from evolvenet.lowrank.plan import Choice, Request, decomposed, possible, spectra, weights_of
 from evolvenet.lowrank.rank_choice import Energy
-from evolvenet.measurement.output_error import first_batches, output_error, outputs_on
+from evolvenet.measurement.output_error import MEASURES, OutputMeasure, first_batches, outputs_on
 from evolvenet.pruning.trials import SAMPLES
 
 LEVELS = (0.003, 0.03, 0.3)
 """Shares of a layer's output energy that trials lose, about."""
 
 Point = tuple[float, float]
-"""(share of the layer's energy that is lost, relative error of the network's outputs)."""
+"""(share of the layer's energy that is lost, relative error of the network's outputs or their divergence)."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +70,7 @@ def output_losses(
     seen: Observations,
     batches: Sequence[Any],
     graph: WidthGraph | None = None,
+    loss: OutputMeasure = "outputs",
 ) -> OutputLoss:
     """Factorize one layer at a time, at ranks that lose about `LEVELS` of its energy, and measure the network's outputs.
 
@@ -82,6 +83,7 @@ def output_losses(
         seen: from `observe`.
         batches: inputs of the model, of which the first samples are used.
         graph: of the model, see `outputs_on`.
+        loss: how the outputs are compared.
     """
     few = first_batches(batches, SAMPLES)
     own, counted = (False, None) if graph is None else (graph.differentiates, graph.outputs)
@@ -104,7 +106,7 @@ def output_losses(
                 points = found.setdefault((request.target.name, kind.name), [])
                 for choice, lost in _trials(request, kind, seen):
                     with in_place(choice, seen, shadows) as changed:
-                        error = output_error(whole, outputs_with(changed))
+                        error = MEASURES[loss](whole, outputs_with(changed))
                     if math.isfinite(error) and error > (points[-1][1] if points else 0.0):
                         points.append((lost, error))
     return OutputLoss(found)

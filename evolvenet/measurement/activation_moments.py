@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -156,8 +156,24 @@ class ActivationMoments(Mapping[Tie, Moments]):
         return len(self.even)
 
 
+class RunBeside(Protocol):
+    """Measures something else in a run for the moments."""
+
+    def mode(self, model: nn.Module, before: Callable[[WeightOp], None], uses: UseRecorder) -> ResidualSumMode:
+        """The mode of the run, which calls `before` with each weight op before it runs, and adds what weights are used for."""
+        ...
+
+    def finish(self, mode: ResidualSumMode, result: Any) -> None:
+        """Called with that mode after the run, and what the model returned."""
+        ...
+
+
 def collect(
-    model: nn.Module, graph: WidthGraph, batches: Iterable[Any], names: Collection[str] | None = None
+    model: nn.Module,
+    graph: WidthGraph,
+    batches: Iterable[Any],
+    names: Collection[str] | None = None,
+    beside: RunBeside | None = None,
 ) -> ActivationMoments:
     """Run the model on a few batches and gather the moments of the inputs of every consumer of a resizable width.
 
@@ -172,6 +188,7 @@ def collect(
         graph: its widths.
         batches: what the model is called with: a tensor, a tuple or list of arguments, a dict of keyword arguments.
         names: of the widths; all that can be resized by default.
+        beside: makes the mode of the run on the first batch, of which it measures something else as well.
 
     Returns:
         The moments of each consumer whose weight was multiplied with data in a dense product or a convolution, whatever
@@ -198,10 +215,17 @@ def collect(
     with isolated(model, gradients=graph.differentiates):
         for batch, odd in in_halves(batches):
             add = partial(gather, by_tensor, odd)
-            mode = ResidualSumMode(model, add, lambda op, _: uses.add_op(op), on_bias=uses.add_bias)
+            watched = beside if not ran else None
+            if watched is None:
+                mode = ResidualSumMode(model, add, lambda op, _: uses.add_op(op), on_bias=uses.add_bias)
+            else:
+                mode = watched.mode(model, add, uses)
             with op_by_op(mode):
-                run_model(model, batch)
-            uses.add_other_uses(mode.other_uses)
+                result = run_model(model, batch)
+            if watched is not None:
+                watched.finish(mode, result)
+            # What weight norm takes is used by that.
+            uses.add_other_uses({*mode.other_uses, *mode.normed, *(each.length for each in mode.normed.values())})
             if sum(halves.bytes_on_device for halves in gathered.values()) > MOST_ON_DEVICE:
                 _move_to_host(gathered)
             seen += len(odd)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -135,3 +135,12 @@ def output_error(whole: Sequence[Tensor], moved: Sequence[Tensor]) -> float:
     found = values_of([*apart, *level])
     apart, level = sum(found[: len(apart)]), sum(found[len(apart) :])
     return apart / max(level, torch.finfo(torch.float64).tiny)
+
+
+OutputMeasure = Literal["outputs", "kl"]
+"""How outputs are compared with those before: "outputs" for `output_error`, "kl" for `output_divergence`."""
+
+MEASURES: dict[OutputMeasure, Callable[[Sequence[Tensor], Sequence[Tensor]], float]] = {
+    "outputs": output_error,
+    "kl": output_divergence,
+}

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
@@ -19,9 +19,10 @@ from evolvenet.errors import DistillationError
 from evolvenet.execution.chosen_outputs import Outputs, counted_outputs, normalized
 from evolvenet.execution.inputs import copied
 from evolvenet.execution.isolation import isolated, model_outputs, op_by_op, random_streams_kept
-from evolvenet.linalg.host_transfers import values_of
-from evolvenet.measurement.output_error import real
+from evolvenet.execution.surroundings import autocast_without_cache
+from evolvenet.measurement.output_error import OutputMeasure
 from evolvenet.pruning.distillation_features import FeatureMaps, feature_names, recorded
+from evolvenet.pruning.distillation_losses import UNITS, OutputDistance
 from evolvenet.pruning.distillation_samples import (
     LARGEST,
     Augment,
@@ -60,9 +61,10 @@ class Polish:
         steps: of gradient descent that were taken, those at rates that were given up included.
         rate: the last learning rate that was tried.
         before: error of the outputs on samples that were held out, over the variance of
-            the outputs to reach; of all samples if there is one.
+            the outputs to reach; of all samples if there is one. For the loss "kl" their mean divergence, nats.
         after: the same after the steps.
         kept: whether the weights after the steps were kept: they were if that error was less. Else they are those from before.
+        loss: what the error is, see `polish`.
     """
 
     steps: int
@@ -70,11 +72,13 @@ class Polish:
     before: float
     after: float
     kept: bool
+    loss: OutputMeasure = "outputs"
 
     def __str__(self) -> str:
         """One line."""
         end = "" if self.kept else ", not kept"
-        return f"{self.steps} steps: output error {self.before:.2g} → {self.after:.2g} on samples held out{end}"
+        name, unit = UNITS[self.loss]
+        return f"{self.steps} steps: {name} {self.before:.2g} → {self.after:.2g}{unit} on samples held out{end}"
 
 
 def polish(  # noqa: PLR0913  public: each is one setting
@@ -88,14 +92,16 @@ def polish(  # noqa: PLR0913  public: each is one setting
     augment: Augment | None = None,
     features: Sequence[str] = (),
     outputs: Outputs | None = None,
+    loss: OutputMeasure = "outputs",
     seed: int = 0,
 ) -> Polish:
     """Train a network that was cut for a few steps, in place, to put out what the uncut one puts out. It needs no labels.
 
-    The loss is the squared error of all outputs over their variance. Adam (Kingma and Ba 2015) takes the steps, at a rate that
-    falls along a cosine. The model is in eval mode: running statistics of norms stay, dropout is off. Parameters that do not
-    require gradients stay. An eighth of the samples is held out, and the weights are kept only if the error on these is less
-    than before. If it is not, or no number, the rate was too large: a fifth of it is tried, and a fifth of that.
+    The loss is the squared error of all outputs over their variance, or the divergence of what they predict. Adam (Kingma and
+    Ba 2015) takes the steps, at a rate that falls along a cosine. The model is in eval mode: running statistics of norms stay,
+    dropout is off. Parameters that do not require gradients stay. An eighth of the samples is held out, and the weights are
+    kept only if the error on these is less than before. If it is not, or no number, the rate was too large: a fifth of it is
+    tried, and a fifth of that.
 
     Imitating outputs is from Hinton et al. (2015), "Distilling the Knowledge in a Neural Network". That a few samples are enough
     after pruning is from Wang et al. (2022), "Compressing Models with Few Samples: Mimicking then Replacing", and Wang and Wu
@@ -108,7 +114,8 @@ def polish(  # noqa: PLR0913  public: each is one setting
             memory. It is left as it was.
         batches: inputs of the model. The samples that the cut was fitted on will do; best it was fitted on all but the last
             eighth of them, as those are the ones held out: an error that it was fitted to is hard to beat.
-        steps: of gradient descent, for each rate that is tried.
+        steps: of gradient descent, for each rate that is tried. Under `torch.autocast` both networks run in 16 bits, which takes
+            half of the time where a processor computes in them; weights and their steps stay in theirs.
         rate: largest learning rate.
         batch_size: samples a step, drawn from all batches. Where these cannot be put together or taken apart (a sample's outputs
             depend on the others, inputs are no tensors), a step takes a batch as it is.
@@ -117,12 +124,14 @@ def polish(  # noqa: PLR0913  public: each is one setting
         features: names or patterns of modules ("blocks.*") whose outputs are imitated too, through linear maps from their
             channels to the teacher's, which are trained along. Needs a network as teacher.
         outputs: as for `trace`.
+        loss: "outputs" for their squared error over their variance. "kl" where they are logits, for the mean of KL(p ‖ q) in
+            nats, of the probabilities that the teacher and the model predict: for vocabularies, where most logits do not matter.
         seed: of the order of the samples. `augment` draws from torch's, NumPy's and Python's generators as they are.
 
     Raises:
         DistillationError: if no parameter requires gradients; for teacher's outputs that do not fit the batches or the model;
             for changed inputs or features without a network as teacher, or modules that have none; for steps, rate or batch
-            size out of range. Nothing has changed.
+            size out of range, another loss, or "kl" and outputs that are no logits. Nothing has changed.
         TraceError: if there is no batch.
 
     >>> from evolvenet import prune, trace
@@ -141,7 +150,7 @@ def polish(  # noqa: PLR0913  public: each is one setting
             "Polish: expected a network as teacher, for changed inputs and for features, got outputs for the inputs as they are. "
             "Give a copy of the network before the cut, copy.deepcopy(model)."
         )
-    settings = Descent(steps, rate, batch_size, augment, tuple(features), seed)
+    settings = Descent(steps, rate, batch_size, augment, tuple(features), seed, loss)
     with torch.inference_mode(False), torch.no_grad():
         return distil(model, *with_targets(teacher, list(batches), normalized(outputs)), settings)
 
@@ -157,9 +166,10 @@ class Descent:
         augment: changes the inputs.
         features: names or patterns of modules.
         seed: of the order of the samples.
+        loss: of the outputs.
 
     Raises:
-        DistillationError: for numbers out of range.
+        DistillationError: for numbers out of range, or another loss.
     """
 
     steps: int
@@ -168,6 +178,7 @@ class Descent:
     augment: Augment | None = None
     features: tuple[str, ...] = ()
     seed: int = 0
+    loss: OutputMeasure = "outputs"
 
     def __post_init__(self) -> None:
         if self.steps < 0 or self.size < 1 or not 0 < self.rate < math.inf:
@@ -175,6 +186,8 @@ class Descent:
                 "Polish: expected steps of 0 or more, a batch size of 1 or more and a finite rate above 0, got "
                 f"steps={self.steps}, batch_size={self.size}, rate={self.rate}."
             )
+        if self.loss not in UNITS:
+            raise DistillationError(f'Polish: expected loss to be "outputs" or "kl", got {self.loss!r}.')
 
 
 def distil(model: nn.Module, teacher: Teacher, pairs: Sequence[Pair], settings: Descent) -> Polish:
@@ -189,7 +202,7 @@ def distil(model: nn.Module, teacher: Teacher, pairs: Sequence[Pair], settings: 
     Raises:
         DistillationError: see `polish`.
     """
-    with torch.inference_mode(False), torch.no_grad(), random_streams_kept(model):
+    with torch.inference_mode(False), torch.no_grad(), random_streams_kept(model), autocast_without_cache():
         return _Run.of(model, teacher, pairs, settings).best()
 
 
@@ -206,7 +219,7 @@ class _Run:
         settings: of the steps.
         names: of modules whose features are compared.
         apart: whether samples to train on are drawn from a single pair.
-        scale: what the squared error of one number is divided by.
+        distance: of outputs from those to reach.
     """
 
     model: nn.Module
@@ -217,7 +230,7 @@ class _Run:
     settings: Descent
     names: Sequence[str]
     apart: bool
-    scale: float
+    distance: OutputDistance
 
     @classmethod
     def of(cls, model: nn.Module, teacher: Teacher, pairs: Sequence[Pair], settings: Descent) -> _Run:
@@ -255,7 +268,7 @@ class _Run:
             settings,
             names,
             whole is not None,
-            _variance(judged),
+            OutputDistance.of(settings.loss, [targets for _, targets in judged]),
         )
 
     def best(self) -> Polish:
@@ -269,11 +282,11 @@ class _Run:
         before = self.error()
         saved, grads = [each.detach().clone() for each in weights], [each.grad for each in weights]
         rates = [self.settings.rate / SLOWER**k for k in range(TRIES)]
-        done = Polish(0, rates[0], before, before, False)
+        done = Polish(0, rates[0], before, before, False, self.settings.loss)
         try:
             for rate in rates if steps and math.isfinite(before) else ():
                 taken, after = self.descend(weights, rate, TOO_LARGE * before)
-                done = Polish(done.steps + taken, rate, before, after, after < before)
+                done = replace(done, steps=done.steps + taken, rate=rate, after=after, kept=after < before)
                 if done.kept:
                     return done
                 _write(weights, saved)
@@ -316,17 +329,11 @@ class _Run:
 
     def error(self) -> float:
         """Of the outputs on the samples that decide."""
-        pairs = [
-            (real(one), real(two))
-            for inputs, targets in self.judging
-            for one, two in zip(
-                targets,
-                floating(model_outputs(self.model, inputs, self.differentiates, self.teacher.outputs)),
-                strict=True,
-            )
-        ]
-        apart = sum(values_of([(one.double() - two.double()).square().sum() for one, two in pairs]))
-        return apart / (self.scale * sum(one.numel() for one, _ in pairs))
+        sums: list[tuple[Tensor, float]] = []
+        for inputs, targets in self.judging:
+            found = floating(model_outputs(self.model, inputs, self.differentiates, self.teacher.outputs))
+            self.distance.add(sums, found, targets)
+        return self.distance.mean(sums)
 
     def _maps(self, drawn: Iterator[Pair]) -> FeatureMaps:
         """Between the features of the two networks as they are; none if none are asked for."""
@@ -361,10 +368,7 @@ class _Run:
         targets = self.teacher.targets(inputs, targets)
         with isolated(self.model, gradients=True), op_by_op(), recorded(self.model, self.names) as mine:
             found = floating(counted_outputs(self.model, inputs, self.teacher.outputs))
-            # Squares and sums of 16 bits would overflow.
-            wide = [one if one.dtype == torch.float64 else one.float() for one in found]
-            apart = [(one - two).square().sum() for one, two in zip(wide, targets, strict=True)]
-            loss = sum(apart[1:], apart[0]) / (self.scale * sum(each.numel() for each in targets))
+            loss = self.distance.loss(found, targets)
             if self.names:
                 loss = loss + FEATURES * maps.loss(mine, theirs)
             if not loss.requires_grad:
@@ -372,17 +376,6 @@ class _Run:
                     "Polish: expected outputs that depend on parameters that require gradients, got others."
                 )
             return torch.autograd.grad(loss, weights, allow_unused=True)
-
-
-def _variance(pairs: Sequence[Pair]) -> float:
-    """Of one number of the outputs to reach; its mean square if they are all the same, 1 if that is 0."""
-    tensors = [real(tensor) for _, found in pairs for tensor in found]
-    rows = [tensor.reshape(-1, tensor.shape[-1]) if tensor.dim() > 1 else tensor.reshape(-1, 1) for tensor in tensors]
-    apart, energy = (
-        sum(values_of([(row - middle).square().sum() for row, middle in zip(rows, middles, strict=True)]))
-        for middles in ([row.mean(0) for row in rows], [row.new_zeros(()) for row in rows])
-    )
-    return (apart or energy) / sum(row.numel() for row in rows) or 1.0
 
 
 def _write(weights: Sequence[Tensor], values: Sequence[Tensor]) -> None:

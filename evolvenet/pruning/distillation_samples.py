@@ -20,7 +20,7 @@ from evolvenet.execution.own_gradients import GradientsNeededError, own_gradient
 from evolvenet.execution.sampling import samples_in
 from evolvenet.graph.width_graph import ChosenOutputs
 from evolvenet.linalg.host_transfers import to_device
-from evolvenet.measurement.output_error import output_error, real
+from evolvenet.measurement.output_error import first_batches, output_error, real
 from evolvenet.pruning.distillation_features import recorded
 from evolvenet.pruning.reconstruction_batch import joined
 
@@ -207,6 +207,19 @@ def held_out(pairs: Sequence[Pair], whole: Pair | None, size: int) -> tuple[Sequ
         return [whole], [whole]
     order, count = torch.arange(total, device="cpu"), max(1, total // HELD_OUT)
     return [_samples_at(whole, order[:-count])], [_samples_at(whole, part) for part in order[-count:].split(size)]
+
+
+def before_judged(batches: Sequence[Any], pairs: Sequence[Pair]) -> Sequence[Any]:
+    """The batches without what `held_out` leaves to judge on: the last samples where all can be one pair, else the last batches.
+
+    Args:
+        batches: inputs.
+        pairs: of the batches, from `with_targets`.
+    """
+    total = sum(map(samples_in, batches))
+    if joined(pairs) is not None and total > 1:
+        return first_batches(batches, total - max(1, total // HELD_OUT))
+    return batches[: -max(1, len(batches) // HELD_OUT)] if len(batches) > 1 else batches
 
 
 def minibatches(pairs: Sequence[Pair], size: int | None, seed: int) -> Iterator[Pair]:

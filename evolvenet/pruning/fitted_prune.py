@@ -82,7 +82,12 @@ def plan_fitted_prune(
     count = max(1, len(listed) // HELD_OUT)
     rest, tested = listed[:-count], first_batches(listed[-count:], TESTED)
     cut, surgery = _fitted(model, graph, sizes, rest, limits)
-    errors = _errors(model, graph, bare := cut(), surgery, tested)
+    bare = cut()
+    values = {change.name: change.value for change in bare.changes}
+    if all(change.value is values.get(change.name) for change in surgery.changes):
+        # No consumer of a large model could be fitted.
+        return surgery
+    errors = _errors(model, graph, bare, surgery, tested)
     # Where no error is a number, they tell nothing.
     known = {share: error for share, error in errors.items() if math.isfinite(error)}
     better = not known or errors[1.0] <= MARGIN * min(known.values())

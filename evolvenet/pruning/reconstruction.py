@@ -145,6 +145,7 @@ def _fitted(model: nn.Module, graph: WidthGraph, surgery: Surgery, recording: Re
         install(model, replace(surgery, changes=tuple(cut)))
         fitter = ConsumerFitter(targets, changes, recording.held_out, shadows)
         fitter.ends_run, fitter.rounds = run is run_until_finished, recording.rounds
+        fitter.fallbacks = recording.fallbacks
         mode = ResidualSumMode(model, fitter.run, None, fitter.sum)
         mode.follows_norms, fitter.normed, mode.choices, fitter.choices = True, mode.normed, choices, choices
         choices.replay()
@@ -177,6 +178,7 @@ class ConsumerFitter:
         choices: of the routers, replayed in the run of the cut model; without them no stacked weight is fitted.
         ends_run: whether `Finished` is raised after the last fit.
         rounds: of the fits of outputs that a rectifier takes, see `evolvenet.pruning.rectified`.
+        fallbacks: {tensor: its value} for the consumers whose fit lowers no error, and their biases; for these the host waits.
     """
 
     def __init__(
@@ -194,6 +196,7 @@ class ConsumerFitter:
         self.normed: Mapping[str, NormedWeight] = {}
         self.choices: Choices | None = None
         self.ends_run, self.rounds = False, 0
+        self.fallbacks: Mapping[str, Tensor] = {}
         self._at_sum: dict[WeightOp, Target] = {}
 
     def fitted(self) -> set[str]:
@@ -317,6 +320,8 @@ class ConsumerFitter:
             found = solve(targets)
             if found is not None and kink is not None and self.rounds:
                 found = rectified_fit(solve, found, columns, targets, kink, self.rounds)
+        if op.tensor in self.fallbacks and (found is None or not bool(found.improves)):
+            found = self._fallback(op, target, bias, start)
         if found is None:
             return None
         op.write_matrix(found.weight.to(op.weight))
@@ -329,6 +334,19 @@ class ConsumerFitter:
             bias.copy_(in_float64(bias, change.device) + (change * (target.bias_sign or 1)).reshape(bias.shape))
             self._add_improved(target.bias[0], found.improves)
         return change.to(op.weight), found.improves.to(op.weight.device)
+
+    def _fallback(self, op: WeightOp, target: Target, bias: Tensor | None, start: Tensor | None) -> Fit | None:
+        """In place of a fit that lowers no error, the refit that was made for this case; None if its bias is another one."""
+        whole = self.fallbacks[op.tensor].to(op.weight).movedim(op.axis, 1)
+        weight = whole.flip(op.flipped_dims).reshape(op.matrix().shape)
+        offset = weight.new_zeros(weight.shape[:2]) if start is None else start
+        if bias is not None and target.bias is not None and target.bias[0] in self.fallbacks:
+            value = self.fallbacks[target.bias[0]].to(bias)
+            if value.numel() != bias.numel():
+                return None
+            change = value.reshape(bias.shape) - bias
+            offset = offset + change.reshape(offset.shape) * (target.bias_sign or 1)
+        return Fit(weight, in_float64(offset), torch.ones((), dtype=torch.bool, device=offset.device))
 
     def _solved(
         self, op: WeightOp, columns: Tensor, targets: Tensor, start: Tensor | None, held_out: Tensor, residuals: bool

@@ -70,8 +70,20 @@ def concatenated(batches: Iterable[Any], limits: ReconstructionLimits) -> Any:
     listed = list(batches)
     if not listed:
         return None
-    one = joined(listed)
+    one = listed[0] if samples_in(listed[0]) >= _most(listed[0], limits) else joined(listed)
     return _limited(listed[0] if one is None else one, limits)
+
+
+def is_first_alone(batches: Sequence[Any], limits: ReconstructionLimits) -> bool:
+    """Whether `concatenated` gives the first batch, as it is.
+
+    >>> [is_first_alone([torch.zeros(count, 3)] * 2, TRAINING_LIMITS) for count in (128, 256, 512)]
+    [False, True, False]
+    """
+    if not batches:
+        return False
+    count, most = samples_in(batches[0]), _most(batches[0], limits)
+    return count == most or (len(batches) == 1 and count < most)
 
 
 def joined(listed: Sequence[Any]) -> Any:
@@ -110,8 +122,13 @@ def held_out_of(batches: Sequence[Any], joined: Any) -> Tensor:
 
 
 def _limited(batch: Any, limits: ReconstructionLimits) -> Any:
-    """As many samples of the batch as the limits allow, two at least."""
+    """As many samples of the batch as the limits allow."""
+    return first_samples(batch, _most(batch, limits))
+
+
+def _most(batch: Any, limits: ReconstructionLimits) -> int:
+    """As many samples as the limits allow, two at least."""
     sizes = [
         leaf[0].numel() for leaf in tree_flatten(batch)[0] if isinstance(leaf, Tensor) and leaf.dim() and len(leaf)
     ]
-    return first_samples(batch, max(2, min(limits.samples, limits.entries // max([1, *sizes]))))
+    return max(2, min(limits.samples, limits.entries // max([1, *sizes])))

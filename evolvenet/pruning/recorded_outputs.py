@@ -24,6 +24,7 @@ from evolvenet.execution.weight_ops import WeightOp, output_positions
 from evolvenet.graph.naming import named_tensors
 from evolvenet.graph.width_graph import FOLLOWS, WidthGraph
 from evolvenet.linalg.host_transfers import to_device
+from evolvenet.measurement.weight_uses import UseRecorder
 from evolvenet.pruning.reconstruction_batch import ReconstructionLimits
 from evolvenet.pruning.target import Target
 
@@ -164,3 +165,52 @@ def recorded(
         # What is returned is used by others, who may need it where it is negative.
         mode.report_uses(run_model(model, batch), rectified=False)
     return recorder.usable(mode.other_uses)
+
+
+class OutputsBeside:
+    """Records the outputs of consumers in the run for the moments, which is one run less than `recorded` takes.
+
+    Args:
+        consumers: names of their weights.
+        limits: on the number of output positions.
+
+    Attributes:
+        choices: of the model's routers.
+        targets: as from `recorded`; empty before the run.
+    """
+
+    def __init__(self, consumers: frozenset[str], limits: ReconstructionLimits) -> None:
+        self._recorder, self.choices = OutputRecorder(consumers, limits), Choices()
+        self.targets: dict[str, list[Target]] = {}
+
+    def mode(self, model: nn.Module, before: Callable[[WeightOp], None], uses: UseRecorder) -> ResidualSumMode:
+        """See `RunBeside`. A product with a weight that weight norm has computed has outputs, and counts as no use of its own."""
+        recorder = self._recorder
+
+        def add(op: WeightOp) -> None:
+            if op.tensor not in mode.normed:
+                before(op)
+
+        def after(op: WeightOp, out: Tensor) -> None:
+            if op.tensor not in mode.normed:
+                uses.add_op(op)
+            elif op.bias_name is not None:
+                uses.add_other_uses([op.bias_name])
+            recorder.record(op, out)
+
+        def on_bias(op: WeightOp, name: str, values: Tensor | None, sign: int) -> None:
+            if op.tensor not in mode.normed:
+                uses.add_bias(op, name, values, sign)
+            elif values is not None:
+                uses.add_other_uses([name])
+            recorder.bias(op, name, values, sign)
+
+        mode = ResidualSumMode(model, add, after, recorder.sum, on_bias, recorder.use)
+        mode.follows_norms, mode.choices = True, self.choices
+        return mode
+
+    def finish(self, mode: ResidualSumMode, result: Any) -> None:
+        """See `RunBeside`."""
+        # What is returned is used by others, who may need it where it is negative.
+        mode.report_uses(result, rectified=False)
+        self.targets = self._recorder.usable(mode.other_uses)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterable
-from dataclasses import dataclass, replace
+import math
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -12,8 +13,13 @@ from torch import Tensor, nn
 from evolvenet.execution.choices import Choices
 from evolvenet.execution.op_cache import OpCache
 from evolvenet.graph.width_graph import WidthGraph
-from evolvenet.pruning.reconstruction_batch import ReconstructionLimits, concatenated, held_out_of
-from evolvenet.pruning.recorded_outputs import OutputRecorder, consumers_of, recorded
+from evolvenet.pruning.reconstruction_batch import (
+    ReconstructionLimits,
+    concatenated,
+    held_out_of,
+    is_first_alone,
+)
+from evolvenet.pruning.recorded_outputs import OutputRecorder, OutputsBeside, consumers_of, recorded
 from evolvenet.pruning.target import Target
 
 log = logging.getLogger("evolvenet")
@@ -30,6 +36,7 @@ class Recording:
         choices: of the model's routers on the batch.
         cache: of results of the model's ops on the batch, if several cuts are fitted to it.
         rounds: of the fits of outputs that a rectifier takes.
+        fallbacks: {tensor: its value in the cut model} for the consumers whose fit lowers no error, and their biases.
     """
 
     batch: Any
@@ -38,6 +45,7 @@ class Recording:
     choices: Choices
     cache: OpCache | None = None
     rounds: int = 0
+    fallbacks: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def fitted(self) -> frozenset[str]:
@@ -84,3 +92,39 @@ def record(
         batch = listed[0]
         targets = recorded(model, batch, OutputRecorder(consumers, limits), own, choices := Choices(), cache=cache)
     return Recording(batch, targets, held_out_of(listed, batch), choices, cache, limits.rounds)
+
+
+def record_beside(
+    graph: WidthGraph, batches: Sequence[Any], limits: ReconstructionLimits, memory: int
+) -> OutputsBeside | None:
+    """What records the outputs of the consumers of all widths in the run for the moments.
+
+    Args:
+        graph: the model's widths.
+        batches: of that run.
+        limits: as for `record`.
+        memory: most bytes of outputs.
+
+    Returns:
+        None where `record` would take other samples than those of the first batch, or the outputs take more memory.
+    """
+    consumers = consumers_of(graph, [width.name for width in graph.resizable])
+    shapes = [graph.shapes[name] for name in consumers]
+    entries = sum(shape[0] * limits.rows_for(math.prod(shape[1:])) for shape in shapes)
+    return OutputsBeside(consumers, limits) if is_first_alone(batches, limits) and 4 * entries <= memory else None
+
+
+def recording_of(
+    found: OutputsBeside,
+    graph: WidthGraph,
+    names: Collection[str],
+    batches: Sequence[Any],
+    limits: ReconstructionLimits,
+) -> Recording | None:
+    """As `record`, of outputs that are recorded already; `batches` and `limits` are those of `record_beside`."""
+    consumers = consumers_of(graph, names)
+    if not consumers:
+        return None
+    targets = {name: list(each) for name, each in found.targets.items() if name in consumers}
+    batch = concatenated(batches, limits)
+    return Recording(batch, targets, held_out_of(batches, batch), found.choices, rounds=limits.rounds)

@@ -13,10 +13,11 @@ from evolvenet.errors import ResizeError, concerning
 from evolvenet.graph.index_map import IndexMap
 from evolvenet.graph.naming import tensor_named
 from evolvenet.graph.width_graph import FOLLOWS, Tie, Width, WidthGraph
+from evolvenet.linalg.full_precision import full_precision
 from evolvenet.linalg.host_transfers import to_device
 from evolvenet.linalg.pivoted_cholesky import pivots
 from evolvenet.linalg.precision import in_float64
-from evolvenet.linalg.ridge import solve_held_out
+from evolvenet.linalg.ridge import Fit, refit_residuals, solve_held_out
 from evolvenet.linalg.ridge_problems import PrimalProblem
 from evolvenet.measurement.activation_moments import ActivationMoments, Moments
 from evolvenet.measurement.host_model import on_host
@@ -208,7 +209,7 @@ def _column_refits(
         return
     for tie in graph.widths[name].consumers:
         if tie.tensor not in without and tie in statistics and statistics.is_refittable(tie):
-            yield from _refit(model, tie, index_map, statistics)
+            yield from refit_columns(model, tie, index_map, statistics)
 
 
 def predict_removed(
@@ -301,10 +302,26 @@ def magnitude(model: nn.Module, graph: WidthGraph, width: Width) -> Tensor:
     return (norm(width.producers) if made is None else made) * others
 
 
-def _refit(
-    model: nn.Module, tie: Tie, index_map: IndexMap, statistics: ActivationMoments
+def refit_columns(
+    model: nn.Module,
+    tie: Tie,
+    index_map: IndexMap,
+    statistics: ActivationMoments,
+    rows: tuple[Tensor, Tensor] | None = None,
 ) -> Iterator[tuple[str, Tensor]]:
-    """The changes of the consumer's weight and bias, (tensor's name, delta of the old shape) each."""
+    """The changes with which a consumer reconstructs removed units from kept ones, see `predict_removed`.
+
+    Args:
+        model: the model.
+        tie: of the consumer.
+        index_map: the units that stay.
+        statistics: from `collect`.
+        rows: the inputs themselves, `[rows, size]`, and which are held out, `[rows]` booleans, of a dense consumer of one
+            place: the fit is the same, and where there are few rows takes less time in its dual form.
+
+    Returns:
+        (tensor's name, delta of the old shape) for the weight and the bias.
+    """
     kept, removed = index_map.tensor(), torch.tensor(index_map.removed, device="cpu")
     weight = in_float64(model.get_parameter(tie.tensor).detach(), "cpu")
     length = index_map.size * tie.repeat
@@ -313,18 +330,38 @@ def _refit(
     places = consumed.reshape(index_map.size, tie.repeat, consumed.shape[1], -1)
     columns = places[removed].flatten(1)
     bias = statistics.bias_of(tie)
-    even, odd = statistics.even[tie], statistics.odd[tie]
-    found = predict_removed(even, odd, kept, removed, columns @ columns.T, bias=bias is not None)
-    if found is None:
-        return
-    matrix, offset = found
+    if rows is None:
+        even, odd = statistics.even[tie], statistics.odd[tie]
+        found = predict_removed(even, odd, kept, removed, columns @ columns.T, bias=bias is not None)
+        if found is None:
+            return
+        matrix, offset = found
+        made, shift = matrix.T @ columns, torch.einsum("u,upok->o", offset, places[removed])
+    else:
+        fit = _fit_of_rows(*rows, kept, removed, columns, bias=bias is not None)
+        if fit is None:
+            return
+        made, shift = in_float64(fit.weight.mT, "cpu"), in_float64(fit.offset, "cpu")
     moved = torch.zeros_like(places)
-    moved[kept] = (matrix.T @ columns).reshape(moved[kept].shape)
+    moved[kept] = made.reshape(moved[kept].shape)
     delta = torch.zeros_like(weight)
     delta.narrow(tie.dim, tie.start, length).copy_(moved.reshape(consumed.shape).movedim(0, tie.dim))
     yield tie.tensor, delta
     if bias is not None:
-        yield bias.name, bias.sign * torch.einsum("u,upok->o", offset, places[removed])
+        yield bias.name, bias.sign * shift
+
+
+def _fit_of_rows(
+    inputs: Tensor, odd: Tensor, kept: Tensor, removed: Tensor, columns: Tensor, *, bias: bool
+) -> Fit | None:
+    """The fit of what removed units put out through their `columns`, `[removed, out]`, by kept ones; None if it does not help."""
+    kind, device = torch.promote_types(inputs.dtype, torch.float32), inputs.device
+    with full_precision():
+        residuals = inputs[:, to_device(removed, device)].to(kind) @ to_device(columns.to(kind), device)
+    start = torch.zeros(columns.shape[1], len(kept), dtype=kind, device=device)
+    offset = torch.zeros_like(start[:, 0]) if bias else None
+    fit = refit_residuals(inputs[:, to_device(kept, device)], residuals, start, offset, odd)
+    return fit if fit is not None and bool(fit.improves) else None
 
 
 def with_deltas(

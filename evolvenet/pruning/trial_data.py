@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from evolvenet.execution.isolation import model_outputs
 from evolvenet.execution.op_cache import OpCache
 from evolvenet.execution.sampling import samples_in
 from evolvenet.graph.width_graph import WidthGraph
-from evolvenet.measurement.output_error import first_batches, output_divergence, output_error, outputs_on
+from evolvenet.measurement.output_error import MEASURES, OutputMeasure, first_batches, outputs_on
 from evolvenet.pruning.reconstruction import fit_to_targets
 from evolvenet.pruning.reconstruction_batch import TRAINING_LIMITS, ReconstructionLimits, concatenated, held_out_of
 from evolvenet.pruning.recording import Recording, record
@@ -26,15 +26,10 @@ from evolvenet.surgery.resize_model import Surgery, install
 
 log = logging.getLogger("evolvenet")
 
-Loss = Literal["outputs", "kl"] | Callable[[Any, Any], Any]
+Loss = OutputMeasure | Callable[[Any, Any], Any]
 """What a cut loses: "outputs" for the relative error of the outputs, see `output_error`; "kl" for the divergence of the classes'
 probabilities, see `output_divergence`; or a function (outputs, labels) → loss, one number, the mean over the samples. Outputs
 are one tensor, or a list where the model has several."""
-
-MEASURES: dict[Any, Callable[[Sequence[Tensor], Sequence[Tensor]], float]] = {
-    "outputs": output_error,
-    "kl": output_divergence,
-}
 
 
 @dataclass(frozen=True, eq=False)

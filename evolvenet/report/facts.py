@@ -15,6 +15,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -24,6 +25,10 @@ SECRET = re.compile(
 """Names of settings whose texts are not written."""
 ENTRY = re.compile(r"([\w.-]+)['\"]?\s*[:=]\s*")
 """The name of an entry on a command line: in a dict, Hydra's `{a: 1, b: 2}` or JSON, in a list, or in a URL's `?a=1`."""
+FLAG = re.compile(r"""(?<![\w-])--?([A-Za-z][\w.-]*)['"]?(?:\s*,\s*|\s+)(?=[^-\s])""")
+"""A flag with its value behind it, in a list, `[--token, abc]`, or in one text, `'--token abc'`."""
+WORD = re.compile(r"""'[^']*'|"[^"]*"|[^\s,'"{}\[\]()]*""")
+"""The value behind a flag."""
 MASK = "***"
 USER = re.compile(r"(?<=://)[^/@\s]+(?=@)")
 """User and password of a URL."""
@@ -52,30 +57,41 @@ def recorded_command(arguments: Sequence[str]) -> str:
     """
     shown: list[str] = []
     for argument in map(without_user, arguments):
-        before = shown[-1] if shown else ""
-        if before.startswith("--") and "=" not in before and SECRET.search(before.rpartition(".")[2]):
-            shown.append(MASK)
-        else:
-            shown.append(without_secret(argument))
+        shown.append(MASK if shown and is_secret_flag(shown[-1]) else without_secret(argument))
     return shlex.join(shown)
+
+
+def is_secret_flag(text: Any) -> bool:
+    """Whether the value of a secret follows on a text, as on `--token`.
+
+    >>> is_secret_flag("--hub.token"), is_secret_flag("--token=abc"), is_secret_flag("token")
+    (True, False, False)
+    """
+    return isinstance(text, str) and bool(re.fullmatch(r"--?[\w.-]+", text) and SECRET.search(text.rpartition(".")[2]))
 
 
 def without_secret(text: str) -> str:
     """A setting, `name=value`, with its value masked if the name is that of a secret; in a dict, the values of such entries.
 
+    The same for flags with their values within a list or a text.
+
     >>> without_secret("+logger.api_key=abc"), without_secret("+logger={api_key: abc, tags: [a, b]}"), without_secret("seed=1")
     ('+logger.api_key=***', '+logger={api_key: ***, tags: [a, b]}', 'seed=1')
+    >>> without_secret("args=[--token,abc,--fast]"), without_secret("--token abc --fast")
+    ('args=[--token,***,--fast]', '--token *** --fast')
     """
     name, equals, _ = text.partition("=")
     if equals and SECRET.search(name.rpartition(".")[2]):
         return f"{name}={MASK}"
-    if not any(sign in text for sign in "{[(?"):
+    if not any(sign in text for sign in "{[(? \t"):
         return text
     shown, at = "", 0
-    for entry in ENTRY.finditer(text):
+    found = [*ENTRY.finditer(text), *FLAG.finditer(text)]
+    for entry in sorted(found, key=re.Match.start):
         if entry.start() >= at and SECRET.search(entry[1].rpartition(".")[2]):
             shown += text[at : entry.end()] + MASK
-            at = _end_of_value(text, entry.end())
+            word = WORD.match(text, entry.end()) if entry.re is FLAG else None
+            at = _end_of_value(text, entry.end()) if word is None else word.end()
     return shown + text[at:]
 
 

@@ -13,11 +13,11 @@ from transformers import AutoConfig, PreTrainedModel
 
 from evolvenet._compat.initialization import initialize, mark_initialized
 from evolvenet._compat.torch import state_dict_metadata, with_metadata
-from evolvenet.engine.saving import refuse_unsaved_buffers, state_with_record, trace_main_outputs
+from evolvenet.engine.saving import graph_of_shapes, refuse_unsaved_buffers, state_with_record
 from evolvenet.errors import RecordError, TraceError
 from evolvenet.execution.chosen_outputs import Outputs
 from evolvenet.execution.dummy_inputs import dummy_inputs
-from evolvenet.graph.naming import and_above
+from evolvenet.graph.naming import and_above, named_tensors
 from evolvenet.graph.renaming import Rename
 from evolvenet.graph.serialization import to_state_dict
 from evolvenet.graph.sizes import sizes_from_shapes
@@ -26,7 +26,6 @@ from evolvenet.surgery.checkpoint_file import FOLDER_RECORD, read, read_folder_r
 from evolvenet.surgery.module_replacement import Record, find_replacements, fit_replacements
 from evolvenet.surgery.resize_model import scaled_numbers
 from evolvenet.surgery.width_record import RECORD_KEY, WidthRecord, remember, renamed_state, shapes_of
-from evolvenet.tracing.trace import trace
 from evolvenet.transformers.configuration import Shapes, builds, equal_configuration
 from evolvenet.transformers.unit_numbers import has_all_units, is_number, number_as
 
@@ -178,6 +177,7 @@ def load_model(
     options: Mapping[str, Any],
     example_inputs: Any = None,
     outputs: Outputs | None = None,
+    heads: bool | None = None,
 ) -> Any:
     """Build, reshape and load what `save_model` wrote, or the transformers library itself did.
 
@@ -187,6 +187,7 @@ def load_model(
         options: of `model_class.from_pretrained`.
         example_inputs: to trace the model on where the folder does not say its widths; None for made-up ones.
         outputs: as for `trace`, with that; None for those of the main head.
+        heads: as for `trace`, with that; None for whatever can have the shapes in the folder.
 
     Raises:
         RecordError: if the folder does not hold the whole model.
@@ -198,7 +199,7 @@ def load_model(
         model, found = _read(kind, folder, options)
         if not found["mismatched_keys"]:
             return _whole(model, found, folder)
-        record = _traced(model, _shapes_in_folder(found, folder), example_inputs, outputs, folder)
+        record = _traced(model, _shapes_in_folder(found, folder), example_inputs, outputs, heads, folder)
         del model
     model = _whole(
         *_read(_reshaping(kind, record, find_replacements(with_metadata({}, metadata))), folder, options), folder
@@ -223,6 +224,7 @@ def _traced(
     others: Mapping[str, tuple[int, ...]],
     example_inputs: Any,
     outputs: Outputs | None,
+    heads: bool | None,
     folder: Path,
 ) -> Any:
     """The record of a folder without one, whose tensors have other shapes than those that its configuration builds.
@@ -232,24 +234,27 @@ def _traced(
         others: {name: shape in the folder} of tensors with other shapes.
         example_inputs: as for `load_model`.
         outputs: as for `load_model`.
+        heads: as for `load_model`.
         folder: for messages.
 
     Raises:
         RecordError: if the model cannot be traced, or more than widths differ.
     """
     inputs = dummy_inputs(model) if example_inputs is None else example_inputs
+    shapes = {**shapes_of(model), **others}
+    _, aliases, _ = named_tensors(model)
+    shapes |= {other: shapes[first] for other, first in aliases.items() if first in others}
+    shapes |= {first: shapes[other] for other, first in aliases.items() if other in others}
+    saved = set(model.state_dict()) | {name for name, _ in model.named_parameters()}
+    there = {name: shape for name, shape in shapes.items() if name in saved}
     try:
-        graph = trace_main_outputs(model, inputs) if outputs is None else trace(model, inputs, outputs)
+        graph = graph_of_shapes(model, inputs, outputs, there, heads)
     except TraceError as error:
         raise RecordError(
             f"{folder} has no record of its widths, and other ones than config.json, and the model could not be traced to "
             f"know them: {error} Give from_pretrained(example_inputs=...)."
         ) from error
-    shapes = {**shapes_of(model), **others}
-    shapes |= {other: shapes[first] for other, first in graph.aliases.items() if first in others}
-    shapes |= {first: shapes[other] for other, first in graph.aliases.items() if other in others}
-    saved = set(model.state_dict()) | {name for name, _ in model.named_parameters()}
-    sizes, misfits = sizes_from_shapes(graph, {name: shape for name, shape in shapes.items() if name in saved})
+    sizes, misfits = sizes_from_shapes(graph, there)
     if misfits:
         tensor = misfits[0].tensor
         raise RecordError(
@@ -260,7 +265,7 @@ def _traced(
     refuse_unsaved_buffers(
         model,
         graph,
-        {name: torch.empty(shape, device="meta") for name, shape in shapes.items() if name in saved},
+        {name: torch.empty(shape, device="meta") for name, shape in there.items()},
         folder,
     )
     numbers = scaled_numbers(model, graph, shapes)

@@ -65,6 +65,7 @@ def from_pretrained(
     model_class: type[PreTrainedModel] | None = None,
     example_inputs: Any = None,
     outputs: Outputs | None = None,
+    heads: bool | None = None,
     **options: Any,
 ) -> Any:
     """The model that `save_pretrained` wrote: built from its configuration, reshaped to its widths, loaded.
@@ -78,6 +79,7 @@ def from_pretrained(
         outputs: as for `evolvenet.trace`, where the model is traced: those with which the widths were changed. By default
             those of the main head: `logits`, or `last_hidden_state` where there are none, see
             `evolvenet.engine.saving.MAIN_OUTPUTS`.
+        heads: as for `evolvenet.load`, where the model is traced.
         **options: of `model_class.from_pretrained`: `dtype`, by default that of the file, `device_map` and so on.
 
     Returns:
@@ -111,4 +113,4 @@ def from_pretrained(
             f"{', '.join(sorted(path.name for path in folder.iterdir())[:5]) or 'an empty folder'}. Load other files with "
             "evolvenet.load(model, path)."
         )
-    return load_model(folder, model_class, options, example_inputs, outputs)
+    return load_model(folder, model_class, options, example_inputs, outputs, heads)

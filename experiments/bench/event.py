@@ -3,10 +3,11 @@
 What is measured: an event that cuts every width of the model by a tenth (what a run does between two epochs; the
 classes have none), its stages each by itself: statistics (forward passes that gather second moments), spectra,
 selection (pivoted Cholesky, and the refit of consumers that are not fitted to their outputs), reconstruction (two forward
-passes and the sequential fits), surgery (with AdamW's state), checks (what must hold afterwards, with a forward pass before
-and one after). The unit is a training step (forward, backward, AdamW) of the same model on batches of the same size, timed
-in turns with the stages; each figure is the median of `--rounds` rounds, and ± half the distance between the quartiles. An
-epoch is 60,000 images. Seconds are those of the processor that the process itself took: it does not matter what else runs.
+passes, and the sequential fits; where it takes the samples of the first batch, the first pass is that of the statistics),
+surgery (with AdamW's state), checks (what must hold afterwards, with a forward pass before and one after). The unit is a
+training step (forward, backward, AdamW) of the same model on batches of the same size, timed in turns with the stages; each
+figure is the median of `--rounds` rounds, and ± half the distance between the quartiles. An epoch is 60,000 images. Seconds
+are those of the processor that the process itself took: it does not matter what else runs.
 
     python -m experiments.bench.event --out experiments/bench/event.md
 """
@@ -29,13 +30,14 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
+from evolvenet.engine.event_data import KEPT
 from evolvenet.engine.functional import commit
 from evolvenet.engine.invariants import ModelReference, validate
 from evolvenet.measurement.activation_moments import collect
 from evolvenet.measurement.width_spectra import measure
 from evolvenet.pruning.reconstruction import fit_to_targets
 from evolvenet.pruning.reconstruction_batch import TRAINING_LIMITS
-from evolvenet.pruning.recording import record
+from evolvenet.pruning.recording import record, record_beside, recording_of
 from evolvenet.pruning.selection import plan_prune
 from experiments.models.resnet import ResNet
 from experiments.pages import machine_line, markdown, write_whole
@@ -99,10 +101,17 @@ def one_round(subject: Subject, model: nn.Module, graph: evolvenet.WidthGraph, s
     training_step(model, optimizer, batches[0], labels)
     found: dict[str, float] = {}
     steps = [timed(lambda: training_step(model, optimizer, batches[0], labels))[0] for _ in range(2)]
-    found["statistics"], gathered = timed(lambda: collect(model, graph, batches))
+    outputs = record_beside(graph, batches, TRAINING_LIMITS, KEPT)
+    found["statistics"], gathered = timed(lambda: collect(model, graph, batches, beside=outputs))
     found["spectra"], _ = timed(lambda: measure(model, graph, gathered))
     sizes = {w.name: max(w.smallest, int(CUT * w.size)) for w in graph.resizable}
-    recording_seconds, recording = timed(lambda: record(model, graph, list(sizes), batches, TRAINING_LIMITS))
+    recording_seconds, recording = timed(
+        lambda: (
+            record(model, graph, list(sizes), batches, TRAINING_LIMITS)
+            if outputs is None
+            else recording_of(outputs, graph, list(sizes), batches, TRAINING_LIMITS)
+        )
+    )
     assert recording is not None
     found["selection"], surgery = timed(lambda: plan_prune(model, graph, sizes, gathered, without=recording.fitted))
     fit_seconds, surgery = timed(lambda: fit_to_targets(model, graph, surgery, recording))

@@ -10,14 +10,15 @@ import argparse
 import importlib.util
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.utils import convert_conv2d_weight_memory_format
 
 import evolvenet
 from experiments.compare import peers
@@ -45,6 +46,8 @@ class Setting:
         shift: largest shift of the images that are polished on, pixels.
         flip: whether half of them are mirrored.
         polish: arguments of `evolvenet.polish`.
+        by_size: {percent removed: further ones}.
+        half: whether the networks run in bfloat16 while they are polished (autocast), channels last in memory.
     """
 
     removed: tuple[float, ...]
@@ -53,6 +56,8 @@ class Setting:
     shift: int
     flip: bool
     polish: dict[str, Any]
+    by_size: Mapping[float, dict[str, Any]] = field(default_factory=dict)
+    half: bool = False
 
 
 SETTINGS = {
@@ -68,11 +73,17 @@ SETTINGS = {
         (50, 70, 90),
         90,
         (50, 100, 250, 500),
-        0,
+        3,
         True,
-        {"steps": 200, "features": ("blocks.0", "blocks.2", "blocks.4", "hidden")},
+        {"features": ("blocks.0", "blocks.2", "blocks.4", "hidden")},
+        {
+            50: {"steps": 400, "rate": 2e-3},
+            70: {"steps": 500, "rate": 3e-3},
+            90: {"steps": 800},
+        },
+        half=True,
     ),
-    "digits": Setting((50,), 50, (50,), 1, False, {"steps": 20, "features": ("blocks.*", "hidden")}),
+    "digits": Setting((50,), 50, (50,), 1, False, {"features": ("blocks.*", "hidden")}, {50: {"steps": 20}}, half=True),
 }
 """Imitated beside the outputs: the last residual sum of each stage, and the features before the last layer."""
 
@@ -183,14 +194,13 @@ def run(data: TaskData, seed: int, options: argparse.Namespace) -> Iterator[dict
                 path, made_of, keep_old=options.keep_old, after=None
             ):
                 continue
-            target = round((1 - removed / 100) * trained["parameters"])
             found = {"removed": removed, "images": count, "method": name, **made_of}
-            found |= measured(data, seed, model, METHODS[name], count, target)
+            found |= measured(data, seed, model, METHODS[name], count, removed)
             write_whole(path, json.dumps(found, indent=1))
             yield found
 
 
-def measured(data: TaskData, seed: int, whole: nn.Module, method: Method, count: int, target: int) -> dict[str, Any]:
+def measured(data: TaskData, seed: int, whole: nn.Module, method: Method, count: int, removed: float) -> dict[str, Any]:
     """Cut and polish a copy of a network, and measure after each; seconds are those of one thread's processor time.
 
     Args:
@@ -199,20 +209,19 @@ def measured(data: TaskData, seed: int, whole: nn.Module, method: Method, count:
         whole: the uncut network.
         method: of the cut.
         count: images that are given.
-        target: number of parameters after the cut.
+        removed: percent of the parameters.
     """
     setting = SETTINGS[data.task.name]
     torch.manual_seed(seed)
     images = list(torch.cat(data.calibration(seed, count)).split(-(-count // PARTS)))
+    target = round((1 - removed / 100) * sum(parameter.numel() for parameter in whole.parameters()))
     case = Case(data, copied(whole), images, target)
     begin = time.process_time()
     method.cut(case)
     middle = time.process_time()
     cut = data.accuracy(case.model)
     start = time.process_time()
-    done = evolvenet.polish(
-        case.model, whole, images, augment=lambda inputs: moved(inputs, setting.shift, setting.flip), **setting.polish
-    )
+    done = polished(case.model, whole, images, setting, removed)
     end = time.process_time()
     return {
         "parameters": sum(parameter.numel() for parameter in case.model.parameters()),
@@ -222,6 +231,33 @@ def measured(data: TaskData, seed: int, whole: nn.Module, method: Method, count:
         "seconds_to_polish": round(end - start, 1),
         **{f"polish_{name}": value for name, value in vars(done).items()},
     }
+
+
+def polished(
+    model: nn.Module, whole: nn.Module, images: Sequence[Tensor], setting: Setting, removed: float
+) -> evolvenet.Polish:
+    """Polish a network that was cut, in place.
+
+    Args:
+        model: the network.
+        whole: the uncut one.
+        images: those that are given.
+        setting: of the data set.
+        removed: percent of the parameters.
+    """
+
+    def changed(inputs: Tensor) -> Tensor:
+        return moved(inputs, setting.shift, setting.flip)
+
+    chosen = {**setting.polish, **setting.by_size.get(removed, {})}
+    if not setting.half:
+        return evolvenet.polish(model, whole, images, augment=changed, **chosen)
+    whole = convert_conv2d_weight_memory_format(copied(whole), torch.channels_last)
+    convert_conv2d_weight_memory_format(model, torch.channels_last)
+    with torch.autocast("cpu", torch.bfloat16):
+        done = evolvenet.polish(model, whole, images, augment=changed, **chosen)
+    convert_conv2d_weight_memory_format(model, torch.contiguous_format)
+    return done
 
 
 def moved(images: Tensor, shift: int, flip: bool) -> Tensor:

@@ -42,9 +42,13 @@ the test split, %, mean ± standard deviation (of a sample) over the seeds. Each
   fits; BatchNorm's statistics re-estimated on the images.
 - **polished**: `evolvenet.polish` with the same settings for all: the uncut network's outputs, and its residual sums and the
   features before its last layer through linear maps, are imitated. An eighth of the images decides whether the weights are kept.
+  Images of CIFAR-10 are mirrored and shifted by up to 3 pixels, those of MNIST shifted by up to 1. On CIFAR-10 both networks run
+  in bfloat16 meanwhile (`torch.autocast`, channels last), which takes less time; cuts and accuracies are in float32.
 - **seconds**: processor time of one thread, with much other work beside on the machine, of the cut and of the polish.
 
 Settings were chosen on training images outside of those that are given, with seed 0; the test split was used for this page alone.
+On CIFAR-10 most was gained by a lower rate for the lighter cuts and by more steps in the same time; shifts added a little. At
+−90 % neither mixtures of two images (mixup, cutmix) nor orthogonalised steps (Muon) in the place of Adam's were better.
 """
 
 
@@ -133,11 +137,17 @@ def goals(name: str, found: Results, images: int) -> list[str]:
             best = max(means, key=lambda method: means[method])
             took = max(record["seconds_to_cut"] + record["seconds_to_polish"] for record in ours[best].values())
             met = "met" if means[best] >= least else f"**missed by {100 * (least - means[best]):.2f}**"
-            # Of two cores one would do, if one thread alone takes no longer.
-            late = (
-                "" if took <= SECONDS else f"; {took:.0f} s of one thread, where {SECONDS} s on two cores are allowed"
-            )
+            late = _late(took)
             lines.append(
                 f"- −{removed:g} %: {ROWS[best, 'cut']}, polished: {100 * means[best]:.2f}, goal {100 * least:.1f}: {met}{late}"
             )
     return ["Goals:", "", *lines, ""] if lines else []
+
+
+def _late(seconds: float) -> str:
+    """What is to be said of the time; nothing if one thread alone takes no longer than is allowed on two cores."""
+    if seconds <= SECONDS:
+        return ""
+    if seconds <= 2 * SECONDS:
+        return f"; {seconds:.0f} s of one thread, of the {2 * SECONDS} that two cores have in {SECONDS} s"
+    return f"; **{seconds:.0f} s of one thread**, more than the {2 * SECONDS} that two cores have in {SECONDS} s"

@@ -35,6 +35,8 @@ nats; means over the seeds, in brackets the least and the largest.
   importance is computed by its formula on the graph's widths: its own search for groups takes minutes for each cut here.
 - **SliceGPT**, **SVD-LLM**: minimal implementations (`experiments/compare/language_peers.py`); parameters of the added
   rotations count.
+- What `evolvenet.polish` adds, after our cuts and the others', was measured on networks trained elsewhere:
+  [language_polish.md](language_polish.md).
 """
 
 COLUMNS = {"right after": "test", f"after {FULL.steps_after} steps": "after"}

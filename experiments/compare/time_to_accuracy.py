@@ -1,9 +1,10 @@
 """Steps and seconds from a trained network to a small one nearly as good: `python -m experiments.compare.time_to_accuracy`.
 
-A network of a tenth of the parameters is made by `evolvenet.allocate` and `evolvenet.prune` and trained on; or its widths are
-trained from new weights. Both are tried with cycles of the learning rate of several lengths, the short ones first, until the
-accuracy that is watched is within a point of the uncut network's. Each result is one small JSON file, so a run can be stopped
-and resumed. The page `experiments/compare/time_to_accuracy.md` is written from those files; `make compare-time` does all.
+A network of a tenth of the parameters is made by `evolvenet.allocate` and `evolvenet.prune`, by `evolvenet.polish` too or not,
+and trained on; or its widths are trained from new weights. All are tried with cycles of the learning rate of several lengths,
+the short ones first, until the accuracy that is watched is within a point of the uncut network's. Each result is one small
+JSON file, so a run can be stopped and resumed. The page `experiments/compare/time_to_accuracy.md` is written from those files;
+`make compare-time` does all.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from experiments.pages import add_data, commit, state, write_whole
 
 OWN, EQUAL = "own", "equal"
 """Widths by `evolvenet.allocate`, and the same share of each width."""
-CUT, SCRATCH = "cut", "scratch"
+CUT, POLISHED, SCRATCH = "cut", "polished", "scratch"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -56,7 +57,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seeds", nargs="+", type=int, default=(0,), help="of the networks")
     parser.add_argument("--kept", nargs="+", type=int, default=(10,), help="percent of the parameters that stay")
     parser.add_argument("--widths", nargs="+", choices=(OWN, EQUAL), default=(OWN, EQUAL))
-    parser.add_argument("--starts", nargs="+", choices=(CUT, SCRATCH), default=(CUT, SCRATCH))
+    parser.add_argument("--starts", nargs="+", choices=(CUT, POLISHED, SCRATCH), default=(CUT, POLISHED, SCRATCH))
     parser.add_argument("--longest", type=int, help="steps of the longest cycle (default: each task's own)")
     parser.add_argument("--tiny", action="store_true", help="a language model of two layers, for trials")
     parser.add_argument("--keep-old", action="store_true", help="keep results of an older state of the package")
@@ -90,14 +91,18 @@ class Study:
         longest = self.options.longest or max(ways.lengths)
         for start in self.options.starts:
             path = folder / f"{kept}-{widths}-{start}.json"
+            weights = folder / f"{kept}-{widths}.pt"
             found = read(path, made) or {**made, "start": start, "climbs": []}
+            if start == POLISHED:
+                weights = folder / f"{kept}-{widths}-polished.pt"
+                if "polish_steps" not in found or not weights.exists():
+                    found |= self.polished(found, folder / f"{kept}-{widths}.pt", weights)
             tried = {(climb["steps"], climb["rate"]) for climb in found["climbs"]}
             for steps in (length for length in ways.lengths if length <= longest):
                 if any(str(ways.margins[0]) in climb["crossed"] for climb in found["climbs"]):
                     break
                 for rate in promising(found["climbs"], ways.scratch if start == SCRATCH else ways.cut):
                     if (steps, rate) not in tried:
-                        weights = folder / f"{kept}-{widths}.pt"
                         model = self.scratch(made["sizes"]) if start == SCRATCH else self.cut(made["sizes"], weights)
                         found["climbs"].append(self.climb(model, steps, rate, ways.warm[start == SCRATCH]))
                         write_whole(path, json.dumps(found, indent=1))
@@ -110,7 +115,7 @@ class Study:
         found = read(path, made_of)
         if found and weights.exists() and (self.options.keep_old or found["state"] == self.options.made_of["state"]):
             return found
-        for old in folder.glob(f"{kept}-{widths}-*.json"):
+        for old in folder.glob(f"{kept}-{widths}-*"):
             old.unlink()
         torch.manual_seed(self.subject.seed)
         model, batches, target = (
@@ -121,7 +126,7 @@ class Study:
         begin = time.perf_counter()
         with cpu_seconds() as allocated:
             if widths == OWN:
-                sizes = dict(evolvenet.allocate(model, self.graph, parameters=target, batches=batches))
+                sizes = dict(evolvenet.allocate(model, self.graph, target, batches, loss=self.subject.measure))
             else:
                 sizes = peers.equal_sizes(self.graph, target)
         with cpu_seconds() as pruned:
@@ -150,6 +155,14 @@ class Study:
         model = self.narrowed(copied(self.subject.model), sizes)
         model.load_state_dict(torch.load(weights, weights_only=True))
         return model
+
+    def polished(self, made: dict[str, Any], cut: Path, weights: Path) -> dict[str, Any]:
+        """Polish the cut network, write its weights to a file, and say what it took."""
+        model = self.cut(made["sizes"], cut)
+        with cpu_seconds() as spent:
+            done = self.subject.polish(model)
+        torch.save(model.state_dict(), weights)
+        return {"polish_steps": done.steps, "seconds": {**made["seconds"], "polish": round(spent(), 2)}}
 
     def scratch(self, sizes: dict[str, int]) -> nn.Module:
         """New weights in the given widths."""

@@ -6,6 +6,7 @@ import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils import convert_conv2d_weight_memory_format
 
+import evolvenet
+from evolvenet.measurement.output_error import OutputMeasure
+from experiments.compare.few_samples import SETTINGS, moved
 from experiments.compare.language_networks import TINY, Setting, Text, Uncut, build, drawn, loss_of, windows
+from experiments.compare.language_polish import Polished
 from experiments.compare.networks import TaskData, tasks, uncut
 from experiments.data.images import BatchLoader
 
@@ -55,6 +60,8 @@ class Subject(ABC):
     """Which outputs count, as for `evolvenet.trace`."""
     heads = False
     """Whether whole heads are widths."""
+    measure: OutputMeasure = "outputs"
+    """What `evolvenet.allocate` goes by."""
 
     def __init__(self, name: str, seed: int, model: nn.Module, weights: str, ways: Ways) -> None:
         self.name, self.seed, self.model, self.weights, self.ways = name, seed, model, weights, ways
@@ -67,6 +74,10 @@ class Subject(ABC):
     @abstractmethod
     def calibration(self) -> list[Any]:
         """Unlabelled training samples for the cut, in batches."""
+
+    @abstractmethod
+    def polish(self, model: nn.Module) -> evolvenet.Polish:
+        """Train a cut network in place on the calibration samples, without labels."""
 
     @abstractmethod
     def fresh(self) -> nn.Module:
@@ -124,6 +135,12 @@ class Images(Subject):
         """See `Subject.calibration`."""
         return self.data.calibration(self.seed)
 
+    def polish(self, model: nn.Module) -> evolvenet.Polish:
+        """See `Subject.polish`; as in `experiments.compare.few_samples`."""
+        setting, samples = SETTINGS[self.name], self.calibration()
+        augment = partial(moved, shift=setting.shift, flip=setting.flip)
+        return evolvenet.polish(model, self.model, samples, augment=augment, **setting.polish)
+
     def fresh(self) -> nn.Module:
         """See `Subject.fresh`."""
         return self.data.task.build()
@@ -174,6 +191,7 @@ class Characters(Subject):
 
     outputs = "logits"
     heads = True
+    measure = "kl"
 
     def __init__(self, text: Text, setting: Setting, seed: int, folder: Path, ways: Ways) -> None:
         self.uncut = Uncut.of("gpt2", seed, text, setting, folder, "cpu")
@@ -189,6 +207,10 @@ class Characters(Subject):
     def calibration(self) -> list[dict[str, Tensor]]:
         """See `Subject.calibration`."""
         return self.uncut.calibration()
+
+    def polish(self, model: nn.Module) -> evolvenet.Polish:
+        """See `Subject.polish`; as in `experiments.compare.language_polish`."""
+        return Polished(self.uncut).polish(model)
 
     def fresh(self) -> nn.Module:
         """See `Subject.fresh`."""

@@ -6,6 +6,7 @@ import json
 import math
 from collections import defaultdict
 from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -15,22 +16,24 @@ from experiments.pages import cell, commit, machine_line, markdown, write_whole
 GOAL = 10
 """Times fewer steps after a cut than from scratch, within a point."""
 WIDTHS = {"own": "widths by `allocate`", "equal": "equal widths"}
-STARTS = {"cut": "cut, then trained on", "scratch": "from scratch"}
+STARTS = {"cut": "cut, then trained on", "polished": "cut, polished, then trained on", "scratch": "from scratch"}
 
 EXPLANATION = """\
 A trained network is cut to a part of its parameters by `evolvenet.prune` with unlabelled training samples (1,024 images, 256
-sequences) and trained on; or the same widths are trained from new weights. **How long until it is within so many points of the
-uncut network?** Both are trained with the optimizer, the batches and the augmentation of the uncut network, in one cycle of the
-learning rate, and both with cycles of several lengths, the short ones first, until one gets there; the two shortest with two
-largest learning rates each, the longer ones with that which was better in the second. **Steps** are the fewest of all those
-cycles; where a cycle gets there before its end, up to there.
+sequences) and trained on, at once or after `evolvenet.polish` on the same samples, which needs no labels; or the same widths are
+trained from new weights. (Widths of GPT-2 are chosen, and it is polished, by the divergence of what is predicted.) **How long
+until it is within so many points of the uncut network?** All are trained with the
+optimizer, the batches and the augmentation of the uncut network, in one cycle of the learning rate, and all with cycles of
+several lengths, the short ones first, until one gets there; the two shortest with two largest learning rates each, the longer
+ones with that which was better in the second. **Steps** are the fewest of all those cycles; where a cycle gets there before its
+end, up to there.
 
 - The accuracy is watched ten times in a cycle, on the even half of the test images (of GPT-2: next characters of validation
   text), which no network was trained on; it chooses between the rates, and training ends where the least margin is reached.
   **Judged**: on the other half (test text), at that moment, minus the uncut network's there, in points.
-- **CPU seconds**: processor time of the training steps; watching is not counted. **With the cut**: plus tracing, `allocate` and
-  `prune`. Of a machine that other processes shared, so take ratios, not seconds.
-- **–**: not reached in any cycle, the longest of which is named. Both starts need the widths, and the cut needs the trained
+- **CPU seconds**: processor time of the training steps; watching is not counted. **With the cut**: plus tracing, `allocate`,
+  `prune` and `polish`. Of a machine that other processes shared, so take ratios, not seconds.
+- **–**: not reached in any cycle, the longest of which is named. All starts need the widths, and the cut needs the trained
   network: its training is not counted, that is what one has.
 """
 
@@ -73,7 +76,7 @@ def _section(task: str, kept: int, widths: str, starts: dict[str, list[dict[str,
     margins = sorted(
         {float(m) for runs in starts.values() for run in runs for c in run["climbs"] for m in c["crossed"]}
     )
-    rows = [_row(start, starts[start], margin) for margin in margins for start in STARTS if start in starts]
+    rows = [_row(start, starts, margin) for margin in margins for start in STARTS if start in starts]
     titles = ["within", "start", "steps of each seed", "CPU s", "with the cut", "that is, in steps", "judged, points"]
     lines = [head, "", about, ""]
     if rows:
@@ -99,7 +102,8 @@ def _best(climb: dict[str, Any]) -> list[str]:
     return [f"{100 * climb['curve'][0][1]:.2f}", f"{100 * accuracy:.2f}", f"{step:,}"]
 
 
-def _row(start: str, runs: Sequence[dict[str, Any]], margin: float) -> list[str]:
+def _row(start: str, starts: dict[str, list[dict[str, Any]]], margin: float) -> list[str]:
+    runs = starts[start]
     best = [(run, first_crossing(run, margin)) for run in runs]
     reached = [(run, each) for run, each in best if each is not None]
     longest = max(climb["steps"] for run in runs for climb in run["climbs"])
@@ -109,9 +113,10 @@ def _row(start: str, runs: Sequence[dict[str, Any]], margin: float) -> list[str]
         title[-1] += f" (longest cycle {longest:,})"
     if not reached:
         return [*title, "", "", "", ""]
-    cuts = [sum(run["seconds"].values()) if start == "cut" else 0.0 for run, _ in reached]
+    cuts = [sum(run["seconds"].values()) if start != "scratch" else 0.0 for run, _ in reached]
     whole = [each["seconds"] + cut for (_, each), cut in zip(reached, cuts, strict=True)]
-    equal = [total / seconds_a_step(run) for (run, _), total in zip(reached, whole, strict=True)]
+    each_step = seconds_a_step([run for found in starts.values() for run in found])
+    equal = [total / each_step for total in whole]
     judged = [100 * (each["judged"] - run["uncut"]["judged"]) for run, each in reached]
     figures = [f"{fmean(each['seconds'] for _, each in reached):.1f}", f"{fmean(whole):.1f}", f"{fmean(equal):,.0f}"]
     return [*title, *figures, f"{fmean(judged):+.2f}"]
@@ -123,19 +128,22 @@ def first_crossing(run: dict[str, Any], margin: float) -> dict[str, Any] | None:
     return min(found, key=lambda each: each["step"]) if found else None
 
 
-def seconds_a_step(run: dict[str, Any]) -> float:
-    """Processor time of a training step of the small network, mean over all cycles that had any; infinite if none had."""
-    known = [climb["seconds_a_step"] for climb in run["climbs"] if climb["seconds_a_step"]]
+def seconds_a_step(runs: Sequence[dict[str, Any]]) -> float:
+    """Processor time of a training step of the small network, mean over all cycles that had any; infinite if none had.
+
+    From all starts: one that is near enough at once has no steps of its own.
+    """
+    known = [climb["seconds_a_step"] for run in runs for climb in run["climbs"] if climb["seconds_a_step"]]
     return fmean(known) if known else math.inf
 
 
 def _verdicts(starts: dict[str, list[dict[str, Any]]], margins: Sequence[float]) -> list[str]:
     """Steps from scratch over steps after the cut, by margin."""
-    if set(starts) != set(STARTS):
-        return []
     lines = []
-    for margin in margins:
-        cut, scratch = ([first_crossing(run, margin) for run in starts[start]] for start in ("cut", "scratch"))
+    for start, margin in product(
+        (start for start in ("cut", "polished") if {start, "scratch"} <= set(starts)), margins
+    ):
+        cut, scratch = ([first_crossing(run, margin) for run in starts[each]] for each in (start, "scratch"))
         if any(each is None for each in cut):
             continue
         after, before = (sum(each["step"] for each in both if each) for both in (cut, scratch))
@@ -144,7 +152,17 @@ def _verdicts(starts: dict[str, list[dict[str, Any]]], margins: Sequence[float])
         ratio = "from scratch it is not reached in these cycles" if lacking else ratio
         met = lacking or before >= GOAL * after
         lines.append(
-            f"- within {margin:g}: {ratio}"
+            f"- {STARTS[start]}, within {margin:g}: {ratio}"
             + (f" (goal {GOAL}): {'met' if met else '**missed**'}" if margin == 1 else "")
+            + _with_polish(starts[start], after, 0 if lacking else before)
         )
     return lines
+
+
+def _with_polish(runs: Sequence[dict[str, Any]], after: int, before: int) -> str:
+    """The same if the steps of the polish, which see no label, count as steps of training."""
+    polish = sum(run.get("polish_steps", 0) for run in runs)
+    if not polish:
+        return ""
+    ratio = f", {before / (after + polish):.1f} times fewer" if before else ""
+    return f"; with the {polish:,} steps of the polish, which see no label, {after + polish:,} steps{ratio}"

@@ -85,9 +85,14 @@ class Points(lightning.Callback):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the points and the seconds; teachers are built when training starts, from copies of the model."""
+        """Restore the points and the seconds; teachers are built when training starts, from copies of the model.
+
+        In checkpoints from before there was a choice of them, the network of the first span is the only teacher.
+        """
         self.found = [Point(**point) for point in state_dict["found"]]
-        self._before, self._resumed = state_dict["seconds"], state_dict["teachers"]
+        first = state_dict.get("teacher")
+        self._before = state_dict["seconds"]
+        self._resumed = state_dict.get("teachers", {} if first is None else {0: first})
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Start the clock; in a resumed run, build the teachers again."""

@@ -10,14 +10,15 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from omegaconf.resolvers import oc
 
-from evolvenet.report.facts import MASK, SECRET, without_user
+from evolvenet.report.facts import MASK, SECRET, is_secret_flag, without_secret, without_user
 
 
 def recorded_config(config: DictConfig, published: bool = False) -> Any:
     """The configuration as plain data, its interpolations resolved, but for those of environment variables.
 
     Variables of the environment stay as they are written, `${oc.env:WANDB_API_KEY}`: they hold secrets and paths of one machine.
-    Texts under names like `api_key`, `token`, `password` or `secret` are masked, unless they are such a variable.
+    Texts under names like `api_key`, `token`, `password` or `secret` are masked, unless they are such a variable; so
+    are those behind a flag of such a name, in a list or in one text.
 
     Args:
         config: of a run.
@@ -54,7 +55,12 @@ def _masked(plain: Any, text: Callable[[str], str], secret: bool = False) -> Any
     if isinstance(plain, dict):
         return {key: _masked(value, text, secret or bool(SECRET.search(str(key)))) for key, value in plain.items()}
     if isinstance(plain, list):
-        return [_masked(value, text, secret) for value in plain]
+        befores = [None, *plain[:-1]]
+        return [
+            _masked(own, text, secret or is_secret_flag(before)) for before, own in zip(befores, plain, strict=True)
+        ]
     if not isinstance(plain, str):
         return plain
-    return MASK if secret and not plain.startswith("${oc.env:") else text(plain)
+    if secret and not plain.startswith("${oc.env:"):
+        return MASK
+    return text(without_secret(plain) if plain.startswith("-") else plain)

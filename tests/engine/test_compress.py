@@ -13,12 +13,13 @@ from torch import Tensor, nn
 
 import evolvenet
 from evolvenet.engine import compress as compress_module
+from evolvenet.errors import DistillationError
 from evolvenet.lowrank import factorize as factorize_module
 from evolvenet.lowrank.latency import Run
 from evolvenet.lowrank.layers import FactoredLayer
 from evolvenet.measurement import cost as cost_module
 from evolvenet.measurement.cost import macs, parameters, size_in_bytes
-from evolvenet.measurement.output_error import output_error, outputs_on
+from evolvenet.measurement.output_error import output_divergence, output_error, outputs_on
 from tests.helpers.small_models import mlp
 from tests.helpers.states import State
 
@@ -147,6 +148,20 @@ def test_steps_bring_the_outputs_nearer_to_those_of_the_uncut_network() -> None:
     evolvenet.compress(mirroring, batches[0], batches, **options, steps=100, augment=lambda inputs: -inputs)
     before = output_error(whole[-1], outputs_on(plain, [-fresh]))
     assert output_error(whole[-1], outputs_on(mirroring, [-fresh])) < 0.8 * before
+
+
+def test_by_the_divergence_attempts_are_compared_and_steps_are_taken() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 48), nn.ReLU(), nn.Linear(48, 6))
+    batches = [torch.randn(32, 16) for _ in range(4)]
+    whole = outputs_on(model, batches[3:])
+    done = evolvenet.compress(model, batches[0][:2], batches, parameters=400, lowrank=False, steps=20, loss="kl")
+    assert done.polished is not None
+    assert done.polished.after < done.polished.before
+    assert "divergence" in str(done)
+    assert output_divergence(whole, outputs_on(model, batches[3:])) < done.error
+    with pytest.raises(DistillationError, match="expected loss"):
+        evolvenet.compress(model, batches[0][:2], batches, parameters=200, loss="ce")  # pyright: ignore[reportArgumentType]
 
 
 def test_a_failure_in_the_steps_leaves_the_uncut_network(model: nn.Module) -> None:

@@ -70,12 +70,67 @@ def test_without_a_loss_growth_is_orthogonal_with_a_warning(caplog: pytest.LogCa
     torch.manual_seed(0)
     model, (x, _) = mlp(6, 4, 3), batches(1)[0]
     answers = model(x)
-    evolver = Evolver(model, None, Fixed({"0": 7}), x, new_units="tiny", update=True)
-    evolver.observe(x)
     with caplog.at_level(logging.WARNING, logger="evolvenet"):
+        evolver = Evolver(model, None, Fixed({"0": 7}), x, new_units="tiny", update=True)
+        assert "new_units='tiny', update=True needs the loss: new units start as 'orthogonal'" in caplog.text
+        evolver.observe(x)
         assert evolver.step().sizes == {"0": 7}
     assert "New units start as 'orthogonal'" in caplog.text
     torch.testing.assert_close(model(x), answers)
+
+
+def test_a_method_that_needs_no_loss_stays_where_updates_lack_one(
+    caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    model, (x, _) = mlp(6, 4, 3), batches(1)[0]
+    answers = model(x)
+    with caplog.at_level(logging.WARNING, logger="evolvenet"):
+        evolver = Evolver(model, None, Fixed({"0": 8}), x, new_units="paired", update=True)
+    assert "new_units='paired', update=True needs the loss: new units start as 'paired'" in caplog.text
+    evolver.observe(x)
+    assert evolver.step().sizes == {"0": 8}
+    assert torch.equal(model[0].weight[4], model[0].weight[5])
+    torch.testing.assert_close(model(x), answers)
+
+
+class Unrunnable(User):
+    """Its step runs in training alone, so that there is no loss beside it."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        if not self.training:
+            raise RuntimeError("in training alone")
+        return super().training_step(batch, batch_idx)
+
+
+def test_in_lightning_too_a_missing_loss_is_said_at_the_start(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(32, 6)
+    data = DataLoader(TensorDataset(x, (x[:, 0] > 0).long()), batch_size=16)
+    evolution = WidthEvolution(Fixed({"net.0": 20}), every_n_epochs=1, new_units="paired", update=True)
+    with caplog.at_level(logging.WARNING, logger="evolvenet"):
+        trainer(tmp_path, [evolution], max_steps=1).fit(Unrunnable(), data)
+    assert "update=True needs the loss: new units start as 'paired'" in caplog.text
+    assert "Return it, or give" in caplog.text
+
+
+def test_only_weights_that_the_optimizer_holds_move(caplog: pytest.LogCaptureFixture) -> None:
+    torch.manual_seed(0)
+    pairs = batches()
+    model = mlp(6, 4, 3)
+    weight, bias, before = model[2].weight.detach().clone(), model[2].bias.detach().clone(), mean_loss(model, pairs)
+
+    def step(batch: Any) -> Tensor:
+        return functional.mse_loss(model(batch[0]), batch[1])
+
+    optimizer = torch.optim.AdamW(model[0].parameters(), lr=1e-3)
+    evolver = Evolver(model, optimizer, Fixed({"0": 7}), pairs[0], step=step, update=True)
+    for pair in pairs:
+        evolver.observe(pair)
+    assert evolver.step().sizes == {"0": 7}
+    assert mean_loss(model, pairs) < before
+    assert torch.equal(model[2].weight[:, :4], weight)
+    assert torch.equal(model[2].bias, bias)
 
 
 def test_an_unknown_start_is_refused() -> None:

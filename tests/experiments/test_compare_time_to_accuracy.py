@@ -30,7 +30,7 @@ def run(path: Path) -> None:
 
 
 def results(path: Path) -> dict[str, dict]:
-    names = "cut", "scratch"
+    names = "cut", "polished", "scratch"
     return {name: json.loads((path / f"cache/digits/seed0/30-equal-{name}.json").read_text("utf-8")) for name in names}
 
 
@@ -40,7 +40,10 @@ def parameters(model: torch.nn.Module) -> int:
 
 def test_both_starts_have_the_same_widths_and_curves_that_end_at_the_first_crossing(folder: Path) -> None:
     found = results(folder)
-    assert found["cut"]["sizes"] == found["scratch"]["sizes"]
+    assert found["cut"]["sizes"] == found["scratch"]["sizes"] == found["polished"]["sizes"]
+    # 20 steps, for each rate that was tried.
+    assert found["polished"]["polish_steps"] >= 20
+    assert found["polished"]["seconds"].keys() - found["cut"]["seconds"].keys() == {"polish"}
     for record in found.values():
         for climb in record["climbs"]:
             assert climb["curve"][0][0] == 0
@@ -86,6 +89,10 @@ def test_the_language_model_goes_the_same_way(tmp_path: Path) -> None:
     made = compare.read(tmp_path / "cache/gpt2/seed0/50-equal-scratch.json", {})
     assert made is not None
     assert parameters(study.scratch(made["sizes"])) == made["parameters"]
+    cut, polished = (
+        study.cut(made["sizes"], tmp_path / f"cache/gpt2/seed0/50-equal{end}.pt") for end in ("", "-polished")
+    )
+    assert not any(torch.equal(one, two) for one, two in zip(cut.parameters(), polished.parameters(), strict=True))
 
 
 def record(start: str, climbs: list[tuple[int, dict[str, int]]], seed: int = 0) -> dict:
@@ -122,3 +129,18 @@ def test_the_page_counts_the_cut_and_judges_the_goal(tmp_path: Path, scratch: in
     assert "| 1 point | cut, then trained on | 17 | 1.7 | 6.7 | 67 | -5.00 |" in page
     assert ("**missed**" in page) == (scratch == 169)
     assert "| from scratch | 0 | 200 | 0.1 | 10.00 | 10.00 | 0 |" in page
+
+
+def test_steps_of_the_polish_are_said_beside_those_with_labels(tmp_path: Path) -> None:
+    place = tmp_path / "cache/digits/seed0"
+    place.mkdir(parents=True)
+    polished = {**record("polished", [(200, {"1": 0})]), "polish_steps": 40}
+    polished["climbs"][0]["seconds_a_step"] = None
+    for start, found in (("polished", polished), ("scratch", record("scratch", [(200, {"1": 170})]))):
+        (place / f"10-own-{start}.json").write_text(json.dumps(found), encoding="utf-8")
+    write_page(tmp_path / "page.md", tmp_path / "cache")
+    page = (tmp_path / "page.md").read_text("utf-8")
+    assert "within 1: 0 steps against 170 (goal 10): met; with the 40 steps of the polish" in page
+    assert "which see no label, 40 steps, 4.2 times fewer" in page
+    # 5 seconds of the cut are 50 steps of the same widths from scratch.
+    assert "| 1 point | cut, polished, then trained on | 0 | 0.0 | 5.0 | 50 |" in page

@@ -98,6 +98,19 @@ def test_a_teacher_that_no_checkpoint_holds_is_read_from_its_point(tmp_path: Pat
     torch.testing.assert_close(classifier.teacher(x), other(x))
 
 
+def test_the_one_teacher_of_an_older_checkpoint_is_the_network_of_the_first_span(tmp_path: Path) -> None:
+    classifier, other = (Classifier(nn.Linear(4, 3), torch.optim.SGD, classes=3) for _ in range(2))
+    points, now = Points([1, 1], tmp_path), SimpleNamespace(current_epoch=1, max_epochs=2)
+    points.load_state_dict({"found": [], "seconds": 0.0, "teacher": other.model.state_dict()})
+    points.on_train_start(now, classifier)  # type: ignore[arg-type]
+    points.on_train_epoch_start(now, classifier)  # type: ignore[arg-type]
+    assert classifier.teacher is not None
+    x = torch.randn(5, 4)
+    torch.testing.assert_close(classifier.teacher(x), other(x))
+    points.load_state_dict({"found": [], "seconds": 0.0, "teacher": None})
+    assert not points._resumed
+
+
 def test_a_resumed_front_of_few_epochs_has_no_teacher_where_the_whole_run_has_none(tmp_path: Path) -> None:
     """The first of four spans has no epoch of two, and the point after the first epoch is that of the second one."""
     classifier = Classifier(nn.Linear(4, 3), torch.optim.SGD, classes=3)

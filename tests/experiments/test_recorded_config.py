@@ -59,10 +59,26 @@ def test_no_value_of_the_environment_and_no_secret_is_recorded(config):
         ("+a={url: 'http://x/y', name: monkey}", "+a={url: 'http://x/y', name: monkey}"),
         ("+a=[{token: s3cret}, {token: s3cret}]", "+a=[{token: ***}, {token: ***}]"),
         ("+a={api_key: s3cret", "+a={api_key: ***"),
+        ("args=[--api_key,s3cret]", "args=[--api_key,***]"),
+        ("args=['--api-key', 's3, cret', --n, 1]", "args=['--api-key', ***, --n, 1]"),
+        ("args=[--fast,--token,s3cret,--n]", "args=[--fast,--token,***,--n]"),
+        ("--token s3cret", "--token ***"),
+        ("args='--token s3cret --n 1'", "args='--token *** --n 1'"),
+        ("args='--n 1 --token=s3cret'", "args='--n 1 --token=***"),
+        ("args=[--token,--fast]", "args=[--token,--fast]"),
+        ("args='--tokenizer fast --max_tokens 3'", "args='--tokenizer fast --max_tokens 3'"),
     ],
 )
 def test_secrets_in_a_dict_on_the_command_line_are_masked(typed, shown):
     assert shlex.split(recorded_command(["train.py", typed])) == ["train.py", shown]
+
+
+def test_values_behind_flags_in_a_configuration_are_masked():
+    config = OmegaConf.create(
+        {"args": ["--api_key", "s3cret", "--n", "1"], "line": "--token s3cret --n 1", "kept": "a -b"}
+    )
+    expected = {"args": ["--api_key", "***", "--n", "1"], "line": "--token *** --n 1", "kept": "a -b"}
+    assert recorded_config(config) == expected
 
 
 def test_folders_and_urls_name_no_user(monkeypatch):

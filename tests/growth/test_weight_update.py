@@ -132,6 +132,21 @@ def test_weights_that_are_not_trained_stay() -> None:
     assert same == {"0.weight", "0.bias", "2.bias"}
 
 
+@pytest.mark.parametrize("held", [("0.weight", "0.bias"), ("2.weight",), ()])
+def test_where_there_is_an_optimizer_what_it_does_not_hold_stays(held: tuple[str, ...]) -> None:
+    torch.manual_seed(0)
+    model, pairs = mlp(6, 4, 3), task()
+    before = {name: value.detach().clone() for name, value in model.named_parameters()}
+    optimizer = torch.optim.SGD([model.get_parameter(name) for name in held], lr=0.1) if held else ()
+    evolvenet.grow(
+        model, trace(model, pairs[0][0][:2]), {"0": 7}, optimizers=optimizer, batches=pairs, loss=functional.mse_loss,
+        update=True,
+    )  # fmt: skip
+    old = {name: value[tuple(map(slice, before[name].shape))] for name, value in model.named_parameters()}
+    moved = {name for name in before if not torch.equal(old[name], before[name])}
+    assert moved == set(held or before)
+
+
 def failing_at(call: int) -> Callable[[Any, Any], Tensor]:
     calls = [0]
 

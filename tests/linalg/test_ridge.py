@@ -245,3 +245,30 @@ def test_a_small_ridge_is_found_where_large_ones_do_not_help() -> None:
     found = refit(x, y, torch.zeros_like(true), torch.zeros(1, dtype=FLOAT), torch.arange(400) % 2 == 1)
     assert found is not None
     assert (y - x @ found[0].T - found[1]).square().mean() < 0.02
+
+
+@pytest.mark.parametrize("form", [PrimalProblem, DualProblem])
+def test_where_a_fit_follows_noise_alone_smaller_ridges_are_not_tried(
+    form: type[PrimalProblem | DualProblem], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = torch.Generator().manual_seed(0)
+    x, y = (torch.randn(120, width, generator=made, dtype=FLOAT) for width in (50, 3))
+    problem = form.from_rows(x, y, torch.arange(120) % 2 == 1, centred=True)
+    errors = [float(problem.error(solved(problem, EVEN, ridge), ODD)) for ridge in RIDGES]
+    least = min(float(problem.energy(ODD)), errors[0])
+    assert min(errors[1:]) > least
+    risen = next(k for k, error in enumerate(errors) if error - min(errors[: k + 1]) > least)
+    assert 1 < risen < len(RIDGES) - 1
+    tried: list[float] = []
+    solve = form.solve
+
+    def recorded(self: Any, system: System, ridge: float | torch.Tensor) -> Solution:
+        tried.append(float(ridge))
+        return solve(self, system, ridge)
+
+    monkeypatch.setattr(form, "solve", recorded)
+    found = solve_held_out(problem)
+    # With an offset that helps, the infinite ridge is solved on all samples; without one, nothing is.
+    assert tried == list(RIDGES[: risen + 1]) + [math.inf] * (errors[0] < float(problem.energy(ODD)))
+    assert found is None or not found[0].any()
+    assert problem.zeros().shape == (3, 50)

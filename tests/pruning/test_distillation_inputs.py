@@ -1,6 +1,8 @@
-"""`polish` on inputs that are few, of several lengths, changed in place, or looked up."""
+"""`polish` on inputs that are few, of several lengths, changed in place, or looked up, and under autocast."""
 
 from __future__ import annotations
+
+import copy
 
 import pytest
 import torch
@@ -41,3 +43,19 @@ def test_sparse_gradients_are_followed() -> None:
     torch.manual_seed(0)
     teacher, model = (nn.Sequential(nn.Embedding(9, 4, sparse=True), nn.Linear(4, 3)) for _ in range(2))
     assert evolvenet.polish(model, teacher, [torch.randint(9, (16,)) for _ in range(4)], steps=20).kept
+
+
+def test_under_autocast_weights_are_trained_and_used_as_they_are() -> None:
+    torch.manual_seed(0)
+    whole, model = (nn.Sequential(nn.Linear(6, width), nn.ReLU(), nn.Linear(width, 3)) for width in (32, 8))
+    batches = [torch.randn(24, 6) for _ in range(4)]
+    plain = evolvenet.polish(copy.deepcopy(model), whole, batches, steps=40)
+    with torch.autocast("cpu", torch.bfloat16):
+        model(batches[0])
+        done = evolvenet.polish(model, whole, batches, steps=40)
+        within = model(batches[0])
+    assert {each.dtype for each in model.parameters()} == {torch.float32}
+    assert done.kept
+    assert done.after == pytest.approx(plain.after, rel=0.1)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(model(batches[0]), within)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,12 +13,13 @@ import evolvenet
 from evolvenet.execution.sampling import held_out
 from evolvenet.measurement.activation_moments import collect
 from evolvenet.measurement.output_error import output_error, outputs_on
-from evolvenet.pruning import fitted_prune, reconstruction, reconstruction_batch
+from evolvenet.pruning import fitted_prune, reconstruction, reconstruction_batch, streamed_plan
 from evolvenet.pruning.reconstruction import fit_to_targets, reconstruct
 from evolvenet.pruning.reconstruction_batch import ONE_SHOT_LIMITS
+from evolvenet.pruning.recorded_outputs import recorded
 from evolvenet.pruning.selection import plan_prune
 from evolvenet.pruning.streamed_plan import fit_streamed, plan_streamed
-from evolvenet.surgery.resize_model import Surgery
+from evolvenet.surgery.resize_model import Surgery, compile_surgery
 from evolvenet.tracing.trace import trace
 from tests.helpers.small_models import convnet, images, mlp
 from tests.helpers.states import State
@@ -52,7 +54,7 @@ def test_the_plan_is_that_of_all_moments_at_once(name: str) -> None:
     biases = {name for name in expected if name.removesuffix("bias") + "weight" in fitted}
     assert_same(values_of(streamed.surgery), expected, biases)
     again = reconstruct(model, graph, streamed.surgery, [batch], ONE_SHOT_LIMITS)
-    made = fit_to_targets(model, graph, streamed.surgery, streamed.recording)
+    made = fit_to_targets(model, graph, streamed.surgery, replace(streamed.recording, fallbacks={}))
     assert_same(values_of(made), values_of(again), set())
     assert not any(streamed.recording.targets.values())
 
@@ -102,30 +104,55 @@ def test_a_large_model_is_pruned_as_a_small_one_is(monkeypatch: pytest.MonkeyPat
     assert errors[1] == pytest.approx(errors[0], rel=1e-6)
 
 
+def test_where_no_consumer_of_a_large_model_could_be_fitted_no_outputs_are_compared(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(reconstruction_batch, "LARGE", 0)
+    model, x = cases()["mlp"]
+    graph, runs = trace(model, x[:1]), list[Any]()
+    monkeypatch.setattr(fitted_prune, "outputs_on", lambda *given: runs.append(given) or outputs_on(*given))
+    sizes = {width.name: 18 for width in graph.resizable}
+    for fails in (False, True):
+        if fails:
+            monkeypatch.setattr(reconstruction, "refit_or_keep", lambda *_: None)
+            monkeypatch.setattr(streamed_plan, "refit_columns", lambda *_: ())
+        surgery = fitted_prune.plan_fitted_prune(model, graph, sizes, x.split(20))
+        bare = values_of(compile_surgery(model, graph, surgery.maps, surgery.bases))
+        assert not fails or all(torch.equal(value, bare[name]) for name, value in values_of(surgery).items())
+        assert (not runs) == fails
+        runs.clear()
+
+
 @pytest.mark.parametrize("failing", [{18}, {3}, {18, 3}], ids=str)
-def test_a_consumer_whose_fit_fails_keeps_the_refit_to_the_moments(
-    failing: set[int], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("count", [80, 30], ids=["rows_as_moments", "rows_kept"])
+def test_a_consumer_whose_fit_fails_gets_the_refit_to_the_moments(
+    failing: set[int], count: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The others are fitted to what it puts out with that."""
     model, batch = cases()["mlp"]
+    batch = batch[:count]
     graph, held = trace(model, batch[:1]), held_out([len(batch)])
     sizes = {width.name: 18 for width in graph.resizable}
-    fit = reconstruction.refit_or_keep
-    rows = {18: "2.weight", 3: "4.weight"}
+    fit, runs = reconstruction.refit_or_keep, list[Any]()
+    rows = {18: "2", 3: "4"}
     monkeypatch.setattr(
         reconstruction, "refit_or_keep", lambda x, y, weight, *rest: (
             None if weight.shape[-2] in failing else fit(x, y, weight, *rest)
         )
     )  # fmt: skip
+    monkeypatch.setattr(streamed_plan, "recorded", lambda *given: runs.append(given[2]) or recorded(*given))
     found = fit_streamed(model, graph, sizes, batch, held, ONE_SHOT_LIMITS)
     assert found is not None
+    assert len(runs) == 1
     bare, fitted = map(values_of, found)
-    whole = values_of(plan_prune(model, graph, sizes, collect(model, graph, [batch])))
-    for size, name in rows.items():
-        same = torch.allclose(fitted[name], whole[name], rtol=1e-5, atol=1e-7)
-        assert same == (size in failing)
-        assert not torch.equal(fitted[name], bare[name])
-    start = plan_streamed(model, graph, sizes, batch, held, ONE_SHOT_LIMITS, frozenset(rows[size] for size in failing))
-    assert start is not None
-    again = values_of(fit_to_targets(model, graph, start.surgery, start.recording))
-    assert_same(fitted, again, set())
+    whole = plan_prune(model, graph, sizes, collect(model, graph, [batch]))
+    for size, layer in rows.items():
+        for name in (f"{layer}.weight", f"{layer}.bias"):
+            same = torch.allclose(fitted[name], values_of(whole)[name], rtol=1e-5, atol=1e-7)
+            assert same == (size in failing)
+        assert not torch.equal(fitted[f"{layer}.weight"], bare[f"{layer}.weight"])
+    kept = {f"{rows[size]}.{kind}" for size in failing for kind in ("weight", "bias")}
+    changes = {change.name: change for change in found[0].changes}
+    changes |= {change.name: change for change in whole.changes if change.name in kept}
+    start = replace(found[0], changes=tuple(changes.values()))
+    assert_same(fitted, values_of(reconstruct(model, graph, start, [batch], ONE_SHOT_LIMITS)), set())

@@ -1,0 +1,140 @@
+"""The page `experiments/compare/language_polish.md`, written from the results of `experiments.compare.language_polish`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from statistics import fmean
+
+from experiments.compare.language_networks import KINDS
+from experiments.compare.language_table import GOALS
+from experiments.compare.records import Record, read
+from experiments.pages import commit, machine_line, markdown, span, write_whole
+
+Results = Mapping[tuple[int, str], Mapping[int, Record]]
+"""{(percent removed, method): {seed: result}}."""
+
+LABELS = {
+    "ffn": "**ours, inner units**",
+    "widths": "**ours, all widths with heads**",
+    "both": "**ours, widths and ranks (`compress`)**",
+    "svd_llm": "ranks as in SVD-LLM",
+    "slicegpt": "rotated stream as in SliceGPT",
+    "tp_llm": "Torch-Pruning's recipe for LLMs",
+}
+"""Methods by name, see `experiments.compare.language`."""
+
+OURS = ("ffn", "widths", "both")
+
+COLUMNS = {"right after the cut": "cut", "polished": "polished"}
+
+EXPLANATION = """The cuts, the samples and the figures are those of [language.md](language.md), **the networks are not**: these
+were trained on a CPU, for as many steps as their heading says, on the text of another machine. Rows compare within this page
+alone. Figures: by how much the mean cross-entropy of the next character rises on the test text, in nats.
+
+- **polished**: after the cut `evolvenet.polish`, with the same settings for all methods, no labels and no other text: the 256
+  sequences of the cut, of which an eighth decides whether the weights are kept, and for each of the others some that the uncut
+  network itself writes from its first characters (data-free distillation, as in Liu et al. (2023), "LLM-QAT").
+- **ours**: sizes by `evolvenet.allocate(…, loss="kl")`; `evolvenet.compress(…, loss="kl")`.
+- The settings of the polish were chosen on validation text, with seed 0 of LLaMA at −30 %. Of our methods the best on
+  validation text counts for a goal, of the others the best on the test text.
+"""
+
+
+def _key(record: Record) -> tuple[int, str]:
+    return record["level"], record["method"]
+
+
+def write_page(path: Path, cache: Path) -> None:
+    """Write the whole page.
+
+    Args:
+        path: of the file.
+        cache: folder of the results, `network/seedN/…json`.
+    """
+    found = {kind: read(cache / kind, LABELS, _key) for kind in KINDS}
+    lines = ["# Language models, polished", ""]
+    lines += [
+        f"Written by `python -m experiments.compare.language_polish` {machine_line()}; page at git {commit()}.",
+        "",
+    ]
+    lines += [*markdown(["goal, polished", "measured, mean", ""], list(goals(found)), text=(0, 1, 2)), "", EXPLANATION]
+    for kind, (uncut, results) in found.items():
+        lines += _network(KINDS[kind], uncut, results) if results else []
+    write_whole(path, "\n".join(lines).rstrip() + "\n")
+
+
+def goals(found: Mapping[str, tuple[Mapping[int, Record], Results]]) -> Iterator[list[str]]:
+    """A row for each goal: what it is, what was measured, whether it is met."""
+    for kind, (_, results) in found.items():
+        for level in sorted({level for level, _ in results}):
+            means = {name: mean for name in LABELS if (mean := _mean(results, level, name, "validation")) is not None}
+            tests = {name: _mean(results, level, name, "test") or 0.0 for name in means}
+            ours = min((name for name in means if name in OURS), key=means.__getitem__, default=None)
+            if ours is None:
+                continue
+            shown = f"{tests[ours]:+.4f} ({LABELS[ours].replace('*', '')})"
+            most = GOALS[level]
+            yield [f"{KINDS[kind]}, −{level} %: at most {most:+.3f}", shown, _verdict(tests[ours] <= most)]
+            peer = min((name for name in means if name not in OURS), key=tests.__getitem__, default=None)
+            if peer is not None:
+                goal = f"{KINDS[kind]}, −{level} %: at most half of the best other, polished too"
+                against = f"{shown} against {tests[peer]:+.4f} ({LABELS[peer]})"
+                yield [goal, against, _verdict(tests[ours] <= tests[peer] / 2)]
+
+
+def _mean(results: Results, level: int, name: str, part: str) -> float | None:
+    values = [record["polished"][part] for record in results.get((level, name), {}).values() if "polished" in record]
+    return fmean(values) if values else None
+
+
+def _verdict(met: bool) -> str:
+    return "met" if met else "**missed**"
+
+
+def _network(title: str, uncut: Mapping[int, Record], results: Results) -> list[str]:
+    one = next(iter(uncut.values()))
+    records = [record for by_seed in results.values() for record in by_seed.values()]
+    done = [record for record in records if "polished" in record]
+    made = ", ".join(sorted({record["commit"] for record in records}))
+    steps, sequences = (
+        span(sorted({f"{record[what]:,}" for record in done})) if done else "–" for what in ("polish_steps", "samples")
+    )
+    lines = [
+        f"## {title}: uncut {_shown([record['test'] for record in uncut.values()], '{:.3f}')} nats a character",
+        "",
+        f"{one['parameters']:,} parameters; text {one['text']} of {one['characters']:,} characters; "
+        f"{one['steps']:,} training steps on {one['device']}; seeds {', '.join(map(str, sorted(uncut)))}; at git {made}. "
+        f"Processor seconds of one thread: {_seconds(done, 'seconds_to_cut')} to cut, "
+        f"{_seconds(done, 'seconds_to_polish')} to polish ({steps} steps, {sequences} sequences).",
+        "",
+    ]
+    levels = sorted({level for level, _ in results})
+    for heading, what in COLUMNS.items():
+        rows = [
+            [
+                LABELS[name],
+                *(_cell(list(results.get((level, name), {}).values()), what, len(uncut)) for level in levels),
+            ]
+            for name in LABELS
+        ]
+        lines += [*markdown([heading, *(f"−{level} %" for level in levels)], [row for row in rows if any(row[1:])]), ""]
+    return lines
+
+
+def _seconds(records: Sequence[Record], what: str) -> str:
+    return span([f"{value:.0f}" for value in sorted(record[what] for record in records)]) if records else "–"
+
+
+def _cell(records: Sequence[Record], what: str, count: int) -> str:
+    if records and all("refused" in record for record in records):
+        return "–"
+    values = [record[what]["test"] for record in records if what in record]
+    return _shown(values, "{:+.4f}") + (f" n = {len(values)}" if 0 < len(values) < count else "")
+
+
+def _shown(values: Sequence[float], form: str) -> str:
+    if not values:
+        return ""
+    spread = span([form.format(value) for value in sorted(values)])
+    return form.format(fmean(values)) + (f" ({spread})" if len(values) > 1 else "")

@@ -1,0 +1,52 @@
+"""Language models cut and polished, on a tiny network: results out, kept, shown with their goals."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+
+from experiments.compare import language_polish as compare
+from experiments.compare.language_networks import TINY, build
+from experiments.compare.language_polish_table import goals
+
+PROSE = "".join(f"The {number * number} quick foxes jump over {number} lazy dogs.\n\n" for number in range(500))
+
+
+def test_a_run_leaves_results_and_a_page_and_a_second_one_keeps_them(tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text(PROSE, encoding="utf-8")
+    chosen = ["--tiny", "--only", "gpt2", "--levels", "30", "--methods", "svd_llm"]
+    chosen += ["--cache", str(tmp_path), "--page", str(tmp_path / "page.md")]
+    compare.main(chosen)
+    path = tmp_path / "gpt2/seed0/30-svd_llm.json"
+    record = json.loads(path.read_text("utf-8"))
+    assert record["parameters"] <= 0.7
+    assert record["polish_after"] < record["polish_before"]
+    # Of 32 sequences 28 are not held out, and for each of these the network writes some.
+    assert record["samples"] == 32 + 28 * compare.WRITTEN
+    page = (tmp_path / "page.md").read_text("utf-8")
+    for what in ("cut", "polished"):
+        assert f"| {record[what]['test']:+.4f} |" in page
+    made = path.stat().st_mtime_ns
+    compare.main(chosen)
+    assert path.stat().st_mtime_ns == made
+
+
+def test_what_a_network_writes_begins_as_the_text_does_and_is_its_own() -> None:
+    torch.manual_seed(0)
+    model, given = build("llama", TINY).eval(), torch.randint(0, 97, (4, 32))
+    found = compare.written(model, given)
+    assert found.shape == given.shape
+    assert torch.equal(found[:, : compare.PROMPT], given[:, : compare.PROMPT])
+    assert not torch.equal(found, given)
+
+
+def test_goals_take_the_best_of_ours_by_validation_and_the_best_other_by_test() -> None:
+    def row(validation: float, test: float) -> dict[int, dict[str, dict[str, float]]]:
+        return {0: {"polished": {"validation": validation, "test": test}}}
+
+    results = {(30, "ffn"): row(0.02, 0.01), (30, "widths"): row(0.01, 0.017), (30, "svd_llm"): row(0.0, 0.03)}
+    first, second = goals({"llama": ({}, results)})
+    assert ("+0.0170" in first[1], first[2]) == (True, "met")
+    assert ("+0.0300" in second[1], second[2]) == (True, "**missed**")
