@@ -3,6 +3,7 @@
 import evolvenet  # isort: skip  # noqa: F401  (first: it patches PyPI's torchvision, which Lightning imports)
 
 import sys
+from pathlib import Path
 from typing import Any
 
 import hydra
@@ -10,7 +11,7 @@ import lightning
 import torch
 from omegaconf import DictConfig
 
-from experiments.training.jobs import plain_words
+from experiments.training.jobs import plain_words, unknown_name
 from experiments.training.run import run_config
 
 
@@ -25,4 +26,6 @@ def main(config: DictConfig) -> Any:
 
 if __name__ == "__main__":
     sys.argv = plain_words(sys.argv)
+    if (problem := unknown_name(sys.argv[1:], Path(__file__).parent / "conf")) is not None:
+        sys.exit(f"error: {problem}")
     main()

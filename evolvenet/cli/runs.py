@@ -19,6 +19,8 @@ from evolvenet.report.facts import without_secret
 from evolvenet.report.front import on_front
 
 RESULT = "result.json"
+OVERRIDES = ".hydra/overrides.yaml"
+"""What was typed for a run, in its folder."""
 UNRELATED = ("output", "resume", "threads")
 """Settings of a run that do not change its result: no part of its name."""
 
@@ -49,7 +51,8 @@ class FinishedRun:
 
     Args:
         name: path of its folder below the one that was given.
-        settings: its overrides that not all of the runs share, of a single run all.
+        settings: its overrides that not all of the runs share; where it alone has ended, that it does not share with those
+            that have not, of a single run all.
         result: content of its `result.json`.
     """
 
@@ -74,16 +77,20 @@ def runs_below(folders: Sequence[Path]) -> list[FinishedRun]:
             outer = root.name if above is None or above == root else root.relative_to(above).as_posix()
             parts = [outer] * (above is not None or not below) + [below] * bool(below)
             names.setdefault(path, "/".join(parts))
-    given = {path: _overrides(path) for path in names}
+    # Where one run alone has a result, those without (failed, stopped) tell what was swept.
+    others = (
+        {path.parent.parent for root in roots for path in root.rglob(OVERRIDES)} if len(names) == 1 else set[Path]()
+    )
+    given = {path: _overrides(path) for path in {*names, *others}}
     shared = set.intersection(*map(set, given.values())) if len(given) > 1 else set[str]()
-    own = {path: " ".join(word for word in words if word not in shared) for path, words in given.items()}
+    own = {path: " ".join(word for word in given[path] if word not in shared) for path in names}
     return [FinishedRun(name, own[path], result_of(path)) for path, name in names.items()]
 
 
 def _overrides(folder: Path) -> list[str]:
     """What was typed for a run, as Hydra recorded it, without secrets and what does not change its result."""
     try:
-        found = yaml.safe_load((folder / ".hydra" / "overrides.yaml").read_text(encoding="utf-8"))
+        found = yaml.safe_load((folder / OVERRIDES).read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError):
         return []
     words = [str(word) for word in found] if isinstance(found, list) else []

@@ -6,10 +6,12 @@ import contextlib
 import json
 import logging
 import os
+import re
 import shlex
 import sys
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +58,38 @@ def plain_words(arguments: Sequence[str]) -> list[str]:
         else:
             found.append(word)
     return found
+
+
+def unknown_name(arguments: Sequence[str], folder: Path) -> str | None:
+    """What is wrong with the first word that names no configuration of its group, with the nearest names; None if all do.
+
+    Words that are more than names (lists, functions of a sweep) are left to Hydra, and all where other folders are searched.
+
+    Args:
+        arguments: as Hydra takes them.
+        folder: with a folder for each group.
+
+    >>> from tempfile import TemporaryDirectory
+    >>> with TemporaryDirectory() as conf:
+    ...     Path(conf, "experiment").mkdir()
+    ...     Path(conf, "experiment", "digits_both.yaml").touch()
+    ...     unknown_name(["+experiment=digit_both"], Path(conf))
+    "experiment: expected the name of a file in conf/experiment, got 'digit_both'. Nearest: digits_both."
+    """
+    if any(word.startswith(("--config", "-c", "hydra.searchpath")) for word in arguments):
+        return None
+    for word in arguments:
+        group, equals, names = word.lstrip("+").partition("=")
+        if not equals or not re.fullmatch(r"\w+", group) or not re.fullmatch(r"[\w./,-]+", names):
+            continue
+        known = sorted(
+            path.relative_to(folder / group).with_suffix("").as_posix() for path in (folder / group).rglob("*.yaml")
+        )
+        for name in names.split(",") if known else ():
+            if name.removesuffix(".yaml") not in (*known, "null"):
+                nearest = get_close_matches(name, known, n=3, cutoff=0.5) or known
+                return f"{group}: expected the name of a file in conf/{group}, got {name!r}. Nearest: {', '.join(nearest)}."
+    return None
 
 
 @contextlib.contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -18,7 +19,7 @@ from torch import nn
 import evolvenet
 from evolvenet.cli.app import app, main
 from evolvenet.cli.objects import build
-from evolvenet.cli.runs import points_of
+from evolvenet.cli.runs import points_of, runs_below
 from evolvenet.measurement.cost import parameters
 from tests.helpers.pages import shape
 from tests.helpers.paths import ROOT
@@ -218,6 +219,12 @@ def test_runs_are_named_by_the_overrides_that_not_all_share_and_fronts_give_ever
     }  # fmt: skip
     assert {point["run"] for point in points_of([runs / "same", runs / "large"])} == {"same", "model=x lr=large"}
     assert [point["run"] for point in points_of([runs / "small"])] == ["small"]
+    # Of a sweep of which one run alone has a result, the others tell what was swept.
+    for name in ("small", "worse"):
+        shutil.copytree(runs / name / ".hydra", runs / "sweep" / name / ".hydra")
+    shutil.copy(runs / "small" / "result.json", runs / "sweep" / "small")
+    assert [run.settings for run in runs_below([runs / "sweep"])] == ["lr=small"]
+    shutil.rmtree(runs / "sweep")
     words = json.dumps(["lr=small", "+logger={api_key: s3cret, project: x}", "+token=s3cret"])
     (runs / "small" / ".hydra" / "overrides.yaml").write_text(words, encoding="utf-8")
     names = {point["run"] for point in points_of([runs / "small", runs / "worse"])}

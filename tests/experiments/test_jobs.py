@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -22,7 +23,15 @@ from omegaconf import OmegaConf
 
 from evolvenet.cli.runs import points_of
 from experiments.training import jobs
-from experiments.training.jobs import SettingsError, check_types, finished, resume_command, stopped_run
+from experiments.training.jobs import (
+    SettingsError,
+    check_types,
+    finished,
+    plain_words,
+    resume_command,
+    stopped_run,
+    unknown_name,
+)
 from experiments.training.sweep import SweepTable, draw_sweep, sweep_table, tabulate
 from tests.helpers.experiments import configuration, train
 from tests.helpers.paths import CONF, ROOT
@@ -97,6 +106,23 @@ def test_a_setting_of_the_wrong_type_is_one_line(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert done.stderr.strip() == "error: trainer.max_epochs: expected a number, such as 60, got 'abc'."
     assert "Traceback" not in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["experiment=digit_both"], "experiment: .* got 'digit_both'. Nearest: .*digits_both"),
+        (["-m", "model=digits_resnet,digits_resnets"], "model: .* got 'digits_resnets'. Nearest: digits_resnet"),
+        (["evolve=qqq"], "evolve: .* got 'qqq'. Nearest: budget, .*tolerance"),
+        (["experiment=digits_both", "model=timm:resnet18", "evolve=none", "logger=null", "seed=0,1"], None),
+        (["logger=[csv,wandbs]", "model=glob(*)", "evolve.policy.prune=7", "seed=1", "lr=x"], None),
+        (["--config-dir", "own", "experiment=mine"], None),
+        (["-cd=own", "experiment=mine"], None),
+    ],
+)
+def test_names_of_no_configuration_are_one_line_with_the_nearest(words: list[str], expected: str | None) -> None:
+    found = unknown_name(plain_words(words), ROOT / "conf")
+    assert found is None if expected is None else re.search(expected, found or "")
 
 
 def test_a_missing_device_is_one_line(tmp_path: Path) -> None:

@@ -94,7 +94,6 @@ MIXTURES: dict[str, Family] = {
         "Qwen3Moe", MIXTURE, **WITH_PLACES, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=EXPERT,
         mlp_only_layers=[],
     ),
-    # Its routed experts number `num_local_experts` there, `n_routed_experts` is another name.
     "deepseek_v2": _decoder("DeepseekV2", (FFN, HEADS, PLACES, STREAM, EXPERTS), **DEEPSEEK),
     "deepseek_v3": _decoder("DeepseekV3", (FFN, HEADS, PLACES, STREAM, EXPERTS), **DEEPSEEK),
     "gpt_oss": _decoder(
