@@ -67,6 +67,9 @@ class Setting:
 
 
 FULL = Setting()
+SMALL = Setting(2, 64, 4, 64, steps=1000, judged=1024)
+"""For what takes many runs, see `experiments.compare.time_to_accuracy`."""
+
 TINY = Setting(2, 32, 4, 32, batch=8, steps=20, steps_after=3, calibration=32, judged=16, seeds=(0,))
 """For tests and trials."""
 

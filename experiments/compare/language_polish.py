@@ -25,7 +25,7 @@ from experiments.compare import language_peers as peers
 from experiments.compare.copies import copied
 from experiments.compare.language_methods import METHODS as CUTS
 from experiments.compare.language_methods import Study
-from experiments.compare.language_networks import FULL, KINDS, TINY, Text, Uncut, add_sizes, mean_loss, windows
+from experiments.compare.language_networks import FULL, KINDS, SMALL, TINY, Text, Uncut, add_sizes, mean_loss, windows
 from experiments.compare.language_polish_table import LABELS, write_page
 from experiments.compare.records import is_current
 from experiments.pages import commit, state, write_whole
@@ -116,7 +116,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = _options(arguments)
     # Once, at the start: the sources may change during the run, which uses the modules loaded then.
     made_of = {"state": state(), "commit": commit()}
-    setting = TINY if options.tiny else replace(FULL, steps=options.steps)
+    setting = TINY if options.tiny else SMALL if options.small else replace(FULL, steps=options.steps)
     text = Text.read(options.text or options.cache / "text.txt")
     for kind in options.only:
         for seed in options.seeds if options.seeds is not None else setting.seeds:
@@ -142,6 +142,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--text", type=Path, help="file of the text (default: text.txt in the cache, made if not there)"
     )
     parser.add_argument("--tiny", action="store_true", help="networks of two layers trained for some steps, for trials")
+    parser.add_argument("--small", action="store_true", help="networks of two layers, `SMALL`, trained for 1,000 steps")
     parser.add_argument("--keep-old", action="store_true", help="keep results of an older state of the package")
     parser.add_argument("--cache", type=Path, default=Path("outputs/language_polish"), help="folder of the results")
     parser.add_argument("--page", type=Path, default=Path(__file__).with_suffix(".md"), help="page to write")

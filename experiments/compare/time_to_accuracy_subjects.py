@@ -18,7 +18,7 @@ from torch.nn.utils import convert_conv2d_weight_memory_format
 import evolvenet
 from evolvenet.measurement.output_error import OutputMeasure
 from experiments.compare.few_samples import SETTINGS, moved
-from experiments.compare.language_networks import TINY, Setting, Text, Uncut, build, drawn, loss_of, windows
+from experiments.compare.language_networks import SMALL, TINY, Setting, Text, Uncut, build, drawn, loss_of, windows
 from experiments.compare.language_polish import Polished
 from experiments.compare.networks import TaskData, tasks, uncut
 from experiments.data.images import BatchLoader
@@ -243,9 +243,6 @@ class Characters(Subject):
         ]
         return float(torch.cat(chosen).double().mean())
 
-
-SMALL = Setting(2, 64, 4, 64, steps=1000, judged=1024)
-"""The language model is smaller here than in `experiments.compare.language`, and trained for fewer steps."""
 
 WAYS = {
     "mnist": Ways((50, 100, 200, 400, 800), (3e-4, 1e-3), (3e-3, 1e-2), margins=(0.2, 0.5, 1, 2)),
