@@ -126,7 +126,7 @@ compare-shipped: compare-shipped-install
 
 compare-shipped-install: $(SHIPPED)/.installed
 
-$(SHIPPED)/.installed: pyproject.toml
+$(SHIPPED)/.installed: pyproject.toml Makefile
 	$(PYTHON) -m venv $(SHIPPED)
 	$(SHIPPED)/bin/pip install --quiet 'torch>=2.8,<2.14'
 	$(SHIPPED)/bin/pip install --quiet --editable '.[experiments,transformers]' librosa einops local-attention requests

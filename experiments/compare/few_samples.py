@@ -83,7 +83,9 @@ SETTINGS = {
         },
         half=True,
     ),
-    "digits": Setting((50,), 50, (50,), 1, False, {"features": ("blocks.*", "hidden")}, {50: {"steps": 20}}, half=True),
+    "digits": Setting(
+        (50,), 50, (50,), 1, False, {"steps": 20, "features": ("blocks.*", "hidden")}, {50: {"rate": 5e-3}}, half=True
+    ),
 }
 """Imitated beside the outputs: the last residual sum of each stage, and the features before the last layer."""
 

@@ -27,7 +27,7 @@ from experiments.compare.language_methods import METHODS as CUTS
 from experiments.compare.language_methods import Study
 from experiments.compare.language_networks import FULL, KINDS, SMALL, TINY, Text, Uncut, add_sizes, mean_loss, windows
 from experiments.compare.language_polish_table import LABELS, write_page
-from experiments.compare.records import is_current
+from experiments.compare.records import is_current, load
 from experiments.pages import commit, state, write_whole
 
 LEVELS = (50, 30, 20)
@@ -157,11 +157,17 @@ def run(
     for level in options.levels:
         for name in options.methods:
             path, own = folder / f"{level}-{name}.json", {"weights": uncut.record["weights"], **made_of}
-            if not is_current(path, own, keep_old=options.keep_old, after=None):
+            if not (_asked(path, options) and is_current(path, own, keep_old=options.keep_old, after=None)):
                 target = round((1 - level / 100) * uncut.record["parameters"])
-                found = {"level": level, "method": name, **own, **measured(study, name, target)}
+                found = {"level": level, "method": name, "asked": options.polish_steps, **own}
+                found |= measured(study, name, target)
                 write_whole(path, json.dumps(found, indent=1))
                 yield found
+
+
+def _asked(path: Path, options: argparse.Namespace) -> bool:
+    """Whether a result is of as many steps of the polish as are asked for."""
+    return path.exists() and load(path).get("asked", POLISH["steps"]) == options.polish_steps
 
 
 def measured(study: Polished, name: str, target: int) -> dict[str, Any]:

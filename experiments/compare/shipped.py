@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import evolvenet
 from evolvenet.pruning.allocation import Allocation
@@ -167,6 +167,7 @@ def opened(name: str, data: Path, samples: int | None) -> tuple[dict[str, Any], 
         "parameters": graph.parameters,
         "coverage": graph.coverage,
         "samples": samples,
+        "tried": _tried(subject.calibration[0], samples),
         "inputs": sum(_count(batch) for batch in subject.calibration),
         "settings": {**POLISH, **subject.polish},
         "trace": round(time.process_time() - begin, 1),
@@ -215,6 +216,13 @@ def scores(subject: Subject, model: nn.Module) -> list[float]:
 
 def _count(batch: Any) -> int:
     return len(next(iter(batch.values())) if isinstance(batch, dict) else batch)
+
+
+def _tried(batch: Any, samples: int) -> int:
+    """Inputs in the trials: a batch without tensors cannot be cut, and counts as one of the samples."""
+    if isinstance(batch, dict) and not any(isinstance(value, Tensor) for value in batch.values()):
+        return samples * _count(batch)
+    return samples
 
 
 def example(subject: Subject) -> Any:

@@ -6,7 +6,6 @@ import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +16,9 @@ from torch.nn.utils import convert_conv2d_weight_memory_format
 
 import evolvenet
 from evolvenet.measurement.output_error import OutputMeasure
-from experiments.compare.few_samples import SETTINGS, moved
+from experiments.compare.few_samples import SETTINGS, polished
 from experiments.compare.language_networks import SMALL, TINY, Setting, Text, Uncut, build, drawn, loss_of, windows
+from experiments.compare.language_peers import parameters
 from experiments.compare.language_polish import Polished
 from experiments.compare.networks import TaskData, tasks, uncut
 from experiments.data.images import BatchLoader
@@ -137,9 +137,8 @@ class Images(Subject):
 
     def polish(self, model: nn.Module) -> evolvenet.Polish:
         """See `Subject.polish`; as in `experiments.compare.few_samples`."""
-        setting, samples = SETTINGS[self.name], self.calibration()
-        augment = partial(moved, shift=setting.shift, flip=setting.flip)
-        return evolvenet.polish(model, self.model, samples, augment=augment, **setting.polish)
+        removed = round(100 * (1 - parameters(model) / parameters(self.model)))
+        return polished(model, self.model, self.calibration(), SETTINGS[self.name], removed)
 
     def fresh(self) -> nn.Module:
         """See `Subject.fresh`."""

@@ -63,4 +63,4 @@ def _masked(plain: Any, text: Callable[[str], str], secret: bool = False) -> Any
         return plain
     if secret and not plain.startswith("${oc.env:"):
         return MASK
-    return text(without_secret(plain) if plain.startswith("-") else plain)
+    return text(without_secret(plain) if plain.startswith("-") or " -" in plain else plain)

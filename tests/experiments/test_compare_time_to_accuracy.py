@@ -41,7 +41,7 @@ def parameters(model: torch.nn.Module) -> int:
 def test_both_starts_have_the_same_widths_and_curves_that_end_at_the_first_crossing(folder: Path) -> None:
     found = results(folder)
     assert found["cut"]["sizes"] == found["scratch"]["sizes"] == found["polished"]["sizes"]
-    # 20 steps, for each rate that was tried.
+    # As many for each rate that was tried.
     assert found["polished"]["polish_steps"] >= 20
     assert found["polished"]["seconds"].keys() - found["cut"]["seconds"].keys() == {"polish"}
     for record in found.values():

@@ -25,6 +25,7 @@ def config(monkeypatch):
                 "again": "${logger.api_key}",
                 "in": "x-${logger.api_key}-y",
             },
+            "command": "python serve.py --token s3cret-4",
             "plain": {"api_key": "s3cret-1", "access_token": "s3cret-2", "db": {"Password": "s3cret-3"}},
             "secrets": {"one": "s3cret-4", "more": ["s3cret-5"]},
             "root": "${oc.env:UNSET_VARIABLE,data}",
