@@ -50,8 +50,8 @@ Settings were chosen on training images outside of those that are given, with se
 On CIFAR-10 most was gained by a lower rate at −70 %, and by more steps: at −90 % four times as many, in 2.3 times the time of the
 earlier settings; shifts added a little. There neither mixtures of two images (mixup, cutmix), nor orthogonalised steps
 (Muon) in the place of Adam's, nor a lower rate were better. At −50 % the rate is the one that `polish` had fallen back to on the
-images that it holds out; it was not tuned further. Earlier settings, 200 steps without shifts in float32, had 84.17 / 81.78 / 72.94 at −50 / −70 / −90 % (seeds 0, 1;
-commit 01d7222).
+images that it holds out; it was not tuned further. Earlier settings, 200 steps without shifts in float32, had
+84.17 / 81.78 / 72.94 at −50 / −70 / −90 % (seeds 0, 1; commit 01d7222).
 """
 
 
