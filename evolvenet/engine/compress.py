@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ from evolvenet.measurement.cost import Costs, latency, macs, parameters, size_in
 from evolvenet.measurement.output_error import MEASURES, OutputMeasure, outputs_on
 from evolvenet.pruning.allocation import allocate_to
 from evolvenet.pruning.distillation import Descent, distil
+from evolvenet.pruning.distillation_losses import OutputDistance
 from evolvenet.pruning.distillation_samples import Augment, before_judged, imitation
 from evolvenet.pruning.reconstruction import reconstruct
 from evolvenet.pruning.selection import plan_prune
@@ -118,8 +120,8 @@ def compress(  # noqa: PLR0913  one name for each cost
         ResizeError: if the network cannot be made so small, or for none or several costs. Nothing has changed then.
         TraceError: if the model does not run on the inputs, or there is no batch.
         SpectrumError: for NaN or infinite weights or inputs.
-        DistillationError: for another loss; if steps are asked for and no parameter requires gradients, or the network cannot be
-            copied.
+        DistillationError: for another loss, or outputs that are no logits for "kl"; if steps are asked for and no parameter
+            requires gradients, or the network cannot be copied.
 
     >>> _ = torch.manual_seed(0)
     >>> model = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
@@ -139,8 +141,10 @@ def compress(  # noqa: PLR0913  one name for each cost
             f"{amount(goal.kind, goal.limit)}. It meets the limit already."
         )
     fitting, judging = held_out(listed)
-    search = Search.of(model, graph, goal, fitting, lowrank, loss)
     whole = outputs_on(model, judging, graph)
+    if loss != "outputs":
+        OutputDistance.of(loss, [whole])
+    search = Search.of(model, graph, goal, fitting, lowrank, loss)
 
     def error(model: nn.Module, graph: WidthGraph) -> float:
         return MEASURES[loss](whole, outputs_on(model, judging, graph))
@@ -153,8 +157,7 @@ def compress(  # noqa: PLR0913  one name for each cost
     lesson = imitation(model, listed, graph.outputs, augment is not None or bool(features)) if steps else None
     with ExitStack() as undo:
         with deferred_signals("the compression"):
-            # What decides whether the steps help is not used before them.
-            known = before_judged(listed, lesson[1]) if lesson is not None else listed
+            known = before_judged(listed, lesson[1]) if lesson is not None else listed  # less what decides on the steps
             cut, layers = search.execute(chosen.name, sizes, known, as_list(optimizers), undo)
             after = (
                 trace(model, example_inputs, outputs) if layers is not None and layers.before > layers.after else cut
@@ -382,11 +385,13 @@ def _listed(batches: Iterable[Any]) -> list[Any]:
 
 
 def _best(goal: Goal, found: Sequence[tuple[Attempt, Mapping[str, int]]]) -> tuple[Attempt, Mapping[str, int]]:
-    """The attempt with the least error."""
-    there = [(attempt.error, place) for place, (attempt, _) in enumerate(found) if attempt.error is not None]
+    """The attempt with the least error; one whose outputs are not finite has none."""
+    errors = [(attempt.error, place) for place, (attempt, _) in enumerate(found) if attempt.error is not None]
+    there = [each for each in errors if math.isfinite(each[0])]
     if not there:
         reasons = "; ".join(
-            f"{attempt.name}: {attempt.reason}" + (f" ({attempt.cost:,})" if attempt.cost else "")
+            f"{attempt.name}: {attempt.reason or f'error {attempt.error}'}"
+            + (f" ({attempt.cost:,})" if attempt.cost else "")
             for attempt, _ in found
         )
         raise ResizeError(

@@ -127,7 +127,10 @@ def without_loss(new_units: NewUnits, model: nn.Module, inputs: Any) -> str | No
     except TraceError as problem:
         given = f"new_units={new_units.method!r}" + (", update=True" if new_units.update else "")
         other = new_units.without_loss.method
-        return f"{given} needs the loss: new units start as {other!r} and no weight is updated. {problem}"
+        return (
+            f"{given} needs the loss: new units start as {other!r} and no weight is updated with inputs like the example. "
+            f"Batches that bring what the loss needs are used. {problem}"
+        )
     return None
 
 

@@ -262,7 +262,15 @@ def graph_of_shapes(
     first = traced(heads)
     if heads is not None or (fits(first) and not _reaches_heads(first, shapes)):
         return first
-    graphs = [(each, graph) for each, graph in ((None, first), *((h, traced(h)) for h in (True, False))) if fits(graph)]
+    graphs: list[tuple[bool | None, WidthGraph]] = [(None, first)] if fits(first) else []
+    for each in (True, False):
+        try:
+            graph = traced(each)
+        except TraceError as error:
+            # The widths by default may fit all the same.
+            log.debug("trace(heads=%s) of a file's model", each, exc_info=error)
+            continue
+        graphs += [(each, graph)] if fits(graph) else []
     if not graphs:
         return first
     (by, best), *others = graphs

@@ -94,7 +94,7 @@ class WeightOp:
             return self.inputs[rows]
         space = self.inputs.shape[2:].numel()
         chosen = self.inputs.flatten(2)[rows // space, :, rows % space]
-        return chosen.reshape(len(rows) * self.groups, -1)
+        return chosen.reshape(len(rows) * self.groups, chosen.shape[1] // self.groups)
 
     @property
     def input_positions(self) -> int:
@@ -122,7 +122,7 @@ class WeightOp:
         if geometry.is_pointwise:
             within = _place(at, geometry.stride, self.inputs.shape[2:])
             chosen = self.inputs.flatten(2)[rows // places, :, within]
-            return chosen.reshape(len(rows), self.groups, -1).movedim(1, 0)
+            return chosen.reshape(len(rows), self.groups, chosen.shape[1] // self.groups).movedim(1, 0)
         # Channels last, so that those of a place are copied at once.
         padded = _padded(self.inputs, geometry)
         extents = padded.shape[1:-1]
@@ -131,8 +131,11 @@ class WeightOp:
         for size, dilation, kernel in zip(extents, geometry.dilation, geometry.kernel, strict=True):
             offsets = [offset * size + k * dilation for offset in offsets for k in range(kernel)]
         wanted = first.unsqueeze(1) + index_tensor(offsets, rows.device)
-        chosen = padded.flatten(0, -2).index_select(0, wanted.flatten()).reshape(len(rows), len(offsets), -1)
-        return chosen.movedim(-1, 1).reshape(len(rows), self.groups, -1).movedim(1, 0)
+        chosen = (
+            padded.flatten(0, -2).index_select(0, wanted.flatten()).reshape(len(rows), len(offsets), padded.shape[-1])
+        )
+        columns = len(offsets) * padded.shape[-1] // self.groups
+        return chosen.movedim(-1, 1).reshape(len(rows), self.groups, columns).movedim(1, 0)
 
     @property
     def flipped_dims(self) -> tuple[int, ...]:
@@ -153,7 +156,7 @@ class WeightOp:
             return self._output_rows(out)[rows][None]
         space = out.shape[2:].numel()
         chosen = out.flatten(2)[rows // space, :, rows % space]
-        return chosen.reshape(len(rows), self.groups, -1).movedim(1, 0)
+        return chosen.reshape(len(rows), self.groups, chosen.shape[1] // self.groups).movedim(1, 0)
 
     def products_at(self, out: Tensor, rows: Tensor) -> Tensor:
         """`outputs_at` without the `addend`: the products with the weight, plus the bias."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -112,8 +113,23 @@ def output_divergence(whole: Sequence[Tensor], moved: Sequence[Tensor]) -> float
     """
     pairs = [(one, two) for one, two in zip(whole, moved, strict=True) if one.shape == two.shape and one.dim()]
     each = [(one.log_softmax(-1), two.log_softmax(-1)) for one, two in pairs]
-    found = [(one.exp() * (one - two)).sum(-1).mean() for one, two in each]
-    return max(0.0, sum(values_of(found)))
+    total = sum(values_of([divergences(one, two).mean() for one, two in each]))
+    # The greater one of 0 and NaN would be 0.
+    return total if math.isnan(total) else max(0.0, total)
+
+
+def divergences(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """KL(p ‖ q) for each place; a class of probability 0 adds nothing, also where both are 0 (logits of −∞).
+
+    Args:
+        log_p: `[..., classes]`, logarithms of probabilities.
+        log_q: the same.
+
+    >>> divergences(torch.tensor([0.0, -torch.inf]), torch.tensor([0.0, -torch.inf]))
+    tensor(0.)
+    """
+    p = log_p.exp()
+    return torch.where(p > 0, p * (log_p - log_q), 0.0).sum(-1)
 
 
 def output_error(whole: Sequence[Tensor], moved: Sequence[Tensor]) -> float:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from evolvenet.errors import DistillationError
 from evolvenet.linalg.host_transfers import values_of
-from evolvenet.measurement.output_error import OutputMeasure, real
+from evolvenet.measurement.output_error import OutputMeasure, divergences, real
 
 UNITS = {"outputs": ("output error", ""), "kl": ("divergence", " nats")}
 """{loss: (its name, its unit)}."""
@@ -46,7 +46,7 @@ class OutputDistance:
         shapes = [tuple(tensor.shape) for tensor in targets[0]]
         if any(len(shape) < 2 or shape[-1] < 2 for shape in shapes):
             raise DistillationError(
-                f'Polish: expected logits for loss="kl", [samples, …, classes] with two classes or more, got outputs of the '
+                f'Expected logits for loss="kl", [samples, …, classes] with two classes or more, got outputs of the '
                 f'shapes {shapes}. Name the logits by outputs=, or take loss="outputs".'
             )
         return cls(kind)
@@ -76,7 +76,7 @@ class OutputDistance:
             apart = [(one - two).square().sum() for one, two in pairs]
             return [(sum(apart[1:], apart[0]), self.scale * sum(two.numel() for _, two in pairs))]
         each = [(one.log_softmax(-1), two.log_softmax(-1)) for one, two in pairs]
-        return [((two.exp() * (two - one)).sum(), two.numel() / two.shape[-1]) for one, two in each]
+        return [(divergences(two, one).sum(), two.numel() / two.shape[-1]) for one, two in each]
 
 
 def _wide(tensor: Tensor) -> Tensor:

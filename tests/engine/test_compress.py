@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -237,3 +238,30 @@ def test_latency_is_what_was_timed(model: nn.Module, chains_take: float, monkeyp
     assert done.after == seconds(model, images(2)) <= 0.5 * before
     found = any(isinstance(module, FactoredLayer) for module in model.modules())
     assert found == (chains_take == 1.0)
+
+
+def test_outputs_that_are_no_logits_have_no_divergence_and_nothing_is_changed() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 1))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(evolvenet.EvolveNetError, match="logits"):
+        evolvenet.compress(model, torch.zeros(1, 8), [torch.randn(16, 8)] * 2, parameters=200, loss="kl")
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name])
+
+
+def test_masked_logits_are_compared_by_those_that_are_not() -> None:
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 4))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.net(x).masked_fill(torch.tensor([False, False, False, True]), -torch.inf)
+
+    torch.manual_seed(0)
+    batches = [torch.randn(32, 8) for _ in range(4)]
+    done = evolvenet.compress(Masked(), batches[0][:1], batches, parameters=250, lowrank=False, steps=10, loss="kl")
+    assert all(attempt.error > 0 for attempt in done.attempts if attempt.error is not None)
+    assert done.polished is not None
+    assert math.isfinite(done.polished.after)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor, nn
 
-from evolvenet.measurement.output_error import output_error, outputs_on, real
+from evolvenet.measurement.output_error import output_divergence, output_error, outputs_on, real
 
 
 class Words(nn.Module):
@@ -77,3 +79,10 @@ def test_places_are_taken_evenly_from_the_first_to_the_last_of_every_batch() -> 
     for batch, places in zip(batches, some.split(10), strict=True):
         taken = (places[:, 0] - batch[0, 0]) / 3
         assert (taken // 10).tolist() == list(range(10)), "one of each tenth"
+
+
+def test_a_divergence_counts_classes_that_are_masked_in_both_as_nothing_and_shows_nan() -> None:
+    one, two = torch.tensor([[0.0, 1.0, -torch.inf]]), torch.tensor([[1.0, 0.0, -torch.inf]])
+    assert output_divergence([one], [two]) == pytest.approx(output_divergence([one[:, :2]], [two[:, :2]]))
+    assert math.isnan(output_divergence([one], [torch.full_like(one, torch.nan)]))
+    assert output_divergence([one], [torch.tensor([[-torch.inf, 0.0, 0.0]])]) == math.inf

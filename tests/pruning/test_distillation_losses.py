@@ -70,7 +70,7 @@ def test_the_divergence_is_the_same_over_several_batches_and_outputs() -> None:
 
 def test_outputs_that_are_no_logits_have_no_divergence() -> None:
     teacher, model = nn.Linear(6, 1).double(), nn.Linear(6, 1).double()
-    with pytest.raises(DistillationError, match=r"expected logits .* got outputs of the shapes \[\(12, 1\)\]"):
+    with pytest.raises(DistillationError, match=r"Expected logits .* got outputs of the shapes \[\(12, 1\)\]"):
         evolvenet.polish(model, teacher, samples(4), steps=1, loss="kl")
     wrong: Any = "ce"
     with pytest.raises(DistillationError, match="expected loss to be"):
