@@ -273,6 +273,14 @@ def graph_of_shapes(
         graphs += [(each, graph)] if fits(graph) else []
     if not graphs:
         return first
+    _warn_of_others(model, graphs, shapes)
+    return graphs[0][1]
+
+
+def _warn_of_others(
+    model: nn.Module, graphs: Sequence[tuple[bool | None, WidthGraph]], shapes: Mapping[str, tuple[int, ...]]
+) -> None:
+    """Say so if numbers of the model's own depend on which of several graphs, all of which fit, the file is read by."""
     (by, best), *others = graphs
     found = _own_numbers(model, best, shapes)
     for each, graph in others:
@@ -286,7 +294,6 @@ def graph_of_shapes(
                 name, path or "the model", found.get((path, name), "as built"), by, each,
             )  # fmt: skip
             break
-    return best
 
 
 def _own_numbers(
