@@ -23,12 +23,19 @@ SECRET = re.compile(
     r"(^|[_-]|access)keys?$|apikey|token(?!iz|s$)|passw|^pwd$|secret|credential|^auth(orization)?$", re.IGNORECASE
 )
 """Names of settings whose texts are not written."""
-ENTRY = re.compile(r"([\w.-]+)['\"]?\s*[:=]\s*")
+NAME = re.compile(r"""[^\s,:\\'"{}\[\]()]*""")
+"""The name of a setting, in `name=value`."""
+ENTRY = re.compile(r"([\w.-]+)(?:\\?['\"])?\s*[:=]\s*")
 """The name of an entry on a command line: in a dict, Hydra's `{a: 1, b: 2}` or JSON, in a list, or in a URL's `?a=1`."""
-FLAG = re.compile(r"""(?<![\w-])--?([A-Za-z][\w.-]*)['"]?(?:\s*,\s*|\s+)(?=[^-\s])""")
-"""A flag with its value behind it, in a list, `[--token, abc]`, or in one text, `'--token abc'`."""
-WORD = re.compile(r"""'[^']*'|"[^"]*"|[^\s,'"{}\[\]()]*""")
-"""The value behind a flag."""
+FLAG = re.compile(
+    r"""(?<![\w-])--?([A-Za-z][\w.-]*)(?:\\?['"])?(?P<between>\s*\\?,\s*|(?:\\?\s)+)(?=\S)(?!['"]?--|\\\s)"""
+)
+"""A flag with its value behind it, in a list, `[--token, abc]`, or in one text, `'--token abc'`. It may begin with one `-`."""
+SIGN = re.compile(r"""\\.|[,'"{}\[\]()]""", re.DOTALL)
+"""What decides where a value ends; an escaped sign, of two characters, does not."""
+CLOSERS = {"{": "}", "[": "]", "(": ")"}
+VARIABLE = re.compile(r"\$\{oc\.env:\w+\}")
+"""A value that is read from the environment: its name is no secret."""
 MASK = "***"
 USER = re.compile(r"(?<=://)[^/@\s]+(?=@)")
 """User and password of a URL."""
@@ -56,8 +63,8 @@ def recorded_command(arguments: Sequence[str]) -> str:
     "train.py '+logger={project: x, api_key: ***, offline: true}'"
     """
     shown: list[str] = []
-    for argument in map(without_user, arguments):
-        shown.append(MASK if shown and is_secret_flag(shown[-1]) else without_secret(argument))
+    for before, argument in zip([None, *arguments], arguments, strict=False):
+        shown.append(MASK if is_secret_flag(before) else without_secret(without_user(argument)))
     return shlex.join(shown)
 
 
@@ -73,41 +80,85 @@ def is_secret_flag(text: Any) -> bool:
 def without_secret(text: str) -> str:
     """A setting, `name=value`, with its value masked if the name is that of a secret; in a dict, the values of such entries.
 
-    The same for flags with their values within a list or a text.
+    The same for flags with their values within a list or a text. In doubt, more than the value is masked.
 
     >>> without_secret("+logger.api_key=abc"), without_secret("+logger={api_key: abc, tags: [a, b]}"), without_secret("seed=1")
     ('+logger.api_key=***', '+logger={api_key: ***, tags: [a, b]}', 'seed=1')
-    >>> without_secret("args=[--token,abc,--fast]"), without_secret("--token abc --fast")
+    >>> without_secret("args=[--token,abc,--fast]"), without_secret("--token -a,b --fast")
     ('args=[--token,***,--fast]', '--token *** --fast')
     """
     name, equals, _ = text.partition("=")
-    if equals and SECRET.search(name.rpartition(".")[2]):
+    if equals and NAME.fullmatch(name) and SECRET.search(name.rpartition(".")[2]):
         return f"{name}={MASK}"
-    if not any(sign in text for sign in "{[(? \t"):
-        return text
     shown, at = "", 0
     found = [*ENTRY.finditer(text), *FLAG.finditer(text)]
     for entry in sorted(found, key=re.Match.start):
-        if entry.start() >= at and SECRET.search(entry[1].rpartition(".")[2]):
+        if not SECRET.search(entry[1].rpartition(".")[2]):
+            continue
+        end = _end_of_secret(entry)
+        if entry.re is FLAG and VARIABLE.fullmatch(text, entry.end(), end):
+            continue
+        if entry.start() >= at:
             shown += text[at : entry.end()] + MASK
-            word = WORD.match(text, entry.end()) if entry.re is FLAG else None
-            at = _end_of_value(text, entry.end()) if word is None else word.end()
+        # a flag that was taken for a value, `--token -password abc`, has its own value masked with it
+        at = max(at, end)
     return shown + text[at:]
 
 
-def _end_of_value(text: str, at: int) -> int:
-    """Where a value that begins somewhere in a dict ends: at the next comma or bracket that is not within it."""
-    depth, quote = 0, ""
-    for place in range(at, len(text)):
-        sign = text[place]
-        if quote or sign in "'\"":
-            quote = "" if sign == quote and text[place - 1] != "\\" else quote or sign
-        elif sign in "{[(":
-            depth += 1
-        elif not depth and sign in ",}])" and text[place - 1] != "\\":
-            return place
-        elif sign in "}])":
-            depth -= 1
+def _end_of_secret(entry: re.Match[str]) -> int:
+    """Where the value behind a name ends: commas and brackets end it in a list or dict alone, and are part of it elsewhere."""
+    text, at = entry.string, entry.end()
+    quote, closer = _around(text, at)
+    if entry.re is FLAG and "," not in entry["between"]:
+        return _end_of_word(text, at, quote)
+    if closer and not quote:
+        return _end_of_value(text, at, closer)
+    if entry.re is FLAG:
+        return max(_end_of_word(text, at, quote), _end_of_value(text, at, closer))
+    if quote:
+        ends = (sign.start() for sign in SIGN.finditer(text, at) if sign[0] == quote)
+        return max(next(ends, len(text)), _end_of_value(text, at, closer))
+    return len(text)
+
+
+def _around(text: str, at: int) -> tuple[str, str]:
+    """The quote that is open at a place, and what closes the innermost bracket that is open there; empty without one."""
+    quote, closers = "", [""]
+    for sign in SIGN.finditer(text, 0, at):
+        if quote:
+            quote = "" if sign[0] == quote else quote
+        elif sign[0] in ("'", '"'):
+            apostrophe = text[sign.start() - 1 : sign.start()].isalnum()  # as in "don't"
+            quote = "" if apostrophe else sign[0]
+        elif sign[0] in CLOSERS:
+            closers.append(CLOSERS[sign[0]])
+        elif sign[0] == closers[-1]:
+            closers.pop()
+    return quote, closers[-1]
+
+
+def _end_of_word(text: str, at: int, quote: str) -> int:
+    """Where a word of a command ends: at white space outside of quotes, or with the quote around the command."""
+    around = rf"(?!{quote}(?:[\s,;:\])}}]|$))" if quote else ""
+    quoted = "|".join(rf"{own}(?:\\.|[^{own}\\])*{own}" for own in "'\"" if own != quote)
+    word = re.compile(rf"(?:{around}(?:\\.|{quoted}|\S))*", re.DOTALL).match(text, at)
+    return at if word is None else word.end()
+
+
+def _end_of_value(text: str, at: int, closer: str) -> int:
+    """Where a value in a list or dict ends: at the next comma that is not within it, or at what closes the list."""
+    quote, closers = "", [closer]
+    for sign in SIGN.finditer(text, at):
+        if quote:
+            quote = "" if sign[0] == quote else quote
+        elif sign[0] in ("'", '"'):
+            quote = sign[0]
+        elif sign[0] in CLOSERS:
+            closers.append(CLOSERS[sign[0]])
+        elif len(closers) == 1 and sign[0] in (",", closer):
+            return sign.start()
+        elif sign[0] == closers[-1]:
+            closers.pop()
     return len(text)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -55,12 +56,10 @@ def _masked(plain: Any, text: Callable[[str], str], secret: bool = False) -> Any
     if isinstance(plain, dict):
         return {key: _masked(value, text, secret or bool(SECRET.search(str(key)))) for key, value in plain.items()}
     if isinstance(plain, list):
-        befores = [None, *plain[:-1]]
-        return [
-            _masked(own, text, secret or is_secret_flag(before)) for before, own in zip(befores, plain, strict=True)
-        ]
+        befores = zip([None, *plain], plain, strict=False)
+        return [_masked(own, text, secret or is_secret_flag(before)) for before, own in befores]
     if not isinstance(plain, str):
         return plain
     if secret and not plain.startswith("${oc.env:"):
         return MASK
-    return text(without_secret(plain) if plain.startswith("-") or " -" in plain else plain)
+    return text(without_secret(plain) if re.search(r"(?<![\w-])-", plain) else plain)

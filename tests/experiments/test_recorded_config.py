@@ -57,6 +57,7 @@ def test_no_value_of_the_environment_and_no_secret_is_recorded(config):
         ("+a={b: {Password: 's3, c}ret', c: 1}, d: [s]}", "+a={b: {Password: ***, c: 1}, d: [s]}"),
         ('--config={"db": {"access_token": "s3\\"cr,et"}, "n": 1}', '--config={"db": {"access_token": ***}, "n": 1}'),
         ("+a={secrets: {one: s3cret, two: [s3cret]}, kept: 1}", "+a={secrets: ***, kept: 1}"),
+        ("+a={secrets: {token: s3cret, two: s3cret}, kept: 1}", "+a={secrets: ***, kept: 1}"),
         ("+a={url: 'http://x/y', name: monkey}", "+a={url: 'http://x/y', name: monkey}"),
         ("+a=[{token: s3cret}, {token: s3cret}]", "+a=[{token: ***}, {token: ***}]"),
         ("+a={api_key: s3cret", "+a={api_key: ***"),
@@ -68,17 +69,63 @@ def test_no_value_of_the_environment_and_no_secret_is_recorded(config):
         ("args='--n 1 --token=s3cret'", "args='--n 1 --token=***"),
         ("args=[--token,--fast]", "args=[--token,--fast]"),
         ("args='--tokenizer fast --max_tokens 3'", "args='--tokenizer fast --max_tokens 3'"),
+        ("args=[--token,-s3cret]", "args=[--token,***]"),
+        ("args='--token -s3cret'", "args='--token ***'"),
+        ("--token -s3cret --n 1", "--token *** --n 1"),
+        ("--token --password s3cret", "--token --password ***"),
+        ("args=['--token', '--password', 's3cret']", "args=['--token', '--password', ***]"),
+        ("--token -password s3cret --n 1", "--token *** --n 1"),
+        ("args='run --password a,s3cret --n 1'", "args='run --password *** --n 1'"),
+        ("args='run --password a(b)s3cret' ", "args='run --password ***' "),
+        ("run --password a)s3cret --n 1", "run --password *** --n 1"),
+        ("run --password a:s3cret\\\\s3cret --n", "run --password *** --n"),
+        ("run --password 'a s3cret' --n", "run --password *** --n"),
+        ("run --password a'b s3cret' --n", "run --password *** --n"),
+        ("args=['--token s3cret', '--n', 1]", "args=['--token ***', '--n', 1]"),
+        ('args="sh -c \\"--token s3cret\\""', 'args="sh -c \\"--token ***"'),
+        ("args=[--token,a\\,s3cret,--n]", "args=[--token,***,--n]"),
+        ("args=[--token,\\'s3cret\\',--n]", "args=[--token,***,--n]"),
+        ("args=[--password,a)s3cret,--n]", "args=[--password,***,--n]"),
+        ("args=[--password,a(b)s3cret,--n]", "args=[--password,***,--n]"),
+        ("args='--token,a,s3cret --n 1'", "args='--token,*** --n 1'"),
+        ("--token s3cret=a --n 1", "--token *** --n 1"),
+        ("cmd=--token\\ s3cret", "cmd=--token\\ ***"),
+        ("cmd=--token\\,s3cret", "cmd=--token\\,***"),
+        ("cmd=--token\n  s3cret", "cmd=--token\n  ***"),
+        ("cmd=--token=s3cret", "cmd=--token=***"),
+        ("run --password=a,s3cret", "run --password=***"),
+        ("+a={url: 'http://h/x?token=a,s3cret', n: 1}", "+a={url: 'http://h/x?token=***', n: 1}"),
+        ("run --token ${oc.env:TOKEN} --n 1", "run --token ${oc.env:TOKEN} --n 1"),
+        ("args=[--token,${oc.env:TOKEN},--n]", "args=[--token,${oc.env:TOKEN},--n]"),
+        ("run --token ${oc.env:TOKEN},s3cret", "run --token ***"),
+        ("don't --token s3cret --n 1", "don't --token *** --n 1"),
     ],
 )
 def test_secrets_in_a_dict_on_the_command_line_are_masked(typed, shown):
     assert shlex.split(recorded_command(["train.py", typed])) == ["train.py", shown]
 
 
+def test_a_flag_behind_the_flag_of_a_secret_does_not_show_its_own_secret():
+    assert shlex.split(recorded_command(["a.py", "--token", "--password", "s3cret"]))[-1] == "***"
+
+
 def test_values_behind_flags_in_a_configuration_are_masked():
     config = OmegaConf.create(
-        {"args": ["--api_key", "s3cret", "--n", "1"], "line": "--token s3cret --n 1", "kept": "a -b"}
+        {
+            "args": ["--api_key", "-s3cret", "--n", "1"],
+            "line": "--token -s3,cret --n 1",
+            "lines": "run\n--token s3cret",
+            "kept": "a -b",
+            "none": [],
+        }
     )
-    expected = {"args": ["--api_key", "***", "--n", "1"], "line": "--token *** --n 1", "kept": "a -b"}
+    expected = {
+        "args": ["--api_key", "***", "--n", "1"],
+        "line": "--token *** --n 1",
+        "lines": "run\n--token ***",
+        "kept": "a -b",
+        "none": [],
+    }
     assert recorded_config(config) == expected
 
 
