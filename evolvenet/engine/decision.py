@@ -36,5 +36,6 @@ def decide(
     with stage("policy"):
         context = data.context(initial, pending_cut and pending_cut.state)
         proposals = rounded(check_proposals(policy.propose(context), context.graph), context.graph)
+        data.expect({name: proposal.size for name, proposal in proposals.items()})
         # Which units are pruned depends on the statistics, also where the policy's sizes do not.
         return (data.statistics if proposals else data.measured), proposals

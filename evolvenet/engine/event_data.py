@@ -89,7 +89,20 @@ class EventData:
     @cached_property
     def outputs(self) -> OutputsBeside | None:
         """The outputs of all consumers, from the same run as the moments; None where a cut records those of other samples."""
-        return record_beside(self.graph, self.batches, TRAINING_LIMITS, KEPT)
+        return record_beside(self.model, self.graph, self.batches, TRAINING_LIMITS, KEPT)
+
+    def expect(self, sizes: Mapping[str, int]) -> None:
+        """Say to which sizes widths will be changed: where none shrinks no outputs are recorded, and those that are are given up.
+
+        Before that it is not known whether a width will be cut, and outputs are recorded beside the moments.
+        """
+        if not self._cut(sizes):
+            vars(self)["outputs"] = None
+
+    def _cut(self, sizes: Mapping[str, int]) -> list[str]:
+        """The widths that shrink."""
+        widths = self.graph.widths
+        return [name for name, size in sizes.items() if name in widths and size < widths[name].size]
 
     @cached_property
     def host(self) -> nn.Module:
@@ -146,7 +159,7 @@ class EventData:
         of their units were no nearer to what they were.
         """
         moments = self.moments
-        cut = [name for name, size in sizes.items() if size < self.graph.widths[name].size]
+        cut = self._cut(sizes)
         with stage("reconstruction"):
             if self.outputs is None:
                 recording = record(self.model, self.graph, cut, self.batches, TRAINING_LIMITS)

@@ -141,6 +141,7 @@ class EvolverCuts(EvolverState):
                 data = EventData(
                     self.model, self.graph, self.example_inputs, batches, gradients, self._past, previous, 0, None
                 )
+                data.expect({})
                 context = data.context(self.history.initial.sizes, pending and pending.state)
                 find = partial(removals_of_policy, self.policy, context, data, self._may_go)
                 removals = run_on_rank_0(group, find)

@@ -11,11 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from evolvenet.errors import SpectrumError, TraceError, concerning
+from evolvenet.execution.early_stop import without_cache, without_logits
 from evolvenet.execution.isolation import isolated, op_by_op
 from evolvenet.execution.residual_sums import ResidualSumMode
 from evolvenet.execution.sampling import evenly, in_halves
 from evolvenet.execution.step import run_model
 from evolvenet.execution.weight_ops import WeightOp
+from evolvenet.graph.naming import named_tensors
 from evolvenet.graph.width_graph import Tie, WidthGraph
 from evolvenet.linalg.full_precision import full_precision
 from evolvenet.linalg.gram import gram
@@ -212,8 +214,11 @@ def collect(
     for tie, halves in gathered.items():
         by_tensor.setdefault(tie.tensor, {})[tie] = halves
     seen, ran, uses = 0, False, UseRecorder(model)
+    tensors, _, _ = named_tensors(model)
+    needed = [tensors[name] for name in by_tensor if name in tensors]
     with isolated(model, gradients=graph.differentiates):
-        for batch, odd in in_halves(batches):
+        for given, odd in in_halves(batches):
+            batch = without_cache(model, without_logits(model, given, needed))
             add = partial(gather, by_tensor, odd)
             watched = beside if not ran else None
             if watched is None:

@@ -209,12 +209,14 @@ class ConsumerFitter:
         """Fit the op's weight, unless it is fitted at a sum."""
         target = self._target_of(op)
         # Otherwise which samples reach it depends on the units (a router's choice): its outputs are those of others.
-        if target is not None and target.inputs == op.input_positions:
-            if target.summed:
-                self._at_sum[op] = target
-            else:
-                with concerning((op.tensor, op.axis)):
+        if target is not None and target.inputs == op.input_positions and target.summed:
+            self._at_sum[op] = target
+        elif target is not None:
+            with concerning((op.tensor, op.axis)):
+                if target.inputs == op.input_positions:
                     self._fit(op, target, self._kept_outputs(op, target, target.outputs), self._kept_kink(op, target))
+                else:
+                    self._write(op, target, None)
         self._end_run()
 
     def _end_run(self) -> None:
@@ -245,8 +247,19 @@ class ConsumerFitter:
 
     def _fit_at_sum(self, target: Target, output: TrackedOutput, own: Tensor, other: Tensor) -> None:
         summed = self._kept_outputs(output.op, target, target.outputs)
-        if summed.shape[1] != len(output.op.weight):
-            return
+        if summed.shape[1] == len(output.op.weight):
+            found = self._fit_to_sum(target, output, own, other, summed)
+        else:
+            found = self._write(output.op, target, None)
+        if found is not None:
+            offset, improved = found
+            again = output.recomputed(own, offset if target.bias_sign else 0.0)
+            own.copy_(torch.where(improved, again, own))
+
+    def _fit_to_sum(
+        self, target: Target, output: TrackedOutput, own: Tensor, other: Tensor, summed: Tensor
+    ) -> tuple[Tensor, Tensor] | None:
+        """As `_fit`, to the sum `[rows, out]`."""
         # A unit that the norm after it scales by 0 contributes nothing to the sum: it keeps its outputs.
         off = output.scale.abs() < 1e-6 * output.scale.abs().max()
         present_sum = output.values_at(own, target.rows) + output.values_at(other, target.rows)
@@ -257,13 +270,8 @@ class ConsumerFitter:
             if target.bias is not None and target.bias_sign:
                 present = present + target.share * self.shadows[target.bias[0]].reshape(-1)
             kink = Kink(present - present_sum / scale, scale.masked_fill(off, 0))
-            found = self._fit(output.op, target, present + step, kink)
-        else:
-            found = self._fit(output.op, target, step, beside_present=True)
-        if found is not None:
-            offset, improved = found
-            again = output.recomputed(own, offset if target.bias_sign else 0.0)
-            own.copy_(torch.where(improved, again, own))
+            return self._fit(output.op, target, present + step, kink)
+        return self._fit(output.op, target, step, beside_present=True)
 
     def _kept_kink(self, op: WeightOp, target: Target) -> Kink | None:
         """Where the rectifier of the outputs that are left begins to pass them on."""
@@ -302,12 +310,10 @@ class ConsumerFitter:
             kink: of a rectifier of the outputs.
             beside_present: whether `outputs` are the differences from the present ones.
         """
-        # A bias that is added by itself may have the shape of an image's channels.
-        bias = self.shadows[target.bias[0]] if target.bias_sign and target.bias else op.bias
+        bias, start = self._bias_of(op, target)
         if outputs.shape[1] != len(op.weight) or (bias is None) != (target.bias is None):
-            return None
+            return self._write(op, target, None)
         targets = outputs.reshape(len(outputs), op.groups, -1).movedim(1, 0)
-        start = None if bias is None else (bias * target.share).reshape(op.groups, -1)
         held_out = self.held_out[target.rows_on_host * len(self.held_out) // target.positions]
         # The modes around the run are for the model's ops.
         with unseen_by_modes():
@@ -320,6 +326,17 @@ class ConsumerFitter:
             found = solve(targets)
             if found is not None and kink is not None and self.rounds:
                 found = rectified_fit(solve, found, columns, targets, kink, self.rounds)
+        return self._write(op, target, found)
+
+    def _bias_of(self, op: WeightOp, target: Target) -> tuple[Tensor | None, Tensor | None]:
+        """The bias, and what of it is in the outputs `[groups, out / groups]`."""
+        # A bias that is added by itself may have the shape of an image's channels.
+        bias = self.shadows[target.bias[0]] if target.bias_sign and target.bias else op.bias
+        return bias, None if bias is None else (bias * target.share).reshape(op.groups, -1)
+
+    def _write(self, op: WeightOp, target: Target, found: Fit | None) -> tuple[Tensor, Tensor] | None:
+        """Write a fit, or where there is none or it lowers no error the fallback; returns what `_fit` does."""
+        bias, start = self._bias_of(op, target)
         if op.tensor in self.fallbacks and (found is None or not bool(found.improves)):
             found = self._fallback(op, target, bias, start)
         if found is None:
@@ -337,11 +354,13 @@ class ConsumerFitter:
 
     def _fallback(self, op: WeightOp, target: Target, bias: Tensor | None, start: Tensor | None) -> Fit | None:
         """In place of a fit that lowers no error, the refit that was made for this case; None if its bias is another one."""
+        used = slice(op.start, op.start + len(op.weight))
         whole = self.fallbacks[op.tensor].to(op.weight).movedim(op.axis, 1)
-        weight = whole.flip(op.flipped_dims).reshape(op.matrix().shape)
+        weight = whole[used].flip(op.flipped_dims).reshape(op.matrix().shape)
         offset = weight.new_zeros(weight.shape[:2]) if start is None else start
         if bias is not None and target.bias is not None and target.bias[0] in self.fallbacks:
             value = self.fallbacks[target.bias[0]].to(bias)
+            value = value if value.numel() == bias.numel() else value[used]
             if value.numel() != bias.numel():
                 return None
             change = value.reshape(bias.shape) - bias

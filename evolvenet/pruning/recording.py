@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from evolvenet.execution.choices import Choices
 from evolvenet.execution.op_cache import OpCache
+from evolvenet.graph.naming import named_tensors
 from evolvenet.graph.width_graph import WidthGraph
 from evolvenet.pruning.reconstruction_batch import (
     ReconstructionLimits,
@@ -95,12 +96,13 @@ def record(
 
 
 def record_beside(
-    graph: WidthGraph, batches: Sequence[Any], limits: ReconstructionLimits, memory: int
+    model: nn.Module, graph: WidthGraph, batches: Sequence[Any], limits: ReconstructionLimits, memory: int
 ) -> OutputsBeside | None:
     """What records the outputs of the consumers of all widths in the run for the moments.
 
     Args:
-        graph: the model's widths.
+        model: the model.
+        graph: its widths.
         batches: of that run.
         limits: as for `record`.
         memory: most bytes of outputs.
@@ -109,9 +111,10 @@ def record_beside(
         None where `record` would take other samples than those of the first batch, or the outputs take more memory.
     """
     consumers = consumers_of(graph, [width.name for width in graph.resizable])
-    shapes = [graph.shapes[name] for name in consumers]
-    entries = sum(shape[0] * limits.rows_for(math.prod(shape[1:])) for shape in shapes)
-    return OutputsBeside(consumers, limits) if is_first_alone(batches, limits) and 4 * entries <= memory else None
+    tensors, _, _ = named_tensors(model)
+    weights = [tensors[name] for name in consumers]
+    size = sum(each.element_size() * len(each) * limits.rows_for(math.prod(each.shape[1:])) for each in weights)
+    return OutputsBeside(consumers, limits) if is_first_alone(batches, limits) and size <= memory else None
 
 
 def recording_of(

@@ -229,6 +229,7 @@ class _Plan:
         """Choose the units of a width and reconstruct the others from them in its consumers; its moments are given up."""
         self.waiting[name] = 0
         ties, samples = self.graph.widths[name].consumers, len(self.held_out)
+        rows = {tie: self._rows.pop(tie) for tie in ties if tie in self._rows}
         self.late |= any(self._seen[tie] != samples * self.places[tie] for tie in ties)
         if self.late:
             return
@@ -239,15 +240,16 @@ class _Plan:
         self.bases |= bases
         add_refits(self.deltas, self.model, self.graph, maps, statistics, bases, self.fitted)
         if name in maps and name not in bases:
-            self._add_fallbacks(name, maps[name], statistics)
+            self._add_fallbacks(name, maps[name], statistics, rows)
 
-    def _add_fallbacks(self, name: str, index_map: IndexMap, statistics: ActivationMoments) -> None:
+    def _add_fallbacks(
+        self, name: str, index_map: IndexMap, statistics: ActivationMoments, rows: Mapping[Tie, tuple[Tensor, Tensor]]
+    ) -> None:
         for tie in self.graph.widths[name].consumers:
-            rows = self._rows.pop(tie, None)
             if tie.tensor not in self.fitted or tie not in statistics or not statistics.is_refittable(tie):
                 continue
             with concerning(name):
-                for tensor, delta in refit_columns(self.model, tie, index_map, statistics, rows):
+                for tensor, delta in refit_columns(self.model, tie, index_map, statistics, rows.get(tie)):
                     # Kept until all is planned, so in the type of the weight.
                     kept = delta.to(self.model.get_parameter(tensor).dtype)
                     self.fallback_deltas[tensor] = self.fallback_deltas.get(tensor, 0) + kept

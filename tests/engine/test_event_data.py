@@ -10,8 +10,11 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
 from evolvenet.engine import event_data
+from evolvenet.engine.decision import decide
 from evolvenet.engine.event_data import EventData
 from evolvenet.measurement.past_events import PastEvents
+from evolvenet.policies.base import PolicyContext, Proposal
+from evolvenet.pruning.reconstruction_batch import TRAINING_LIMITS
 from evolvenet.pruning.recording import record
 from evolvenet.tracing.trace import trace
 from tests.helpers.small_models import convnet, images, mlp
@@ -54,3 +57,45 @@ def test_a_run_of_its_own_records_outputs_on_joined_batches_and_large_ones(monke
     assert planned(model, [torch.randn(64, 6, dtype=torch.float64) for _ in range(2)], monkeypatch)[1] == 1
     monkeypatch.setattr(event_data, "KEPT", 1000)
     assert planned(model, wide, monkeypatch)[1] == 1
+
+
+def test_outputs_count_in_bytes_of_their_type_and_are_recorded_for_cuts_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = mlp(6, 24, 24, 3), torch.randn(256, 6, dtype=torch.float64)
+    graph = trace(model, x[:2])
+    data = lambda model, x: EventData(model, graph, x[:2], [x], (), PastEvents(), None, 0)  # noqa: E731
+    for sizes, recorded in (({"0": 30}, False), ({"0": 24, "unknown": 3}, False), ({"0": 30, "2": 12}, True)):
+        event = data(model, x)
+        event.expect(sizes)
+        assert event.moments
+        assert (event.outputs is not None) == recorded
+        event.expect({"0": 30})
+        assert event.outputs is None
+    event = data(model, x)
+    assert event.outputs is not None
+    assert event.moments
+    size = sum(target.outputs.nbytes for targets in event.outputs.targets.values() for target in targets)
+    rows = TRAINING_LIMITS.rows_for(24)
+    assert size == 8 * (24 + 3) * min(256, rows)
+    monkeypatch.setattr(event_data, "KEPT", 4 * (24 + 3) * rows)
+    assert data(model, x).outputs is None
+    assert data(model.float(), x.float()).outputs is not None
+
+
+class OneMore:
+    """Grows a width at each event; looks at the statistics before or not."""
+
+    def __init__(self, looks: bool) -> None:
+        self.looks = looks
+
+    def propose(self, context: PolicyContext) -> dict[str, Proposal]:
+        assert not self.looks or context.statistics
+        return {"0": Proposal(context.graph.widths["0"].size + 1, "one more")}
+
+
+@pytest.mark.parametrize("looks", [False, True])
+def test_an_event_that_only_grows_keeps_no_outputs(looks: bool) -> None:
+    model, x = mlp(6, 8, 3), torch.randn(256, 6, dtype=torch.float64)
+    graph = trace(model, x[:2])
+    event = EventData(model, graph, x[:2], [x], (), PastEvents(), None, 0)
+    decide(OneMore(looks), event, graph.sizes, None)
+    assert event.outputs is None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given
@@ -15,6 +17,7 @@ from evolvenet.measurement import activation_moments as module
 from evolvenet.measurement.activation_moments import Moments, collect
 from evolvenet.tracing.trace import trace
 from tests.helpers.small_models import Branches, Residual, convnet, images, mlp, mobile
+from tests.helpers.transformers_families import family, inputs_of
 
 
 def tie_of(graph: WidthGraph, tensor: str) -> Tie:
@@ -280,3 +283,16 @@ def test_an_empty_batch_adds_nothing() -> None:
     graph = trace(model, x)
     (tie,) = collect(model, graph, [x])
     assert torch.equal(collect(model, graph, [x, x[:0]])[tie].second, collect(model, graph, [x])[tie].second)
+
+
+def test_logits_and_keys_that_nobody_needs_are_not_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, inputs, ran = family("llama").double(), inputs_of("llama", 4), list[Any]()
+    graph, run = trace(model, inputs, outputs="logits"), module.run_model
+    inner = [width.name for width in graph.resizable if "mlp" in width.name]
+    monkeypatch.setattr(module, "run_model", lambda *given: ran.append(given[1]) or run(*given))
+    found = collect(model, graph, [inputs], inner)
+    assert ran[0].items() >= {"logits_to_keep": 1, "use_cache": False}.items()
+    whole = collect(model, graph, [inputs])
+    assert whole.keys() > found.keys()
+    assert "logits_to_keep" not in ran[1]
+    assert all(torch.equal(found.even[tie].covariance, whole.even[tie].covariance) for tie in found)

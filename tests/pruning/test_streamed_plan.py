@@ -156,3 +156,67 @@ def test_a_consumer_whose_fit_fails_gets_the_refit_to_the_moments(
     changes |= {change.name: change for change in whole.changes if change.name in kept}
     start = replace(found[0], changes=tuple(changes.values()))
     assert_same(fitted, values_of(reconstruct(model, graph, start, [batch], ONE_SHOT_LIMITS)), set())
+
+
+class Added(nn.Module):
+    """A consumer whose output is added to the input, and of whose weight only a part may be used."""
+
+    def __init__(self, part: slice) -> None:
+        super().__init__()
+        self.first, self.second, self.part = nn.Linear(6, 24).double(), nn.Linear(24, 9).double(), part
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden, part = self.first(x).relu(), self.part
+        return nn.functional.linear(hidden, self.second.weight[part], self.second.bias[part]) + x
+
+
+@pytest.mark.parametrize("part", [slice(0, 6), slice(2, 8)], ids=str)
+@pytest.mark.parametrize("kind", ["no outputs", "other inputs", "no fit"])
+def test_a_consumer_that_cannot_be_fitted_gets_the_refit_too(
+    part: slice, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    model, batch = Added(part), torch.randn(80, 6, dtype=torch.float64)
+    graph = trace(model, batch[:1])
+    cut = plan_streamed(model, graph, {"first": 18}, batch, held_out([80]), ONE_SHOT_LIMITS)
+    assert cut is not None
+    (target,) = cut.recording.targets["second.weight"]
+    if kind == "no outputs":
+        target = replace(target, outputs=target.outputs[:, :0])
+        monkeypatch.setattr(reconstruction.ConsumerFitter, "_kept_outputs", lambda _, __, target, ___: target.outputs)
+    elif kind == "other inputs":
+        target = replace(target, inputs=target.inputs + 1)
+    else:
+        monkeypatch.setattr(reconstruction, "refit_residuals", lambda *_: None)
+    cut.recording.targets["second.weight"] = [target]
+    expected = values_of(cut.bare) | dict(cut.recording.fallbacks)
+    found = values_of(fit_to_targets(model, graph, cut.surgery, cut.recording))
+    assert cut.recording.fallbacks
+    assert not torch.equal(found["second.weight"][part], values_of(cut.bare)["second.weight"][part])
+    for name in cut.recording.fallbacks:
+        torch.testing.assert_close(found[name][part], expected[name][part])
+
+
+class Joined(nn.Module):
+    """One consumer of two widths."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two, self.last = nn.Linear(6, 24), nn.Linear(6, 24), nn.Linear(48, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(torch.cat([self.one(x).relu(), self.two(x).relu()], 1))
+
+
+def test_inputs_of_a_width_that_stays_are_given_up_with_its_moments(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x, kept = Joined().double(), torch.randn(30, 6, dtype=torch.float64), list[int]()
+    finish = streamed_plan._Plan.finish
+
+    def finished(plan: Any, name: str) -> None:
+        finish(plan, name)
+        kept.append(len(plan._rows.keys() & set(graph.widths[name].consumers)))
+
+    monkeypatch.setattr(streamed_plan._Plan, "finish", finished)
+    graph = trace(model, x[:1])
+    assert plan_streamed(model, graph, {"one": 18, "two": 24}, x, held_out([30]), ONE_SHOT_LIMITS) is not None
+    assert kept == [0, 0]
