@@ -221,10 +221,8 @@ def collect(
             batch = without_cache(model, without_logits(model, given, needed))
             add = partial(gather, by_tensor, odd)
             watched = beside if not ran else None
-            if watched is None:
-                mode = ResidualSumMode(model, add, lambda op, _: uses.add_op(op), on_bias=uses.add_bias)
-            else:
-                mode = watched.mode(model, add, uses)
+            alone = partial(ResidualSumMode, model, add, lambda op, _: uses.add_op(op), on_bias=uses.add_bias)
+            mode = alone() if watched is None else watched.mode(model, add, uses)
             with op_by_op(mode):
                 result = run_model(model, batch)
             if watched is not None:
