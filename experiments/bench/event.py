@@ -101,7 +101,7 @@ def one_round(subject: Subject, model: nn.Module, graph: evolvenet.WidthGraph, s
     training_step(model, optimizer, batches[0], labels)
     found: dict[str, float] = {}
     steps = [timed(lambda: training_step(model, optimizer, batches[0], labels))[0] for _ in range(2)]
-    outputs = record_beside(graph, batches, TRAINING_LIMITS, KEPT)
+    outputs = record_beside(model, graph, batches, TRAINING_LIMITS, KEPT)
     found["statistics"], gathered = timed(lambda: collect(model, graph, batches, beside=outputs))
     found["spectra"], _ = timed(lambda: measure(model, graph, gathered))
     sizes = {w.name: max(w.smallest, int(CUT * w.size)) for w in graph.resizable}

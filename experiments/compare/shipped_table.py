@@ -38,8 +38,8 @@ score are others.
 In the first table, **ours** is one row of those below: the one with the least error of the outputs on that last eighth, so that
 the score does not choose. One run each, seed 0; processor seconds of one thread."""
 
-MISSING = """**What is missing**: −30 and −70 %, and most rows of `compress`, were not run with this state, as two cores that other
-work shared did not suffice. They are of an older state, without polish, in the page at git 1e0bcc3. The stream of
+MISSING = """**What is missing**: −30 and −70 %, and most rows of `compress`, were not run with this state, as two cores that
+other work shared did not suffice. They are of an older state, without polish, in the page at git 1e0bcc3. The stream of
 rxnfp keeps its size, so half of its parameters go from less than half of them. Where Torch-Pruning has no "polished",
 that was not run. resemblyzer finds few speakers of these made voices even uncut, 49 of 120: a sound is 2 points of
 its figures. Steps were set by what the time allowed, the lower rate of RNet and ONet by the error on the inputs held
