@@ -7,12 +7,9 @@ from pathlib import Path
 from statistics import fmean
 
 from experiments.compare.language_networks import KINDS
-from experiments.compare.language_table import GOALS
+from experiments.compare.language_table import GOALS, Results, key, shown_span, verdict
 from experiments.compare.records import Record, read
 from experiments.pages import commit, machine_line, markdown, span, write_whole
-
-Results = Mapping[tuple[int, str], Mapping[int, Record]]
-"""{(percent removed, method): {seed: result}}."""
 
 LABELS = {
     "ffn": "**ours, inner units**",
@@ -42,10 +39,6 @@ page alone. Figures: by how much the mean cross-entropy of the next character ri
 """
 
 
-def _key(record: Record) -> tuple[int, str]:
-    return record["level"], record["method"]
-
-
 def write_page(path: Path, cache: Path) -> None:
     """Write the whole page.
 
@@ -53,7 +46,7 @@ def write_page(path: Path, cache: Path) -> None:
         path: of the file.
         cache: folder of the results, `network/seedN/…json`.
     """
-    found = {kind: read(cache / kind, LABELS, _key) for kind in KINDS}
+    found = {kind: read(cache / kind, LABELS, key) for kind in KINDS}
     lines = ["# Language models, polished", ""]
     lines += [
         f"Written by `python -m experiments.compare.language_polish` {machine_line()}; page at git {commit()}.",
@@ -76,21 +69,17 @@ def goals(found: Mapping[str, tuple[Mapping[int, Record], Results]]) -> Iterator
                 continue
             shown = f"{tests[ours]:+.4f} ({LABELS[ours].replace('*', '')})"
             most = GOALS[level]
-            yield [f"{KINDS[kind]}, −{level} %: at most {most:+.3f}", shown, _verdict(tests[ours] <= most)]
+            yield [f"{KINDS[kind]}, −{level} %: at most {most:+.3f}", shown, verdict(tests[ours] <= most)]
             peer = min((name for name in means if name not in OURS), key=tests.__getitem__, default=None)
             if peer is not None:
                 goal = f"{KINDS[kind]}, −{level} %: at most half of the best other, polished too"
                 against = f"{shown} against {tests[peer]:+.4f} ({LABELS[peer]})"
-                yield [goal, against, _verdict(tests[ours] <= tests[peer] / 2)]
+                yield [goal, against, verdict(tests[ours] <= tests[peer] / 2)]
 
 
 def _mean(results: Results, level: int, name: str, part: str) -> float | None:
     values = [record["polished"][part] for record in results.get((level, name), {}).values() if "polished" in record]
     return fmean(values) if values else None
-
-
-def _verdict(met: bool) -> str:
-    return "met" if met else "**missed**"
 
 
 def _network(title: str, uncut: Mapping[int, Record], results: Results) -> list[str]:
@@ -102,7 +91,7 @@ def _network(title: str, uncut: Mapping[int, Record], results: Results) -> list[
         span(sorted({f"{record[what]:,}" for record in done})) if done else "–" for what in ("polish_steps", "samples")
     )
     lines = [
-        f"## {title}: uncut {_shown([record['test'] for record in uncut.values()], '{:.3f}')} nats a character",
+        f"## {title}: uncut {shown_span([record['test'] for record in uncut.values()], '{:.3f}')} nats a character",
         "",
         f"{one['parameters']:,} parameters; text {one['text']} of {one['characters']:,} characters; "
         f"{one['steps']:,} training steps on {one['device']}; seeds {', '.join(map(str, sorted(uncut)))}; at git {made}. "
@@ -131,11 +120,4 @@ def _cell(records: Sequence[Record], what: str, count: int) -> str:
     if records and all("refused" in record for record in records):
         return "–"
     values = [record[what]["test"] for record in records if what in record]
-    return _shown(values, "{:+.4f}") + (f" n = {len(values)}" if 0 < len(values) < count else "")
-
-
-def _shown(values: Sequence[float], form: str) -> str:
-    if not values:
-        return ""
-    spread = span([form.format(value) for value in sorted(values)])
-    return form.format(fmean(values)) + (f" ({spread})" if len(values) > 1 else "")
+    return shown_span(values, "{:+.4f}") + (f" n = {len(values)}" if 0 < len(values) < count else "")

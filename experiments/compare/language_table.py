@@ -42,7 +42,8 @@ nats; means over the seeds, in brackets the least and the largest.
 COLUMNS = {"right after": "test", f"after {FULL.steps_after} steps": "after"}
 
 
-def _key(record: Record) -> tuple[int, str]:
+def key(record: Record) -> tuple[int, str]:
+    """Of a result: percent removed and method."""
     return record["level"], record["method"]
 
 
@@ -53,7 +54,7 @@ def write_page(path: Path, cache: Path) -> None:
         path: of the file.
         cache: folder of the results, `network/seedN/…json`.
     """
-    found = {kind: read(cache / kind, METHODS, _key) for kind in KINDS}
+    found = {kind: read(cache / kind, METHODS, key) for kind in KINDS}
     lines = [
         "# Language models compared",
         "",
@@ -82,13 +83,13 @@ def goals(found: Mapping[str, tuple[Mapping[int, Record], Results]]) -> Iterator
                 yield [
                     f"{KINDS[kind]}, −{level} %: at most {most:+.3f}",
                     f"{rise:+.4f} ({label})",
-                    _verdict(rise <= most),
+                    verdict(rise <= most),
                 ]
             best, peer = _best(results, level, "test", ours=False)
             if best is not None:
                 goal = f"{KINDS[kind]}, −{level} %: at most half of the best other"
                 shown = f"{rise:+.4f} ({label}) against {best:+.4f} ({METHODS[peer].label})"
-                yield [goal, shown, _verdict(rise <= best / 2)]
+                yield [goal, shown, verdict(rise <= best / 2)]
 
 
 def _best(results: Results, level: int, what: str, ours: bool) -> tuple[float | None, str]:
@@ -105,7 +106,8 @@ def _mean(results: Results, level: int, name: str, what: str) -> float | None:
     return fmean(values) if values else None
 
 
-def _verdict(met: bool) -> str:
+def verdict(met: bool) -> str:
+    """Whether a goal is met, as the page shows it."""
     return "met" if met else "**missed**"
 
 
@@ -114,7 +116,7 @@ def _network(title: str, uncut: Mapping[int, Record], results: Results) -> list[
     records = [record for by_seed in results.values() for record in by_seed.values()]
     made = sorted({record["commit"] for record in records if "commit" in record})
     lines = [
-        f"## {title}: uncut {_shown([record['test'] for record in uncut.values()], '{:.3f}')} nats a character",
+        f"## {title}: uncut {shown_span([record['test'] for record in uncut.values()], '{:.3f}')} nats a character",
         "",
         f"{one['parameters']:,} parameters; text {one['text']} of {one['characters']:,} characters; "
         f"{one.get('steps', FULL.steps):,} training steps on {one['device']}; "
@@ -139,10 +141,11 @@ def _cell(records: Sequence[Record], what: str, count: int) -> str:
     if records and all("refused" in record for record in records):
         return "–"
     values = [record[what] for record in records if what in record]
-    return _shown(values, "{:+.4f}") + (f" n = {len(values)}" if 0 < len(values) < count else "")
+    return shown_span(values, "{:+.4f}") + (f" n = {len(values)}" if 0 < len(values) < count else "")
 
 
-def _shown(values: Sequence[float], form: str) -> str:
+def shown_span(values: Sequence[float], form: str) -> str:
+    """The mean of some figures, with the least and the largest in brackets if there are several."""
     if not values:
         return ""
     spread = span([form.format(value) for value in sorted(values)])

@@ -79,9 +79,7 @@ def test_without_a_loss_growth_is_orthogonal_with_a_warning(caplog: pytest.LogCa
     torch.testing.assert_close(model(x), answers)
 
 
-def test_a_method_that_needs_no_loss_stays_where_updates_lack_one(
-    caplog: pytest.LogCaptureFixture, tmp_path: Path
-) -> None:
+def test_a_method_that_needs_no_loss_stays_where_updates_lack_one(caplog: pytest.LogCaptureFixture) -> None:
     torch.manual_seed(0)
     model, (x, _) = mlp(6, 4, 3), batches(1)[0]
     answers = model(x)

@@ -210,6 +210,19 @@ def test_mixtures_weigh_outputs_as_their_metric_does() -> None:
     assert gains[1] == pytest.approx(gains[0], rel=0.2)
 
 
+def ridges_tried(form: type[PrimalProblem | DualProblem], monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """A list to which each ridge is added that is solved for from now on."""
+    tried: list[float] = []
+    solve = form.solve
+
+    def recorded(self: Any, system: System, ridge: float | torch.Tensor) -> Solution:
+        tried.append(float(ridge))
+        return solve(self, system, ridge)
+
+    monkeypatch.setattr(form, "solve", recorded)
+    return tried
+
+
 @pytest.mark.parametrize("form", [PrimalProblem, DualProblem])
 @pytest.mark.parametrize("noise", [0.0, 1e-3, 0.3, 3.0, 30.0])
 def test_the_ridge_of_the_least_error_is_found_without_a_trial_of_all(
@@ -221,14 +234,7 @@ def test_the_ridge_of_the_least_error_is_found_without_a_trial_of_all(
     x = x * torch.logspace(0, -3, 15, dtype=FLOAT)
     problem = form.from_rows(x, x[:, :3] + noise * added, ALTERNATE.repeat(2), centred=False)
     errors = {ridge: float(problem.error(solved(problem, EVEN, ridge), ODD)) for ridge in RIDGES}
-    tried: list[float] = []
-    solve = form.solve
-
-    def recorded(self: Any, system: System, ridge: float | torch.Tensor) -> Solution:
-        tried.append(float(ridge))
-        return solve(self, system, ridge)
-
-    monkeypatch.setattr(form, "solve", recorded)
+    tried = ridges_tried(form, monkeypatch)
     solve_held_out(problem)
     *trials, best = tried
     assert len(trials) < len(RIDGES) or best <= RIDGES[-1 - PATIENCE] or best == math.inf
@@ -259,14 +265,7 @@ def test_where_a_fit_follows_noise_alone_smaller_ridges_are_not_tried(
     assert min(errors[1:]) > least
     risen = next(k for k, error in enumerate(errors) if error - min(errors[: k + 1]) > least)
     assert 1 < risen < len(RIDGES) - 1
-    tried: list[float] = []
-    solve = form.solve
-
-    def recorded(self: Any, system: System, ridge: float | torch.Tensor) -> Solution:
-        tried.append(float(ridge))
-        return solve(self, system, ridge)
-
-    monkeypatch.setattr(form, "solve", recorded)
+    tried = ridges_tried(form, monkeypatch)
     found = solve_held_out(problem)
     # With an offset that helps, the infinite ridge is solved on all samples; without one, nothing is.
     assert tried == list(RIDGES[: risen + 1]) + [math.inf] * (errors[0] < float(problem.energy(ODD)))
