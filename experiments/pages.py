@@ -61,6 +61,27 @@ def write_whole(path: Path, text: str) -> None:
     fresh.replace(path)
 
 
+BY_HAND = ("<!-- Written by hand, kept by the command: -->", "<!-- End of what is written by hand. -->")
+"""Lines of a page that its command keeps when it writes the page anew, with all that is between them."""
+
+
+def by_hand(path: Path) -> list[str]:
+    """What a page says in somebody's own words: its lines from the first of `BY_HAND` to the second; none without them.
+
+    Raises:
+        ValueError: if the page has one of the two alone: what to keep is unknown.
+    """
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    if not any(line in lines for line in BY_HAND):
+        return []
+    begin, end = (lines.index(line) if line in lines else -1 for line in BY_HAND)
+    if not 0 <= begin < end:
+        raise ValueError(
+            f"{path}: expected the line {BY_HAND[0]!r} and after it {BY_HAND[1]!r}. Mend the page, or both go."
+        )
+    return lines[begin : end + 1]
+
+
 def markdown(head: Sequence[str], rows: Sequence[Sequence[str]], text: Collection[int] = (0,)) -> list[str]:
     """The lines of a table.
 

@@ -9,7 +9,7 @@ from statistics import fmean
 from experiments.compare.language_networks import KINDS
 from experiments.compare.language_table import GOALS, Results, key, shown_span, verdict
 from experiments.compare.records import Record, read
-from experiments.pages import commit, machine_line, markdown, span, write_whole
+from experiments.pages import by_hand, commit, machine_line, markdown, span, write_whole
 
 LABELS = {
     "ffn": "**ours, inner units**",
@@ -40,7 +40,7 @@ page alone. Figures: by how much the mean cross-entropy of the next character ri
 
 
 def write_page(path: Path, cache: Path) -> None:
-    """Write the whole page.
+    """Write the page; what is written by hand in it stays, see `by_hand`.
 
     Args:
         path: of the file.
@@ -53,6 +53,7 @@ def write_page(path: Path, cache: Path) -> None:
         "",
     ]
     lines += [*markdown(["goal, polished", "measured, mean", ""], list(goals(found)), text=(0, 1, 2)), "", EXPLANATION]
+    lines += [*kept, ""] if (kept := by_hand(path)) else []
     for kind, (uncut, results) in found.items():
         lines += _network(KINDS[kind], uncut, results) if results else []
     write_whole(path, "\n".join(lines).rstrip() + "\n")

@@ -10,6 +10,7 @@ import torch
 from experiments.compare import language_polish as compare
 from experiments.compare.language_networks import TINY, build
 from experiments.compare.language_polish_table import goals
+from experiments.pages import BY_HAND
 
 PROSE = "".join(f"The {number * number} quick foxes jump over {number} lazy dogs.\n\n" for number in range(500))
 
@@ -29,8 +30,11 @@ def test_a_run_leaves_results_and_a_page_and_a_second_one_keeps_them(tmp_path: P
     for what in ("cut", "polished"):
         assert f"| {record[what]['test']:+.4f} |" in page
     made = path.stat().st_mtime_ns
+    (tmp_path / "page.md").write_text("\n".join(["# Old", BY_HAND[0], "So it is.", BY_HAND[1], "Old end"]), "utf-8")
     compare.main(chosen)
     assert path.stat().st_mtime_ns == made
+    again = (tmp_path / "page.md").read_text("utf-8").splitlines()
+    assert [line for line in again if line not in page.splitlines()] == [BY_HAND[0], "So it is.", BY_HAND[1]]
 
 
 def test_what_a_network_writes_begins_as_the_text_does_and_is_its_own() -> None:

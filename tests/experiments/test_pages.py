@@ -1,0 +1,24 @@
+"""What pages of results share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from experiments.pages import BY_HAND, by_hand
+
+
+def test_a_page_without_a_part_written_by_hand_or_none_at_all_has_nothing_to_keep(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    assert by_hand(page) == []
+    page.write_text("# Title\n", "utf-8")
+    assert by_hand(page) == []
+
+
+@pytest.mark.parametrize("lines", [BY_HAND[:1], BY_HAND[1:], BY_HAND[::-1]])
+def test_a_part_written_by_hand_whose_end_is_missing_is_not_thrown_away(tmp_path: Path, lines: tuple[str, ...]) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("\n".join(["# Title", *lines, "text"]), "utf-8")
+    with pytest.raises(ValueError, match="expected the line"):
+        by_hand(page)
