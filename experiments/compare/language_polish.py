@@ -33,10 +33,10 @@ from experiments.pages import commit, state, write_whole
 LEVELS = (50, 30, 20)
 """Percent of the parameters that are removed."""
 
-POLISH: Mapping[str, Any] = {"steps": 200, "rate": 2e-3, "batch_size": 32, "loss": "kl"}
+POLISH: Mapping[str, Any] = {"steps": 1000, "rate": 5e-3, "batch_size": 32, "loss": "kl"}
 """Arguments of `evolvenet.polish`, the same after every cut."""
 
-WRITTEN = 3
+WRITTEN = 20
 """For each sequence of the text so many that the uncut network writes."""
 
 PROMPT = 16
@@ -125,7 +125,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             study = Polished(uncut, settings={**POLISH, "steps": options.polish_steps})
             for record in run(study, folder, options, made_of):
                 print(kind, f"seed {seed}", json.dumps(record), flush=True)
-    write_page(options.page, options.cache)
+    write_page(options.page, options.cache, "--tiny" if options.tiny else "--small" if options.small else "")
     print(f"page: {options.page}")
 
 
@@ -157,17 +157,17 @@ def run(
     for level in options.levels:
         for name in options.methods:
             path, own = folder / f"{level}-{name}.json", {"weights": uncut.record["weights"], **made_of}
-            if not (_asked(path, options) and is_current(path, own, keep_old=options.keep_old, after=None)):
+            asked = {**(study.settings or POLISH), "written": study.written}
+            if not (_asked(path, asked) and is_current(path, own, keep_old=options.keep_old, after=None)):
                 target = round((1 - level / 100) * uncut.record["parameters"])
-                found = {"level": level, "method": name, "asked": options.polish_steps, **own}
-                found |= measured(study, name, target)
+                found = {"level": level, "method": name, "asked": asked, **own, **measured(study, name, target)}
                 write_whole(path, json.dumps(found, indent=1))
                 yield found
 
 
-def _asked(path: Path, options: argparse.Namespace) -> bool:
-    """Whether a result is of as many steps of the polish as are asked for."""
-    return path.exists() and load(path).get("asked", POLISH["steps"]) == options.polish_steps
+def _asked(path: Path, asked: Mapping[str, Any]) -> bool:
+    """Whether a result is of the polish that is asked for."""
+    return path.exists() and load(path).get("asked") == asked
 
 
 def measured(study: Polished, name: str, target: int) -> dict[str, Any]:

@@ -35,21 +35,24 @@ page alone. Figures: by how much the mean cross-entropy of the next character ri
   of the predicted probabilities is made less. Where the learning rate is too large for a method, a fifth of it is tried, and a
   fifth of that: then its steps are more.
 - **ours**: sizes by `evolvenet.allocate(…, loss="kl")`; `evolvenet.compress(…, loss="kl")`.
-- Of our methods the best on validation text counts for a goal, of the others the best on the test text.
+- Of our methods the best on validation text counts for a goal, of the others the best on the test text; of each only methods
+  that were run with as many seeds as any. Figures of several seeds are means, in brackets the least and the largest.
 """
 
 
-def write_page(path: Path, cache: Path) -> None:
+def write_page(path: Path, cache: Path, size: str = "") -> None:
     """Write the page; what is written by hand in it stays, see `by_hand`.
 
     Args:
         path: of the file.
         cache: folder of the results, `network/seedN/…json`.
+        size: option of the command that selects the networks' size.
     """
+    command = f"python -m experiments.compare.language_polish {size}".strip()
     found = {kind: read(cache / kind, LABELS, key) for kind in KINDS}
     lines = ["# Language models, polished", ""]
     lines += [
-        f"Written by `python -m experiments.compare.language_polish` {machine_line()}; page at git {commit()}.",
+        f"Written by `{command}` {machine_line()}; page at git {commit()}.",
         "",
     ]
     lines += [*markdown(["goal, polished", "measured, mean", ""], list(goals(found)), text=(0, 1, 2)), "", EXPLANATION]
@@ -63,24 +66,30 @@ def goals(found: Mapping[str, tuple[Mapping[int, Record], Results]]) -> Iterator
     """A row for each goal: what it is, what was measured, whether it is met."""
     for kind, (_, results) in found.items():
         for level in sorted({level for level, _ in results}):
-            means = {name: mean for name in LABELS if (mean := _mean(results, level, name, "validation")) is not None}
-            tests = {name: _mean(results, level, name, "test") or 0.0 for name in means}
+            done = {name: _polished(results, level, name) for name in LABELS}
+            # Means over other networks do not compare.
+            most = max(map(len, done.values()))
+            full = {name: values for name, values in done.items() if len(values) == most > 0}
+            means, tests = (
+                {name: fmean(value[part] for value in values) for name, values in full.items()}
+                for part in ("validation", "test")
+            )
             ours = min((name for name in means if name in OURS), key=means.__getitem__, default=None)
             if ours is None:
                 continue
             shown = f"{tests[ours]:+.4f} ({LABELS[ours].replace('*', '')})"
-            most = GOALS[level]
-            yield [f"{KINDS[kind]}, −{level} %: at most {most:+.3f}", shown, verdict(tests[ours] <= most)]
+            goal = GOALS[level]
+            yield [f"{KINDS[kind]}, −{level} %: at most {goal:+.3f}", shown, verdict(tests[ours] <= goal)]
             peer = min((name for name in means if name not in OURS), key=tests.__getitem__, default=None)
             if peer is not None:
-                goal = f"{KINDS[kind]}, −{level} %: at most half of the best other, polished too"
+                half = f"{KINDS[kind]}, −{level} %: at most half of the best other, polished too"
                 against = f"{shown} against {tests[peer]:+.4f} ({LABELS[peer]})"
-                yield [goal, against, verdict(tests[ours] <= tests[peer] / 2)]
+                yield [half, against, verdict(tests[ours] <= tests[peer] / 2)]
 
 
-def _mean(results: Results, level: int, name: str, part: str) -> float | None:
-    values = [record["polished"][part] for record in results.get((level, name), {}).values() if "polished" in record]
-    return fmean(values) if values else None
+def _polished(results: Results, level: int, name: str) -> list[Mapping[str, float]]:
+    """Of each seed the rises on validation and test text."""
+    return [record["polished"] for record in results.get((level, name), {}).values() if "polished" in record]
 
 
 def _network(title: str, uncut: Mapping[int, Record], results: Results) -> list[str]:

@@ -17,7 +17,7 @@ PROSE = "".join(f"The {number * number} quick foxes jump over {number} lazy dogs
 
 def test_a_run_leaves_results_and_a_page_and_a_second_one_keeps_them(tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text(PROSE, encoding="utf-8")
-    chosen = ["--tiny", "--only", "gpt2", "--levels", "30", "--methods", "svd_llm"]
+    chosen = ["--tiny", "--only", "gpt2", "--levels", "30", "--methods", "svd_llm", "--polish-steps", "50"]
     chosen += ["--cache", str(tmp_path), "--page", str(tmp_path / "page.md")]
     compare.main(chosen)
     path = tmp_path / "gpt2/seed0/30-svd_llm.json"
@@ -54,3 +54,13 @@ def test_goals_take_the_best_of_ours_by_validation_and_the_best_other_by_test() 
     first, second = goals({"llama": ({}, results)})
     assert ("+0.0170" in first[1], first[2]) == (True, "met")
     assert ("+0.0300" in second[1], second[2]) == (True, "**missed**")
+
+
+def test_methods_that_were_not_run_with_all_seeds_do_not_count_for_a_goal() -> None:
+    def rows(*tests: float) -> dict[int, dict[str, dict[str, float]]]:
+        return {seed: {"polished": {"validation": test, "test": test}} for seed, test in enumerate(tests)}
+
+    results = {(30, "ffn"): rows(0.0), (30, "both"): rows(0.01, 0.03), (30, "svd_llm"): rows(0.05, 0.01)}
+    results[30, "slicegpt"] = rows(0.001)
+    first, second = goals({"llama": ({}, results)})
+    assert ("+0.0200" in first[1], "+0.0300" in second[1]) == (True, True)
