@@ -34,6 +34,12 @@ IMAGES = 1024
 PARTS = 8
 """Batches that the images are in: EvolveNet's cut is fitted on all but the last one, with which `polish` decides."""
 
+SEARCHED = 256
+"""Images that `compress` is fitted on, at most: its six attempts on all would take more than the time that there is."""
+
+BATCHES = 4
+"""That these are in."""
+
 
 @dataclass(frozen=True)
 class Setting:
@@ -47,6 +53,7 @@ class Setting:
         flip: whether half of them are mirrored.
         polish: arguments of `evolvenet.polish`.
         by_size: {percent removed: further ones}.
+        ranked: the same where ranks were cut, too.
         half: whether the networks run in bfloat16 while they are polished (autocast), channels last in memory.
     """
 
@@ -57,6 +64,7 @@ class Setting:
     flip: bool
     polish: dict[str, Any]
     by_size: Mapping[float, dict[str, Any]] = field(default_factory=dict)
+    ranked: Mapping[float, dict[str, Any]] = field(default_factory=dict)
     half: bool = False
 
 
@@ -67,7 +75,7 @@ SETTINGS = {
         (50, 100, 250, 500),
         1,
         False,
-        {"steps": 400, "features": ("blocks.1", "blocks.3", "blocks.5", "hidden")},
+        {"steps": 400, "rate": 1e-2, "features": ("blocks.1", "blocks.3", "blocks.5", "hidden")},
     ),
     "cifar10": Setting(
         (50, 70, 90),
@@ -79,12 +87,24 @@ SETTINGS = {
         {
             50: {"steps": 400, "rate": 2e-3},
             70: {"steps": 500, "rate": 3e-3},
-            90: {"steps": 800},
+            90: {"steps": 800, "rate": 1e-2},
+        },
+        {
+            50: {"steps": 100, "rate": 1e-3},
+            70: {"steps": 200, "rate": 2e-3},
+            90: {"steps": 250, "rate": 5e-3},
         },
         half=True,
     ),
     "digits": Setting(
-        (50,), 50, (50,), 1, False, {"steps": 20, "features": ("blocks.*", "hidden")}, {50: {"rate": 5e-3}}, half=True
+        (50,),
+        50,
+        (50,),
+        1,
+        False,
+        {"steps": 20, "rate": 1e-2, "features": ("blocks.*", "hidden")},
+        {50: {"rate": 5e-3}},
+        half=True,
     ),
 }
 """Imitated beside the outputs: the last residual sum of each stage, and the features before the last layer."""
@@ -117,7 +137,9 @@ def widths(case: Case) -> None:
 
 def both(case: Case) -> None:
     """EvolveNet's widths and ranks."""
-    evolvenet.compress(case.model, case.data.example, case.images[:-1], parameters=case.target)
+    images = torch.cat(case.images[:-1])[:SEARCHED]
+    batches = images.split(-(-len(images) // BATCHES))
+    evolvenet.compress(case.model, case.data.example, batches, parameters=case.target)
 
 
 def torch_pruning(case: Case) -> None:
@@ -130,15 +152,16 @@ def torch_pruning(case: Case) -> None:
 
 @dataclass(frozen=True)
 class Method:
-    """A way to cut, and the module without which it is left out."""
+    """A way to cut, the module without which it is left out, and whether ranks are cut, too."""
 
     cut: Callable[[Case], None]
     needs: str = "torch"
+    ranks: bool = False
 
 
 METHODS = {
     "widths": Method(widths),
-    "both": Method(both),
+    "both": Method(both, ranks=True),
     "l2": Method(torch_pruning, "torch_pruning"),
 }
 
@@ -223,7 +246,8 @@ def measured(data: TaskData, seed: int, whole: nn.Module, method: Method, count:
     middle = time.process_time()
     cut = data.accuracy(case.model)
     start = time.process_time()
-    done = polished(case.model, whole, images, setting, removed)
+    further = (setting.ranked if method.ranks else setting.by_size).get(removed, {})
+    done = polished(case.model, whole, images, setting, further)
     end = time.process_time()
     return {
         "parameters": sum(parameter.numel() for parameter in case.model.parameters()),
@@ -236,7 +260,7 @@ def measured(data: TaskData, seed: int, whole: nn.Module, method: Method, count:
 
 
 def polished(
-    model: nn.Module, whole: nn.Module, images: Sequence[Tensor], setting: Setting, removed: float
+    model: nn.Module, whole: nn.Module, images: Sequence[Tensor], setting: Setting, further: Mapping[str, Any]
 ) -> evolvenet.Polish:
     """Polish a network that was cut, in place.
 
@@ -245,13 +269,13 @@ def polished(
         whole: the uncut one.
         images: those that are given.
         setting: of the data set.
-        removed: percent of the parameters.
+        further: arguments of `evolvenet.polish` beside those of the data set.
     """
 
     def changed(inputs: Tensor) -> Tensor:
         return moved(inputs, setting.shift, setting.flip)
 
-    chosen = {**setting.polish, **setting.by_size.get(removed, {})}
+    chosen = {**setting.polish, **further}
     if not setting.half:
         return evolvenet.polish(model, whole, images, augment=changed, **chosen)
     whole = convert_conv2d_weight_memory_format(copied(whole), torch.channels_last)
