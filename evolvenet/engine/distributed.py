@@ -263,7 +263,7 @@ def broadcast_surgery(
 
     def plain() -> tuple[Mapping[str, Any], Mapping[str, BasisChange], Mapping[str, Tensor], bool]:
         made.append(decide())
-        maps = {name: (index_map.indices, index_map.size) for name, index_map in made[0].maps.items()}
+        maps = {name: (index_map.indices, index_map.size, index_map.parts) for name, index_map in made[0].maps.items()}
         values = {change.name: change.value.cpu() for change in made[0].changes}
         return maps, made[0].bases, values, made[0].updated
 
@@ -272,7 +272,7 @@ def broadcast_surgery(
     def own() -> Surgery:
         if made:
             return made[0]
-        surgery = compile_surgery(model, graph, {name: IndexMap.of(*entry) for name, entry in maps.items()}, bases)
+        surgery = compile_surgery(model, graph, {name: IndexMap(*entry) for name, entry in maps.items()}, bases)
         return replace(with_values(model, surgery, values), updated=updated)
 
     return run_on_all_ranks(group, own)

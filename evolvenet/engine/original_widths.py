@@ -12,10 +12,10 @@ from torch.optim import Optimizer
 
 from evolvenet.engine.functional import apply
 from evolvenet.engine.rank_changes import merge_made
-from evolvenet.errors import RecordError
+from evolvenet.errors import IndexMapError, RecordError
 from evolvenet.graph.index_map import NEW_UNIT, IndexMap
 from evolvenet.graph.plain_data import check_types
-from evolvenet.graph.width_graph import WidthGraph
+from evolvenet.graph.width_graph import Width, WidthGraph
 from evolvenet.surgery.resize_model import Surgery, compile_surgery
 
 
@@ -30,29 +30,29 @@ class OriginalWidths:
 
     Args:
         sizes: {width: units at the start}.
-        origins: {width: for each present unit its index at the start, −1 for one that has come since}.
+        origins: {width: for each present unit its index at the start, −1 for one that has come since, as a map}.
 
     >>> from evolvenet.tracing.trace import trace
     >>> import torch
     >>> model = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 2))
     >>> original = OriginalWidths.of(trace(model, torch.zeros(1, 2)))
-    >>> original.after({"0": IndexMap.keep([0, 2], 3)}).origins["0"]
+    >>> original.after({"0": IndexMap.keep([0, 2], 3)}).origins["0"].indices
     (0, 2)
     """
 
     sizes: Mapping[str, int]
-    origins: Mapping[str, tuple[int, ...]]
+    origins: Mapping[str, IndexMap]
 
     @classmethod
     def of(cls, graph: WidthGraph) -> OriginalWidths:
         """A run begins with this graph."""
         sizes = {width.name: width.size for width in graph.widths.values()}
-        return cls(sizes, {name: tuple(range(size)) for name, size in sizes.items()})
+        return cls(sizes, {name: IndexMap.identity(size) for name, size in sizes.items()})
 
     @property
     def has_changed(self) -> bool:
         """Whether any width has other units than at the start, or has them in another order."""
-        return any(origin != tuple(range(self.sizes[name])) for name, origin in self.origins.items())
+        return any(not origin.is_identity for origin in self.origins.values())
 
     def made_chains(self, graph: WidthGraph) -> bool:
         """Whether a layer has become a chain since."""
@@ -60,11 +60,7 @@ class OriginalWidths:
 
     def after(self, maps: Mapping[str, IndexMap]) -> OriginalWidths:
         """The same after a change of widths."""
-        moved = {
-            name: tuple(NEW_UNIT if index == NEW_UNIT else self.origins[name][index] for index in index_map.indices)
-            for name, index_map in maps.items()
-            if name in self.origins
-        }
+        moved = {name: self.origins[name].then(later) for name, later in maps.items() if name in self.origins}
         return OriginalWidths(self.sizes, {**self.origins, **moved})
 
     def renamed(self, known: Mapping[str, str], after: WidthGraph) -> OriginalWidths:
@@ -80,7 +76,7 @@ class OriginalWidths:
             name = known.get(width.name)
             if width.rank_of is not None and name is None:
                 del sizes[width.name], origins[width.name]
-            elif name is not None and name in self.origins and len(self.origins[name]) == width.size:
+            elif name is not None and name in self.origins and _fits(self.origins[name], width):
                 sizes[width.name], origins[width.name] = self.sizes[name], self.origins[name]
         return OriginalWidths(sizes, origins)
 
@@ -93,22 +89,29 @@ class OriginalWidths:
             model: the model as it is.
             graph: its widths.
         """
-        maps = {}
-        for name, origin in self.origins.items():
-            place = {first: now for now, first in enumerate(origin) if first != NEW_UNIT}
-            back = [place.get(first, NEW_UNIT) for first in range(self.sizes[name])]
-            if back != list(range(len(origin))):
-                maps[name] = IndexMap.of(back, len(origin))
+        maps = {name: origin.inverse() for name, origin in self.origins.items() if not origin.is_identity}
         return compile_surgery(model, graph, maps)
 
     def state_dict(self) -> dict[str, Any]:
         """As plain data, for a checkpoint."""
-        return {"sizes": dict(self.sizes), "origins": {name: list(origin) for name, origin in self.origins.items()}}
+        origins = {name: [list(each.indices) for each in origin.each] for name, origin in self.origins.items()}
+        parts = {name: each for name, each in origins.items() if len(each) > 1}
+        return {"sizes": dict(self.sizes), "origins": {name: each[0] for name, each in origins.items()}, "parts": parts}
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Any]) -> OriginalWidths:
         """What `state_dict` was called on."""
-        found = cls(dict(state["sizes"]), {name: tuple(origin) for name, origin in state["origins"].items()})
+        sizes, parts = dict(state["sizes"]), state.get("parts", {})
+        try:
+            origins = {
+                name: IndexMap.of_parts(parts.get(name, [origin]), sizes[name])
+                for name, origin in state["origins"].items()
+            }
+        except IndexMapError as error:
+            raise RecordError(
+                f"The checkpoint's units are not those of its widths at the start: {error} Use another checkpoint."
+            ) from error
+        found = cls(sizes, origins)
         check_types(found, cls, "original widths")
         return found
 
@@ -119,13 +122,19 @@ class OriginalWidths:
             RecordError: naming the width.
         """
         for name, origin in self.origins.items():
-            first, now = self.sizes.get(name, -1), graph.widths[name].size if name in graph.widths else len(origin)
-            known = [unit for unit in origin if unit != NEW_UNIT]
-            if len(origin) != now or len(set(known)) < len(known) or not all(0 <= unit < first for unit in known):
+            now = graph.widths[name].size if name in graph.widths else origin.new_size
+            known = [[unit for unit in each.indices if unit != NEW_UNIT] for each in origin.each]
+            fits = name not in graph.widths or _fits(origin, graph.widths[name])
+            if not fits or any(len(set(units)) < len(units) for units in known):
                 raise RecordError(
-                    f"The checkpoint's units of {name} are not those of its {now}: expected one of the {first} at the start, or "
-                    f"{NEW_UNIT}, for each, got {list(origin)[:8]}. Use another checkpoint."
+                    f"The checkpoint's units of {name} are not those of its {now}: expected one of the {origin.size} at the "
+                    f"start, or {NEW_UNIT}, for each, got {list(origin.indices)[:8]}. Use another checkpoint."
                 )
+
+
+def _fits(origin: IndexMap, width: Width) -> bool:
+    """Whether a map names an original unit for each of a width's, in every part."""
+    return origin.new_size == width.size and len(origin.each) in (1, width.parts)
 
 
 @contextmanager

@@ -53,7 +53,7 @@ def plan_replica_update(copy: nn.Module, graph: WidthGraph, surgery: Surgery, ba
     """
     # An average that was made before the model got its precision has another one.
     batches = [cast_to_parameters(batch, copy) for batch in batches]
-    removed = [name for name, index_map in surgery.maps.items() if index_map.removed]
+    removed = [name for name, index_map in surgery.maps.items() if index_map.removes_units]
     if removed:
         return _plan_copys_cut(copy, graph, surgery, removed, batches)
     own = compile_surgery(copy, graph, surgery.maps)

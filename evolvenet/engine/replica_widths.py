@@ -9,12 +9,16 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from typing import TypeVar
 
 from evolvenet.graph.exact_growth import united_growth
 from evolvenet.graph.width_graph import Segment, Width, WidthGraph, Widths, assemble
 from evolvenet.tracing.grouping import NEVER_RAN
 
 Layout = Mapping[int, tuple[Segment, ...]]
+Part = tuple[str, int]
+"""A width and the number of one of its parts."""
+Name = TypeVar("Name", str, Part)
 
 
 def united(graph: WidthGraph, copy: str, source: str) -> WidthGraph:
@@ -44,7 +48,7 @@ def united(graph: WidthGraph, copy: str, source: str) -> WidthGraph:
     """
     pairs = {name: _counterpart(graph, name, copy, source) for name in graph.layouts if name.startswith(f"{copy}.")}
     layouts = dict(graph.layouts)
-    same: list[tuple[str, str]] = []
+    same: list[tuple[Part, Part]] = []
     for name, other in pairs.items():
         one, two = graph.layouts[name], graph.layouts.get(other, {})
         if _idle(graph, one) or _idle(graph, two):
@@ -54,17 +58,21 @@ def united(graph: WidthGraph, copy: str, source: str) -> WidthGraph:
             return frozen_tensors(graph, [*pairs, *pairs.values()], reason)
         else:
             same += [
-                (p.width, q.width) for d in one for p, q in zip(one[d], two[d], strict=True) if p.width and q.width
+                ((p.width, p.part), (q.width, q.part))
+                for d in one
+                for p, q in zip(one[d], two[d], strict=True)
+                if p.width and q.width
             ]
     widths: dict[str, Width] = {}
     name_of: dict[str, str] = {}
-    for names in _classes(graph, same).values():
+    for names in _classes(graph, [(one, two) for (one, _), (two, _) in same]).values():
         # Named by what is trained, also where the step has tied the two itself.
         name = source + names[0].removeprefix(copy) if names[0].startswith(f"{copy}.") else names[0]
         name = names[0] if name in list(graph.widths) and name not in names else name
         widths[name] = replace(_united(graph, names), name=name)
         name_of |= dict.fromkeys(names, name)
-    layouts = {name: _renamed(layout, name_of) for name, layout in layouts.items()}
+    numbers = _part_numbers(graph, same, name_of)
+    layouts = {name: _renamed(layout, name_of, numbers) for name, layout in layouts.items()}
     held = {part.width for layout in layouts.values() for parts in layout.values() for part in parts}
     roles = {(tie.tensor, tie.dim): tie.role for width in graph.widths.values() for tie in width.ties}
     roles |= {(one, dim): roles[two, dim] for one, two in pairs.items() for dim in layouts[one] if (two, dim) in roles}
@@ -115,21 +123,37 @@ def _alike(one: Layout, two: Layout) -> bool:
 
 def _classes(graph: WidthGraph, same: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
     """Names that stand for one width: the source's first, if it has run."""
-    home = {name: name for name in graph.widths}
+    root = _roots(graph.widths, same)
+    found: dict[str, list[str]] = {}
+    sources = {two for _, two in same}
+    for name in sorted(graph.widths, key=lambda each: each not in sources):
+        found.setdefault(root[name], []).append(name)
+    order = {name: number for number, name in enumerate(graph.widths)}
+    return dict(sorted(found.items(), key=lambda entry: order[entry[1][0]]))
 
-    def root(name: str) -> str:
+
+def _roots(names: Iterable[Name], same: Iterable[tuple[Name, Name]]) -> dict[Name, Name]:
+    """{name: one that stands for all that are the same}."""
+    home = {name: name for name in names}
+
+    def root(name: Name) -> Name:
         while home[name] != name:
             name = home[name]
         return name
 
     for one, two in same:
         home[root(one)] = root(two)
-    found: dict[str, list[str]] = {}
-    sources = {two for _, two in same}
-    for name in sorted(graph.widths, key=lambda each: each not in sources):
-        found.setdefault(root(name), []).append(name)
-    order = {name: number for number, name in enumerate(graph.widths)}
-    return dict(sorted(found.items(), key=lambda entry: order[entry[1][0]]))
+    return {name: root(name) for name in home}
+
+
+def _part_numbers(graph: WidthGraph, same: Iterable[tuple[Part, Part]], name_of: Mapping[str, str]) -> dict[Part, int]:
+    """{part of a width: its number in the width that unites some}: parts that are tied in one of them are one part."""
+    root = _roots(((width.name, part) for width in graph.widths.values() for part in range(width.parts)), same)
+    found: dict[str, dict[Part, int]] = {}
+    for part in sorted(root, key=lambda each: each[1]):
+        known = found.setdefault(name_of[part[0]], {})
+        known.setdefault(root[part], len(known))
+    return {part: found[name_of[part[0]]][root[part]] for part in root}
 
 
 def _united(graph: WidthGraph, names: list[str]) -> Width:
@@ -147,8 +171,11 @@ def _united(graph: WidthGraph, names: list[str]) -> Width:
     return replace(made, exact_growth=united_growth([width for width in widths if width.mixed is not None]))
 
 
-def _renamed(layout: Layout, name_of: Mapping[str, str]) -> dict[int, tuple[Segment, ...]]:
+def _renamed(layout: Layout, name_of: Mapping[str, str], numbers: Mapping[Part, int]) -> dict[int, tuple[Segment, ...]]:
     return {
-        dim: tuple(replace(part, width=name_of[part.width]) if part.width else part for part in parts)
+        dim: tuple(
+            replace(part, width=name_of[part.width], part=numbers[part.width, part.part]) if part.width else part
+            for part in parts
+        )
         for dim, parts in layout.items()
     }

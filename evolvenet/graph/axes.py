@@ -14,12 +14,14 @@ MASKS = "masks"
 class Segment:
     """A run of one axis that holds every unit of one width, in order, `repeat` consecutive places each.
 
-    `width` is None for a run of places that belong to no width (an axis that never carried units).
+    `width` is None for a run of places that belong to no width (an axis that never carried units). `part` is the number of
+    the part of the width, see `Width`.
     """
 
     width: str | None
     length: int
     repeat: int = 1
+    part: int = 0
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,7 @@ class Tie:
 
     `role` is "produces" (an output axis of a weight: rows of a dense or conv weight), "consumes" (an input axis: columns) or
     "follows" (biases, norm parameters and buffers, depthwise kernels, embeddings added on), or "masks" (buffers that a weight
-    is multiplied with).
+    is multiplied with). `part` is the number of the part of the width whose units these are, see `Width`.
     """
 
     tensor: str
@@ -36,6 +38,7 @@ class Tie:
     start: int
     repeat: int
     role: str
+    part: int = 0
 
     @property
     def module(self) -> str:

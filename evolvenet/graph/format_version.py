@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from evolvenet.errors import RecordError
 
-FORMAT = 1
+FORMAT = 2
 """The version that is written, and the newest that is read."""
 FORMAT_KEY = "format"
 """The entry of a state that holds its version."""
@@ -34,7 +34,7 @@ def checked_format(state: State, what: str) -> State:
     >>> checked_format({"format": 9}, "The state of WidthEvolution")
     Traceback (most recent call last):
     ...
-    evolvenet.errors.RecordError: The state of WidthEvolution is of format 9: expected format 1 or older, which is what this...
+    evolvenet.errors.RecordError: The state of WidthEvolution is of format 9: expected format 2 or older, which is what this...
     """
     found = state.get(FORMAT_KEY, 0)
     if type(found) is int and 0 <= found <= FORMAT:

@@ -30,7 +30,10 @@ def to_state_dict(graph: WidthGraph) -> dict[str, Any]:
               for width in graph.widths.values()]  # fmt: skip
     roles = [[tie.tensor, tie.dim, tie.role] for width in graph.widths.values() for tie in width.ties]
     layouts = {
-        name: [[dim, [[part.width, part.length, part.repeat] for part in segments]] for dim, segments in axes.items()]
+        name: [
+            [dim, [[part.width, part.length, part.repeat, part.part] for part in segments]]
+            for dim, segments in axes.items()
+        ]
         for name, axes in graph.layouts.items()
     }
     return {
@@ -70,6 +73,13 @@ def _check_lengths(graph: WidthGraph) -> None:
             ]
             if taken != [part.length for part in segments] or sum(taken) != graph.shapes[name][dim]:
                 raise ValueError(f"axis {dim} of {name}: expected {graph.shapes[name][dim]} places, got {taken}")
+            wrong = [
+                part for part in segments if part.width and not 0 <= part.part < len(graph.widths[part.width].ties)
+            ]
+            if wrong:
+                raise ValueError(
+                    f"axis {dim} of {name}: expected fewer parts than places that hold them, got {wrong[0]}"
+                )
 
 
 def _from_state_dict(state: Mapping[str, Any]) -> WidthGraph:

@@ -13,6 +13,7 @@ from evolvenet.graph.block_kinds import OTHER, coverage_by_kind
 from evolvenet.graph.coverage import shares
 from evolvenet.graph.exact_growth import COPY, ExactGrowth
 from evolvenet.graph.index_map import IndexMap
+from evolvenet.graph.map_check import check_map
 from evolvenet.graph.width_graph_text import as_explanation, as_table, as_text
 
 if TYPE_CHECKING:
@@ -25,6 +26,9 @@ ChosenOutputs = tuple[str, ...] | OutputFunction | None
 @dataclass(frozen=True)
 class Width:
     """A set of units, each of which is kept or removed in all of the tensor axes where the width occurs.
+
+    The layers and directions of one LSTM have one size, but units of their own: they are parts of one width. Each has `size`
+    units, and which of them are kept may differ from part to part.
 
     Args:
         name: path of the first module, in execution order, that produces it.
@@ -82,6 +86,15 @@ class Width:
         step = self.step_to(size)
         above = -(-max(size, self.smallest) // step) * step
         return self.size if size <= self.size <= above else above
+
+    @property
+    def parts(self) -> int:
+        """Number of parts, 1 for most widths."""
+        return 1 + max((tie.part for tie in self.ties), default=0)
+
+    def part(self, number: int) -> Width:
+        """The width as if one of its parts were all of it."""
+        return replace(self, ties=tuple(tie for tie in self.ties if tie.part == number)) if self.parts > 1 else self
 
     @property
     def producers(self) -> tuple[Tie, ...]:
@@ -215,22 +228,7 @@ class WidthGraph:
         checked: dict[str, IndexMap] = {}
         for given, index_map in maps.items():
             width = self.widths[given]
-            if width.frozen is not None:
-                raise ResizeError(f"Width {width.name!r} is frozen and keeps its {width.size} units: {width.frozen}.")
-            if index_map.size != width.size:
-                raise ResizeError(
-                    f"Width {width.name!r} has {width.size} units, but its map starts from {index_map.size}. "
-                    "Make the map with size=graph.widths[name].size."
-                )
-            if index_map.new_size < width.smallest:
-                raise ResizeError(
-                    f"Width {width.name!r} needs {width.smallest} units or more, got a new size of {index_map.new_size}."
-                )
-            if index_map.new_size % width.multiple:
-                raise ResizeError(
-                    f"Width {width.name!r} needs a multiple of {width.multiple} units, which an op that multiplies with it "
-                    f"requires, got a new size of {index_map.new_size}. Take {width.rounded(index_map.new_size)}."
-                )
+            check_map(width, index_map)
             if width.name in checked:
                 raise ResizeError(
                     f"Width {width.name!r} was named twice ({given!r} is another name of it). Name it once."
@@ -346,7 +344,7 @@ def _entries_in(chosen: set[str], shape: tuple[int, ...], axes: Mapping[int, tup
 
 def _part_map(part: Segment, maps: Mapping[str, IndexMap]) -> IndexMap:
     index_map = None if part.width is None else maps.get(part.width)
-    return IndexMap.identity(part.length) if index_map is None else index_map.repeat(part.repeat)
+    return IndexMap.identity(part.length) if index_map is None else index_map.part(part.part).repeat(part.repeat)
 
 
 def _proposed(part: Segment, sizes: Mapping[str, int]) -> int:
@@ -372,7 +370,7 @@ def assemble(
             for part in segments:
                 if part.width is not None:
                     role = roles.get((tensor, dim), FOLLOWS)
-                    ties[part.width].append(Tie(tensor, dim, start, part.repeat, role))
+                    ties[part.width].append(Tie(tensor, dim, start, part.repeat, role, part.part))
                 start += part.length
     widths = {
         name: replace(

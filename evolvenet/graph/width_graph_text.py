@@ -56,6 +56,8 @@ def as_explanation(width: Width) -> str:
     lines = [f"{width.name}: {width.size} units, {width.parameters:,} parameters"]
     if width.rank_of is not None:
         lines.append(f"rank of {layer_of_rank(width)}")
+    if width.parts > 1:
+        lines.append(f"{width.parts} parts of one size, each with units of its own")
     if width.multiple > 1:
         lines.append(f"in multiples of {width.multiple} units")
     if width.frozen is not None:
@@ -63,7 +65,8 @@ def as_explanation(width: Width) -> str:
     for tie in width.ties:
         stop = tie.start + width.size * tie.repeat
         each = f", {tie.repeat} places a unit" if tie.repeat > 1 else ""
-        lines.append(f"  {tie.role:<8} {tie.tensor} axis {tie.dim} [{tie.start}:{stop}]{each}")
+        part = f", part {tie.part}" if width.parts > 1 else ""
+        lines.append(f"  {tie.role:<8} {tie.tensor} axis {tie.dim} [{tie.start}:{stop}]{each}{part}")
     return "\n".join(lines)
 
 

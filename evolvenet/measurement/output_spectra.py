@@ -93,14 +93,20 @@ def _gather(gathered: dict[Tie, Moments], op: WeightOp, out: Tensor) -> None:
 
 
 def _values(width: Width, gathered: Mapping[Tie, Moments]) -> Tensor | None:
-    """Singular values of all producers of a width side by side; None if none of them was run."""
-    total = torch.zeros(width.size, width.size, dtype=torch.float64, device="cpu")
-    seen = [tie for tie in width.producers if tie in gathered and gathered[tie].count]
-    for tie in seen:
-        total += tie.repeat * gathered[tie].second
-        if not bool(total.isfinite().all()):
-            raise SpectrumError(
-                f"{tie.tensor}: expected finite outputs while measuring, got NaN or infinite ones. Training has "
-                "diverged, or the batch holds such values: check both."
-            )
-    return torch.linalg.eigvalsh(total).flip(0).clamp_min(0).sqrt() if seen else None
+    """Singular values of all producers of a width side by side; None if none of them was run.
+
+    Of a width with parts the root of the sum of their squares: each part has units of its own.
+    """
+    energies: list[Tensor] = []
+    for part in (width.part(number) for number in range(width.parts)):
+        total = torch.zeros(width.size, width.size, dtype=torch.float64, device="cpu")
+        seen = [tie for tie in part.producers if tie in gathered and gathered[tie].count]
+        for tie in seen:
+            total += tie.repeat * gathered[tie].second
+            if not bool(total.isfinite().all()):
+                raise SpectrumError(
+                    f"{tie.tensor}: expected finite outputs while measuring, got NaN or infinite ones. Training has "
+                    "diverged, or the batch holds such values: check both."
+                )
+        energies += [torch.linalg.eigvalsh(total).flip(0).clamp_min(0)] if seen else []
+    return torch.stack(energies).sum(0).sqrt() if energies else None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -55,7 +55,8 @@ def measure(model: nn.Module, graph: WidthGraph, statistics: ActivationMoments |
     (see `consumer_weighted`), divided by its trace, is averaged over the consumers; the singular values are the square
     roots of its eigenvalues. Their squares add up to 1, or to 0 if nothing varies. For a width without a measured
     consumer, the values of its weights. For a rank, whose units may be mixed, the singular values of the outputs that its
-    layer computes through it, without statistics those of the layer's weight; neither is divided by anything.
+    layer computes through it, without statistics those of the layer's weight; neither is divided by anything. For a width
+    with parts, the root of the mean square of theirs.
 
     Args:
         model: the model of the graph.
@@ -75,11 +76,39 @@ def measure(model: nn.Module, graph: WidthGraph, statistics: ActivationMoments |
         if is_rotatable(graph, width):
             found[width.name] = rank_spectrum(model, graph, width, statistics)
             continue
-        parts = {tie: gathered[tie].covariance for tie in width.consumers if tie in gathered}
-        values = input_spectrum(model, width, parts) if parts else weight_spectrum(model, graph, width)
+        moments = {tie: gathered[tie].covariance for tie in width.consumers if tie in gathered}
+        values = mean_square(spectrum for spectrum, _ in spectra_of_parts(model, graph, width, moments))
         if values is not None:
             found[width.name] = values
     return found
+
+
+def spectra_of_parts(
+    model: nn.Module, graph: WidthGraph, width: Width, moments: Mapping[Tie, Tensor]
+) -> Iterator[tuple[Tensor, Mapping[Tie, Tensor]]]:
+    """The singular values of each part of a width that has a weight, and the covariances that they are those of, if any.
+
+    Args:
+        model: the model.
+        graph: its widths.
+        width: one of them; most have one part.
+        moments: {consumer tie: covariance `[n, n]`}.
+    """
+    for part in (width.part(number) for number in range(width.parts)):
+        own = {tie: moments[tie] for tie in part.consumers if tie in moments}
+        values = input_spectrum(model, part, own) if own else weight_spectrum(model, graph, part)
+        if values is not None:
+            yield values, own
+
+
+def mean_square(spectra: Iterable[Tensor]) -> Tensor | None:
+    """The root of the mean square of spectra, value by value; None without any.
+
+    The parts of a width keep as many units each, so what is lost at a size is the sum of what each of them loses.
+    """
+    every = list(spectra)
+    # One alone as it is, to the last digit.
+    return None if not every else every[0] if len(every) == 1 else torch.stack(every).square().mean(0).sqrt()
 
 
 def consumer_weighted(model: nn.Module, width: Width, parts: Mapping[Tie, Tensor]) -> Tensor:

@@ -21,7 +21,7 @@ from evolvenet.measurement.host_model import on_host
 from evolvenet.measurement.past_events import LastChange, PastEvents
 from evolvenet.measurement.rank_spectra import is_rotatable, rank_spectrum
 from evolvenet.measurement.unit_rows import unit_rows
-from evolvenet.measurement.width_spectra import input_spectrum, weight_spectrum
+from evolvenet.measurement.width_spectra import mean_square, spectra_of_parts
 
 log = logging.getLogger("evolvenet")
 
@@ -103,15 +103,19 @@ def width_statistics(
                 spectra[width.name] = tuple(spectrum.tolist())
                 energies[width.name] = energy_shares(spectrum).tolist()
                 continue
-            parts = {
+            covariances = {
                 tie: shrunk_covariance(moments[tie].covariance, moments[tie].count)
                 for tie in width.consumers
                 if tie in moments
             }
-            spectrum = input_spectrum(model, width, parts) if parts else weight_spectrum(model, graph, width)
+            parts = list(spectra_of_parts(model, graph, width, covariances))
+            spectrum = mean_square(values for values, _ in parts)
             if spectrum is not None:
                 spectra[width.name] = tuple(spectrum.tolist())
-                energies[width.name] = unit_energies(model, width, parts) if parts else energy_shares(spectrum).tolist()
+                each = [
+                    unit_energies(model, width, own) if own else energy_shares(values).tolist() for values, own in parts
+                ]
+                energies[width.name] = [sum(shares) / len(each) for shares in zip(*each, strict=True)]
     _report_few(graph, few, alone=not spectra, first=past.count == 1)
     known = past.energies.updated(energies, past.progress).known
     return {name: _statistics(model, graph, name, spectrum, known[name][1], past) for name, spectrum in spectra.items()}

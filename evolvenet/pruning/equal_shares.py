@@ -24,6 +24,8 @@ STEPS = 40
 def live_units(model: nn.Module, graph: WidthGraph) -> dict[str, int]:
     """How many units of each resizable width have weights that are not 0, on both sides; one at least.
 
+    Of a width with parts, those of the part that has the most.
+
     >>> import torch
     >>> from evolvenet.tracing.trace import trace
     >>> model = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1))
@@ -33,8 +35,8 @@ def live_units(model: nn.Module, graph: WidthGraph) -> dict[str, int]:
     """
     found: dict[str, int] = {}
     for width in graph.resizable:
-        strength = magnitude(model, graph, width)
-        found[width.name] = max(1, int((strength > DEAD * strength.max()).sum()))
+        parts = (magnitude(model, graph, width.part(number)) for number in range(width.parts))
+        found[width.name] = max(1, *(int((strength > DEAD * strength.max()).sum()) for strength in parts))
     return found
 
 

@@ -91,7 +91,7 @@ def reconstruct(
     >>> bool((before - model(x)).abs().max() < 1e-3)
     True
     """
-    removed = [name for name, index_map in surgery.maps.items() if index_map.removed]
+    removed = [name for name, index_map in surgery.maps.items() if index_map.removes_units]
     recording = record(model, graph, removed, batches, limits)
     return surgery if recording is None else fit_to_targets(model, graph, surgery, recording)
 

@@ -41,7 +41,8 @@ def choose(
     batch norms follow) times that of the consumers' columns. From Liberty et al., "Randomized algorithms for the low-rank
     approximation of matrices", PNAS 104(51), 2007, and Harbrecht, Peters and Schneider, "On the low-rank approximation by
     the pivoted Cholesky decomposition", Applied Numerical Mathematics 62(4), 2012. Of a rank the first coordinates stay, after
-    its rotation (see `evolvenet.pruning.rank_basis`).
+    its rotation (see `evolvenet.pruning.rank_basis`). Each part of a width (the layers and directions of an LSTM) keeps units
+    of its own, as many in each.
 
     Args:
         model: the model of the graph.
@@ -78,8 +79,8 @@ def choose(
             maps[width.name] = IndexMap.keep(range(size), width.size)
         elif size < width.size:
             with concerning(width.name):
-                kept = _choose_units(model, graph, width, size, statistics)
-            maps[width.name] = IndexMap.keep(sorted(kept), width.size)
+                each = (_choose_units(model, graph, width.part(k), size, statistics) for k in range(width.parts))
+                maps[width.name] = IndexMap.of_parts([sorted(kept) for kept in each], width.size)
     return maps
 
 
@@ -209,7 +210,7 @@ def _column_refits(
         return
     for tie in graph.widths[name].consumers:
         if tie.tensor not in without and tie in statistics and statistics.is_refittable(tie):
-            yield from refit_columns(model, tie, index_map, statistics)
+            yield from refit_columns(model, tie, index_map.part(tie.part), statistics)
 
 
 def predict_removed(

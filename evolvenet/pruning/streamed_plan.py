@@ -248,8 +248,9 @@ class _Plan:
         for tie in self.graph.widths[name].consumers:
             if tie.tensor not in self.fitted or tie not in statistics or not statistics.is_refittable(tie):
                 continue
+            part = index_map.part(tie.part)
             with concerning(name):
-                for tensor, delta in refit_columns(self.model, tie, index_map, statistics, rows.get(tie)):
+                for tensor, delta in refit_columns(self.model, tie, part, statistics, rows.get(tie)):
                     # Kept until all is planned, so in the type of the weight.
                     kept = delta.to(self.model.get_parameter(tensor).dtype)
                     self.fallback_deltas[tensor] = self.fallback_deltas.get(tensor, 0) + kept

@@ -192,7 +192,7 @@ def _is_refitted_cut(changes: Sequence[Change]) -> bool:
 
     Weights alone: running means and variances get rank 0's values on all ranks, which had others of their own.
     """
-    cut = any(index_map.removed for change in changes for index_map in change.axes.values())
+    cut = any(index_map.removes_units for change in changes for index_map in change.axes.values())
     changes = [change for change in changes if isinstance(change.tensor, nn.Parameter)]
     return cut and not all_true(
         [

@@ -20,6 +20,7 @@ from evolvenet.graph.width_graph import CONSUMES, FOLLOWS, PRODUCES, Segment, Wi
 from evolvenet.tracing.labels import KERNEL, AxisIds, LabelGraph
 from evolvenet.tracing.needed_sizes import common_multiple, needed_multiples, needed_units
 from evolvenet.tracing.normalised import norms_over, possible_growth
+from evolvenet.tracing.recurrent_layers import parts_of, with_tied_layers
 
 NEVER_RAN = "never ran on the example inputs"
 """The reason of a width of which no op of the run has used a tensor."""
@@ -57,7 +58,7 @@ class GroupedWidths:
         graph: the graph.
         component: component of every id, `[units]`.
         anchors: name of every width → its anchor.
-        members: name of every width → its components, in order.
+        members: name of every width → its components, in order; of one with parts, those of the first part.
         joined: names of the widths whose units are tied by a fix.
     """
 
@@ -76,27 +77,29 @@ def build_graph(model: nn.Module, label_graph: LabelGraph) -> GroupedWidths:
     where = {member: (g, u) for g, group in enumerate(groups) for u, member in enumerate(group.members)}
     places = np.full((component.max(initial=-1) + 1, 2), -1)
     places[list(where)] = list(where.values())
+    kinds_of = [(len(group.members), group.multiple) for group in groups]
+    parts = parts_of(label_graph, places[component], kinds_of)
+    if parts.unfit:
+        return build_graph(model, with_tied_layers(label_graph, parts.unfit))
     layouts: dict[str, dict[int, AxisRuns]] = defaultdict(dict)
     disordered = _partly_changed(label_graph, component, groups, places[:, 0])
     for axis in label_graph.axes:
         along = places[component[axis.start : axis.start + axis.size]]
         layouts[axis.tensor][axis.dim] = _segments(along, groups, axis, disordered)
     tensors, aliases, trainable = named_tensors(model)
-    names = _names(groups, layouts, label_graph, trainable)
-    widths = {name: _width(name, groups[g], disordered.get(g), label_graph.lines) for g, name in names.items()}
-    order = sorted(label_graph.kinds, key=lambda entry: (EXPERTS, STREAM, ATTENTION, EMBEDDINGS).index(entry[1]))
-    kinds, norms = _reasons(order, component), norms_over(label_graph, component)
-    for g, name in names.items():
-        kind = next((kinds[member] for member in groups[g].members if member in kinds), OTHER)
-        growth = None
-        if widths[name].mixed is not None and widths[name].frozen is None:
-            growth = possible_growth(model, kind, norms.get(groups[g].members[0], ()))
-        widths[name] = replace(widths[name], kind=kind, exact_growth=growth)
+    names = _names(groups, layouts, label_graph, trainable, parts.leaders)
+    families = {g: [each for each, leader in parts.leaders.items() if leader == g] or [g] for g in names}
+    bare = {name: _width(name, groups, families[g], disordered, label_graph.lines) for g, name in names.items()}
+    of_groups = {name: (bare[name], families[g]) for g, name in names.items()}
+    widths = _with_growth(model, label_graph, component, groups, of_groups)
+
+    def segment(g: int | None, length: int, repeat: int) -> Segment:
+        if g is None:
+            return Segment(None, length, repeat)
+        return Segment(names.get(parts.leaders.get(g, g)), length, repeat, parts.numbers.get(g, 0))
+
     named = {
-        tensor: {
-            dim: tuple(Segment(None if g is None else names.get(g), length, repeat) for g, length, repeat in parts)
-            for dim, parts in layouts.get(tensor, {}).items()
-        }
+        tensor: {dim: tuple(segment(*run) for run in runs) for dim, runs in layouts.get(tensor, {}).items()}
         for tensor in tensors
     }
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
@@ -105,6 +108,28 @@ def build_graph(model: nn.Module, label_graph: LabelGraph) -> GroupedWidths:
     graph = replace(graph, gates=frozenset(label_graph.gates - {tensor for tensor, _ in label_graph.roles}))
     anchors = {name: groups[g].anchor for g, name in names.items()}
     return GroupedWidths(graph, component, anchors, {name: groups[g].members for g, name in names.items()})
+
+
+def _with_growth(
+    model: nn.Module,
+    label_graph: LabelGraph,
+    component: np.ndarray,
+    groups: Sequence[Group],
+    widths: Mapping[str, tuple[Width, Sequence[int]]],
+) -> dict[str, Width]:
+    """The widths, given with their groups, with the kind of their block and the growth that may keep the function."""
+    order = sorted(label_graph.kinds, key=lambda entry: (EXPERTS, STREAM, ATTENTION, EMBEDDINGS).index(entry[1]))
+    kinds, norms = _reasons(order, component), norms_over(label_graph, component)
+    found: dict[str, Width] = {}
+    for name, (width, parts) in widths.items():
+        members = (member for part in parts for member in groups[part].members)
+        kind = next((kinds[member] for member in members if member in kinds), OTHER)
+        growth = None
+        if width.mixed is not None and width.frozen is None:
+            paths = dict.fromkeys(path for part in parts for path in norms.get(groups[part].members[0], ()))
+            growth = possible_growth(model, kind, tuple(paths))
+        found[name] = replace(width, kind=kind, exact_growth=growth)
+    return found
 
 
 def _partly_changed(
@@ -128,12 +153,19 @@ def _partly_changed(
     return found
 
 
-def _width(name: str, group: Group, disorder: str | None, lines: Mapping[str, str]) -> Width:
-    reason = group.frozen or disorder
+def _width(
+    name: str, groups: Sequence[Group], parts: Sequence[int], disordered: Mapping[int, str], lines: Mapping[str, str]
+) -> Width:
+    """The width of a group, or of several that are its parts: frozen if one of them is, for the first one's reason."""
+    each = [groups[part] for part in parts]
+    reason = next((why for part in parts if (why := groups[part].frozen or disordered.get(part)) is not None), None)
+    mixing = next((group.mixed for group in each if group.mixed is not None), None)
     frozen = None if reason is None else reason + lines.get(reason, "")
-    mixed = None if group.mixed is None else group.mixed + lines.get(group.mixed, "")
-    each, smallest = group.multiple, -(-group.smallest // group.multiple) * group.multiple
-    return Width(name, len(group.members), frozen=frozen, mixed=mixed, smallest=smallest, step=each, multiple=each)
+    mixed = None if mixing is None else mixing + lines.get(mixing, "")
+    multiple, least = each[0].multiple, max(group.smallest for group in each)
+    smallest = -(-least // multiple) * multiple
+    size = len(each[0].members)
+    return Width(name, size, frozen=frozen, mixed=mixed, smallest=smallest, step=multiple, multiple=multiple)
 
 
 def _groups(label_graph: LabelGraph, component: np.ndarray) -> list[Group]:
@@ -253,8 +285,12 @@ def _names(
     layouts: Mapping[str, Mapping[int, AxisRuns]],
     label_graph: LabelGraph,
     trainable: frozenset[str],
+    leaders: Mapping[int, int],
 ) -> dict[int, str]:
-    """{group: name} of every group with parameters: the module of its first producer in execution order."""
+    """{group: name} of every group with parameters: the module of its first producer in execution order.
+
+    Of the parts of one width the first one, their leader, has the name.
+    """
     late = len(label_graph.first_use)
     occurrences: dict[int, list[tuple[bool, int, str, int]]] = defaultdict(list)
     for tensor, axes in layouts.items():
@@ -266,7 +302,9 @@ def _names(
                 else FOLLOWS
             )
             for group in {part[0] for part in parts if part[0] is not None}:
-                occurrences[group].append((role != PRODUCES, label_graph.first_use.get(tensor, late), tensor, dim))
+                occurrences[leaders.get(group, group)].append(
+                    (role != PRODUCES, label_graph.first_use.get(tensor, late), tensor, dim)
+                )
     names: dict[int, str] = {}
     taken: set[str] = set()
     for group in sorted(occurrences, key=lambda g: min((entry[1], entry[0]) for entry in occurrences[g])):

@@ -5,6 +5,8 @@ Importing this module registers them in `rules.RULES`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -77,16 +79,25 @@ def _without_units(label: Label, tensor: Tensor, axis: int, has_layers: bool) ->
 
 @rule("stack")
 def stack(call: Call) -> None:
-    """Corresponding units of the tensors are tied."""
+    """Corresponding units of the tensors are tied; those of the states of recurrent layers stay beside each other."""
     tensors = call.args[0]
     labels = [call.label_of(t) for t in tensors]
     axis = (call.argument("dim") or 0) % call.out.dim()
+    if call.where.rpartition(" (")[0] in call.label_graph.recurrent and _are_alike(labels):
+        call.label_output(call.out, [compress(torch.stack([label.layers[0] for label in labels], axis))])
+        return
     layers = list(
         merge(call.label_graph, [[each for each in label.layers if not is_constant(each)] for label in labels])
     )
     layers += constant_axes(tensors, labels, {dim for layer in layers for dim in varying(layer)})
     all_constant = all(label.kind == CONSTANT for label in labels)
     call.label_output(call.out, [layer.unsqueeze(axis) for layer in layers], CONSTANT if all_constant else DATA)
+
+
+def _are_alike(labels: Sequence[Label]) -> bool:
+    """Whether each of the tensors has one layer of units, of the same shape."""
+    shapes = {tuple(layer.shape) for label in labels for layer in label.layers if not is_constant(layer)}
+    return len(shapes) == 1 and all(len(label.layers) == 1 for label in labels)
 
 
 @rule("glu")

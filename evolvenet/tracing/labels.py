@@ -103,6 +103,8 @@ class LabelGraph:
         changed: sets of ids (their bytes) that an op changes, with the op; see `mark_changed`.
         modes_with_new_tensors: for each run, whether it used a tensor that no earlier run had used.
         kinds: ids that are those of a residual stream, of attention, of a table or of experts, see `block_kinds`.
+        equal_sizes: axes of which all have as many units as the others, by their ids, see `recurrent_layers`.
+        recurrent: paths of the modules of these axes.
         differentiates: whether the runs had autograd on, for gradients that the model's own code computes.
         keeps_heads: whether a product that sums over the places of each head results in a placeholder for the head.
     """
@@ -139,6 +141,8 @@ class LabelGraph:
     differentiates: bool = False
     keeps_heads: bool = False
     kinds: list[tuple[Tensor, str]] = field(default_factory=list)
+    equal_sizes: list[tuple[Tensor, ...]] = field(default_factory=list)
+    recurrent: set[str] = field(default_factory=set)
     _marked: dict[int, Tensor] = field(default_factory=dict, repr=False)
     """The layers given to `mark_changed`, by their `id`, which is theirs as long as they are kept here."""
 

@@ -273,7 +273,7 @@ def _map(width: Width, number: int, zeros: bool) -> IndexMap:
     Random(number).shuffle(order)
     if order == sorted(order):
         order.reverse()
-    return IndexMap.of(order, width.size)
+    return IndexMap.of(order, width.size).turned(width.parts)
 
 
 def _distance(one: Tensor, two: Tensor) -> float:

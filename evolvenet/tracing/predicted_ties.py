@@ -50,7 +50,7 @@ def _split_heads(graph: WidthGraph, predicted: np.ndarray, rerun: LabelGraph, jo
     Units tied by a fix are whole rows or whole columns of grids of heads × places. If they no longer are, the boundaries
     between heads have moved, which changes no shape.
     """
-    numbers = {k for k, name in enumerate(graph.widths) if name in joined}
+    numbers = {k for (name, _), k in _numbers(graph).items() if name in joined}
     for ids in rerun.grids.values():
         grid = predicted[ids.numpy()]
         if int(ids.min()) < 0 or len(np.unique(grid[..., 0])) > 1 or int(grid[0, 0, 0]) not in numbers:
@@ -66,7 +66,8 @@ def _partly_changed(graph: WidthGraph, predicted: np.ndarray, rerun: LabelGraph)
 
     A slice at a number in the code, `h[:, :8].tanh()`, ties no units and changes no shape, but selects other units.
     """
-    sizes = [0 if width.frozen is not None else width.size for width in graph.widths.values()]
+    widths = [graph.widths[name] for name, _ in _numbers(graph)]
+    sizes = [0 if width.frozen is not None else width.size for width in widths]
     for ids, reason in rerun.changed.items():
         units = np.unique(predicted[np.frombuffer(ids, np.int64)], axis=0)
         numbers, counts = np.unique(units[units[:, 0] >= 0, 0], return_counts=True)
@@ -76,14 +77,20 @@ def _partly_changed(graph: WidthGraph, predicted: np.ndarray, rerun: LabelGraph)
 
 
 def _predicted(graph: WidthGraph, rerun: LabelGraph) -> np.ndarray:
-    """(number of the width, unit) that the graph predicts for every id of the new run, −1 for none; `[units, 2]`."""
+    """(number of the width and part, unit) that the graph predicts for every id of the new run, −1 for none; `[units, 2]`."""
     found = np.full((rerun.units, 2), -1)
-    numbers = {name: k for k, name in enumerate(graph.widths)}
+    numbers = _numbers(graph)
     for axis in rerun.axes:
         at = axis.start
         for part in graph.layouts.get(axis.tensor, {}).get(axis.dim, ()):
             if part.width is not None:
-                found[at : at + part.length, 0] = numbers[part.width]
+                found[at : at + part.length, 0] = numbers[part.width, part.part]
                 found[at : at + part.length, 1] = np.repeat(np.arange(part.length // part.repeat), part.repeat)
             at += part.length
     return found
+
+
+def _numbers(graph: WidthGraph) -> dict[tuple[str, int], int]:
+    """A number for each part of every width, by its name and the part."""
+    every = [(width.name, part) for width in graph.widths.values() for part in range(width.parts)]
+    return {each: number for number, each in enumerate(every)}

@@ -59,6 +59,7 @@ from evolvenet.tracing.merging import merge
 from evolvenet.tracing.numeric_proof import compare_numbers
 from evolvenet.tracing.quantised import refuse_quantised
 from evolvenet.tracing.reasons import source_line
+from evolvenet.tracing.recurrent_layers import note_recurrent_layers, with_tied_layers
 from evolvenet.tracing.retraces import has_entries_of_heads, shared_by_heads
 from evolvenet.tracing.routing_rules import route, settle_competition
 from evolvenet.tracing.rules import Call, apply_rule
@@ -173,12 +174,13 @@ def _verified(
 ) -> WidthGraph:
     """The verified graph; with tensors that all heads share kept as they are, if more of the model can be resized then.
 
-    The same with heads that can be told after the product of queries and keys, where tensors have an entry for each (decays,
+    The same with layers of an LSTM tied to each other, where units of each by itself may not go, and with heads that can be
+    told after the product of queries and keys, where tensors have an entry for each (decays,
     slopes). Where whole heads cannot go either, places of all heads are tried. No trial for shapes is run twice, and
     no ties are grouped twice.
     """
     failures = defaultdict[tuple[bool, ...], dict[Any, str | None]](dict)
-    grouped = defaultdict[tuple[frozenset[str], bool], dict[Any, GroupedWidths]](dict)
+    grouped = defaultdict[tuple[frozenset[str], bool, int], dict[Any, GroupedWidths]](dict)
 
     def rerun(modes: tuple[bool, ...], run: Callable[..., LabelGraph]) -> Rerun:
         return Rerun(partial(run, modes=modes), partial(shapes, modes=modes), failures[modes])
@@ -186,9 +188,13 @@ def _verified(
     def verified(labels: LabelGraph, given: frozenset[str] = frozenset(), rounds: FixRounds = first) -> WidthGraph:
         again = partial(run, given=given, keeps_heads=labels.keeps_heads)
         runs = [rerun(each, again) for each in dict.fromkeys((_needed_modes(labels), tuple(modes)))]
-        return verify(model, labels, device, runs, rounds, grouped[given, labels.keeps_heads])
+        key = (given, labels.keeps_heads, len(labels.equal_sizes))
+        return verify(model, labels, device, runs, rounds, grouped[key])
 
     graphs = [verified(label_graph)]
+    if any(width.parts > 1 and _may_be_tied(width, label_graph) for width in graphs[0].widths.values()):
+        label_graph = with_tied_layers(label_graph, label_graph.equal_sizes)
+        graphs.append(verified(label_graph))
     given = shared_by_heads(graphs[0], label_graph)
     others = [(given, False)] if given else []
     others += [(given, True)] if has_entries_of_heads(graphs[0], label_graph, first is HEADS_FIRST) else []
@@ -204,6 +210,11 @@ def _verified(
     best = max(best, graphs[-1], key=weight)
     everything = rerun(tuple(modes), run)
     return with_least_sizes(Verification(model, label_graph, device, everything, everything), best)
+
+
+def _may_be_tied(width: Width, label_graph: LabelGraph) -> bool:
+    """Whether a width of several parts is frozen for a reason that no op of the run has given: a trial's, or an order's."""
+    return width.frozen is not None and not any(width.frozen.startswith(given) for _, given in label_graph.frozen)
 
 
 def _may_have_places(width: Width) -> bool:
@@ -235,9 +246,10 @@ def run_for_labels(
     Train mode is included because auxiliary heads run in it only. Tensors in `given` count as data of a fixed size; for
     `keeps_heads` see `LabelGraph`.
     """
-    tensors, _, trainable = named_tensors(model)
+    tensors, aliases, trainable = named_tensors(model)
     label_graph = LabelGraph(trainable=trainable, keeps_heads=keeps_heads)
     layers_of = {name: label_graph.add_tensor(name, tensor.shape) for name, tensor in tensors.items()}
+    note_recurrent_layers(model, label_graph, aliases)
     for layer in (layer for name in given for layer in layers_of[name]):
         label_graph.freeze(layer, "is shared by all heads, of which each can go as a whole")
     for training in modes:

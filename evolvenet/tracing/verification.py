@@ -356,7 +356,8 @@ def _step(graph: WidthGraph, name: str, number: int, down: bool) -> IndexMap:
     if not down or width.size - each < max(width.smallest, 2):
         # An axis of size 1 has no labels, so the ties of a width of that size could not be compared.
         return IndexMap.grow(width.size, (2 - number // 2 % 2) * each)
-    return IndexMap.keep([unit for unit in range(width.size) if not middle <= unit < middle + each], width.size)
+    kept = IndexMap.keep([unit for unit in range(width.size) if not middle <= unit < middle + each], width.size)
+    return kept.turned(width.parts)
 
 
 def _trial_failure(
