@@ -27,7 +27,8 @@ from evolvenet.surgery.numbers import attribute_of
 from evolvenet.surgery.resize_model import scaled_numbers
 from evolvenet.surgery.state_parts import fit_file_replacements, own_names, own_part, tied_to
 from evolvenet.surgery.width_record import RECORD_KEY, WidthRecord, record_of, remember, shapes_of
-from evolvenet.tracing.trace import trace
+from evolvenet.tracing.findings import Findings
+from evolvenet.tracing.trace import trace, trace_with_findings
 
 log = logging.getLogger("evolvenet")
 
@@ -251,21 +252,19 @@ def graph_of_shapes(
         TraceError: as `trace`.
     """
 
-    def traced(heads: bool | None) -> WidthGraph:
-        if outputs is None:
-            return trace_main_outputs(model, inputs, heads)
-        return trace(model, inputs, outputs, heads=heads)
-
     def fits(graph: WidthGraph) -> bool:
         return not sizes_from_shapes(graph, shapes)[1]
 
-    first = traced(heads)
+    if outputs is None:
+        first, found = trace_main_outputs(model, inputs, heads)
+    else:
+        first, found = trace_with_findings(model, inputs, outputs, heads=heads)
     if heads is not None or (fits(first) and not _reaches_heads(first, shapes)):
         return first
     graphs: list[tuple[bool | None, WidthGraph]] = [(None, first)] if fits(first) else []
     for each in (True, False):
         try:
-            graph = traced(each)
+            graph, found = trace_with_findings(model, inputs, first.outputs, heads=each, known=found)
         except TraceError as error:
             # The widths by default may fit all the same.
             log.debug("trace(heads=%s) of a file's model", each, exc_info=error)
@@ -317,7 +316,7 @@ def _reaches_heads(graph: WidthGraph, shapes: Mapping[str, tuple[int, ...]]) -> 
     return any(width.kind == ATTENTION for width in changed) or any(max(each.values(), default=0) > 1 for each in axes)
 
 
-def trace_main_outputs(model: nn.Module, inputs: Any, heads: bool | None = None) -> WidthGraph:
+def trace_main_outputs(model: nn.Module, inputs: Any, heads: bool | None = None) -> tuple[WidthGraph, Findings]:
     """The widths of a model as far as its main outputs fix them, see `MAIN_OUTPUTS`; all outputs count if it has none of these.
 
     For files without a record: fewer outputs fix fewer widths, so that whatever outputs counted when the widths were changed,
@@ -328,15 +327,18 @@ def trace_main_outputs(model: nn.Module, inputs: Any, heads: bool | None = None)
         inputs: as for `trace`.
         heads: as for `trace`.
 
+    Returns:
+        The graph, and what the trace has found.
+
     Raises:
         TraceError: as `trace`.
     """
     for names in MAIN_OUTPUTS if hasattr(model, "main_input_name") else ():
         try:
-            return trace(model, inputs, names, heads=heads)
+            return trace_with_findings(model, inputs, names, heads=heads)
         except OutputNameError:
             continue
-    return trace(model, inputs, heads=heads)
+    return trace_with_findings(model, inputs, heads=heads)
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -18,8 +18,9 @@ from evolvenet.execution.step import InTurn, Step, run_model
 from evolvenet.graph.serialization import from_state_dict
 from evolvenet.graph.width_graph import WidthGraph
 from evolvenet.lightning.step import ModuleStep
+from evolvenet.tracing.findings import Findings
 from evolvenet.tracing.reconciled import reconciled
-from evolvenet.tracing.trace import trace
+from evolvenet.tracing.trace import trace, trace_with_findings
 from evolvenet.tracing.unreached import freeze_possible_inputs, unreached_parameters
 
 log = logging.getLogger("evolvenet")
@@ -84,15 +85,18 @@ def subject_of_example(
     Raises:
         TraceError: if the module does not run on them.
     """
-    found = _alone(module, "", example_inputs, settle, outputs)
+    found, _ = _alone(module, "", example_inputs, settle, outputs)
     return None if unreached_parameters(found.graph) else found
 
 
-def _alone(module: nn.Module, path: str, inputs: Any, settle: Settle, outputs: Outputs | None) -> Subject:
-    """A network called with its own inputs."""
+def _alone(
+    module: nn.Module, path: str, inputs: Any, settle: Settle, outputs: Outputs | None
+) -> tuple[Subject, Findings]:
+    """A network called with its own inputs, and what its trace has found for one of a step that calls it."""
     root, few = module.get_submodule(path), first_samples(inputs, SAMPLES)
-    graph = settle(root, trace(root, few, outputs))
-    return Subject(path, inputs, graph, with_chosen_outputs(few, normalized(outputs)))
+    graph, found = trace_with_findings(root, few, outputs)
+    subject = Subject(path, inputs, settle(root, graph), with_chosen_outputs(few, normalized(outputs)))
+    return subject, found.in_step(path)
 
 
 def resumed_subject(state: Mapping[str, Any], inputs: Any) -> Subject:
@@ -134,15 +138,15 @@ def choose_subject(
     Raises:
         TraceError: if neither the steps nor any network can be traced.
     """
-    alone, problem = None, None
+    alone, found, problem = None, None, None
     if path is not None:
         try:
-            alone = _alone(module, path, calls[path], settle, outputs)
+            alone, found = _alone(module, path, calls[path], settle, outputs)
         except OutputNameError:
             raise
         except TraceError as error:
             problem = error
-    whole = _trace_steps(module, batches, settle)
+    whole = _trace_steps(module, batches, settle, found)
     if whole is None and alone is None:
         networks = {name: inputs for name, inputs in calls.items() if name}
         if problem is not None and len(networks) < 2:
@@ -154,7 +158,9 @@ def choose_subject(
     return whole if with_loss else _reconciled(module, alone, whole) or whole
 
 
-def _trace_steps(module: LightningModule, batches: Mapping[str, tuple[Any, int]], settle: Settle) -> Subject | None:
+def _trace_steps(
+    module: LightningModule, batches: Mapping[str, tuple[Any, int]], settle: Settle, known: Findings | None
+) -> Subject | None:
     """The module's steps, traced together; None where its training step does not run beside training."""
     steps = {name: Step(ModuleStep(name, index), batch) for name, (batch, index) in batches.items()}
     try:
@@ -170,7 +176,7 @@ def _trace_steps(module: LightningModule, batches: Mapping[str, tuple[Any, int]]
                 if is_out_of_memory(problem):
                     raise
                 log.debug("%s does not run beside training, so it is not traced", name, exc_info=problem)
-        graph, together = _traced(module, runs, steps["training_step"], settle)
+        graph, together = _traced(module, runs, steps["training_step"], settle, known)
     except Exception as problem:
         if is_out_of_memory(problem):
             # The network alone would be traced without what the step does with it.
@@ -213,11 +219,17 @@ def extended(subject: Subject, module: LightningModule, step: ModuleStep, batch:
     return replace(subject, graph=graph, runs=runs)
 
 
-def _traced(module: LightningModule, runs: Sequence[Any], whole: Step, settle: Settle) -> tuple[WidthGraph, InTurn]:
-    """The graph of some runs, and of a whole batch where its samples reach modules that those of the runs do not (experts)."""
-    graph = settle(module, trace(module, InTurn(tuple(runs))))
+def _traced(
+    module: LightningModule, runs: Sequence[Any], whole: Step, settle: Settle, known: Findings | None = None
+) -> tuple[WidthGraph, InTurn]:
+    """The graph of some runs, and of a whole batch where its samples reach modules that those of the runs do not (experts).
+
+    `known` is what a trace of a network that the step calls has found.
+    """
+    traced, found = trace_with_findings(module, InTurn(tuple(runs)), known=known)
+    graph = settle(module, traced)
     unreached = {name.rpartition(".")[0] for name in unreached_parameters(graph)}
     if unreached and unreached & modules_called(module, whole):
         runs = [*runs, whole]
-        graph = settle(module, trace(module, InTurn(tuple(runs))))
+        graph = settle(module, trace_with_findings(module, InTurn(tuple(runs)), known=found.in_step())[0])
     return freeze_possible_inputs(graph), InTurn(tuple(runs))

@@ -8,8 +8,7 @@ are tied. `grouping` makes a `WidthGraph` of them, and `verification` freezes ev
 from __future__ import annotations
 
 import traceback
-from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -35,42 +34,32 @@ from evolvenet.execution.inputs import tensors_of
 from evolvenet.execution.isolation import isolated
 from evolvenet.execution.own_gradients import GradientsNeededError
 from evolvenet.execution.surroundings import autocast_devices, plain_surroundings
-from evolvenet.graph.block_kinds import ATTENTION, with_block_kinds
-from evolvenet.graph.coverage import OTHER_ORDER, OUTPUT, TRIAL
+from evolvenet.graph.block_kinds import with_block_kinds
+from evolvenet.graph.coverage import OUTPUT
 from evolvenet.graph.naming import named_tensors
 from evolvenet.graph.whole import check_whole
-from evolvenet.graph.width_graph import Width, WidthGraph
+from evolvenet.graph.width_graph import WidthGraph
 from evolvenet.signals import deferred_signals
 from evolvenet.tracing.addends import record_addends, record_masks
 from evolvenet.tracing.block_kinds import BlockKinds
-from evolvenet.tracing.coupled_dims import (
-    HEADS_FIRST,
-    PLACES_ALONE,
-    PLACES_FIRST,
-    PLACES_LAST,
-    FixRounds,
-)
 from evolvenet.tracing.factorized import with_ranks
-from evolvenet.tracing.grouping import GroupedWidths
+from evolvenet.tracing.findings import Findings, LabelRun
 from evolvenet.tracing.idle_copies import tie_idle_copies
 from evolvenet.tracing.labels import DATA, LABELLED, Label, LabelGraph, varying
-from evolvenet.tracing.least_sizes import with_least_sizes
 from evolvenet.tracing.merging import merge
 from evolvenet.tracing.numeric_proof import compare_numbers
 from evolvenet.tracing.quantised import refuse_quantised
 from evolvenet.tracing.reasons import source_line
-from evolvenet.tracing.recurrent_layers import note_recurrent_layers, with_tied_layers
-from evolvenet.tracing.retraces import has_entries_of_heads, shared_by_heads
+from evolvenet.tracing.recurrent_layers import note_recurrent_layers
 from evolvenet.tracing.routing_rules import route, settle_competition
 from evolvenet.tracing.rules import Call, apply_rule
+from evolvenet.tracing.searches import Searches, needed_modes
 from evolvenet.tracing.tracing_mode import TracingMode, run_under_mode
-from evolvenet.tracing.verification import Rerun, Verification, verify
 
 ATTEMPTS = (("meta", (False, True)), (None, (False, True)), ("meta", (False,)), (None, (False,)))
 """(device of the shadows, training flags), tried in this order until the model runs; train mode is given up last."""
 
 
-@deferred_signals("the trace")
 def trace(
     model: nn.Module, example_inputs: Any, outputs: Outputs | None = None, *, heads: bool | None = None
 ) -> WidthGraph:
@@ -104,38 +93,75 @@ def trace(
     >>> trace(nn.LSTM(4, 8), torch.zeros(3, 1, 4), outputs=["1.0", "1.1"]).widths["weight_hh_l0"].frozen
     "is the model's output"
     """
+    return trace_with_findings(model, example_inputs, outputs, heads=heads)[0]
+
+
+@deferred_signals("the trace")
+def trace_with_findings(
+    model: nn.Module,
+    example_inputs: Any,
+    outputs: Outputs | None = None,
+    *,
+    heads: bool | None = None,
+    known: Findings | None = None,
+) -> tuple[WidthGraph, Findings]:
+    """As `trace`, with what it has found, for a later trace of the same network, and what an earlier one has found.
+
+    Args:
+        model: as of `trace`.
+        example_inputs: as of `trace`.
+        outputs: as of `trace`.
+        heads: as of `trace`.
+        known: of a trace of the same model on the same inputs and outputs, or `Findings.in_step` of one of a network in it.
+
+    Raises:
+        TraceError: as `trace`.
+
+    >>> model, x = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), torch.zeros(1, 4)
+    >>> graph, found = trace_with_findings(model, x)
+    >>> trace_with_findings(model, x, known=found)[0] == graph
+    True
+    """
     selected = normalized(outputs)
     inputs = with_chosen_outputs(example_inputs, selected)
     check_whole(model)
     if next(model.parameters(), None) is None:
         refuse_quantised(model)
         raise TraceError(f"Expected a model with parameters, got a {type(model).__name__} without any.")
-    graph = None
+    found = None
     if autocast_devices():
         try:
             with memory_for_tracing(), plain_surroundings():
-                graph = _trace(model, inputs, heads)
+                found = _trace(model, inputs, heads, False, known)
         except TraceError as error:
             if is_out_of_memory(error):
                 raise
-    if graph is None:
+    if found is None:
         with memory_for_tracing(), plain_surroundings(autocast=True):
-            graph = _trace(model, inputs, heads)
+            found = _trace(model, inputs, heads, True, known)
+    graph, findings = found
     if not graph.resizable:
         refuse_quantised(model)
-    return replace(graph, outputs=selected)
+    return replace(graph, outputs=selected), findings
 
 
-def _trace(model: nn.Module, example_inputs: Any, heads: bool | None) -> WidthGraph:
+def _trace(
+    model: nn.Module, example_inputs: Any, heads: bool | None, autocast: bool, known: Findings | None
+) -> tuple[WidthGraph, Findings]:
     last_error: Exception | None = None
     gradients = False
     attempts = list(ATTEMPTS)
+    first = known.choice.run if known is not None and known.heads is heads else LabelRun()
     while attempts:
         device, modes = attempts.pop(0)
+        surroundings = (device, modes, autocast, gradients)
+        labels = dict(known.labels) if known is not None and known.surroundings == surroundings else {}
+        run = partial(run_for_labels, example_inputs=example_inputs, device=device)
         try:
-            with isolated(model, shadows=True, device=device, gradients=gradients):
-                label_graph = run_for_labels(model, example_inputs, device, modes)
-                label_graph.differentiates = gradients
+            if first not in labels:
+                with isolated(model, shadows=True, device=device, gradients=gradients):
+                    labels[first] = run(model, modes=modes, given=first.given, keeps_heads=first.keeps_heads)
+                labels[first].differentiates = gradients
         except TraceError:
             raise
         except GradientsNeededError as error:
@@ -149,88 +175,16 @@ def _trace(model: nn.Module, example_inputs: Any, heads: bool | None) -> WidthGr
                 raise
             last_error = error
             continue
-        run = partial(run_for_labels, example_inputs=example_inputs, device=device)
         shapes = partial(run_for_shapes, example_inputs=example_inputs, device=device)
-        first = {None: PLACES_FIRST, True: HEADS_FIRST, False: PLACES_ALONE}[heads]
-        graph = _verified(model, label_graph, device, modes, run, shapes, first)
-        graph = compare_numbers(model, example_inputs, graph, _needed_modes(label_graph), gradients)
-        return with_block_kinds(with_ranks(model, graph))
+        graph, findings = Searches(model, surroundings, heads, labels, run, shapes, known).best()
+        graph = compare_numbers(model, example_inputs, graph, needed_modes(labels[first]), gradients)
+        return with_block_kinds(with_ranks(model, graph)), findings
     line = "" if last_error is None else source_line(traceback.extract_tb(last_error.__traceback__))
     raise TraceError(
         f"The model does not run on the example inputs: {type(last_error).__name__}: {last_error}{line}. Give example_inputs "
         "exactly as the model is called: a tensor, a tuple of arguments, or a dict of keyword arguments; a function given as "
         "outputs gets all that the model returns."
     ) from last_error
-
-
-def _verified(
-    model: nn.Module,
-    label_graph: LabelGraph,
-    device: str | None,
-    modes: Sequence[bool],
-    run: Callable[..., LabelGraph],
-    shapes: Callable[..., list[tuple[int, ...]]],
-    first: FixRounds,
-) -> WidthGraph:
-    """The verified graph; with tensors that all heads share kept as they are, if more of the model can be resized then.
-
-    The same with layers of an LSTM tied to each other, where units of each by itself may not go, and with heads that can be
-    told after the product of queries and keys, where tensors have an entry for each (decays,
-    slopes). Where whole heads cannot go either, places of all heads are tried. No trial for shapes is run twice, and
-    no ties are grouped twice.
-    """
-    failures = defaultdict[tuple[bool, ...], dict[Any, str | None]](dict)
-    grouped = defaultdict[tuple[frozenset[str], bool, int], dict[Any, GroupedWidths]](dict)
-
-    def rerun(modes: tuple[bool, ...], run: Callable[..., LabelGraph]) -> Rerun:
-        return Rerun(partial(run, modes=modes), partial(shapes, modes=modes), failures[modes])
-
-    def verified(labels: LabelGraph, given: frozenset[str] = frozenset(), rounds: FixRounds = first) -> WidthGraph:
-        again = partial(run, given=given, keeps_heads=labels.keeps_heads)
-        runs = [rerun(each, again) for each in dict.fromkeys((_needed_modes(labels), tuple(modes)))]
-        key = (given, labels.keeps_heads, len(labels.equal_sizes))
-        return verify(model, labels, device, runs, rounds, grouped[key])
-
-    graphs = [verified(label_graph)]
-    if any(width.parts > 1 and _may_be_tied(width, label_graph) for width in graphs[0].widths.values()):
-        label_graph = with_tied_layers(label_graph, label_graph.equal_sizes)
-        graphs.append(verified(label_graph))
-    given = shared_by_heads(graphs[0], label_graph)
-    others = [(given, False)] if given else []
-    others += [(given, True)] if has_entries_of_heads(graphs[0], label_graph, first is HEADS_FIRST) else []
-    for given, keeps_heads in others:
-        with isolated(model, shadows=True, device=device, gradients=label_graph.differentiates):
-            other = run(model, modes=modes, given=given, keeps_heads=keeps_heads)
-            other.differentiates = label_graph.differentiates
-        graphs.append(verified(other, given))
-    weight = _parameters_in_heads if first is HEADS_FIRST else _resizable_parameters
-    best = max(graphs, key=weight)
-    if any(_may_have_places(width) for width in best.widths.values()):
-        graphs.append(verified(label_graph, rounds=(*first, *PLACES_LAST)))
-    best = max(best, graphs[-1], key=weight)
-    everything = rerun(tuple(modes), run)
-    return with_least_sizes(Verification(model, label_graph, device, everything, everything), best)
-
-
-def _may_be_tied(width: Width, label_graph: LabelGraph) -> bool:
-    """Whether a width of several parts is frozen for a reason that no op of the run has given: a trial's, or an order's."""
-    return width.frozen is not None and not any(width.frozen.startswith(given) for _, given in label_graph.frozen)
-
-
-def _may_have_places(width: Width) -> bool:
-    """Whether a width is frozen for a reason for which places of all heads may still change together."""
-    reason = width.frozen or ""
-    return reason.startswith(OTHER_ORDER) or (width.mixed is not None and reason.startswith(TRIAL))
-
-
-def _parameters_in_heads(graph: WidthGraph) -> tuple[int, int]:
-    """Parameters of resizable widths; first those without places of queries and keys, which are multiplied with each other."""
-    places = sum(width.parameters for width in graph.resizable if width.kind == ATTENTION and width.mixed is not None)
-    return _resizable_parameters(graph) - places, _resizable_parameters(graph)
-
-
-def _resizable_parameters(graph: WidthGraph) -> int:
-    return sum(width.parameters for width in graph.resizable)
 
 
 def run_for_labels(
@@ -278,11 +232,6 @@ def run_for_shapes(
     """The shapes of the outputs in the first mode, as in `run_for_labels`, in a fraction of its time."""
     results = [run_under_mode(model, example_inputs, device, training, TracingMode()) for training in modes]
     return [tuple(leaf.shape) for leaf in tensors_of(results[0])]
-
-
-def _needed_modes(label_graph: LabelGraph) -> tuple[bool, ...]:
-    """The modes that a trial must run: train mode only if it uses parameters that eval mode does not."""
-    return (False, True) if label_graph.modes_with_new_tensors[1:] == [True] else (False,)
 
 
 class LabelMode(TracingMode):

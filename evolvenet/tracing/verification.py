@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from evolvenet.errors import is_out_of_memory
 from evolvenet.execution.isolation import isolated
+from evolvenet.graph.coverage import TRIAL
 from evolvenet.graph.index_map import IndexMap
 from evolvenet.graph.width_graph import Tie, Width, WidthGraph, Widths
 from evolvenet.surgery.resize_model import compile_surgery, install
@@ -48,6 +49,9 @@ MOST_NUMBERS = 8
 """So many numbers of other names than those of sizes are tried for a width, in up to 46 trials of which most fail early."""
 MOST_TRIALS = 400
 """After so many different trials of a model, which may take a minute, no more numbers of other names are tried."""
+
+RAISED = f"{TRIAL}raised "
+"""How the failure of a trial begins in which the model's code, or the surgery, raised."""
 
 Edges = tuple[Tensor, Tensor]
 """Two equally long tensors of ids that are tied element by element."""
@@ -382,7 +386,7 @@ def _trial_failure(
         if is_out_of_memory(error):
             raise
         line = source_line(traceback.extract_tb(error.__traceback__))
-        return f"a trial raised {type(error).__name__}: {first_line(error)}{line}"
+        return f"{RAISED}{type(error).__name__}: {first_line(error)}{line}"
     outputs = rerun.output_shapes if isinstance(rerun, LabelGraph) else rerun
     if outputs != verification.label_graph.output_shapes:
         return f"a trial changed the output's shape from {verification.label_graph.output_shapes} to {outputs}"

@@ -1,0 +1,159 @@
+"""Searches for the widths that can be resized, by several runs with labels and rounds of fixes, of which the best one counts."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+from torch import nn
+
+from evolvenet.execution.isolation import isolated
+from evolvenet.graph.block_kinds import ATTENTION
+from evolvenet.graph.coverage import OTHER_ORDER, TRIAL
+from evolvenet.graph.width_graph import Width, WidthGraph
+from evolvenet.tracing.coupled_dims import HEADS_FIRST, PLACES_ALONE, PLACES_FIRST, PLACES_LAST, FixRounds
+from evolvenet.tracing.findings import Choice, Failures, Findings, LabelRun, places_of
+from evolvenet.tracing.grouping import GroupedWidths
+from evolvenet.tracing.labels import LabelGraph
+from evolvenet.tracing.least_sizes import with_least_sizes
+from evolvenet.tracing.recurrent_layers import with_tied_layers
+from evolvenet.tracing.retraces import has_entries_of_heads, shared_by_heads
+from evolvenet.tracing.verification import Grouping, Rerun, Verification, verify
+
+RunLabels = Callable[..., LabelGraph]
+"""Of the model by position, and of the modes, `given` and `keeps_heads` by name."""
+
+
+@dataclass
+class Searches:
+    """Verified graphs of one model. No trial for shapes is run twice, and no ties are grouped twice.
+
+    Args:
+        model: the model.
+        surroundings: of its runs, see `Findings`.
+        heads: as of `trace`.
+        labels: {run: ties} of the runs so far; extended here.
+        run: with labels.
+        shapes: runs it without labels.
+        known: what an earlier trace of the same network has found.
+    """
+
+    model: nn.Module
+    surroundings: tuple[str | None, tuple[bool, ...], bool, bool]
+    heads: bool | None
+    labels: dict[LabelRun, LabelGraph]
+    run: RunLabels
+    shapes: Callable[..., list[tuple[int, ...]]]
+    known: Findings | None = None
+
+    def __post_init__(self) -> None:
+        self._device, self._modes, _, self._gradients = self.surroundings
+        self._first: FixRounds = {None: PLACES_FIRST, True: HEADS_FIRST, False: PLACES_ALONE}[self.heads]
+        same = self.known if self.known is not None and self.known.surroundings == self.surroundings else None
+        self._failures = defaultdict[tuple[bool, ...], Failures](dict, same.failures if same else {})
+        self._graphs: dict[Choice, WidthGraph] = {}
+        self._grouped = defaultdict[tuple[LabelRun, bool], dict[Grouping, GroupedWidths]](
+            dict, same.grouped if same else {}
+        )
+
+    def best(self) -> tuple[WidthGraph, Findings]:
+        """The best graph, and what another trace need not find again."""
+        graph, choice = self._as_known() or self._searched()
+        everything = self._rerun(self._modes, self.run)
+        labels = next(iter(self.labels.values()))
+        graph = with_least_sizes(Verification(self.model, labels, self._device, everything, everything), graph)
+        frozen = places_of(width for width in graph.widths.values() if width.frozen is not None)
+        found = Findings(
+            self.surroundings, self.heads, self._failures, choice, places_of(graph.resizable), frozen, self.labels, self._grouped
+        )  # fmt: skip
+        return graph, found
+
+    def _as_known(self) -> tuple[WidthGraph, Choice] | None:
+        """The graph of the choice before, where it holds as much again; else another one may be better."""
+        if self.known is None or self.known.heads is not self.heads:
+            return None
+        graph = self._verified(self.known.choice)
+        return (graph, self.known.choice) if self.known.agree(graph) else None
+
+    def _searched(self) -> tuple[WidthGraph, Choice]:
+        """The graph with most parameters in widths that can be resized.
+
+        First of the labels as they are; with layers of an LSTM tied to each other, where units of each by itself may not go;
+        with tensors that all heads share kept as they are, where more of the model may be resized then; the same with heads that
+        can be told after the product of queries and keys, where tensors have an entry for each (decays, slopes). Where whole ones
+        cannot go either, places of all heads are tried.
+        """
+        plain = Choice()
+        graphs = {plain: self._verified(plain)}
+        labels = self._labels(plain.run)
+        tied = any(width.parts > 1 and _may_be_tied(width, labels) for width in graphs[plain].widths.values())
+        if tied:
+            graphs[Choice(tied_layers=True)] = self._verified(Choice(tied_layers=True))
+        given = shared_by_heads(graphs[plain], labels)
+        others = [LabelRun(given)] if given else []
+        if has_entries_of_heads(graphs[plain], labels, self._first is HEADS_FIRST):
+            others.append(LabelRun(given, keeps_heads=True))
+        for run in others:
+            graphs[Choice(run)] = self._verified(Choice(run))
+        weight = _parameters_in_heads if self._first is HEADS_FIRST else _resizable_parameters
+        best = max(graphs, key=lambda choice: weight(graphs[choice]))
+        if any(_may_have_places(width) for width in graphs[best].widths.values()):
+            last = Choice(tied_layers=tied, places_last=True)
+            graphs[last] = self._verified(last)
+            best = max(best, last, key=lambda choice: weight(graphs[choice]))
+        return graphs[best], best
+
+    def _verified(self, choice: Choice) -> WidthGraph:
+        if choice not in self._graphs:
+            self._graphs[choice] = self._newly_verified(choice)
+        return self._graphs[choice]
+
+    def _newly_verified(self, choice: Choice) -> WidthGraph:
+        given, keeps_heads = choice.run
+        labels = self._labels(choice.run)
+        if choice.tied_layers:
+            labels = with_tied_layers(labels, labels.equal_sizes)
+        again = partial(self.run, given=given, keeps_heads=keeps_heads)
+        needed = dict.fromkeys((needed_modes(labels), self._modes))
+        runs = [self._rerun(modes, again) for modes in needed]
+        rounds = (*self._first, *PLACES_LAST) if choice.places_last else self._first
+        return verify(self.model, labels, self._device, runs, rounds, self._grouped[choice.run, choice.tied_layers])
+
+    def _labels(self, run: LabelRun) -> LabelGraph:
+        if run not in self.labels:
+            with isolated(self.model, shadows=True, device=self._device, gradients=self._gradients):
+                labels = self.run(self.model, modes=self._modes, given=run.given, keeps_heads=run.keeps_heads)
+            labels.differentiates = self._gradients
+            self.labels[run] = labels
+        return self.labels[run]
+
+    def _rerun(self, modes: tuple[bool, ...], run: RunLabels) -> Rerun:
+        return Rerun(partial(run, modes=modes), partial(self.shapes, modes=modes), self._failures[modes])
+
+
+def needed_modes(label_graph: LabelGraph) -> tuple[bool, ...]:
+    """The modes that a trial must run: train mode only if it uses parameters that eval mode does not."""
+    return (False, True) if label_graph.modes_with_new_tensors[1:] == [True] else (False,)
+
+
+def _may_be_tied(width: Width, label_graph: LabelGraph) -> bool:
+    """Whether a width of several parts is frozen for a reason that no op of the run has given: a trial's, or an order's."""
+    return width.frozen is not None and not any(width.frozen.startswith(given) for _, given in label_graph.frozen)
+
+
+def _may_have_places(width: Width) -> bool:
+    """Whether a width is frozen for a reason for which places of all heads may still change together."""
+    reason = width.frozen or ""
+    return reason.startswith(OTHER_ORDER) or (width.mixed is not None and reason.startswith(TRIAL))
+
+
+def _parameters_in_heads(graph: WidthGraph) -> tuple[int, int]:
+    """Parameters of resizable widths; first those without places of queries and keys, which are multiplied with each other."""
+    places = sum(width.parameters for width in graph.resizable if width.kind == ATTENTION and width.mixed is not None)
+    return _resizable_parameters(graph) - places, _resizable_parameters(graph)
+
+
+def _resizable_parameters(graph: WidthGraph) -> int:
+    return sum(width.parameters for width in graph.resizable)
