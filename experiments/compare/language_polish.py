@@ -33,10 +33,10 @@ from experiments.pages import commit, state, write_whole
 LEVELS = (50, 30, 20)
 """Percent of the parameters that are removed."""
 
-POLISH: Mapping[str, Any] = {"steps": 1000, "rate": 5e-3, "batch_size": 32, "loss": "kl"}
+POLISH: Mapping[str, Any] = {"steps": 2000, "rate": 3e-3, "batch_size": 32, "loss": "kl"}
 """Arguments of `evolvenet.polish`, the same after every cut."""
 
-WRITTEN = 20
+WRITTEN = 40
 """For each sequence of the text so many that the uncut network writes."""
 
 PROMPT = 16
