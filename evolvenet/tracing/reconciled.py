@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from evolvenet.graph.width_graph import Tie, WidthGraph, Widths
+from evolvenet.graph.width_graph import Tie, Width, WidthGraph, Widths
 from evolvenet.tracing.grouping import NEVER_RAN
 
 Place = tuple[str, int, int]
@@ -43,6 +43,8 @@ def reconciled(alone: WidthGraph, whole: WidthGraph, path: str = "") -> WidthGra
             other = next(iter(others.values()), None)
             if other is None or len(others) > 1 or {_place(tie) for tie in other.ties} != places[width.name]:
                 return None
+            if other.frozen is None and _ties_parts(width, other, prefix):
+                return None
             if other.frozen is not None:
                 widths[width.name] = replace(width, frozen=other.frozen, patches=())
             else:
@@ -51,6 +53,13 @@ def reconciled(alone: WidthGraph, whole: WidthGraph, path: str = "") -> WidthGra
             reason = next((other.frozen for other in others.values() if other.frozen is not None), NEVER_RAN)
             widths[width.name] = replace(width, frozen=reason)
     return replace(alone, widths=Widths(widths))
+
+
+def _ties_parts(width: Width, other: Width, prefix: str) -> bool:
+    """Whether two parts of a width are one in the step: they have to keep the same units there."""
+    numbers = {(tie.tensor, tie.dim, tie.start): tie.part for tie in other.ties}
+    pairs = {(tie.part, numbers.get((prefix + tie.tensor, tie.dim, tie.start))) for tie in width.ties}
+    return len({number for _, number in pairs}) < width.parts
 
 
 def _place(tie: Tie, prefix: str = "") -> Place:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any, cast
 
 import pytest
 import torch
@@ -11,8 +12,10 @@ from torch import Tensor, nn
 
 import evolvenet
 from evolvenet.errors import ResizeError
+from evolvenet.execution.step import Step
 from evolvenet.graph.index_map import IndexMap
 from evolvenet.graph.serialization import from_state_dict, to_state_dict
+from evolvenet.tracing.reconciled import reconciled
 from evolvenet.tracing.trace import trace
 from tests.helpers.cases import FLOAT, distance, outputs, without_reasons
 from tests.helpers.tracing import shuffle_and_widen
@@ -182,3 +185,29 @@ def test_maps_for_other_numbers_of_parts_are_refused() -> None:
         evolvenet.resize(net, graph, {"steps": IndexMap.of_parts([[0], [1], [2]], 6)})
     assert "2 parts of one size" in graph.explain("steps")
     assert "consumes steps.weight_ih_l1 axis 1 [0:6], part 0" in graph.explain("steps")
+
+
+class Remembering(Net):
+    """Keeps its last states, for a loss."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y, self.state = self.steps(x)
+        return self.out(y[:, -1])
+
+
+def test_a_step_that_ties_layers_is_traced_for_them() -> None:
+    net, x = Remembering(gru(), last_step, 6), torch.randn(4, 5, 3)
+
+    def own(model: nn.Module, x: Tensor) -> Tensor:
+        return model(x)
+
+    def tied(model: nn.Module, x: Tensor) -> Any:
+        return model(x), cast(Remembering, model).state.sum(0).square().sum()
+
+    alone = trace(net, x)
+    found = reconciled(alone, trace(net, Step(own, x)))
+    assert found is not None
+    assert found.widths["steps"].parts == 2
+    whole = trace(net, Step(tied, x))
+    assert (whole.widths["steps"].parts, whole.sizes) == (1, {"steps": 6})
+    assert reconciled(alone, whole) is None
