@@ -130,17 +130,38 @@ def model_outputs(
 @contextmanager
 def random_streams_kept(model: nn.Module) -> Iterator[None]:
     """On leaving, the generators of Python, NumPy, the CPU and every device of the model's tensors are in the same states."""
-    places = {tensor.device for tensor in (*model.parameters(), *model.buffers())}
     with torch.random.fork_rng(devices=[]), ExitStack() as stack:
         stack.callback(random.setstate, random.getstate())
         stack.callback(np.random.set_state, np.random.get_state())
-        for place in sorted(places, key=str):
-            backend: Any = getattr(torch, place.type, None)
-            if place.type != "cpu" and hasattr(backend, "get_rng_state"):
-                # MPS has one device, and takes none.
-                where = () if place.type == "mps" else (place,)
-                stack.callback(backend.set_rng_state, backend.get_rng_state(*where), *where)
+        for backend, where in _generators(model):
+            stack.callback(backend.set_rng_state, backend.get_rng_state(*where), *where)
         yield
+
+
+def random_streams(model: nn.Module) -> tuple[object, ...]:
+    """The states of these generators, to be compared.
+
+    >>> before = random_streams(nn.Identity())
+    >>> random_streams(nn.Identity()) == before
+    True
+    >>> _ = torch.rand(1)
+    >>> random_streams(nn.Identity()) == before
+    False
+    """
+    devices = [backend.get_rng_state(*where) for backend, where in _generators(model)]
+    states = (each.cpu().numpy().tobytes() for each in (torch.get_rng_state(), *devices))
+    _, keys, *rest = np.random.get_state()
+    return random.getstate(), np.asarray(keys).tobytes(), rest, *states
+
+
+def _generators(model: nn.Module) -> Iterator[tuple[Any, tuple[Any, ...]]]:
+    """The module of each device of the model's tensors that has generators of its own, and the arguments that name the device."""
+    places = {tensor.device for tensor in (*model.parameters(), *model.buffers())}
+    for place in sorted(places, key=str):
+        backend: Any = getattr(torch, place.type, None)
+        if place.type != "cpu" and hasattr(backend, "get_rng_state"):
+            # MPS has one device, and takes none.
+            yield backend, () if place.type == "mps" else (place,)
 
 
 def _install_shadows(modules: list[nn.Module], device: torch.device | str | None, copied: bool) -> None:

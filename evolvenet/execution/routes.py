@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.utils.hooks import RemovableHandle
 
-from evolvenet._compat.torch import tree_map_only
-from evolvenet.execution.isolation import isolated, op_by_op
+from evolvenet._compat.torch import NormBase, tree_map_only, version_of
+from evolvenet.execution.isolation import isolated, op_by_op, random_streams
 from evolvenet.execution.own_gradients import GradientsNeededError, own_gradients
+from evolvenet.execution.state_guard import SavedState
 from evolvenet.execution.step import run_model
 
 TRIES = 8
@@ -67,11 +68,32 @@ def _recorded(model: nn.Module, inputs: Any, tries: int, gradients: bool) -> lis
         # Those of inference mode cannot be differentiated.
         inputs = tree_map_only(Tensor, lambda t: t.detach().clone(), inputs)
         model.train()
+        unchanged = _state(model)
         for _ in range(tries):
             with _calls(model) as route:
                 run_model(model, inputs)
             routes.append(route)
+            if len(routes) == 1 and unchanged():
+                # No random number was drawn, and nothing counts the runs: the others would be like the first one.
+                break
     return routes
+
+
+def _state(model: nn.Module) -> Callable[[], bool]:
+    """A function: whether random generators and what the model's code may write are as now, statistics of norms aside."""
+    drawn, state = random_streams(model), SavedState(model, with_buffers=False)
+    buffers = [
+        (buffer, version_of(buffer))
+        for module in model.modules()
+        for buffer in module.buffers(recurse=False)
+        if not isinstance(module, NormBase) and not buffer.is_inference()
+    ]
+
+    def is_as_before() -> bool:
+        written = any(version_of(buffer) != version for buffer, version in buffers)
+        return not written and random_streams(model) == drawn and state.is_unchanged()
+
+    return is_as_before
 
 
 @contextmanager

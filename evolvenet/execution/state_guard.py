@@ -60,6 +60,16 @@ class SavedState:
         for other in others:
             self._save(other)
 
+    def is_unchanged(self) -> bool:
+        """Whether all of it is as it was."""
+        with torch.inference_mode():
+            return (
+                all(_is_same(container, entries) for container, entries in self._containers)
+                and all(cell.cell_contents is value for cell, value in self._cells)
+                and all(version_of(tensor) == version for tensor, version, _ in self._tensors)
+                and all(tensor.is_meta or torch.equal(tensor, value) for tensor, value in self._inference)
+            )
+
     def restore(self) -> None:
         """Write back what has changed since."""
         for container, entries in self._containers:
