@@ -35,21 +35,14 @@ from evolvenet.pruning.distillation_samples import (
     together,
     with_targets,
 )
-from evolvenet.pruning.distillation_settings import Descent
 from evolvenet.signals import deferred_signals
 
 log = logging.getLogger("evolvenet")
 
-RATES = (1e-2, 3e-3, 1e-3)
-"""Learning rates that short trials choose from, in this order."""
-TRIAL = 8
-"""A trial takes one of so many steps."""
-SHORTEST = 25
-"""Steps of a trial, at least: after fewer of Adam's the lowest rate looks best, whichever it is."""
 SLOWER = 5
 """What a learning rate that is too large is divided by."""
 TRIES = 3
-"""Learning rates at which all steps are taken, at most."""
+"""Learning rates that are tried, at most."""
 TOO_LARGE = 4.0
 """A rate is given up if, after a quarter of the steps, the error is more than so many times that at the start."""
 FEATURES = 0.5
@@ -65,8 +58,8 @@ class Polish:
     """What `polish` has done; printed, one line.
 
     Args:
-        steps: of gradient descent that were taken, those of trials and at rates that were given up included.
-        rate: the last learning rate at which all steps were to be taken.
+        steps: of gradient descent that were taken, those at rates that were given up included.
+        rate: the last learning rate that was tried.
         before: error of the outputs on samples that were held out, over the variance of
             the outputs to reach; of all samples if there is one. For the loss "kl" their mean divergence, nats.
         after: the same after the steps.
@@ -94,7 +87,7 @@ def polish(  # noqa: PLR0913  public: each is one setting
     batches: Sequence[Any],
     steps: int = 200,
     *,
-    rate: float | None = None,
+    rate: float = 1e-2,
     batch_size: int = 64,
     augment: Augment | None = None,
     features: Sequence[str] = (),
@@ -123,10 +116,7 @@ def polish(  # noqa: PLR0913  public: each is one setting
             eighth of them, as those are the ones held out: an error that it was fitted to is hard to beat.
         steps: of gradient descent, for each rate that is tried. Under `torch.autocast` both networks run in 16 bits, which takes
             half of the time where a processor computes in them; weights and their steps stay in theirs.
-        rate: largest learning rate. None for 0.01; from 200 steps on for the one of 0.01, 0.003 and 0.001 that is best in short
-            trials: an eighth of the steps from the same weights, at a rate that falls alike, after which the error on the
-            samples held out is compared. The third is tried only where the second is better than the first, or neither
-            helps: a quarter to three eighths of the steps more.
+        rate: largest learning rate.
         batch_size: samples a step, drawn from all batches. Where these cannot be put together or taken apart (a sample's outputs
             depend on the others, inputs are no tensors), a step takes a batch as it is.
         augment: inputs of a step → changed inputs: shifted or mirrored images, for instance. The outputs to reach are what
@@ -163,6 +153,41 @@ def polish(  # noqa: PLR0913  public: each is one setting
     settings = Descent(steps, rate, batch_size, augment, tuple(features), seed, loss)
     with torch.inference_mode(False), torch.no_grad():
         return distil(model, *with_targets(teacher, list(batches), normalized(outputs)), settings)
+
+
+@dataclass(frozen=True)
+class Descent:
+    """How steps are taken, see `polish`.
+
+    Args:
+        steps: for each rate that is tried.
+        rate: the largest one.
+        size: samples a step.
+        augment: changes the inputs.
+        features: names or patterns of modules.
+        seed: of the order of the samples.
+        loss: of the outputs.
+
+    Raises:
+        DistillationError: for numbers out of range, or another loss.
+    """
+
+    steps: int
+    rate: float = 1e-2
+    size: int = 64
+    augment: Augment | None = None
+    features: tuple[str, ...] = ()
+    seed: int = 0
+    loss: OutputMeasure = "outputs"
+
+    def __post_init__(self) -> None:
+        if self.steps < 0 or self.size < 1 or not 0 < self.rate < math.inf:
+            raise DistillationError(
+                "Polish: expected steps of 0 or more, a batch size of 1 or more and a finite rate above 0, got "
+                f"steps={self.steps}, batch_size={self.size}, rate={self.rate}."
+            )
+        if self.loss not in UNITS:
+            raise DistillationError(f'Polish: expected loss to be "outputs" or "kl", got {self.loss!r}.')
 
 
 def distil(model: nn.Module, teacher: Teacher, pairs: Sequence[Pair], settings: Descent) -> Polish:
@@ -247,7 +272,7 @@ class _Run:
         )
 
     def best(self) -> Polish:
-        """Train at a rate that makes the error less; if none of some does, the weights stay."""
+        """Train at the first of some rates that makes the error less; if there is none, the weights stay."""
         steps = self.settings.steps
         weights = [each for each in self.model.parameters() if each.requires_grad]
         if not weights:
@@ -256,17 +281,15 @@ class _Run:
             )
         before = self.error()
         saved, grads = [each.detach().clone() for each in weights], [each.grad for each in weights]
-        done = Polish(0, self.settings.rate or RATES[0], before, before, False, self.settings.loss)
+        rates = [self.settings.rate / SLOWER**k for k in range(TRIES)]
+        done = Polish(0, rates[0], before, before, False, self.settings.loss)
         try:
-            if steps and math.isfinite(before):
-                taken, first = self._first_rate(weights, saved, before)
-                done = replace(done, steps=taken)
-                for rate in (first / SLOWER**k for k in range(TRIES)):
-                    taken, after = self.descend(weights, rate, steps, TOO_LARGE * before)
-                    done = replace(done, steps=done.steps + taken, rate=rate, after=after, kept=after < before)
-                    if done.kept:
-                        return done
-                    _write(weights, saved)
+            for rate in rates if steps and math.isfinite(before) else ():
+                taken, after = self.descend(weights, rate, TOO_LARGE * before)
+                done = replace(done, steps=done.steps + taken, rate=rate, after=after, kept=after < before)
+                if done.kept:
+                    return done
+                _write(weights, saved)
         except BaseException:
             with deferred_signals("the return to the weights from before"):
                 _write(weights, saved)
@@ -278,31 +301,13 @@ class _Run:
             log.warning("Polish: the weights stay as they were. %s.", done)
         return done
 
-    def _first_rate(self, weights: Sequence[nn.Parameter], saved: Sequence[Tensor], before: float) -> tuple[int, float]:
-        """Steps of trials that were taken, and the rate that is given or was the best one in them; the weights are as before."""
-        given, steps = self.settings.rate, self.settings.steps // TRIAL
-        if given is not None or steps < SHORTEST:
-            return 0, given or RATES[0]
-        total, best, least = 0, RATES[0], math.inf
-        for rate in RATES:
-            taken, error = self.descend(weights, rate, steps)
-            _write(weights, saved)
-            total += taken
-            if error < least:
-                best, least = rate, error
-            elif least < before:
-                break
-        return total, best
-
-    def descend(
-        self, weights: Sequence[nn.Parameter], rate: float, steps: int, most: float = math.inf
-    ) -> tuple[int, float]:
+    def descend(self, weights: Sequence[nn.Parameter], rate: float, most: float) -> tuple[int, float]:
         """Take steps, the weights changed in place; fewer if the error is more than `most` after a quarter of them.
 
         Returns:
             How many were taken, and the error after them.
         """
-        size = self.settings.size if self.apart else None
+        steps, size = self.settings.steps, self.settings.size if self.apart else None
         drawn = minibatches(self.fitting, size, self.settings.seed)
         maps = self._maps(drawn)
         trained = [*weights, *maps.weights]

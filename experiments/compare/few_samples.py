@@ -75,7 +75,7 @@ SETTINGS = {
         (50, 100, 250, 500),
         1,
         False,
-        {"steps": 400, "rate": 1e-2, "features": ("blocks.1", "blocks.3", "blocks.5", "hidden")},
+        {"steps": 400, "features": ("blocks.1", "blocks.3", "blocks.5", "hidden")},
     ),
     "cifar10": Setting(
         (50, 70, 90),
@@ -87,12 +87,12 @@ SETTINGS = {
         {
             50: {"steps": 400, "rate": 2e-3},
             70: {"steps": 500, "rate": 3e-3},
-            90: {"steps": 800, "rate": 1e-2},
+            90: {"steps": 800},
         },
         {
             50: {"steps": 100, "rate": 1e-3},
             70: {"steps": 200, "rate": 2e-3},
-            90: {"steps": 250, "rate": 5e-3},
+            90: {"steps": 300, "rate": 5e-3},
         },
         half=True,
     ),
@@ -102,7 +102,7 @@ SETTINGS = {
         (50,),
         1,
         False,
-        {"steps": 20, "rate": 1e-2, "features": ("blocks.*", "hidden")},
+        {"steps": 20, "features": ("blocks.*", "hidden")},
         {50: {"rate": 5e-3}},
         half=True,
     ),

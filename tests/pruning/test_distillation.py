@@ -61,7 +61,7 @@ def test_the_outputs_come_nearer_and_nothing_else_changes() -> None:
     trained = {name for name, each in model.named_parameters() if each.requires_grad}
     before, of_teacher = State.of(model), State.of(teacher)
     values = copy.deepcopy(model.state_dict())
-    done = evolvenet.polish(model, teacher, samples(), steps=60, rate=1e-2)
+    done = evolvenet.polish(model, teacher, samples(), steps=60)
     assert done.kept
     assert done.after < 0.8 * done.before
     assert done.steps == 60
@@ -141,32 +141,6 @@ def test_a_rate_that_is_too_large_is_followed_by_smaller_ones() -> None:
     assert done.rate < 0.5
     assert done.after < done.before
     assert 40 < done.steps <= 120
-
-
-@pytest.mark.parametrize("rates", [(1e-2, 3e-3, 1e-3), (1e-4, 1e-2, 1e-3), (30.0, 10.0, 1e-2)])
-def test_the_rate_is_the_best_one_in_short_trials(rates: tuple[float, ...], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(distillation, "RATES", rates)
-    monkeypatch.setattr(distillation, "SHORTEST", 5)
-    teacher, model = networks(double=True)
-    batches = samples(torch.float64)
-    # Slow: the trials as runs of their own, each from the weights as they are.
-    errors = []
-    with monkeypatch.context() as patch:
-        patch.setattr(distillation, "TRIES", 1)
-        patch.setattr(distillation, "TOO_LARGE", float("inf"))
-        for rate in rates:
-            one = evolvenet.polish(copy.deepcopy(model), teacher, batches, steps=5, rate=rate)
-            errors.append(one.after)
-            if min(errors[:-1], default=one.before) < min(one.before, one.after):
-                break
-    best = rates[errors.index(min(errors))]
-    slow = copy.deepcopy(model)
-    expected = evolvenet.polish(slow, teacher, batches, steps=40, rate=best)
-    done = evolvenet.polish(model, teacher, batches, steps=40)
-    assert (done.rate, done.after) == (best, expected.after)
-    assert done.steps == 5 * len(errors) + 40
-    for one, two in zip(slow.parameters(), model.parameters(), strict=True):
-        assert torch.equal(one, two)
 
 
 def test_what_does_not_help_on_samples_held_out_is_undone(caplog: pytest.LogCaptureFixture) -> None:
