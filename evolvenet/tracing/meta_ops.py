@@ -50,6 +50,31 @@ def _addmm(bias: Tensor, one: Tensor, two: Tensor) -> Tensor | None:
     return one.new_empty((one.shape[0], two.shape[1]))
 
 
+def _mm(one: Tensor, two: Tensor) -> Tensor | None:
+    fits = one.dim() == two.dim() == 2 and one.shape[1] == two.shape[0]
+    return one.new_empty((one.shape[0], two.shape[1])) if fits and _is_plain(one) and one.dtype == two.dtype else None
+
+
+def _softmax(source: Tensor, dim: int, *dtype: Any) -> Tensor | None:
+    known = not dtype and _is_plain(source) and source.is_contiguous()
+    return torch.empty_like(source) if known and -source.dim() <= dim < source.dim() else None
+
+
+def _power(source: Tensor, exponent: Any) -> Tensor | None:
+    return torch.empty_like(source) if _is_plain(source) and isinstance(exponent, (int, float)) else None
+
+
+def _mean(source: Tensor, over: Sequence[int] | None, keeps: bool = False) -> Tensor | None:
+    """Along the last dimension, which stays with size 1."""
+    last = over is not None and len(over) == 1 and source.dim() > 1 and over[0] in (-1, source.dim() - 1)
+    known = last and keeps and _is_plain(source) and source.is_contiguous()
+    return source.new_empty((*source.shape[:-1], 1)) if known else None
+
+
+def _triangle(source: Tensor, *diagonal: int) -> Tensor | None:
+    return torch.empty_like(source) if source.is_meta and source.is_contiguous() and source.dim() > 1 else None
+
+
 def _pointwise(source: Tensor, *others: Any) -> Tensor | None:
     """Of one tensor; other arguments are settings."""
     return torch.empty_like(source) if _is_plain(source) else None
@@ -109,6 +134,12 @@ META_SHORTCUTS: dict[Any, Callable[..., Any]] = {
     aten.native_layer_norm.default: _layer_norm,
     aten.addmm.default: _addmm,
     **({aten._grouped_mm.default: _grouped_mm} if hasattr(aten, "_grouped_mm") else {}),
+    aten.mm.default: _mm,
+    aten._safe_softmax.default: _softmax,
+    aten.pow.Tensor_Scalar: _power,
+    aten.mul.Scalar: _power,
+    aten.mean.dim: _mean,
+    aten.tril.default: _triangle,
     **{op.default: _pointwise for op in _OF_ONE},
     **{op.default: _pointwise_in_place for op in _IN_PLACE},
     **{op.Tensor: _pair for op in (aten.add, aten.sub, aten.mul, aten.div)},

@@ -14,7 +14,8 @@ from evolvenet._compat.torch import tree_leaves, tree_map_only
 from evolvenet.tracing.meta_ops import META_CHECKS, META_SHORTCUTS
 
 aten = torch.ops.aten
-SINGLE = [op for op in META_SHORTCUTS if "Tensor" not in str(op) and "norm" not in str(op) and "mm" not in str(op)]
+OTHERS = ("Tensor", "norm", "mm", "softmax", "Scalar", "mean")
+SINGLE = [op for op in META_SHORTCUTS if not any(part in str(op) for part in OTHERS)]
 PAIRS = [aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor]
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.int64]
 sizes = st.lists(st.integers(1, 3), max_size=3)
@@ -66,6 +67,23 @@ def test_an_op_on_two(op: Any, one: Tensor, two: Tensor | float) -> None:
     is_that_of_the_op(op, (one, two))
 
 
+@given(st.sampled_from([aten.pow.Tensor_Scalar, aten.mul.Scalar]), tensors(), st.sampled_from([2, 0.5]))
+def test_an_op_on_a_number(op: Any, tensor: Tensor, number: float) -> None:
+    is_that_of_the_op(op, (tensor, number))
+
+
+@given(tensors(), st.integers(-3, 2), st.booleans())
+def test_a_mean_and_a_softmax_along_a_dimension(tensor: Tensor, dim: int, keeps: bool) -> None:
+    if tensor.is_floating_point() and -tensor.dim() <= dim < tensor.dim():
+        is_that_of_the_op(aten.mean.dim, (tensor, [dim], keeps))
+        is_that_of_the_op(aten._safe_softmax.default, (tensor, dim))
+
+
+@given(tensors(), tensors())
+def test_a_product_of_two_matrices(one: Tensor, two: Tensor) -> None:
+    is_that_of_the_op(aten.mm.default, (one, two))
+
+
 @given(tensors(), tensors(), tensors())
 def test_a_product_of_matrices(bias: Tensor, one: Tensor, two: Tensor) -> None:
     is_that_of_the_op(aten.addmm.default, (bias, one, two))
@@ -84,6 +102,11 @@ def test_a_layer_norm(source: Tensor, over: list[int], weight: Tensor, affine: b
         (aten.add.Tensor, (torch.ones(2, 3), torch.ones(3))),
         (aten.mul.Tensor, (torch.ones(2, 3), 0.5)),
         (aten.addmm.default, (torch.ones(4), torch.ones(2, 3), torch.ones(4, 3).t())),
+        (aten.mm.default, (torch.ones(2, 3), torch.ones(4, 3).t())),
+        (aten._safe_softmax.default, (torch.ones(2, 3), -1)),
+        (aten.pow.Tensor_Scalar, (torch.ones(2, 3), 2)),
+        (aten.mean.dim, (torch.ones(2, 3), [-1], True)),
+        (aten.tril.default, (torch.ones(2, 3, dtype=torch.bool),)),
         (aten.native_layer_norm.default, (torch.ones(2, 3), [3], torch.ones(3), torch.ones(3), 1e-5)),
     ],
 )
@@ -96,6 +119,7 @@ def test_what_most_models_do_takes_the_shortcut(op: Any, arguments: tuple[Any, .
     [
         (aten.add.Tensor, [(2, 3), (2,)]),
         (aten.addmm.default, [(4,), (2, 3), (5, 4)]),
+        (aten.mm.default, [(2, 3), (5, 4)]),
         (aten.native_batch_norm.default, [(2, 3, 4), (4,)]),
     ],
 )
