@@ -96,10 +96,6 @@ class SavedState:
             return
         if type(thing) in _CONTAINERS:
             self._mark_seen(thing)
-            if not thing:
-                # Most containers of a module are its hooks', and empty.
-                self._containers.append((thing, ()))
-                return
             # Their own copy(): copy.copy goes through pickling, a third of a trial's time for a deep model.
             self._containers.append((thing, thing.copy()))
             if depth:
@@ -129,7 +125,14 @@ class SavedState:
 
     def _save_entries(self, values: Iterable[Any], depth: int) -> None:
         for value in values:
-            if isinstance(value, Tensor) or type(value) in _CONTAINERS:
+            if type(value) in _CONTAINERS:
+                if value:
+                    self._save(value, depth)
+                elif id(value) not in self._seen:
+                    # Most containers of a module are its hooks', and empty.
+                    self._mark_seen(value)
+                    self._containers.append((value, ()))
+            elif isinstance(value, Tensor):
                 self._save(value, depth)
 
     def _mark_seen(self, thing: Any) -> None:

@@ -7,7 +7,7 @@ tried first, then any number of the right value; trials decide, and none is chan
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from itertools import combinations
 
@@ -41,7 +41,11 @@ SHAPES = frozenset({"shape", "unflattened_size"})
 
 
 def attributes_to_update(
-    model: nn.Module, width: Width, kind: str, keys: frozenset[str] | None = None
+    model: nn.Module,
+    width: Width,
+    kind: str,
+    keys: frozenset[str] | None = None,
+    numbers: Callable[[nn.Module], Iterable[tuple[str, int]]] = numbers_in,
 ) -> tuple[tuple[str, str], ...]:
     """(module path, name) of the numbers that may hold a width's size, see `evolvenet.surgery.numbers`.
 
@@ -53,6 +57,7 @@ def attributes_to_update(
         width: the width.
         kind: "plain", "slice" or "head": whose attributes of `ATTRIBUTE_NAMES` are taken.
         keys: take the numbers of these keys instead, whatever they are called, see `possible_keys`.
+        numbers: `numbers_in`, or what it has found before.
     """
     totals: dict[tuple[str, int], int] = defaultdict(int)
     for tie in width.ties:
@@ -64,7 +69,7 @@ def attributes_to_update(
     for path in _paths(model, width):
         module = model.get_submodule(path)
         others = _other_lengths(model, path, totals) if keys is None else set()
-        for name, value in numbers_in(module):
+        for name, value in numbers(module):
             if keys is None:
                 chosen = name_of_size(module, name) in ATTRIBUTE_NAMES[kind]
             else:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 from itertools import product
 from typing import Any
 
@@ -21,6 +22,7 @@ from evolvenet.execution.isolation import isolated
 from evolvenet.graph.coverage import TRIAL
 from evolvenet.graph.index_map import IndexMap
 from evolvenet.graph.width_graph import Tie, Width, WidthGraph, Widths
+from evolvenet.surgery.numbers import numbers_in
 from evolvenet.surgery.resize_model import compile_surgery, install
 from evolvenet.tracing.bisection import Item, bisect, classes_of
 from evolvenet.tracing.coupled_dims import (
@@ -58,7 +60,6 @@ Edges = tuple[Tensor, Tensor]
 
 Grouping = tuple[tuple[bytes, bytes], ...]
 """What is in the edges of fixes."""
-
 
 Change = tuple[tuple[Tie, ...], tuple[tuple[str, str], ...], IndexMap]
 """What a trial changes for one width: the ties of its units, the numbers that follow it, and the map of its units."""
@@ -163,6 +164,7 @@ class Verification:
         unneeded: keys of numbers that have the value and name of a size and are none, see `number_key`.
         grouped: the widths for the ties of fixes so far.
         numbers: what `attributes_to_update` has found for the widths of fixes so far.
+        numbers_in: the function of that name, for each module once: a configuration has a hundred, in every module.
     """
 
     model: nn.Module
@@ -174,6 +176,9 @@ class Verification:
     unneeded: frozenset[str] = frozenset()
     grouped: dict[Grouping, GroupedWidths] = field(default_factory=dict)
     numbers: dict[Any, tuple[tuple[str, str], ...]] = field(default_factory=dict)
+    numbers_in: Callable[[nn.Module], Sequence[tuple[str, int]]] = field(
+        default_factory=lambda: cache(lambda module: tuple(numbers_in(module)))
+    )
 
     def build(self, accepted: Sequence[CandidateFix]) -> GroupedWidths:
         """The graph with the units tied and the attributes updated as the accepted fixes say."""
@@ -200,7 +205,7 @@ class Verification:
         # The same for a width of the same tensors, whatever else is tied.
         key = (width.ties, width.size, fix.kind, fix.numbers)
         if key not in self.numbers:
-            self.numbers[key] = attributes_to_update(self.model, width, fix.kind, fix.numbers)
+            self.numbers[key] = attributes_to_update(self.model, width, fix.kind, fix.numbers, self.numbers_in)
         return tuple(
             (path, name)
             for path, name in self.numbers[key]
