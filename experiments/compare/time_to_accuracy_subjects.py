@@ -137,8 +137,8 @@ class Images(Subject):
 
     def polish(self, model: nn.Module) -> evolvenet.Polish:
         """See `Subject.polish`; as in `experiments.compare.few_samples`."""
-        removed = round(100 * (1 - parameters(model) / parameters(self.model)))
-        return polished(model, self.model, self.calibration(), SETTINGS[self.name], removed)
+        setting, removed = SETTINGS[self.name], round(100 * (1 - parameters(model) / parameters(self.model)))
+        return polished(model, self.model, self.calibration(), setting, setting.by_size.get(removed, {}))
 
     def fresh(self) -> nn.Module:
         """See `Subject.fresh`."""
