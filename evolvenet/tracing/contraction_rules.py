@@ -15,6 +15,7 @@ from evolvenet.tracing.merging import merge
 from evolvenet.tracing.normalised import mark_normalised
 from evolvenet.tracing.partitions import partners
 from evolvenet.tracing.rules import Call, rule
+from evolvenet.tracing.shared_heads import meets_shared_places
 
 
 @rule("native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training", "cudnn_batch_norm")
@@ -170,7 +171,7 @@ def contract(
         out_names: a letter for each dimension of the output.
     """
     every = {name: position for position, name in enumerate(dict.fromkeys(one_names + two_names))}
-    summed = {name for name in every if name not in out_names}
+    summed, places = {name for name in every if name not in out_names}, {every[n] for n in every if n not in out_names}
     sides = [(call.label_of(t), names, t) for t, names in ((one, one_names), (two, two_names))]
     passed: list[list[Tensor]] = [[], []]
     of_weights = _of_weights(call, (one, two))
@@ -193,8 +194,10 @@ def contract(
             found = arrange(layer, names, every)
             heads = [(p, {other_names[d] for d in varying(p)}) for p in other.layers]
             beside = [arrange(p, other_names, every) for p, own in heads if own & over and not own & summed]
-            _tie(call, found, partners(found, *along), other, beside, {every[name] for name in summed})
-            if not (label.origin or other.origin):
+            met, of_activations = partners(found, *along), not (label.origin or other.origin)
+            if not (of_activations and meets_shared_places(call.label_graph, found, met, beside, other, places)):
+                _tie(call, found, met, other, beside, places)
+            if of_activations:
                 dims = {dim for dim, name in enumerate(names) if name in summed}
                 call.label_graph.mark_mixed(layer, f"{call.location} multiplies it with another activation", dims)
                 if call.label_graph.keeps_heads and over - summed and bool((layer >= 0).all()):

@@ -36,6 +36,7 @@ class CandidateFix:
         edges: two equally long tensors of ids that are tied element by element.
         key: equal for fixes of the same structure, which are tried together.
         numbers: keys of the attributes to update, see `number_key`; None for those with the names of its kind.
+        counts: numbers of heads beside that of the units, where each has several.
     """
 
     anchors: tuple[int, ...]
@@ -43,6 +44,7 @@ class CandidateFix:
     edges: tuple[Tensor, Tensor]
     key: object
     numbers: frozenset[str] | None = None
+    counts: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -196,6 +198,14 @@ def heads_of_grids(built: GroupedWidths, label_graph: LabelGraph, failed: Sequen
     return _of_grids(built, label_graph, failed, HEAD)
 
 
+def groups_of_grids(built: GroupedWidths, label_graph: LabelGraph, failed: Sequence[str]) -> list[CandidateFix]:
+    """Tie the units of one group, where the code lays them out as groups × heads × places.
+
+    In one weight, the heads of queries of a group may lie before its key and value (Falcon's new decoder).
+    """
+    return _of_grids(built, label_graph, failed, HEAD, in_groups=True)
+
+
 def slices_of_grids(built: GroupedWidths, label_graph: LabelGraph, failed: Sequence[str]) -> list[CandidateFix]:
     """Tie the units of one place in all heads, of queries, keys and values alike, that may belong to different widths.
 
@@ -216,10 +226,17 @@ def places_in_proportion(built: GroupedWidths, label_graph: LabelGraph, failed: 
 
 
 def _of_grids(
-    built: GroupedWidths, label_graph: LabelGraph, failed: Sequence[str], kind: str, *, in_proportion: bool = False
+    built: GroupedWidths,
+    label_graph: LabelGraph,
+    failed: Sequence[str],
+    kind: str,
+    *,
+    in_proportion: bool = False,
+    in_groups: bool = False,
 ) -> list[CandidateFix]:
     by_module: dict[str, list[Tensor]] = defaultdict(list)
-    for ids in label_graph.grids.values():
+    blocks = label_graph.blocks.values() if in_groups else ()
+    for ids in (*blocks, *label_graph.grids.values()):
         tensor = label_graph.tensor_of(ids)
         if tensor is not None and min(ids.shape) > 1 and bool((ids >= 0).all()):
             by_module[holder_of(tensor.rpartition(".")[0])].append(ids)
@@ -239,7 +256,8 @@ def _of_grids(
             edges = _tie_all([_tie_columns(view) for view in views], firsts)
             anchors = (min(int(first[unit]) for unit in units), *(built.anchors[name] for name in stuck))
             key = (largest[0], tuple(view.shape for view in views), module.rpartition(".")[2])
-            found.append(CandidateFix(anchors, kind, edges, key))
+            counts = frozenset(len(ids) for ids in grids if in_groups and len(ids) % largest[0] == 0)
+            found.append(CandidateFix(anchors, kind, edges, key, counts=counts))
     return found
 
 
@@ -268,26 +286,20 @@ def _proportional(built: GroupedWidths, views: Sequence[Tensor]) -> Tensor | Non
 
 PLACES_FIRST: FixRounds = (
     (
-        update_attributes,
-        pieces_of_given_sizes,
-        slices_with_stream,
-        slices,
-        slices_of_one_module,
-        heads_of_one_module,
-        heads_with_stream,
-        heads_of_grids,
+        *(update_attributes, pieces_of_given_sizes, slices_with_stream, slices, slices_of_one_module),
+        *(heads_of_one_module, heads_with_stream, heads_of_grids, groups_of_grids),
     ),
 )
 """In the order in which they are tried. A residual stream that fails and is as wide as all heads together most likely has
 to have their size, and trying that first saves many trials; of the others the finest come first."""
 HEADS_FIRST: FixRounds = (
-    (update_attributes, pieces_of_given_sizes, heads_of_one_module, heads_of_grids),
+    (update_attributes, pieces_of_given_sizes, heads_of_one_module, heads_of_grids, groups_of_grids),
     (slices_with_stream, slices, slices_of_one_module, heads_with_stream),
 )
 PLACES_ALONE: FixRounds = (
     (update_attributes, pieces_of_given_sizes, slices, slices_of_one_module),
     (slices_with_stream, places_with_values, places_in_proportion),
-    (slices_of_grids, heads_of_one_module, heads_with_stream, heads_of_grids),
+    (slices_of_grids, heads_of_one_module, heads_with_stream, heads_of_grids, groups_of_grids),
 )
 """Heads go only where their places cannot."""
 PLACES_LAST: FixRounds = ((slices_of_grids, places_with_values, places_in_proportion),)

@@ -68,6 +68,11 @@ class GroupedWidths:
     members: Mapping[str, tuple[int, ...]]
     joined: frozenset[str] = frozenset()
 
+    def widths_of(self, layers: Sequence[Tensor]) -> frozenset[str]:
+        """Names of the widths of which label layers have units."""
+        units = {unit for layer in layers for unit in np.unique(self.component[layer.reshape(-1).numpy()]).tolist()}
+        return frozenset(name for name, members in self.members.items() if units and not units.isdisjoint(members))
+
 
 def build_graph(model: nn.Module, label_graph: LabelGraph) -> GroupedWidths:
     """Group units into widths and divide every axis into segments of them."""
@@ -301,7 +306,7 @@ def _names(
                 if (tensor, dim) not in label_graph.inherited_roles
                 else FOLLOWS
             )
-            for group in {part[0] for part in parts if part[0] is not None}:
+            for group in dict.fromkeys(part[0] for part in parts if part[0] is not None):
                 occurrences[leaders.get(group, group)].append(
                     (role != PRODUCES, label_graph.first_use.get(tensor, late), tensor, dim)
                 )

@@ -12,7 +12,6 @@ that an op ties together. Connected components of that graph are units that can 
 
 from __future__ import annotations
 
-import math
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,6 +23,7 @@ from torch import Tensor
 
 from evolvenet.graph.width_graph import CONSUMES, MASKS, PRODUCES
 from evolvenet.tracing.connected import connected
+from evolvenet.tracing.rearranged import rows_along
 from evolvenet.tracing.reasons import running_line
 
 DATA = "data"
@@ -97,6 +97,7 @@ class LabelGraph:
         only_added: tensor → whether all ops that combine it with data add it, see `addends`.
         output_shapes: of the model's outputs.
         grids: id grids `[rows, columns]` that the model's code has laid units out as, by their bytes.
+        blocks: the same for `[groups, rows · columns]` of what it has laid out as groups × rows × columns.
         sized_pieces: the same for equal pieces of a split to which the code gives a size for every piece.
         placeholder_ties: (layer, placeholders) as flat, equally long id tensors; see `add_placeholders`.
         placeholder_ids: the ids of all placeholders.
@@ -107,6 +108,7 @@ class LabelGraph:
         recurrent: paths of the modules of these axes.
         differentiates: whether the runs had autograd on, for gradients that the model's own code computes.
         keeps_heads: whether a product that sums over the places of each head results in a placeholder for the head.
+        one_key: ids `[heads, places]` of queries that have met the keys of a single head, see `shared_heads`.
     """
 
     axes: list[AxisIds] = field(default_factory=list)
@@ -133,6 +135,7 @@ class LabelGraph:
     only_added: dict[str, bool] = field(default_factory=dict)
     output_shapes: list[tuple[int, ...]] = field(default_factory=list)
     grids: dict[bytes, Tensor] = field(default_factory=dict)
+    blocks: dict[bytes, Tensor] = field(default_factory=dict)
     sized_pieces: dict[bytes, Tensor] = field(default_factory=dict)
     placeholder_ties: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     placeholder_ids: set[int] = field(default_factory=set)
@@ -140,6 +143,7 @@ class LabelGraph:
     modes_with_new_tensors: list[bool] = field(default_factory=list)
     differentiates: bool = False
     keeps_heads: bool = False
+    one_key: list[Tensor] = field(default_factory=list)
     kinds: list[tuple[Tensor, str]] = field(default_factory=list)
     equal_sizes: list[tuple[Tensor, ...]] = field(default_factory=list)
     recurrent: set[str] = field(default_factory=set)
@@ -174,12 +178,11 @@ class LabelGraph:
             self.edges.append((one, two))
 
     def add_grid(self, layer: Tensor) -> None:
-        """Keep a layer whose units vary along two dimensions: the model's code has laid them out as rows × columns."""
-        if len(varying(layer)) == 2 and layer.numel() <= self.units and bool((layer >= 0).all()):
-            rows = layer.squeeze()
-            first = dict.fromkeys(map(tuple, rows.tolist()))
-            kept = torch.tensor(list(first))
-            self.grids.setdefault(kept.numpy().tobytes(), kept)
+        """Keep a layer whose units vary along two or three dimensions: the model's code has laid them out as a grid."""
+        dims = len(varying(layer))
+        if dims in (2, 3) and layer.numel() <= self.units and bool((layer >= 0).all()):
+            kept = torch.tensor(list(dict.fromkeys(map(tuple, layer.squeeze().flatten(1).tolist()))))
+            (self.grids if dims == 2 else self.blocks).setdefault(kept.numpy().tobytes(), kept)
 
     def add_pieces(self, parts: Sequence[Tensor], sizes_given: bool) -> None:
         """Keep equal pieces that the model's code has split units into, as a grid of pieces × units of a piece.
@@ -201,8 +204,9 @@ class LabelGraph:
         `components` ties them if their placeholder is tied to a unit of a tensor, frozen or mixed.
         """
         shape = [1 if dim in dims else size for dim, size in enumerate(layer.shape)]
-        placeholders = torch.arange(self.units, self.units + math.prod(shape)).view(shape)
-        self.units += placeholders.numel()
+        _, numbers = torch.unique(rows_along(layer, dims), dim=0, return_inverse=True)
+        placeholders = (self.units + numbers).view(shape)
+        self.units += int(numbers.max()) + 1
         self.placeholder_ids.update(placeholders.reshape(-1).tolist())
         self.tie_to_placeholders(layer, placeholders)
         return placeholders
@@ -256,9 +260,7 @@ class LabelGraph:
             along: the dimensions along which the op mixes, all by default. Where each row of a grid of heads × places turns
                 out to be one unit, the op mixes what is inside a unit alone.
         """
-        inside = sorted(set(along if along is not None else range(labels.dim())) & set(varying(labels)))
-        rows = labels.permute(*(dim for dim in range(labels.dim()) if dim not in inside), *inside)
-        rows = rows.reshape(-1, math.prod(labels.shape[dim] for dim in inside))
+        rows = rows_along(labels, set(along if along is not None else range(labels.dim())) & set(varying(labels)))
         if bool((rows >= 0).any()):
             self.mixed.append((torch.unique(rows, dim=0) if len(rows) > 1 else rows, reason))
             self._add_line(reason)
@@ -278,8 +280,7 @@ class LabelGraph:
 
     @staticmethod
     def _append(entries: list[tuple[Tensor, str]], labels: Tensor, reason: str) -> None:
-        found = torch.unique(labels)
-        found = found[found >= 0]
+        found = torch.unique(labels[labels >= 0])
         if len(found):
             entries.append((found, reason))
 

@@ -29,6 +29,8 @@ _HEAD_SIZES = """head_dim attention_head_size key_value_proj_dim d_kv dim_head h
 head_width v_head_dim qk_nope_head_dim qk_head_dim kv_dim rotary_ndims rotary_dim"""
 _HEAD_COUNTS = """num_heads n_heads num_attention_heads nhead heads n_head num_key_value_heads num_kv_heads n_kv_heads
 n_groups num_group n_group"""
+HEADS_OF_A_KEY = frozenset({"num_key_value_groups", "n_rep"})
+"""Attribute names that hold how many heads of queries share each key."""
 ATTRIBUTE_NAMES: Mapping[str, frozenset[str]] = {
     PLAIN: frozenset(_SIZES.split()),
     SLICE: frozenset(_SIZES.split() + _HEAD_SIZES.split()),
@@ -45,6 +47,7 @@ def attributes_to_update(
     width: Width,
     kind: str,
     keys: frozenset[str] | None = None,
+    counts: frozenset[int] = frozenset(),
     numbers: Callable[[nn.Module], Iterable[tuple[str, int]]] = numbers_in,
 ) -> tuple[tuple[str, str], ...]:
     """(module path, name) of the numbers that may hold a width's size, see `evolvenet.surgery.numbers`.
@@ -57,13 +60,14 @@ def attributes_to_update(
         width: the width.
         kind: "plain", "slice" or "head": whose attributes of `ATTRIBUTE_NAMES` are taken.
         keys: take the numbers of these keys instead, whatever they are called, see `possible_keys`.
+        counts: further values that follow it: numbers of heads of which a unit has several.
         numbers: `numbers_in`, or what it has found before.
     """
     totals: dict[tuple[str, int], int] = defaultdict(int)
     for tie in width.ties:
         totals[tie.tensor, tie.dim] += tie.repeat * width.size
     values = {width.size} | {total * k for total in totals.values() for k in (1, 2, 3, 4)}
-    values |= _heads_of_queries(width) | _places_of_a_head(width)
+    values |= _heads_of_queries(width) | _places_of_a_head(width) | counts
     found: list[tuple[str, str]] = []
     consuming = frozenset[str]() if keys is None else _only_consuming(width)
     for path in _paths(model, width):
@@ -77,6 +81,16 @@ def attributes_to_update(
             if chosen and value > 1 and value in values - others:
                 found.append((path, name))
     return tuple(found)
+
+
+def heads_of_one_key(model: nn.Module, width: Width) -> tuple[tuple[str, str], ...]:
+    """(module path, name) of the numbers of heads that share a key, of a width that is all heads of queries with a single key.
+
+    They follow the width whether the trace needs them or not: which way code of the transformers library repeats a key, by
+    this number or inside the attention of torch, depends on whether there is a mask.
+    """
+    found = ((path, name) for path in _paths(model, width) for name in sorted(HEADS_OF_A_KEY))
+    return tuple((path, name) for path, name in found if getattr(model.get_submodule(path), name, None) == width.size)
 
 
 def _heads_of_queries(width: Width) -> set[int]:
@@ -101,7 +115,7 @@ def _places_of_a_head(width: Width) -> set[int]:
     return found
 
 
-def possible_keys(model: nn.Module, width: Width) -> list[str]:
+def possible_keys(model: nn.Module, width: Width, counts: frozenset[int]) -> list[str]:
     """Keys of all numbers that may hold a width's size, whatever they are called; those with a name of a size come first.
 
     A key names the same number in all modules of a type that produce the width's units, or that only consume them: the heads
@@ -114,7 +128,7 @@ def possible_keys(model: nn.Module, width: Width) -> list[str]:
         _key(model, consuming, path, name) for path in own for name, _ in numbers_in(model.get_submodule(path))
     )
     found: dict[str, int] = {}
-    for path, name in attributes_to_update(model, width, PLAIN, everything):
+    for path, name in attributes_to_update(model, width, PLAIN, everything, counts):
         if path in own:
             found[_key(model, consuming, path, name)] = _likeliness(model.get_submodule(path), name)
     return sorted(found, key=lambda key: found[key])

@@ -1,7 +1,8 @@
-"""Label layers of a tensor after a view, and of a tensor without elements, such as 0 register tokens."""
+"""Label layers of a tensor after a view, as a matrix, and of a tensor without elements, such as 0 register tokens."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -61,3 +62,14 @@ def reshaped(layer: Tensor, old: Sequence[int], new: Sequence[int]) -> Tensor:
         before += old[first[0] : i] if varies else [1] * (i - first[0])
         after += new[first[1] : j] if varies else [1] * (j - first[1])
     return layer.expand(before).reshape(after)
+
+
+def rows_along(layer: Tensor, dims: set[int]) -> Tensor:
+    """A layer as a matrix whose columns go along `dims`, and its rows along the other dimensions.
+
+    >>> rows_along(torch.tensor([[[7, 8]], [[5, 6]]]), {0})
+    tensor([[7, 5],
+            [8, 6]])
+    """
+    rows = layer.permute(*(dim for dim in range(layer.dim()) if dim not in dims), *sorted(dims))
+    return rows.reshape(-1, math.prod(layer.shape[dim] for dim in dims))

@@ -9,13 +9,42 @@ from __future__ import annotations
 
 from collections import defaultdict
 
+from evolvenet.graph.block_kinds import ATTENTION
 from evolvenet.graph.coverage import TRIAL
 from evolvenet.graph.width_graph import FOLLOWS, PRODUCES, Width, WidthGraph
 from evolvenet.tracing.labels import MET_DATA, LabelGraph
 
 
-def shared_by_heads(graph: WidthGraph, label_graph: LabelGraph) -> frozenset[str]:
-    """Tensors that tie all heads of frozen widths to each other: frequencies of rotary embeddings, norms of queries.
+def other_runs(graph: WidthGraph, label_graph: LabelGraph, heads: bool) -> list[tuple[frozenset[str], bool]]:
+    """(tensors that all heads share, whether heads are kept apart) of each further label run that is worth making.
+
+    Args:
+        graph: of a first run.
+        label_graph: the ties of its units.
+        heads: as of `has_entries_of_heads`.
+    """
+    given = shared_by_heads(graph, label_graph, heads)
+    if label_graph.one_key and heads:
+        return runs_with_heads(graph, given)
+    runs = [(given, False)] if given else []
+    return [*runs, (given, True)] if has_entries_of_heads(graph, label_graph, heads) else runs
+
+
+def runs_with_heads(graph: WidthGraph, given: frozenset[str]) -> list[tuple[frozenset[str], bool]]:
+    """Runs that keep heads apart which share one key: with all tensors given, and without those that have an entry a head.
+
+    Values have no heads in a first run, so that what has an entry for each head ties all heads and places of its results.
+
+    Args:
+        graph: of a first run.
+        given: tensors that all heads share, as far as known.
+    """
+    single = {tie.tensor for width in graph.widths.values() if width.size == 1 for tie in width.ties}
+    return [(each, True) for each in dict.fromkeys((given, given - single))]
+
+
+def shared_by_heads(graph: WidthGraph, label_graph: LabelGraph, heads: bool) -> frozenset[str]:
+    """Tensors that tie all heads of widths to each other: frequencies of rotary embeddings, norms of queries.
 
     They follow a width whose producers have more places than they have, on a module of their own; buffers do so too where the
     code multiplies frequencies by positions in a matrix product, as a weight. If they stay as they are, whole heads may go.
@@ -25,11 +54,13 @@ def shared_by_heads(graph: WidthGraph, label_graph: LabelGraph) -> frozenset[str
     Args:
         graph: of a first run.
         label_graph: the ties of its units.
+        heads: whether that matters where places of all heads can go too, and not of frozen widths alone.
     """
     places = {ids.shape[1] for ids in label_graph.grids.values()}
     found: set[str] = set()
     for width in graph.widths.values():
-        if width.frozen is None or not width.frozen.startswith(TRIAL):
+        of_places = heads and width.frozen is None and width.kind == ATTENTION and width.mixed is not None
+        if not of_places and not (width.frozen or "").startswith(TRIAL):
             continue
         totals: dict[tuple[str, int], int] = defaultdict(int)
         for tie in width.ties:

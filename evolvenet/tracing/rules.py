@@ -32,6 +32,7 @@ from evolvenet.tracing.labels import (
 from evolvenet.tracing.merging import freeze_met_by_data, merge, unexpanded_sizes
 from evolvenet.tracing.part_writes import data_in_base, in_base, places_of_view
 from evolvenet.tracing.rearranged import moved_without_elements, reshaped
+from evolvenet.tracing.shared_heads import without_shared_places
 
 
 @dataclass(frozen=True)
@@ -130,23 +131,9 @@ CUTTING = frozenset(f"aten::{name}" for name in ("slice", "split", "split_with_s
 """Ops that take pieces along one axis."""
 SPLITTING = {"aten::split": False, "aten::split_with_sizes": True}
 """Ops that divide an axis into pieces, and whether the code gives a size for every piece."""
-PARTING = frozenset(
-    f"aten::{name}"
-    for name in (
-        *("slice", "select", "narrow", "split", "split_with_sizes", "chunk", "unbind", "unsafe_split", "unsafe_chunk"),
-        *(
-            "unsafe_split_with_sizes",
-            "view",
-            "_unsafe_view",
-            "_reshape_copy",
-            "unsqueeze",
-            "squeeze",
-            "expand",
-            "alias",
-        ),
-        *("detach", "clone", "_to_copy", "lift_fresh", "cat", "concat", "concatenate", "stack"),
-    )
-)
+_PARTING = """slice select narrow split split_with_sizes chunk unbind unsafe_split unsafe_chunk unsafe_split_with_sizes view
+_unsafe_view _reshape_copy unsqueeze squeeze expand alias detach clone _to_copy lift_fresh cat concat concatenate stack"""
+PARTING = frozenset(f"aten::{name}" for name in _PARTING.split())
 """Ops that take a part of a tensor out, or put parts together, and change nothing in them."""
 SHAPING = PARTING - {"aten::cat", "aten::concat", "aten::concatenate", "aten::stack", "aten::clone", "aten::_to_copy"}
 """Ops whose result is a view of one tensor."""
@@ -270,7 +257,8 @@ def movement(call: Call) -> None:
         if call.op == "aten::channel_shuffle" and varying(layer) == (1,):
             # It lays the channels out as groups × channels of a group, and goes through them in the other order.
             call.label_graph.add_grid(layer.unflatten(1, (call.args[1], -1)))
-    for out, layers in zip(call.outputs, results, strict=True):
+    for out, found in zip(call.outputs, results, strict=True):
+        layers = without_shared_places(call.label_graph, found)
         kind = CONSTANT if label.kind == CONSTANT else DATA
         call.label_output(out, layers, kind, label.origin, label.value if call.op in PARTING else None)
         call.set_label(out, replace(call.label_of(out), single=singles.get(id(layers), label.single)))

@@ -19,7 +19,7 @@ from evolvenet.tracing.grouping import GroupedWidths
 from evolvenet.tracing.labels import LabelGraph
 from evolvenet.tracing.least_sizes import with_least_sizes
 from evolvenet.tracing.recurrent_layers import with_tied_layers
-from evolvenet.tracing.retraces import has_entries_of_heads, shared_by_heads
+from evolvenet.tracing.retraces import other_runs, runs_with_heads
 from evolvenet.tracing.verification import Grouping, Rerun, Verification, verify
 
 RunLabels = Callable[..., LabelGraph]
@@ -91,12 +91,13 @@ class Searches:
         tied = any(width.parts > 1 and _may_be_tied(width, labels) for width in graphs[plain].widths.values())
         if tied:
             graphs[Choice(tied_layers=True)] = self._verified(Choice(tied_layers=True))
-        given = shared_by_heads(graphs[plain], labels)
-        others = [LabelRun(given)] if given else []
-        if has_entries_of_heads(graphs[plain], labels, self._first is HEADS_FIRST):
-            others.append(LabelRun(given, keeps_heads=True))
-        for run in others:
-            graphs[Choice(run)] = self._verified(Choice(run))
+        others = [LabelRun(*run) for run in other_runs(graphs[plain], labels, self._first is HEADS_FIRST)]
+        while others:
+            run = others.pop(0)
+            if self._labels(run).one_key and not run.keeps_heads and self._first is not PLACES_ALONE:
+                others = [LabelRun(*each) for each in runs_with_heads(graphs[plain], run.given)]
+            else:
+                graphs[Choice(run)] = self._verified(Choice(run))
         weight = _parameters_in_heads if self._first is HEADS_FIRST else _resizable_parameters
         best = max(graphs, key=lambda choice: weight(graphs[choice]))
         if any(_may_have_places(width) for width in graphs[best].widths.values()):

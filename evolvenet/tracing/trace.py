@@ -54,6 +54,7 @@ from evolvenet.tracing.recurrent_layers import note_recurrent_layers
 from evolvenet.tracing.routing_rules import route, settle_competition
 from evolvenet.tracing.rules import Call, apply_rule
 from evolvenet.tracing.searches import Searches, needed_modes
+from evolvenet.tracing.shared_heads import SHARED
 from evolvenet.tracing.tracing_mode import TracingMode, run_under_mode
 
 ATTEMPTS = (("meta", (False, True)), (None, (False, True)), ("meta", (False,)), (None, (False,)))
@@ -205,7 +206,7 @@ def run_for_labels(
     layers_of = {name: label_graph.add_tensor(name, tensor.shape) for name, tensor in tensors.items()}
     note_recurrent_layers(model, label_graph, aliases)
     for layer in (layer for name in given for layer in layers_of[name]):
-        label_graph.freeze(layer, "is shared by all heads, of which each can go as a whole")
+        label_graph.freeze(layer, SHARED)
     for training in modes:
         mode = LabelMode(label_graph)
         used = len(label_graph.first_use)

@@ -34,6 +34,7 @@ from evolvenet.tracing.coupled_dims import (
     structure,
 )
 from evolvenet.tracing.grouping import GroupedWidths, build_graph
+from evolvenet.tracing.groups import groups_without_width, numbers_of_one_key
 from evolvenet.tracing.labels import LabelGraph
 from evolvenet.tracing.numbers_of_widths import (
     HEAD,
@@ -51,16 +52,12 @@ MOST_NUMBERS = 8
 """So many numbers of other names than those of sizes are tried for a width, in up to 46 trials of which most fail early."""
 MOST_TRIALS = 400
 """After so many different trials of a model, which may take a minute, no more numbers of other names are tried."""
-
 RAISED = f"{TRIAL}raised "
 """How the failure of a trial begins in which the model's code, or the surgery, raised."""
-
 Edges = tuple[Tensor, Tensor]
 """Two equally long tensors of ids that are tied element by element."""
-
 Grouping = tuple[tuple[bytes, bytes], ...]
 """What is in the edges of fixes."""
-
 Change = tuple[tuple[Tie, ...], tuple[tuple[str, str], ...], IndexMap]
 """What a trial changes for one width: the ties of its units, the numbers that follow it, and the map of its units."""
 
@@ -121,12 +118,13 @@ def _with_fixes(verification: Verification, rounds: FixRounds) -> tuple[GroupedW
         The graph, whether all its widths have passed together, and whether any width failed.
     """
     built = verification.build([])
-    accepted = pieces_of_one_split(built, verification.label_graph)
+    groups = groups_without_width(built, verification.label_graph)
+    accepted = [*pieces_of_one_split(built, verification.label_graph), *groups]
     built = verification.build(accepted) if accepted else built
     names = [width.name for width in built.graph.resizable]
     shuffled = shuffled_grids(built, verification.label_graph)
     if not shuffled and verification.try_all(built, names) is None:
-        return built, True, False
+        return (*verification.needed(accepted, names), False) if groups else (built, True, False)
     failed = verification.failures(built, names)
     reasons = {built.anchors[name]: reason for name, reason in (*failed.items(), *shuffled.items())}
     searches = (Verification.accept, Verification.with_any_numbers)
@@ -184,12 +182,11 @@ class Verification:
         """The graph with the units tied and the attributes updated as the accepted fixes say."""
         built = self._grouped([fix.edges for fix in accepted if len(fix.edges[0])])
         fixes = {min(fix.anchors): fix for fix in accepted}
-        widths = {
-            name: replace(width, patches=self._patches(width, fixes[built.anchors[name]]))
-            if built.anchors[name] in fixes
-            else width
-            for name, width in built.graph.widths.items()
-        }
+        own, widths = numbers_of_one_key(self.model, built, self.label_graph), {}
+        for name, width in built.graph.widths.items():
+            fix = fixes.get(built.anchors[name])
+            numbers = dict.fromkeys((*own.get(name, ()), *(() if fix is None else self._patches(width, fix))))
+            widths[name] = replace(width, patches=tuple(numbers)) if numbers else width
         joined = frozenset(name for name, a in built.anchors.items() if a in fixes and fixes[a].kind in (SLICE, HEAD))
         return replace(built, graph=replace(built.graph, widths=Widths(widths)), joined=joined)
 
@@ -203,9 +200,10 @@ class Verification:
 
     def _patches(self, width: Width, fix: CandidateFix) -> tuple[tuple[str, str], ...]:
         # The same for a width of the same tensors, whatever else is tied.
-        key = (width.ties, width.size, fix.kind, fix.numbers)
+        how = (fix.kind, fix.numbers, fix.counts)
+        key = (width.ties, width.size, *how)
         if key not in self.numbers:
-            self.numbers[key] = attributes_to_update(self.model, width, fix.kind, fix.numbers, self.numbers_in)
+            self.numbers[key] = attributes_to_update(self.model, width, *how, self.numbers_in)
         return tuple(
             (path, name)
             for path, name in self.numbers[key]
@@ -252,8 +250,8 @@ class Verification:
             width = next((w for n, w in built.graph.widths.items() if built.anchors[n] == min(first.anchors)), None)
             if width is None or width.frozen is not None:
                 continue
-            keys = possible_keys(self.model, width)[:MOST_NUMBERS]
-            if set(attributes_to_update(self.model, width, first.kind, frozenset(keys))) <= set(width.patches):
+            keys = possible_keys(self.model, width, first.counts)[:MOST_NUMBERS]
+            if set(self._patches(width, replace(first, numbers=frozenset(keys)))) <= set(width.patches):
                 continue
 
             def failure(chosen: frozenset[str], first: CandidateFix = first) -> str | None:
@@ -269,7 +267,9 @@ class Verification:
         """The graph without numbers that its widths do not need, and whether all have passed together without them."""
         patches = {patch for width in self.build(accepted).graph.widths.values() for patch in width.patches}
         modules = [(self.model.get_submodule(path), name) for path, name in patches]
-        used = sorted({number_key(module, name) for module, name in modules if not is_known(module)})
+        own = numbers_of_one_key(self.model, self.build(accepted), self.label_graph).values()
+        fixed = {number_key(self.model.get_submodule(path), name) for each in own for path, name in each}
+        used = sorted({number_key(module, name) for module, name in modules if not is_known(module)} - fixed)
         for trial in (lambda built: self.trial(built, names, (1,), False), lambda built: self.try_all(built, names)):
             self.unneeded = frozenset()
             for key in used:

@@ -31,10 +31,10 @@ class Between(nn.Module):
         return self.b(self.code(self, x, self.a(x)))
 
 
-def shuffle_and_widen(model: nn.Module, graph: WidthGraph, inputs: Any) -> WidthGraph:
+def shuffle_and_widen(model: nn.Module, graph: WidthGraph, inputs: Any, **how: Any) -> WidthGraph:
     """Exchange the units of every width, then add three to each that no op mixes: the outputs stay.
 
-    Returns the graph of the changed model, which is what a fresh trace finds.
+    Returns the graph of the changed model, which is what a fresh trace finds, given the same `how`.
     """
     expected = outputs(model, inputs)
     graph = evolvenet.resize(model, graph, {name: shuffled(size) for name, size in graph.sizes.items()})
@@ -42,7 +42,7 @@ def shuffle_and_widen(model: nn.Module, graph: WidthGraph, inputs: Any) -> Width
     wider = {width.name: IndexMap.grow(width.size, 3) for width in graph.resizable if width.mixed is None}
     graph = evolvenet.resize(model, graph, wider)
     assert distance(outputs(model, inputs), expected) < 1e-9
-    assert without_reasons(graph) == without_reasons(trace(model, inputs))
+    assert without_reasons(graph) == without_reasons(trace(model, inputs, **how))
     return graph
 
 

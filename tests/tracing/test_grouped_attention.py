@@ -88,10 +88,10 @@ def test_the_group_that_goes_is_that_of_the_chosen_head() -> None:
 def test_with_one_head_of_keys_and_values_places_go_in_pairs_that_the_embedding_turns(turn: str) -> None:
     torch.manual_seed(0)
     model = GroupedAttention(4, 1, turn=turn).double()
-    graph = trace(model, X)
+    graph = trace(model, X, heads=False)
     assert graph.sizes == {"first": 12, "q": PLACES if turn == "none" else PLACES // 2}
     assert graph.widths["q"].patches[0] == ("", "places")
-    graph = shuffle_and_widen(model, graph, X)
+    graph = shuffle_and_widen(model, graph, X, heads=False)
     shape = outputs(model, X)[0].shape
     evolvenet.prune(model, graph, {"q": 3})
     assert (outputs(model, X)[0].shape, model.places) == (shape, 3 if turn == "none" else 6)
@@ -209,7 +209,7 @@ def test_layers_that_share_a_rotary_embedding_lose_the_same_places() -> None:
     torch.manual_seed(0)
     model: Any = LlamaForCausalLM(LlamaConfig(**SIZES, num_key_value_heads=1, head_dim=8, use_cache=False)).double()
     inputs = {"input_ids": torch.randint(0, 40, (2, 6), generator=torch.Generator().manual_seed(0))}
-    graph = trace(model, inputs)
+    graph = trace(model, inputs, heads=False)
     name = "model.layers.0.self_attn.q_proj"
     assert {width for width in graph.sizes if "attn" in width} == {name}
     assert graph.sizes[name] == 4
@@ -234,7 +234,7 @@ def test_keys_that_a_list_of_one_number_picks_are_those_of_a_slice(kind: str) ->
     torch.manual_seed(0)
     model: Any = FalconForCausalLM(FalconConfig(**SIZES, **options, bias=False, use_cache=False)).double()
     inputs = {"input_ids": torch.randint(0, 40, (2, 6), generator=torch.Generator().manual_seed(0))}
-    graph = trace(model, inputs)
+    graph = trace(model, inputs, heads=False)
     name = "transformer.h.0.self_attention.query_key_value"
     assert (graph.sizes[name], graph.widths[name].patches) == (
         pairs,

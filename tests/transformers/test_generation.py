@@ -23,7 +23,7 @@ LATENT = {
 OLD: dict[str, Any] = {"vocab_size": 48, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 32}
 DECODERS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "groups of heads": ("Llama", {**SIZES, **GROUPS}, {}),
-    "pairs of places, one key": ("Falcon", {**SIZES, "bias": False}, {}),
+    "pairs of places, one key": ("Falcon", {**SIZES, "bias": False}, {"heads": False}),
     "whole heads": ("GPT2", OLD, {"heads": True}),
     "places, one key": ("GPTBigCode", OLD, {}),
     "sliding window": ("Mistral", {**SIZES, **GROUPS, "sliding_window": 4}, {}),

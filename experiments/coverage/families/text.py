@@ -80,6 +80,9 @@ DECODERS: dict[str, Family] = {
     ),
     "opt": _decoder("OPT", ALL, ffn_dim=INNER, word_embed_proj_dim=WIDTH),
     "falcon": _decoder("Falcon", (FFN, HEADS, PLACES, STREAM), multi_query=True, parallel_attn=True, bias=False),
+    "falcon_groups": _decoder(
+        "Falcon", (FFN, GROUPS, PLACES, STREAM), new_decoder_architecture=True, num_kv_heads=GROUPS_EACH, bias=False
+    ),
 }  # fmt: skip
 """Words from words."""
 
