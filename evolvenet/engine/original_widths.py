@@ -14,7 +14,7 @@ from evolvenet.engine.functional import apply
 from evolvenet.engine.rank_changes import merge_made
 from evolvenet.errors import IndexMapError, RecordError
 from evolvenet.graph.index_map import NEW_UNIT, IndexMap
-from evolvenet.graph.plain_data import check_types
+from evolvenet.graph.plain_data import check_types, reading
 from evolvenet.graph.width_graph import Width, WidthGraph
 from evolvenet.surgery.resize_model import Surgery, compile_surgery
 
@@ -59,7 +59,18 @@ class OriginalWidths:
         return any(width.rank_of is not None and width.name not in self.sizes for width in graph.widths.values())
 
     def after(self, maps: Mapping[str, IndexMap]) -> OriginalWidths:
-        """The same after a change of widths."""
+        """The same after a change of widths.
+
+        Raises:
+            IndexMapError: for a map of another number of parts than the width has had so far.
+        """
+        for name, later in maps.items():
+            known = len(self.origins[name].each) if name in self.origins else 1
+            if known > 1 and later.parts and len(later.parts) != known:
+                raise IndexMapError(
+                    f"Width {name!r}: expected a map of {known} parts, for which its units at the start are known, got one of "
+                    f"{len(later.parts)}. Take a map of the same graph, or go on with OriginalWidths.renamed for another one."
+                )
         moved = {name: self.origins[name].then(later) for name, later in maps.items() if name in self.origins}
         return OriginalWidths(self.sizes, {**self.origins, **moved})
 
@@ -68,7 +79,8 @@ class OriginalWidths:
 
         Args:
             known: {width of it: its name here}, from `evolvenet.graph.renaming.same_widths`.
-            after: the other graph; a width of it that is not in `known` has not changed so far.
+            after: the other graph; a width of it that is not in `known` has not changed so far. Of one that ties layers which
+                had units of their own, those of the first layer tell the units of all.
         """
         fresh = OriginalWidths.of(after)
         sizes, origins = dict(fresh.sizes), dict(fresh.origins)
@@ -76,8 +88,8 @@ class OriginalWidths:
             name = known.get(width.name)
             if width.rank_of is not None and name is None:
                 del sizes[width.name], origins[width.name]
-            elif name is not None and name in self.origins and _fits(self.origins[name], width):
-                sizes[width.name], origins[width.name] = self.sizes[name], self.origins[name]
+            elif name is not None and name in self.origins and self.origins[name].new_size == width.size:
+                sizes[width.name], origins[width.name] = self.sizes[name], _for_parts(self.origins[name], width)
         return OriginalWidths(sizes, origins)
 
     def surgery(self, model: nn.Module, graph: WidthGraph) -> Surgery:
@@ -89,8 +101,12 @@ class OriginalWidths:
             model: the model as it is.
             graph: its widths.
         """
-        maps = {name: origin.inverse() for name, origin in self.origins.items() if not origin.is_identity}
-        return compile_surgery(model, graph, maps)
+        changed = {name: origin for name, origin in self.origins.items() if not origin.is_identity}
+        known = {
+            name: _for_parts(each, graph.widths[name]) if name in graph.widths else each
+            for name, each in changed.items()
+        }
+        return compile_surgery(model, graph, {name: origin.inverse() for name, origin in known.items()})
 
     def state_dict(self) -> dict[str, Any]:
         """As plain data, for a checkpoint."""
@@ -100,20 +116,25 @@ class OriginalWidths:
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Any]) -> OriginalWidths:
-        """What `state_dict` was called on."""
-        sizes, parts = dict(state["sizes"]), state.get("parts", {})
+        """What `state_dict` was called on.
+
+        Raises:
+            RecordError: for anything else.
+        """
         try:
-            origins = {
-                name: IndexMap.of_parts(parts.get(name, [origin]), sizes[name])
-                for name, origin in state["origins"].items()
-            }
+            with reading("The record of the units at the start of the run"):
+                sizes, parts = dict(state["sizes"]), state.get("parts", {})
+                origins = {
+                    name: IndexMap.of_parts(parts.get(name, [origin]), sizes[name])
+                    for name, origin in state["origins"].items()
+                }
+                found = cls(sizes, origins)
+                check_types(found, cls, "original widths")
+                return found
         except IndexMapError as error:
             raise RecordError(
                 f"The checkpoint's units are not those of its widths at the start: {error} Use another checkpoint."
             ) from error
-        found = cls(sizes, origins)
-        check_types(found, cls, "original widths")
-        return found
 
     def check_fits(self, graph: WidthGraph) -> None:
         """Raise unless there is an original unit, or −1, for every unit of a graph's widths.
@@ -135,6 +156,14 @@ class OriginalWidths:
 def _fits(origin: IndexMap, width: Width) -> bool:
     """Whether a map names an original unit for each of a width's, in every part."""
     return origin.new_size == width.size and len(origin.each) in (1, width.parts)
+
+
+def _for_parts(origin: IndexMap, width: Width) -> IndexMap:
+    """The map for a width, which may be of another trace: one that ties the parts goes by the units of the first.
+
+    All parts get the same places then, so that what the code ties stays together.
+    """
+    return origin if len(origin.each) in (1, width.parts) else origin.part(0)
 
 
 @contextmanager

@@ -224,6 +224,11 @@ class IndexMap:
         return any(each.removed for each in self.each)
 
     @property
+    def adds_units(self) -> bool:
+        """Whether there is a new unit, in any part."""
+        return any(NEW_UNIT in each.indices for each in self.each)
+
+    @property
     def is_identity(self) -> bool:
         """Whether the map changes nothing."""
         return not self.parts and self.indices == tuple(range(self.size))

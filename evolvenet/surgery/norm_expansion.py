@@ -68,7 +68,7 @@ def expand_norms(
         generator: where the columns' random numbers come from, a CPU generator; None for PyTorch's global one.
         columns: whether consumers get random columns; without, those in the surgery stay, and columns of copies are equal.
     """
-    grown = [name for name, index_map in surgery.maps.items() if index_map.new_units]
+    grown = [name for name, index_map in surgery.maps.items() if index_map.adds_units]
     widths = [graph.widths[name] for name in grown if graph.widths[name].exact_growth is not None]
     values = {change.name: change.value.clone() for change in surgery.changes}
     changes = {change.name: change for change in surgery.changes}
@@ -147,22 +147,19 @@ class _NewUnits:
         """Where the width occurs after the change."""
         return self.surgery.graph.widths[self.width.name].ties
 
-    @cached_property
-    def present(self) -> Tensor:
-        """The positions of the units that were there."""
-        return torch.tensor(
-            [place for place, index in enumerate(self.index_map.indices) if index != NEW_UNIT], device="cpu"
-        )
+    def _present(self, tie: Tie) -> Tensor:
+        """The positions of the units that were there, in the part of the width that a tie holds."""
+        indices = self.index_map.part(tie.part).indices
+        return torch.tensor([place for place, index in enumerate(indices) if index != NEW_UNIT], device="cpu")
 
-    @cached_property
-    def new(self) -> Tensor:
-        """The positions of the new units."""
-        return torch.tensor(self.index_map.new_units, device="cpu")
+    def _new(self, tie: Tie) -> Tensor:
+        """The positions of the new units, in the same part."""
+        return torch.tensor(self.index_map.part(tie.part).new_units, device="cpu")
 
-    @cached_property
-    def templates(self) -> Tensor:
+    def _templates(self, tie: Tie) -> Tensor:
         """For each new unit the position of a present one; they take turns."""
-        return self.present.repeat(-(-len(self.new) // len(self.present)))[: len(self.new)]
+        present, count = self._present(tie), len(self._new(tie))
+        return present.repeat(-(-count // len(present)))[:count]
 
     def fill(self, norms: dict[str, Norm]) -> None:
         """Units of zeros, or of the mean of the others, with random columns in their consumers."""
@@ -208,8 +205,8 @@ class _NewUnits:
 
     def copy(self) -> None:
         """Every unit several times: equal rows, and columns that sum to those of before."""
-        assert len(self.new) % len(self.present) == 0, self.width.name
         for tie in self.ties:
+            assert len(self._new(tie)) % len(self._present(tie)) == 0, self.width.name
             self._copy(tie)
         for tie in self.ties:
             if tie.role == CONSUMES:
@@ -224,13 +221,13 @@ class _NewUnits:
     def _copy(self, tie: Tie) -> None:
         """The entries of present units for the new ones."""
         value = self.values[tie.tensor]
-        there = value.index_select(tie.dim, self._places(tie, self.templates))
-        value.index_copy_(tie.dim, self._places(tie, self.new), there)
+        there = value.index_select(tie.dim, self._places(tie, self._templates(tie)))
+        value.index_copy_(tie.dim, self._places(tie, self._new(tie)), there)
 
     def _average(self, tie: Tie) -> None:
         """The mean over the whole axis as it was, for the new units; entries that are there already stay (running variances)."""
         value, dim = self.values[tie.tensor], tie.dim
-        new = self._places(tie, self.new)
+        new = self._places(tie, self._new(tie))
         if tie.role == FOLLOWS and tie.tensor not in self.graph.added and bool(value.index_select(dim, new).any()):
             return
         old = [place for place, index in enumerate(self.changes[tie.tensor].axes[dim].indices) if index != NEW_UNIT]
@@ -241,17 +238,21 @@ class _NewUnits:
     def _draw(self, tie: Tie) -> None:
         """Random columns for the new units, of `COLUMNS` times the mean norm of the present columns."""
         value = self.values[tie.tensor].movedim(tie.dim, 0)
-        present = value[self._places(tie, self.present)].reshape(len(self.present), -1)
-        new = self._places(tie, self.new)
-        drawn = self._random((len(self.new), value[new].numel() // len(self.new)))
+        kept, added = self._present(tie), self._new(tie)
+        if not len(added):
+            return
+        present = value[self._places(tie, kept)].reshape(len(kept), -1)
+        new = self._places(tie, added)
+        drawn = self._random((len(added), value[new].numel() // len(added)))
         drawn *= COLUMNS * float(present.norm(dim=1).mean()) / drawn.norm(dim=1, keepdim=True)
         value[new] = drawn.to(value.dtype).to(value.device).reshape(value[new].shape)
 
     def _divide(self, tie: Tie) -> None:
         """The column of each unit divided between its copies, unequally where columns are to be random."""
         value = self.values[tie.tensor].movedim(tie.dim, 0)
-        count = 1 + len(self.new) // len(self.present)
-        units = torch.cat([self.present, self.new]).reshape(count, -1)
+        kept, added = self._present(tie), self._new(tie)
+        count = 1 + len(added) // len(kept)
+        units = torch.cat([kept, added]).reshape(count, -1)
         places = self._places(tie, units)
         part = value[places].reshape(count, -1) / count
         if self.columns:

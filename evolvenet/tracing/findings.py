@@ -27,13 +27,13 @@ class LabelRun(NamedTuple):
 
     given: frozenset[str] = frozenset()
     keeps_heads: bool = False
+    tied_layers: bool = False
 
 
 class Choice(NamedTuple):
-    """What a graph was found by: the run with labels, whether layers of an LSTM were tied, and places of all heads tried last."""
+    """What a graph was found by: the run with labels, and whether places of all heads were tried last."""
 
     run: LabelRun = LabelRun()
-    tied_layers: bool = False
     places_last: bool = False
 
 
@@ -49,7 +49,7 @@ class Findings:
         resizable: places of the widths that can be resized.
         frozen: places of the others.
         labels: {run: ties}, of exactly these inputs.
-        grouped: {(run, whether layers are tied): {ties of fixes: widths}}, of exactly these inputs.
+        grouped: {run: {ties of fixes: widths}}, of exactly these inputs.
     """
 
     surroundings: tuple[object, ...]
@@ -59,8 +59,8 @@ class Findings:
     resizable: frozenset[Place]
     frozen: frozenset[Place]
     labels: Mapping[LabelRun, LabelGraph] = field(default_factory=dict[LabelRun, LabelGraph])
-    grouped: Mapping[tuple[LabelRun, bool], dict[Grouping, GroupedWidths]] = field(
-        default_factory=dict[tuple[LabelRun, bool], dict[Grouping, GroupedWidths]]
+    grouped: Mapping[LabelRun, dict[Grouping, GroupedWidths]] = field(
+        default_factory=dict[LabelRun, dict[Grouping, GroupedWidths]]
     )
 
     def in_step(self, path: str = "") -> Findings:
@@ -85,12 +85,12 @@ class Findings:
             }
             for modes, found in self.failures.items()
         }
-        given, keeps_heads = self.choice.run
+        run = self.choice.run
         return Findings(
             self.surroundings,
             self.heads,
             failures,
-            self.choice._replace(run=LabelRun(frozenset(prefix + name for name in given), keeps_heads)),
+            self.choice._replace(run=run._replace(given=frozenset(prefix + name for name in run.given))),
             _below(prefix, self.resizable),
             _below(prefix, self.frozen),
         )

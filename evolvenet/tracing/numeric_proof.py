@@ -264,7 +264,7 @@ def _maps(graph: WidthGraph, names: Sequence[str], zeros: bool) -> dict[str, Ind
 
 def _grows_under_norms(graph: WidthGraph, maps: Mapping[str, IndexMap]) -> bool:
     """Whether a width gets new units that a norm mixes."""
-    return any(index_map.new_units and graph.widths[name].exact_growth for name, index_map in maps.items())
+    return any(index_map.adds_units and graph.widths[name].exact_growth for name, index_map in maps.items())
 
 
 def _map(width: Width, number: int, zeros: bool) -> IndexMap:

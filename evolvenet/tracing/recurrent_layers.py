@@ -1,7 +1,8 @@
 """The layers and directions of one LSTM, GRU or RNN: torch gives them one size, but no op ties the units of one to another's.
 
 They are the parts of one width (see `evolvenet.graph.width_graph.Width`), unless the model's code ties their units: by states
-that it passes in, by a sum over the layers, by a slice of the last layer's outputs.
+that it passes in, by a sum over the layers, by a slice of the last layer's outputs. Where units of each cannot go, another run
+with labels has all of them tied, see `frozen_layers`.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from evolvenet.graph.width_graph import Width, WidthGraph
 from evolvenet.tracing.labels import LabelGraph
 
 EqualSizes = tuple[Tensor, ...]
@@ -52,6 +54,22 @@ def with_tied_layers(label_graph: LabelGraph, sets: Sequence[EqualSizes]) -> Lab
     edges = [(axes[0], other) for axes in sets for other in axes[1:]]
     left = [axes for axes in label_graph.equal_sizes if not any(axes is each for each in sets)]
     return replace(label_graph, edges=[*label_graph.edges, *edges], equal_sizes=left)
+
+
+def frozen_layers(graph: WidthGraph, label_graph: LabelGraph) -> list[Width]:
+    """The frozen widths with the units of several layers, which may be resizable where all layers have the same units.
+
+    The states of all layers have one axis for layers and one for units. An op along the first (a maximum, a product with a factor
+    for each layer) looks as if it ran over units, where each layer has units of its own.
+
+    Args:
+        graph: of a run in which each layer has units of its own.
+        label_graph: its ties.
+    """
+    starts = {int(axis[0]) for axes in label_graph.equal_sizes if len(axes) > 1 for axis in axes}
+    hidden = {(axis.tensor, axis.dim) for axis in label_graph.axes if axis.start in starts}
+    frozen = (width for width in graph.widths.values() if width.frozen is not None)
+    return [width for width in frozen if any((tie.tensor, tie.dim) in hidden for tie in width.ties)]
 
 
 @dataclass(frozen=True)

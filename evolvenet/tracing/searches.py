@@ -18,12 +18,12 @@ from evolvenet.tracing.findings import Choice, Failures, Findings, LabelRun, pla
 from evolvenet.tracing.grouping import GroupedWidths
 from evolvenet.tracing.labels import LabelGraph
 from evolvenet.tracing.least_sizes import with_least_sizes
-from evolvenet.tracing.recurrent_layers import with_tied_layers
+from evolvenet.tracing.recurrent_layers import frozen_layers
 from evolvenet.tracing.retraces import other_runs, runs_with_heads
 from evolvenet.tracing.verification import Grouping, Rerun, Verification, verify
 
 RunLabels = Callable[..., LabelGraph]
-"""Of the model by position, and of the modes, `given` and `keeps_heads` by name."""
+"""Of the model by position, and of the modes and the fields of a `LabelRun` by name."""
 
 
 @dataclass
@@ -54,9 +54,7 @@ class Searches:
         same = self.known if self.known is not None and self.known.surroundings == self.surroundings else None
         self._failures = defaultdict[tuple[bool, ...], Failures](dict, same.failures if same else {})
         self._graphs: dict[Choice, WidthGraph] = {}
-        self._grouped = defaultdict[tuple[LabelRun, bool], dict[Grouping, GroupedWidths]](
-            dict, same.grouped if same else {}
-        )
+        self._grouped = defaultdict[LabelRun, dict[Grouping, GroupedWidths]](dict, same.grouped if same else {})
 
     def best(self) -> tuple[WidthGraph, Findings]:
         """The best graph, and what another trace need not find again."""
@@ -74,8 +72,11 @@ class Searches:
         """The graph of the choice before, where it holds as much again; else another one may be better."""
         if self.known is None or self.known.heads is not self.heads:
             return None
-        graph = self._verified(self.known.choice)
-        return (graph, self.known.choice) if self.known.agree(graph) else None
+        choice = self.known.choice
+        graph = self._verified(choice)
+        # Layers that an output had frozen before may be tied by a loss in the step.
+        same = self.known.agree(graph) and not frozen_layers(graph, self._labels(choice.run))
+        return (graph, choice) if same else None
 
     def _searched(self) -> tuple[WidthGraph, Choice]:
         """The graph with most parameters in widths that can be resized.
@@ -87,21 +88,24 @@ class Searches:
         """
         plain = Choice()
         graphs = {plain: self._verified(plain)}
-        labels = self._labels(plain.run)
-        tied = any(width.parts > 1 and _may_be_tied(width, labels) for width in graphs[plain].widths.values())
+        tied = bool(frozen_layers(graphs[plain], self._labels(plain.run)))
         if tied:
-            graphs[Choice(tied_layers=True)] = self._verified(Choice(tied_layers=True))
-        others = [LabelRun(*run) for run in other_runs(graphs[plain], labels, self._first is HEADS_FIRST)]
+            whole = Choice(LabelRun(tied_layers=True))
+            graphs[whole] = self._verified(whole)
+        weight = _parameters_in_heads if self._first is HEADS_FIRST else _resizable_parameters
+        own = max(graphs, key=lambda choice: weight(graphs[choice]))
+        tie = own.run.tied_layers
+        runs = other_runs(graphs[own], self._labels(own.run), self._first is HEADS_FIRST)
+        others = [LabelRun(*run, tied_layers=tie) for run in runs]
         while others:
             run = others.pop(0)
             if self._labels(run).one_key and not run.keeps_heads and self._first is not PLACES_ALONE:
-                others = [LabelRun(*each) for each in runs_with_heads(graphs[plain], run.given)]
+                others = [LabelRun(*each, tied_layers=tie) for each in runs_with_heads(graphs[own], run.given)]
             else:
                 graphs[Choice(run)] = self._verified(Choice(run))
-        weight = _parameters_in_heads if self._first is HEADS_FIRST else _resizable_parameters
         best = max(graphs, key=lambda choice: weight(graphs[choice]))
         if any(_may_have_places(width) for width in graphs[best].widths.values()):
-            last = Choice(tied_layers=tied, places_last=True)
+            last = Choice(LabelRun(tied_layers=tied), places_last=True)
             graphs[last] = self._verified(last)
             best = max(best, last, key=lambda choice: weight(graphs[choice]))
         return graphs[best], best
@@ -112,20 +116,17 @@ class Searches:
         return self._graphs[choice]
 
     def _newly_verified(self, choice: Choice) -> WidthGraph:
-        given, keeps_heads = choice.run
         labels = self._labels(choice.run)
-        if choice.tied_layers:
-            labels = with_tied_layers(labels, labels.equal_sizes)
-        again = partial(self.run, given=given, keeps_heads=keeps_heads)
+        again = partial(self.run, **choice.run._asdict())
         needed = dict.fromkeys((needed_modes(labels), self._modes))
         runs = [self._rerun(modes, again) for modes in needed]
         rounds = (*self._first, *PLACES_LAST) if choice.places_last else self._first
-        return verify(self.model, labels, self._device, runs, rounds, self._grouped[choice.run, choice.tied_layers])
+        return verify(self.model, labels, self._device, runs, rounds, self._grouped[choice.run])
 
     def _labels(self, run: LabelRun) -> LabelGraph:
         if run not in self.labels:
             with isolated(self.model, shadows=True, device=self._device, gradients=self._gradients):
-                labels = self.run(self.model, modes=self._modes, given=run.given, keeps_heads=run.keeps_heads)
+                labels = self.run(self.model, modes=self._modes, **run._asdict())
             labels.differentiates = self._gradients
             self.labels[run] = labels
         return self.labels[run]
@@ -137,11 +138,6 @@ class Searches:
 def needed_modes(label_graph: LabelGraph) -> tuple[bool, ...]:
     """The modes that a trial must run: train mode only if it uses parameters that eval mode does not."""
     return (False, True) if label_graph.modes_with_new_tensors[1:] == [True] else (False,)
-
-
-def _may_be_tied(width: Width, label_graph: LabelGraph) -> bool:
-    """Whether a width of several parts is frozen for a reason that no op of the run has given: a trial's, or an order's."""
-    return width.frozen is not None and not any(width.frozen.startswith(given) for _, given in label_graph.frozen)
 
 
 def _may_have_places(width: Width) -> bool:

@@ -161,7 +161,7 @@ def _trace(
         try:
             if first not in labels:
                 with isolated(model, shadows=True, device=device, gradients=gradients):
-                    labels[first] = run(model, modes=modes, given=first.given, keeps_heads=first.keeps_heads)
+                    labels[first] = run(model, modes=modes, **first._asdict())
                 labels[first].differentiates = gradients
         except TraceError:
             raise
@@ -195,16 +195,19 @@ def run_for_labels(
     modes: Sequence[bool] = (False, True),
     given: frozenset[str] = frozenset(),
     keeps_heads: bool = False,
+    tied_layers: bool = False,
 ) -> LabelGraph:
     """The ties of all units in a run of a (shadowed) model in each mode: eval (False), train (True).
 
     Train mode is included because auxiliary heads run in it only. Tensors in `given` count as data of a fixed size; for
-    `keeps_heads` see `LabelGraph`.
+    `keeps_heads` see `LabelGraph`. With `tied_layers` the layers and directions of an LSTM, GRU or RNN have the same units: their
+    states have one axis of units then, which an op along the layers does not touch.
     """
     tensors, aliases, trainable = named_tensors(model)
     label_graph = LabelGraph(trainable=trainable, keeps_heads=keeps_heads)
     layers_of = {name: label_graph.add_tensor(name, tensor.shape) for name, tensor in tensors.items()}
-    note_recurrent_layers(model, label_graph, aliases)
+    if not tied_layers:
+        note_recurrent_layers(model, label_graph, aliases)
     for layer in (layer for name in given for layer in layers_of[name]):
         label_graph.freeze(layer, SHARED)
     for training in modes:

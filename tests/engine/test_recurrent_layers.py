@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,9 +14,13 @@ from torch import Tensor, nn
 import evolvenet
 from evolvenet.engine.original_widths import OriginalWidths, at_first_sizes
 from evolvenet.engine.replica_widths import united
-from evolvenet.errors import RecordError
+from evolvenet.errors import IndexMapError, RecordError
+from evolvenet.execution.step import Step
+from evolvenet.graph.exact_growth import COPY, ExactGrowth
 from evolvenet.graph.index_map import IndexMap
 from evolvenet.graph.width_graph import WidthGraph
+from evolvenet.surgery.norm_expansion import expand_norms
+from evolvenet.surgery.resize_model import compile_surgery, install
 from evolvenet.surgery.width_record import record_of
 from tests.helpers.cases import FLOAT, distance, outputs
 
@@ -106,6 +112,62 @@ def test_units_of_other_numbers_of_layers_do_not_fit() -> None:
     data["parts"]["steps"][1] = [0]
     with pytest.raises(RecordError, match="expected as many units in every part"):
         OriginalWidths.from_state_dict(data)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda data: data["sizes"].clear(), "cannot be read: expected what EvolveNet has written, got KeyError"),
+        (lambda data: data.pop("sizes"), "cannot be read: .* got KeyError"),
+        (lambda data: data["sizes"].update(steps="six"), "cannot be read: .* got TypeError"),
+        (lambda data: data["origins"].update(steps=3), "cannot be read: .* got TypeError"),
+        (lambda data: data["origins"].update(steps=[0.5] * 6), "original widths"),
+    ],
+)
+def test_a_damaged_record_of_first_units_is_refused(damage: Callable[[dict[str, Any]], Any], message: str) -> None:
+    data = OriginalWidths.of(trained()[2]).state_dict()
+    damage(data)
+    with pytest.raises(RecordError, match=message):
+        OriginalWidths.from_state_dict(data)
+
+
+def test_a_graph_that_ties_layers_goes_by_the_first_units_of_the_first_one() -> None:
+    net, _, graph, x = trained()
+    original = OriginalWidths.of(graph).after({"steps": ORDERS})
+    evolvenet.resize(net, graph, {"steps": ORDERS})
+
+    def step(net: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+        return net(x), net.get_submodule("steps")(x)[1][0].amax(0).sum()
+
+    tied = evolvenet.trace(net, Step(step, x))
+    assert (tied.sizes, tied.widths["steps"].parts) == ({"steps": 3}, 1)
+    known = original.renamed({"steps": "steps"}, tied)
+    assert (known.sizes["steps"], known.origins["steps"]) == (6, IndexMap.of([0, 2, 5], 6))
+    expected = outputs(net, x)
+    for each in (original, known):
+        one = copy.deepcopy(net)
+        with at_first_sizes(each, one, tied) as restored:
+            assert (restored.sizes, one.steps.hidden_size) == ({"steps": 6}, 6)
+        assert distance(outputs(one, x), expected) < 1e-12
+
+
+def test_maps_of_other_numbers_of_parts_than_before_are_refused() -> None:
+    original = OriginalWidths.of(trained()[2]).after({"steps": ORDERS})
+    with pytest.raises(IndexMapError, match=r"Width 'steps': expected a map of 2 parts, .* got one of 3"):
+        original.after({"steps": IndexMap.of_parts([[0], [1], [2]], 3)})
+
+
+def test_copies_at_other_places_of_each_layer_keep_what_a_normed_network_computes() -> None:
+    torch.manual_seed(0)
+    net, x = Net().double(), torch.randn(4, 5, 3, dtype=FLOAT)
+    net.add_module("last", nn.Sequential(nn.LayerNorm(6), nn.Linear(6, 2)).double())
+    graph = evolvenet.trace(net, x)
+    assert (graph.widths["steps"].parts, graph.widths["steps"].exact_growth) == (2, ExactGrowth(COPY))
+    places = IndexMap.of_parts([[*range(6), *[-1] * 6], [unit for k in range(6) for unit in (-1, k)]], 6)
+    expected = outputs(net, x)
+    install(net, expand_norms(net, graph, compile_surgery(net, graph, {"steps": places})))
+    assert net.steps.hidden_size == 12
+    assert distance(outputs(net, x), expected) < 1e-12
 
 
 def test_new_units_are_trained_in_every_layer() -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
+import pickle
 import subprocess
 import sys
 from collections.abc import Callable
@@ -29,9 +31,11 @@ from evolvenet.engine.distributed import (
     share_of,
 )
 from evolvenet.errors import EvolveNetError, RankMismatchError, TraceError
+from evolvenet.execution.step import Step
+from evolvenet.graph.index_map import IndexMap
 from evolvenet.lightning.loading import EXTRA, _reshaping, _with_states
 from evolvenet.pruning.selection import plan_prune
-from evolvenet.surgery.resize_model import install
+from evolvenet.surgery.resize_model import compile_surgery, install
 from tests.helpers.cases import CASES
 from tests.helpers.paths import HELPERS
 from tests.helpers.policies import Fixed
@@ -234,6 +238,36 @@ def test_another_rank_gets_rank_0s_values(case: Any) -> None:
     assert fingerprint(model) == fingerprint(replica)
     assert theirs.graph == surgery.graph
     assert trace(replica, case.inputs()).sizes == theirs.graph.sizes
+
+
+def test_another_rank_gets_the_units_of_each_layer_of_an_lstm() -> None:
+    """Of a width with parts, in which the layers keep other units."""
+    torch.manual_seed(0)
+    model = nn.LSTM(3, 6, 2, batch_first=True)
+    replica, x = copy.deepcopy(model), torch.randn(4, 5, 3)
+    sent: list[Any] = []
+
+    def keep(value: Any) -> Any:
+        sent.append(value)
+        return value
+
+    def loss(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        return model(x)[0].square().sum()
+
+    graph = trace(model, Step(loss, x))
+    (name,) = graph.sizes
+    orders = IndexMap.of_parts([[0, 2, 5], [4, 3, 1]], 6)
+    surgery = compile_surgery(model, graph, {name: orders})
+    group = Scripted(0, keep)
+    group.broadcast = keep  # type: ignore[method-assign]
+    assert broadcast_surgery(group, model, graph, lambda: surgery) is surgery
+    plain = pickle.loads(pickle.dumps(sent[0]))
+    theirs = broadcast_surgery(Scripted(1, lambda value: value and plain), replica, graph, lambda: surgery)
+    assert theirs.maps == {name: orders}
+    assert theirs.graph == surgery.graph
+    install(model, surgery)
+    install(replica, theirs)
+    assert fingerprint(model) == fingerprint(replica)
 
 
 def test_another_rank_gets_the_rotation_of_a_rank_for_its_optimizer() -> None:

@@ -16,7 +16,7 @@ from evolvenet.execution.step import Step
 from evolvenet.graph.index_map import IndexMap
 from evolvenet.graph.serialization import from_state_dict, to_state_dict
 from evolvenet.tracing.reconciled import reconciled
-from evolvenet.tracing.trace import trace
+from evolvenet.tracing.trace import trace, trace_with_findings
 from tests.helpers.cases import FLOAT, distance, outputs, without_reasons
 from tests.helpers.tracing import shuffle_and_widen
 
@@ -56,6 +56,30 @@ def all_layers(y: Tensor, h: Tensor) -> Tensor:
 
 def sum_of_layers(y: Tensor, h: Tensor) -> Tensor:
     return h.sum(0)
+
+
+def largest_of_layers(y: Tensor, h: Tensor) -> Tensor:
+    return h.max(0)[0]
+
+
+def weighted_layers(y: Tensor, h: Tensor) -> Tensor:
+    return torch.einsum("lbh,l->bh", h, h.new_ones(2))
+
+
+def contracted_layers(y: Tensor, h: Tensor) -> Tensor:
+    return torch.tensordot(h.new_ones(2), h, 1)
+
+
+def squares_of_layers(y: Tensor, h: Tensor) -> Tensor:
+    return torch.einsum("lbh,lbh->bh", h, h)
+
+
+def multiplied_layers(y: Tensor, h: Tensor) -> Tensor:
+    return (h.permute(1, 2, 0) @ h.new_ones(2, 3)).mean(-1)
+
+
+def mean_of_units(y: Tensor, h: Tensor) -> Tensor:
+    return h.mean(-1).t().repeat(1, 3)
 
 
 def heads(y: Tensor, h: Tensor) -> Tensor:
@@ -145,6 +169,12 @@ TIED: dict[str, Callable[[], nn.Module]] = {
     "layers in rows": lambda: Net(lstm(), lambda y, h: h.mean(1), 6),
     "heads of the last layer": lambda: Net(lstm(), heads, 3),
     "a learned first state": Learned,
+    "the largest over the layers": lambda: Net(lstm(), largest_of_layers, 6),
+    "a factor for each layer": lambda: Net(lstm(), weighted_layers, 6),
+    "a contraction of the layers": lambda: Net(gru(), contracted_layers, 6),
+    "a sum of the squares of the layers": lambda: Net(lstm(), squares_of_layers, 6),
+    "a matrix for the layers": lambda: Net(lstm(), multiplied_layers, 6),
+    "the mean over the units": lambda: Net(lstm(), mean_of_units, 6),
 }
 
 
@@ -211,3 +241,32 @@ def test_a_step_that_ties_layers_is_traced_for_them() -> None:
     whole = trace(net, Step(tied, x))
     assert (whole.widths["steps"].parts, whole.sizes) == (1, {"steps": 6})
     assert reconciled(alone, whole) is None
+
+
+def test_tied_layers_are_taken_over_by_the_trace_of_a_step() -> None:
+    net, x = Net(lstm(), largest_of_layers, 6), torch.randn(4, 5, 3)
+    _, found = trace_with_findings(net, x)
+    assert found.in_step("0").choice.run.tied_layers
+
+    def loss(model: nn.Module, x: Tensor) -> Tensor:
+        return model.get_submodule("0")(x).square().sum()
+
+    step, model = Step(loss, x), nn.ModuleList([net])
+    known, again = trace_with_findings(model, step, known=found.in_step("0"))
+    assert (known.widths["0.steps"].frozen, known.widths["0.steps"].parts) == (None, 1)
+    assert len(again.labels) == 1  # no run in which each layer has units of its own
+    assert to_state_dict(known) == to_state_dict(trace(model, step))
+
+
+def test_a_step_may_reduce_over_layers_that_the_network_returns() -> None:
+    net, x = lstm(), torch.randn(4, 5, 3)
+    alone, found = trace_with_findings(net, x)
+    assert not alone.resizable
+
+    def loss(model: nn.Module, x: Tensor) -> Tensor:
+        return model(x)[1][0].amax(0).square().sum()
+
+    step = Step(loss, x)
+    known, _ = trace_with_findings(net, step, known=found.in_step())
+    assert list(known.sizes.values()) == [6]
+    assert to_state_dict(known) == to_state_dict(trace(net, step))
