@@ -69,17 +69,18 @@ def by_hand(path: Path) -> list[str]:
     """What a page says in somebody's own words: its lines from the first of `BY_HAND` to the second; none without them.
 
     Raises:
-        ValueError: if the page has one of the two alone: what to keep is unknown.
+        ValueError: if the page does not have each of the two once and in this order: what to keep is unknown.
     """
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    if not any(line in lines for line in BY_HAND):
+    begins, ends = ([number for number, line in enumerate(lines) if line.strip() == mark] for mark in BY_HAND)
+    if not begins and not ends:
         return []
-    begin, end = (lines.index(line) if line in lines else -1 for line in BY_HAND)
-    if not 0 <= begin < end:
+    if not len(begins) == len(ends) == 1 or begins > ends:
         raise ValueError(
-            f"{path}: expected the line {BY_HAND[0]!r} and after it {BY_HAND[1]!r}. Mend the page, or both go."
+            f"{path}: expected the line {BY_HAND[0]!r} once and after it {BY_HAND[1]!r} once, got {len(begins)} and "
+            f"{len(ends)}. Mend the page, or all of them go."
         )
-    return lines[begin : end + 1]
+    return lines[begins[0] : ends[0] + 1]
 
 
 def markdown(head: Sequence[str], rows: Sequence[Sequence[str]], text: Collection[int] = (0,)) -> list[str]:

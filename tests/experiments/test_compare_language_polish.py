@@ -64,3 +64,5 @@ def test_methods_that_were_not_run_with_all_seeds_do_not_count_for_a_goal() -> N
     results[30, "slicegpt"] = rows(0.001)
     first, second = goals({"llama": ({}, results)})
     assert ("+0.0200" in first[1], "+0.0300" in second[1]) == (True, True)
+    (missing,) = goals({"llama": ({}, {(30, "both"): rows(0.01), (30, "svd_llm"): rows(0.05, 0.01)})})
+    assert missing[1] == "not run with all seeds"
