@@ -18,9 +18,8 @@ from evolvenet.execution.step import InTurn, Step, run_model
 from evolvenet.graph.serialization import from_state_dict
 from evolvenet.graph.width_graph import WidthGraph
 from evolvenet.lightning.step import ModuleStep
-from evolvenet.tracing.findings import Findings
 from evolvenet.tracing.reconciled import reconciled
-from evolvenet.tracing.trace import trace, trace_with_findings
+from evolvenet.tracing.trace import trace
 from evolvenet.tracing.unreached import freeze_possible_inputs, unreached_parameters
 
 log = logging.getLogger("evolvenet")
@@ -85,18 +84,15 @@ def subject_of_example(
     Raises:
         TraceError: if the module does not run on them.
     """
-    found, _ = _alone(module, "", example_inputs, settle, outputs)
+    found = _alone(module, "", example_inputs, settle, outputs)
     return None if unreached_parameters(found.graph) else found
 
 
-def _alone(
-    module: nn.Module, path: str, inputs: Any, settle: Settle, outputs: Outputs | None
-) -> tuple[Subject, Findings]:
-    """A network called with its own inputs, and what its trace has found for one of a step that calls it."""
+def _alone(module: nn.Module, path: str, inputs: Any, settle: Settle, outputs: Outputs | None) -> Subject:
+    """A network called with its own inputs."""
     root, few = module.get_submodule(path), first_samples(inputs, SAMPLES)
-    graph, found = trace_with_findings(root, few, outputs)
-    subject = Subject(path, inputs, settle(root, graph), with_chosen_outputs(few, normalized(outputs)))
-    return subject, found.in_step(path)
+    graph = settle(root, trace(root, few, outputs))
+    return Subject(path, inputs, graph, with_chosen_outputs(few, normalized(outputs)))
 
 
 def resumed_subject(state: Mapping[str, Any], inputs: Any) -> Subject:
@@ -138,15 +134,15 @@ def choose_subject(
     Raises:
         TraceError: if neither the steps nor any network can be traced.
     """
-    alone, found, problem = None, None, None
+    alone, problem = None, None
     if path is not None:
         try:
-            alone, found = _alone(module, path, calls[path], settle, outputs)
+            alone = _alone(module, path, calls[path], settle, outputs)
         except OutputNameError:
             raise
         except TraceError as error:
             problem = error
-    whole = _trace_steps(module, batches, settle, found)
+    whole = _trace_steps(module, batches, settle)
     if whole is None and alone is None:
         networks = {name: inputs for name, inputs in calls.items() if name}
         if problem is not None and len(networks) < 2:
@@ -158,9 +154,7 @@ def choose_subject(
     return whole if with_loss else _reconciled(module, alone, whole) or whole
 
 
-def _trace_steps(
-    module: LightningModule, batches: Mapping[str, tuple[Any, int]], settle: Settle, known: Findings | None
-) -> Subject | None:
+def _trace_steps(module: LightningModule, batches: Mapping[str, tuple[Any, int]], settle: Settle) -> Subject | None:
     """The module's steps, traced together; None where its training step does not run beside training."""
     steps = {name: Step(ModuleStep(name, index), batch) for name, (batch, index) in batches.items()}
     try:
@@ -176,7 +170,7 @@ def _trace_steps(
                 if is_out_of_memory(problem):
                     raise
                 log.debug("%s does not run beside training, so it is not traced", name, exc_info=problem)
-        graph, together = _traced(module, runs, steps["training_step"], settle, known)
+        graph, together = _traced(module, runs, steps["training_step"], settle)
     except Exception as problem:
         if is_out_of_memory(problem):
             # The network alone would be traced without what the step does with it.
@@ -219,17 +213,11 @@ def extended(subject: Subject, module: LightningModule, step: ModuleStep, batch:
     return replace(subject, graph=graph, runs=runs)
 
 
-def _traced(
-    module: LightningModule, runs: Sequence[Any], whole: Step, settle: Settle, known: Findings | None = None
-) -> tuple[WidthGraph, InTurn]:
-    """The graph of some runs, and of a whole batch where its samples reach modules that those of the runs do not (experts).
-
-    `known` is what a trace of a network that the step calls has found.
-    """
-    traced, found = trace_with_findings(module, InTurn(tuple(runs)), known=known)
-    graph = settle(module, traced)
+def _traced(module: LightningModule, runs: Sequence[Any], whole: Step, settle: Settle) -> tuple[WidthGraph, InTurn]:
+    """The graph of some runs, and of a whole batch where its samples reach modules that those of the runs do not (experts)."""
+    graph = settle(module, trace(module, InTurn(tuple(runs))))
     unreached = {name.rpartition(".")[0] for name in unreached_parameters(graph)}
     if unreached and unreached & modules_called(module, whole):
         runs = [*runs, whole]
-        graph = settle(module, trace_with_findings(module, InTurn(tuple(runs)), known=found.in_step())[0])
+        graph = settle(module, trace(module, InTurn(tuple(runs))))
     return freeze_possible_inputs(graph), InTurn(tuple(runs))

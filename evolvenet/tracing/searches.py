@@ -14,7 +14,7 @@ from evolvenet.graph.block_kinds import ATTENTION
 from evolvenet.graph.coverage import OTHER_ORDER, TRIAL
 from evolvenet.graph.width_graph import Width, WidthGraph
 from evolvenet.tracing.coupled_dims import HEADS_FIRST, PLACES_ALONE, PLACES_FIRST, PLACES_LAST, FixRounds
-from evolvenet.tracing.findings import Choice, Failures, Findings, LabelRun, places_of
+from evolvenet.tracing.findings import Choice, Failures, Findings, LabelRun
 from evolvenet.tracing.grouping import GroupedWidths
 from evolvenet.tracing.labels import LabelGraph
 from evolvenet.tracing.least_sizes import with_least_sizes
@@ -37,7 +37,7 @@ class Searches:
         labels: {run: ties} of the runs so far; extended here.
         run: with labels.
         shapes: runs it without labels.
-        known: what an earlier trace of the same network has found.
+        known: what an earlier trace of the same model on the same inputs has found.
     """
 
     model: nn.Module
@@ -52,33 +52,21 @@ class Searches:
         self._device, self._modes, _, self._gradients = self.surroundings
         self._first: FixRounds = {None: PLACES_FIRST, True: HEADS_FIRST, False: PLACES_ALONE}[self.heads]
         same = self.known if self.known is not None and self.known.surroundings == self.surroundings else None
-        self._failures = defaultdict[tuple[bool, ...], Failures](dict, same.failures if same else {})
+        self._known = defaultdict[tuple[bool, ...], Failures](dict, same.failures if same else {})
+        self._failures = defaultdict[tuple[bool, ...], Failures](dict)
         self._graphs: dict[Choice, WidthGraph] = {}
         self._grouped = defaultdict[LabelRun, dict[Grouping, GroupedWidths]](dict, same.grouped if same else {})
 
     def best(self) -> tuple[WidthGraph, Findings]:
         """The best graph, and what another trace need not find again."""
-        graph, choice = self._as_known() or self._searched()
+        graph = self._searched()
         everything = self._rerun(self._modes, self.run)
-        labels = next(iter(self.labels.values()))
+        labels = self._labels(LabelRun())
         graph = with_least_sizes(Verification(self.model, labels, self._device, everything, everything), graph)
-        frozen = places_of(width for width in graph.widths.values() if width.frozen is not None)
-        found = Findings(
-            self.surroundings, self.heads, self._failures, choice, places_of(graph.resizable), frozen, self.labels, self._grouped
-        )  # fmt: skip
-        return graph, found
+        failures = {modes: self._known[modes] | self._failures[modes] for modes in (*self._known, *self._failures)}
+        return graph, Findings(self.surroundings, failures, self.labels, self._grouped)
 
-    def _as_known(self) -> tuple[WidthGraph, Choice] | None:
-        """The graph of the choice before, where it holds as much again; else another one may be better."""
-        if self.known is None or self.known.heads is not self.heads:
-            return None
-        choice = self.known.choice
-        graph = self._verified(choice)
-        # Layers that an output had frozen before may be tied by a loss in the step.
-        same = self.known.agree(graph) and not frozen_layers(graph, self._labels(choice.run))
-        return (graph, choice) if same else None
-
-    def _searched(self) -> tuple[WidthGraph, Choice]:
+    def _searched(self) -> WidthGraph:
         """The graph with most parameters in widths that can be resized.
 
         First of the labels as they are; with layers of an LSTM tied to each other, where units of each by itself may not go;
@@ -108,7 +96,7 @@ class Searches:
             last = Choice(LabelRun(tied_layers=tied), places_last=True)
             graphs[last] = self._verified(last)
             best = max(best, last, key=lambda choice: weight(graphs[choice]))
-        return graphs[best], best
+        return graphs[best]
 
     def _verified(self, choice: Choice) -> WidthGraph:
         if choice not in self._graphs:
@@ -132,7 +120,9 @@ class Searches:
         return self.labels[run]
 
     def _rerun(self, modes: tuple[bool, ...], run: RunLabels) -> Rerun:
-        return Rerun(partial(run, modes=modes), partial(self.shapes, modes=modes), self._failures[modes])
+        return Rerun(
+            partial(run, modes=modes), partial(self.shapes, modes=modes), self._failures[modes], self._known[modes]
+        )
 
 
 def needed_modes(label_graph: LabelGraph) -> tuple[bool, ...]:

@@ -106,14 +106,14 @@ def trace_with_findings(
     heads: bool | None = None,
     known: Findings | None = None,
 ) -> tuple[WidthGraph, Findings]:
-    """As `trace`, with what it has found, for a later trace of the same network, and what an earlier one has found.
+    """As `trace`, with what it has found, for a later trace with other `heads`, and what an earlier one has found.
 
     Args:
         model: as of `trace`.
         example_inputs: as of `trace`.
         outputs: as of `trace`.
         heads: as of `trace`.
-        known: of a trace of the same model on the same inputs and outputs, or `Findings.in_step` of one of a network in it.
+        known: of a trace of the same model on the same inputs and outputs.
 
     Raises:
         TraceError: as `trace`.
@@ -152,17 +152,17 @@ def _trace(
     last_error: Exception | None = None
     gradients = False
     attempts = list(ATTEMPTS)
-    first = known.choice.run if known is not None and known.heads is heads else LabelRun()
+    plain = LabelRun()
     while attempts:
         device, modes = attempts.pop(0)
         surroundings = (device, modes, autocast, gradients)
         labels = dict(known.labels) if known is not None and known.surroundings == surroundings else {}
         run = partial(run_for_labels, example_inputs=example_inputs, device=device)
         try:
-            if first not in labels:
+            if plain not in labels:
                 with isolated(model, shadows=True, device=device, gradients=gradients):
-                    labels[first] = run(model, modes=modes, **first._asdict())
-                labels[first].differentiates = gradients
+                    labels[plain] = run(model, modes=modes)
+                labels[plain].differentiates = gradients
         except TraceError:
             raise
         except GradientsNeededError as error:
@@ -178,7 +178,7 @@ def _trace(
             continue
         shapes = partial(run_for_shapes, example_inputs=example_inputs, device=device)
         graph, findings = Searches(model, surroundings, heads, labels, run, shapes, known).best()
-        graph = compare_numbers(model, example_inputs, graph, needed_modes(labels[first]), gradients)
+        graph = compare_numbers(model, example_inputs, graph, needed_modes(labels[plain]), gradients)
         return with_block_kinds(with_ranks(model, graph)), findings
     line = "" if last_error is None else source_line(traceback.extract_tb(last_error.__traceback__))
     raise TraceError(

@@ -52,8 +52,6 @@ MOST_NUMBERS = 8
 """So many numbers of other names than those of sizes are tried for a width, in up to 46 trials of which most fail early."""
 MOST_TRIALS = 400
 """After so many different trials of a model, which may take a minute, no more numbers of other names are tried."""
-RAISED = f"{TRIAL}raised "
-"""How the failure of a trial begins in which the model's code, or the surgery, raised."""
 Edges = tuple[Tensor, Tensor]
 """Two equally long tensors of ids that are tied element by element."""
 Grouping = tuple[tuple[bytes, bytes], ...]
@@ -70,11 +68,13 @@ class Rerun:
         labels: with labels; returns the ties of its units.
         shapes: without labels; returns the shapes of its outputs, several times as fast.
         failures: of the trials without labels so far, by what was changed in the model; None for one that passed.
+        known: of those of an earlier trace. One counts as a trial of this trace where it is asked for.
     """
 
     labels: Callable[[nn.Module], LabelGraph]
     shapes: Callable[[nn.Module], list[tuple[int, ...]]]
     failures: dict[frozenset[Change], str | None] = field(default_factory=dict)
+    known: Mapping[frozenset[Change], str | None] = field(default_factory=dict[frozenset[Change], "str | None"])
 
 
 def verify(
@@ -347,12 +347,12 @@ class Verification:
             joined: names of the widths whose units are tied by a fix.
         """
         key = frozenset((graph.widths[name].ties, graph.widths[name].patches, map_) for name, map_ in maps.items())
-        if not with_labels and key in self.rerun.failures:
-            return self.rerun.failures[key]
-        reason = _trial_failure(self, graph, maps, joined, with_labels)
-        if not with_labels:
-            self.rerun.failures[key] = reason
-        return reason
+        if with_labels:
+            return _trial_failure(self, graph, maps, joined, with_labels)
+        failures, known = self.rerun.failures, self.rerun.known
+        if key not in failures:
+            failures[key] = known[key] if key in known else _trial_failure(self, graph, maps, joined, with_labels)
+        return failures[key]
 
 
 def _step(graph: WidthGraph, name: str, number: int, down: bool) -> IndexMap:
@@ -391,7 +391,7 @@ def _trial_failure(
         if is_out_of_memory(error):
             raise
         line = source_line(traceback.extract_tb(error.__traceback__))
-        return f"{RAISED}{type(error).__name__}: {first_line(error)}{line}"
+        return f"{TRIAL}raised {type(error).__name__}: {first_line(error)}{line}"
     outputs = rerun.output_shapes if isinstance(rerun, LabelGraph) else rerun
     if outputs != verification.label_graph.output_shapes:
         return f"a trial changed the output's shape from {verification.label_graph.output_shapes} to {outputs}"

@@ -21,7 +21,7 @@ from evolvenet.execution.step import InTurn, Step
 from evolvenet.execution.step_recorder import StepRecorder
 from evolvenet.graph.width_graph import WidthGraph
 from evolvenet.tracing.reconciled import reconciled
-from evolvenet.tracing.trace import trace_with_findings
+from evolvenet.tracing.trace import trace
 from evolvenet.tracing.unreached import freeze_possible_inputs, unreached_parameters
 from evolvenet.tracing.untrained import freeze_untrained, untrained_parameters
 
@@ -111,19 +111,16 @@ def trace_with_loss(
     Raises:
         TraceError: if neither can be traced.
     """
-    alone = whole = problem = known = None
+    alone = whole = problem = None
     try:
-        if inputs is not None:
-            graph, found = trace_with_findings(model, first_samples(inputs, SAMPLES), outputs)
-            alone, known = _trained(model, graph), found.in_step()
+        alone = None if inputs is None else _trained(model, trace(model, first_samples(inputs, SAMPLES), outputs))
     except OutputNameError:
         raise
     except TraceError as error:
         problem = error
     few = first_samples(step, SAMPLES)
     try:
-        runs = InTurn((few,) * runs_until_every_route(model, few))
-        whole = _trained(model, trace_with_findings(model, runs, known=known)[0])
+        whole = _trained(model, trace(model, InTurn((few,) * runs_until_every_route(model, few))))
     except Exception as error:
         if is_out_of_memory(error):
             with memory_for_tracing():

@@ -1,4 +1,4 @@
-"""What the trace of a network has found is used by that of a step that calls it, and the graph is that of a trace by itself."""
+"""What a trace has found is used by another one of the same model and inputs, and the graph is that of a trace by itself."""
 
 from __future__ import annotations
 
@@ -10,11 +10,8 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from evolvenet.execution.step import Step
-from evolvenet.graph.coverage import OUTPUT, TRIAL
 from evolvenet.graph.serialization import to_state_dict
 from evolvenet.tracing import verification
-from evolvenet.tracing.reasons import frozen_for
 from evolvenet.tracing.trace import trace, trace_with_findings
 
 WORDS = torch.arange(10).view(2, 5)
@@ -27,12 +24,6 @@ SIZES: dict[str, Any] = {
 def llama() -> Any:
     torch.manual_seed(0)
     return transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES)).eval()
-
-
-def last_words(model: nn.Module, words: Tensor) -> Tensor:
-    """The loss of a language model that is a part of another."""
-    logits = model.get_submodule("network")(words).logits
-    return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), words[:, 1:].flatten())
 
 
 @pytest.fixture
@@ -49,48 +40,6 @@ def trials(monkeypatch: pytest.MonkeyPatch) -> list[str | None]:
     return outcomes
 
 
-def test_the_graph_of_a_step_is_that_of_a_trace_without_findings(trials: list[str | None]) -> None:
-    network = llama()
-    alone, found = trace_with_findings(network, WORDS)
-    assert found.choice.run.given  # heads can go, with frequencies of the embedding kept
-    assert alone.widths["model.layers.0.self_attn.q_proj"].size == 4
-    step, model = Step(last_words, WORDS), nn.ModuleDict({"network": network})
-    trials.clear()
-    known, _ = trace_with_findings(model, step, known=found.in_step("network"))
-    with_findings = len(trials)
-    trials.clear()
-    assert to_state_dict(known) == to_state_dict(trace(model, step))
-    assert with_findings < len(trials) / 4
-
-
-def test_a_choice_holds_where_all_can_be_resized_again_and_no_other_width_has_failed_a_trial() -> None:
-    one, other = (nn.Sequential(nn.Linear(3, 6), nn.ReLU(), nn.Linear(6, 2)) for _ in range(2))
-    x = torch.randn(2, 3)
-    _, found = trace_with_findings(one, x)
-    graph = trace(nn.ModuleList([one, other]), Step(lambda both, x: one(x).sum() + other(x).sum(), x))
-    known = found.in_step("0")
-    assert known.agree(graph)
-    assert known.agree(frozen_for(graph, {"1.0": OUTPUT}))
-    assert not known.agree(frozen_for(graph, {"0.0": OUTPUT}))
-    assert not known.agree(frozen_for(graph, {"1.0": f"{TRIAL}raised"}))
-
-
-def test_a_trial_that_passed_for_the_network_is_run_again_for_the_step() -> None:
-    network = nn.Sequential(nn.Linear(3, 6), nn.ReLU(), nn.Linear(6, 2))
-    x = torch.randn(2, 3)
-
-    def step(model: nn.Module, x: Tensor) -> Tensor:
-        assert model.get_parameter("0.0.weight").shape[0] == 6, "six units"
-        return model.get_submodule("0")(x).square().sum()
-
-    alone, found = trace_with_findings(network, x)
-    assert alone.widths["0"].frozen is None
-    assert any(None in trials.values() for trials in found.failures.values())
-    assert not any(None in trials.values() for trials in found.in_step("0").failures.values())
-    known, _ = trace_with_findings(nn.ModuleList([network]), Step(step, x), known=found.in_step("0"))
-    assert "six units" in (known.widths["0.0"].frozen or "")
-
-
 def test_a_trace_with_other_heads_takes_over_every_trial(trials: list[str | None]) -> None:
     network = llama()
     _, found = trace_with_findings(network, WORDS)
@@ -100,3 +49,30 @@ def test_a_trace_with_other_heads_takes_over_every_trial(trials: list[str | None
     trials.clear()
     assert to_state_dict(known) == to_state_dict(trace(network, WORDS, heads=True))
     assert few < len(trials)
+
+
+@pytest.mark.parametrize("heads", [True, False])
+def test_trials_that_an_earlier_trace_has_run_count_as_trials_of_this_one(
+    trials: list[str | None], monkeypatch: pytest.MonkeyPatch, heads: bool
+) -> None:
+    class Halves(nn.Module):
+        """A number of another name than those of sizes: its search ends after `MOST_TRIALS`."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last, self.wide = nn.Linear(4, 6), nn.Linear(6, 2), 6
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(self.first(x).reshape(-1, self.wide))
+
+    model, x = Halves(), torch.randn(2, 4)
+    _, found = trace_with_findings(model, x)
+    monkeypatch.setattr(verification, "MOST_TRIALS", len(found.failures[False,]))
+    trials.clear()
+    graph, again = trace_with_findings(model, x, heads=heads, known=found)
+    few = len(trials)
+    trials.clear()
+    assert to_state_dict(graph) == to_state_dict(trace(model, x, heads=heads))
+    assert graph.widths["first"].frozen is None
+    assert few < len(trials)
+    assert again.failures[False,].items() >= found.failures[False,].items()

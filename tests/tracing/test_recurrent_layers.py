@@ -243,30 +243,21 @@ def test_a_step_that_ties_layers_is_traced_for_them() -> None:
     assert reconciled(alone, whole) is None
 
 
-def test_tied_layers_are_taken_over_by_the_trace_of_a_step() -> None:
+def test_tied_layers_are_taken_over_by_a_trace_with_other_heads() -> None:
     net, x = Net(lstm(), largest_of_layers, 6), torch.randn(4, 5, 3)
     _, found = trace_with_findings(net, x)
-    assert found.in_step("0").choice.run.tied_layers
-
-    def loss(model: nn.Module, x: Tensor) -> Tensor:
-        return model.get_submodule("0")(x).square().sum()
-
-    step, model = Step(loss, x), nn.ModuleList([net])
-    known, again = trace_with_findings(model, step, known=found.in_step("0"))
-    assert (known.widths["0.steps"].frozen, known.widths["0.steps"].parts) == (None, 1)
-    assert len(again.labels) == 1  # no run in which each layer has units of its own
-    assert to_state_dict(known) == to_state_dict(trace(model, step))
+    known, again = trace_with_findings(net, x, heads=True, known=found)
+    tied = next(run for run in found.labels if run.tied_layers)
+    assert again.labels[tied] is found.labels[tied]
+    assert (known.widths["steps"].frozen, known.widths["steps"].parts) == (None, 1)
+    assert to_state_dict(known) == to_state_dict(trace(net, x, heads=True))
 
 
 def test_a_step_may_reduce_over_layers_that_the_network_returns() -> None:
     net, x = lstm(), torch.randn(4, 5, 3)
-    alone, found = trace_with_findings(net, x)
-    assert not alone.resizable
+    assert not trace(net, x).resizable
 
     def loss(model: nn.Module, x: Tensor) -> Tensor:
         return model(x)[1][0].max(0)[0].square().sum()
 
-    step = Step(loss, x)
-    known, _ = trace_with_findings(net, step, known=found.in_step())
-    assert list(known.sizes.values()) == [6]
-    assert to_state_dict(known) == to_state_dict(trace(net, step))
+    assert list(trace(net, Step(loss, x)).sizes.values()) == [6]
