@@ -159,6 +159,7 @@ OF_INSTANCES: dict[str, tuple[Callable[[], Any], type | tuple[type, ...]]] = {
     "torch.Tensor._values": (_sparse, Callable),  # type: ignore[dict-item]
     "torch.UntypedStorage._cdata": (lambda: torch.zeros(1).untyped_storage(), int),
     "torch.ops.aten._unsafe_view": (lambda: torch.ops.aten, Callable),  # type: ignore[dict-item]
+    "torch.ops.aten._safe_softmax": (lambda: torch.ops.aten, Callable),  # type: ignore[dict-item]
     "torch.ops.aten.add.Tensor._schema": (lambda: torch.ops.aten.add.Tensor, torch.FunctionSchema),
     "lightning.pytorch.strategies.DDPStrategy._pl_static_graph_delay_done": (_ddp, bool),
     "lightning.pytorch.strategies.DDPStrategy._ddp_comm_state": (_ddp, type(None)),
@@ -202,7 +203,9 @@ def private_names(tree: ast.AST) -> Iterator[str]:
             if not _is_self(node.value) and not node.attr.startswith("_evolvenet"):
                 yield node.attr
         elif (
-            isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value in _TESTED - {"_unsafe_view"}
+            isinstance(node, ast.Constant)
+            and isinstance(node.value, str)
+            and node.value in _TESTED - {"_unsafe_view", "_safe_softmax"}
         ):
             yield node.value
 

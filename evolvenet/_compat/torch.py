@@ -77,6 +77,8 @@ LBFGS_SIZE_CACHE = "_numel_cache"
 """The attribute in which LBFGS keeps the number of its parameters' entries."""
 UNSAFE_VIEW = torch.ops.aten._unsafe_view.default
 """The op by which a matrix product lays its output out anew."""
+SAFE_SOFTMAX = torch.ops.aten._safe_softmax.default
+"""The op by which attention takes a softmax whose rows may be masked as a whole."""
 
 
 def parameter_table(module: nn.Module) -> dict[str, nn.Parameter | None]:

@@ -18,7 +18,8 @@ Failures = dict[frozenset[Change], str | None]
 """What trials for shapes have changed → why they failed, None for those that passed."""
 
 
-class LabelRun(NamedTuple):
+@dataclass(frozen=True)
+class LabelRun:
     """What a run with labels treats otherwise than a first one, see `run_for_labels`."""
 
     given: frozenset[str] = frozenset()

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from evolvenet._compat.torch import SAFE_SOFTMAX
+
 aten = torch.ops.aten
 FLOATS = frozenset({torch.float32, torch.float64, torch.float16, torch.bfloat16})
 
@@ -135,7 +137,7 @@ META_SHORTCUTS: dict[Any, Callable[..., Any]] = {
     aten.addmm.default: _addmm,
     **({aten._grouped_mm.default: _grouped_mm} if hasattr(aten, "_grouped_mm") else {}),
     aten.mm.default: _mm,
-    aten._safe_softmax.default: _softmax,
+    SAFE_SOFTMAX: _softmax,
     aten.pow.Tensor_Scalar: _power,
     aten.mul.Scalar: _power,
     aten.mean.dim: _mean,

@@ -29,7 +29,7 @@ _HEAD_SIZES = """head_dim attention_head_size key_value_proj_dim d_kv dim_head h
 head_width v_head_dim qk_nope_head_dim qk_head_dim kv_dim rotary_ndims rotary_dim"""
 _HEAD_COUNTS = """num_heads n_heads num_attention_heads nhead heads n_head num_key_value_heads num_kv_heads n_kv_heads
 n_groups num_group n_group"""
-HEADS_OF_A_KEY = frozenset({"num_key_value_groups", "n_rep"})
+HEADS_OF_A_KEY = frozenset({"num_key_value_groups"})
 """Attribute names that hold how many heads of queries share each key."""
 ATTRIBUTE_NAMES: Mapping[str, frozenset[str]] = {
     PLAIN: frozenset(_SIZES.split()),

@@ -85,12 +85,12 @@ class Searches:
         tie = own.run.tied_layers
         runs = other_runs(graphs[own], self._labels(own.run), self._first is HEADS_FIRST)
         others = [LabelRun(*run, tied_layers=tie) for run in runs]
-        while others:
-            run = others.pop(0)
-            if self._labels(run).one_key and not run.keeps_heads and self._first is not PLACES_ALONE:
-                others = [LabelRun(*each, tied_layers=tie) for each in runs_with_heads(graphs[own], run.given)]
-            else:
-                graphs[Choice(run)] = self._verified(Choice(run))
+        if self._first is not PLACES_ALONE and any(self._labels(run).one_key for run in others if not run.keeps_heads):
+            # Beside the run with places of heads, which may hold more of the model.
+            given = runs_with_heads(graphs[own], others[0].given)
+            others = list(dict.fromkeys((*others, *(LabelRun(*run, tied_layers=tie) for run in given))))
+        for run in others:
+            graphs[Choice(run)] = self._verified(Choice(run))
         best = max(graphs, key=lambda choice: weight(graphs[choice]))
         if any(_may_have_places(width) for width in graphs[best].widths.values()):
             last = Choice(LabelRun(tied_layers=tied), places_last=True)
@@ -105,7 +105,7 @@ class Searches:
 
     def _newly_verified(self, choice: Choice) -> WidthGraph:
         labels = self._labels(choice.run)
-        again = partial(self.run, **choice.run._asdict())
+        again = partial(self.run, **vars(choice.run))
         needed = dict.fromkeys((needed_modes(labels), self._modes))
         runs = [self._rerun(modes, again) for modes in needed]
         rounds = (*self._first, *PLACES_LAST) if choice.places_last else self._first
@@ -114,7 +114,7 @@ class Searches:
     def _labels(self, run: LabelRun) -> LabelGraph:
         if run not in self.labels:
             with isolated(self.model, shadows=True, device=self._device, gradients=self._gradients):
-                labels = self.run(self.model, modes=self._modes, **run._asdict())
+                labels = self.run(self.model, modes=self._modes, **vars(run))
             labels.differentiates = self._gradients
             self.labels[run] = labels
         return self.labels[run]

@@ -69,10 +69,13 @@ def test_the_weights_of_every_kind_of_layer_give_their_singular_values(case: Cas
             assert unit_rows(model, width, tie).numpy().tolist() == expected.tolist()
         if is_rotatable(graph, width):
             continue  # See test_rank_spectra.
-        chosen = [rows[tie] for tie in weights if tie.role == "produces"] or list(rows.values())
-        truth = np.zeros(width.size)
-        values = np.linalg.svd(np.concatenate(chosen, axis=1), compute_uv=False)
-        truth[: len(values)] = values
+        squares = np.zeros((width.parts, width.size))
+        for part in range(width.parts):
+            own = {tie: rows[tie] for tie in weights if tie.part == part}
+            chosen = [rows[tie] for tie in own if tie.role == "produces"] or list(own.values())
+            values = np.linalg.svd(np.concatenate(chosen, axis=1), compute_uv=False)
+            squares[part, : len(values)] = values**2
+        truth = np.sqrt(squares.mean(0))
         np.testing.assert_allclose(found[width.name].numpy(), truth, rtol=1e-9, atol=1e-12 * truth[0])
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 import evolvenet
 from evolvenet.graph.index_map import IndexMap
@@ -65,6 +66,46 @@ def test_heads_are_units_by_default_where_positions_tie_the_places() -> None:
     assert trace(turned, X, heads=False).sizes == {"first": 12, "q": PLACES // 2}
     assert trace(turned, X, heads=False).widths["q"].patches[0] == ("", "places")
     assert trace(plain, X).sizes == {"first": 12, "q": PLACES}
+
+
+def test_places_are_units_by_default_where_they_hold_more_of_the_model_than_heads() -> None:
+    """A weight for each head ties places in a first run; in one that keeps it as it is they go, and values with them."""
+
+    class Gated(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(5, 12), nn.Linear(12, 3)
+            self.q, self.k, self.v, self.o = (nn.Linear(*sizes) for sizes in ((12, 12), (12, 4), (12, 4), (12, 12)))
+            self.places, self.gates = 4, nn.Parameter(torch.rand(3, 1, 1) + 0.5)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.first(x).relu()
+            queries = self.q(x).view(*x.shape[:2], 3, self.places).transpose(1, 2)
+            shares = ((queries @ self.k(x)[:, None].mT) * self.places**-0.5).softmax(-1)
+            found = (shares @ self.v(x)[:, None]) * self.gates
+            return self.last(x + self.o(found.transpose(1, 2).flatten(2)))
+
+    torch.manual_seed(0)
+    model = Gated().double()
+    graph = trace(model, X)
+    assert graph.sizes == {"first": 12, "q": 4, "v": 4}
+    check_units(model, graph, X, ["v"])
+
+
+def test_a_number_that_only_equals_the_heads_stays() -> None:
+    """Meta's name for the heads of queries that share a key, here for how many times a block is applied."""
+
+    class Repeated(GroupedAttention):
+        def __init__(self) -> None:
+            super().__init__(4, 1, turn="none")
+            self.n_rep = 4
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return sum((super(Repeated, self).forward(x) for _ in range(self.n_rep)), torch.zeros(()))
+
+    graph = trace(Repeated().double(), X, heads=True)
+    assert graph.sizes == {"first": 12, "q": 4}
+    assert ("", "n_rep") not in graph.widths["q"].patches
 
 
 def test_new_heads_change_nothing_and_learn() -> None:
