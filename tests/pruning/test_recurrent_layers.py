@@ -94,6 +94,14 @@ def test_the_spectrum_and_the_energies_are_the_means_of_those_of_the_layers() ->
     torch.testing.assert_close(torch.tensor(found.energies, dtype=FLOAT), energies.mean(0))
 
 
+def test_the_spectrum_of_outputs_is_the_sum_of_those_of_the_layers() -> None:
+    whole, apart = both(nn.LSTM)
+    data = batches(1)
+    mine = evolvenet.output_spectra(whole, evolvenet.trace(whole, data[0]), data)["steps"]
+    theirs = evolvenet.output_spectra(apart, evolvenet.trace(apart, data[0]), data)
+    torch.testing.assert_close(mine.square(), sum(theirs[name].square() for name in layers(0)))
+
+
 def test_units_that_are_zero_in_other_places_of_each_layer_go_without_a_loss() -> None:
     whole, _ = both(nn.LSTM)
     dead = [[0, 1, 2], [3, 4, 5], [2, 5, 7]]

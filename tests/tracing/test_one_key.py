@@ -76,13 +76,14 @@ def test_places_are_units_by_default_where_they_hold_more_of_the_model_than_head
             super().__init__()
             self.first, self.last = nn.Linear(5, 12), nn.Linear(12, 3)
             self.q, self.k, self.v, self.o = (nn.Linear(*sizes) for sizes in ((12, 12), (12, 4), (12, 4), (12, 12)))
-            self.places, self.gates = 4, nn.Parameter(torch.rand(3, 1, 1) + 0.5)
+            self.heads, self.places, self.found, self.gates = 3, 4, 4, nn.Parameter(torch.rand(3, 1, 1) + 0.5)
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             x = self.first(x).relu()
-            queries = self.q(x).view(*x.shape[:2], 3, self.places).transpose(1, 2)
-            shares = ((queries @ self.k(x)[:, None].mT) * self.places**-0.5).softmax(-1)
-            found = (shares @ self.v(x)[:, None]) * self.gates
+            queries = self.q(x).view(*x.shape[:2], self.heads, self.places).transpose(1, 2)
+            keys = self.k(x).view(*x.shape[:2], 1, self.places).transpose(1, 2)
+            values = self.v(x).view(*x.shape[:2], 1, self.found).transpose(1, 2)
+            found = ((queries @ keys.mT) * 0.5).softmax(-1) @ values * self.gates
             return self.last(x + self.o(found.transpose(1, 2).flatten(2)))
 
     torch.manual_seed(0)
